@@ -1,0 +1,164 @@
+"""What can go wrong: the exceptions, and what a failure to connect means.
+
+Nothing in here talks to a database or knows a pool.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+import psycopg
+from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
+
+if TYPE_CHECKING:
+    from dbpool.metrics import Snapshot
+
+__all__ = [
+    "CommitUncertain",
+    "ConfigError",
+    "DatabaseMisconfigured",
+    "DatabaseUnavailable",
+    "PoolClosed",
+    "PoolError",
+    "PoolExhausted",
+    "PoolTimeout",
+    "TooManyRequests",
+    "classify",
+    "detached",
+    "is_permanent",
+]
+
+SATURATED: Final = "saturated"
+
+# The kinds that waiting will hardly cure.
+_PERMANENT: Final = frozenset({"password", "role", "database", "access", "tls", "conninfo"})
+
+# libpq tells a failed connect by text only: `sqlstate` is None and the server's part is
+# localised. Matched against the first line, most specific first; what matches nothing is
+# transient. The texts are those of PostgreSQL 12 to 18 and of PgBouncer.
+_TEXTS: Final = tuple(
+    (kind, re.compile(pattern, re.IGNORECASE))
+    for kind, pattern in (
+        ("dns", r"failed to resolve host|could not translate host name"),
+        ("timeout", r"timeout expired|timed out"),
+        (SATURATED, r"too many clients|connection slots are reserved|too many connections"),
+        ("starting", r"database system is|not yet accepting connections|recovery mode"),
+        ("shutdown", r"terminating connection due to administrator command"),
+        ("standby", r"session is (not )?read-only|server is (not )?in hot standby"),
+        ("password", r"password authentication failed|no password supplied|SASL auth"),
+        ("role", r'role "[^"]*" does not exist|not permitted to log in|no such user'),
+        ("database", r'database "[^"]*" does not exist|no such database'),
+        ("database", r"not currently accepting connections"),
+        ("access", r"no pg_hba\.conf entry|permission denied for database"),
+        ("tls", r"certificate|server does not support SSL|SSL error|sslmode"),
+        ("refused", r"Connection refused|No such file or directory"),
+        ("closed", r"server closed the connection|Connection reset"),
+        ("conninfo", r"invalid (port number|connection option|integer value|sslmode)"),
+    )
+)
+
+
+class ConfigError(ValueError):
+    """Settings are wrong; the message names the variable or keyword, never a secret."""
+
+    __module__ = "dbpool"
+
+
+class PoolError(psycopg.OperationalError):
+    """A pool could not do what was asked.
+
+    `pool` is the pool's name, `snapshot` its state at that moment. Each caller gets an
+    instance of its own. It can be pickled; the chained cause stays behind, as always.
+    """
+
+    __module__ = "dbpool"
+
+    def __init__(
+        self, message: str = "", *, pool: str = "", snapshot: Snapshot | None = None
+    ) -> None:
+        super().__init__(message)
+        self.pool = pool
+        self.snapshot = snapshot
+
+
+class PoolExhausted(PoolError, PoolTimeout):
+    """Every connection stayed checked out until the deadline; the database is not at fault."""
+
+    __module__ = "dbpool"
+
+
+class DatabaseUnavailable(PoolError, PoolTimeout):
+    """No connection could be made; `__cause__` is the last connect error.
+
+    `kind` is what `classify` made of it, `since` the Unix time of the first failure,
+    `retry_after` the seconds until the pool tries again.
+    """
+
+    __module__ = "dbpool"
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        pool: str = "",
+        snapshot: Snapshot | None = None,
+        kind: str = "unknown",
+        since: float = 0.0,
+        retry_after: float = 0.0,
+    ) -> None:
+        super().__init__(message, pool=pool, snapshot=snapshot)
+        self.kind = kind
+        self.since = since
+        self.retry_after = retry_after
+
+
+class DatabaseMisconfigured(DatabaseUnavailable):
+    """Password, role, database, access or TLS are wrong: waiting will hardly help."""
+
+    __module__ = "dbpool"
+
+
+class CommitUncertain(PoolError):
+    """The connection died while COMMIT was in flight: it may or may not have happened."""
+
+    __module__ = "dbpool"
+
+
+def classify(exc: BaseException) -> str:
+    """Name what kind of failure to connect *exc* is; "unknown" when it cannot be told.
+
+    A best effort by type and text, as libpq gives nothing better. A name that does not
+    resolve is transient: routine while containers start.
+    """
+    if isinstance(exc, ConfigError):
+        return "conninfo"
+    if isinstance(exc, psycopg.errors.ConnectionTimeout):
+        return "timeout"
+    if not isinstance(exc, psycopg.Error):
+        return "unknown"
+    line = str(exc).partition("\n")[0]
+    for kind, text in _TEXTS:
+        if text.search(line):
+            return kind
+    if isinstance(exc, psycopg.ProgrammingError):
+        return "conninfo"
+    if exc.pgconn is not None and exc.pgconn.needs_password:
+        return "password"
+    return "unknown"
+
+
+def is_permanent(kind: str) -> bool:
+    """Whether a failure of this *kind* will hardly go away by waiting."""
+    return kind in _PERMANENT
+
+
+def detached(exc: BaseException) -> BaseException:
+    """Return *exc* without its connection, traceback and causes, to be kept and chained.
+
+    `psycopg.Error.pgconn` of a failed connect still knows the password.
+    """
+    if isinstance(exc, psycopg.Error):
+        return type(exc)(str(exc))
+    exc.__cause__ = exc.__context__ = None
+    return exc.with_traceback(None)
