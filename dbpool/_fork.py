@@ -1,0 +1,76 @@
+"""What pools of one process share: surviving a fork, and being closed at its end."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from time import monotonic
+from typing import Any, Protocol
+
+from dbpool.holders import Slot
+
+
+class Forkable(Protocol):
+    """What is asked of a pool here."""
+
+    name: str
+
+    def slots(self) -> list[Slot]:
+        """Return the slots of all its connections, idle or out; takes no lock."""
+
+    def close(self, timeout: float) -> None:
+        """Close within *timeout* seconds."""
+
+    def after_fork(self) -> None:
+        """Start from nothing in the child."""
+
+
+_pools: weakref.WeakSet[Any] = weakref.WeakSet()
+
+# Strong references held across a fork. In the child the interpreter drops the state of all
+# other threads before it runs any hook; a connection that goes with it would say goodbye to
+# the server on the parent's socket.
+_kept: list[Any] = []
+
+
+def register(pool: Forkable) -> None:
+    """Look after *pool* from now on."""
+    _pools.add(pool)
+
+
+def close_all(timeout: float = 2.0) -> None:
+    """Close every open pool of this process, within *timeout* seconds altogether."""
+    deadline = monotonic() + timeout
+    for pool in list(_pools):
+        pool.close(timeout=max(0.0, deadline - monotonic()))
+
+
+def silence(slots: list[Slot]) -> None:
+    """Replace the sockets of inherited connections by /dev/null.
+
+    Whatever this process does with them, close them included, the sessions stay the parent's.
+    """
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for slot in slots:
+        if slot.fd >= 0:
+            os.dup2(null, slot.fd, inheritable=False)
+            slot.fd = -1
+    os.close(null)
+
+
+def _before_fork() -> None:
+    for pool in list(_pools):
+        _kept.extend(slot.ref() for slot in pool.slots() if slot.ref is not None)
+
+
+def _after_fork_in_child() -> None:
+    for pool in list(_pools):
+        pool.after_fork()
+    _kept.clear()
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_kept.clear, after_in_child=_after_fork_in_child
+)
+atexit.register(close_all, 1.0)

@@ -1,0 +1,86 @@
+"""The small parts of a pool: waiters, probes, maintenance tasks, a connection's manners."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from operator import attrgetter
+from time import monotonic
+from typing import Any, Final
+
+from psycopg_pool import ConnectionPool
+from psycopg_pool.pool import MaintenanceTask
+
+from dbpool.errors import is_permanent
+from dbpool.retry import delays
+
+# What a user may change on a connection and would not want to find changed by another.
+manners: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(
+    "_autocommit",
+    "row_factory",
+    "cursor_factory",
+    "server_cursor_factory",
+    "_isolation_level",
+    "_read_only",
+    "_deferrable",
+    "_prepared.prepare_threshold",
+    "_prepared.prepared_max",
+    "_tpc",
+    "_pipeline",
+)
+
+# Reconnects: 50 ms to 1 s. The base keeps a delay below some 0.6 of the outage so far, so that
+# a short restart is met again soon.
+_FIRST, _CAP, _BASE = 0.05, 1.0, 1.3
+_PERMANENT_FIRST, _PERMANENT_CAP = 1.0, 15.0
+
+
+class Waiter:
+    """One caller waiting for a connection; all but the wait itself happens under the lock."""
+
+    __slots__ = ("conn", "error", "latch")
+
+    def __init__(self) -> None:
+        self.conn: Any = None
+        self.error: BaseException | None = None
+        self.latch = threading.Lock()
+        self.latch.acquire()
+
+    def give(self, conn: Any) -> None:
+        """Hand a connection over."""
+        self.conn = conn
+        self.latch.release()
+
+    def fail(self, error: BaseException) -> None:
+        """Refuse: `error` is raised where it waits."""
+        self.error = error
+        self.latch.release()
+
+
+class Probe:
+    """A slot whose connection could not be made, trying again until it can."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        self.params = params  # those of the last failed attempt
+        self.due = 0.0
+        self.watching = False  # whether a change of params makes it due at once
+        self._fast = delays(_FIRST, _CAP, _BASE)
+        self._slow = delays(_PERMANENT_FIRST, _PERMANENT_CAP)
+
+    def postpone(self, kind: str) -> None:
+        self.due = monotonic() + next(self._slow if is_permanent(kind) else self._fast)
+
+
+class Call(MaintenanceTask):
+    """Calls *fn* with the pool if that still lives: in a worker, or when due in the scheduler."""
+
+    def __init__(self, pool: ConnectionPool[Any], fn: Callable[[Any], None]) -> None:
+        super().__init__(pool)
+        self._fn = fn
+
+    def tick(self) -> None:
+        """Run in the scheduler's thread: for what is short and must not queue."""
+        self.run()
+
+    def _run(self, pool: ConnectionPool[Any]) -> None:
+        self._fn(pool)

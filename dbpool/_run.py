@@ -1,0 +1,152 @@
+"""Whole transactions, run again where that is safe: `Pool.run`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from time import monotonic, sleep
+from types import FrameType
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import IsolationLevel
+from psycopg.pq import TransactionStatus
+from psycopg_pool.abc import CT
+
+from dbpool import events
+from dbpool._upkeep import Upkeep
+from dbpool.errors import CommitUncertain, DatabaseMisconfigured, DatabaseUnavailable
+from dbpool.liveness import Look, look
+from dbpool.retry import Budget, delays, is_conflict
+
+T = TypeVar("T")
+
+_INERROR = TransactionStatus.INERROR
+
+
+class Runner(Upkeep[CT]):
+    """A pool that can run a function in a transaction of its own."""
+
+    _budget: Budget
+
+    def run(
+        self,
+        fn: Callable[..., T],
+        *args: Any,
+        attempts: int = 3,
+        idempotent: bool = False,
+        isolation: IsolationLevel | None = None,
+        read_only: bool = False,
+        timeout: float | None = None,
+    ) -> T:
+        """Call `fn(conn, *args)` in one transaction, and again if that may help.
+
+        The whole transaction is retried, at most *attempts* times in all, after a
+        serialization failure or a deadlock, and after losing the connection before COMMIT
+        was sent; with *idempotent* also after losing it during COMMIT, which otherwise
+        raises `CommitUncertain`. Any other error is raised at once. *timeout*, in seconds,
+        bounds waiting for connections and retrying; given one, an outage is waited out.
+        """
+        deadline = None if timeout is None else monotonic() + timeout
+        pauses = delays(first=0.05, cap=1.0)
+        frame = sys._getframe(1)
+        for attempt in count(1):
+            conn = self._acquire_patiently(deadline, frame)
+            try:
+                result = self._transact(conn, fn, args, isolation, read_only)
+            except psycopg.Error as ex:
+                pause = next(pauses)
+                late = deadline is not None and monotonic() + pause >= deadline
+                if late or attempt >= attempts or not self._may_retry(ex, conn, idempotent):
+                    raise
+                error = ex
+            else:
+                self._budget.refund()
+                return result
+            finally:
+                self._release(conn)
+            self._tell_retry(attempt, error, pause)
+            sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _acquire_patiently(self, deadline: float | None, frame: FrameType) -> CT:
+        """Acquire; with a deadline, wait out an outage that waiting may cure."""
+        if deadline is None:
+            return self._acquire(None, frame)
+        while True:
+            remaining = deadline - monotonic()
+            try:
+                return self._acquire(max(0.0, remaining), frame)
+            except DatabaseMisconfigured:
+                raise
+            except DatabaseUnavailable:
+                if remaining <= 0.0:
+                    raise
+            with self._lock:
+                if self.breaker.is_open:
+                    self._changed.wait(min(remaining, 1.0))
+
+    def _transact(
+        self,
+        conn: Any,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        isolation: IsolationLevel | None,
+        read_only: bool,
+    ) -> T:
+        try:
+            conn.autocommit = False
+            if isolation is not None:
+                conn.isolation_level = isolation
+            if read_only:
+                conn.read_only = True
+            result = fn(conn, *args)
+            self._commit(conn)
+        except BaseException as ex:
+            if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):
+                self._moved(conn)
+            _roll_back(conn)
+            raise
+        return result
+
+    def _commit(self, conn: Any) -> None:
+        """Commit, and tell a connection lost before COMMIT was sent from one lost during it."""
+        if conn.pgconn.transaction_status == _INERROR:
+            raise psycopg.errors.InFailedSqlTransaction(
+                "the transaction is in error, nothing was committed"
+            )
+        if look(conn, conn._slot.readable) is Look.DEAD:
+            conn.pgconn.finish()
+            raise psycopg.OperationalError("the connection was lost before COMMIT")
+        try:
+            conn.commit()
+        except psycopg.Error as ex:
+            if not conn.closed:
+                raise
+            raise CommitUncertain(
+                f"pool {self.name!r}: the connection was lost during COMMIT;"
+                " the transaction may or may not have been committed",
+                pool=self.name,
+                snapshot=self.stats(),
+            ) from ex
+
+    def _may_retry(self, ex: psycopg.Error, conn: Any, idempotent: bool) -> bool:
+        if is_conflict(ex):
+            return True
+        lost = idempotent if isinstance(ex, CommitUncertain) else conn.closed
+        return bool(lost) and self._budget.draw()
+
+    def _tell_retry(self, attempt: int, error: BaseException, pause: float) -> None:
+        with self._lock:
+            self._metrics.retries += 1
+        if self.listeners.active:
+            self.listeners.emit(events.Retried(self.name, attempt, str(error), pause))
+
+
+
+def _roll_back(conn: Any) -> None:
+    """Roll back, or leave to the return what cannot be rolled back."""
+    with suppress(psycopg.Error):
+        conn.rollback()

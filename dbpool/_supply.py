@@ -1,0 +1,325 @@
+"""How connections are made: growth, attempts, the probe of an outage, what it tells.
+
+Together with `_checkout`, `_upkeep` and `_parts` the one place that touches protected members
+of psycopg_pool and of psycopg; `tests/test_seam.py` fails when those change.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from os import getpid
+from time import monotonic
+from typing import Any
+
+import psycopg
+from psycopg.pq import TransactionStatus
+from psycopg_pool import ConnectionPool
+from psycopg_pool.abc import CT
+from psycopg_pool.pool import AddConnection
+
+from dbpool import events
+from dbpool._parts import Call, Probe, Waiter, manners
+from dbpool.breaker import Breaker
+from dbpool.conninfo import mask
+from dbpool.errors import (
+    DatabaseMisconfigured,
+    DatabaseUnavailable,
+    classify,
+    detached,
+    is_permanent,
+)
+from dbpool.events import Emitter
+from dbpool.holders import Slot
+from dbpool.liveness import readability
+from dbpool.metrics import Metrics, Snapshot
+from dbpool.settings import Settings
+
+logger = logging.getLogger("dbpool")
+
+_LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
+
+class Supply(ConnectionPool[CT]):
+    """The connections of a pool, without the handing out.
+
+    Invariant under `_lock`: `_nconns == len(_pool) + _connecting + connections out`, where
+    those out are in `_out`, or in a maintenance thread's hands. `_probe` is the one slot
+    that tries again while connects fail; no other attempt begins beside it.
+    """
+
+    _pool: deque[Any]
+    _waiting: deque[Waiter]  # type: ignore[assignment]  # ours instead of WaitingClient
+
+    def __init__(
+        self, settings: Settings, listeners: Emitter, conninfo: Any, **options: Any
+    ) -> None:
+        super().__init__(conninfo, open=False, **options)
+        self.settings = settings
+        self.listeners = listeners
+        self._lazy = True
+        self._clear()
+
+    def _clear(self) -> None:
+        """Start from nothing, as in a new process."""
+        self._pid = getpid()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # supply came, went, or failed
+        self._pool = deque()
+        self._waiting = deque()
+        self._workers = []
+        self._sched_runner = None
+        self._nconns = 0
+        self._connecting = 0
+        self._out: set[Slot] = set()
+        self._lost: deque[Slot] = deque()  # collected while out; filled without any lock
+        self._attempts: list[float] = []  # when those under way began
+        self._probe: Probe | None = None
+        self._outage_told = False
+        self._metrics = Metrics()
+        self._queued = 0
+        self._last_seen = 0.0
+        self._moved_at = float("-inf")
+        self.breaker = Breaker(self.settings.outage_grace)
+
+    # Making connections
+
+    def _refill(self) -> None:
+        """Begin the connections that are missing. The lock is held.
+
+        Up to min_size side by side, beyond it one at a time, for those who wait.
+        """
+        if self._closed or self._probe is not None or self.breaker.is_open:
+            return
+        missing = self._min_size - self._nconns
+        if missing <= 0 and self._waiting and not self._connecting and self._nconns < self._max_size:
+            missing = 1
+        for _ in range(missing):
+            self._nconns += 1
+            self._connecting += 1
+            self.run_task(AddConnection(self))
+
+    def _add_connection(self, attempt: Any, growing: bool = False) -> None:
+        """Make one attempt; a worker calls it. *attempt* is a `Probe` if it is a repeated one."""
+        if attempt is not None and self._put_off(attempt):
+            return
+        started = monotonic()
+        params: dict[str, Any] = {}
+        self._attempt_begins(started)
+        try:
+            params = self._params()
+            conn = self._make(params)
+        except BaseException as ex:  # whatever a callback raises, the slot must not be lost
+            self._attempt_failed(ex, started, params, attempt)
+        else:
+            self._attempt_succeeded(conn, started)
+
+    def _put_off(self, probe: Probe) -> bool:
+        """Whether it is too early for that probe, or nobody needs it any more."""
+        early = probe.due - monotonic()
+        with self._lock:
+            needed = self._nconns <= self._min_size or self._waiting or self.breaker.is_open
+            if not needed:
+                self._drop_slot(probe)
+                self.breaker.reset()
+                return True
+        if early <= 0 or (probe.watching and self._params_now() != probe.params):
+            return False
+        self._schedule(probe)
+        return True
+
+    def _schedule(self, probe: Probe) -> None:
+        delay = max(0.0, probe.due - monotonic())
+        if probe.watching:
+            delay = min(delay, _LOOK_FOR_CHANGE)
+        self.schedule_task(AddConnection(self, probe), delay)  # type: ignore[arg-type]
+
+    def _drop_slot(self, probe: Probe | None) -> None:
+        """Give a slot up whose connection was not made. The lock is held."""
+        self._nconns -= 1
+        self._connecting -= 1
+        if self._probe is probe:
+            self._probe = None
+
+    def _attempt_begins(self, started: float) -> None:
+        with self._lock:
+            self._attempts.append(started)
+            self.breaker.attempt()
+        overdue = Call(self, lambda pool: pool._attempt_overdue(started))
+        self.schedule_task(overdue, self.breaker.grace)
+
+    def _resolve_conninfo(self) -> str:
+        return super()._resolve_conninfo() or self.settings.resolve()
+
+    def _params(self) -> dict[str, Any]:
+        return self.settings.connect_params(self._resolve_conninfo(), self._resolve_kwargs())
+
+    def _params_now(self) -> dict[str, Any]:
+        """The parameters of an attempt made now, {} if they cannot be had."""
+        try:
+            return self._params()
+        except Exception:
+            return {}
+
+    def _connect(self, timeout: float | None = None) -> CT:
+        return self._make(self._params())
+
+    def _make(self, params: dict[str, Any]) -> CT:
+        """Connect and configure; close again what cannot be configured."""
+        conn = self.connection_class.connect(**params)
+        try:
+            self._furnish(conn, params)
+        except BaseException:
+            self._close_connection(conn)
+            raise
+        return conn
+
+    def _furnish(self, conn: Any, params: dict[str, Any]) -> None:
+        conn._pool = self
+        if self._configure:
+            self._configure(conn)
+            if (status := conn.pgconn.transaction_status) != TransactionStatus.IDLE:
+                raise psycopg.ProgrammingError(
+                    f"connection left in status {TransactionStatus(status).name}"
+                    f" by configure function {self._configure}: discarded"
+                )
+        self._set_connection_expiry_date(conn)
+        slot = Slot(conn, readability(conn.fileno()), manners(conn), self._lost.append)
+        slot.read_write = params.get("target_session_attrs") in {"read-write", "primary"}
+        slot.expires_at = conn._expire_at
+        slot.idle_since = conn._created_at
+        conn._slot = slot
+
+    def _attempt_succeeded(self, conn: CT, started: float) -> None:
+        now = monotonic()
+        with self._lock:
+            self._attempts.remove(started)
+            self._connecting -= 1
+            self._probe = None
+            self._outage_told = False
+            outage = self.breaker.succeeded()
+            self._metrics.connects += 1
+            self._metrics.connect.add(now - started)
+            self._last_seen = now
+        self._add_to_pool(conn)
+        with self._lock:
+            self._refill()
+            self._changed.notify_all()
+        if outage is not None:
+            self._tell_back(outage)
+        if self.listeners.active:
+            self.listeners.emit(events.Connected(self.name, now - started))
+
+    def _attempt_failed(
+        self, ex: BaseException, started: float, params: dict[str, Any], probe: Probe | None
+    ) -> None:
+        kind, error = classify(ex), self._masked(ex, params)
+        volatile = self._params_now() != params if is_permanent(kind) else True
+        with self._lock:
+            self._attempts.remove(started)
+            self._metrics.connect_failures += 1
+            opened = self.breaker.failed(
+                started, error, kind, last_seen=self._last_seen, out=self._active()
+            )
+            if self._probe not in (None, probe):
+                self._drop_slot(None)
+            else:
+                self._probe = probe = probe or Probe(params)
+                probe.params, probe.watching = params, not volatile
+                probe.postpone(kind)
+                self.breaker.retry_at = probe.due
+                self._schedule(probe)
+            if opened:
+                self._fail_waiters()
+            self._changed.notify_all()
+        logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, error)
+        self._tell_failed(monotonic() - started, opened)
+
+    def _masked(self, ex: BaseException, params: dict[str, Any]) -> BaseException:
+        error = detached(ex)
+        secrets = [str(params[key]) for key in ("password", "sslpassword") if params.get(key)]
+        if isinstance(error, psycopg.Error):
+            error.args = (mask(str(error), secrets),)
+        return error
+
+    def _attempt_overdue(self, started: float) -> None:
+        with self._lock:
+            if started not in self._attempts:
+                return
+            error = psycopg.errors.ConnectionTimeout(
+                f"no answer to a connection attempt for {monotonic() - started:.1f} s"
+            )
+            opened = self.breaker.overdue(started, error, last_seen=self._last_seen)
+            if opened:
+                self._fail_waiters()
+                self._changed.notify_all()
+        if opened:
+            self._tell_down()
+
+    # Outages
+
+    def _fail_waiters(self) -> None:
+        """The breaker opened: nobody waits any longer. The lock is held."""
+        for waiter in self._waiting:
+            waiter.fail(self._unavailable())
+        self._waiting.clear()
+
+    def _unavailable(self) -> DatabaseUnavailable:
+        """Say that the database is to blame. The lock is held."""
+        breaker = self.breaker
+        cls = DatabaseMisconfigured if is_permanent(breaker.kind) else DatabaseUnavailable
+        cause = breaker.last_error or "no connection was made in time"
+        error = cls(
+            f"pool {self.name!r}: no connection to the database for"
+            f" {breaker.failing_for:.1f} s ({breaker.kind}): {cause}",
+            pool=self.name,
+            snapshot=self.stats(),
+            kind=breaker.kind,
+            since=breaker.since or 0.0,
+            retry_after=breaker.retry_after or 0.0,
+        )
+        error.__cause__ = breaker.error
+        return error
+
+    def stats(self) -> Snapshot:
+        """Return a snapshot; `_upkeep` knows all it takes."""
+        raise NotImplementedError
+
+    def _active(self) -> int:
+        return self._nconns - len(self._pool) - self._connecting
+
+    def _tell_failed(self, seconds: float, opened: bool) -> None:
+        breaker = self.breaker
+        if self.listeners.active:
+            self.listeners.emit(
+                events.ConnectFailed(self.name, seconds, breaker.last_error or "", breaker.kind)
+            )
+        if opened:
+            self._tell_down()
+        if breaker.failing_for >= self.reconnect_timeout and not self._outage_told:
+            self._outage_told = True
+            self.reconnect_failed()
+
+    def _tell_down(self) -> None:
+        breaker = self.breaker
+        logger.error(
+            "pool %r: the database is unavailable (%s): %s",
+            self.name,
+            breaker.kind,
+            breaker.last_error,
+            extra={"dbpool": {"pool": self.name, "event": "circuit_opened", "kind": breaker.kind}},
+        )
+        if self.listeners.active:
+            self.listeners.emit(
+                events.CircuitOpened(self.name, breaker.last_error or "", breaker.kind)
+            )
+
+    def _tell_back(self, seconds: float) -> None:
+        logger.warning(
+            "pool %r: the database is back after %.1f s",
+            self.name,
+            seconds,
+            extra={"dbpool": {"pool": self.name, "event": "circuit_closed", "seconds": seconds}},
+        )
+        if self.listeners.active:
+            self.listeners.emit(events.CircuitClosed(self.name, seconds))

@@ -1,0 +1,277 @@
+"""What keeps a pool in shape: opening, closing, forks, patrols, draining, resizing, numbers.
+
+Together with `_supply` and `_checkout` the one place that touches protected members of
+psycopg_pool and of psycopg; `tests/test_seam.py` fails when those change.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from os import getpid
+from time import monotonic
+from typing import Any
+
+import psycopg
+from psycopg_pool import PoolClosed
+from psycopg_pool.abc import CT
+
+from dbpool import _fork, events, holders
+from dbpool._checkout import Checkout
+from dbpool._parts import Call
+from dbpool._supply import logger
+from dbpool.errors import is_permanent
+from dbpool.holders import Slot
+from dbpool.liveness import ping
+from dbpool.metrics import BreakerSnapshot, Snapshot
+
+# A primary that moved may make many statements fail at once; one drain is enough.
+_MOVED_PAUSE = 5.0
+
+
+class Upkeep(Checkout[CT]):
+    """The rest of a pool's life, away from the hot path."""
+
+    # Opening and closing
+
+    def _open_on_use(self) -> None:
+        """Open if that is due. The lock is held. Raise `PoolClosed` if it is closed."""
+        if self._lazy and not self._opened:
+            self._open()
+        else:
+            self._check_open_getconn()
+
+    def _open(self) -> None:
+        if self._closed:
+            super()._open()
+            _fork.register(self)
+            holders.watch(self)
+
+    def _start_initial_tasks(self) -> None:
+        self._refill()
+        if self.listeners.active:
+            opened = events.Opened(self.name)
+            self.run_task(Call(self, lambda pool: pool.listeners.emit(opened)))
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Close: refuse those who wait, close what is idle, stop the threads.
+
+        Connections that are out are closed when they come back. All of it takes at most
+        *timeout* seconds; a thread that hangs in a connect is left to end by itself.
+        """
+        deadline = monotonic() + timeout
+        with self._lock:
+            if self._closed:
+                self._opened = self._opened or self._lazy
+                return
+            self._closed = True
+            waiting, idle = list(self._waiting), list(self._pool)
+            self._waiting.clear()
+            self._pool.clear()
+            for waiter in waiting:
+                waiter.fail(PoolClosed(f"the pool {self.name!r} is closed"))
+            self._changed.notify_all()
+            threads = self._signal_stop_worker()
+        holders.unwatch(self)
+        for conn in idle:
+            self._close_connection(conn)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - monotonic()))
+        if self.listeners.active:
+            self.listeners.emit(events.Closed(self.name))
+
+    def __del__(self) -> None:
+        # Nobody joins the threads here: this may be one of them, or the end of the process.
+        if not getattr(self, "_closed", True):
+            self._signal_stop_worker()
+
+    def wait(self, timeout: float = 30.0) -> None:
+        """Wait until min_size connections are made.
+
+        If that takes longer than *timeout* seconds, or cannot succeed, close the pool and
+        raise `DatabaseUnavailable`.
+        """
+        deadline = monotonic() + timeout
+        error: Exception | None = None
+        with self._lock:
+            self._open_on_use()
+            while self._nconns - self._connecting < self._min_size and error is None:
+                self._changed.wait(max(0.0, deadline - monotonic()))
+                self._check_open_getconn()
+                if monotonic() >= deadline or self._is_misconfigured():
+                    error = self._unavailable()
+        if error is not None:
+            self.close()
+            raise error
+
+    def _is_misconfigured(self) -> bool:
+        return self.breaker.is_open and is_permanent(self.breaker.kind)
+
+    # Forks
+
+    def slots(self) -> list[Slot]:
+        """Return the slots of all connections, idle or out; takes no lock."""
+        return [conn._slot for conn in list(self._pool)] + list(self._out)
+
+    def after_fork(self) -> None:
+        """In a child process: leave what is the parent's alone and start from nothing."""
+        if self._pid == getpid():
+            return
+        _fork.silence(self.slots())
+        stopped = self._closed and self._opened
+        self._clear()
+        self._closed, self._opened, self._lazy = True, stopped, True
+
+    # Patrols
+
+    @property
+    def patrol_every(self) -> float:
+        """Seconds between two patrols of the watchdog."""
+        return min(1.0, self.settings.leak_after / 4.0 or 1.0)
+
+    def patrol(self, now: float) -> None:
+        """Free what was collected, retire what is old, report what is held for too long."""
+        with self._lock:
+            self._reclaim()
+        self._shrink_pool()
+        if self.settings.leak_after:
+            self._report_leaks(now)
+
+    def _report_leaks(self, now: float) -> None:
+        oldest = now - self.settings.leak_after
+        with self._lock:
+            leaked = [s for s in self._out if 0.0 < s.since <= oldest and not s.reported]
+            for slot in leaked:
+                slot.reported = True
+            self._metrics.leaks += len(leaked)
+        for slot in leaked:
+            for holder in holders.report([slot], now):
+                stack = holders.stack_of(slot.thread)
+                logger.warning(
+                    "pool %r: a connection has been held for %.1f s by %s, checked out at %s;"
+                    " the holder is now at:\n%s",
+                    self.name,
+                    holder.seconds,
+                    holder.thread,
+                    holder.where,
+                    stack or "(its thread has ended)",
+                )
+                if self.listeners.active:
+                    self.listeners.emit(events.Leaked(self.name, holder, stack))
+
+    def _tell_late(self, slot: Slot, now: float) -> None:
+        slot.reported = False
+        seconds = now - slot.since
+        where = slot.where()
+        logger.warning(
+            "pool %r: a connection reported as held for too long came back after %.1f s;"
+            " it was checked out at %s",
+            self.name,
+            seconds,
+            where,
+        )
+        if self.listeners.active:
+            self.listeners.emit(events.ReturnedLate(self.name, seconds, where))
+
+    def _shrink_pool(self) -> None:
+        """Close what has been idle for max_idle beyond min_size, or is past its lifetime."""
+        now = monotonic()
+        idle_before = now - self.max_idle
+        spare = self._nconns - self._min_size
+        if spare > 0:
+            self._retire("idle", lambda slot: slot.idle_since <= idle_before, spare)
+        if not self.breaker.is_failing:
+            self._retire("expired", lambda slot: slot.expires_at <= now)
+
+    # Draining, checking, resizing
+
+    def drain(self) -> None:
+        """Replace all connections: the idle ones now, those that are out when they return."""
+        with self._lock:
+            self._drained_at = monotonic()
+            for slot in self._out:
+                slot.expires_at = 0.0
+        self._retire("expired", lambda slot: True)
+
+    def _moved(self, conn: Any) -> None:
+        """A statement failed because the server takes no writes: drain if that is news.
+
+        It is news where the conninfo asked for a server that can write, or where the server
+        itself says that its role changed.
+        """
+        slot: Slot = conn._slot
+        standby = conn.pgconn.parameter_status(b"in_hot_standby")
+        now = monotonic()
+        if (slot.read_write or standby != slot.standby) and now >= self._moved_at + _MOVED_PAUSE:
+            self._moved_at = now
+            logger.warning("pool %r: the primary has moved, replacing connections", self.name)
+            self.drain()
+
+    def check(self) -> None:
+        """Ping every idle connection, within ping_timeout each; replace those that fail."""
+        with self._lock:
+            conns = list(self._pool)
+            self._pool.clear()
+            self._out.update(conn._slot for conn in conns)
+        for conn in conns:
+            try:
+                ping(conn, self.settings.ping_timeout)
+            except psycopg.Error:
+                self._discard(conn, "dead")
+            else:
+                self._add_to_pool(conn)
+
+    def resize(self, min_size: int, max_size: int | None = None) -> None:
+        """Change the size; what is too many goes at once if idle, else when it returns."""
+        min_size, max_size = self._check_size(min_size, max_size)
+        with self._lock:
+            self._min_size, self._max_size = min_size, max_size
+            excess = self._nconns - self._connecting - max_size
+            self._refill()
+        if excess > 0:
+            excess -= self._retire("idle", lambda slot: True, excess)
+        with self._lock:
+            for slot in list(self._out)[: max(0, excess)]:
+                slot.expires_at = 0.0
+
+    def _retire(
+        self, reason: str, condition: Callable[[Slot], bool], most: int | None = None
+    ) -> int:
+        """Close idle connections for whose slot *condition* holds, coldest first; how many?"""
+        with self._lock:
+            gone = [conn for conn in self._pool if condition(conn._slot)][:most]
+            for conn in gone:
+                self._pool.remove(conn)
+                self._remove(conn._slot, reason)
+            self._refill()
+        for conn in gone:
+            self._close_connection(conn)
+            if self.listeners.active:
+                self.listeners.emit(events.Discarded(self.name, reason))
+        return len(gone)
+
+    # Numbers
+
+    def stats(self) -> Snapshot:
+        """Return a consistent snapshot of the state and of all counters since opening."""
+        with self._lock:
+            now = monotonic()
+            out = [slot for slot in self._out if slot.since]
+            return self._metrics.snapshot(
+                state=self.state,
+                size=0 if self._closed else self._nconns,
+                idle=len(self._pool),
+                connecting=0 if self._closed else self._connecting,
+                waiting=len(self._waiting),
+                min_size=self._min_size,
+                max_size=self._max_size,
+                pending=[slot.wait for slot in out],
+                breaker=BreakerSnapshot(
+                    state=self.breaker.state,
+                    since=self.breaker.since,
+                    last_error=self.breaker.last_error,
+                    retry_after=self.breaker.retry_after,
+                ),
+                holders=holders.report(out, now),
+            )

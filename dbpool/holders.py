@@ -1,0 +1,180 @@
+"""Who holds a connection, since when and from where: slots, their reports, the watchdog.
+
+A slot is what a pool remembers of one connection. It outlives the connection object, so that
+a connection which its holder lost can be told and replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import PurePath
+from time import monotonic
+from types import CodeType
+from typing import Any, Protocol
+
+from dbpool.metrics import HolderSnapshot as Holder
+
+__all__ = ["Holder", "Slot", "endpoints", "report", "stack_of", "watch"]
+
+# What a thread is serving, by its ident: kept by the web framework's adapter.
+endpoints: dict[int, str] = {}
+
+_LISTED = 20  # holders in one report
+
+
+class Slot:
+    """What a pool remembers of one connection; all times are monotonic.
+
+    `since` is 0 while nobody holds it: idle, or being handed over.
+    """
+
+    __slots__ = (
+        "code",
+        "expires_at",
+        "fd",
+        "fresh_until",
+        "idle_since",
+        "lasti",
+        "manners",
+        "read_write",
+        "readable",
+        "ref",
+        "reported",
+        "since",
+        "standby",
+        "thread",
+        "wait",
+    )
+
+    def __init__(
+        self,
+        conn: Any,
+        readable: Callable[[float], object],
+        manners: tuple[object, ...],
+        collected: Callable[[Slot], None],
+    ) -> None:
+        def lost(_: object) -> None:
+            collected(self)
+
+        self.ref: weakref.ref[Any] | None = weakref.ref(conn, lost)
+        self.readable = readable
+        self.manners = manners  # the attributes a user may change, as they were at first
+        self.fd: int = conn.pgconn.socket
+        self.standby: bytes | None = conn.pgconn.parameter_status(b"in_hot_standby")
+        self.read_write = False  # whether the conninfo asked for a server that can write
+        self.expires_at = self.fresh_until = self.idle_since = 0.0
+        self.since = self.wait = 0.0
+        self.thread = 0
+        self.code: CodeType | None = None
+        self.lasti = 0
+        self.reported = False
+
+    def forget(self) -> None:
+        """The pool gave the connection up: its collection means nothing any more."""
+        self.ref = None
+
+    def where(self) -> str:
+        """Where the holder asked for it, as `app/views.py:41 list_orders`."""
+        if self.code is None:
+            return "unknown"
+        position = next(islice(self.code.co_positions(), self.lasti // 2, None), (None,))
+        path = "/".join(PurePath(self.code.co_filename).parts[-2:])
+        return f"{path}:{position[0] or self.code.co_firstlineno} {self.code.co_name}"
+
+
+def report(slots: Iterable[Slot], now: float) -> tuple[Holder, ...]:
+    """Describe who holds *slots*, longest first, at most 20."""
+    held = sorted((slot for slot in slots if slot.since), key=lambda slot: slot.since)[:_LISTED]
+    names = {thread.ident: thread.name for thread in threading.enumerate()} if held else {}
+    return tuple(
+        Holder(
+            thread=names.get(slot.thread, f"thread {slot.thread} (ended)"),
+            seconds=now - slot.since,
+            where=slot.where(),
+            endpoint=endpoints.get(slot.thread),
+        )
+        for slot in held
+    )
+
+
+def stack_of(thread: int) -> str:
+    """Return the current stack of the thread with that ident, "" if it has ended."""
+    frame = sys._current_frames().get(thread)
+    return "" if frame is None else "".join(traceback.format_stack(frame))
+
+
+class Watched(Protocol):
+    """What the watchdog asks of a pool."""
+
+    def patrol(self, now: float) -> None:
+        """Report leaks, replace what was lost."""
+
+    @property
+    def patrol_every(self) -> float:
+        """Seconds between two patrols."""
+
+
+class _Watchdog:
+    """One daemon thread for all the pools of a process; it ends with the last of them."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._changed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, pool: Watched) -> None:
+        with self._lock:
+            self._pools.add(pool)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="dbpool-watchdog", daemon=True
+                )
+                self._thread.start()
+        self._changed.set()
+
+    def unwatch(self, pool: Watched) -> None:
+        with self._lock:
+            self._pools.discard(pool)
+        self._changed.set()
+
+    def _run(self) -> None:
+        while pause := self._patrol():
+            self._changed.wait(pause)
+            self._changed.clear()
+
+    def _patrol(self) -> float:
+        """Patrol every pool; return the seconds until the next time, 0 to end the thread."""
+        with self._lock:
+            pools: list[Watched] = list(self._pools)
+            if not pools:
+                self._thread = None
+                return 0.0
+        now = monotonic()
+        for pool in pools:
+            pool.patrol(now)
+        return min(pool.patrol_every for pool in pools)
+
+
+_watchdog = _Watchdog()
+
+
+def watch(pool: Watched) -> None:
+    """Have *pool* patrolled from now on, until it is collected or `unwatch`ed."""
+    global _watchdog
+    if _watchdog._pid != os.getpid():  # its thread and its lock stayed in the parent
+        _watchdog = _Watchdog()
+    _watchdog.watch(pool)
+
+
+def unwatch(pool: Watched) -> None:
+    """Patrol *pool* no more."""
+    if _watchdog._pid == os.getpid():
+        _watchdog.unwatch(pool)

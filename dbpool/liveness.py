@@ -1,0 +1,102 @@
+"""Is this connection alive? A look that costs no round trip, and a ping that cannot hang.
+
+Works on libpq primitives alone, so that every wait in here has a deadline.
+"""
+
+from __future__ import annotations
+
+import enum
+import select
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import psycopg
+from psycopg import Connection
+from psycopg.errors import Diagnostic
+from psycopg.pq import ConnStatus, ExecStatus
+
+_DEADLY = frozenset({"FATAL", "PANIC"})
+_OK = ConnStatus.OK
+
+
+class Look(enum.Enum):
+    """What a look at an idle connection's socket says."""
+
+    ALIVE = "alive"
+    DEAD = "dead"
+    DOUBTFUL = "doubtful"  # it said something that proves nothing: only a ping can tell
+
+
+class PingTimeout(psycopg.OperationalError):
+    """The server did not answer a ping in time."""
+
+
+def readability(fd: int, events: int = 1) -> Callable[[float], object]:
+    """Return a callable that waits that many *milliseconds* until *fd* can be read.
+
+    Its answer is true if there is something to read, end of file included. Made once for a
+    connection: registering costs more than polling. *events* is `select.POLLIN` (1), or
+    `select.POLLOUT` (4) to wait until *fd* can be written.
+    """
+    if hasattr(select, "poll"):
+        poller = select.poll()
+        poller.register(fd, events)
+        return poller.poll
+
+    def wait(milliseconds: float) -> bool:
+        reading, writing = ([fd], []) if events == 1 else ([], [fd])
+        return any(select.select(reading, writing, [], milliseconds / 1000.0))
+
+    return wait
+
+
+def look(conn: Connection[Any], readable: Callable[[float], object]) -> Look:
+    """Read what an idle connection's server has said meanwhile, without asking it.
+
+    Reads until the socket is quiet: after `pg_terminate_backend` the first read may hold the
+    FATAL alone, with the end of file coming up to half a millisecond later.
+    """
+    if not readable(0):
+        return Look.ALIVE if conn.pgconn.status == _OK else Look.DEAD
+    notices: list[Diagnostic] = []
+    conn.add_notice_handler(notices.append)
+    try:
+        while readable(0):
+            conn.pgconn.consume_input()
+            conn.pgconn.is_busy()  # parses what was read; notices go to the handler
+            if conn.pgconn.status != _OK:
+                return Look.DEAD
+    except psycopg.OperationalError:
+        return Look.DEAD
+    finally:
+        conn.remove_notice_handler(notices.append)
+    if any(notice.severity_nonlocalized in _DEADLY for notice in notices):
+        return Look.DEAD
+    return Look.DOUBTFUL
+
+
+def ping(conn: Connection[Any], timeout: float) -> None:
+    """Make one round trip with an empty query, outside any transaction, in *timeout* seconds.
+
+    Raise `PingTimeout` if no answer came, another `psycopg.OperationalError` if the
+    connection is dead; after either it is good for closing only.
+    """
+    deadline = monotonic() + timeout
+    pgconn = conn.pgconn
+    pgconn.send_query(b"")
+    while pgconn.flush():
+        _await(readability(pgconn.socket, events=4), deadline)
+    readable = readability(pgconn.socket)
+    while pgconn.is_busy():
+        _await(readable, deadline)
+        pgconn.consume_input()
+    while (result := pgconn.get_result()) is not None:
+        if result.status != ExecStatus.EMPTY_QUERY:
+            raise psycopg.OperationalError("the server refused a ping")
+
+
+def _await(ready: Callable[[float], object], deadline: float) -> None:
+    remaining = deadline - monotonic()
+    if remaining <= 0 or not ready(remaining * 1000.0):
+        raise PingTimeout("the server did not answer a ping in time")

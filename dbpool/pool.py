@@ -1,0 +1,266 @@
+"""The pool: psycopg_pool's, made safe to run in production behind a thread-based server."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
+from time import monotonic
+from types import FrameType, TracebackType
+from typing import Any, Final, Generic, TypeVar, overload
+
+import psycopg
+from psycopg import Connection, Cursor
+from psycopg.abc import Params, Query
+from psycopg.pq import TransactionStatus
+from psycopg.rows import RowFactory, tuple_row
+from psycopg_pool.abc import CT, ConninfoParam
+
+from dbpool import holders
+from dbpool._fork import close_all
+from dbpool._run import Runner
+from dbpool.errors import ConfigError
+from dbpool.events import Emitter
+from dbpool.holders import Holder
+from dbpool.retry import Budget
+from dbpool.settings import Settings
+
+__all__ = ["Pool", "close_all"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_IDLE = TransactionStatus.IDLE
+
+_SETTINGS = frozenset(field.name for field in fields(Settings) if field.init)
+# The parent's parameters that are no settings, with our defaults.
+_OPTIONS: Mapping[str, Any] = {
+    "connection_class": Connection,
+    "kwargs": None,
+    "open": None,
+    "configure": None,
+    "check": None,
+    "reset": None,
+    "close_returns": False,
+    "reconnect_timeout": 300.0,
+    "reconnect_failed": None,
+    "num_workers": 3,
+}
+
+
+class Pool(Runner[CT]):
+    """A `psycopg_pool.ConnectionPool` with liveness, recovery, a breaker and exact numbers.
+
+    Takes every parameter of the parent, and the fields of `Settings` beside them. *conninfo*
+    is a connection string, or a callable returning one that is asked before each connect. The
+    environment is read only when neither *conninfo*, *kwargs* nor *settings* is given.
+    *listeners* are told of the events in `dbpool.events`.
+
+    What differs from the parent on purpose:
+
+    - it opens itself on first use (`open=None`); `open=True` opens now, `open=False` insists
+      on `open()`. A closed pool stays closed;
+    - `min_size` 1, `max_size` 10 (never below min_size), `timeout` 5 s, `max_lifetime` 30 min;
+      server-side timeouts and TCP keepalives are set unless the conninfo sets them;
+    - the connection used last is handed out first; waiters are served in order;
+    - a connection is looked at before it is handed out, and pinged if idle for `ping_after`
+      seconds; `check=ConnectionPool.check_connection` therefore does nothing more;
+    - `timeout` covers the whole acquisition; at 0 an idle connection is still handed out;
+    - `PoolTimeout` comes as `PoolExhausted` or `DatabaseUnavailable`, in an outage at once;
+    - connects are tried again until they succeed; `reconnect_failed` is called once per
+      outage, after `reconnect_timeout` seconds;
+    - lifetime is enforced at checkout too; what a user changed on a connection (autocommit,
+      row_factory, isolation_level ...) is put back on return;
+    - after a fork the child starts from nothing and opens anew on first use.
+    """
+
+    __module__ = "dbpool"
+
+    def __init__(
+        self,
+        conninfo: ConninfoParam = "",
+        *,
+        settings: Settings | None = None,
+        listeners: Iterable[Any] = (),
+        **options: Any,
+    ) -> None:
+        chosen = {name: options.pop(name) for name in _SETTINGS & options.keys()}
+        if unknown := sorted(options.keys() - _OPTIONS.keys()):
+            raise ConfigError(f"Pool() has no option {unknown[0]!r}")
+        options = {**_OPTIONS, **options}
+        opening = options.pop("open")
+        settings = _settings(conninfo, settings, chosen, options["kwargs"])
+        super().__init__(
+            settings,
+            Emitter(listeners),
+            conninfo,
+            name=settings.name,
+            min_size=settings.min_size,
+            max_size=settings.max_size,
+            timeout=settings.timeout,
+            max_waiting=settings.max_waiting,
+            max_lifetime=settings.max_lifetime,
+            max_idle=settings.max_idle,
+            **options,
+        )
+        self._lazy = opening is None
+        self._plain = self.connection_class.__exit__ is Connection.__exit__
+        self._budget = Budget(2 * settings.max_size)
+        if opening:
+            self.open()
+
+    def __repr__(self) -> str:
+        size, idle = self._nconns, len(self._pool)
+        return f"<dbpool.Pool {self.name!r} {self.state} size={size} idle={idle}>"
+
+    def connection(self, timeout: float | None = None) -> Lease[CT]:  # type: ignore[override]
+        """Return a context manager that lends a connection.
+
+        Leaving it commits, or rolls back if an exception leaves, and returns the connection.
+        *timeout* in seconds covers the whole acquisition, the pool's by default. Raises
+        `PoolExhausted`, `DatabaseUnavailable`, `TooManyRequests` or `PoolClosed`.
+        """
+        return Lease(self, timeout)
+
+    @overload
+    def fetch_all(self, query: Query, params: Params | None = None) -> list[Any]: ...
+    @overload
+    def fetch_all(
+        self, query: Query, params: Params | None = None, *, row_factory: RowFactory[R]
+    ) -> list[R]: ...
+    def fetch_all(
+        self, query: Query, params: Params | None = None, *, row_factory: Any = None
+    ) -> list[Any]:
+        """Run one statement in one round trip and return its rows.
+
+        It runs in autocommit, or in a transaction if the connection is set up with an
+        isolation level, read only or deferrable. It is never sent twice.
+        """
+        return self._single(query, params, row_factory, Cursor.fetchall, sys._getframe(1))
+
+    @overload
+    def fetch_one(self, query: Query, params: Params | None = None) -> Any | None: ...
+    @overload
+    def fetch_one(
+        self, query: Query, params: Params | None = None, *, row_factory: RowFactory[R]
+    ) -> R | None: ...
+    def fetch_one(
+        self, query: Query, params: Params | None = None, *, row_factory: Any = None
+    ) -> Any | None:
+        """Like `fetch_all`, but return the first row, or None if there is none."""
+        return self._single(query, params, row_factory, Cursor.fetchone, sys._getframe(1))
+
+    def fetch_value(self, query: Query, params: Params | None = None) -> Any:
+        """Like `fetch_all`, but return the first column of the first row, or None."""
+        row = self._single(query, params, tuple_row, Cursor.fetchone, sys._getframe(1))
+        return None if row is None else row[0]
+
+    def execute(self, query: Query, params: Params | None = None) -> int:
+        """Run one statement like `fetch_all`, and return the number of rows it touched."""
+        return self._single(query, params, None, _row_count, sys._getframe(1))
+
+    def _single(
+        self,
+        query: Query,
+        params: Params | None,
+        row_factory: RowFactory[Any] | None,
+        result: Callable[[Cursor[Any]], T],
+        frame: FrameType,
+    ) -> T:
+        conn: Any = self._acquire(None, frame)
+        try:
+            # A connection from the pool is as it was set up, so these are the set-up's.
+            if conn._isolation_level is conn._read_only is conn._deferrable is None:
+                conn._autocommit = True
+                return result(_execute(conn, query, params, row_factory))
+            with conn:
+                return result(_execute(conn, query, params, row_factory))
+        except psycopg.errors.ReadOnlySqlTransaction:
+            self._moved(conn)
+            raise
+        finally:
+            conn._autocommit = conn._slot.manners[0]
+            self._release(conn)
+
+    @property
+    def state(self) -> str:
+        """`"starting"` until first connected, `"up"`, `"down"` in an outage, or `"stopped"`."""
+        if self._closed and self._opened:
+            return "stopped"
+        if self.breaker.is_open:
+            return "down"
+        return "up" if self._last_seen else "starting"
+
+    @property
+    def last_seen(self) -> float | None:
+        """Monotonic time of the last healthy return or connect: a passive proof of life."""
+        return self._last_seen or None
+
+    def holders(self) -> list[Holder]:
+        """Return who holds connections, longest first, at most 20."""
+        with self._lock:
+            held = list(self._out)
+        return list(holders.report(held, monotonic()))
+
+    def held_by_current_thread(self) -> list[Any]:
+        """Return the connections that this thread checked out and did not return."""
+        me = threading.get_ident()
+        with self._lock:
+            mine = [slot for slot in self._out if slot.since and slot.thread == me]
+        return [conn for slot in mine if slot.ref and (conn := slot.ref()) is not None]
+
+
+class Lease(Generic[CT]):
+    """Lends a connection for the length of a `with` block. Made by `Pool.connection`."""
+
+    # A plain class: a generator-based context manager costs a microsecond more.
+    __slots__ = ("_conn", "_pool", "_timeout")
+
+    def __init__(self, pool: Pool[CT], timeout: float | None) -> None:
+        self._pool = pool
+        self._timeout = timeout
+
+    def __enter__(self) -> CT:
+        pool = self._pool
+        conn = self._conn = pool._acquire(self._timeout, sys._getframe(1))
+        return conn if pool._plain else conn.__enter__()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        pool, conn = self._pool, self._conn
+        try:
+            if exc_type is psycopg.errors.ReadOnlySqlTransaction:
+                pool._moved(conn)
+            # With nothing begun there is nothing to end: saves a lock and two calls.
+            if conn.pgconn.transaction_status != _IDLE or not pool._plain:
+                conn.__exit__(exc_type, exc, tb)
+        finally:
+            pool.putconn(conn)
+
+
+def _settings(
+    conninfo: ConninfoParam, settings: Settings | None, chosen: dict[str, Any], kwargs: Any
+) -> Settings:
+    if "max_size" in chosen and chosen["max_size"] is None:  # the parent's "as min_size"
+        chosen["max_size"] = chosen.get("min_size", 1)
+    if isinstance(conninfo, str) and conninfo:
+        chosen["conninfo"] = conninfo
+    if settings is not None:
+        return replace(settings, **chosen) if chosen else settings
+    return Settings(**chosen) if conninfo or kwargs else Settings.from_env(**chosen)
+
+
+def _execute(
+    conn: Any, query: Query, params: Params | None, row_factory: RowFactory[Any] | None
+) -> Cursor[Any]:
+    cursor: Cursor[Any] = conn.cursor(row_factory=row_factory)
+    return cursor.execute(query, params)  # type: ignore[arg-type]
+
+
+def _row_count(cursor: Cursor[Any]) -> int:
+    return cursor.rowcount

@@ -1,0 +1,141 @@
+"""The breaker's rules, on a clock of the test's own."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from dbpool.breaker import Breaker
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def breaker(clock: Clock) -> Breaker:
+    return Breaker(grace=2.0, clock=clock)
+
+
+def fail(
+    breaker: Breaker, clock: Clock, kind: str = "refused", *, last_seen: float = 0.0, out: int = 0
+) -> bool:
+    error = psycopg.OperationalError(f"failed: {kind}")
+    return breaker.failed(clock.now, error, kind, last_seen=last_seen, out=out)
+
+
+def test_starts_closed_and_says_so(breaker: Breaker) -> None:
+    assert breaker.state == "closed"
+    assert repr(breaker) == "<Breaker closed kind='unknown' failing_for=0.0>"
+    assert breaker.since is breaker.retry_after is breaker.last_error is None
+
+
+def test_failures_within_the_grace_leave_it_closed(breaker: Breaker, clock: Clock) -> None:
+    assert not fail(breaker, clock)
+    clock.now += 1.9
+    assert not fail(breaker, clock)
+    assert breaker.is_failing
+    assert breaker.state == "closed"
+
+
+def test_opens_once_when_failures_outlast_the_grace(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, clock)
+    clock.now += 2.0
+    assert fail(breaker, clock)
+    assert not fail(breaker, clock)
+    assert breaker.state == "open"
+    assert breaker.last_error == "failed: refused"
+
+
+def test_an_attempt_in_an_outage_is_half_open(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, clock, "password")
+    breaker.attempt()
+    assert breaker.state == "half-open"
+    assert breaker.is_open
+    fail(breaker, clock, "password")
+    assert breaker.state == "open"
+
+
+def test_success_closes_it_and_tells_how_long_it_was_open(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, clock, "password")
+    clock.now += 7.5
+    assert breaker.succeeded() == 7.5
+    assert breaker.state == "closed"
+    assert breaker.succeeded() is None
+
+
+@pytest.mark.parametrize("kind", ["password", "role", "database", "access", "tls", "conninfo"])
+def test_a_permanent_failure_needs_no_grace(breaker: Breaker, clock: Clock, kind: str) -> None:
+    assert fail(breaker, clock, kind)
+
+
+def test_a_permanent_failure_waits_for_connections_that_are_out(
+    breaker: Breaker, clock: Clock
+) -> None:
+    assert not fail(breaker, clock, "password", out=3)
+    clock.now += 2.0
+    assert fail(breaker, clock, "password", out=3)
+
+
+def test_a_full_server_is_not_down_while_connections_are_out(
+    breaker: Breaker, clock: Clock
+) -> None:
+    fail(breaker, clock, "saturated", out=8)
+    clock.now += 60.0
+    assert not fail(breaker, clock, "saturated", out=8)
+    assert fail(breaker, clock, "saturated", out=0)
+
+
+def test_a_sign_of_life_starts_the_grace_anew(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, clock)
+    clock.now += 1.5
+    seen = clock.now
+    clock.now += 1.0
+    assert not fail(breaker, clock, last_seen=seen)
+    clock.now += 1.9
+    assert not fail(breaker, clock, last_seen=seen)
+    clock.now += 0.1
+    assert fail(breaker, clock, last_seen=seen)
+
+
+def test_an_attempt_without_an_answer_counts_as_failing(breaker: Breaker, clock: Clock) -> None:
+    started = clock.now
+    clock.now += 2.0
+    assert breaker.overdue(started, psycopg.OperationalError("no answer"), last_seen=0.0)
+    assert breaker.state == "open"
+    assert breaker.kind == "timeout"
+
+
+def test_a_slow_attempt_is_no_outage_while_others_come_back(
+    breaker: Breaker, clock: Clock
+) -> None:
+    started = clock.now
+    clock.now += 2.0
+    error = psycopg.OperationalError("no answer")
+    assert not breaker.overdue(started, error, last_seen=started + 1.0)
+    assert breaker.state == "closed"
+
+
+def test_a_connection_that_comes_back_healthy_closes_it(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, clock, "password")
+    breaker.seen_alive(clock.now - 1.0)
+    assert breaker.state == "open"
+    breaker.seen_alive(clock.now + 1.0)
+    assert breaker.state == "closed"
+
+
+def test_reset_forgets_everything(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, clock, "password")
+    breaker.reset()
+    assert breaker.state == "closed"
+    assert not breaker.is_failing
+    assert breaker.last_error is None
