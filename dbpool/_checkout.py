@@ -231,8 +231,7 @@ class Checkout(Supply[CT]):
         """Pass a healthy connection on to who waits longest, else make it idle."""
         use = now - slot.since
         with self._lock:
-            if slot not in self._out:
-                raise ValueError(f"can't return connection to pool {self.name!r}, it is not out")
+            self._check_out(slot)
             self._count(slot, use)
             self._last_seen = slot.idle_since = now
             self._place(conn, slot)
@@ -240,6 +239,11 @@ class Checkout(Supply[CT]):
             self._close_connection(conn)
         if self.listeners.active:
             self.listeners.emit(events.CheckedIn(self.name, use))
+
+    def _check_out(self, slot: Slot) -> None:
+        """Raise `ValueError` unless it is out, as after a second return. The lock is held."""
+        if slot not in self._out or not slot.since:
+            raise ValueError(f"can't return connection to pool {self.name!r}, it is not out")
 
     def _count(self, slot: Slot, use: float) -> None:
         """Count a checkout that ended: wait and use at once, exact. The lock is held."""
@@ -274,12 +278,17 @@ class Checkout(Supply[CT]):
             self._close_connection(conn)
 
     def _release_slowly(self, conn: Any, slot: Slot, now: float) -> None:
+        if slot.fd < 0:  # inherited by a fork: its session is the parent's
+            self._close_connection(conn)
+            return
+        use = now - slot.since
         with self._lock:
-            if slot not in self._out:
-                raise ValueError(f"can't return connection to pool {self.name!r}, it is not out")
-            self._count(slot, now - (slot.since or now))
+            self._check_out(slot)
+            self._count(slot, use)
         if slot.reported:
-            self._tell_late(slot, now)
+            self._tell_late(slot, use)
+        if self.listeners.active:
+            self.listeners.emit(events.CheckedIn(self.name, use))
         if self._closed:
             self._out.discard(slot)
             self._close_connection(conn)
@@ -287,6 +296,19 @@ class Checkout(Supply[CT]):
             self.run_task(ReturnConnection(self, conn, from_getconn=False))
         else:
             self._return_connection(conn, from_getconn=False)
+
+    def _tell_late(self, slot: Slot, seconds: float) -> None:
+        slot.reported = False
+        where = slot.where()
+        logger.warning(
+            "pool %r: a connection reported as held for too long came back after %.1f s;"
+            " it was checked out at %s",
+            self.name,
+            seconds,
+            where,
+        )
+        if self.listeners.active:
+            self.listeners.emit(events.ReturnedLate(self.name, seconds, where))
 
     def _return_connection(self, conn: Any, from_getconn: bool) -> None:
         """Make a returned connection fit for the next holder, or give it up."""
@@ -370,6 +392,8 @@ class Checkout(Supply[CT]):
         while self._lost:
             slot = self._lost.popleft()
             if slot in self._out:
+                if slot.since:
+                    self._count(slot, monotonic() - slot.since)
                 self._remove(slot, "collected")
                 self._refill()
                 logger.warning(

@@ -56,6 +56,7 @@ def silence(slots: list[Slot]) -> None:
         if slot.fd >= 0:
             os.dup2(null, slot.fd, inheritable=False)
             slot.fd = -1
+            slot.reported = True  # keeps it off the hot path should it be returned
     os.close(null)
 
 

@@ -78,6 +78,7 @@ class Supply(ConnectionPool[CT]):
         self._outage_told = False
         self._metrics = Metrics()
         self._queued = 0
+        self._popped: dict[str, int] = {}
         self._last_seen = 0.0
         self._moved_at = float("-inf")
         self.breaker = Breaker(self.settings.outage_grace)

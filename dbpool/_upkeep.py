@@ -160,20 +160,6 @@ class Upkeep(Checkout[CT]):
                 if self.listeners.active:
                     self.listeners.emit(events.Leaked(self.name, holder, stack))
 
-    def _tell_late(self, slot: Slot, now: float) -> None:
-        slot.reported = False
-        seconds = now - slot.since
-        where = slot.where()
-        logger.warning(
-            "pool %r: a connection reported as held for too long came back after %.1f s;"
-            " it was checked out at %s",
-            self.name,
-            seconds,
-            where,
-        )
-        if self.listeners.active:
-            self.listeners.emit(events.ReturnedLate(self.name, seconds, where))
-
     def _shrink_pool(self) -> None:
         """Close what has been idle for max_idle beyond min_size, or is past its lifetime."""
         now = monotonic()
@@ -261,6 +247,7 @@ class Upkeep(Checkout[CT]):
             return self._metrics.snapshot(
                 state=self.state,
                 size=0 if self._closed else self._nconns,
+                active=0 if self._closed else self._active(),
                 idle=len(self._pool),
                 connecting=0 if self._closed else self._connecting,
                 waiting=len(self._waiting),
@@ -275,3 +262,34 @@ class Upkeep(Checkout[CT]):
                 ),
                 holders=holders.report(out, now),
             )
+
+    def get_stats(self) -> dict[str, int]:
+        """Return the parent's statistics, exact: counts, sums in milliseconds, and sizes."""
+        with self._lock:
+            return self._totals(since=self._popped) | self._get_measures()
+
+    def pop_stats(self) -> dict[str, int]:
+        """Like `get_stats`, and let its counts and sums begin at zero again."""
+        with self._lock:
+            stats = self._totals(since=self._popped)
+            self._popped = self._totals(since={})
+            return stats | self._get_measures()
+
+    def _totals(self, since: dict[str, int]) -> dict[str, int]:
+        """The parent's counts and sums beyond those of *since*. The lock is held."""
+        m = self._metrics
+        pending = [slot.wait for slot in self._out if slot.since]
+        failed = m.timeouts + m.rejected
+        totals = {
+            self._REQUESTS_NUM: m.checkouts + len(pending) + failed,
+            self._REQUESTS_QUEUED: self._queued,
+            self._REQUESTS_WAIT_MS: int(1000.0 * (m.wait.sum + sum(pending))),
+            self._REQUESTS_ERRORS: failed,
+            self._USAGE_MS: int(1000.0 * m.use.sum),
+            self._RETURNS_BAD: m.broken,
+            self._CONNECTIONS_NUM: m.connects + m.connect_failures,
+            self._CONNECTIONS_MS: int(1000.0 * m.connect.sum),
+            self._CONNECTIONS_ERRORS: m.connect_failures,
+            self._CONNECTIONS_LOST: m.dead,
+        }
+        return {key: value - since.get(key, 0) for key, value in totals.items()}

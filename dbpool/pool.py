@@ -111,7 +111,7 @@ class Pool(Runner[CT]):
             self.open()
 
     def __repr__(self) -> str:
-        size, idle = self._nconns, len(self._pool)
+        size, idle = 0 if self._closed else self._nconns, len(self._pool)
         return f"<dbpool.Pool {self.name!r} {self.state} size={size} idle={idle}>"
 
     def connection(self, timeout: float | None = None) -> Lease[CT]:  # type: ignore[override]
@@ -240,7 +240,7 @@ class Lease(Generic[CT]):
             if conn.pgconn.transaction_status != _IDLE or not pool._plain:
                 conn.__exit__(exc_type, exc, tb)
         finally:
-            pool.putconn(conn)
+            pool._release(conn)
 
 
 def _settings(

@@ -1,0 +1,284 @@
+"""Counters and histograms, exact and of constant size; immutable snapshots that merge.
+
+Nothing in here takes a lock: a pool changes its metrics while it holds its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from operator import add
+from typing import Any, Final
+
+# Upper bounds in seconds, eight to a decade from 1 us to 1000 s; what is longer has a bucket of
+# its own. A quantile is thus off by at most a third.
+BOUNDS: Final = tuple(1e-6 * 10 ** (step / 8) for step in range(73))
+_BUCKETS: Final = len(BOUNDS) + 1
+
+REASONS: Final = ("dead", "expired", "broken", "idle", "collected")
+_COUNTS: Final = (
+    "checkouts",
+    "timeouts",
+    "rejected",
+    "connects",
+    "connect_failures",
+    "retries",
+    "leaks",
+)
+_HOLDERS: Final = 20  # in one snapshot
+# Of merged states and breakers the gravest is told.
+_STATES: Final = ("", "stopped", "starting", "up", "down")
+_BREAKERS: Final = ("closed", "half-open", "open")
+
+
+class Histogram:
+    """How long something took, in seconds: counts by bucket, their sum and maximum."""
+
+    __slots__ = ("counts", "max", "sum")
+
+    def __init__(self) -> None:
+        self.counts = [0] * _BUCKETS
+        self.sum = 0.0
+        self.max = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one duration."""
+        self.counts[bisect_left(BOUNDS, seconds)] += 1
+        self.sum += seconds
+        if seconds > self.max:
+            self.max = seconds
+
+    def snapshot(self, pending: Iterable[float] = ()) -> HistogramSnapshot:
+        """Return a copy, with durations counted that are not added yet."""
+        copy = Histogram()
+        copy.counts, copy.sum, copy.max = self.counts[:], self.sum, self.max
+        for seconds in pending:
+            copy.add(seconds)
+        return HistogramSnapshot(tuple(copy.counts), copy.sum, copy.max)
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramSnapshot:
+    """An immutable histogram: counts by bucket of `BOUNDS`, sum and maximum in seconds."""
+
+    counts: tuple[int, ...] = (0,) * _BUCKETS
+    sum: float = 0.0
+    max: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """How many durations were counted."""
+        return sum(self.counts)
+
+    def quantile(self, q: float) -> float:
+        """Return the *q*-quantile in seconds, interpolated within its bucket; 0 when empty."""
+        rank = q * self.count
+        below, lower = 0, 0.0
+        for bound, count in zip((*BOUNDS, self.max), self.counts, strict=True):
+            if count and below + count >= rank:
+                upper = min(bound, self.max)
+                return lower + max(0.0, upper - lower) * (rank - below) / count
+            below += count
+            lower = bound
+        return self.max
+
+    def merge(self, other: HistogramSnapshot) -> HistogramSnapshot:
+        """Return the histogram of both."""
+        counts = tuple(map(add, self.counts, other.counts))
+        return HistogramSnapshot(counts, self.sum + other.sum, max(self.max, other.max))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return count, sum, max and quantiles; `buckets` holds what merging needs."""
+        return {
+            "count": self.count,
+            "sum": self.sum,
+            "max": self.max,
+            "p50": self.quantile(0.50),
+            "p95": self.quantile(0.95),
+            "p99": self.quantile(0.99),
+            "buckets": {str(n): count for n, count in enumerate(self.counts) if count},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> HistogramSnapshot:
+        """Rebuild from what `to_json` made; raise `ValueError` for anything else."""
+        counts = [0] * _BUCKETS
+        try:
+            for bucket, count in data["buckets"].items():
+                counts[int(bucket)] = int(count)
+            return cls(tuple(counts), float(data["sum"]), float(data["max"]))
+        except (AttributeError, IndexError, KeyError, TypeError) as ex:
+            raise ValueError("this is no histogram") from ex
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Totals since the pool was opened."""
+
+    checkouts: int = 0
+    timeouts: int = 0
+    rejected: int = 0
+    connects: int = 0
+    connect_failures: int = 0
+    retries: int = 0
+    leaks: int = 0
+    discarded: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+
+    def merge(self, other: Counters) -> Counters:
+        """Return the sums."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
+        discarded = {name: self.discarded[name] + other.discarded[name] for name in REASONS}
+        return Counters(**sums, discarded=discarded)
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerSnapshot:
+    """A breaker's state; `since` is Unix time, `retry_after` seconds."""
+
+    state: str = "closed"
+    since: float | None = None
+    last_error: str | None = None
+    retry_after: float | None = None
+
+    def merge(self, other: BreakerSnapshot) -> BreakerSnapshot:
+        """Return the graver of both; of equals the one that has failed for longer."""
+        return max(self, other, key=BreakerSnapshot._gravity)
+
+    def _gravity(self) -> tuple[int, float, str, float]:
+        since = float("-inf") if self.since is None else -self.since
+        return (
+            _BREAKERS.index(self.state),
+            since,
+            self.last_error or "",
+            self.retry_after or 0.0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HolderSnapshot:
+    """Who holds a connection: thread, seconds so far, code location, endpoint if known."""
+
+    thread: str
+    seconds: float
+    where: str
+    endpoint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A pool at one moment, or several workers' pools of one name merged.
+
+    `active + idle + connecting == size`. Sizes and counters are sums over what was merged.
+    """
+
+    state: str = ""
+    size: int = 0
+    active: int = 0
+    idle: int = 0
+    connecting: int = 0
+    waiting: int = 0
+    min_size: int = 0
+    max_size: int = 0
+    counters: Counters = Counters()
+    wait: HistogramSnapshot = HistogramSnapshot()
+    use: HistogramSnapshot = HistogramSnapshot()
+    connect: HistogramSnapshot = HistogramSnapshot()
+    breaker: BreakerSnapshot = BreakerSnapshot()
+    holders: tuple[HolderSnapshot, ...] = ()
+
+    @classmethod
+    def empty(cls) -> Snapshot:
+        """Return what changes nothing when merged."""
+        return cls()
+
+    def merge(self, other: Snapshot) -> Snapshot:
+        """Return both as one; associative and commutative."""
+        sizes = {name: getattr(self, name) + getattr(other, name) for name in _SIZES}
+        holders = sorted(
+            self.holders + other.holders, key=lambda h: (-h.seconds, h.thread, h.where)
+        )
+        return Snapshot(
+            state=max(self.state, other.state, key=_STATES.index),
+            **sizes,
+            counters=self.counters.merge(other.counters),
+            wait=self.wait.merge(other.wait),
+            use=self.use.merge(other.use),
+            connect=self.connect.merge(other.connect),
+            breaker=self.breaker.merge(other.breaker),
+            holders=tuple(holders[:_HOLDERS]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON types; times in seconds."""
+        return asdict(self) | {
+            "wait": self.wait.to_json(),
+            "use": self.use.to_json(),
+            "connect": self.connect.to_json(),
+            "holders": [asdict(holder) for holder in self.holders],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Snapshot:
+        """Rebuild from what `to_json` made; raise `ValueError` for anything else."""
+        try:
+            counters = dict(data["counters"])
+            discarded = {name: int(counters["discarded"][name]) for name in REASONS}
+            state = data["state"]
+            _STATES.index(state), _BREAKERS.index(data["breaker"]["state"])
+            return cls(
+                state=state,
+                **{name: int(data[name]) for name in _SIZES},
+                counters=Counters(
+                    **{name: int(counters[name]) for name in _COUNTS}, discarded=discarded
+                ),
+                wait=HistogramSnapshot.from_json(data["wait"]),
+                use=HistogramSnapshot.from_json(data["use"]),
+                connect=HistogramSnapshot.from_json(data["connect"]),
+                breaker=BreakerSnapshot(**data["breaker"]),
+                holders=tuple(HolderSnapshot(**holder) for holder in data["holders"]),
+            )
+        except (AttributeError, KeyError, TypeError) as ex:
+            raise ValueError("this is no snapshot") from ex
+
+
+_SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", "max_size")
+
+
+class Metrics:
+    """One pool's counters and histograms. The caller holds the pool's lock."""
+
+    def __init__(self) -> None:
+        self.checkouts = self.timeouts = self.rejected = 0
+        self.connects = self.connect_failures = 0
+        self.dead = self.expired = self.broken = self.idle = self.collected = 0
+        self.retries = self.leaks = 0
+        self.wait = Histogram()
+        self.use = Histogram()
+        self.connect = Histogram()
+
+    def counters(self, pending: int = 0) -> Counters:
+        """Return the totals, with that many checkouts counted that have not ended yet."""
+        return Counters(
+            checkouts=self.checkouts + pending,
+            timeouts=self.timeouts,
+            rejected=self.rejected,
+            connects=self.connects,
+            connect_failures=self.connect_failures,
+            retries=self.retries,
+            leaks=self.leaks,
+            discarded={reason: getattr(self, reason) for reason in REASONS},
+        )
+
+    def snapshot(self, pending: Sequence[float], **rest: Any) -> Snapshot:
+        """Return a snapshot of these and of *rest*, the other fields.
+
+        *pending* are the waits of the checkouts that have not ended.
+        """
+        return Snapshot(
+            counters=self.counters(len(pending)),
+            wait=self.wait.snapshot(pending),
+            use=self.use.snapshot(),
+            connect=self.connect.snapshot(),
+            **rest,
+        )
