@@ -1,1 +1,42 @@
 """The reference application: a small JSON API over a dbpool pool, run by `make run`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+
+def create_app(config: Mapping[str, Any] | None = None) -> Flask:
+    """Make the application; *config* goes to `app.config`, over the environment.
+
+    Raises dbpool.ConfigError for settings that are wrong. No database is touched: the pools open
+    on first use, in the worker that uses them.
+    """
+    # Here, so that `webapp.embedded` can be used without Flask.
+    from dbpool.flask import create_blueprint
+    from flask import Flask
+
+    from webapp import errors, notes
+
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
+    app.config.update(config or {})
+    notes.db.init_app(app)
+    errors.init_app(app)
+    app.register_blueprint(create_blueprint(), url_prefix="/db")
+    app.register_blueprint(notes.blueprint, url_prefix="/notes")
+    app.add_url_rule("/", "index", _index)
+    return app
+
+
+def _index() -> dict[str, str]:
+    return {
+        "notes": "/notes",
+        "live page": "/db/",
+        "ready": "/db/health/ready",
+        "stats": "/db/stats",
+        "metrics": "/db/metrics",
+    }

@@ -1,0 +1,85 @@
+"""Make a virtual environment out of a lock file, once.
+
+Usage: python3 tools/make_venv.py .venv requirements.txt
+
+Run by whatever Python there is, old ones included, so that it can say what is missing in a line.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+OLDEST = (3, 11)
+
+
+def main(venv, lock_file):
+    """Bring the environment up to date; return at once if it is."""
+    if sys.version_info < OLDEST:
+        fail("Python %d.%d or newer is needed, this is %s" % (*OLDEST, sys.version.split()[0]))
+    wanted = fingerprint(lock_file)
+    stamp = venv / ".stamp"
+    if read(stamp) == wanted:
+        return
+    if not os.access(str(venv if venv.exists() else venv.parent), os.W_OK):
+        fail("cannot write %s: remove it, or choose another place: VENV=..." % venv)
+    # Two at once, in two terminals, wait for each other.
+    with venv.with_name(venv.name + ".lock").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if read(stamp) != wanted:
+            make(venv, lock_file)
+            # Last, so that what was interrupted is done again.
+            stamp.write_text(wanted)
+
+
+def make(venv, lock_file):
+    print("making %s from %s ..." % (venv, lock_file), flush=True)
+    shutil.rmtree(str(venv), ignore_errors=True)
+    made = run([sys.executable, "-m", "venv", str(venv)])
+    if made.returncode:
+        fail("python3 -m venv failed; on Debian: apt-get install python3-venv")
+    pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+    installed = run([*pip, "install", "--quiet", "--retries", "2", "-r", str(lock_file)])
+    if installed.returncode:
+        fail("cannot install %s: %s" % (lock_file, reason(installed.stdout)))
+
+
+def fingerprint(lock_file):
+    """Differs when the packages, the Python or this recipe differ."""
+    digest = hashlib.sha256(sys.version.encode())
+    for path in (lock_file, Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def read(path):
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+def run(command):
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+
+
+def reason(said):
+    """The cause that pip met first; what it says last is a consequence."""
+    lowered = said.lower()
+    if "newconnectionerror" in lowered or "name resolution" in lowered or "timed out" in lowered:
+        return "the package index cannot be reached; is there a network?"
+    errors = [line for line in said.splitlines() if line.startswith("ERROR")]
+    return errors[0] if errors else "pip failed: " + said.strip()[-200:]
+
+
+def fail(message):
+    sys.exit("venv: " + message)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,233 @@
+"""`python -m webapp`: the application under gunicorn, with a PostgreSQL of its own if need be.
+
+This process stays the parent of all that it starts, so that whatever ends it ends the rest: it
+never becomes gunicorn. It binds the port itself, so that one in use is told at once, and hands
+gunicorn the listening socket.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from webapp.embedded import EmbeddedError, Interrupted, Server, home, server
+
+ROOT = Path(__file__).resolve().parent.parent
+TICK_SECONDS = 0.1
+# A predecessor that was killed leaves a gunicorn that needs a moment to notice it.
+BIND_SECONDS = 1.5
+# gunicorn.conf.py grants two seconds to requests; the server's own shutdown follows.
+GUNICORN_SECONDS = 2.3
+
+
+class Refused(Exception):
+    """What was asked for cannot be done; the message is one line for the user."""
+
+
+class Stop:
+    """Whether a signal asked to stop. Looked at by whoever waits: nothing is interrupted midway."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, self._request)
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+def main() -> int:
+    """Run until a signal or the end of gunicorn; return the exit code."""
+    stop = Stop()
+    _set_up_logging()
+    try:
+        with _listening(stop) as listener, _database(listener, stop) as embedded:
+            _prepare()
+            return _serve(listener, embedded, stop)
+    except Interrupted:
+        return 0
+    except (Refused, EmbeddedError) as exc:
+        print(f"webapp: {exc}", file=sys.stderr)
+        return 1
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(format="webapp: %(message)s")
+    # What goes wrong here is told in one line by main().
+    for name in ("dbpool", "psycopg"):
+        logging.getLogger(name).propagate = False
+
+
+# -- the port --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _listening(stop: Stop) -> Iterator[socket.socket]:
+    host, port = os.environ.get("WEBAPP_HOST") or "127.0.0.1", _port()
+    deadline = time.monotonic() + BIND_SECONDS
+    while True:
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = socket.create_server(address[:2], family=family, backlog=2048)
+            break
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE or time.monotonic() > deadline or stop():
+                raise Refused(_why_not_bound(exc, host, port)) from None
+            time.sleep(TICK_SECONDS)
+    with listener:
+        yield listener
+
+
+def _port() -> int:
+    given = os.environ.get("PORT") or "8000"
+    if not given.isascii() or not given.isdigit() or int(given) > 65535:
+        raise Refused(f"PORT must be a number up to 65535, not {given!r}")
+    return int(given)
+
+
+def _why_not_bound(exc: OSError, host: str, port: int) -> str:
+    if exc.errno == errno.EADDRINUSE:
+        return f"port {port} is in use; another one: make run PORT={port % 65535 + 1}"
+    return f"cannot listen on {host}, port {port}: {exc.strerror}"
+
+
+# -- the database ----------------------------------------------------------------------------
+
+
+@contextmanager
+def _database(listener: socket.socket, stop: Stop) -> Iterator[Server | None]:
+    """Leave DATABASE_URL set, to the user's database or to an embedded server."""
+    from dotenv import dotenv_values
+
+    configured = {**dotenv_values(ROOT / ".env"), **os.environ}
+    if configured.get("DATABASE_URL") or configured.get("DATABASE_URL_FILE"):
+        yield None
+        return
+    _insist_on_loopback(listener)
+    with server(home(ROOT), stop) as embedded:
+        for name in [name for name in os.environ if name.startswith("PG")]:
+            del os.environ[name]
+        os.environ["DATABASE_URL"] = embedded.conninfo
+        if not configured.get("DBPOOL_DETAILS"):
+            os.environ["DBPOOL_DETAILS"] = "always"
+        yield embedded
+
+
+def _insist_on_loopback(listener: socket.socket) -> None:
+    host = listener.getsockname()[0]
+    if not ipaddress.ip_address(host).is_loopback:
+        raise Refused(f"the embedded demo shows everything, so it is not served on {host}")
+
+
+def _prepare() -> None:
+    """Try the settings and the database, so that what is wrong is told here, in one line."""
+    import psycopg
+
+    from dbpool import ConfigError
+    from webapp import create_app, schema
+
+    try:
+        create_app()
+        schema.create_configured(dotenv=ROOT / ".env")
+    except ConfigError as exc:
+        raise Refused(str(exc)) from None
+    except psycopg.Error as exc:
+        raise Refused(f"cannot use the database: {' '.join(str(exc).split())}") from None
+
+
+# -- gunicorn --------------------------------------------------------------------------------
+
+
+def _serve(listener: socket.socket, embedded: Server | None, stop: Stop) -> int:
+    host, port = listener.getsockname()[:2]
+    process = _start_gunicorn(listener)
+    try:
+        told = False
+        while process.poll() is None and not stop():
+            if not told and _answers(host, port):
+                _tell(host, port, embedded)
+                told = True
+            if embedded is not None:
+                embedded.revive()
+            time.sleep(TICK_SECONDS)
+    finally:
+        _end(process)
+    if not stop():
+        raise Refused(f"gunicorn ended by itself: {_how(process.returncode)}")
+    return 0
+
+
+def _start_gunicorn(listener: socket.socket) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "gunicorn", "--config", "webapp/gunicorn.conf.py"]
+    command += ["--bind", f"fd://{listener.fileno()}", "--log-level", "warning"]
+    process = subprocess.Popen(
+        [*command, "webapp:create_app()"],
+        cwd=ROOT,
+        env={**os.environ, "WEBAPP_SUPERVISOR": str(os.getpid())},
+        pass_fds=[listener.fileno()],
+        start_new_session=True,  # Ctrl-C in the terminal is for us alone
+    )
+    # With our copy open, clients of a gunicorn that ended would wait instead of being refused.
+    listener.close()
+    return process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GUNICORN_SECONDS)
+    if process.poll() != 0:
+        # Workers outlive a master that was killed by up to a second, and hold the port.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _answers(host: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(host, port, timeout=0.2)
+    try:
+        connection.request("GET", "/db/health/live")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _tell(host: str, port: int, embedded: Server | None) -> None:
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    database = f"PostgreSQL in {embedded.cluster}" if embedded else "the database of DATABASE_URL"
+    lines = [
+        f"Serving from {database}. Ctrl-C stops it.",
+        f"  {url}/notes            the sample API",
+        f"  {url}/db/              the live page of the pools",
+        f"  {url}/db/health/ready  readiness",
+        f"  {url}/db/stats         the numbers, of all workers",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def _how(returncode: int) -> str:
+    if returncode < 0:
+        return f"killed by {signal.Signals(-returncode).name}"
+    return f"exit code {returncode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

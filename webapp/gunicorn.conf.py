@@ -1,0 +1,38 @@
+"""How gunicorn serves the application, under `make run` and in the container alike."""
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dbpool.gunicorn import *  # noqa: F403 -- the server hooks; its __all__ holds nothing else
+
+bind = f"{os.environ.get('WEBAPP_HOST') or '127.0.0.1'}:{os.environ.get('PORT') or '8000'}"
+worker_class = "gthread"
+workers = int(os.environ.get("WEB_CONCURRENCY") or 2)
+threads = 8
+graceful_timeout = 2
+# Its heartbeat file does not belong on a disk, whose writes can stall.
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
+# The socket would be in HOME, where a second instance takes it from the first.
+control_socket_disable = True
+
+
+def when_ready(server: Any) -> None:
+    """End the master when the supervisor that started it is gone, killed for example.
+
+    A timer, since a thread in the master would be forked into every worker; children inherit no
+    timers.
+    """
+    supervisor = os.environ.get("WEBAPP_SUPERVISOR")
+    if supervisor is None:
+        return
+
+    def look(signum: int, frame: FrameType | None) -> None:
+        if os.getppid() != int(supervisor):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            os.kill(os.getpid(), signal.SIGQUIT)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 0.25, 0.25)

@@ -1,0 +1,45 @@
+"""The tables of the sample application, made by `make run` or by `python -m webapp.schema`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psycopg
+
+from dbpool import ConfigError, Pool, Settings
+
+STATEMENTS = """
+create table if not exists notes (
+    id bigint generated always as identity primary key,
+    title text not null,
+    body text not null default '',
+    version bigint not null default 1,
+    created timestamptz not null default now(),
+    updated timestamptz not null default now()
+)
+"""
+# `if not exists` is no protection against two at once; any number of ours serves as the lock.
+LOCK = "select pg_advisory_xact_lock(7262810)"
+
+
+def create(pool: Pool) -> None:
+    """Create the tables that are missing."""
+    with pool.connection() as conn:
+        conn.execute(LOCK)
+        # Not created blindly: a role may use tables that it would not be allowed to make.
+        if conn.execute("select to_regclass('notes')").fetchone() == (None,):
+            conn.execute(STATEMENTS)
+
+
+def create_configured(dotenv: str | Path = ".env") -> None:
+    """Create the tables in the database that the environment names."""
+    with Pool(settings=Settings.from_env(dotenv=dotenv, max_size=1)) as pool:
+        create(pool)
+
+
+if __name__ == "__main__":
+    try:
+        create_configured()
+    except (ConfigError, psycopg.Error) as exc:
+        sys.exit(f"webapp: {exc}")
