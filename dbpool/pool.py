@@ -33,7 +33,7 @@ R = TypeVar("R")
 
 _IDLE = TransactionStatus.IDLE
 
-_SETTINGS = frozenset(field.name for field in fields(Settings) if field.init)
+_SETTINGS: Final = frozenset(field.name for field in fields(Settings)) - {"explicit"}
 # The parent's parameters that are no settings, with our defaults.
 _OPTIONS: Mapping[str, Any] = {
     "connection_class": Connection,
@@ -250,9 +250,12 @@ def _settings(
         chosen["max_size"] = chosen.get("min_size", 1)
     if isinstance(conninfo, str) and conninfo:
         chosen["conninfo"] = conninfo
+    explicit = frozenset(chosen)
     if settings is not None:
-        return replace(settings, **chosen) if chosen else settings
-    return Settings(**chosen) if conninfo or kwargs else Settings.from_env(**chosen)
+        return replace(settings, explicit=settings.explicit | explicit, **chosen)
+    if conninfo or kwargs:
+        return Settings(explicit=explicit, **chosen)
+    return Settings.from_env(**chosen)
 
 
 def _execute(

@@ -1,0 +1,145 @@
+"""Connection strings: validated, masked, and merged with what a pool wants.
+
+A malformed one is refused in here before psycopg or libpq see it: their messages quote it,
+password included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote, quote_plus
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from dbpool.errors import ConfigError
+
+SECRET: Final = frozenset({"password", "sslpassword", "oauth_client_secret"})
+_MASK: Final = "***"
+
+# SQLAlchemy's spelling of the driver, which libpq does not know.
+_DRIVER: Final = re.compile(r"^postgres(?:ql)?\+psycopg(?:2|3)?://", re.IGNORECASE)
+
+# What psycopg's `connect` takes beside libpq's parameters.
+PSYCOPG: Final = frozenset(
+    {"autocommit", "row_factory", "prepare_threshold", "cursor_factory", "context"}
+)
+
+# libpq's environment variables for the parameters that a pool would set itself.
+_VARIABLES: Final = {
+    "connect_timeout": "PGCONNECT_TIMEOUT",
+    "options": "PGOPTIONS",
+    "password": "PGPASSWORD",
+    "service": "PGSERVICE",
+    "sslmode": "PGSSLMODE",
+    "host": "PGHOST",
+}
+
+
+def normalise(conninfo: str) -> str:
+    """Return *conninfo* with SQLAlchemy's `postgresql+psycopg://` as libpq has it."""
+    return _DRIVER.sub("postgresql://", conninfo.strip())
+
+
+def parse(conninfo: str) -> dict[str, Any]:
+    """Return the parameters of a URL or a key=value string.
+
+    Raise `ConfigError`, which shows nothing of the string, if it is malformed.
+    """
+    try:
+        params: dict[str, Any] = dict(conninfo_to_dict(normalise(conninfo)))
+    except (psycopg.Error, ValueError):
+        params = {"": ""}
+    # Raised out here, so that no chained error repeats the string.
+    problem = "it cannot be parsed" if "" in params else _problem(params)
+    if problem:
+        raise ConfigError(
+            f"the connection string is malformed: {problem}"
+            " (special characters in a URL's user or password must be percent-encoded)"
+        )
+    return params
+
+
+def _problem(params: Mapping[str, Any]) -> str:
+    """What is wrong with parameters that libpq would only find out by connecting, if anything.
+
+    An unencoded `@`, `/` or `:` in a URL's password puts the rest of it into another field.
+    """
+    for part in ("host", "hostaddr"):
+        value = str(params.get(part, ""))
+        if "@" in value and not value.startswith(("/", "@")):
+            return f"its {part} holds an @"
+    ports = str(params.get("port", "")).split(",")
+    if not all(port == "" or (port.isdecimal() and 0 < int(port) < 65536) for port in ports):
+        return "its port is no number from 1 to 65535"
+    if "@" in str(params.get("dbname", "")) and not params.get("user"):
+        return "its database holds an @"
+    return ""
+
+
+def mask(text: str, secrets: Iterable[str]) -> str:
+    """Return *text* with every secret replaced, as it is or percent-encoded."""
+    forms = {form for s in secrets if s for form in (s, quote(s, safe=""), quote_plus(s), quote(s))}
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, _MASK)
+    return text
+
+
+def mask_conninfo(conninfo: str) -> str:
+    """Return *conninfo* as key=value with its secrets replaced; never fails."""
+    try:
+        params = parse(conninfo)
+        return make_conninfo("", **{k: _MASK if k in SECRET else v for k, v in params.items()})
+    except (ConfigError, psycopg.Error):
+        return "(malformed)"
+
+
+def already_set(params: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the string, its service file or libpq's variables set, in that precedence."""
+    variables = {name: environ[var] for name, var in _VARIABLES.items() if environ.get(var)}
+    service = params.get("service") or variables.get("service")
+    return {**variables, **_service(str(service), environ), **params} if service else {
+        **variables,
+        **params,
+    }
+
+
+def _service(name: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the entries of one service, read where libpq reads them."""
+    files = [environ.get("PGSERVICEFILE") or Path.home() / ".pg_service.conf"]
+    if "PGSYSCONFDIR" in environ:
+        files.append(Path(environ["PGSYSCONFDIR"]) / "pg_service.conf")
+    for file in files:
+        try:
+            lines = Path(file).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if found := _section(lines, name):
+            return found
+    return {}
+
+
+def _section(lines: Iterable[str], name: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    inside = False
+    for line in map(str.strip, lines):
+        if line.startswith("["):
+            inside = line == f"[{name}]"
+        elif inside and "=" in line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            found[key.strip()] = value.strip()
+    return found
+
+
+def is_exposed(params: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
+    """Whether a remote server's identity would go unchecked: below `sslmode=verify-full`."""
+    known = already_set(params, environ)
+    hosts = str(known.get("hostaddr") or known.get("host") or "").split(",")
+    remote = [h for h in hosts if h and not h.startswith(("/", "@", "127.")) and h not in _LOCAL]
+    return bool(remote) and known.get("sslmode") != "verify-full"
+
+
+_LOCAL: Final = frozenset({"localhost", "::1"})

@@ -1,0 +1,450 @@
+"""Settings: from keywords, the environment, secret files and `.env`; validated and masked."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from dbpool import conninfo as _conninfo
+from dbpool.errors import ConfigError
+
+__all__ = [
+    "AppSettings",
+    "Settings",
+    "databases_from_env",
+    "settings_from_config",
+    "unknown_variables",
+]
+
+logger = logging.getLogger("dbpool")
+
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|m|h|)\s*")
+_NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
+
+_SIZES: Final = ("min_size", "max_size", "max_waiting", "keepalives_count")
+_POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
+# Our fields that the server enforces, with their names there.
+_SERVER_SIDE: Final = {
+    "statement_timeout": "statement_timeout",
+    "lock_timeout": "lock_timeout",
+    "idle_in_transaction_timeout": "idle_in_transaction_session_timeout",
+}
+# Fields without a variable: nobody was seen to need one.
+_UNNAMED: Final = frozenset(
+    {"name", "conninfo", "conninfo_file", "password_file", "explicit"}
+    | {"keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"}
+)
+
+
+@dataclass(frozen=True, repr=False)
+class Settings:
+    """What one pool is set to. Times are in seconds; `"500ms"`, `"30s"`, `"5m"`, `"1h"` too.
+
+    Raises `ConfigError` for a value that does not parse, is out of range, or contradicts
+    another. `explicit` names the fields that were set on purpose: those win over what the
+    connection string sets, which wins over the defaults.
+    """
+
+    name: str = "default"
+    conninfo: str = ""
+    conninfo_file: str | None = None
+    password_file: str | None = None
+    min_size: int = 1
+    max_size: int = 10
+    timeout: float = 5.0
+    max_waiting: int = 0
+    max_lifetime: float = 1800.0
+    max_idle: float = 600.0
+    connect_timeout: int = 5
+    statement_timeout: float = 30.0
+    lock_timeout: float = 0.0
+    idle_in_transaction_timeout: float = 60.0
+    keepalives_idle: int = 30
+    keepalives_interval: int = 10
+    keepalives_count: int = 3
+    tcp_user_timeout: float = 30.0
+    ping_after: float = 30.0
+    ping_timeout: float = 1.0
+    outage_grace: float = 2.0
+    leak_after: float = 60.0
+    pooler: str = "none"
+    application_name: str = ""
+    explicit: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def __post_init__(self) -> None:
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        self._set("explicit", self.explicit | (changed - {"name", "explicit"}))
+        for f in fields(self):
+            if f.type in ("float", "int"):
+                self._set(f.name, _number(getattr(self, f.name), f, self._known_as(f.name)))
+        self._set("conninfo", _conninfo.normalise(self.conninfo))
+        if self.conninfo:
+            _conninfo.parse(self.conninfo)
+        if self.min_size > self.max_size and "max_size" not in self.explicit:
+            self._set("max_size", self.min_size)
+        self._check()
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _known_as(self, name: str) -> str:
+        return f"{name} ({variable(name, self.name)})"
+
+    def _refuse(self, name: str, reason: str) -> None:
+        raise ConfigError(f"{self._known_as(name)} {reason}")
+
+    def _check(self) -> None:
+        if not self.name:
+            raise ConfigError("name must not be empty")
+        if self.max_size < 1:
+            self._refuse("max_size", "must be at least 1")
+        if self.min_size > self.max_size:
+            self._refuse("min_size", f"is {self.min_size}, more than max_size {self.max_size}")
+        if self.connect_timeout < 2:
+            self._refuse("connect_timeout", "must be at least 2 whole seconds")
+        for name in ("max_lifetime", "max_idle", "ping_timeout"):
+            if getattr(self, name) <= 0:
+                self._refuse(name, "must be more than 0")
+        if self.pooler not in _POOLERS:
+            self._refuse("pooler", f"must be none or transaction, not {self.pooler!r}")
+        self._set("pooler", _POOLERS[self.pooler])
+        if self.pooler == "transaction":
+            for name in sorted(self.explicit & _SERVER_SIDE.keys()):
+                self._refuse(
+                    name,
+                    "cannot be set through a transaction pooler: use"
+                    f" ALTER ROLE … SET {_SERVER_SIDE[name]} on the server",
+                )
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{key}={value!r}" for key, value in self.masked().items())
+        return f"Settings({shown})"
+
+    def masked(self) -> dict[str, object]:
+        """Return all fields, without secrets."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "explicit"}
+        return values | {"conninfo": _conninfo.mask_conninfo(self.conninfo)}
+
+    def resolve(self) -> str:
+        """Return the connection string as it is now; its secret file is read again."""
+        if self.conninfo or self.conninfo_file is None:
+            return self.conninfo
+        name = "DATABASE_URL_FILE" if self.name == "default" else f"{_prefix(self.name)}URL_FILE"
+        return _conninfo.normalise(_secret(self.conninfo_file, name))
+
+    def connect_params(
+        self, conninfo: str | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the keywords to connect with: the string's, the user's, and what is missing.
+
+        *kwargs* are the user's own and win; those that are psycopg's pass through.
+        """
+        given = dict(kwargs or {})
+        own = {key: given.pop(key) for key in _conninfo.PSYCOPG & given.keys()}
+        params = _conninfo.parse(self.resolve() if conninfo is None else conninfo) | given
+        known = _conninfo.already_set(params, os.environ)
+        for key, value in self._wishes():
+            if key not in known:
+                params[key] = value
+        if "connect_timeout" in self.explicit and "connect_timeout" not in given:
+            params["connect_timeout"] = self.connect_timeout
+        if self.password_file and "password" not in known:
+            params["password"] = _secret(self.password_file, "PGPASSWORD_FILE")
+        if self.pooler == "transaction":
+            own.setdefault("prepare_threshold", None)
+        elif options := self._options(str(known.get("options", ""))):
+            params["options"] = options
+        return params | own
+
+    def _wishes(self) -> Iterator[tuple[str, object]]:
+        """What is set where nothing else sets it."""
+        yield "connect_timeout", self.connect_timeout
+        yield "keepalives_idle", self.keepalives_idle
+        yield "keepalives_interval", self.keepalives_interval
+        yield "keepalives_count", self.keepalives_count
+        yield "tcp_user_timeout", round(self.tcp_user_timeout * 1000)
+        yield "fallback_application_name", self.application_name or f"dbpool:{self.name}"
+
+    def _options(self, theirs: str) -> str:
+        """Merge: of two the server takes the last, so defaults go before, wishes after."""
+        before, after = [], []
+        for name, parameter in _SERVER_SIDE.items():
+            value = getattr(self, name)
+            option = f"-c {parameter}={round(value * 1000)}"
+            if name in self.explicit:
+                after.append(option)
+            elif value:
+                before.append(option)
+        return " ".join(filter(None, (*before, theirs, *after)))
+
+    @classmethod
+    def from_env(
+        cls,
+        name: str = "default",
+        environ: Mapping[str, str] | None = None,
+        dotenv: str | os.PathLike[str] | None = None,
+        **overrides: Any,
+    ) -> Settings:
+        """Read the settings of the database called *name*; keywords win.
+
+        *environ* is the process's environment by default, *dotenv* the path of a `.env`.
+        """
+        layers = _layers(environ, dotenv)
+        _warn_of_unknown(layers[0])
+        return _build(name, layers, overrides)
+
+
+@dataclass(frozen=True)
+class AppSettings:
+    """What an application is set to, beside its pools."""
+
+    required: tuple[str, ...] = ("default",)
+    token: str | None = field(default=None, repr=False)
+    details: str = "token"
+    stats_dir: str | None = None
+    error_handlers: bool = True
+
+    def __post_init__(self) -> None:
+        if self.details not in ("token", "always"):
+            raise ConfigError(f"DBPOOL_DETAILS must be token or always, not {self.details!r}")
+
+    @classmethod
+    def from_env(
+        cls,
+        environ: Mapping[str, str] | None = None,
+        dotenv: str | os.PathLike[str] | None = None,
+    ) -> AppSettings:
+        """Read them from the environment and, if given, a `.env`."""
+        return cls._read(_layers(environ, dotenv))
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        environ: Mapping[str, str] | None = None,
+        dotenv: str | os.PathLike[str] | None = None,
+    ) -> AppSettings:
+        """Read them from an application's configuration, else from the environment."""
+        return cls._read([config, *_layers(environ, dotenv)])
+
+    @classmethod
+    def _read(cls, layers: list[Mapping[str, Any]]) -> AppSettings:
+        required = _find(layers, "DBPOOL_REQUIRED")
+        token, token_file = _secret_of(layers, "DBPOOL_TOKEN")
+        return cls(
+            required=("default",) if required is None else _words(required),
+            token=_secret(token_file, "DBPOOL_TOKEN_FILE") if token_file else token,
+            details=str(_find(layers, "DBPOOL_DETAILS") or "token"),
+            stats_dir=_find(layers, "DBPOOL_STATS_DIR"),
+            error_handlers=_flag(_find(layers, "DBPOOL_ERROR_HANDLERS")),
+        )
+
+
+def databases_from_env(
+    environ: Mapping[str, str] | None = None, dotenv: str | os.PathLike[str] | None = None
+) -> dict[str, Settings]:
+    """Return the settings of the default database and of `DBPOOL_DATABASES`, in order."""
+    layers = _layers(environ, dotenv)
+    _warn_of_unknown(layers[0])
+    return _databases(layers, _words(_find(layers, "DBPOOL_DATABASES") or ""), {})
+
+
+def settings_from_config(
+    config: Mapping[str, Any],
+    environ: Mapping[str, str] | None = None,
+    dotenv: str | os.PathLike[str] | None = None,
+) -> dict[str, Settings]:
+    """Return the settings of all databases from an application's configuration.
+
+    Its keys are the variables' names; where one is missing the environment is asked.
+    `DBPOOL_DATABASES` may be a dict of URLs, or of dicts with `url` and fields. An unknown
+    `DBPOOL_` key raises `ConfigError`.
+    """
+    layers = [config, *_layers(environ, dotenv)]
+    _warn_of_unknown(layers[1])
+    wanted = _find(layers, "DBPOOL_DATABASES") or ""
+    details = wanted if isinstance(wanted, Mapping) else {}
+    names = tuple(details) or _words(wanted)
+    for key, suggestion in _unknown(config, names):
+        raise ConfigError(f"there is no setting {key}{_did_you_mean(suggestion)}")
+    return _databases(layers, names, details)
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[tuple[str, str | None]]:
+    """Return the `DBPOOL_` variables that mean nothing, each with the nearest that does."""
+    return list(_unknown(environ, _words(environ.get("DBPOOL_DATABASES", ""))))
+
+
+def variable(name: str, database: str = "default") -> str:
+    """Return the environment variable of a field."""
+    return f"{_prefix(database)}{name.upper()}"
+
+
+def _prefix(database: str) -> str:
+    return "DBPOOL_" if database == "default" else f"DBPOOL_{database.upper()}_"
+
+
+_FIELDS: Final = tuple(f.name for f in fields(Settings) if f.name not in _UNNAMED)
+_COMMON: Final = frozenset(variable(name) for name in _FIELDS) | {
+    "DBPOOL_DATABASES",
+    "DBPOOL_REQUIRED",
+    "DBPOOL_TOKEN",
+    "DBPOOL_TOKEN_FILE",
+    "DBPOOL_DETAILS",
+    "DBPOOL_STATS_DIR",
+    "DBPOOL_ERROR_HANDLERS",
+}
+
+
+def _variables_of(database: str) -> set[str]:
+    names = {*_FIELDS, "url", "url_file"}
+    return {variable(name, database) for name in names}
+
+
+def _layers(
+    environ: Mapping[str, str] | None, dotenv: str | os.PathLike[str] | None
+) -> list[Mapping[str, Any]]:
+    layers: list[Mapping[str, Any]] = [os.environ if environ is None else environ]
+    if dotenv is not None:
+        from dotenv import dotenv_values
+
+        layers.append({k: v for k, v in dotenv_values(dotenv).items() if v is not None})
+    return layers
+
+
+def _find(layers: list[Mapping[str, Any]], *names: str) -> Any:
+    """Return the first value that is set, looking for the first name everywhere first."""
+    for name in names:
+        for layer in layers:
+            if layer.get(name) not in (None, ""):
+                return layer[name]
+    return None
+
+
+def _secret_of(layers: list[Mapping[str, Any]], name: str) -> tuple[str | None, str | None]:
+    """Return a secret's value or the path of its file, from the first layer that has one."""
+    for layer in layers:
+        if value := layer.get(name):
+            return str(value), None
+        if path := layer.get(f"{name}_FILE"):
+            return None, str(path)
+    return None, None
+
+
+def _secret(path: str, name: str) -> str:
+    try:
+        return Path(path).read_text("utf-8").strip("\r\n")
+    except (OSError, UnicodeDecodeError) as ex:
+        reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
+    raise ConfigError(f"{name}: cannot read {path}: {reason}")
+
+
+def _build(
+    name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, Any]
+) -> Settings:
+    known = {f.name for f in fields(Settings)} - {"name", "explicit"}
+    for key in sorted(overrides.keys() - known):
+        raise ConfigError(f"there is no setting {key!r}{_did_you_mean(_nearest(key, known))}")
+    values: dict[str, Any] = {}
+    for key in _FIELDS:
+        found = _find(layers, variable(key, name), variable(key))
+        if found is not None:
+            values[key] = found
+    url = "DATABASE_URL" if name == "default" else variable("url", name)
+    values["conninfo"], values["conninfo_file"] = _secret_of(layers, url)
+    values["password_file"] = _find(layers, "PGPASSWORD_FILE")
+    if name != "default" and not (values["conninfo"] or values["conninfo_file"] or overrides):
+        raise ConfigError(f"database {name!r} needs {url} or {url}_FILE")
+    values = {key: value for key, value in values.items() if value is not None}
+    values |= overrides
+    return Settings(name=name, explicit=frozenset(values), **values)
+
+
+def _databases(
+    layers: list[Mapping[str, Any]], names: tuple[str, ...], details: Mapping[str, Any]
+) -> dict[str, Settings]:
+    databases = {"default": _build("default", layers, {})}
+    for name in names:
+        _check_name(name, databases)
+        detail = details.get(name, {})
+        overrides = dict(detail) if isinstance(detail, Mapping) else {"conninfo": detail}
+        if "url" in overrides:
+            overrides["conninfo"] = overrides.pop("url")
+        databases[name] = _build(name, layers, overrides)
+    return databases
+
+
+def _check_name(name: str, taken: Mapping[str, object]) -> None:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"DBPOOL_DATABASES: {name!r} is no name: small letters, digits and _ make one"
+        )
+    if name in taken:
+        raise ConfigError(f"DBPOOL_DATABASES names {name!r} twice")
+    theirs = _variables_of(name)
+    others = _COMMON.union(*(_variables_of(other) for other in taken if other != "default"))
+    if collision := sorted(theirs & others):
+        raise ConfigError(f"DBPOOL_DATABASES: {name!r} would make {collision[0]} ambiguous")
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    words = value.split(",") if isinstance(value, str) else value
+    return tuple(word.strip() for word in words if word.strip())
+
+
+def _flag(value: Any) -> bool:
+    if value is None or isinstance(value, bool):
+        return value is not False
+    if str(value).lower() in ("1", "true", "yes", "on"):
+        return True
+    if str(value).lower() in ("0", "false", "no", "off"):
+        return False
+    raise ConfigError(f"DBPOOL_ERROR_HANDLERS must be true or false, not {value!r}")
+
+
+def _number(value: Any, spec: Any, known_as: str) -> float | int:
+    """Convert a size or a duration; the error names field and variable."""
+    whole = spec.type == "int"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ConfigError(f"{known_as} must be a number, not {value!r}")
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value)
+        if match is None or (spec.name in _SIZES and not value.strip().isdecimal()):
+            hint = "a whole number" if spec.name in _SIZES else 'a time such as "500ms" or "30s"'
+            raise ConfigError(f"{known_as} must be {hint}, not {value!r}")
+        value = float(match[1]) * _UNITS[match[2]]
+    if not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{known_as} must be 0 or more, not {value!r}")
+    if whole and value != int(value):
+        raise ConfigError(f"{known_as} must be a whole number, not {value!r}")
+    return int(value) if whole else float(value)
+
+
+def _unknown(
+    given: Mapping[str, Any], databases: tuple[str, ...]
+) -> Iterator[tuple[str, str | None]]:
+    known = _COMMON.union(*map(_variables_of, databases))
+    for key in sorted(k for k in given if k.startswith("DBPOOL_") and k not in known):
+        yield key, _nearest(key, known)
+
+
+def _nearest(word: str, known: set[str] | frozenset[str]) -> str | None:
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(word, sorted(known), 1)), None)
+
+
+def _did_you_mean(suggestion: str | None) -> str:
+    return f"; did you mean {suggestion}?" if suggestion else ""
+
+
+def _warn_of_unknown(environ: Mapping[str, Any]) -> None:
+    for key, suggestion in unknown_variables(environ):
+        logger.warning("unknown variable %s is ignored%s", key, _did_you_mean(suggestion))
