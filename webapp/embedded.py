@@ -205,7 +205,9 @@ class Server:
                 raise Interrupted
             if (started and status is None) or time.monotonic() > deadline:
                 with self._log.open("rb") as log:
-                    raise EmbeddedError(f"PostgreSQL did not start: {_last_line(log)}")
+                    raise EmbeddedError(
+                        f"PostgreSQL did not start: {_last_line(log)} (all of it: {self._log})"
+                    )
             if status is None:
                 self._start()
                 started = True
@@ -481,4 +483,4 @@ def _last_line(file: IO[bytes]) -> str:
     file.seek(0)
     lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     wanted = [line for line in lines if re.search(r"FATAL|error:", line)] or lines
-    return wanted[-1].strip() if wanted else "it said nothing"
+    return re.sub(r"^.*?(FATAL|error): +", "", wanted[-1]).strip() if wanted else "it said nothing"

@@ -81,7 +81,7 @@ def _known(number: int) -> int:
 
 
 def _existing(number: int) -> Note:
-    note = db.pool.fetch_one(_READ, [_known(number)], row_factory=dict_row)
+    note: Note | None = db.pool.fetch_one(_READ, [_known(number)], row_factory=dict_row)
     return note or abort(404, f"there is no note {number}")
 
 

@@ -1,0 +1,297 @@
+"""The embedded server: who starts it, who stops it, and what is left after a crash."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from webapp import embedded
+from webapp.embedded import EmbeddedError, Interrupted, Server, server
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def reachable_folder() -> Iterator[Path]:
+    """A folder that the server's user reaches, which pytest's own is not under root."""
+    folder = Path(tempfile.mkdtemp(prefix="dbpool-embedded-", dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    for cluster in folder.rglob("postgres-*"):
+        end_servers(cluster)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_servers(cluster: Path) -> None:
+    for pid in embedded._processes_in(cluster):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Path]:
+    with reachable_folder() as folder:
+        with server(folder / "data"):
+            pass
+        yield folder / "data"
+
+
+@pytest.fixture
+def home(made: Path) -> Iterator[Path]:
+    """A home with data in it, shared by the tests that leave it whole: making one takes time."""
+    yield made
+    end_servers(next(made.glob("postgres-*")))
+
+
+@pytest.fixture
+def new_home() -> Iterator[Path]:
+    with reachable_folder() as folder:
+        yield folder / "data"
+
+
+def query(running: Server, statement: str) -> object:
+    with psycopg.connect(running.conninfo, autocommit=True, connect_timeout=5) as conn:
+        cursor = conn.execute(statement)
+        return cursor.fetchall() if cursor.description else None
+
+
+def await_true(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def postmaster(running: Server) -> int:
+    pid = running._pid_in_file()
+    assert pid is not None
+    return pid
+
+
+def test_serves_and_keeps_the_data_for_the_next_start(home: Path) -> None:
+    with server(home) as first:
+        query(first, "create table kept (n integer)")
+        query(first, "insert into kept values (7)")
+    assert not first._pid_file.exists()
+    with server(home) as second:
+        assert query(second, "select n from kept") == [(7,)]
+
+
+def test_takes_no_connection_over_tcp_and_none_from_other_users(home: Path) -> None:
+    with server(home) as running:
+        assert query(running, "show listen_addresses") == [("",)]
+        assert running._socket_folder().stat().st_mode & 0o777 == 0o700
+        assert running.cluster.stat().st_mode & 0o777 == 0o700
+
+
+def test_two_holders_share_it_and_the_last_one_stops_it(home: Path) -> None:
+    with server(home) as second:
+        with server(home) as first:
+            assert postmaster(first) == postmaster(second)
+        assert query(second, "select 1") == [(1,)]
+        pid = postmaster(second)
+    assert not embedded._is_postgres(pid, second.cluster)
+
+
+def test_stops_in_time_while_a_client_sits_in_a_transaction(home: Path) -> None:
+    with server(home) as running:
+        conn = psycopg.connect(running.conninfo)
+        conn.execute("select 1")
+        started = time.monotonic()
+    assert time.monotonic() - started < embedded.FAST_SECONDS + embedded.IMMEDIATE_SECONDS
+    with pytest.raises(psycopg.OperationalError):
+        conn.execute("select 1")
+    conn.close()
+
+
+def test_a_holder_that_was_killed_leaves_a_server_that_the_next_one_adopts_and_stops(
+    home: Path,
+) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from webapp.embedded import server\n"
+        "with server(Path(sys.argv[1])) as it: print(it._pid_in_file(), flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(home)], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    with holder:
+        assert holder.stdout is not None
+        pid = int(holder.stdout.readline())
+        holder.kill()
+    with server(home) as adopted:
+        assert postmaster(adopted) == pid
+        assert query(adopted, "select 1") == [(1,)]
+    assert not embedded._is_postgres(pid, adopted.cluster)
+
+
+def test_starts_again_after_the_postmaster_was_killed(home: Path) -> None:
+    with server(home) as running:
+        query(running, "create table lasting (n integer)")
+        client = psycopg.connect(running.conninfo)  # whose backend outlives the postmaster a bit
+        os.kill(postmaster(running), signal.SIGKILL)
+    assert running._pid_file.exists()
+    with server(home) as again:
+        assert query(again, "select count(*) from lasting") == [(0,)]
+    client.close()
+
+
+def test_a_holder_revives_a_server_that_crashed(home: Path) -> None:
+    with server(home) as running:
+        running.revive()
+        pid = postmaster(running)
+        os.kill(pid, signal.SIGKILL)
+        await_true(lambda: running._pid() is None)
+        running.revive()
+        assert postmaster(running) != pid
+        assert query(running, "select 1") == [(1,)]
+
+
+def test_a_holder_leaves_a_server_down_that_was_stopped_on_purpose(home: Path) -> None:
+    with server(home) as running:
+        os.kill(postmaster(running), signal.SIGINT)
+        await_true(lambda: running._pid() is None)
+        running.revive()
+        assert running._pid() is None
+
+
+def test_a_pid_that_now_belongs_to_another_process_is_no_server(home: Path) -> None:
+    stranger = subprocess.Popen(
+        ["sleep", "60"], **embedded._identity(embedded._account(embedded.server_user()))
+    )
+    try:
+        cluster = next(home.glob("postgres-*"))
+        lines = [
+            str(stranger.pid),
+            str(cluster),
+            "1",
+            "5432",
+            str(home / "run"),
+            "",
+            "1 1",
+            "ready",
+        ]
+        (cluster / "postmaster.pid").write_text("\n".join(lines) + "\n")
+        (home / "run" / f"{embedded.SOCKET}.lock").write_text("\n".join(lines[:5]) + "\n")
+        with server(home) as running:
+            assert query(running, "select 1") == [(1,)]
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_an_interrupted_initdb_leaves_nothing_that_the_next_start_trips_over(
+    new_home: Path,
+) -> None:
+    def stopping() -> bool:
+        return any(new_home.glob("*.new/*"))
+
+    with pytest.raises(Interrupted), server(new_home, stopping):
+        pass
+    assert not list(new_home.glob("postgres-*/PG_VERSION.*"))
+    assert not any(folder.suffix != ".new" for folder in new_home.glob("postgres-*"))
+    with server(new_home) as running:
+        assert query(running, "select 1") == [(1,)]
+
+
+def test_the_shell_s_settings_do_not_lead_astray(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "PGPORT": "1",
+        "PGHOST": "nowhere.invalid",
+        "PGDATA": "/nonexistent",
+        "PGUSER": "nobody-here",
+        "PGDATABASE": "none",
+        "LC_ALL": "xx_YY.nothing",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with server(home) as running:
+        assert query(running, "select 1") == [(1,)]
+
+
+def test_a_path_too_long_for_a_socket_gets_a_short_folder(new_home: Path) -> None:
+    deep = new_home.parent / ("d" * 60) / ("e" * 60)
+    with server(deep) as running:
+        folder = running._socket_folder()
+        assert query(running, "select 1") == [(1,)]
+        assert len(str(folder)) < 60
+        assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+
+
+def test_a_socket_folder_that_is_somebody_else_s_is_refused(home: Path) -> None:
+    shutil.rmtree(home / "run", ignore_errors=True)
+    (home / "run").symlink_to("/tmp")
+    try:
+        with pytest.raises(EmbeddedError, match="not a folder of ours"), server(home):
+            pass
+    finally:
+        (home / "run").unlink()
+
+
+def test_a_server_that_cannot_start_is_told_in_one_line(home: Path) -> None:
+    configuration = next(home.glob("postgres-*")) / "postgresql.conf"
+    whole = configuration.read_bytes()
+    configuration.write_text("shared_buffers = 'plenty'\n")
+    try:
+        with pytest.raises(EmbeddedError, match=r"did not start: configuration file") as caught:
+            with server(home):
+                pass
+    finally:
+        configuration.write_bytes(whole)
+    assert "\n" not in str(caught.value)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root serves as another user")
+
+
+@needs_root
+def test_root_keeps_binaries_and_data_elsewhere_when_the_checkout_is_closed(
+    new_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "ROOT_HOME", new_home.parent / "root")
+    package = embedded._packaged().parent.parent
+    closed = new_home.parent / "closed"
+    closed.mkdir(mode=0o700)
+    shutil.copytree(package, closed / package.name)
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.exists():
+        shutil.copytree(libraries, closed / libraries.name)
+    monkeypatch.setattr(
+        embedded, "_packaged", lambda: closed / package.name / "pginstall18" / "bin"
+    )
+    embedded.binaries.cache_clear()
+    try:
+        folder = embedded.binaries()
+        assert folder.is_relative_to(new_home.parent / "root")
+        with server(embedded.home(closed)) as running:
+            assert running.home.is_relative_to(new_home.parent / "root")
+            assert query(running, "select 1") == [(1,)]
+        assert closed.stat().st_mode & 0o777 == 0o700
+    finally:
+        embedded.binaries.cache_clear()
+
+
+@needs_root
+def test_root_serves_a_user_s_data_as_that_user(new_home: Path) -> None:
+    with server(new_home):
+        pass
+    cluster = next(new_home.glob("postgres-*"))
+    account = embedded._account("daemon")
+    for path in (cluster, new_home / "run", *cluster.rglob("*")):
+        os.chown(path, *account)
+    with server(new_home) as running:
+        assert Path(f"/proc/{postmaster(running)}").stat().st_uid == account[0]
+        assert query(running, "select 1") == [(1,)]
