@@ -46,6 +46,11 @@ class Waiter:
         self.latch = threading.Lock()
         self.latch.acquire()
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it was given a connection or refused."""
+        return self.conn is not None or self.error is not None
+
     def give(self, conn: Any) -> None:
         """Hand a connection over."""
         self.conn = conn

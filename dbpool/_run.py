@@ -145,7 +145,6 @@ class Runner(Upkeep[CT]):
             self.listeners.emit(events.Retried(self.name, attempt, str(error), pause))
 
 
-
 def _roll_back(conn: Any) -> None:
     """Roll back, or leave to the return what cannot be rolled back."""
     with suppress(psycopg.Error):

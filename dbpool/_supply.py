@@ -40,6 +40,7 @@ logger = logging.getLogger("dbpool")
 
 _LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
 
+
 class Supply(ConnectionPool[CT]):
     """The connections of a pool, without the handing out.
 
@@ -93,7 +94,12 @@ class Supply(ConnectionPool[CT]):
         if self._closed or self._probe is not None or self.breaker.is_open:
             return
         missing = self._min_size - self._nconns
-        if missing <= 0 and self._waiting and not self._connecting and self._nconns < self._max_size:
+        if (
+            missing <= 0
+            and self._waiting
+            and not self._connecting
+            and self._nconns < self._max_size
+        ):
             missing = 1
         for _ in range(missing):
             self._nconns += 1
@@ -110,7 +116,7 @@ class Supply(ConnectionPool[CT]):
         try:
             params = self._params()
             conn = self._make(params)
-        except BaseException as ex:  # whatever a callback raises, the slot must not be lost
+        except BaseException as ex:  # noqa: BLE001  # whatever it is, the slot must not be lost
             self._attempt_failed(ex, started, params, attempt)
         else:
             self._attempt_succeeded(conn, started)
@@ -159,7 +165,7 @@ class Supply(ConnectionPool[CT]):
         """The parameters of an attempt made now, {} if they cannot be had."""
         try:
             return self._params()
-        except Exception:
+        except Exception:  # noqa: BLE001  # a user's callback may raise anything
             return {}
 
     def _connect(self, timeout: float | None = None) -> CT:

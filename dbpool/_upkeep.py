@@ -6,21 +6,16 @@ psycopg_pool and of psycopg; `tests/test_seam.py` fails when those change.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from os import getpid
 from time import monotonic
 from typing import Any
 
 import psycopg
-from psycopg_pool import PoolClosed
 from psycopg_pool.abc import CT
 
-from dbpool import _fork, events, holders
+from dbpool import events, holders
 from dbpool._checkout import Checkout
-from dbpool._parts import Call
 from dbpool._supply import logger
-from dbpool.errors import is_permanent
 from dbpool.holders import Slot
 from dbpool.liveness import ping
 from dbpool.metrics import BreakerSnapshot, Snapshot
@@ -32,98 +27,16 @@ _MOVED_PAUSE = 5.0
 class Upkeep(Checkout[CT]):
     """The rest of a pool's life, away from the hot path."""
 
-    # Opening and closing
-
-    def _open_on_use(self) -> None:
-        """Open if that is due. The lock is held. Raise `PoolClosed` if it is closed."""
-        if self._lazy and not self._opened:
-            self._open()
-        else:
-            self._check_open_getconn()
+    # Patrols
 
     def _open(self) -> None:
-        if self._closed:
-            super()._open()
-            _fork.register(self)
-            holders.watch(self)
-
-    def _start_initial_tasks(self) -> None:
-        self._refill()
-        if self.listeners.active:
-            opened = events.Opened(self.name)
-            self.run_task(Call(self, lambda pool: pool.listeners.emit(opened)))
+        super()._open()
+        holders.watch(self)
 
     def close(self, timeout: float = 2.0) -> None:
-        """Close: refuse those who wait, close what is idle, stop the threads.
-
-        Connections that are out are closed when they come back. All of it takes at most
-        *timeout* seconds; a thread that hangs in a connect is left to end by itself.
-        """
-        deadline = monotonic() + timeout
-        with self._lock:
-            if self._closed:
-                self._opened = self._opened or self._lazy
-                return
-            self._closed = True
-            waiting, idle = list(self._waiting), list(self._pool)
-            self._waiting.clear()
-            self._pool.clear()
-            for waiter in waiting:
-                waiter.fail(PoolClosed(f"the pool {self.name!r} is closed"))
-            self._changed.notify_all()
-            threads = self._signal_stop_worker()
+        """Close: see `Life.close`."""
         holders.unwatch(self)
-        for conn in idle:
-            self._close_connection(conn)
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - monotonic()))
-        if self.listeners.active:
-            self.listeners.emit(events.Closed(self.name))
-
-    def __del__(self) -> None:
-        # Nobody joins the threads here: this may be one of them, or the end of the process.
-        if not getattr(self, "_closed", True):
-            self._signal_stop_worker()
-
-    def wait(self, timeout: float = 30.0) -> None:
-        """Wait until min_size connections are made.
-
-        If that takes longer than *timeout* seconds, or cannot succeed, close the pool and
-        raise `DatabaseUnavailable`.
-        """
-        deadline = monotonic() + timeout
-        error: Exception | None = None
-        with self._lock:
-            self._open_on_use()
-            while self._nconns - self._connecting < self._min_size and error is None:
-                self._changed.wait(max(0.0, deadline - monotonic()))
-                self._check_open_getconn()
-                if monotonic() >= deadline or self._is_misconfigured():
-                    error = self._unavailable()
-        if error is not None:
-            self.close()
-            raise error
-
-    def _is_misconfigured(self) -> bool:
-        return self.breaker.is_open and is_permanent(self.breaker.kind)
-
-    # Forks
-
-    def slots(self) -> list[Slot]:
-        """Return the slots of all connections, idle or out; takes no lock."""
-        return [conn._slot for conn in list(self._pool)] + list(self._out)
-
-    def after_fork(self) -> None:
-        """In a child process: leave what is the parent's alone and start from nothing."""
-        if self._pid == getpid():
-            return
-        _fork.silence(self.slots())
-        stopped = self._closed and self._opened
-        self._clear()
-        self._closed, self._opened, self._lazy = True, stopped, True
-
-    # Patrols
+        super().close(timeout)
 
     @property
     def patrol_every(self) -> float:
@@ -238,6 +151,20 @@ class Upkeep(Checkout[CT]):
         return len(gone)
 
     # Numbers
+
+    @property
+    def state(self) -> str:
+        """`"starting"` until first connected, `"up"`, `"down"` in an outage, or `"stopped"`."""
+        if self._closed and self._opened:
+            return "stopped"
+        if self.breaker.is_open:
+            return "down"
+        return "up" if self._last_seen else "starting"
+
+    @property
+    def last_seen(self) -> float | None:
+        """Monotonic time of the last healthy return or connect: a passive proof of life."""
+        return self._last_seen or None
 
     def stats(self) -> Snapshot:
         """Return a consistent snapshot of the state and of all counters since opening."""

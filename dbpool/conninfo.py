@@ -54,7 +54,8 @@ def parse(conninfo: str) -> dict[str, Any]:
     except (psycopg.Error, ValueError):
         params = {"": ""}
     # Raised out here, so that no chained error repeats the string.
-    problem = "it cannot be parsed" if "" in params else _problem(params)
+    is_url = "://" in conninfo.partition("=")[0]
+    problem = "it cannot be parsed" if "" in params else _problem(params, is_url=is_url)
     if problem:
         raise ConfigError(
             f"the connection string is malformed: {problem}"
@@ -63,7 +64,7 @@ def parse(conninfo: str) -> dict[str, Any]:
     return params
 
 
-def _problem(params: Mapping[str, Any]) -> str:
+def _problem(params: Mapping[str, Any], *, is_url: bool) -> str:
     """What is wrong with parameters that libpq would only find out by connecting, if anything.
 
     An unencoded `@`, `/` or `:` in a URL's password puts the rest of it into another field.
@@ -75,7 +76,7 @@ def _problem(params: Mapping[str, Any]) -> str:
     ports = str(params.get("port", "")).split(",")
     if not all(port == "" or (port.isdecimal() and 0 < int(port) < 65536) for port in ports):
         return "its port is no number from 1 to 65535"
-    if "@" in str(params.get("dbname", "")) and not params.get("user"):
+    if is_url and "@" in str(params.get("dbname", "")):
         return "its database holds an @"
     return ""
 
@@ -101,10 +102,14 @@ def already_set(params: Mapping[str, Any], environ: Mapping[str, str]) -> dict[s
     """Return what the string, its service file or libpq's variables set, in that precedence."""
     variables = {name: environ[var] for name, var in _VARIABLES.items() if environ.get(var)}
     service = params.get("service") or variables.get("service")
-    return {**variables, **_service(str(service), environ), **params} if service else {
-        **variables,
-        **params,
-    }
+    return (
+        {**variables, **_service(str(service), environ), **params}
+        if service
+        else {
+            **variables,
+            **params,
+        }
+    )
 
 
 def _service(name: str, environ: Mapping[str, str]) -> dict[str, str]:

@@ -167,11 +167,11 @@ class Emitter:
         for listener in self._listeners:
             try:
                 listener(event)
-            except Exception:
-                self._complain(listener, event)
+            except Exception as ex:  # noqa: BLE001  # a listener never breaks a checkout
+                self._complain(listener, event, ex)
 
-    def _complain(self, listener: object, event: Event) -> None:
+    def _complain(self, listener: object, event: Event, ex: Exception) -> None:
         key = (id(listener), type(event).__name__)
         if key not in self._complained:
             self._complained.add(key)
-            logger.exception("a listener failed on %s: %r", name_of(event), listener)
+            logger.error("a listener failed on %s: %r", name_of(event), listener, exc_info=ex)

@@ -168,7 +168,7 @@ _watchdog = _Watchdog()
 
 def watch(pool: Watched) -> None:
     """Have *pool* patrolled from now on, until it is collected or `unwatch`ed."""
-    global _watchdog
+    global _watchdog  # noqa: PLW0603  # a fork leaves a new process with a dead one
     if _watchdog._pid != os.getpid():  # its thread and its lock stayed in the parent
         _watchdog = _Watchdog()
     _watchdog.watch(pool)

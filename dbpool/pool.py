@@ -183,20 +183,6 @@ class Pool(Runner[CT]):
             conn._autocommit = conn._slot.manners[0]
             self._release(conn)
 
-    @property
-    def state(self) -> str:
-        """`"starting"` until first connected, `"up"`, `"down"` in an outage, or `"stopped"`."""
-        if self._closed and self._opened:
-            return "stopped"
-        if self.breaker.is_open:
-            return "down"
-        return "up" if self._last_seen else "starting"
-
-    @property
-    def last_seen(self) -> float | None:
-        """Monotonic time of the last healthy return or connect: a passive proof of life."""
-        return self._last_seen or None
-
     def holders(self) -> list[Holder]:
         """Return who holds connections, longest first, at most 20."""
         with self._lock:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Final
 
 from dbpool import conninfo as _conninfo
+from dbpool._app_settings import AppSettings
+from dbpool._values import (
+    did_you_mean,
+    find,
+    nearest,
+    number,
+    read_layers,
+    secret,
+    secret_of,
+    words,
+)
 from dbpool.errors import ConfigError
 
 __all__ = [
@@ -24,11 +33,8 @@ __all__ = [
 
 logger = logging.getLogger("dbpool")
 
-_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
-_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|m|h|)\s*")
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
 
-_SIZES: Final = ("min_size", "max_size", "max_waiting", "keepalives_count")
 _POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
 # Our fields that the server enforces, with their names there.
 _SERVER_SIDE: Final = {
@@ -83,7 +89,7 @@ class Settings:
         self._set("explicit", self.explicit | (changed - {"name", "explicit"}))
         for f in fields(self):
             if f.type in ("float", "int"):
-                self._set(f.name, _number(getattr(self, f.name), f, self._known_as(f.name)))
+                self._set(f.name, number(getattr(self, f.name), f, self._known_as(f.name)))
         self._set("conninfo", _conninfo.normalise(self.conninfo))
         if self.conninfo:
             _conninfo.parse(self.conninfo)
@@ -137,7 +143,7 @@ class Settings:
         if self.conninfo or self.conninfo_file is None:
             return self.conninfo
         name = "DATABASE_URL_FILE" if self.name == "default" else f"{_prefix(self.name)}URL_FILE"
-        return _conninfo.normalise(_secret(self.conninfo_file, name))
+        return _conninfo.normalise(secret(self.conninfo_file, name))
 
     def connect_params(
         self, conninfo: str | None = None, kwargs: Mapping[str, Any] | None = None
@@ -156,7 +162,7 @@ class Settings:
         if "connect_timeout" in self.explicit and "connect_timeout" not in given:
             params["connect_timeout"] = self.connect_timeout
         if self.password_file and "password" not in known:
-            params["password"] = _secret(self.password_file, "PGPASSWORD_FILE")
+            params["password"] = secret(self.password_file, "PGPASSWORD_FILE")
         if self.pooler == "transaction":
             own.setdefault("prepare_threshold", None)
         elif options := self._options(str(known.get("options", ""))):
@@ -196,64 +202,18 @@ class Settings:
 
         *environ* is the process's environment by default, *dotenv* the path of a `.env`.
         """
-        layers = _layers(environ, dotenv)
+        layers = read_layers(environ, dotenv)
         _warn_of_unknown(layers[0])
         return _build(name, layers, overrides)
-
-
-@dataclass(frozen=True)
-class AppSettings:
-    """What an application is set to, beside its pools."""
-
-    required: tuple[str, ...] = ("default",)
-    token: str | None = field(default=None, repr=False)
-    details: str = "token"
-    stats_dir: str | None = None
-    error_handlers: bool = True
-
-    def __post_init__(self) -> None:
-        if self.details not in ("token", "always"):
-            raise ConfigError(f"DBPOOL_DETAILS must be token or always, not {self.details!r}")
-
-    @classmethod
-    def from_env(
-        cls,
-        environ: Mapping[str, str] | None = None,
-        dotenv: str | os.PathLike[str] | None = None,
-    ) -> AppSettings:
-        """Read them from the environment and, if given, a `.env`."""
-        return cls._read(_layers(environ, dotenv))
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        environ: Mapping[str, str] | None = None,
-        dotenv: str | os.PathLike[str] | None = None,
-    ) -> AppSettings:
-        """Read them from an application's configuration, else from the environment."""
-        return cls._read([config, *_layers(environ, dotenv)])
-
-    @classmethod
-    def _read(cls, layers: list[Mapping[str, Any]]) -> AppSettings:
-        required = _find(layers, "DBPOOL_REQUIRED")
-        token, token_file = _secret_of(layers, "DBPOOL_TOKEN")
-        return cls(
-            required=("default",) if required is None else _words(required),
-            token=_secret(token_file, "DBPOOL_TOKEN_FILE") if token_file else token,
-            details=str(_find(layers, "DBPOOL_DETAILS") or "token"),
-            stats_dir=_find(layers, "DBPOOL_STATS_DIR"),
-            error_handlers=_flag(_find(layers, "DBPOOL_ERROR_HANDLERS")),
-        )
 
 
 def databases_from_env(
     environ: Mapping[str, str] | None = None, dotenv: str | os.PathLike[str] | None = None
 ) -> dict[str, Settings]:
     """Return the settings of the default database and of `DBPOOL_DATABASES`, in order."""
-    layers = _layers(environ, dotenv)
+    layers = read_layers(environ, dotenv)
     _warn_of_unknown(layers[0])
-    return _databases(layers, _words(_find(layers, "DBPOOL_DATABASES") or ""), {})
+    return _databases(layers, words(find(layers, "DBPOOL_DATABASES") or ""), {})
 
 
 def settings_from_config(
@@ -267,19 +227,19 @@ def settings_from_config(
     `DBPOOL_DATABASES` may be a dict of URLs, or of dicts with `url` and fields. An unknown
     `DBPOOL_` key raises `ConfigError`.
     """
-    layers = [config, *_layers(environ, dotenv)]
+    layers = [config, *read_layers(environ, dotenv)]
     _warn_of_unknown(layers[1])
-    wanted = _find(layers, "DBPOOL_DATABASES") or ""
+    wanted = find(layers, "DBPOOL_DATABASES") or ""
     details = wanted if isinstance(wanted, Mapping) else {}
-    names = tuple(details) or _words(wanted)
+    names = tuple(details) or words(wanted)
     for key, suggestion in _unknown(config, names):
-        raise ConfigError(f"there is no setting {key}{_did_you_mean(suggestion)}")
+        raise ConfigError(f"there is no setting {key}{did_you_mean(suggestion)}")
     return _databases(layers, names, details)
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[tuple[str, str | None]]:
     """Return the `DBPOOL_` variables that mean nothing, each with the nearest that does."""
-    return list(_unknown(environ, _words(environ.get("DBPOOL_DATABASES", ""))))
+    return list(_unknown(environ, words(environ.get("DBPOOL_DATABASES", ""))))
 
 
 def variable(name: str, database: str = "default") -> str:
@@ -308,58 +268,18 @@ def _variables_of(database: str) -> set[str]:
     return {variable(name, database) for name in names}
 
 
-def _layers(
-    environ: Mapping[str, str] | None, dotenv: str | os.PathLike[str] | None
-) -> list[Mapping[str, Any]]:
-    layers: list[Mapping[str, Any]] = [os.environ if environ is None else environ]
-    if dotenv is not None:
-        from dotenv import dotenv_values
-
-        layers.append({k: v for k, v in dotenv_values(dotenv).items() if v is not None})
-    return layers
-
-
-def _find(layers: list[Mapping[str, Any]], *names: str) -> Any:
-    """Return the first value that is set, looking for the first name everywhere first."""
-    for name in names:
-        for layer in layers:
-            if layer.get(name) not in (None, ""):
-                return layer[name]
-    return None
-
-
-def _secret_of(layers: list[Mapping[str, Any]], name: str) -> tuple[str | None, str | None]:
-    """Return a secret's value or the path of its file, from the first layer that has one."""
-    for layer in layers:
-        if value := layer.get(name):
-            return str(value), None
-        if path := layer.get(f"{name}_FILE"):
-            return None, str(path)
-    return None, None
-
-
-def _secret(path: str, name: str) -> str:
-    try:
-        return Path(path).read_text("utf-8").strip("\r\n")
-    except (OSError, UnicodeDecodeError) as ex:
-        reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
-    raise ConfigError(f"{name}: cannot read {path}: {reason}")
-
-
-def _build(
-    name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, Any]
-) -> Settings:
+def _build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, Any]) -> Settings:
     known = {f.name for f in fields(Settings)} - {"name", "explicit"}
     for key in sorted(overrides.keys() - known):
-        raise ConfigError(f"there is no setting {key!r}{_did_you_mean(_nearest(key, known))}")
+        raise ConfigError(f"there is no setting {key!r}{did_you_mean(nearest(key, known))}")
     values: dict[str, Any] = {}
     for key in _FIELDS:
-        found = _find(layers, variable(key, name), variable(key))
+        found = find(layers, variable(key, name), variable(key))
         if found is not None:
             values[key] = found
     url = "DATABASE_URL" if name == "default" else variable("url", name)
-    values["conninfo"], values["conninfo_file"] = _secret_of(layers, url)
-    values["password_file"] = _find(layers, "PGPASSWORD_FILE")
+    values["conninfo"], values["conninfo_file"] = secret_of(layers, url)
+    values["password_file"] = find(layers, "PGPASSWORD_FILE")
     if name != "default" and not (values["conninfo"] or values["conninfo_file"] or overrides):
         raise ConfigError(f"database {name!r} needs {url} or {url}_FILE")
     values = {key: value for key, value in values.items() if value is not None}
@@ -394,57 +314,14 @@ def _check_name(name: str, taken: Mapping[str, object]) -> None:
         raise ConfigError(f"DBPOOL_DATABASES: {name!r} would make {collision[0]} ambiguous")
 
 
-def _words(value: Any) -> tuple[str, ...]:
-    words = value.split(",") if isinstance(value, str) else value
-    return tuple(word.strip() for word in words if word.strip())
-
-
-def _flag(value: Any) -> bool:
-    if value is None or isinstance(value, bool):
-        return value is not False
-    if str(value).lower() in ("1", "true", "yes", "on"):
-        return True
-    if str(value).lower() in ("0", "false", "no", "off"):
-        return False
-    raise ConfigError(f"DBPOOL_ERROR_HANDLERS must be true or false, not {value!r}")
-
-
-def _number(value: Any, spec: Any, known_as: str) -> float | int:
-    """Convert a size or a duration; the error names field and variable."""
-    whole = spec.type == "int"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ConfigError(f"{known_as} must be a number, not {value!r}")
-    if isinstance(value, str):
-        match = _DURATION.fullmatch(value)
-        if match is None or (spec.name in _SIZES and not value.strip().isdecimal()):
-            hint = "a whole number" if spec.name in _SIZES else 'a time such as "500ms" or "30s"'
-            raise ConfigError(f"{known_as} must be {hint}, not {value!r}")
-        value = float(match[1]) * _UNITS[match[2]]
-    if not math.isfinite(value) or value < 0:
-        raise ConfigError(f"{known_as} must be 0 or more, not {value!r}")
-    if whole and value != int(value):
-        raise ConfigError(f"{known_as} must be a whole number, not {value!r}")
-    return int(value) if whole else float(value)
-
-
 def _unknown(
     given: Mapping[str, Any], databases: tuple[str, ...]
 ) -> Iterator[tuple[str, str | None]]:
     known = _COMMON.union(*map(_variables_of, databases))
     for key in sorted(k for k in given if k.startswith("DBPOOL_") and k not in known):
-        yield key, _nearest(key, known)
-
-
-def _nearest(word: str, known: set[str] | frozenset[str]) -> str | None:
-    from difflib import get_close_matches
-
-    return next(iter(get_close_matches(word, sorted(known), 1)), None)
-
-
-def _did_you_mean(suggestion: str | None) -> str:
-    return f"; did you mean {suggestion}?" if suggestion else ""
+        yield key, nearest(key, known)
 
 
 def _warn_of_unknown(environ: Mapping[str, Any]) -> None:
     for key, suggestion in unknown_variables(environ):
-        logger.warning("unknown variable %s is ignored%s", key, _did_you_mean(suggestion))
+        logger.warning("unknown variable %s is ignored%s", key, did_you_mean(suggestion))

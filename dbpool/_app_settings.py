@@ -1,0 +1,57 @@
+"""What an application is set to beside its pools; public as `dbpool.settings.AppSettings`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dbpool._values import find, flag, read_layers, secret, secret_of, words
+from dbpool.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AppSettings:
+    """What an application is set to, beside its pools."""
+
+    required: tuple[str, ...] = ("default",)
+    token: str | None = field(default=None, repr=False)
+    details: str = "token"
+    stats_dir: str | None = None
+    error_handlers: bool = True
+
+    def __post_init__(self) -> None:
+        if self.details not in ("token", "always"):
+            raise ConfigError(f"DBPOOL_DETAILS must be token or always, not {self.details!r}")
+
+    @classmethod
+    def from_env(
+        cls,
+        environ: Mapping[str, str] | None = None,
+        dotenv: str | os.PathLike[str] | None = None,
+    ) -> AppSettings:
+        """Read them from the environment and, if given, a `.env`."""
+        return cls._read(read_layers(environ, dotenv))
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        environ: Mapping[str, str] | None = None,
+        dotenv: str | os.PathLike[str] | None = None,
+    ) -> AppSettings:
+        """Read them from an application's configuration, else from the environment."""
+        return cls._read([config, *read_layers(environ, dotenv)])
+
+    @classmethod
+    def _read(cls, layers: list[Mapping[str, Any]]) -> AppSettings:
+        required = find(layers, "DBPOOL_REQUIRED")
+        token, token_file = secret_of(layers, "DBPOOL_TOKEN")
+        return cls(
+            required=("default",) if required is None else words(required),
+            token=secret(token_file, "DBPOOL_TOKEN_FILE") if token_file else token,
+            details=str(find(layers, "DBPOOL_DETAILS") or "token"),
+            stats_dir=find(layers, "DBPOOL_STATS_DIR"),
+            error_handlers=flag(find(layers, "DBPOOL_ERROR_HANDLERS")),
+        )

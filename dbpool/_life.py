@@ -1,0 +1,112 @@
+"""A pool's life: opening on use, waiting until it is full, closing, surviving a fork.
+
+Part of the one place that touches protected members of psycopg_pool, see `_supply`.
+"""
+
+from __future__ import annotations
+
+import threading
+from os import getpid
+from time import monotonic
+
+from psycopg_pool import PoolClosed
+from psycopg_pool.abc import CT
+
+from dbpool import _fork, events
+from dbpool._parts import Call
+from dbpool._supply import Supply
+from dbpool.errors import is_permanent
+from dbpool.holders import Slot
+
+
+class Life(Supply[CT]):
+    """When a pool is open. `_lazy` says whether it may open itself, once."""
+
+    # Opening and closing
+
+    def _open_on_use(self) -> None:
+        """Open if that is due. The lock is held. Raise `PoolClosed` if it is closed."""
+        if self._lazy and not self._opened:
+            self._open()
+        else:
+            self._check_open_getconn()
+
+    def _open(self) -> None:
+        if self._closed:
+            super()._open()
+            _fork.register(self)
+
+    def _start_initial_tasks(self) -> None:
+        self._refill()
+        if self.listeners.active:
+            opened = events.Opened(self.name)
+            self.run_task(Call(self, lambda pool: pool.listeners.emit(opened)))
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Close: refuse those who wait, close what is idle, stop the threads.
+
+        Connections that are out are closed when they come back. All of it takes at most
+        *timeout* seconds; a thread that hangs in a connect is left to end by itself.
+        """
+        deadline = monotonic() + timeout
+        with self._lock:
+            if self._closed:
+                self._opened = self._opened or self._lazy
+                return
+            self._closed = True
+            waiting, idle = list(self._waiting), list(self._pool)
+            self._waiting.clear()
+            self._pool.clear()
+            for waiter in waiting:
+                waiter.fail(PoolClosed(f"the pool {self.name!r} is closed"))
+            self._changed.notify_all()
+            threads = self._signal_stop_worker()
+        for conn in idle:
+            self._close_connection(conn)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - monotonic()))
+        if self.listeners.active:
+            self.listeners.emit(events.Closed(self.name))
+
+    def __del__(self) -> None:
+        # Nobody joins the threads here: this may be one of them, or the end of the process.
+        if not getattr(self, "_closed", True):
+            self._signal_stop_worker()
+
+    def wait(self, timeout: float = 30.0) -> None:
+        """Wait until min_size connections are made.
+
+        If that takes longer than *timeout* seconds, or cannot succeed, close the pool and
+        raise `DatabaseUnavailable`.
+        """
+        deadline = monotonic() + timeout
+        error: Exception | None = None
+        with self._lock:
+            self._open_on_use()
+            while self._nconns - self._connecting < self._min_size and error is None:
+                self._changed.wait(max(0.0, deadline - monotonic()))
+                self._check_open_getconn()
+                if monotonic() >= deadline or self._is_misconfigured():
+                    error = self._unavailable()
+        if error is not None:
+            self.close()
+            raise error
+
+    def _is_misconfigured(self) -> bool:
+        return self.breaker.is_open and is_permanent(self.breaker.kind)
+
+    # Forks
+
+    def slots(self) -> list[Slot]:
+        """Return the slots of all connections, idle or out; takes no lock."""
+        return [conn._slot for conn in list(self._pool)] + list(self._out)
+
+    def after_fork(self) -> None:
+        """In a child process: leave what is the parent's alone and start from nothing."""
+        if self._pid == getpid():
+            return
+        _fork.silence(self.slots())
+        stopped = self._closed and self._opened
+        self._clear()
+        self._closed, self._opened, self._lazy = True, stopped, True

@@ -1,0 +1,103 @@
+"""Where the values of settings come from and how they are read: layers, secrets, durations."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from dbpool.errors import ConfigError
+
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|m|h|)\s*")
+_SIZES: Final = ("min_size", "max_size", "max_waiting", "keepalives_count")
+
+
+def read_layers(
+    environ: Mapping[str, str] | None, dotenv: str | os.PathLike[str] | None
+) -> list[Mapping[str, Any]]:
+    """Return where to look, first things first: the environment, then the `.env` if given."""
+    layers: list[Mapping[str, Any]] = [os.environ if environ is None else environ]
+    if dotenv is not None:
+        from dotenv import dotenv_values
+
+        layers.append({k: v for k, v in dotenv_values(dotenv).items() if v is not None})
+    return layers
+
+
+def find(layers: list[Mapping[str, Any]], *names: str) -> Any:
+    """Return the first value that is set, looking for the first name everywhere first."""
+    for name in names:
+        for layer in layers:
+            if layer.get(name) not in (None, ""):
+                return layer[name]
+    return None
+
+
+def secret_of(layers: list[Mapping[str, Any]], name: str) -> tuple[str | None, str | None]:
+    """Return a secret's value or the path of its file, from the first layer that has one."""
+    for layer in layers:
+        if value := layer.get(name):
+            return str(value), None
+        if path := layer.get(f"{name}_FILE"):
+            return None, str(path)
+    return None, None
+
+
+def secret(path: str, name: str) -> str:
+    """Return what a secret file holds; *name* is the variable that gave its *path*."""
+    try:
+        return Path(path).read_text("utf-8").strip("\r\n")
+    except (OSError, UnicodeDecodeError) as ex:
+        reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
+    raise ConfigError(f"{name}: cannot read {path}: {reason}")
+
+
+def words(value: Any) -> tuple[str, ...]:
+    """Return the words of a list that commas separate, or of any other list."""
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def flag(value: Any) -> bool:
+    """Return a switch that is on unless it is set off."""
+    if value is None or isinstance(value, bool):
+        return value is not False
+    if str(value).lower() in ("1", "true", "yes", "on"):
+        return True
+    if str(value).lower() in ("0", "false", "no", "off"):
+        return False
+    raise ConfigError(f"DBPOOL_ERROR_HANDLERS must be true or false, not {value!r}")
+
+
+def number(value: Any, spec: Any, known_as: str) -> float | int:
+    """Convert a size or a duration; the error names field and variable."""
+    whole = spec.type == "int"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ConfigError(f"{known_as} must be a number, not {value!r}")
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value)
+        if match is None or (spec.name in _SIZES and not value.strip().isdecimal()):
+            hint = "a whole number" if spec.name in _SIZES else 'a time such as "500ms" or "30s"'
+            raise ConfigError(f"{known_as} must be {hint}, not {value!r}")
+        value = float(match[1]) * _UNITS[match[2]]
+    if not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{known_as} must be 0 or more, not {value!r}")
+    if whole and value != int(value):
+        raise ConfigError(f"{known_as} must be a whole number, not {value!r}")
+    return int(value) if whole else float(value)
+
+
+def nearest(word: str, known: set[str] | frozenset[str]) -> str | None:
+    """Return the known word that *word* looks most like, if any does."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(word, sorted(known), 1)), None)
+
+
+def did_you_mean(suggestion: str | None) -> str:
+    """Return the end of a message about something unknown."""
+    return f"; did you mean {suggestion}?" if suggestion else ""
