@@ -1,4 +1,4 @@
-"""A script with a pool: DATABASE_URL=postgresql://... python examples/script.py"""
+"""A script with a pool: DATABASE_URL=postgresql://... python -m examples.script"""
 
 import dbpool
 
@@ -9,4 +9,4 @@ with dbpool.Pool() as pool:
         print(conn.execute("select words from greeting").fetchone())
 
     print(pool.fetch_value("select current_database()"))  # one statement, one round trip
-    print(pool.stats().counters["checkouts"], "checkouts")
+    print(pool.stats().counters.checkouts, "checkouts")

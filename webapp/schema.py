@@ -34,7 +34,7 @@ def create(pool: Pool) -> None:
 
 def create_configured(dotenv: str | Path = ".env") -> None:
     """Create the tables in the database that the environment names."""
-    with Pool(settings=Settings.from_env(dotenv=dotenv, max_size=1)) as pool:
+    with Pool(settings=Settings.from_env(dotenv=dotenv, min_size=1, max_size=1)) as pool:
         create(pool)
 
 

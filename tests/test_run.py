@@ -1,0 +1,358 @@
+"""`python -m webapp`, as `make run` calls it: what it starts, what it says, and what it leaves."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from webapp import embedded
+
+ROOT = Path(__file__).resolve().parent.parent
+START_SECONDS = 30.0
+STOP_SECONDS = 5.0
+
+
+class Application:
+    """A supervisor of ours, and the way to talk to what it serves."""
+
+    def __init__(self, checkout: Path, **environ: str) -> None:
+        self.port = int(environ.setdefault("PORT", str(free_port())))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "webapp"],
+            cwd=checkout,
+            env=clean_environ() | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return self.request("GET", path)
+
+    def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            headers = {"Content-Type": "application/json", "Accept": "application/json"}
+            connection.request(method, path, json.dumps(body) if body else None, headers)
+            answer = connection.getresponse()
+            text = answer.read()
+            return answer.status, json.loads(text) if text else None
+        finally:
+            connection.close()
+
+    def serves(self, path: str = "/db/health/ready") -> bool:
+        try:
+            return self.get(path)[0] == 200
+        except OSError:
+            return False
+
+    def await_served(self) -> Application:
+        await_true(lambda: self.process.poll() is not None or self.serves(), START_SECONDS)
+        assert self.process.poll() is None, self.said()
+        return self
+
+    def stop(self, signum: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal, and return the exit code and the output."""
+        self.process.send_signal(signum)
+        return self.ended(STOP_SECONDS)
+
+    def ended(self, seconds: float = START_SECONDS) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode, output
+
+    def said(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.read()
+
+    def gunicorn(self) -> int:
+        """The pid of the gunicorn master."""
+        return children(self.process.pid, "gunicorn")[0]
+
+
+def clean_environ() -> dict[str, str]:
+    unwanted = ("DATABASE_URL", "DBPOOL_", "WEBAPP_", "PORT", "GUNICORN_", "WEB_CONCURRENCY")
+    environ = embedded.without_pg(os.environ)
+    return {key: value for key, value in environ.items() if not key.startswith(unwanted)}
+
+
+def children(parent: int, name: str) -> list[int]:
+    said = subprocess.run(
+        ["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line.split(None, 2) for line in said.splitlines()]
+    return [int(row[0]) for row in rows if int(row[1]) == parent and name in row[2]]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def await_true(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def checkout() -> Iterator[Path]:
+    """A copy of the sources, with data of its own, where the server's user can go."""
+    folder = Path(tempfile.mkdtemp(prefix="dbpool-run-", dir="/tmp"))
+    folder.chmod(0o755)
+    for package in ("dbpool", "webapp"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, folder / package, ignore=ignore)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def run(checkout: Path) -> Iterator[Callable[..., Application]]:
+    """Start applications that do not outlive the test, whatever it did to them."""
+    started: list[Application] = []
+
+    def start(**environ: str) -> Application:
+        started.append(Application(checkout, **environ))
+        return started[-1]
+
+    yield start
+    for application in started:
+        with application.process as process:
+            if process.poll() is None:
+                process.terminate()
+    await_true(lambda: not servers(checkout))
+
+
+def servers(checkout: Path) -> list[int]:
+    return [
+        pid
+        for cluster in checkout.glob(".data/postgres-*")
+        for pid in embedded._processes_in(cluster)
+    ]
+
+
+@contextmanager
+def stopping_in_time() -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    assert time.monotonic() - started < STOP_SECONDS
+
+
+Run = Callable[..., Application]
+
+
+def test_serves_the_api_and_the_views_and_keeps_the_data(run: Run, checkout: Path) -> None:
+    first = run().await_served()
+    status, note = first.request("POST", "/notes", {"title": "kept"})
+    assert status == 201
+    status, stats = first.get("/db/stats")
+    pool = stats["pools"]["default"]
+    assert status == 200
+    assert pool["active"] + pool["idle"] + pool["connecting"] == pool["size"]
+    with stopping_in_time():
+        code, output = first.stop()
+    assert code == 0
+    assert f"http://127.0.0.1:{first.port}/db/" in output
+    assert "Traceback" not in output
+    assert not servers(checkout)
+
+    second = run().await_served()
+    assert second.get(f"/notes/{note['id']}") == (200, note)
+
+
+def test_ctrl_c_in_a_terminal_stops_it_quietly(run: Run, checkout: Path) -> None:
+    application = run().await_served()
+    with stopping_in_time():
+        os.killpg(application.process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+        code, output = application.ended()
+    assert code == 0
+    assert "Traceback" not in output
+    assert "KeyboardInterrupt" not in output
+    assert not servers(checkout)
+
+
+def test_stops_in_time_while_a_request_is_stuck(run: Run, checkout: Path) -> None:
+    application = run().await_served()
+    with locked_notes(checkout):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", application.port)) as stuck:
+            stuck.sendall(b"GET /notes HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await_true(lambda: active(application) == 1)
+            with stopping_in_time():
+                assert application.stop()[0] == 0
+    assert not servers(checkout)
+
+
+def test_a_request_that_holds_a_connection_is_counted(run: Run, checkout: Path) -> None:
+    application = run().await_served()
+    with locked_notes(checkout):
+        with socket.create_connection(("127.0.0.1", application.port)) as busy:
+            busy.sendall(b"GET /notes HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            await_true(lambda: active(application) == 1)
+            pool = application.get("/db/stats")[1]["pools"]["default"]
+            assert pool["active"] + pool["idle"] + pool["connecting"] == pool["size"]
+    await_true(lambda: active(application) == 0)
+
+
+def active(application: Application) -> int:
+    number: int = application.get("/db/stats")[1]["pools"]["default"]["active"]
+    return number
+
+
+@contextmanager
+def locked_notes(checkout: Path) -> Iterator[None]:
+    """Keep every request for notes waiting."""
+    import psycopg
+
+    conninfo = embedded.Server(checkout / ".data").conninfo
+    conn = psycopg.connect(conninfo)
+    try:
+        conn.execute("lock table notes")
+        yield
+    finally:
+        conn.close()
+
+
+def test_two_at_once_share_the_server_and_the_last_one_stops_it(run: Run, checkout: Path) -> None:
+    first, second = run(), run()
+    first.await_served()
+    second.await_served()
+    status, note = first.request("POST", "/notes", {"title": "shared"})
+    assert status == 201
+    assert first.stop()[0] == 0
+    assert second.get(f"/notes/{note['id']}") == (200, note)
+    assert second.stop()[0] == 0
+    assert not servers(checkout)
+
+
+def test_a_supervisor_that_was_killed_is_followed_by_the_next_one(run: Run, checkout: Path) -> None:
+    killed = run().await_served()
+    status, note = killed.request("POST", "/notes", {"title": "survives"})
+    assert status == 201
+    killed.process.kill()
+    killed.process.wait()
+    following = run(PORT=str(killed.port)).await_served()
+    await_true(lambda: following.serves(f"/notes/{note['id']}"))
+    assert following.stop()[0] == 0
+    assert not servers(checkout)
+
+
+def test_gunicorn_killed_ends_the_rest_with_a_word(run: Run, checkout: Path) -> None:
+    application = run().await_served()
+    with stopping_in_time():
+        os.kill(application.gunicorn(), signal.SIGKILL)
+        code, output = application.ended()
+    assert code == 1
+    assert "gunicorn ended by itself: killed by SIGKILL" in output
+    assert not servers(checkout)
+    following = run(PORT=str(application.port)).await_served()
+    assert following.stop()[0] == 0
+
+
+def test_a_postmaster_that_was_killed_is_started_again(run: Run, checkout: Path) -> None:
+    application = run().await_served()
+    server = embedded.Server(checkout / ".data")
+    pid = server._pid_in_file()
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await_true(lambda: server._pid() not in {None, pid})
+    await_true(lambda: application.serves("/notes"), START_SECONDS)
+    code, output = application.stop()
+    assert code == 0
+    assert "starting it again" in output
+
+
+def test_after_everything_was_killed_the_next_one_serves(run: Run, checkout: Path) -> None:
+    application = run().await_served()
+    pid = embedded.Server(checkout / ".data")._pid_in_file()
+    assert pid is not None
+    master = application.gunicorn()
+    for victim in (application.process.pid, master, pid):
+        os.kill(victim, signal.SIGKILL)
+    application.process.wait()
+    following = run(PORT=str(application.port)).await_served()
+    assert following.get("/notes")[0] == 200
+    assert following.stop()[0] == 0
+
+
+def test_a_port_in_use_is_one_clear_line(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, output = run(PORT=str(port)).ended()
+    assert code == 1
+    assert output == f"webapp: port {port} is in use; another one: make run PORT={port + 1}\n"
+
+
+@pytest.mark.parametrize("port", ["http", "-1", "65536", "1e3"])
+def test_a_port_that_is_none_is_one_clear_line(run: Run, checkout: Path, port: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "webapp"],
+        cwd=checkout,
+        env=clean_environ() | {"PORT": port},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"webapp: PORT must be a number up to 65535, not {port!r}\n"
+
+
+def test_a_database_that_is_not_there_is_one_clear_line(run: Run, checkout: Path) -> None:
+    url = f"postgresql://someone:s3cr3t@127.0.0.1:{free_port()}/app"
+    code, output = run(DATABASE_URL=url).ended()
+    assert code == 1
+    assert output.startswith("webapp: cannot use the database: ")
+    assert output.count("\n") == 1
+    assert "refused" in output.lower()
+    assert "s3cr3t" not in output
+    assert not servers(checkout)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DBPOOL_MAX_SIZE", "many"),
+        ("DBPOOL_TIMEOUT", "-1"),
+        ("DATABASE_URL", "postgresql://someone:s3cr3t@host:port:port/app"),
+        ("DATABASE_URL_FILE", "/nonexistent/url"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(run: Run, name: str, value: str) -> None:
+    code, output = run(**{name: value}).ended()
+    assert code == 1
+    assert output.startswith("webapp: ")
+    assert output.count("\n") == 1
+    assert "s3cr3t" not in output
+
+
+def test_the_open_demo_is_served_to_this_machine_only(run: Run, checkout: Path) -> None:
+    code, output = run(WEBAPP_HOST="0.0.0.0").ended()
+    assert code == 1
+    assert output == "webapp: the embedded demo shows everything, so it is not served on 0.0.0.0\n"
+    assert not servers(checkout)
+
+
+def test_a_database_of_one_s_own_keeps_the_details_closed(
+    run: Run, checkout: Path, dsn: str
+) -> None:
+    application = run(DATABASE_URL=dsn, DBPOOL_TOKEN="knock-knock").await_served()
+    assert not servers(checkout)
+    assert application.get("/db/stats")[0] == 401
+    assert application.request("POST", "/notes", {"title": "elsewhere"})[0] == 201
+    assert application.stop()[0] == 0

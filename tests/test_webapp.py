@@ -1,0 +1,314 @@
+"""The notes API, over real PostgreSQL: what a client gets for what it sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+from dbpool import ConfigError
+from webapp import create_app, schema
+from webapp.notes import db
+from webapp.validation import MAX_BIGINT, MAX_BODY, MAX_TITLE
+
+
+def make(**config: Any) -> Flask:
+    return create_app({"TESTING": True, "DBPOOL_DETAILS": "always", **config})
+
+
+@pytest.fixture
+def app(dsn: str) -> Iterator[Flask]:
+    app = make(DATABASE_URL=dsn)
+    with app.app_context():
+        schema.create(db.pool)
+    yield app
+    app.extensions["dbpool"].close()
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
+
+
+def created(client: FlaskClient, title: str = "a title", **fields: Any) -> dict[str, Any]:
+    answer = client.post("/notes", json={"title": title, **fields})
+    assert answer.status_code == 201, answer.text
+    note: dict[str, Any] = answer.get_json()
+    return note
+
+
+def refused(answer: TestResponse, status: int) -> str:
+    """Every error is JSON with a reason."""
+    assert answer.status_code == status, answer.text
+    assert answer.mimetype == "application/json"
+    reason = answer.get_json()["error"]
+    assert isinstance(reason, str)
+    assert reason
+    return reason
+
+
+def test_creates_and_reads_a_note(client: FlaskClient) -> None:
+    answer = client.post("/notes", json={"title": " Zoë's ☂ ", "body": "a\nb"})
+    assert answer.status_code == 201
+    note = answer.get_json()
+    assert answer.headers["Location"] == f"/notes/{note['id']}"
+    assert (note["title"], note["body"], note["version"]) == ("Zoë's ☂", "a\nb", 1)
+    assert client.get(answer.headers["Location"]).get_json() == note
+
+
+def test_what_looks_like_sql_is_text(client: FlaskClient) -> None:
+    nasty = "'); drop table notes; -- %s %(a)s"
+    assert created(client, nasty)["title"] == nasty
+    assert client.get("/notes").status_code == 200
+
+
+def test_updates_a_note_and_counts_its_version(client: FlaskClient) -> None:
+    note = created(client)
+    answer = client.put(f"/notes/{note['id']}", json={"title": "new", "version": 1})
+    assert answer.status_code == 200
+    updated = answer.get_json()
+    assert (updated["title"], updated["body"], updated["version"]) == ("new", "", 2)
+    assert updated["created"] == note["created"]
+    assert updated["updated"] > note["updated"]
+
+
+def test_an_update_of_a_stale_version_changes_nothing(client: FlaskClient) -> None:
+    note = created(client)
+    path = f"/notes/{note['id']}"
+    client.put(path, json={"title": "first", "version": 1})
+    answer = client.put(path, json={"title": "second", "version": 1})
+    assert "version 2" in refused(answer, 409)
+    assert answer.get_json()["version"] == 2
+    assert client.get(path).get_json()["title"] == "first"
+
+
+def test_deletes_a_note(client: FlaskClient) -> None:
+    path = f"/notes/{created(client)['id']}"
+    answer = client.delete(path)
+    assert (answer.status_code, answer.data) == (204, b"")
+    refused(client.get(path), 404)
+    refused(client.delete(path), 404)
+
+
+def test_deletes_only_the_version_asked_for(client: FlaskClient) -> None:
+    note = created(client)
+    path = f"/notes/{note['id']}"
+    client.put(path, json={"title": "newer", "version": 1})
+    refused(client.delete(f"{path}?version=1"), 409)
+    assert client.delete(f"{path}?version=2").status_code == 204
+
+
+def test_pages_through_all_notes_while_others_come_and_go(client: FlaskClient) -> None:
+    ids = [created(client, f"note {number}")["id"] for number in range(7)]
+    seen, path = [], "/notes?limit=3"
+    while path:
+        page = client.get(path).get_json()
+        assert len(page["notes"]) <= 3
+        seen += [note["id"] for note in page["notes"]]
+        client.delete(f"/notes/{seen[-1]}")  # where the next page starts from
+        path = page["next"]
+    assert seen == ids
+
+
+def test_the_last_page_has_no_next_one(client: FlaskClient) -> None:
+    for number in range(2):
+        created(client, f"note {number}")
+    assert client.get("/notes?limit=2").get_json()["next"] is None
+    assert client.get(f"/notes?after={MAX_BIGINT}").get_json() == {"notes": [], "next": None}
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "limit=", "limit=%2B5"])
+def test_a_limit_out_of_range_is_refused(client: FlaskClient, query: str) -> None:
+    assert refused(client.get(f"/notes?{query}"), 400) == "limit must be a number from 1 to 100"
+
+
+@pytest.mark.parametrize("after", ["-1", "x", "1.5", str(2**63), "9" * 5000, "٣"])
+def test_a_keyset_out_of_range_is_refused(client: FlaskClient, after: str) -> None:
+    refused(client.get("/notes", query_string={"after": after}), 400)
+
+
+@pytest.mark.parametrize("number", ["0", "999999", str(2**63), "9" * 4000, "-1", "one", "1.0"])
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_an_unknown_id_is_not_found(client: FlaskClient, method: str, number: str) -> None:
+    refused(client.open(f"/notes/{number}", method=method), 404)
+
+
+def test_an_update_of_an_unknown_id_is_not_found(client: FlaskClient) -> None:
+    refused(client.put("/notes/999999", json={"title": "x", "version": 1}), 404)
+    refused(client.put(f"/notes/{2**63}", json={"title": "x", "version": 1}), 404)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"hello",
+        b"{",
+        b"[]",
+        b"null",
+        b'"title"',
+        b"\xff\xfe",
+        b"[" * 60_000,
+        b'{"title": "x", "body": ' + b"1" * 5000 + b"}",
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(client: FlaskClient, body: bytes) -> None:
+    answer = client.post("/notes", data=body, content_type="application/json")
+    refused(answer, 400)
+    assert client.get("/notes").get_json()["notes"] == []
+
+
+def test_a_body_of_another_type_is_refused(client: FlaskClient) -> None:
+    answer = client.post("/notes", data={"title": "a form"})
+    assert "Content-Type" in refused(answer, 400)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, "title is missing or empty"),
+        ({"title": ""}, "title is missing or empty"),
+        ({"title": " \t"}, "title is missing or empty"),
+        ({"title": None}, "title must be a string"),
+        ({"title": 5}, "title must be a string"),
+        ({"title": "x" * (MAX_TITLE + 1)}, "title must not be longer than 200 characters"),
+        ({"title": "x", "body": ["y"]}, "body must be a string"),
+        ({"title": "x", "body": "y" * (MAX_BODY + 1)}, "body must not be longer"),
+        ({"title": "a\0b"}, "title holds a character that cannot be stored"),
+        ({"title": "x", "body": "\ud800"}, "body holds a character that cannot be stored"),
+        ({"title": "x", "colour": "red"}, "unknown field 'colour'"),
+        ({"title": "x", "version": 1}, "unknown field 'version'"),
+    ],
+)
+def test_a_note_that_is_not_one_is_refused_with_the_reason(
+    client: FlaskClient, fields: dict[str, Any], reason: str
+) -> None:
+    assert refused(client.post("/notes", json=fields), 400).startswith(reason)
+    assert client.get("/notes").get_json()["notes"] == []
+
+
+@pytest.mark.parametrize("version", [None, "1", 1.0, True, 0, -1, 2**63])
+def test_an_update_without_a_proper_version_is_refused(client: FlaskClient, version: Any) -> None:
+    note = created(client)
+    answer = client.put(f"/notes/{note['id']}", json={"title": "x", "version": version})
+    assert refused(answer, 400).startswith("version must be")
+
+
+def test_a_title_as_long_as_allowed_is_stored(client: FlaskClient) -> None:
+    note = created(client, "☂" * MAX_TITLE, body="☂" * MAX_BODY)
+    assert len(note["body"]) == MAX_BODY
+
+
+def test_a_body_too_large_is_refused(client: FlaskClient) -> None:
+    refused(client.post("/notes", json={"title": "x", "body": "y" * 100_000}), 413)
+
+
+def test_a_method_that_is_not_there_is_refused_with_those_that_are(client: FlaskClient) -> None:
+    answer = client.patch("/notes")
+    refused(answer, 405)
+    assert set(answer.headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS", "POST"}
+
+
+def test_a_path_that_is_not_there_is_not_found(client: FlaskClient) -> None:
+    refused(client.get("/nothing/here"), 404)
+
+
+def test_a_failure_of_ours_says_nothing_of_the_inside(app: Flask) -> None:
+    @app.get("/broken")
+    def broken() -> str:
+        raise RuntimeError("s3cr3t")
+
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    answer = app.test_client().get("/broken")
+    assert refused(answer, 500) == "internal error"
+    assert "s3cr3t" not in answer.text
+
+
+def test_a_missing_table_is_told(app: Flask, client: FlaskClient) -> None:
+    with app.app_context():
+        db.pool.execute("drop table notes")
+    assert "webapp.schema" in refused(client.get("/notes"), 503)
+
+
+def test_a_database_that_is_down_is_unavailable_with_a_time_to_retry() -> None:
+    app = make(DATABASE_URL="postgresql://nobody@127.0.0.1:1/none", DBPOOL_OUTAGE_GRACE="100ms")
+    try:
+        answer = app.test_client().get("/notes")
+        refused(answer, 503)
+        assert float(answer.headers["Retry-After"]) > 0
+    finally:
+        app.extensions["dbpool"].close()
+
+
+def test_a_connection_lost_in_the_middle_is_unavailable(app: Flask, dsn: str) -> None:
+    @app.get("/cut")
+    def cut() -> str:
+        db.pool.fetch_value("select pg_terminate_backend(pg_backend_pid())")
+        return "not reached"
+
+    answer = app.test_client().get("/cut")
+    refused(answer, 503)
+    assert float(answer.headers["Retry-After"]) > 0
+    assert app.test_client().get("/notes").status_code == 200
+
+
+def test_the_views_of_the_pool_are_mounted(client: FlaskClient) -> None:
+    created(client)
+    assert client.get("/db/health/ready").get_json()["status"] == "up"
+    pool = client.get("/db/stats").get_json()["pools"]["default"]
+    assert pool["active"] + pool["idle"] + pool["connecting"] == pool["size"]
+    index = client.get("/").get_json()
+    assert all(client.get(path).status_code == 200 for path in index.values())
+
+
+def test_making_the_application_touches_no_database() -> None:
+    app = make(DATABASE_URL="postgresql://nobody@127.0.0.1:1/none")
+    try:
+        assert app.test_client().get("/db/health/live").status_code == 200
+    finally:
+        app.extensions["dbpool"].close()
+
+
+def test_two_applications_in_one_process_do_not_meet(app: Flask, server: Any) -> None:
+    other = make(DATABASE_URL=server.conninfo)
+    try:
+        with app.app_context():
+            mine = db.pool
+        with other.app_context():
+            assert db.pool is not mine
+    finally:
+        other.extensions["dbpool"].close()
+
+
+def test_a_wrong_setting_is_refused_when_the_application_is_made(dsn: str) -> None:
+    with pytest.raises(ConfigError, match="DBPOOL_MAX_SIZE"):
+        make(DATABASE_URL=dsn, DBPOOL_MAX_SIZE="many")
+
+
+def test_tables_are_made_once_and_by_several_at_once(dsn: str) -> None:
+    import threading
+
+    from dbpool import Pool
+
+    failures: list[psycopg.Error] = []
+
+    def create(pool: Pool) -> None:
+        try:
+            schema.create(pool)
+        except psycopg.Error as exc:
+            failures.append(exc)
+
+    with Pool(dsn, max_size=4) as pool:
+        threads = [threading.Thread(target=create, args=[pool]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        schema.create(pool)
+        assert pool.fetch_value("select count(*) from notes") == 0
