@@ -114,16 +114,21 @@ class Checkout(Checkin[CT]):
             self._leave(waiter)
             raise
         if not waiter.is_settled:
-            with self._lock:
-                if not waiter.is_settled:
-                    self._waiting.remove(waiter)
-                    self._metrics.timeouts += 1
-                    waiter.error = self._timed_out(monotonic() - started)
-            if waiter.error is not None and self.listeners.active:
-                self.listeners.emit(events.WaitTimedOut(self.name, monotonic() - started))
+            self._expire(waiter, monotonic() - started)
         if waiter.error is not None:
             raise waiter.error
         return waiter.conn
+
+    def _expire(self, waiter: Waiter, seconds: float) -> None:
+        """Tell a waiter that its time is over, unless it was served this very moment."""
+        with self._lock:
+            if waiter.is_settled:
+                return
+            self._waiting.remove(waiter)
+            self._metrics.timeouts += 1
+            waiter.error = self._timed_out(seconds)
+        if self.listeners.active:
+            self.listeners.emit(events.WaitTimedOut(self.name, seconds))
 
     def _leave(self, waiter: Waiter) -> None:
         with self._lock:

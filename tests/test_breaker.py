@@ -36,7 +36,7 @@ def fail(
 def test_starts_closed_and_says_so(breaker: Breaker) -> None:
     assert breaker.state == "closed"
     assert repr(breaker) == "<Breaker closed kind='unknown' failing_for=0.0>"
-    assert breaker.since is breaker.retry_after is breaker.last_error is None
+    assert (breaker.since, breaker.retry_after, breaker.last_error) == (None, None, None)
 
 
 def test_failures_within_the_grace_leave_it_closed(breaker: Breaker, clock: Clock) -> None:
@@ -115,9 +115,7 @@ def test_an_attempt_without_an_answer_counts_as_failing(breaker: Breaker, clock:
     assert breaker.kind == "timeout"
 
 
-def test_a_slow_attempt_is_no_outage_while_others_come_back(
-    breaker: Breaker, clock: Clock
-) -> None:
+def test_a_slow_attempt_is_no_outage_while_others_come_back(breaker: Breaker, clock: Clock) -> None:
     started = clock.now
     clock.now += 2.0
     error = psycopg.OperationalError("no answer")

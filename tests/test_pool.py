@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,19 +18,13 @@ from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequest
 import dbpool
 from dbpool import ConfigError, DatabaseUnavailable, Pool, PoolExhausted, Settings
 
+from .postgres import until
+
 
 @pytest.fixture
 def pool(dsn: str) -> Iterator[Pool]:
     with Pool(dsn, max_size=4, timeout=5) as pool:
         yield pool
-
-
-def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait until *condition* holds, or fail."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to be in time"
-        time.sleep(0.005)
 
 
 def in_thread(fn: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
@@ -314,6 +307,7 @@ def test_timeout_zero_still_gets_an_idle_connection(pool: Pool) -> None:
 
 @pytest.mark.parametrize("foreign", [True, False])
 def test_what_is_not_out_cannot_be_returned(pool: Pool, dsn: str, foreign: bool) -> None:
+    pool.wait()
     conn = psycopg.connect(dsn) if foreign else pool.getconn()
     if not foreign:
         pool.putconn(conn)
@@ -425,7 +419,8 @@ def test_a_single_statement_takes_one_round_trip(dsn: str, tmp_path: Path) -> No
             conn.pgconn.trace(trace.fileno())
         assert pool.fetch_value("select %s::int", [1]) == 1
         conn.pgconn.untrace()
-        answers = [line for line in trace.read().splitlines() if "ReadyForQuery" in line]
+        trace.seek(0)
+        answers = [line for line in trace if "ReadyForQuery" in line]
         assert len(answers) == 1
 
 
@@ -583,7 +578,7 @@ def test_counts_add_up_and_are_exact_under_threads(dsn: str) -> None:
         done = threading.Event()
 
         def watch() -> None:
-            while not done.is_set():
+            while not done.wait(0.0005):
                 stats = pool.stats()
                 total = stats.active + stats.idle + stats.connecting
                 if total != stats.size or min(stats.active, stats.idle, stats.connecting) < 0:

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from dbpool.retry import Budget, delays, is_conflict
 
 
-@given(
-    first=st.floats(0.001, 1.0), cap=st.floats(1.0, 60.0), base=st.floats(1.1, 4.0)
-)
+@given(first=st.floats(0.001, 1.0), cap=st.floats(1.0, 60.0), base=st.floats(1.1, 4.0))
 def test_delays_stay_between_zero_and_the_growing_bound(
     first: float, cap: float, base: float
 ) -> None:

@@ -1,0 +1,108 @@
+"""Fixtures: real servers, fresh databases, and no trace of the shell's own settings."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_postgresql import factories
+
+from .postgres import Server, reachable_directory
+
+HARD_DEADLINE = 180.0  # seconds; a test that hangs ends the run with every thread's stack
+
+
+@pytest.fixture(scope="session")
+def template() -> Iterator[Path]:
+    """A data directory to copy: much quicker than making a new one."""
+    server = Server()
+    directory = reachable_directory()
+    copy = directory / "data"
+    shutil.move(server.data, copy)
+    server.close()
+    yield copy
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def server(template: Path) -> Iterator[Server]:
+    """The server that all tests share which do it no harm."""
+    server = Server(template)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+class _Executor:
+    """What pytest-postgresql wants to know of a server."""
+
+    def __init__(self, server: Server) -> None:
+        self.host = "127.0.0.1"
+        self.port = server.port
+        self.user = "postgres"
+        self.password = ""
+        self.options = ""
+        self.maintenance_dbname = "postgres"
+        self.template_dbname = "template1"
+        self.version = 18
+
+
+@pytest.fixture(scope="session")
+def executor(server: Server) -> _Executor:
+    """The shared server, as pytest-postgresql has it."""
+    return _Executor(server)
+
+
+pg_noproc = factories.postgresql_noproc(dbname="tests", depends_on="executor")
+database = factories.postgresql("pg_noproc")
+
+
+@pytest.fixture
+def dsn(database: Any, server: Server) -> str:
+    """The connection string of a fresh database."""
+    return server.conninfo_for(dbname=database.info.dbname)
+
+
+@pytest.fixture
+def make_server(template: Path) -> Iterator[Callable[..., Server]]:
+    """Start private servers, options by keyword; they are gone after the test."""
+    servers: list[Server] = []
+
+    def make(**options: object) -> Server:
+        server = Server(template, **options)
+        servers.append(server)
+        server.start()
+        return server
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def own_server(make_server: Callable[..., Server]) -> Server:
+    """A private server, to be harmed."""
+    return make_server()
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the shell's settings out of the tests."""
+    for name in os.environ:
+        if name.startswith(("PG", "DBPOOL_", "DATABASE_URL")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def hard_deadline() -> Iterator[None]:
+    """End the run if a test hangs."""
+    faulthandler.dump_traceback_later(HARD_DEADLINE, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,145 @@
+"""The seam to psycopg_pool and psycopg: what is overridden or touched must still be there.
+
+A failure here after an upgrade says which assumption to look at again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from typing import Any
+
+import psycopg
+import psycopg_pool
+import pytest
+from psycopg_pool import ConnectionPool
+from psycopg_pool.pool import AddConnection, MaintenanceTask, ReturnConnection
+
+from dbpool import Pool
+from dbpool._parts import manners
+
+OVERRIDDEN = {
+    "__init__": "self, conninfo, connection_class, kwargs, min_size, max_size, open, configure,"
+    " check, reset, name, close_returns, timeout, max_waiting, max_lifetime, max_idle,"
+    " reconnect_timeout, reconnect_failed, num_workers",
+    "__del__": "self",
+    "_add_connection": "self, attempt, growing",
+    "_add_to_pool": "self, conn",
+    "_connect": "self, timeout",
+    "_open": "self",
+    "_resolve_conninfo": "self",
+    "_return_connection": "self, conn, from_getconn",
+    "_shrink_pool": "self",
+    "_start_initial_tasks": "self",
+    "check": "self",
+    "close": "self, timeout",
+    "connection": "self, timeout",
+    "drain": "self",
+    "get_stats": "self",
+    "getconn": "self, timeout",
+    "pop_stats": "self",
+    "putconn": "self, conn",
+    "resize": "self, min_size, max_size",
+    "wait": "self, timeout",
+}
+CALLED = {
+    "_check_open_getconn": "self",
+    "_check_pool_putconn": "self, conn",
+    "_check_size": "self, min_size, max_size",
+    "_close_connection": "self, conn",
+    "_get_measures": "self",
+    "_reset_connection": "self, conn",
+    "_resolve_kwargs": "self",
+    "_set_connection_expiry_date": "self, conn",
+    "_signal_stop_worker": "self",
+    "_start_workers": "self",
+    "reconnect_failed": "self",
+    "run_task": "self, task",
+    "schedule_task": "self, task, delay",
+}
+# Methods of the parent that ours never reach, since what calls them is overridden.
+REPLACED = {
+    "_check_connection",
+    "_get_ready_connection",
+    "_getconn_unchecked",
+    "_getconn_with_check_loop",
+    "_maybe_close_connection",
+    "_maybe_grow_pool",
+    "_putconn",
+}
+INHERITED = {
+    "__enter__",
+    "__exit__",
+    "__repr__",
+    "_check_open",
+    "_jitter",
+    "check_connection",
+    "closed",
+    "max_size",
+    "min_size",
+    "open",
+    "worker",
+}
+
+
+def _parameters(function: Any) -> str:
+    return ", ".join(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(("name", "parameters"), sorted((OVERRIDDEN | CALLED).items()))
+def test_the_parents_methods_take_what_they_took(name: str, parameters: str) -> None:
+    assert _parameters(getattr(ConnectionPool, name)) == parameters
+
+
+def test_every_method_of_the_parent_is_accounted_for() -> None:
+    """A new one may be a new path around what is overridden."""
+    theirs = {
+        name
+        for cls in ConnectionPool.__mro__[:-1]
+        if cls.__module__.startswith("psycopg_pool")
+        for name, value in vars(cls).items()
+        if callable(value) or isinstance(value, (property, classmethod, staticmethod))
+    }
+    known = OVERRIDDEN.keys() | CALLED.keys() | REPLACED | INHERITED
+    ignored = {"__orig_bases__", "__parameters__", "__class_getitem__"}
+    assert theirs - known - ignored == set()
+
+
+def test_what_is_overridden_is_ours() -> None:
+    for name in OVERRIDDEN:
+        assert getattr(Pool, name) is not getattr(ConnectionPool, name), name
+
+
+def test_the_parents_state_is_as_assumed() -> None:
+    pool: ConnectionPool = ConnectionPool("", open=False, min_size=2)
+    assert isinstance(pool._pool, deque)
+    assert isinstance(pool._waiting, deque)
+    assert (pool._nconns, pool._min_size, pool._max_size) == (2, 2, 2)
+    assert pool._workers == []
+    assert pool._sched_runner is None
+    assert (pool._closed, pool._opened) == (True, False)
+    assert (pool._check, pool._configure, pool._reset) == (None, None, None)
+
+
+def test_the_parents_tasks_call_what_is_overridden() -> None:
+    assert "pool._add_connection(self.attempt, growing=self.growing)" in inspect.getsource(
+        AddConnection._run
+    )
+    assert "pool._return_connection(self.conn, from_getconn=self.from_getconn)" in (
+        inspect.getsource(ReturnConnection._run)
+    )
+    assert "pool.closed" in inspect.getsource(MaintenanceTask.run)
+
+
+def test_connections_have_the_attributes_that_are_put_back(dsn: str) -> None:
+    with psycopg.connect(dsn) as conn:
+        names = len(manners(conn))
+        assert names == 11
+        assert conn._begin_statement == b""
+        assert conn._notifies_backlog is not None
+        assert manners(conn)[0] is False
+
+
+def test_the_versions_are_those_that_were_looked_at() -> None:
+    assert psycopg_pool.__version__.startswith("3.3.")
+    assert psycopg.__version__.startswith("3.3.")
