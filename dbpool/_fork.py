@@ -39,6 +39,11 @@ def register(pool: Forkable) -> None:
     _pools.add(pool)
 
 
+def pools() -> list[Any]:
+    """Return the pools of this process, open or not."""
+    return list(_pools)
+
+
 def close_all(timeout: float = 2.0) -> None:
     """Close every open pool of this process, within *timeout* seconds altogether."""
     deadline = monotonic() + timeout

@@ -34,7 +34,6 @@ class Life(Supply[CT]):
     def _open(self) -> None:
         if self._closed:
             super()._open()
-            _fork.register(self)
 
     def _start_initial_tasks(self) -> None:
         self._refill()

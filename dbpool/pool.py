@@ -17,7 +17,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import RowFactory, tuple_row
 from psycopg_pool.abc import CT, ConninfoParam
 
-from dbpool import holders
+from dbpool import _fork, holders
 from dbpool._fork import close_all
 from dbpool._run import Runner
 from dbpool.errors import ConfigError
@@ -105,6 +105,7 @@ class Pool(Runner[CT]):
             **options,
         )
         self._lazy = opening is None
+        _fork.register(self)
         self._plain = self.connection_class.__exit__ is Connection.__exit__
         self._budget = Budget(2 * settings.max_size)
         if opening:
@@ -189,12 +190,21 @@ class Pool(Runner[CT]):
             held = list(self._out)
         return list(holders.report(held, monotonic()))
 
-    def held_by_current_thread(self) -> list[Any]:
-        """Return the connections that this thread checked out and did not return."""
+    def return_held(self, since: float) -> list[Holder]:
+        """Take back what this thread checked out after *since* and still holds.
+
+        *since* is a monotonic time. What is taken back is rolled back; returns who held it.
+        """
+        if not self._out:
+            return []
         me = threading.get_ident()
         with self._lock:
-            mine = [slot for slot in self._out if slot.since and slot.thread == me]
-        return [conn for slot in mine if slot.ref and (conn := slot.ref()) is not None]
+            held = [s for s in self._out if s.thread == me and s.since and s.since >= since]
+        reports = list(holders.report(held, monotonic()))
+        for slot in held:
+            if slot.ref is not None and (conn := slot.ref()) is not None:
+                self.putconn(conn)
+        return reports
 
 
 class Lease(Generic[CT]):

@@ -1,0 +1,48 @@
+"""What a client is told when a pool could not serve: 503, and when to come back."""
+
+from __future__ import annotations
+
+import math
+
+from flask import Flask, Response, jsonify, request
+from markupsafe import escape
+
+from dbpool.errors import (
+    CommitUncertain,
+    DatabaseUnavailable,
+    PoolClosed,
+    PoolError,
+    TooManyRequests,
+)
+
+
+def register_error_handlers(app: Flask) -> None:
+    """Answer a pool's errors with 503, as JSON or HTML by what the client accepts."""
+    for error in (PoolError, PoolClosed, TooManyRequests):
+        app.register_error_handler(error, _answer)
+
+
+def _answer(exc: Exception) -> Response:
+    # The client learns no more than it needs: hosts, roles and holders stay in the log.
+    if isinstance(exc, CommitUncertain):
+        reason = "the outcome of the request is unknown"
+    elif isinstance(exc, DatabaseUnavailable):
+        reason = "the database is unavailable"
+    else:
+        reason = "the service is busy"
+    wanted = request.accept_mimetypes.best_match(["application/json", "text/html"])
+    if wanted == "text/html":
+        page = f"<!doctype html><title>503</title><h1>{escape(reason.capitalize())}</h1>"
+        answer = Response(page, mimetype="text/html")
+    else:
+        answer = jsonify(error=reason)
+    answer.status_code = 503
+    answer.headers["Cache-Control"] = "no-store"
+    if not isinstance(exc, CommitUncertain):  # trying that again could do it twice
+        answer.headers["Retry-After"] = retry_after(getattr(exc, "retry_after", 0.0))
+    return answer
+
+
+def retry_after(seconds: float | None) -> str:
+    """Return a `Retry-After`: whole seconds, at least one."""
+    return str(max(1, math.ceil(seconds or 0.0)))

@@ -1,0 +1,134 @@
+"""The extension: pools for an application, and what a request may leave behind."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Final
+
+from flask import Flask, appcontext_pushed, current_app, g, request
+
+from dbpool import holders
+from dbpool.databases import Databases
+from dbpool.flask._errors import register_error_handlers
+from dbpool.health import Health
+from dbpool.pool import Pool
+from dbpool.processes import Processes
+from dbpool.settings import AppSettings, settings_from_config
+
+logger = logging.getLogger("dbpool")
+
+KEY: Final = "dbpool"
+_STARTED: Final = "_dbpool_started"
+
+
+@dataclass(frozen=True)
+class State:
+    """What one application has: `app.extensions["dbpool"]`."""
+
+    databases: Databases
+    health: Health
+    processes: Processes
+    settings: AppSettings
+
+
+class DBPool:
+    """The pools of the application at hand.
+
+    `db.pool` is the default one, `db["replica"]` another; both need an application context.
+    *listeners* hear the events of all pools.
+    """
+
+    def __init__(self, app: Flask | None = None, *, listeners: Iterable[Any] = ()) -> None:
+        self._listeners = tuple(listeners)
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Give *app* its pools, set by `app.config["DBPOOL_…"]`, else by the environment.
+
+        A `.env` in the working directory or above is read too, not under `TESTING`. Nothing
+        connects: the pools open on first use. Raises `ConfigError` for wrong settings,
+        `RuntimeError` when the application has its pools already.
+        """
+        if KEY in app.extensions:
+            raise RuntimeError("dbpool is initialised on this application already")
+        dotenv = None if app.testing else _find_dotenv()
+        settings = AppSettings.from_config(app.config, dotenv=dotenv)
+        databases = Databases(settings_from_config(app.config, dotenv=dotenv), self._listeners)
+        app.extensions[KEY] = State(
+            databases=databases,
+            health=Health(databases, settings.required),
+            processes=Processes(databases, directory=settings.stats_dir, app=app.name),
+            settings=settings,
+        )
+        appcontext_pushed.connect(_begin, app)
+        app.before_request(_name_endpoint)
+        app.teardown_appcontext(_end)
+        if settings.error_handlers:
+            register_error_handlers(app)
+
+    @property
+    def databases(self) -> Databases:
+        """All pools of the current application."""
+        return state().databases
+
+    @property
+    def health(self) -> Health:
+        """The health of the current application, to add checks to."""
+        return state().health
+
+    @property
+    def pool(self) -> Pool[Any]:
+        """The default pool of the current application."""
+        return state().databases.default
+
+    def __getitem__(self, name: str) -> Pool[Any]:
+        return state().databases[name]
+
+
+def state() -> State:
+    """Return what the current application has; a clear error if it has nothing."""
+    found: State | None = current_app.extensions.get(KEY)
+    if found is None:
+        raise RuntimeError(f"call DBPool().init_app(app) on {current_app.name!r} first")
+    return found
+
+
+def _find_dotenv() -> str | None:
+    from dotenv import find_dotenv
+
+    return find_dotenv(usecwd=True) or None
+
+
+def _begin(app: Flask) -> None:
+    setattr(g, _STARTED, monotonic())
+
+
+def _name_endpoint() -> None:
+    state().processes.start()
+    if request.endpoint is not None:
+        holders.endpoints[threading.get_ident()] = request.endpoint
+
+
+def _end(exc: BaseException | None) -> None:
+    """Take back what the request still holds.
+
+    Nothing is committed here: the answer is on its way and could not say that it failed.
+    """
+    endpoint = holders.endpoints.pop(threading.get_ident(), None)
+    started = g.pop(_STARTED, None)
+    if started is None:
+        return
+    for pool in state().databases.values():
+        for holder in pool.return_held(started):
+            logger.error(
+                "pool %r: a connection checked out at %s was still held when the request ended"
+                " (endpoint %s): it was rolled back and returned",
+                pool.name,
+                holder.where,
+                endpoint,
+            )

@@ -1,0 +1,367 @@
+"""The statistics of all worker processes on this host, merged.
+
+Each process keeps one file with its snapshot in a directory that they share; whoever is asked
+reads them all. What has died is folded into an archive, so that totals never fall.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import re
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from dbpool.metrics import Snapshot
+
+__all__ = ["SCHEMA", "Processes", "start_time"]
+
+logger = logging.getLogger("dbpool")
+
+SCHEMA: Final = 1
+VARIABLE: Final = "DBPOOL_STATS_DIR"
+_EVERY: Final = 1.0  # seconds between two publications
+_LARGEST: Final = 1 << 20  # bytes of a file that is read
+_MOST: Final = 1024  # files that are read
+_LOCK_WAIT: Final = 0.2  # seconds
+
+
+class Pooled(Protocol):
+    """What is asked of a pool."""
+
+    def stats(self) -> Snapshot:
+        """Return a snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What one process says of itself. `written` is on the system's monotonic clock."""
+
+    pid: int
+    start: str
+    written: float
+    uptime: float
+    pools: Mapping[str, Snapshot]
+
+    @property
+    def key(self) -> str:
+        return f"{self.pid}-{self.start}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "pid": self.pid,
+            "start": self.start,
+            "written": self.written,
+            "uptime": self.uptime,
+            "pools": {name: snapshot.to_json() for name, snapshot in self.pools.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> _Record:
+        try:
+            if data["schema"] != SCHEMA:
+                raise ValueError("it is of another version")
+            return cls(
+                pid=int(data["pid"]),
+                start=str(data["start"]),
+                written=float(data["written"]),
+                uptime=float(data["uptime"]),
+                pools=_pools_from_json(data["pools"]),
+            )
+        except (AttributeError, KeyError, TypeError) as ex:
+            raise ValueError("this is no record") from ex
+
+
+class Processes:
+    """Publishes the pools of this process, and reports on those of all that share a directory.
+
+    The directory is *directory*, else `DBPOOL_STATS_DIR`, which the gunicorn hooks set; it must
+    be private to the user. Without one the process answers for itself alone.
+    """
+
+    def __init__(
+        self,
+        databases: Mapping[str, Pooled],
+        directory: str | os.PathLike[str] | None = None,
+        app: str = "app",
+    ) -> None:
+        self._databases = databases
+        self._directory = directory
+        self._app = re.sub(r"[^A-Za-z0-9_]+", "_", app)
+        self._complained: set[str] = set()
+        self._pid = 0
+        self._born = 0.0
+        self._stop = threading.Event()
+        self._starting = threading.Lock()
+
+    def start(self) -> None:
+        """Publish each second from now on, in a thread of this process. Cheap when it does."""
+        if self._pid == os.getpid():
+            return
+        with self._starting:
+            if self._pid == os.getpid():
+                return
+            self._pid, self._born = os.getpid(), time.monotonic()
+            self._stop = threading.Event()
+        if self._shared() is not None:
+            threading.Thread(
+                target=self._run, args=(self._stop,), name="dbpool-stats", daemon=True
+            ).start()
+            atexit.register(self.close)
+
+    def close(self) -> None:
+        """Publish for the last time and stop."""
+        if self._pid == os.getpid() and not self._stop.is_set():
+            self._stop.set()
+            self.publish()
+        atexit.unregister(self.close)
+
+    def publish(self) -> bool:
+        """Write this process's file; false if that is not possible, which is logged once."""
+        directory = self._shared()
+        if directory is None:
+            return False
+        record = self._own()
+        try:
+            _write(directory / f"{self._app}-{record.key}.json", record.to_json())
+        except OSError as ex:
+            self._complain("write", f"cannot write statistics to {directory}: {ex.strerror}")
+            return False
+        return True
+
+    def report(self, scope: str = "all") -> dict[str, Any]:
+        """Return the statistics as `/stats` shows them, of all processes or of this one.
+
+        `scope` in the answer says which it is; ages and uptimes are in seconds.
+        """
+        self.start()
+        shared = scope == "all" and self.publish()
+        own = self._own()
+        records = [own]
+        pools: dict[str, Snapshot] = {}
+        if shared:
+            pools, others = self._others(own.key)
+            records += others
+        for record in records:
+            pools = _merged(pools, record.pools)
+        now = time.monotonic()
+        return {
+            "schema": SCHEMA,
+            "time": time.time(),
+            "scope": "all" if shared else "process",
+            "processes": [
+                {"pid": r.pid, "age": max(0.0, now - r.written), "uptime": r.uptime}
+                for r in sorted(records, key=lambda record: record.pid)
+            ],
+            "pools": {name: snapshot.to_json() for name, snapshot in pools.items()},
+        }
+
+    def _run(self, stop: threading.Event) -> None:
+        while not stop.wait(_EVERY):
+            self.publish()
+
+    def _own(self) -> _Record:
+        now = time.monotonic()
+        return _Record(
+            pid=os.getpid(),
+            start=start_time(os.getpid()) or "0",
+            written=now,
+            uptime=now - self._born,
+            pools={name: pool.stats() for name, pool in self._databases.items()},
+        )
+
+    def _shared(self) -> Path | None:
+        """The directory that is shared, if there is one and it is ours alone."""
+        name = self._directory or os.environ.get(VARIABLE)
+        if not name:
+            return None
+        path = Path(name)
+        try:
+            found = path.lstat()
+        except OSError as ex:
+            self._complain("directory", f"cannot use {path} for statistics: {ex.strerror}")
+            return None
+        private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
+        if not private or found.st_uid != os.geteuid():
+            self._complain("directory", f"{path} is no directory private to this user")
+            return None
+        return path
+
+    def _others(self, own_key: str) -> tuple[dict[str, Snapshot], list[_Record]]:
+        """Return the archive and the records of the other living processes."""
+        directory = self._shared()
+        if directory is None:
+            return {}, []
+        with _locked(directory / f"{self._app}.lock") as locked:
+            archive = directory / f"{self._app}.archive"
+            folded, pools = self._read_archive(archive)
+            living: list[_Record] = []
+            dead: dict[Path, _Record] = {}
+            for path in sorted(directory.glob(f"{self._app}-*-*.json"))[:_MOST]:
+                record = self._read_record(path)
+                if record is None or record.key == own_key:
+                    continue
+                if start_time(record.pid) == record.start:
+                    living.append(record)
+                else:
+                    dead[path] = record
+            for record in dead.values():
+                if record.key not in folded:
+                    pools = _merged(pools, {n: _ended(s) for n, s in record.pools.items()})
+            if dead and locked:
+                self._write_archive(archive, dead, pools)
+        return pools, living
+
+    def _write_archive(
+        self, archive: Path, dead: Mapping[Path, _Record], pools: Mapping[str, Snapshot]
+    ) -> None:
+        """Write the archive, then remove the files: a crash in between counts nothing twice."""
+        data = {
+            "schema": SCHEMA,
+            "folded": [record.key for record in dead.values()],
+            "pools": {name: snapshot.to_json() for name, snapshot in pools.items()},
+        }
+        try:
+            _write(archive, data)
+            for path in dead:
+                path.unlink(missing_ok=True)
+        except OSError as ex:
+            self._complain("archive", f"cannot archive statistics: {ex.strerror}")
+
+    def _read_archive(self, path: Path) -> tuple[set[str], dict[str, Snapshot]]:
+        try:
+            data = _read(path)
+            return set(data["folded"]), _pools_from_json(data["pools"])
+        except FileNotFoundError:
+            return set(), {}
+        except (OSError, ValueError, TypeError, KeyError) as ex:
+            self._complain(path.name, f"{path} cannot be used: {ex}")
+            return set(), {}
+
+    def _read_record(self, path: Path) -> _Record | None:
+        try:
+            return _Record.from_json(_read(path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as ex:
+            self._complain(path.name, f"{path} cannot be used: {ex}")
+            return None
+
+    def _complain(self, subject: str, message: str) -> None:
+        if subject not in self._complained and len(self._complained) < _MOST:
+            self._complained.add(subject)
+            logger.warning("statistics: %s", message)
+
+
+@cache
+def _clock_ticks_are_kept() -> bool:
+    return Path("/proc/self/stat").exists()
+
+
+def start_time(pid: int) -> str | None:
+    """Return when that process was started, in the kernel's ticks; None if there is none.
+
+    Together with its pid that tells a process from a later one with the same pid. "0" where
+    the system does not say.
+    """
+    if not _clock_ticks_are_kept():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+        return "0"
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _ended(snapshot: Snapshot) -> Snapshot:
+    """What stays of a pool whose process has ended: totals, no sizes."""
+    return Snapshot(
+        counters=snapshot.counters,
+        wait=snapshot.wait,
+        use=snapshot.use,
+        connect=snapshot.connect,
+    )
+
+
+def _merged(some: Mapping[str, Snapshot], more: Mapping[str, Snapshot]) -> dict[str, Snapshot]:
+    merged = dict(some)
+    for name, snapshot in more.items():
+        merged[name] = merged[name].merge(snapshot) if name in merged else snapshot
+    return merged
+
+
+def _pools_from_json(data: Any) -> dict[str, Snapshot]:
+    return {str(name): Snapshot.from_json(snapshot) for name, snapshot in data.items()}
+
+
+def _write(path: Path, data: object) -> None:
+    """Write atomically: a reader finds the old file or the new one."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".")
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            json.dump(data, file)
+        Path(name).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            Path(name).unlink()
+        raise
+
+
+def _read(path: Path) -> Any:
+    """Read a file of ours; raise `OSError` or `ValueError` for what is not."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, encoding="utf-8") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            raise ValueError("it is not a file of this user")
+        if found.st_size > _LARGEST:
+            raise ValueError("it is too large")
+        return json.load(file)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock between processes; says whether it was had in time."""
+    import fcntl
+
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, how: int) -> bool:
+    import fcntl
+
+    deadline = time.monotonic() + _LOCK_WAIT
+    while True:
+        try:
+            fcntl.flock(fd, how)
+        except OSError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.005)
+        else:
+            return True

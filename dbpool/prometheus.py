@@ -1,0 +1,135 @@
+"""The merged statistics for Prometheus, named after OpenTelemetry's `db.client.connection.*`.
+
+Needs the extra `prometheus`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import Any, Final
+
+from dbpool.errors import ConfigError
+from dbpool.metrics import BOUNDS, REASONS, HistogramSnapshot, Snapshot
+
+try:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        Metric,
+    )
+    from prometheus_client.exposition import choose_encoder
+    from prometheus_client.registry import Collector
+except ImportError as ex:  # pragma: no cover - tried in an environment without it
+    raise ConfigError("metrics need prometheus_client: install psycopg-dbpool[prometheus]") from ex
+
+__all__ = ["PoolCollector", "expose"]
+
+_POOL: Final = "pool_name"
+# Every fourth of our bounds, two to a decade: enough to see, and few enough to keep.
+_EVERY: Final = 4
+_SIZES: Final = {
+    "max": ("max_size", "Connections allowed at most"),
+    "idle_min": ("min_size", "Connections kept at least"),
+    "pending_requests": ("waiting", "Callers waiting for a connection"),
+    "connecting": ("connecting", "Connections being made, back-off included"),
+}
+_TIMES: Final = {
+    "create_time": ("connect", "Time it took to make a connection"),
+    "wait_time": ("wait", "Time it took to obtain a connection"),
+    "use_time": ("use", "Time between obtaining a connection and returning it"),
+}
+_TOTALS: Final = {
+    "checkouts": ("checkouts", "Connections handed out"),
+    "timeouts": ("timeouts", "Callers that got no connection in time"),
+    "rejected": ("rejected", "Callers refused without waiting"),
+    "connects": ("connects", "Connections made"),
+    "connect_failures": ("connect_failures", "Failed attempts to connect"),
+    "retries": ("retries", "Transactions run again"),
+    "leaks": ("leaks", "Connections held for longer than leak_after"),
+}
+
+
+class PoolCollector(Collector):
+    """A collector over one report of `dbpool.processes.Processes`."""
+
+    def __init__(self, report: Mapping[str, Any]) -> None:
+        self._pools = {name: Snapshot.from_json(each) for name, each in report["pools"].items()}
+        self._processes: list[dict[str, Any]] = report["processes"]
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric families; all times are in seconds."""
+        yield self._count()
+        for name, (field, text) in _SIZES.items():
+            gauge = GaugeMetricFamily(f"db_client_connection_{name}", text, labels=[_POOL])
+            for pool, snapshot in self._pools.items():
+                gauge.add_metric([pool], getattr(snapshot, field))
+            yield gauge
+        for name, (field, text) in _TOTALS.items():
+            counter = CounterMetricFamily(f"db_client_connection_{name}", text, labels=[_POOL])
+            for pool, snapshot in self._pools.items():
+                counter.add_metric([pool], getattr(snapshot.counters, field))
+            yield counter
+        for name, (field, text) in _TIMES.items():
+            histogram = HistogramMetricFamily(
+                f"db_client_connection_{name}_seconds", text, labels=[_POOL]
+            )
+            for pool, snapshot in self._pools.items():
+                times: HistogramSnapshot = getattr(snapshot, field)
+                histogram.add_metric([pool], buckets=_buckets(times), sum_value=times.sum)
+            yield histogram
+        yield self._discarded()
+        yield self._breaker()
+        yield self._ages()
+
+    def _count(self) -> Metric:
+        gauge = GaugeMetricFamily(
+            "db_client_connection_count", "Connections by state", labels=[_POOL, "state"]
+        )
+        for pool, snapshot in self._pools.items():
+            gauge.add_metric([pool, "idle"], snapshot.idle)
+            gauge.add_metric([pool, "used"], snapshot.active)
+        return gauge
+
+    def _discarded(self) -> Metric:
+        counter = CounterMetricFamily(
+            "db_client_connection_discarded", "Connections given up", labels=[_POOL, "reason"]
+        )
+        for pool, snapshot in self._pools.items():
+            for reason in REASONS:
+                counter.add_metric([pool, reason], snapshot.counters.discarded[reason])
+        return counter
+
+    def _breaker(self) -> Metric:
+        gauge = GaugeMetricFamily(
+            "dbpool_breaker_open",
+            "Whether callers are refused because the database is unavailable",
+            labels=[_POOL],
+        )
+        for pool, snapshot in self._pools.items():
+            gauge.add_metric([pool], int(snapshot.breaker.state != "closed"))
+        return gauge
+
+    def _ages(self) -> Metric:
+        gauge = GaugeMetricFamily(
+            "dbpool_process_age_seconds", "Age of a process's part in this", labels=["pid"]
+        )
+        for process in self._processes:
+            gauge.add_metric([str(process["pid"])], process["age"])
+        return gauge
+
+
+def _buckets(times: HistogramSnapshot) -> list[tuple[str, float]]:
+    totals = list(accumulate(times.counts))
+    bounds = [(f"{BOUNDS[n]:.3g}", totals[n]) for n in range(0, len(BOUNDS), _EVERY)]
+    return [*bounds, ("+Inf", totals[-1])]
+
+
+def expose(report: Mapping[str, Any], accept: str = "") -> tuple[bytes, str]:
+    """Return a report's exposition and its content type, by the client's `Accept`."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(PoolCollector(report))
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
