@@ -31,15 +31,16 @@ class Application:
 
     def __init__(self, checkout: Path, **environ: str) -> None:
         self.port = int(environ.setdefault("PORT", str(free_port())))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "webapp"],
-            cwd=checkout,
-            env=clean_environ() | environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        self.output = checkout / f"output-{time.monotonic_ns()}"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "webapp"],
+                cwd=checkout,
+                env=clean_environ() | environ,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
 
     def get(self, path: str) -> tuple[int, Any]:
         return self.request("GET", path)
@@ -62,7 +63,8 @@ class Application:
             return False
 
     def await_served(self) -> Application:
-        await_true(lambda: self.process.poll() is not None or self.serves(), START_SECONDS)
+        """Wait until it says so: before, a predecessor may answer on the port."""
+        await_true(lambda: self.process.poll() is not None or "Serving" in self.said(), 30)
         assert self.process.poll() is None, self.said()
         return self
 
@@ -72,16 +74,14 @@ class Application:
         return self.ended(STOP_SECONDS)
 
     def ended(self, seconds: float = START_SECONDS) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=seconds)
-        return self.process.returncode, output
+        return self.process.wait(seconds), self.said()
 
     def said(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.read()
+        return self.output.read_text()
 
     def gunicorn(self) -> int:
         """The pid of the gunicorn master."""
-        return children(self.process.pid, "gunicorn")[0]
+        return next(pid for pid in children(self.process.pid) if "gunicorn" in command(pid))
 
 
 def clean_environ() -> dict[str, str]:
@@ -90,12 +90,16 @@ def clean_environ() -> dict[str, str]:
     return {key: value for key, value in environ.items() if not key.startswith(unwanted)}
 
 
-def children(parent: int, name: str) -> list[int]:
-    said = subprocess.run(
-        ["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
-    ).stdout
-    rows = [line.split(None, 2) for line in said.splitlines()]
-    return [int(row[0]) for row in rows if int(row[1]) == parent and name in row[2]]
+def children(parent: int) -> Iterator[int]:
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # The name, in parentheses, may hold anything.
+            if int(status.read_text().rpartition(")")[2].split()[1]) == parent:
+                yield int(status.parent.name)
+
+
+def command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def free_port() -> int:
@@ -134,9 +138,9 @@ def run(checkout: Path) -> Iterator[Callable[..., Application]]:
 
     yield start
     for application in started:
-        with application.process as process:
-            if process.poll() is None:
-                process.terminate()
+        if application.process.poll() is None:
+            application.process.terminate()
+        application.process.wait(STOP_SECONDS)
     await_true(lambda: not servers(checkout))
 
 
@@ -300,7 +304,7 @@ def test_a_port_in_use_is_one_clear_line(run: Run) -> None:
 
 
 @pytest.mark.parametrize("port", ["http", "-1", "65536", "1e3"])
-def test_a_port_that_is_none_is_one_clear_line(run: Run, checkout: Path, port: str) -> None:
+def test_a_port_that_is_none_is_one_clear_line(checkout: Path, port: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "webapp"],
         cwd=checkout,

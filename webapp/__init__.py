@@ -22,7 +22,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     from webapp import errors, notes
 
     app = Flask(__name__)
-    app.config["MAX_CONTENT_LENGTH"] = 64 * 1024
+    app.config["MAX_CONTENT_LENGTH"] = 256 * 1024  # the longest note, with every character escaped
     app.config.update(config or {})
     notes.db.init_app(app)
     errors.init_app(app)

@@ -26,8 +26,8 @@ from webapp.embedded import EmbeddedError, Interrupted, Server, home, server
 
 ROOT = Path(__file__).resolve().parent.parent
 TICK_SECONDS = 0.1
-# A predecessor that was killed leaves a gunicorn that needs a moment to notice it.
-BIND_SECONDS = 1.5
+# What a predecessor that was killed leaves needs up to a second to notice it.
+BIND_SECONDS = 2.0
 # gunicorn.conf.py grants two seconds to requests; the server's own shutdown follows.
 GUNICORN_SECONDS = 2.3
 
@@ -54,6 +54,7 @@ class Stop:
 def main() -> int:
     """Run until a signal or the end of gunicorn; return the exit code."""
     stop = Stop()
+    os.chdir(ROOT)  # where gunicorn works and .env is looked for
     _set_up_logging()
     try:
         with _listening(stop) as listener, _database(listener, stop) as embedded:
@@ -68,8 +69,9 @@ def main() -> int:
 
 def _set_up_logging() -> None:
     logging.basicConfig(format="webapp: %(message)s")
-    # What goes wrong here is told in one line by main().
+    # What goes wrong here is told in one line by main(); the workers log for themselves.
     for name in ("dbpool", "psycopg"):
+        logging.getLogger(name).addHandler(logging.NullHandler())
         logging.getLogger(name).propagate = False
 
 
@@ -112,9 +114,9 @@ def _why_not_bound(exc: OSError, host: str, port: int) -> str:
 @contextmanager
 def _database(listener: socket.socket, stop: Stop) -> Iterator[Server | None]:
     """Leave DATABASE_URL set, to the user's database or to an embedded server."""
-    from dotenv import dotenv_values
+    from dotenv import dotenv_values, find_dotenv
 
-    configured = {**dotenv_values(ROOT / ".env"), **os.environ}
+    configured = {**dotenv_values(find_dotenv(usecwd=True)), **os.environ}
     if configured.get("DATABASE_URL") or configured.get("DATABASE_URL_FILE"):
         yield None
         return
@@ -143,7 +145,7 @@ def _prepare() -> None:
 
     try:
         create_app()
-        schema.create_configured(dotenv=ROOT / ".env")
+        schema.create_configured()
     except ConfigError as exc:
         raise Refused(str(exc)) from None
     except psycopg.Error as exc:
@@ -177,7 +179,6 @@ def _start_gunicorn(listener: socket.socket) -> subprocess.Popen[bytes]:
     command += ["--bind", f"fd://{listener.fileno()}", "--log-level", "warning"]
     process = subprocess.Popen(
         [*command, "webapp:create_app()"],
-        cwd=ROOT,
         env={**os.environ, "WEBAPP_SUPERVISOR": str(os.getpid())},
         pass_fds=[listener.fileno()],
         start_new_session=True,  # Ctrl-C in the terminal is for us alone

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import psycopg
+from dotenv import find_dotenv
 
 from dbpool import ConfigError, Pool, Settings
 
@@ -32,8 +32,9 @@ def create(pool: Pool) -> None:
             conn.execute(STATEMENTS)
 
 
-def create_configured(dotenv: str | Path = ".env") -> None:
-    """Create the tables in the database that the environment names."""
+def create_configured() -> None:
+    """Create the tables in the database that the environment, or `.env`, names."""
+    dotenv = find_dotenv(usecwd=True) or None
     with Pool(settings=Settings.from_env(dotenv=dotenv, min_size=1, max_size=1)) as pool:
         create(pool)
 
