@@ -54,6 +54,7 @@ _TEXTS: Final = tuple(
         ("tls", r"certificate|server does not support SSL|SSL error|sslmode"),
         ("refused", r"Connection refused|No such file or directory"),
         ("closed", r"server closed the connection|Connection reset"),
+        ("conninfo", r"(invalid value for|unrecognized configuration) parameter"),
         ("conninfo", r"invalid (port number|connection option|integer value|sslmode)"),
     )
 )

@@ -15,6 +15,7 @@ import psycopg
 from psycopg import Connection
 from psycopg.errors import Diagnostic
 from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq.abc import PGconn, PGresult
 
 _DEADLY = frozenset({"FATAL", "PANIC"})
 _OK = ConnStatus.OK
@@ -82,18 +83,32 @@ def ping(conn: Connection[Any], timeout: float) -> None:
     Raise `PingTimeout` if no answer came, another `psycopg.OperationalError` if the
     connection is dead; after either it is good for closing only.
     """
+    if ask(conn, b"", timeout).status != ExecStatus.EMPTY_QUERY:
+        raise psycopg.OperationalError("the server refused a ping")
+
+
+def ask(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
+    """Send one *query* and return its result, an error included; for the rest see `ping`."""
     deadline = monotonic() + timeout
     pgconn = conn.pgconn
-    pgconn.send_query(b"")
+    pgconn.send_query(query)
     while pgconn.flush():
         _await(readability(pgconn.socket, events=4), deadline)
+    answer: PGresult | None = None
+    while (result := _result(pgconn, deadline)) is not None:
+        answer = answer or result
+    if answer is None:
+        raise psycopg.OperationalError("the server gave no answer")
+    return answer
+
+
+def _result(pgconn: PGconn, deadline: float) -> PGresult | None:
+    """Return the next result, None when there are no more; never waits beyond *deadline*."""
     readable = readability(pgconn.socket)
     while pgconn.is_busy():
         _await(readable, deadline)
         pgconn.consume_input()
-    while (result := pgconn.get_result()) is not None:
-        if result.status != ExecStatus.EMPTY_QUERY:
-            raise psycopg.OperationalError("the server refused a ping")
+    return pgconn.get_result()
 
 
 def _await(ready: Callable[[float], object], deadline: float) -> None:

@@ -1,0 +1,388 @@
+"""Settings: precedence, validation, names, and that nothing shows a secret."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from psycopg.conninfo import make_conninfo
+
+from dbpool import ConfigError, Pool, Settings
+from dbpool.conninfo import is_exposed, mask, mask_conninfo, parse
+from dbpool.settings import (
+    AppSettings,
+    databases_from_env,
+    settings_from_config,
+    unknown_variables,
+    variable,
+)
+
+
+def from_env(**environ: str) -> Settings:
+    return Settings.from_env(environ=environ)
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2", 2.0),
+        ("1.5", 1.5),
+        (".5", 0.5),
+        (" 2 s ", 2.0),
+        ("500ms", 0.5),
+        ("30s", 30.0),
+        ("5m", 300.0),
+        ("1h", 3600.0),
+    ],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert from_env(DBPOOL_TIMEOUT=text).timeout == pytest.approx(seconds)
+    assert Settings(timeout=text).timeout == pytest.approx(seconds)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "5 minutes", "1d", "nan", "inf", "1e3", "٣s", "1,5"])
+def test_what_is_no_duration_is_refused_by_name(text: str) -> None:
+    with pytest.raises(ConfigError, match="DBPOOL_TIMEOUT"):
+        from_env(DBPOOL_TIMEOUT=text)
+
+
+@pytest.mark.parametrize("text", ["1.5", "3s", "x", "-1"])
+def test_what_is_no_size_is_refused_by_name(text: str) -> None:
+    with pytest.raises(ConfigError, match="DBPOOL_MAX_SIZE"):
+        from_env(DBPOOL_MAX_SIZE=text)
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"DBPOOL_MIN_SIZE": "5", "DBPOOL_MAX_SIZE": "2"}, "DBPOOL_MIN_SIZE"),
+        ({"DBPOOL_MAX_SIZE": "0"}, "DBPOOL_MAX_SIZE"),
+        ({"DBPOOL_CONNECT_TIMEOUT": "500ms"}, "DBPOOL_CONNECT_TIMEOUT"),
+        ({"DBPOOL_CONNECT_TIMEOUT": "0"}, "DBPOOL_CONNECT_TIMEOUT"),
+        ({"DBPOOL_PING_TIMEOUT": "0"}, "DBPOOL_PING_TIMEOUT"),
+        ({"DBPOOL_POOLER": "statement"}, "DBPOOL_POOLER"),
+    ],
+)
+def test_contradictions_and_ranges_name_the_variable(environ: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        from_env(**environ)
+
+
+@pytest.mark.parametrize("pooler", ["transaction", "pgbouncer"])
+def test_a_transaction_pooler_refuses_timeouts_and_says_what_to_do(pooler: str) -> None:
+    with pytest.raises(ConfigError, match="ALTER ROLE … SET statement_timeout"):
+        from_env(DBPOOL_POOLER=pooler, DBPOOL_STATEMENT_TIMEOUT="5s")
+    params = from_env(DBPOOL_POOLER=pooler).connect_params("host=h")
+    assert params["prepare_threshold"] is None
+    assert "options" not in params
+
+
+def test_min_size_alone_raises_max_size() -> None:
+    assert from_env(DBPOOL_MIN_SIZE="20").max_size == 20
+
+
+def test_unknown_keywords_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match=r"max_sise.*max_size"):
+        Settings.from_env(environ={}, max_sise=3)
+
+
+def test_settings_are_frozen_and_survive_copies() -> None:
+    settings = from_env(DATABASE_URL="postgresql://u:hunter2@h/d", DBPOOL_MAX_SIZE="3")
+    with pytest.raises(AttributeError):
+        settings.max_size = 4  # type: ignore[misc]
+    for twin in (copy.deepcopy(settings), pickle.loads(pickle.dumps(settings))):
+        assert twin == settings
+        assert twin.explicit == settings.explicit
+    assert replace(settings, timeout=1).explicit >= {"max_size", "timeout"}
+
+
+# Precedence
+
+
+def test_keyword_beats_environment_beats_secret_file_beats_dotenv(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("host=from-secret-file\n")
+    dotenv = tmp_path / ".env"
+    dotenv.write_text("DATABASE_URL=host=from-dotenv\nDBPOOL_TIMEOUT=7\n")
+    environ = {"DATABASE_URL": "host=from-environment", "DATABASE_URL_FILE": str(secret)}
+    read = Settings.from_env
+    assert read(environ=environ, dotenv=dotenv, conninfo="host=keyword").resolve() == "host=keyword"
+    assert read(environ=environ, dotenv=dotenv).resolve() == "host=from-environment"
+    del environ["DATABASE_URL"]
+    assert read(environ=environ, dotenv=dotenv).resolve() == "host=from-secret-file"
+    assert read(environ={}, dotenv=dotenv).resolve() == "host=from-dotenv"
+    assert read(environ={}, dotenv=dotenv).timeout == 7
+    assert read(environ={"DBPOOL_TIMEOUT": "8"}, dotenv=dotenv).timeout == 8
+    assert read(environ={}).resolve() == ""
+
+
+def test_an_empty_variable_is_as_none() -> None:
+    assert from_env(DBPOOL_TIMEOUT="", DATABASE_URL="").timeout == 5
+
+
+def test_a_secret_file_is_read_again_at_each_connect(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("old\n")
+    settings = from_env(DATABASE_URL="host=h user=u", PGPASSWORD_FILE=str(file))
+    assert settings.connect_params()["password"] == "old"
+    file.write_text("new\n")
+    assert settings.connect_params()["password"] == "new"
+    assert settings.connect_params("host=h password=given")["password"] == "given"
+
+
+def test_a_missing_secret_file_is_named() -> None:
+    settings = from_env(DATABASE_URL_FILE="/nowhere/secret")
+    with pytest.raises(ConfigError, match=r"DATABASE_URL_FILE.*/nowhere/secret"):
+        settings.resolve()
+
+
+def test_defaults_are_added_where_nothing_is_set() -> None:
+    params = Settings().connect_params("host=h")
+    assert params == {
+        "host": "h",
+        "connect_timeout": 5,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 30000,
+        "fallback_application_name": "dbpool:default",
+        "options": "-c statement_timeout=30000 -c idle_in_transaction_session_timeout=60000",
+    }
+
+
+def test_what_the_connection_string_sets_wins_over_defaults() -> None:
+    conninfo = "host=h connect_timeout=9 keepalives_idle=1 options='-c statement_timeout=1'"
+    params = Settings().connect_params(conninfo)
+    assert params["connect_timeout"] == "9"
+    assert params["keepalives_idle"] == "1"
+    assert params["options"].endswith("-c statement_timeout=1")
+
+
+def test_what_is_set_on_purpose_wins_over_the_connection_string() -> None:
+    conninfo = "host=h connect_timeout=9 options='-c statement_timeout=1'"
+    params = from_env(DBPOOL_STATEMENT_TIMEOUT="30", DBPOOL_CONNECT_TIMEOUT="5").connect_params(
+        conninfo
+    )
+    assert params["connect_timeout"] == 5
+    assert params["options"].endswith("-c statement_timeout=30000")
+    off = Settings(statement_timeout=0).connect_params(conninfo)
+    assert off["options"].endswith("-c statement_timeout=0")
+
+
+def test_libpqs_variables_win_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGOPTIONS", "-c geqo=off")
+    monkeypatch.setenv("PGCONNECT_TIMEOUT", "11")
+    params = Settings().connect_params("host=h")
+    assert "connect_timeout" not in params
+    assert params["options"].endswith("-c geqo=off")
+
+
+def test_a_service_file_wins_over_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "service.conf"
+    file.write_text("[other]\nhost=x\n[mine]\n# a comment\nhost=h\nconnect_timeout=7\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(file))
+    assert "connect_timeout" not in Settings().connect_params("service=mine")
+    assert Settings().connect_params("service=other")["connect_timeout"] == 5
+
+
+def test_the_users_kwargs_win_and_psycopgs_own_pass_through() -> None:
+    params = Settings().connect_params("host=h", {"autocommit": True, "connect_timeout": 3})
+    assert params["autocommit"] is True
+    assert params["connect_timeout"] == 3
+
+
+def test_options_arrive_at_the_server(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGOPTIONS", r"-c datestyle=iso,\ dmy -c lock_timeout=123")
+    with Pool(dsn, statement_timeout="2s") as pool:
+        assert pool.fetch_value("show statement_timeout") == "2s"
+        assert pool.fetch_value("show lock_timeout") == "123ms"
+        assert pool.fetch_value("show datestyle") == "ISO, DMY"
+
+
+# Several databases
+
+
+def test_more_databases_fall_back_to_the_common_settings() -> None:
+    databases = databases_from_env(
+        {
+            "DATABASE_URL": "host=main",
+            "DBPOOL_TIMEOUT": "3",
+            "DBPOOL_DATABASES": "replica, reports",
+            "DBPOOL_REPLICA_URL": "host=replica",
+            "DBPOOL_REPLICA_MAX_SIZE": "2",
+            "DBPOOL_REPORTS_URL": "host=reports",
+            "DBPOOL_REPORTS_TIMEOUT": "60",
+        }
+    )
+    assert list(databases) == ["default", "replica", "reports"]
+    assert [d.resolve() for d in databases.values()] == [
+        "host=main",
+        "host=replica",
+        "host=reports",
+    ]
+    assert [d.timeout for d in databases.values()] == [3, 3, 60]
+    assert [d.max_size for d in databases.values()] == [10, 2, 10]
+    assert databases["replica"].connect_params()["fallback_application_name"] == "dbpool:replica"
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ("statement", "DBPOOL_STATEMENT_TIMEOUT ambiguous"),
+        ("a,a", "twice"),
+        ("default", "twice"),
+        ("Replica", "no name"),
+        ("replica", "DBPOOL_REPLICA_URL"),
+    ],
+)
+def test_bad_names_are_refused(names: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        databases_from_env({"DBPOOL_DATABASES": names, "DBPOOL_A_URL": "host=a"})
+
+
+def test_an_applications_configuration_wins_and_takes_dicts() -> None:
+    databases = settings_from_config(
+        {
+            "DATABASE_URL": "host=config",
+            "DBPOOL_TIMEOUT": 1.5,
+            "DBPOOL_DATABASES": {"replica": {"url": "host=r", "max_size": 3}, "b": "host=b"},
+            "SECRET_KEY": "not ours",
+        },
+        environ={"DATABASE_URL": "host=environment", "DBPOOL_MAX_SIZE": "7"},
+    )
+    assert databases["default"].resolve() == "host=config"
+    assert [d.timeout for d in databases.values()] == [1.5, 1.5, 1.5]
+    assert [d.max_size for d in databases.values()] == [7, 3, 7]
+    assert databases["b"].resolve() == "host=b"
+
+
+def test_an_unknown_key_of_a_configuration_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"DBPOOL_TIMEOT.*DBPOOL_TIMEOUT"):
+        settings_from_config({"DBPOOL_TIMEOT": 3}, environ={})
+
+
+def test_an_unknown_variable_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    environ = {"DBPOOL_PORT": "tcp://10.0.0.1:80", "DBPOOL_MAX_SISE": "3"}
+    assert unknown_variables(environ) == [
+        ("DBPOOL_MAX_SISE", "DBPOOL_MAX_SIZE"),
+        ("DBPOOL_PORT", unknown_variables(environ)[1][1]),
+    ]
+    with caplog.at_level(logging.WARNING, logger="dbpool"):
+        databases_from_env(environ)
+    assert len(caplog.records) == 2
+    assert "DBPOOL_MAX_SISE" in caplog.messages[0]
+    assert "10.0.0.1" not in caplog.text
+
+
+def test_variables() -> None:
+    assert variable("max_size") == "DBPOOL_MAX_SIZE"
+    assert variable("max_size", "replica") == "DBPOOL_REPLICA_MAX_SIZE"
+
+
+def test_app_settings(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("s3cret\n")
+    settings = AppSettings.from_env(
+        {"DBPOOL_TOKEN_FILE": str(file), "DBPOOL_REQUIRED": "default,replica"}
+    )
+    assert settings.token == "s3cret"
+    assert "s3cret" not in repr(settings)
+    assert settings.required == ("default", "replica")
+    assert AppSettings.from_config({"DBPOOL_ERROR_HANDLERS": False}, {}).error_handlers is False
+    with pytest.raises(ConfigError, match="DBPOOL_DETAILS"):
+        AppSettings.from_env({"DBPOOL_DETAILS": "yes"})
+
+
+# Secrets
+
+SECRETS = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=6, max_size=20
+).filter(lambda s: not any(s in word for word in (repr(Settings()), "postgresql://user@host")))
+
+
+def everything_shown(make: Any) -> str:
+    """Whatever a user could see of settings, or of the error they raise."""
+    try:
+        settings = make()
+    except ConfigError as ex:
+        chain: BaseException | None = ex
+        shown = "".join(traceback.format_exception(ex))
+        while chain is not None:
+            shown += repr(chain) + repr(chain.args)
+            chain = chain.__context__ or chain.__cause__
+        return shown
+    return repr(settings) + str(settings) + repr(settings.masked())
+
+
+@given(SECRETS)
+@example("p@ss/w0rd:")
+@example("100%zz?#x")
+@example("it's \\ here")
+def test_no_secret_is_shown_in_a_well_formed_string(secret: str) -> None:
+    for conninfo in (
+        f"postgresql://user:{quote(secret, safe='')}@host:5432/db",
+        f"postgresql+psycopg://user@host/db?password={quote(secret, safe='')}",
+        make_conninfo("host=h", password=secret, sslpassword=secret),
+    ):
+        assert secret not in everything_shown(lambda c=conninfo: Settings(conninfo=c))
+        assert secret not in mask_conninfo(conninfo)
+        settings = Settings(conninfo=conninfo)
+        assert parse(settings.resolve())["password"] == secret
+
+
+@given(SECRETS)
+@example("abc@def/ghi")
+@example("abcdef/ghijkl")
+@example("abcdef:ghijkl")
+@example("%zzabcdef")
+@example("'abcdef")
+def test_no_part_of_a_secret_is_shown_by_a_malformed_string(secret: str) -> None:
+    for conninfo in (
+        f"postgresql://user:{secret}@host:5432/db",
+        f"host=h password={secret}",
+        f"host=h password='{secret}",
+        f"postgresql://user@host:{secret}/db",
+    ):
+        shown = everything_shown(lambda c=conninfo: Settings(conninfo=c))
+        assert secret not in shown
+
+
+@given(SECRETS, st.text(max_size=20))
+def test_mask_leaves_no_occurrence(secret: str, text: str) -> None:
+    assume("*" not in secret)
+    assert secret not in mask(f"{text}{secret}{text}{quote(secret)}", [secret])
+
+
+def test_psycopg_itself_would_have_shown_it() -> None:
+    """The reason for refusing a malformed string before libpq sees it."""
+    with pytest.raises(psycopg.ProgrammingError, match="hunter2"):
+        psycopg.connect("postgresql://u:hunter2%zz@h/d")
+
+
+@pytest.mark.parametrize(
+    ("conninfo", "exposed"),
+    [
+        ("host=db.example.com", True),
+        ("host=db.example.com sslmode=require", True),
+        ("host=db.example.com sslmode=verify-full", False),
+        ("host=localhost", False),
+        ("host=/run/postgresql", False),
+        ("host=127.0.0.1,db.example.com", True),
+        ("", False),
+    ],
+)
+def test_exposed_connections(conninfo: str, exposed: bool) -> None:
+    assert is_exposed(parse(conninfo), {}) is exposed
