@@ -9,9 +9,10 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dbpool.metrics import HolderSnapshot
+if TYPE_CHECKING:
+    from dbpool.metrics import HolderSnapshot
 
 logger = logging.getLogger("dbpool")
 

@@ -14,8 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
+from dbpool._files import start_time
 from dbpool._fork import close_all, pools
-from dbpool.processes import VARIABLE, start_time
+from dbpool.processes import VARIABLE
 
 __all__ = ["on_exit", "on_starting", "post_fork", "post_worker_init", "worker_exit"]
 

@@ -7,33 +7,28 @@ reads them all. What has died is folded into an archive, so that totals never fa
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import re
 import stat
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from dbpool._files import locked, read, start_time, write
 from dbpool.metrics import Snapshot
 
-__all__ = ["SCHEMA", "Processes", "start_time"]
+__all__ = ["SCHEMA", "Processes"]
 
 logger = logging.getLogger("dbpool")
 
 SCHEMA: Final = 1
 VARIABLE: Final = "DBPOOL_STATS_DIR"
 _EVERY: Final = 1.0  # seconds between two publications
-_LARGEST: Final = 1 << 20  # bytes of a file that is read
 _MOST: Final = 1024  # files that are read
-_LOCK_WAIT: Final = 0.2  # seconds
 
 
 class Pooled(Protocol):
@@ -134,7 +129,7 @@ class Processes:
             return False
         record = self._own()
         try:
-            _write(directory / f"{self._app}-{record.key}.json", record.to_json())
+            write(directory / f"{self._app}-{record.key}.json", record.to_json())
         except OSError as ex:
             self._complain("write", f"cannot write statistics to {directory}: {ex.strerror}")
             return False
@@ -203,7 +198,7 @@ class Processes:
         directory = self._shared()
         if directory is None:
             return {}, []
-        with _locked(directory / f"{self._app}.lock") as locked:
+        with locked(directory / f"{self._app}.lock") as is_locked:
             archive = directory / f"{self._app}.archive"
             folded, pools = self._read_archive(archive)
             living: list[_Record] = []
@@ -219,7 +214,7 @@ class Processes:
             for record in dead.values():
                 if record.key not in folded:
                     pools = _merged(pools, {n: _ended(s) for n, s in record.pools.items()})
-            if dead and locked:
+            if dead and is_locked:
                 self._write_archive(archive, dead, pools)
         return pools, living
 
@@ -233,7 +228,7 @@ class Processes:
             "pools": {name: snapshot.to_json() for name, snapshot in pools.items()},
         }
         try:
-            _write(archive, data)
+            write(archive, data)
             for path in dead:
                 path.unlink(missing_ok=True)
         except OSError as ex:
@@ -241,7 +236,7 @@ class Processes:
 
     def _read_archive(self, path: Path) -> tuple[set[str], dict[str, Snapshot]]:
         try:
-            data = _read(path)
+            data = read(path)
             return set(data["folded"]), _pools_from_json(data["pools"])
         except FileNotFoundError:
             return set(), {}
@@ -251,7 +246,7 @@ class Processes:
 
     def _read_record(self, path: Path) -> _Record | None:
         try:
-            return _Record.from_json(_read(path))
+            return _Record.from_json(read(path))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as ex:
@@ -262,32 +257,6 @@ class Processes:
         if subject not in self._complained and len(self._complained) < _MOST:
             self._complained.add(subject)
             logger.warning("statistics: %s", message)
-
-
-@cache
-def _clock_ticks_are_kept() -> bool:
-    return Path("/proc/self/stat").exists()
-
-
-def start_time(pid: int) -> str | None:
-    """Return when that process was started, in the kernel's ticks; None if there is none.
-
-    Together with its pid that tells a process from a later one with the same pid. "0" where
-    the system does not say.
-    """
-    if not _clock_ticks_are_kept():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        return "0"
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
 
 
 def _ended(snapshot: Snapshot) -> Snapshot:
@@ -309,59 +278,3 @@ def _merged(some: Mapping[str, Snapshot], more: Mapping[str, Snapshot]) -> dict[
 
 def _pools_from_json(data: Any) -> dict[str, Snapshot]:
     return {str(name): Snapshot.from_json(snapshot) for name, snapshot in data.items()}
-
-
-def _write(path: Path, data: object) -> None:
-    """Write atomically: a reader finds the old file or the new one."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            json.dump(data, file)
-        Path(name).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(name).unlink()
-        raise
-
-
-def _read(path: Path) -> Any:
-    """Read a file of ours; raise `OSError` or `ValueError` for what is not."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(fd, encoding="utf-8") as file:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-            raise ValueError("it is not a file of this user")
-        if found.st_size > _LARGEST:
-            raise ValueError("it is too large")
-        return json.load(file)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Hold a lock between processes; says whether it was had in time."""
-    import fcntl
-
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError:
-        yield False
-        return
-    try:
-        yield _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    finally:
-        os.close(fd)
-
-
-def _lock(fd: int, how: int) -> bool:
-    import fcntl
-
-    deadline = time.monotonic() + _LOCK_WAIT
-    while True:
-        try:
-            fcntl.flock(fd, how)
-        except OSError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.005)
-        else:
-            return True

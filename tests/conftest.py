@@ -14,6 +14,13 @@ from pytest_postgresql import factories
 
 from .postgres import Server, reachable_directory
 
+# pytest captures the standard error of tests; this is where a hard end can still be told.
+_terminal = os.fdopen(os.dup(2), "w")
+
+# The shell's own settings must not reach the tests, nor the tools that start servers for them.
+for _name in [n for n in os.environ if n.startswith(("PG", "DBPOOL_", "DATABASE_URL"))]:
+    del os.environ[_name]
+
 HARD_DEADLINE = 180.0  # seconds; a test that hangs ends the run with every thread's stack
 
 
@@ -93,16 +100,8 @@ def own_server(make_server: Callable[..., Server]) -> Server:
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the shell's settings out of the tests."""
-    for name in os.environ:
-        if name.startswith(("PG", "DBPOOL_", "DATABASE_URL")):
-            monkeypatch.delenv(name)
-
-
-@pytest.fixture(autouse=True)
 def hard_deadline() -> Iterator[None]:
     """End the run if a test hangs."""
-    faulthandler.dump_traceback_later(HARD_DEADLINE, exit=True)
+    faulthandler.dump_traceback_later(HARD_DEADLINE, exit=True, file=_terminal)
     yield
     faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,140 @@
+"""`python -m dbpool`, as a shell sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .postgres import Server
+
+ROOT = Path(__file__).parent.parent
+
+
+def dbpool(
+    *arguments: str, cwd: Path | None = None, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dbpool", *arguments],
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "HOME": "/nonexistent",
+            **environ,
+        },
+        cwd=cwd or "/",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_check_reports_and_masks(server: Server) -> None:
+    url = f"postgresql://postgres:hunter2@127.0.0.1:{server.port}/postgres"
+    done = dbpool("check", DATABASE_URL=url)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("default: ok\n")
+    assert "server version: " in done.stdout
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_check_as_json(server: Server) -> None:
+    done = dbpool("check", "--json", DATABASE_URL=server.conninfo)
+    report = json.loads(done.stdout)
+    assert report["ok"] is True
+    assert report["databases"]["default"]["port"] == server.port
+
+
+@pytest.mark.parametrize(
+    ("params", "kind"),
+    [
+        ({"user": "nobody_here"}, "password"),
+        ({"dbname": "nowhere"}, "database"),
+        ({"port": 1}, "refused"),
+        ({"host": "does-not-resolve.invalid"}, "dns"),
+    ],
+)
+def test_check_says_what_is_wrong_without_a_traceback(
+    server: Server, params: dict[str, object], kind: str
+) -> None:
+    done = dbpool("check", DATABASE_URL=server.conninfo_for(**params), DBPOOL_OUTAGE_GRACE="0.1")
+    assert done.returncode == 1
+    assert "default: failed" in done.stdout
+    assert f"kind: {kind}" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"DATABASE_URL": "postgresql://u:hunter2%zz@h/d"},
+        {"DATABASE_URL": "host=h password='hunter2"},
+        {"DBPOOL_TIMEOUT": "soon"},
+        {"DBPOOL_DATABASES": "replica"},
+        {"DATABASE_URL_FILE": "/nowhere"},
+    ],
+)
+def test_wrong_settings_are_one_line(environ: dict[str, str]) -> None:
+    done = dbpool("wait", "--timeout", "1", cwd=None, **environ)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "hunter2" not in done.stderr
+
+
+def test_strict_fails_on_unknown_variables(server: Server) -> None:
+    environ = {"DATABASE_URL": server.conninfo, "DBPOOL_MAX_SISE": "3"}
+    lenient = dbpool("check", cwd=None, **environ)
+    assert lenient.returncode == 0
+    assert "DBPOOL_MAX_SISE; did you mean DBPOOL_MAX_SIZE?" in lenient.stdout
+    assert dbpool("check", "--strict", cwd=None, **environ).returncode == 1
+
+
+def test_a_remote_host_below_verify_full_is_a_warning() -> None:
+    url = "host=db.invalid user=u"
+    done = dbpool("check", DATABASE_URL=url, DBPOOL_OUTAGE_GRACE="0.1")
+    assert "warning: the server is remote" in done.stdout
+
+
+def test_wait_returns_when_the_database_serves(server: Server) -> None:
+    assert dbpool("wait", "--timeout", "10", DATABASE_URL=server.conninfo).returncode == 0
+
+
+def test_wait_gives_up_with_the_reason() -> None:
+    done = dbpool("wait", "--timeout", "0.5", DATABASE_URL="host=127.0.0.1 port=1 user=u")
+    assert done.returncode == 1
+    assert "Connection refused" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wait_waits_out_a_misconfiguration(server: Server, tmp_path: Path) -> None:
+    url = server.conninfo_for(user="latecomer", dbname="postgres", password="secret")
+    server.execute("drop role if exists latecomer")
+    with subprocess.Popen(
+        [sys.executable, "-m", "dbpool", "wait", "--timeout", "30"],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DATABASE_URL": url},
+        cwd=tmp_path,
+    ) as waiting:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(1.5)
+        server.execute("create role latecomer login password 'secret'")
+        assert waiting.wait(20) == 0
+    server.execute("drop role latecomer")
+
+
+def test_stats_are_json(server: Server) -> None:
+    done = dbpool("stats", DATABASE_URL=server.conninfo)
+    assert json.loads(done.stdout)["pools"]["default"]["counters"]["checkouts"] == 1
+
+
+def test_a_dotenv_is_read(server: Server, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"DATABASE_URL={server.conninfo}\n")
+    assert dbpool("check", cwd=tmp_path).returncode == 0
+
+
+def test_wrong_usage_exits_with_two() -> None:
+    assert dbpool("dance").returncode == 2

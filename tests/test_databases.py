@@ -1,0 +1,47 @@
+"""Several pools in one mapping."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from dbpool import Databases, PoolClosed, Settings
+
+
+def test_pools_by_name_the_default_first(dsn: str) -> None:
+    environ = {"DATABASE_URL": dsn, "DBPOOL_DATABASES": "replica", "DBPOOL_REPLICA_URL": dsn}
+    with Databases.from_env(environ) as databases:
+        assert list(databases) == ["default", "replica"]
+        assert len(databases) == 2
+        assert databases.default is databases["default"]
+        assert databases["replica"].fetch_value("select 1") == 1
+        assert databases.default.closed, "a pool opens when it is used"
+        databases.open()
+        assert not databases.default.closed
+    for pool in databases.values():
+        with pytest.raises(PoolClosed):
+            pool.getconn()
+
+
+def test_pools_are_closed_in_reverse_and_a_failure_stops_nothing(
+    dsn: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    databases = Databases({name: Settings(name=name, conninfo=dsn) for name in ("a", "b", "c")})
+    closed: list[str] = []
+
+    def close_by_name(name: str, timeout: float) -> None:
+        closed.append(name)
+        if name == "b":
+            raise RuntimeError("it is stuck")
+
+    for name, pool in databases.items():
+        monkeypatch.setattr(pool, "close", partial(close_by_name, name))
+    databases.close()
+    assert closed == ["c", "b", "a"]
+    assert "'b'" in caplog.text
+
+
+def test_repr_shows_the_pools_and_no_secret(dsn: str) -> None:
+    databases = Databases({"default": Settings(conninfo=dsn + " password=hunter2")})
+    assert repr(databases) == "<Databases [<dbpool.Pool 'default' starting size=0 idle=0>]>"

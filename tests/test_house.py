@@ -1,0 +1,111 @@
+"""The house: floors, sizes, and who may import what."""
+
+from __future__ import annotations
+
+import ast
+import io
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dbpool"
+
+FLOORS = {
+    0: ["errors", "liveness", "events", "metrics"],
+    1: ["_values", "_app_settings", "conninfo", "settings", "retry", "breaker", "holders"],
+    2: ["_parts", "_fork", "_supply", "_life", "_checkin", "_checkout", "_upkeep", "_run", "pool"],
+    3: ["databases"],
+    4: ["_flights", "_facts", "health", "_files", "processes"],
+    5: ["prometheus", "gunicorn", "flask", "__main__"],
+}
+FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
+# A floor's private modules come before those that are made of them.
+RANK = {name: rank for rank, name in enumerate(name for names in FLOORS.values() for name in names)}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules that *path* imports, those for the type checker alone left out."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "dbpool":
+                yield from (f"dbpool.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def code_lines(path: Path) -> int:
+    """Lines of code: no blank ones, comments or docstrings."""
+    source = path.read_text()
+    lines: set[int] = set()
+    previous = tokenize.NEWLINE
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        is_docstring = token.type == tokenize.STRING and previous in (
+            tokenize.NEWLINE,
+            tokenize.INDENT,
+        )
+        if token.type not in skipped | {tokenize.NEWLINE} and not is_docstring:
+            lines.update(range(token.start[0], token.end[0] + 1))
+        if token.type not in (tokenize.NL, tokenize.COMMENT, tokenize.DEDENT, tokenize.ENCODING):
+            previous = token.type
+    return len(lines)
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {module_of(path) for path in FILES} - {"__init__"} == FLOOR_OF.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_import_downwards(path: Path) -> None:
+    module = module_of(path)
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        assert top != "webapp"
+        if top == "flask":
+            assert module == "flask"
+        if top != "dbpool" or module == "__init__":
+            continue
+        used = rest.partition(".")[0]
+        if used != module:
+            assert RANK[used] < RANK[module], f"{module} may not import {used}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 350
+
+
+def test_the_lower_floors_are_small() -> None:
+    total = sum(code_lines(path) for path in FILES if FLOOR_OF.get(module_of(path), 9) <= 2)
+    assert total < 2500
+
+
+def test_importing_dbpool_brings_no_optional_package() -> None:
+    script = (
+        "import dbpool, sys;"
+        "print([m for m in ('flask', 'prometheus_client', 'gunicorn', 'dotenv') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_type_information_ships() -> None:
+    assert (PACKAGE / "py.typed").exists()
