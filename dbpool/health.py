@@ -7,17 +7,16 @@ and takes what they have just seen for proof where it can.
 from __future__ import annotations
 
 import logging
-import threading
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
 
-import psycopg
-
+from dbpool._facts import learn, probe
+from dbpool._flights import Flight, Flights
 from dbpool.databases import Databases
-from dbpool.errors import ConfigError, PoolError, PoolTimeout, TooManyRequests
-from dbpool.liveness import ping
+from dbpool.errors import ConfigError
 from dbpool.pool import Pool
 
 __all__ = ["Health", "Readiness"]
@@ -32,22 +31,6 @@ DOWN: Final = "down"
 BOUND: Final = 0.5  # seconds for all databases together
 _FRESH: Final = 2.0  # a healthy return this recent proves life
 _FACTS_AGE: Final = 5.0  # seconds that facts about a server are kept
-
-_FACTS: Final = """
-select current_setting('server_version'),
-       pg_is_in_recovery(),
-       case when pg_is_in_recovery()
-            then pg_wal_lsn_diff(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn())::float8 end,
-       case when not pg_is_in_recovery() then null
-            when pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() then 0
-            else extract(epoch from now() - pg_last_xact_replay_timestamp()) end::float8,
-       current_setting('max_connections')::int,
-       (select count(*) from pg_stat_activity where backend_type = 'client backend'),
-       (select coalesce(json_object_agg(state, n), '{}') from
-           (select coalesce(state, 'unknown') as state, count(*) as n from pg_stat_activity
-             where application_name = current_setting('application_name')
-               and usename = current_user group by 1) as ours)
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +60,15 @@ class _Check:
     timeout: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What came of a check. `error` is the name of what was raised, never its text."""
+
+    status: str
+    seconds: float | None = None
+    error: str | None = None
+
+
 class Health:
     """The health of some databases, and of whatever else `add` names.
 
@@ -87,8 +79,9 @@ class Health:
         self._databases = databases
         self._required = frozenset(required)
         self._checks: dict[str, _Check] = {}
-        self._side = _SideBySide()
+        self._flights = Flights()
         self._facts: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._complaints: dict[tuple[str, str], str] = {}
         if unknown := sorted(self._required - databases.keys()):
             raise ConfigError(f"DBPOOL_REQUIRED names {unknown[0]!r}, which is no database")
 
@@ -103,10 +96,15 @@ class Health:
         """Ask *check* too, for at most *timeout* seconds; it runs in a thread of its own.
 
         It is well when it returns None or True, and down when it returns False, raises, or
-        takes too long. What it raises is logged and never shown.
+        takes too long. What it raises is logged; its text is never shown. Raises
+        `ConfigError` for a name that is taken, or for what is no check.
         """
         if name in self._databases or name in self._checks:
             raise ConfigError(f"there is a check called {name!r} already")
+        if not name or not callable(check):
+            raise ConfigError(f"check {name!r} needs a name and something to call")
+        if not 0.0 < timeout < math.inf:
+            raise ConfigError(f"check {name!r} needs a timeout of more than 0 s, not {timeout!r}")
         self._checks[name] = _Check(check, required, timeout)
 
     def live(self) -> dict[str, str]:
@@ -115,21 +113,8 @@ class Health:
 
     def ready(self) -> Readiness:
         """Ask all databases and checks, side by side, within their bounds."""
-        databases = self._ask_databases()
-        checks = self._ask_checks()
-        required = [databases[name] for name in self._required]
-        required += [word for name, word in checks.items() if self._checks[name].required]
-        if DOWN in required:
-            status = DOWN
-        elif STARTING in required:
-            status = STARTING
-        else:
-            status = UP if {*databases.values(), *checks.values()} <= {UP} else DEGRADED
-        waits = [pool.breaker.retry_after for pool in self._databases.values()]
-        retry_after = max((wait for wait in waits if wait is not None), default=1.0)
-        return Readiness(
-            status, databases, checks, None if status in (UP, DEGRADED) else retry_after
-        )
+        checks = self._start_checks()
+        return self._judge(self._ask_databases(), self._await_checks(checks))
 
     def detail(self) -> dict[str, Any]:
         """Return what a trusted reader may know: latencies, servers, last errors.
@@ -137,19 +122,40 @@ class Health:
         Facts about servers are some seconds old at most, or missing if they cannot be had
         within the bound.
         """
-        ready = self.ready()
-        missing = {
-            name: (lambda name=name, pool=pool: self._learn(name, pool))
-            for name, pool in self._databases.items()
-            if pool.state == UP and self._stale(name)
-        }
-        self._side.ask("facts", missing, BOUND)
-        return ready.to_json() | {
-            "databases": {
-                name: self._describe(name, pool, ready.databases[name])
-                for name, pool in self._databases.items()
+        deadline = monotonic() + BOUND
+        checks = self._start_checks()
+        words = self._ask_databases()
+        learning = self._start_learning()
+        outcomes = self._await_checks(checks)
+        for name, flight in learning.items():
+            if flight.wait(max(0.0, deadline - monotonic())) and flight.error is not None:
+                self._complain("facts", name, flight.error)
+        ready = self._judge(words, outcomes)
+        details = {name: self._describe(name, pool, words[name]) for name, pool in self._items()}
+        answer = ready.to_json() | {"databases": details, "retry_after": ready.retry_after}
+        if outcomes:
+            answer["checks"] = {
+                name: {"status": each.status, "latency": each.seconds, "error": each.error}
+                for name, each in outcomes.items()
             }
-        }
+        return answer
+
+    def _items(self) -> list[tuple[str, Pool[Any]]]:
+        return list(self._databases.items())
+
+    def _judge(self, databases: dict[str, str], outcomes: dict[str, _Outcome]) -> Readiness:
+        checks = {name: outcome.status for name, outcome in outcomes.items()}
+        required = {databases[name] for name in self._required}
+        required |= {word for name, word in checks.items() if self._checks[name].required}
+        if DOWN in required:
+            status = DOWN
+        elif STARTING in required:
+            status = STARTING
+        else:
+            well = {*databases.values(), *checks.values()} <= {UP}
+            return Readiness(UP if well else DEGRADED, databases, checks)
+        waits = [self._databases[name].breaker.retry_after or 0.0 for name in self._required]
+        return Readiness(status, databases, checks, max(1.0, *waits, 0.0))
 
     def _describe(self, name: str, pool: Pool[Any], word: str) -> dict[str, Any]:
         learned, facts = self._facts.get(name, (None, {}))
@@ -161,59 +167,80 @@ class Health:
             **facts,
         }
 
+    # Databases
+
     def _ask_databases(self) -> dict[str, str]:
-        words = {name: _seen(pool) for name, pool in self._databases.items()}
-        doubtful = {
-            name: (lambda pool=self._databases[name]: _asked(pool))
+        words = {name: _seen(pool) for name, pool in self._items()}
+        flights = {
+            name: self._flights.start(("ready", name), _probing(self._databases[name]))
             for name, word in words.items()
             if word is None
         }
-        asked = self._side.ask("ready", doubtful, BOUND)
+        answers: dict[str, str] = {}
+        for name, word in words.items():
+            if word is not None:
+                answers[name] = word
+            elif flights[name].wait(BOUND) and flights[name].error is None:
+                answers[name] = UP
+            else:
+                answers[name] = _unanswered(self._databases[name])
+        return answers
+
+    def _start_learning(self) -> dict[str, Flight[None]]:
+        """Ask those servers about themselves of which too little is known."""
+        now = monotonic()
+        stale = [
+            (name, pool)
+            for name, pool in self._items()
+            if pool.state == UP and now - self._facts.get(name, (-math.inf, {}))[0] > _FACTS_AGE
+        ]
         return {
-            name: word or asked.get(name) or _unanswered(self._databases[name])
-            for name, word in words.items()
+            name: self._flights.start(("facts", name), self._learning(name, pool))
+            for name, pool in stale
         }
 
-    def _ask_checks(self) -> dict[str, str]:
-        if not self._checks:
-            return {}
-        tasks = {
-            name: (lambda name=name, check=check: _word_of(name, check))
-            for name, check in self._checks.items()
-        }
-        bounds = {name: check.timeout for name, check in self._checks.items()}
-        answers = self._side.ask("check", tasks, bounds)
-        return {name: answers.get(name) or DOWN for name in self._checks}
+    def _learning(self, name: str, pool: Pool[Any]) -> Callable[[], None]:
+        def call() -> None:
+            facts = learn(pool, BOUND)
+            self._facts[name] = (monotonic(), facts)
 
-    def _stale(self, name: str) -> bool:
-        learned, _ = self._facts.get(name, (float("-inf"), {}))
-        return monotonic() - learned > _FACTS_AGE
+        return call
 
-    def _learn(self, name: str, pool: Pool[Any]) -> None:
-        """Ask a server about itself; `_facts` gets the answer whenever it comes."""
-        with pool.connection(timeout=BOUND) as conn:
-            started = monotonic()
-            ping(conn, BOUND)
-            latency = monotonic() - started
-            conn.execute("set local statement_timeout = '2s'")
-            row = conn.execute(_FACTS.encode()).fetchone()
-            tls = conn.pgconn.ssl_in_use
-        assert row is not None
-        version, standby, lag_bytes, lag_seconds, most, used, ours = row
-        facts = {
-            "latency": latency,
-            "server_version": version,
-            "role": "standby" if standby else "primary",
-            "replication_lag": {"bytes": lag_bytes, "seconds": lag_seconds} if standby else None,
-            "tls": bool(tls),
-            "connections": {"used": used, "max": most, "ours": ours},
+    # Checks of the application's own
+
+    def _start_checks(self) -> dict[str, Flight[object]]:
+        return {
+            name: self._flights.start(("check", name), check.call)
+            for name, check in list(self._checks.items())
         }
-        self._facts[name] = (monotonic(), facts)
+
+    def _await_checks(self, flights: dict[str, Flight[object]]) -> dict[str, _Outcome]:
+        return {name: self._await_check(name, flight) for name, flight in flights.items()}
+
+    def _await_check(self, name: str, flight: Flight[object]) -> _Outcome:
+        if not flight.wait(self._checks[name].timeout):
+            error: BaseException = TimeoutError("it took too long")
+        elif flight.error is not None:
+            error = flight.error
+        elif flight.answer is None or isinstance(flight.answer, bool):
+            self._complaints.pop(("check", name), None)
+            return _Outcome(DOWN if flight.answer is False else UP, flight.seconds)
+        else:
+            error = TypeError(f"it answered with {_kind_of(flight.answer)}, not None or a bool")
+        self._complain("check", name, error)
+        return _Outcome(DOWN, flight.seconds, _kind_of(error))
+
+    def _complain(self, what: str, name: str, error: BaseException) -> None:
+        """Log a failure once, and again when its kind changes or after it was well."""
+        kind = _kind_of(error)
+        if self._complaints.get((what, name)) != kind:
+            self._complaints[what, name] = kind
+            logger.warning("health: %s %r failed: %s: %s", what, name, kind, _text_of(error))
 
 
 def _seen(pool: Pool[Any]) -> str | None:
     """What a database's pool knows of it without asking; None if it has to ask."""
-    if pool.state == "stopped" or pool.breaker.is_open:
+    if pool.state in ("stopped", DOWN):
         return DOWN
     stats = pool.stats()
     busy = stats.active >= stats.max_size
@@ -225,15 +252,8 @@ def _seen(pool: Pool[Any]) -> str | None:
     return None
 
 
-def _asked(pool: Pool[Any]) -> str:
-    """Ask through the pool, opening it if need be, within the bound."""
-    deadline = monotonic() + BOUND
-    try:
-        with pool.connection(timeout=BOUND) as conn:
-            ping(conn, max(0.001, deadline - monotonic()))
-    except (PoolTimeout, TooManyRequests, psycopg.OperationalError):
-        return _unanswered(pool)
-    return UP
+def _probing(pool: Pool[Any]) -> Callable[[], None]:
+    return lambda: probe(pool, BOUND)
 
 
 def _unanswered(pool: Pool[Any]) -> str:
@@ -243,68 +263,12 @@ def _unanswered(pool: Pool[Any]) -> str:
     return STARTING if pool.last_seen is None else DEGRADED
 
 
-def _word_of(name: str, check: _Check) -> str:
-    answer = check.call()
-    if answer is not None and not isinstance(answer, bool):
-        raise TypeError(f"the check answered {type(answer).__name__}, not a bool or None")
-    return DOWN if answer is False else UP
+def _kind_of(value: object) -> str:
+    return type(value).__name__
 
 
-class _SideBySide:
-    """Runs calls in threads side by side; one that is still running is not started again."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: set[tuple[str, str]] = set()
-        self._complained: set[tuple[str, str]] = set()
-
-    def ask(
-        self,
-        kind: str,
-        tasks: Mapping[str, Callable[[], Any]],
-        bounds: float | Mapping[str, float],
-    ) -> dict[str, Any]:
-        """Return the answers that came within the bounds, in seconds, by name."""
-        answers: dict[str, Any] = {}
-        started = monotonic()
-        threads = {name: self._start(kind, name, task, answers) for name, task in tasks.items()}
-        for name, thread in threads.items():
-            bound = bounds if isinstance(bounds, float) else bounds[name]
-            if thread is not None:
-                thread.join(max(0.0, started + bound - monotonic()))
-        return dict(answers)
-
-    def _start(
-        self, kind: str, name: str, task: Callable[[], Any], answers: dict[str, Any]
-    ) -> threading.Thread | None:
-        key = (kind, name)
-        with self._lock:
-            if key in self._running:
-                return None
-            self._running.add(key)
-        thread = threading.Thread(
-            target=self._run,
-            args=(key, task, answers),
-            name=f"dbpool-health-{name}",
-            daemon=True,
-        )
-        thread.start()
-        return thread
-
-    def _run(self, key: tuple[str, str], task: Callable[[], Any], answers: dict[str, Any]) -> None:
-        try:
-            answers[key[1]] = task()
-        except Exception as ex:  # noqa: BLE001  # a user's check may raise anything
-            self._complain(key, ex)
-        else:
-            self._complained.discard(key)
-        finally:
-            with self._lock:
-                self._running.discard(key)
-
-    def _complain(self, key: tuple[str, str], ex: Exception) -> None:
-        """Log a failure, once until it is well again; a database's own is logged by its pool."""
-        if key not in self._complained:
-            self._complained.add(key)
-            if not isinstance(ex, PoolError):
-                logger.warning("health %s of %r failed: %s: %s", *key, type(ex).__name__, ex)
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  # a user's exception may fail at anything
+        return "(no text)"

@@ -1,0 +1,75 @@
+"""What a server says of itself: version, role, replication lag, connections."""
+
+from __future__ import annotations
+
+import json
+from time import monotonic
+from typing import Any, Final
+
+import psycopg
+from psycopg import Connection
+from psycopg.pq import ExecStatus
+
+from dbpool.liveness import ask, ping
+from dbpool.pool import Pool
+
+# Other users' sessions hide what they are from an ordinary role, but not which database they
+# are in, which background processes are not.
+_STATEMENT: Final = b"""
+select json_build_object(
+    'server_version', current_setting('server_version'),
+    'role', case when pg_is_in_recovery() then 'standby' else 'primary' end,
+    'replication_lag', case when pg_is_in_recovery() then json_build_object(
+        'bytes', pg_wal_lsn_diff(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()),
+        'seconds', case
+            when pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() then 0
+            else extract(epoch from clock_timestamp() - pg_last_xact_replay_timestamp()) end) end,
+    'connections', json_build_object(
+        'used', (select count(*) from pg_stat_activity where backend_type = 'client backend'
+                     or backend_type is null and datid is not null),
+        'max', current_setting('max_connections')::int,
+        'ours', (select coalesce(json_object_agg(state, n), '{}') from (
+            select coalesce(state, 'unknown') as state, count(*) as n from pg_stat_activity
+             where application_name = current_setting('application_name')
+               and usename = current_user and datname = current_database() group by 1) as own)))
+"""
+
+
+def learn(pool: Pool[Any], timeout: float) -> dict[str, Any]:
+    """Ask a pool's server about itself over one of its connections.
+
+    Each of the three steps, checkout included, takes at most *timeout* seconds. `latency` is
+    that of an empty round trip, in seconds.
+    """
+    with pool.connection(timeout=timeout) as conn:
+        try:
+            started = monotonic()
+            ping(conn, timeout)
+            latency = monotonic() - started
+            return {"latency": latency, **_ask(conn, timeout), "tls": bool(conn.pgconn.ssl_in_use)}
+        except psycopg.OperationalError:
+            conn.close()  # it may still be waiting for an answer
+            raise
+
+
+def probe(pool: Pool[Any], timeout: float) -> None:
+    """Make one round trip over one of a pool's connections, opening it if need be.
+
+    Takes at most *timeout* seconds; raises what `Pool.connection` raises, and
+    `psycopg.OperationalError`.
+    """
+    deadline = monotonic() + timeout
+    with pool.connection(timeout=timeout) as conn:
+        try:
+            ping(conn, max(0.001, deadline - monotonic()))
+        except psycopg.OperationalError:
+            conn.close()  # a rollback would wait for the answer that did not come
+            raise
+
+
+def _ask(conn: Connection[Any], timeout: float) -> dict[str, Any]:
+    result = ask(conn, _STATEMENT, timeout)
+    if result.status != ExecStatus.TUPLES_OK:
+        raise psycopg.DatabaseError(result.get_error_message())
+    facts: dict[str, Any] = json.loads(result.get_value(0, 0) or b"")
+    return facts
