@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
-import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,26 @@ from typing import Any
 import pytest
 from pytest_postgresql import factories
 
-from .postgres import Server, reachable_directory
+from .postgres import Server, dismiss_reaper, until
 
 # pytest captures the standard error of tests; this is where a hard end can still be told.
-_terminal = os.fdopen(os.dup(2), "w")
+_terminal = os.dup(2)
 
 # The shell's own settings must not reach the tests, nor the tools that start servers for them.
 for _name in [n for n in os.environ if n.startswith(("PG", "DBPOOL_", "DATABASE_URL"))]:
     del os.environ[_name]
 
-HARD_DEADLINE = 180.0  # seconds; a test that hangs ends the run with every thread's stack
+HARD_DEADLINE = 120.0  # seconds; a test that hangs ends the run with every thread's stack
+SLOW_DEADLINE = 900.0
 
 
 @pytest.fixture(scope="session")
 def template() -> Iterator[Path]:
     """A data directory to copy: much quicker than making a new one."""
     server = Server()
-    directory = reachable_directory()
-    copy = directory / "data"
-    shutil.move(server.data, copy)
+    yield server.data
     server.close()
-    yield copy
-    shutil.rmtree(directory, ignore_errors=True)
+    dismiss_reaper()
 
 
 @pytest.fixture(scope="session")
@@ -100,8 +99,27 @@ def own_server(make_server: Callable[..., Server]) -> Server:
 
 
 @pytest.fixture(autouse=True)
-def hard_deadline() -> Iterator[None]:
+def hard_deadline(request: pytest.FixtureRequest) -> Iterator[None]:
     """End the run if a test hangs."""
-    faulthandler.dump_traceback_later(HARD_DEADLINE, exit=True, file=_terminal)
+    slow = request.node.get_closest_marker("slow")
+    faulthandler.dump_traceback_later(SLOW_DEADLINE if slow else HARD_DEADLINE, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left(hard_deadline: None) -> Iterator[None]:
+    """Fail a test that leaves a thread of a pool's behind."""
+    before = set(threading.enumerate())
+
+    def left() -> list[str]:
+        threads = set(threading.enumerate()) - before
+        return sorted(thread.name for thread in threads)
+
+    yield
+    if left():
+        gc.collect()  # a pool that nobody holds any more stops its threads
+    try:
+        until(lambda: not left(), 5.0)
+    except AssertionError:
+        pytest.fail(f"threads were left behind: {', '.join(left())}")

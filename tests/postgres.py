@@ -7,21 +7,57 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
 from webapp.embedded import binaries, server_user
 
+# The superuser needs no password; everybody else does, over TCP.
 _HBA = """\
 local all all trust
 host all postgres 127.0.0.1/32 trust
 host all all 127.0.0.1/32 scram-sha-256
+"""
+
+_SETTINGS: dict[str, object] = {
+    "listen_addresses": "127.0.0.1",
+    "fsync": "off",
+    "max_connections": 100,
+    "logging_collector": "off",
+    # In the data directory, so that it goes with it when a postmaster is killed.
+    "dynamic_shared_memory_type": "mmap",
+}
+
+_MODES = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+
+_MEMORY = Path("/dev/shm")
+_ROOM = 512 * 2**20  # bytes; a container's default of 64 MB is too little
+
+# Outlives a test run that was killed, and ends the servers that it left. Each line names a
+# directory and the postmaster in it, 0 when it is gone.
+_REAPER = """
+import os, shutil, signal, sys
+servers = {}
+for line in sys.stdin:
+    pid, directory = line.rstrip("\\n").split(" ", 1)
+    servers[directory] = int(pid)
+for directory, pid in servers.items():
+    if pid:
+        for number in (signal.SIGCONT, signal.SIGQUIT):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+    shutil.rmtree(directory, ignore_errors=True)
 """
 
 
@@ -41,48 +77,65 @@ def free_port() -> int:
 
 
 def reachable_directory() -> Path:
-    """Make a directory that the server's user owns."""
-    path = Path(tempfile.mkdtemp(prefix="dbpool-pg-"))
+    """Make a directory that the server's user owns, in memory if there is room."""
+    path = Path(tempfile.mkdtemp(prefix="dbpool-pg-", dir=_memory()))
     if user := server_user():
         path.chmod(0o755)
         shutil.chown(path, user)
     return path
 
 
-def run(*command: str | Path, timeout: float = 60.0) -> str:
-    """Run one of PostgreSQL's programs as the server's user; return what it printed."""
+def _memory() -> Path | None:
+    with suppress(OSError):
+        room = os.statvfs(_MEMORY)
+        if os.access(_MEMORY, os.W_OK) and room.f_bavail * room.f_frsize >= _ROOM:
+            return _MEMORY
+    return None
+
+
+def spawn(*command: str | Path, output: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    """Start one of PostgreSQL's programs as the server's user, away from our terminal."""
     user = server_user()
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("PG")}
-    done = subprocess.run(
+    return subprocess.Popen(
         [str(binaries() / command[0]), *map(str, command[1:])],
-        env=environ,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("PG", "LC_", "LANG"))},
         cwd="/",
         user=user,
         group="nogroup" if user else None,
         extra_groups=[] if user else None,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
-        timeout=timeout,
-        text=True,
-        check=False,
+        start_new_session=True,
     )
-    assert done.returncode == 0, f"{command[0]} failed: {done.stdout}"
-    return done.stdout
+
+
+def run(*command: str | Path, timeout: float = 60.0) -> str:
+    """Run one of PostgreSQL's programs; return what it printed."""
+    with spawn(*command, output=subprocess.PIPE) as process:
+        output = process.communicate(timeout=timeout)[0].decode()
+    assert process.returncode == 0, f"{command[0]} failed: {output}"
+    return output
 
 
 class Server:
-    """A PostgreSQL server in a directory of its own, on a socket and on TCP 127.0.0.1."""
+    """A PostgreSQL server in a directory of its own, on a socket there and on TCP 127.0.0.1.
+
+    *template* is a data directory to copy. *options* are configuration parameters.
+    """
 
     def __init__(self, template: Path | None = None, **options: object) -> None:
         self.directory = reachable_directory()
+        _report(0, self.directory)
         self.data = self.directory / "data"
+        self.log = self.directory / "log"
         self.port = free_port()
-        self.options = {"fsync": "off", "max_connections": 100, **options}
+        self.options = {**_SETTINGS, "unix_socket_directories": self.directory, **options}
+        self._process: subprocess.Popen[bytes] | None = None
         self._frozen: set[int] = set()
         if template is None:
             run("initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8",
-                "--no-locale", "--no-sync")  # fmt: skip
+                "--no-locale", "--no-sync", "--wal-segsize=1")  # fmt: skip
             (self.data / "pg_hba.conf").write_text(_HBA)
         else:
             subprocess.run(["cp", "-a", template, self.data], check=True, timeout=60)
@@ -91,6 +144,11 @@ class Server:
     def conninfo(self) -> str:
         """The superuser's connection string, over TCP."""
         return self.conninfo_for()
+
+    @property
+    def url(self) -> str:
+        """The same as a URL."""
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
 
     def conninfo_for(self, **params: object) -> str:
         """The connection string with *params* instead of the superuser's."""
@@ -103,58 +161,99 @@ class Server:
         merged: dict[str, Any] = {**defaults, **params}
         return make_conninfo("", **merged)
 
+    # Its life
+
     def start(self) -> None:
-        """Start, and wait until it accepts connections."""
-        settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": self.directory}
-        options = " ".join(f"-c {k}={v}" for k, v in {**settings, **self.options}.items())
-        log = self.directory / "log"
-        run("pg_ctl", "-D", self.data, "-w", "-t", "30", "-l", log,
-            "-o", f"-p {self.port} {options}", "start")  # fmt: skip
+        """Start, and wait until it accepts connections, or will not before it is promoted."""
+        settings = [f"--{name}={value}" for name, value in self.options.items()]
+        with self.log.open("ab") as log:
+            self._process = spawn("postgres", "-D", self.data, "-p", str(self.port), *settings,
+                                  output=log)  # fmt: skip
+        _report(self._process.pid, self.directory)
+        until(lambda: self._status() in {"ready", "standby"} or not self.is_running(), 30.0)
+        assert self.is_running(), self.log.read_text(errors="replace")[-2000:]
+
+    def _status(self) -> str | None:
+        """What the postmaster says of itself, in the last line of its file."""
+        with suppress(OSError, IndexError):
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
+            return lines[7].strip() if int(lines[0]) == self.postmaster_pid else None
+        return None
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop, by pg_ctl's mode: smart, fast or immediate."""
-        run("pg_ctl", "-D", self.data, "-w", "-t", "30", "-m", mode, "stop")
+        """Stop, in pg_ctl's words: smart, fast or immediate."""
+        os.kill(self.postmaster_pid, _MODES[mode])
+        self._collect()
 
     def restart(self, mode: str = "fast") -> None:
         """Stop and start again."""
         self.stop(mode)
         self.start()
 
-    @property
-    def postmaster_pid(self) -> int:
-        """The pid of the postmaster."""
-        return int((self.data / "postmaster.pid").read_text().splitlines()[0])
+    def reload(self) -> None:
+        """Read the configuration again."""
+        os.kill(self.postmaster_pid, signal.SIGHUP)
+
+    def promote(self) -> None:
+        """Make a primary of a standby."""
+        run("pg_ctl", "-D", self.data, "-w", "-t", "30", "promote")
 
     def kill_postmaster(self) -> None:
         """SIGKILL the postmaster alone, and wait until its children have noticed and gone."""
-        pid = self.postmaster_pid
-        children = _children(pid)
-        os.kill(pid, signal.SIGKILL)
-        until(lambda: not any(map(_alive, [pid, *children])), 30.0)
-        (self.data / "postmaster.pid").unlink(missing_ok=True)
+        children = _children(self.postmaster_pid)
+        os.kill(self.postmaster_pid, signal.SIGKILL)
+        self._collect()
+        until(lambda: not any(map(_alive, children)), 30.0)
+
+    def _collect(self) -> None:
+        assert self._process is not None
+        self._process.wait(30.0)
+        _report(0, self.directory)
+
+    @property
+    def postmaster_pid(self) -> int:
+        """The pid of the postmaster."""
+        assert self._process is not None
+        return self._process.pid
+
+    def is_running(self) -> bool:
+        """Whether there is a postmaster."""
+        return self._process is not None and self._process.poll() is None
+
+    def close(self) -> None:
+        """Stop at once and remove everything."""
+        self.thaw()
+        if self._process is not None:
+            if not self.is_running() and self._process.returncode == -signal.SIGKILL:
+                self.start()  # it removes the shared memory of the one that was killed
+            if self.is_running():
+                self.stop("immediate")
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    # Its processes
 
     def freeze(self, pids: Iterable[int]) -> None:
-        """SIGSTOP these processes of the server."""
+        """SIGSTOP these processes of the server, and wait until they have stopped."""
         for pid in pids:
             self._frozen.add(pid)
             os.kill(pid, signal.SIGSTOP)
+            until(lambda pid=pid: _state(pid) in {"T", "t", None})  # type: ignore[misc]
 
     def thaw(self) -> None:
         """SIGCONT whatever is frozen."""
         for pid in self._frozen:
-            if _alive(pid):
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
         self._frozen.clear()
 
     def backends(self, application_name: str | None = None) -> list[int]:
         """Return the pids of the client backends, this question's own left out."""
-        with psycopg.connect(self.conninfo, autocommit=True) as conn:
-            rows = conn.execute(
-                "select pid from pg_stat_activity where backend_type = 'client backend'"
-                " and pid <> pg_backend_pid()"
-                " and (%(name)s::text is null or application_name = %(name)s)",
-                {"name": application_name},
-            ).fetchall()
+        rows = self.execute(
+            "select pid from pg_stat_activity where backend_type = 'client backend'"
+            " and pid <> pg_backend_pid() and (%s::text is null or application_name = %s)",
+            application_name,
+            application_name,
+        )
         return [pid for (pid,) in rows]
 
     def execute(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
@@ -163,38 +262,53 @@ class Server:
             cursor = conn.execute(statement.encode(), params or None)
             return cursor.fetchall() if cursor.description else []
 
-    def is_running(self) -> bool:
-        """Whether there is a postmaster."""
-        try:
-            return _alive(self.postmaster_pid)
-        except (FileNotFoundError, IndexError, ValueError):
-            return False
 
-    def close(self) -> None:
-        """Stop at once and remove everything."""
-        self.thaw()
-        if self.is_running():
-            self.stop("immediate")
-        shutil.rmtree(self.directory, ignore_errors=True)
+@cache
+def _reaper() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _REAPER], stdin=subprocess.PIPE, start_new_session=True
+    )
+
+
+def _report(pid: int, directory: Path) -> None:
+    """Tell the reaper what to end and to remove should this process be killed."""
+    pipe = _reaper().stdin
+    assert pipe is not None
+    pipe.write(f"{pid} {directory}\n".encode())
+    pipe.flush()
+
+
+def dismiss_reaper() -> None:
+    """Let the reaper do its work, which is nothing when all is closed."""
+    if _reaper.cache_info().currsize:
+        _reaper().communicate(timeout=10)
+        _reaper.cache_clear()
+
+
+def _processes() -> dict[int, tuple[int, str]]:
+    """The parent and the state of every process; a slim container has no ps."""
+    if not Path("/proc/self").exists():
+        command = ["/bin/ps", "-A", "-o", "pid=,ppid=,state="]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        rows = [line.split() for line in said.splitlines()]
+        return {int(pid): (int(parent), state[:1]) for pid, parent, state in rows}
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # The name, in parentheses, may hold anything.
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            found[int(path.parent.name)] = (int(parent), state)
+    return found
+
+
+def _state(pid: int) -> str | None:
+    return _processes().get(pid, (0, None))[1]
 
 
 def _alive(pid: int) -> bool:
     """Whether that process runs; a zombie does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
+    return _state(pid) not in {None, "Z", "X"}
 
 
 def _children(pid: int) -> list[int]:
-    children = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                stat = (entry / "stat").read_text()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(stat.rpartition(")")[2].split()[1]) == pid:
-                children.append(int(entry.name))
-    return children
+    return [child for child, (parent, _) in _processes().items() if parent == pid]

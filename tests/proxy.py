@@ -1,0 +1,243 @@
+"""A TCP proxy between a pool and a server, for all that networks do to connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import struct
+import threading
+from collections.abc import Callable, Coroutine
+from enum import Enum
+from typing import Any, TypeVar
+
+from psycopg.conninfo import make_conninfo
+
+T = TypeVar("T")
+
+_SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # linger for no time: close() sends RST
+
+
+class Mode(Enum):
+    """What happens to a new connection."""
+
+    PASS = "it is passed on"
+    SILENT = "it is accepted, and never answered"
+    RESET = "it is accepted, and reset"
+    CLOSE = "it is closed once the client has sent its first message"
+
+
+class Cut(Enum):
+    """When a connection is cut over a message of the client."""
+
+    BEFORE = "it never reaches the server"
+    DURING = "the server does it, the client never hears of it"
+    AFTER = "once the client has its answer"
+
+
+class Proxy:
+    """Listens on 127.0.0.1 and passes connections to the server at *port*, until told otherwise.
+
+    All of it runs in one thread of its own. With *tls* it speaks TLS with the client, as a
+    server does that was built with it.
+    """
+
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self.target = port
+        self.mode = Mode.PASS
+        self.delay = 0.0  # seconds before each chunk is passed on
+        self.accepted = 0
+        self.translate: Callable[[bytes], bytes] | None = None  # of what the server says
+        self._tls = tls
+        self._links: set[_Link] = set()
+        self._cuts: list[tuple[bytes, Cut]] = []
+        self._listener: asyncio.Server | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
+        self._thread.start()
+        self.port = 0
+        self.listen()
+
+    def conninfo_for(self, **params: object) -> str:
+        """The connection string through this proxy: the superuser's, or with *params*."""
+        defaults = {
+            "host": "127.0.0.1",
+            "port": self.port,
+            "user": "postgres",
+            "dbname": "postgres",
+        }
+        merged: dict[str, Any] = {**defaults, **params}
+        return make_conninfo("", **merged)
+
+    @property
+    def conninfo(self) -> str:
+        """The superuser's connection string."""
+        return self.conninfo_for()
+
+    # What may be done to connections
+
+    def listen(self) -> None:
+        """Accept connections, on the same port as ever."""
+        self._call(self._listen())
+
+    def refuse(self) -> None:
+        """Accept no more connections; those that are there stay."""
+        self._call(self._refuse())
+
+    def drop(self, *, reset: bool = False) -> None:
+        """End all connections, by FIN or by RST."""
+        self._call(self._drop(reset))
+
+    def go_dark(self) -> None:
+        """Swallow from now on what either side sends on the connections that are there."""
+        for link in list(self._links):
+            link.dark = True
+
+    def cut(self, pattern: bytes, when: Cut) -> None:
+        """Cut a connection over the next message in which the client says *pattern*."""
+        self._cuts.append((pattern, when))
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether a cut is still to come."""
+        return bool(self._cuts)
+
+    @property
+    def links(self) -> int:
+        """How many connections there are."""
+        return len(self._links)
+
+    def close(self) -> None:
+        """End everything."""
+        self._call(self._refuse())
+        self._call(self._drop(False))
+        self._call(self._settle())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+    # In the proxy's thread
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+
+    async def _listen(self) -> None:
+        if self._listener is None:
+            self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+            self.port = self._listener.sockets[0].getsockname()[1]
+
+    async def _refuse(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    async def _drop(self, reset: bool) -> None:
+        for link in list(self._links):
+            link.end(reset)
+
+    async def _settle(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # lets transports call back that they are closed
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        link = _Link(self, reader, writer)
+        self._links.add(link)
+        try:
+            await link.serve()
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            link.end()
+            self._links.discard(link)
+
+
+class _Link:
+    """One connection through the proxy."""
+
+    def __init__(
+        self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.dark = False
+        self._proxy = proxy
+        self._reader = reader
+        self._writer = writer
+        self._upstream: asyncio.StreamWriter | None = None
+        self._armed: Cut | None = None
+
+    def end(self, reset: bool = False) -> None:
+        """Close both sides."""
+        for writer in filter(None, (self._writer, self._upstream)):
+            if reset and (raw := writer.get_extra_info("socket")) is not None:
+                with contextlib.suppress(OSError):
+                    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            writer.transport.abort() if reset else writer.close()
+
+    async def serve(self) -> None:
+        mode = self._proxy.mode
+        if mode is Mode.RESET:
+            self.end(reset=True)
+        elif mode is Mode.SILENT:
+            await self._reader.read(-1)
+        elif mode is Mode.CLOSE:
+            await self._reader.read(1)
+        else:
+            await self._pass()
+
+    async def _pass(self) -> None:
+        if self._proxy._tls is not None:
+            request = await self._reader.readexactly(len(_SSL_REQUEST))
+            assert request == _SSL_REQUEST
+            self._writer.write(b"S")
+            await self._writer.start_tls(self._proxy._tls)
+        answers, self._upstream = await asyncio.open_connection("127.0.0.1", self._proxy.target)
+        sides = [
+            asyncio.ensure_future(self._pump(self._reader, self._upstream, self._from_client)),
+            asyncio.ensure_future(self._pump(answers, self._writer, self._from_server)),
+        ]
+        try:
+            await asyncio.wait(sides, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for side in sides:
+                side.cancel()
+            await asyncio.gather(*sides, return_exceptions=True)
+
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        look: Callable[[bytes], bytes],
+    ) -> None:
+        while chunk := await reader.read(65536):
+            if self.dark:
+                continue
+            if self._proxy.delay:
+                await asyncio.sleep(self._proxy.delay)
+            if passed := look(chunk):
+                writer.write(passed)
+                await writer.drain()
+            else:
+                break
+            if self._armed is Cut.AFTER and look == self._from_server:
+                break
+        if self.dark:  # one side has gone, but the other is not to know
+            await asyncio.Event().wait()
+
+    def _from_client(self, chunk: bytes) -> bytes:
+        for pattern, when in self._proxy._cuts:
+            if pattern in chunk:
+                self._proxy._cuts.remove((pattern, when))
+                self._armed = when
+                return b"" if when is Cut.BEFORE else chunk
+        return chunk
+
+    def _from_server(self, chunk: bytes) -> bytes:
+        if self._armed is Cut.DURING:
+            return b""
+        translate = self._proxy.translate
+        return chunk if translate is None else translate(chunk)
