@@ -14,6 +14,7 @@ import pytest
 from pytest_postgresql import factories
 
 from .postgres import Server, dismiss_reaper, until
+from .proxy import Proxy
 
 # pytest captures the standard error of tests; this is where a hard end can still be told.
 _terminal = os.dup(2)
@@ -98,11 +99,20 @@ def own_server(make_server: Callable[..., Server]) -> Server:
     return make_server()
 
 
+@pytest.fixture
+def proxy(own_server: Server) -> Iterator[Proxy]:
+    """A proxy in front of the private server."""
+    proxy = Proxy(own_server.port)
+    yield proxy
+    proxy.close()
+
+
 @pytest.fixture(autouse=True)
 def hard_deadline(request: pytest.FixtureRequest) -> Iterator[None]:
     """End the run if a test hangs."""
     slow = request.node.get_closest_marker("slow")
-    faulthandler.dump_traceback_later(SLOW_DEADLINE if slow else HARD_DEADLINE, exit=True)
+    seconds = SLOW_DEADLINE if slow else HARD_DEADLINE
+    faulthandler.dump_traceback_later(seconds, exit=True, file=_terminal)
     yield
     faulthandler.cancel_dump_traceback_later()
 
