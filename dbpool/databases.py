@@ -41,7 +41,7 @@ class Databases(Mapping[str, Pool[Any]]):
     @property
     def default(self) -> Pool[Any]:
         """The pool called `default`."""
-        return self._pools["default"]
+        return self["default"]
 
     def open(self) -> None:
         """Open every pool that is not open yet, without waiting for connections."""
@@ -58,7 +58,13 @@ class Databases(Mapping[str, Pool[Any]]):
                 logger.exception("closing pool %r failed", name)
 
     def __getitem__(self, name: str) -> Pool[Any]:
-        return self._pools[name]
+        try:
+            return self._pools[name]
+        except KeyError:
+            raise KeyError(f"no database {name!r}, only {', '.join(self._pools)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._pools
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pools)

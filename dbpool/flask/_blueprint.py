@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Final
+from typing import Any, Final, NoReturn
 
 from flask import Blueprint, Response, abort, jsonify, render_template, request
 from flask.blueprints import BlueprintSetupState
+from werkzeug import Response as AnyResponse
 
-from dbpool.flask._access import Rule, is_trusted, refusal
+from dbpool.errors import ConfigError
+from dbpool.flask._access import Rule, refusal
 from dbpool.flask._errors import retry_after
 from dbpool.flask._extension import KEY, state
-from dbpool.health import Readiness
+from dbpool.health import DEGRADED, UP
 
-View = Callable[[], Response]
+View = Callable[[], AnyResponse]
 
-_CSP: Final = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'"
+# Everything the page loads comes from here, none of it inline.
+_HEADERS: Final = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
+        " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 def create_blueprint(name: str = "dbpool", authorize: Rule | None = None) -> Blueprint:
     """Make the blueprint, to be registered after `DBPool.init_app`.
 
-    *authorize* takes the place of the token: called in the request, what it returns says
-    whether details may be seen.
+    *authorize* takes the place of the token: called in the request, it says whether details
+    may be seen, or returns the response for who may not see them.
     """
     blueprint = Blueprint(name, __name__, template_folder="templates", static_folder="static")
     blueprint.record_once(_insist_on_init_app)
@@ -31,25 +41,13 @@ def create_blueprint(name: str = "dbpool", authorize: Rule | None = None) -> Blu
 
     def trusted(view: View) -> View:
         @wraps(view)
-        def guarded() -> Response:
-            settings = state().settings
-            return view() if is_trusted(settings, authorize) else refusal(settings, authorize)
+        def guarded() -> AnyResponse:
+            return refusal(state().settings, authorize) or view()
 
         return guarded
 
-    def health() -> Response:
-        if not is_trusted(state().settings, authorize):
-            return _ready()
-        detail = state().health.detail()
-        answer = jsonify(detail)
-        answer.status_code = 200 if detail["status"] in ("up", "degraded") else 503
-        return answer
-
-    def index() -> Response:
-        answer = Response(render_template("dbpool/live.html", name=name))
-        answer.headers["Content-Security-Policy"] = _CSP
-        answer.headers["X-Content-Type-Options"] = "nosniff"
-        return answer
+    def health() -> AnyResponse:
+        return _ready() if refusal(state().settings, authorize) else _detail()
 
     views: dict[str, View] = {
         "/health/live": _live,
@@ -57,9 +55,10 @@ def create_blueprint(name: str = "dbpool", authorize: Rule | None = None) -> Blu
         "/health": health,
         "/stats": trusted(_stats),
         "/metrics": trusted(_metrics),
-        "/": trusted(index),
+        "/": trusted(_index),
     }
     for rule, view in views.items():
+        # A probe takes a redirect for an answer: with or without the last slash is the same.
         blueprint.add_url_rule(
             rule, view.__name__.lstrip("_"), view, strict_slashes=False, methods=["GET"]
         )
@@ -77,34 +76,54 @@ def _forbid_storing(response: Response) -> Response:
     return response
 
 
-def _live() -> Response:
+def _live() -> AnyResponse:
     return jsonify(state().health.live())
 
 
-def _ready() -> Response:
-    ready: Readiness = state().health.ready()
-    answer = jsonify(ready.to_json())
-    if not ready.is_ready:
+def _ready() -> AnyResponse:
+    ready = state().health.ready()
+    return _judged(ready.to_json(), ready.retry_after)
+
+
+def _detail() -> AnyResponse:
+    detail = state().health.detail()
+    return _judged(detail, detail["retry_after"])
+
+
+def _judged(health: Mapping[str, Any], seconds: float | None) -> Response:
+    answer = jsonify(health)
+    if health["status"] not in (UP, DEGRADED):
         answer.status_code = 503
-        answer.headers["Retry-After"] = retry_after(ready.retry_after)
+        answer.headers["Retry-After"] = retry_after(seconds)
     return answer
+
+
+def _stats() -> AnyResponse:
+    return jsonify(state().processes.report(_scope()))
+
+
+def _metrics() -> AnyResponse:
+    try:
+        from dbpool.prometheus import expose
+    except ConfigError as ex:  # the package is not installed; the message names the extra
+        _refuse(501, str(ex))
+    report = state().processes.report(_scope())
+    body, content_type = expose(report, request.headers.get("Accept", ""))
+    return Response(body, content_type=content_type)
+
+
+def _index() -> AnyResponse:
+    return Response(render_template("dbpool/live.html"), headers=_HEADERS, mimetype="text/html")
 
 
 def _scope() -> str:
     scope = request.args.get("scope", "all")
     if scope not in ("all", "process"):
-        abort(400, "scope is all or process")
+        _refuse(400, "scope is all or process")
     return scope
 
 
-def _stats() -> Response:
-    return jsonify(state().processes.report(_scope()))
-
-
-def _metrics() -> Response:
-    from dbpool.prometheus import expose
-
-    body, content_type = expose(
-        state().processes.report(_scope()), request.headers.get("Accept", "")
-    )
-    return Response(body, content_type=content_type)
+def _refuse(status: int, reason: str) -> NoReturn:
+    answer = jsonify(error=reason)
+    answer.status_code = status
+    abort(answer)

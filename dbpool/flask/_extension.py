@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
 
-from flask import Flask, appcontext_pushed, current_app, g, request
+from flask import (
+    Flask,
+    appcontext_pushed,
+    appcontext_tearing_down,
+    current_app,
+    g,
+    request,
+)
 
 from dbpool import holders
 from dbpool.databases import Databases
@@ -22,7 +30,7 @@ from dbpool.settings import AppSettings, settings_from_config
 logger = logging.getLogger("dbpool")
 
 KEY: Final = "dbpool"
-_STARTED: Final = "_dbpool_started"
+_BEGUN: Final = "_dbpool_begun"
 
 
 @dataclass(frozen=True)
@@ -59,17 +67,20 @@ class DBPool:
         dotenv = None if app.testing else _find_dotenv()
         settings = AppSettings.from_config(app.config, dotenv=dotenv)
         databases = Databases(settings_from_config(app.config, dotenv=dotenv), self._listeners)
-        app.extensions[KEY] = State(
+        own = State(
             databases=databases,
             health=Health(databases, settings.required),
             processes=Processes(databases, directory=settings.stats_dir, app=app.name),
             settings=settings,
         )
-        appcontext_pushed.connect(_begin, app)
+        # First, as Flask refuses it when the application has begun to serve.
         app.before_request(_name_endpoint)
-        app.teardown_appcontext(_end)
         if settings.error_handlers:
             register_error_handlers(app)
+        app.extensions[KEY] = own
+        appcontext_pushed.connect(_begin, app)
+        # Comes after the application's own teardown, which may return what a view took.
+        appcontext_tearing_down.connect(_end, app)
 
     @property
     def databases(self) -> Databases:
@@ -104,8 +115,9 @@ def _find_dotenv() -> str | None:
     return find_dotenv(usecwd=True) or None
 
 
-def _begin(app: Flask) -> None:
-    setattr(g, _STARTED, monotonic())
+def _begin(app: Flask, **extra: Any) -> None:
+    """Note when an application context begins, and what the thread was serving before."""
+    setattr(g, _BEGUN, (monotonic(), holders.endpoints.get(threading.get_ident())))
 
 
 def _name_endpoint() -> None:
@@ -114,21 +126,29 @@ def _name_endpoint() -> None:
         holders.endpoints[threading.get_ident()] = request.endpoint
 
 
-def _end(exc: BaseException | None) -> None:
-    """Take back what the request still holds.
+def _end(app: Flask, **extra: Any) -> None:
+    """Take back what was checked out in this application context and is still held.
 
     Nothing is committed here: the answer is on its way and could not say that it failed.
     """
-    endpoint = holders.endpoints.pop(threading.get_ident(), None)
-    started = g.pop(_STARTED, None)
-    if started is None:
-        return
+    thread = threading.get_ident()
+    endpoint = holders.endpoints.pop(thread, None)
+    begun, outer = g.pop(_BEGUN, (math.inf, None))
+    if outer is not None:  # contexts may nest
+        holders.endpoints[thread] = outer
     for pool in state().databases.values():
-        for holder in pool.return_held(started):
-            logger.error(
-                "pool %r: a connection checked out at %s was still held when the request ended"
-                " (endpoint %s): it was rolled back and returned",
-                pool.name,
-                holder.where,
-                endpoint,
-            )
+        try:
+            _take_back(pool, begun, endpoint)
+        except Exception as ex:  # noqa: BLE001  # one failure must not stop the rest
+            logger.error("pool %r: a connection could not be taken back: %s", pool.name, ex)
+
+
+def _take_back(pool: Pool[Any], since: float, endpoint: str | None) -> None:
+    for holder in pool.return_held(since):
+        logger.error(
+            "pool %r: a connection checked out at %s was still held when the request ended"
+            " (endpoint %s): it was rolled back and returned",
+            pool.name,
+            holder.where,
+            endpoint,
+        )
