@@ -1,0 +1,238 @@
+"""The statistics of several processes: merged, archived, and robust against what lies around."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from dbpool.metrics import Metrics, Snapshot
+from dbpool.processes import Processes
+from dbpool.prometheus import expose
+
+from .postgres import until
+
+WORKER = """
+import sys, time
+from dbpool.metrics import Metrics
+from dbpool.processes import Processes
+
+class Fake:
+    def stats(self):
+        metrics = Metrics()
+        metrics.checkouts = int(sys.argv[2])
+        metrics.wait.add(0.001)
+        return metrics.snapshot([], state="up", size=1, idle=1)
+
+processes = Processes({"default": Fake()}, directory=sys.argv[1])
+processes.start()
+assert processes.publish()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+class Counting:
+    """Stands in for a pool: any object with `stats()` will do."""
+
+    def __init__(self, checkouts: int = 0) -> None:
+        self.metrics = Metrics()
+        self.metrics.checkouts = checkouts
+
+    def stats(self) -> Snapshot:
+        return self.metrics.snapshot([], state="up", size=2, active=1, idle=1)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "stats"
+    path.mkdir(mode=0o700)
+    return path
+
+
+@pytest.fixture
+def processes(directory: Path) -> Iterator[Processes]:
+    processes = Processes({"default": Counting(5)}, directory=directory)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture
+def workers(directory: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two worker processes with 10 and 20 checkouts."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(directory), count],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        for count in ("10", "20")
+    ]
+    for worker in started:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+    yield started
+    for worker in started:
+        worker.kill()
+        worker.communicate()
+
+
+def checkouts(report: dict[str, Any]) -> int:
+    return int(report["pools"]["default"]["counters"]["checkouts"])
+
+
+def test_without_a_directory_a_process_answers_for_itself() -> None:
+    report = Processes({"default": Counting(5)}).report()
+    assert report["scope"] == "process"
+    assert [process["pid"] for process in report["processes"]] == [os.getpid()]
+    assert checkouts(report) == 5
+
+
+def test_all_processes_are_merged(
+    processes: Processes, workers: list[subprocess.Popen[str]]
+) -> None:
+    report = processes.report()
+    assert report["schema"] == 1
+    assert report["scope"] == "all"
+    assert {process["pid"] for process in report["processes"]} == {
+        os.getpid(),
+        *(worker.pid for worker in workers),
+    }
+    assert all(0 <= process["age"] < 30 for process in report["processes"])
+    assert checkouts(report) == 35
+    assert report["pools"]["default"]["size"] == 4
+    assert checkouts(processes.report("process")) == 5
+
+
+def test_totals_do_not_fall_when_a_worker_is_killed(
+    processes: Processes, workers: list[subprocess.Popen[str]]
+) -> None:
+    assert checkouts(processes.report()) == 35
+    workers[0].kill()
+    workers[0].wait()
+    for _ in range(3):
+        report = processes.report()
+        assert checkouts(report) == 35
+        assert report["pools"]["default"]["size"] == 3
+        assert workers[0].pid not in {process["pid"] for process in report["processes"]}
+
+
+def test_a_hung_worker_grows_old_and_is_not_lost(
+    processes: Processes, workers: list[subprocess.Popen[str]]
+) -> None:
+    os.kill(workers[0].pid, signal.SIGSTOP)
+
+    def age() -> float:
+        ages = {process["pid"]: process["age"] for process in processes.report()["processes"]}
+        return float(ages[workers[0].pid])
+
+    until(lambda: age() > 1.5)
+    assert checkouts(processes.report()) == 35
+    os.kill(workers[0].pid, signal.SIGCONT)
+    until(lambda: age() < 1.5)
+
+
+def test_a_recycled_pid_is_another_process(processes: Processes, directory: Path) -> None:
+    processes.publish()
+    (own,) = directory.glob("*.json")
+    record = json.loads(own.read_text())
+    record |= {"pid": 1, "start": "12345"}
+    (directory / "app-1-12345.json").write_text(json.dumps(record))
+    report = processes.report()
+    assert 1 not in {process["pid"] for process in report["processes"]}
+    assert checkouts(report) == 10
+    assert checkouts(processes.report()) == 10
+    assert not (directory / "app-1-12345.json").exists()
+
+
+def test_a_crash_between_archiving_and_removing_counts_nothing_twice(
+    processes: Processes, directory: Path
+) -> None:
+    processes.publish()
+    (own,) = directory.glob("*.json")
+    record = json.loads(own.read_text()) | {"pid": 1, "start": "12345"}
+    dead = directory / "app-1-12345.json"
+    dead.write_text(json.dumps(record))
+    assert checkouts(processes.report()) == 10
+    dead.write_text(json.dumps(record))
+    assert checkouts(processes.report()) == 10
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{", b"[]", b'{"schema": 99}', b"\xff\xfe", b"null"])
+def test_garbage_is_ignored_and_told_once(
+    processes: Processes, directory: Path, garbage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (directory / "app-7-7.json").write_bytes(garbage)
+    (directory / "app.archive").write_bytes(garbage)
+    for _ in range(3):
+        assert checkouts(processes.report()) == 5
+    assert len([r for r in caplog.records if "app-7-7.json" in r.message]) == 1
+
+
+def test_a_link_is_not_followed(processes: Processes, directory: Path, tmp_path: Path) -> None:
+    processes.publish()
+    (own,) = directory.glob("*.json")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text(own.read_text())
+    (directory / "app-7-7.json").symlink_to(elsewhere)
+    assert checkouts(processes.report()) == 5
+
+
+def test_a_directory_open_to_others_is_not_used(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory.chmod(0o755)
+    processes = Processes({"default": Counting(5)}, directory=directory)
+    for _ in range(2):
+        assert processes.report()["scope"] == "process"
+    assert len([r for r in caplog.records if "private" in r.message]) == 1
+    assert list(directory.iterdir()) == []
+
+
+def test_a_missing_directory_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    processes = Processes({"default": Counting(5)}, directory=tmp_path / "nowhere")
+    for _ in range(2):
+        assert processes.report()["scope"] == "process"
+    assert len([r for r in caplog.records if "nowhere" in r.message]) == 1
+
+
+def test_a_failing_write_is_contained_and_told_once(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    processes = Processes({"default": Counting(5)}, directory=directory, app="a" * 300)
+    for _ in range(2):  # the name is too long for any file system
+        assert processes.report()["scope"] == "process"
+    assert len([r for r in caplog.records if "cannot write" in r.message]) == 1
+    processes.close()
+
+
+def test_two_applications_do_not_mix(processes: Processes, directory: Path) -> None:
+    other = Processes({"default": Counting(100)}, directory=directory, app="other/../app")
+    assert checkouts(other.report()) == 100
+    assert checkouts(processes.report()) == 5
+    other.close()
+
+
+def test_the_exposition_is_accepted_by_both_parsers(processes: Processes) -> None:
+    report = processes.report()
+    odd = 'odd "name"\n\\ {}'
+    report["pools"][odd] = report["pools"]["default"]
+    body, content_type = expose(report, "text/plain")
+    assert content_type.startswith("text/plain")
+    families = {f.name: f for f in text_string_to_metric_families(body.decode())}  # type: ignore[no-untyped-call]
+    names = {sample.labels["pool_name"] for sample in families["db_client_connection_max"].samples}
+    assert names == {"default", odd}
+    body, content_type = expose(report, "application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text")
+    modern = {f.name: f for f in openmetrics.text_string_to_metric_families(body.decode())}  # type: ignore[no-untyped-call]
+    assert modern["db_client_connection_checkouts"].samples[0].value == 5
