@@ -16,9 +16,9 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     on first use, in the worker that uses them.
     """
     # Here, so that `webapp.embedded` can be used without Flask.
-    from dbpool.flask import create_blueprint
     from flask import Flask
 
+    from dbpool.flask import create_blueprint
     from webapp import errors, notes
 
     app = Flask(__name__)
