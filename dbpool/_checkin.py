@@ -218,6 +218,10 @@ class Checkin(Life[CT]):
                     self._count(slot, monotonic() - slot.since)
                 self._remove(slot, "collected")
                 self._refill()
+                if self.listeners.active:
+                    self._later(
+                        lambda pool: pool.listeners.emit(events.Discarded(pool.name, "collected"))
+                    )
                 logger.warning(
                     "pool %r: a connection was never returned and has been garbage-collected;"
                     " it was checked out at %s",

@@ -96,7 +96,8 @@ class Checkout(Checkin[CT]):
 
     def _refusal(self) -> Exception | None:
         """Why a newcomer may not wait, if so. The lock is held."""
-        self.breaker.seen_alive(self._last_seen)
+        if (outage := self.breaker.seen_alive(self._last_seen)) is not None:
+            self._later(lambda pool: pool._tell_back(outage))
         if self.breaker.is_open:
             self._metrics.rejected += 1
             return self._unavailable()

@@ -13,7 +13,6 @@ from psycopg_pool import PoolClosed
 from psycopg_pool.abc import CT
 
 from dbpool import _fork, events
-from dbpool._parts import Call
 from dbpool._supply import Supply
 from dbpool.errors import is_permanent
 from dbpool.holders import Slot
@@ -39,7 +38,7 @@ class Life(Supply[CT]):
         self._refill()
         if self.listeners.active:
             opened = events.Opened(self.name)
-            self.run_task(Call(self, lambda pool: pool.listeners.emit(opened)))
+            self._later(lambda pool: pool.listeners.emit(opened))
 
     def close(self, timeout: float = 2.0) -> None:
         """Close: refuse those who wait, close what is idle, stop the threads.

@@ -29,7 +29,9 @@ _INERROR = TransactionStatus.INERROR
 class Runner(Upkeep[CT]):
     """A pool that can run a function in a transaction of its own."""
 
-    _budget: Budget
+    def _clear(self) -> None:
+        super()._clear()
+        self._budget = Budget(2 * self.settings.max_size)
 
     def run(
         self,

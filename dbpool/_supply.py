@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from os import getpid
 from time import monotonic
 from typing import Any
@@ -83,6 +84,10 @@ class Supply(ConnectionPool[CT]):
         self._last_seen = 0.0
         self._moved_at = float("-inf")
         self.breaker = Breaker(self.settings.outage_grace)
+
+    def _later(self, fn: Callable[[Any], None]) -> None:
+        """Have a worker call *fn* with this pool: for what may not happen under the lock."""
+        self.run_task(Call(self, fn))
 
     # Making connections
 

@@ -111,10 +111,11 @@ class Breaker:
             self.error, self.kind = error, "timeout"
         return self._open_after(self.grace)
 
-    def seen_alive(self, last_seen: float) -> None:
-        """Close again if a connection came back healthy after it opened."""
-        if self._opened_at is not None and last_seen > self._opened_at:
-            self.reset()
+    def seen_alive(self, last_seen: float) -> float | None:
+        """Close if a connection came back healthy after it opened; return as `succeeded`."""
+        if self._opened_at is None or last_seen <= self._opened_at:
+            return None
+        return self.succeeded()
 
     def reset(self) -> None:
         """Close, and forget what failed: the next failure starts a new grace."""

@@ -6,6 +6,7 @@ a connection which its holder lost can be told and replaced.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -21,6 +22,8 @@ from typing import Any, Protocol
 from dbpool.metrics import HolderSnapshot as Holder
 
 __all__ = ["Holder", "Slot", "endpoints", "report", "stack_of", "watch"]
+
+logger = logging.getLogger("dbpool")
 
 # What a thread is serving, by its ident: kept by the web framework's adapter.
 endpoints: dict[int, str] = {}
@@ -159,7 +162,10 @@ class _Watchdog:
                 return 0.0
         now = monotonic()
         for pool in pools:
-            pool.patrol(now)
+            try:
+                pool.patrol(now)
+            except Exception:
+                logger.exception("patrolling %r failed", pool)
         return min(pool.patrol_every for pool in pools)
 
 

@@ -23,7 +23,6 @@ from dbpool._run import Runner
 from dbpool.errors import ConfigError
 from dbpool.events import Emitter
 from dbpool.holders import Holder
-from dbpool.retry import Budget
 from dbpool.settings import Settings
 
 __all__ = ["Pool", "close_all"]
@@ -107,7 +106,6 @@ class Pool(Runner[CT]):
         self._lazy = opening is None
         _fork.register(self)
         self._plain = self.connection_class.__exit__ is Connection.__exit__
-        self._budget = Budget(2 * settings.max_size)
         if opening:
             self.open()
 

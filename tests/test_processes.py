@@ -229,7 +229,7 @@ def test_the_exposition_is_accepted_by_both_parsers(processes: Processes) -> Non
     report["pools"][odd] = report["pools"]["default"]
     body, content_type = expose(report, "text/plain")
     assert content_type.startswith("text/plain")
-    families = {f.name: f for f in text_string_to_metric_families(body.decode())}  # type: ignore[no-untyped-call]
+    families = {f.name: f for f in text_string_to_metric_families(body.decode())}
     names = {sample.labels["pool_name"] for sample in families["db_client_connection_max"].samples}
     assert names == {"default", odd}
     body, content_type = expose(report, "application/openmetrics-text; version=1.0.0")
