@@ -1,0 +1,93 @@
+"""What the tests of faults share: what they watch, and scripts in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from dbpool import Pool
+
+MakePool = Callable[..., Pool[Any]]
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXIT_SECONDS = 2.0
+
+# A fork in a process with threads is what is tested; newer Pythons warn of every one.
+_WARNINGS = "error,ignore:This process:DeprecationWarning"
+
+
+class Recorder:
+    """A listener that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, event: Any) -> None:
+        with self._lock:
+            self.events.append(event)
+
+    def count(self, kind: type) -> int:
+        with self._lock:
+            return sum(type(event) is kind for event in self.events)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fail if the block takes longer: what must not wait, or not that long."""
+    started = time.monotonic()
+    yield
+    taken = time.monotonic() - started
+    assert taken < seconds, f"it took {taken:.2f} s, more than {seconds} s"
+
+
+def assert_whole(pool: Pool[Any]) -> None:
+    """Nothing is lost: nobody waits, nothing is out, the numbers add up."""
+    stats = pool.stats()
+    assert stats.active + stats.idle + stats.connecting == stats.size
+    assert (stats.waiting, stats.active) == (0, 0)
+    assert stats.size <= max(stats.max_size, stats.min_size)
+    assert min(stats.idle, stats.connecting) >= 0
+    assert not pool._out
+
+
+def backend_pid(conn: psycopg.Connection[Any]) -> int:
+    return conn.info.backend_pid
+
+
+def idle_pids(pool: Pool[Any]) -> list[int]:
+    return [conn.info.backend_pid for conn in list(pool._pool)]
+
+
+def run_script(script: Path, *arguments: str, seconds: float = 30.0) -> str:
+    """Run a script that says `END <monotonic time>` last; return what it said.
+
+    It must succeed, and its process must be gone soon after that.
+    """
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        env=environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": _WARNINGS},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    ended = time.monotonic()
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "Traceback" not in said, said
+    ends = [line for line in done.stdout.splitlines() if line.startswith("END ")]
+    assert ends, said
+    taken = ended - float(ends[-1].split()[1])
+    assert taken < EXIT_SECONDS, f"the process exited after {taken:.1f} s: {said}"
+    return said

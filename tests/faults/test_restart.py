@@ -1,0 +1,171 @@
+"""A server that restarts: ridden through when short, answered at once when long."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import DatabaseUnavailable, Pool
+from tests.postgres import Server, until
+
+from .steps import SLACK, Load, Task, assert_serves_all, await_server, fill
+
+MODES = ["fast", "immediate"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_restart_is_not_noticed_by_who_comes_after_it(
+    own_server: Server, make_pool: Callable[..., Pool], mode: str
+) -> None:
+    pool = make_pool(min_size=10, max_size=10)
+    before = fill(pool)
+    own_server.restart(mode)
+    after = {pool.fetch_value("select pg_backend_pid()") for _ in range(30)}
+    assert not after & set(before)
+    assert pool.stats().counters.discarded["dead"] >= 1
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_restart_shorter_than_the_grace_is_waited_out(
+    own_server: Server, make_pool: Callable[..., Pool], mode: str
+) -> None:
+    pool = make_pool(min_size=4, max_size=4, outage_grace=30, timeout=30)
+    fill(pool)
+    own_server.stop(mode)
+    callers = [Task(pool.fetch_value, "select 1") for _ in range(8)]
+    until(lambda: pool.stats().waiting == 8)
+    own_server.start()
+    assert [caller.result() for caller in callers] == [1] * 8
+    assert pool.breaker.state == "closed"
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_under_load_only_what_was_in_flight_fails(
+    own_server: Server, make_pool: Callable[..., Pool], mode: str
+) -> None:
+    pool = make_pool(max_size=6, outage_grace=30, timeout=30)
+    load = Load(lambda: pool.fetch_value("select 1"), threads=6)
+    load.await_calls()
+    own_server.restart(mode)
+    load.await_calls()
+    load.stop()
+    # Each thread can have had one statement on its way, and nobody failed to get a connection.
+    assert len(load.errors) <= 6
+    assert all(type(error) is not DatabaseUnavailable for error in load.errors)
+    assert all(isinstance(error, psycopg.OperationalError) for error in load.errors)
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_run_loses_and_repeats_nothing_in_a_restart_under_load(
+    own_server: Server, make_pool: Callable[..., Pool], mode: str
+) -> None:
+    pool = make_pool(max_size=8)
+    pool.execute("create table t (id text primary key)")
+    calls: list[str] = []
+
+    def insert(conn: psycopg.Connection[Any], key: str) -> None:
+        conn.execute("insert into t values (%s) on conflict do nothing", [key])
+
+    def call() -> None:
+        key = uuid.uuid4().hex
+        calls.append(key)
+        pool.run(insert, key, idempotent=True, timeout=60, attempts=20)
+
+    load = Load(call, threads=8)
+    load.await_calls()
+    own_server.restart(mode)
+    load.await_calls()
+    load.stop()
+    assert load.errors == []
+    assert {key for (key,) in pool.fetch_all("select id from t")} == set(calls)
+    assert_serves_all(pool)
+
+
+def test_a_stop_longer_than_the_grace_is_answered_at_once_and_then_over(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=2, max_size=4)
+    fill(pool)
+    own_server.stop()
+    waiters = [Task(pool.getconn) for _ in range(4)]
+    for waiter in waiters:
+        error = waiter.error()
+        assert isinstance(error, DatabaseUnavailable)
+        assert error.kind == "refused"
+        assert isinstance(error.__cause__, psycopg.OperationalError)
+        assert waiter.seconds < 0.3 + 2 * SLACK  # the grace and an attempt, not the timeout
+    began = time.monotonic()
+    for _ in range(100):
+        with pytest.raises(DatabaseUnavailable):
+            pool.getconn()
+    assert time.monotonic() - began < SLACK
+    assert pool.state == "down"
+    own_server.start()
+    until(lambda: pool.state == "up", 1.0 + SLACK)
+    assert_serves_all(pool)
+
+
+def test_a_stop_under_load_is_over_as_soon_as_the_server_is_back(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(max_size=4)
+
+    def call() -> None:
+        try:
+            pool.fetch_value("select 1")
+        except psycopg.OperationalError:
+            time.sleep(0.001)  # a caller that is refused comes again
+            raise
+
+    load = Load(call)
+    load.await_calls()
+    own_server.stop()
+    until(lambda: pool.state == "down")
+    load.await_calls()
+    own_server.start()
+    until(lambda: pool.state == "up", 1.0 + SLACK)
+    failed = len(load.errors)
+    load.await_calls()
+    load.stop()
+    assert len(load.errors) <= failed + 6  # those that were just being refused
+    assert_serves_all(pool)
+
+
+def test_a_killed_postmaster_is_an_outage_until_there_is_a_new_one(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=3, max_size=3)
+    fill(pool)
+    own_server.kill_postmaster()
+    assert isinstance(Task(pool.fetch_value, "select 1").error(), DatabaseUnavailable)
+    own_server.start()
+    await_server(own_server)
+    assert pool.run(lambda conn: conn.execute("select 1").fetchone(), timeout=20) == (1,)
+    assert_serves_all(pool)
+
+
+def test_a_server_that_is_starting_up_is_waited_for(
+    make_server: Callable[..., Server], make_pool: Callable[..., Pool]
+) -> None:
+    standby = make_server()
+    # A standby that is to recover from nothing keeps answering 57P03.
+    standby.stop()
+    (standby.data / "standby.signal").touch()
+    standby.options["hot_standby"] = "off"
+    standby.start()
+    pool = make_pool(server=standby)
+    error = Task(pool.fetch_value, "select 1").error()
+    assert isinstance(error, DatabaseUnavailable)
+    assert error.kind == "starting"
+    caller = Task(lambda: pool.run(lambda c: c.execute("select 1").fetchone(), timeout=30))
+    standby.promote()
+    assert caller.result() == (1,)
+    assert_serves_all(pool)
