@@ -6,35 +6,41 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Final
 
 import psycopg
 
-from dbpool._values import did_you_mean
+from dbpool._values import did_you_mean, find_dotenv, number
 from dbpool.conninfo import is_exposed
+from dbpool.databases import Databases
 from dbpool.errors import ConfigError, PoolError
+from dbpool.gunicorn import directories
 from dbpool.pool import Pool
-from dbpool.settings import Settings, databases_from_env, unknown_variables
+from dbpool.processes import Processes
+from dbpool.settings import AppSettings, Settings, databases_from_env, unknown_variables
 
-_EXPOSED = "the server is remote and sslmode is below verify-full: its identity is not checked"
+_EXPOSED: Final = (
+    "the server is remote and sslmode is below verify-full: its identity is not checked"
+)
+_PAUSE: Final = 0.5  # seconds between two attempts of `wait`
+_TYPES: Final = {"seconds": SimpleNamespace(type="float", name="timeout")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0 if all is well, 1 if not. Wrong usage exits with 2."""
-    logging.getLogger("dbpool").addHandler(logging.NullHandler())
-    logging.getLogger("dbpool").propagate = False
     arguments = _parser().parse_args(argv)
     try:
-        databases = databases_from_env(dotenv=_dotenv())
-        return int(arguments.command(arguments, databases))
+        return int(arguments.command(arguments))
     except ConfigError as ex:
-        print(f"dbpool: {ex}", file=sys.stderr)
-        return 1
+        return _fail(ex, as_json=arguments.json)
     except KeyboardInterrupt:
         return 1
     except BrokenPipeError:  # the reader had enough
@@ -42,10 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _fail(reason: object, *, as_json: bool = False) -> int:
+    if as_json:
+        print(json.dumps({"ok": False, "error": str(reason)}, indent=2))
+    print(f"dbpool: {reason}", file=sys.stderr)
+    return 1
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dbpool", description="Try and watch the configured databases."
     )
+    parser.set_defaults(json=False)
     commands = parser.add_subparsers(required=True, metavar="check | wait | stats")
     check = commands.add_parser("check", help="connect, and report what was found")
     check.add_argument("--json", action="store_true", help="report as JSON")
@@ -53,21 +67,30 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=_check)
     wait = commands.add_parser("wait", help="wait until every database serves")
     wait.add_argument(
-        "--timeout", type=float, default=60.0, metavar="SECONDS", help="give up after (60)"
+        "--timeout", type=_seconds, default=60.0, metavar="TIME", help="give up after (60s)"
     )
     wait.set_defaults(command=_wait)
-    stats = commands.add_parser("stats", help="connect, and print the pools' statistics as JSON")
+    stats = commands.add_parser(
+        "stats", help="print the statistics of the application that runs here, as JSON"
+    )
+    stats.add_argument("--dir", help="where they meet (DBPOOL_STATS_DIR, else it is looked for)")
+    stats.add_argument("--app", help="which application, if several share the directory")
     stats.set_defaults(command=_stats)
     return parser
 
 
-def _dotenv() -> str | None:
-    from dotenv import find_dotenv
+def _seconds(text: str) -> float:
+    try:
+        return float(number(text, _TYPES["seconds"], "it"))
+    except ConfigError as ex:
+        raise argparse.ArgumentTypeError(str(ex)) from None
 
-    return find_dotenv(usecwd=True) or None
+
+# check
 
 
-def _check(arguments: argparse.Namespace, databases: dict[str, Settings]) -> int:
+def _check(arguments: argparse.Namespace) -> int:
+    databases = databases_from_env(dotenv=find_dotenv())
     unknown = unknown_variables(os.environ)
     reports = {name: _report(settings) for name, settings in databases.items()}
     ok = all(report["ok"] for report in reports.values())
@@ -79,7 +102,7 @@ def _check(arguments: argparse.Namespace, databases: dict[str, Settings]) -> int
         for name, report in reports.items():
             print(_as_text(name, report))
         for note in notes:
-            print(f"warning: {note}")
+            print(f"{'error' if arguments.strict else 'warning'}: {note}")
     return 0 if ok else 1
 
 
@@ -99,23 +122,23 @@ def _report(settings: Settings) -> dict[str, Any]:
                 "port": info.port,
                 "database": info.dbname,
                 "user": info.user,
-                "server_version": conn.pgconn.parameter_status(b"server_version").decode(),
+                "server_version": info.parameter_status("server_version"),
                 "tls": bool(conn.pgconn.ssl_in_use),
             }
     except (PoolError, ConfigError) as ex:
         report["error"] = str(ex.__cause__ or ex)
         report["kind"] = getattr(ex, "kind", "config")
     except psycopg.Error as ex:  # it served, and then broke off
-        report["error"] = str(ex)
+        report |= {"ok": False, "error": str(ex)}
     return report
 
 
 def _single(settings: Settings) -> Pool[Any]:
-    """A pool of one connection that gives up soon."""
-    return Pool(settings=replace(settings, min_size=0, max_size=1), leak_after=0)
+    """A pool of one connection."""
+    return Pool(settings=replace(settings, min_size=0, max_size=1, leak_after=0))
 
 
-def _as_text(name: str, report: dict[str, Any]) -> str:
+def _as_text(name: str, report: Mapping[str, Any]) -> str:
     lines = [f"{name}: {'ok' if report['ok'] else 'failed'}"]
     shown = ("error", "kind", "warning", "host", "port", "database", "user", "server_version")
     found = [key for key in (*shown, "tls", "connect_seconds") if key in report]
@@ -128,44 +151,110 @@ def _as_text(name: str, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _wait(arguments: argparse.Namespace, databases: dict[str, Settings]) -> int:
+# wait
+
+
+def _wait(arguments: argparse.Namespace) -> int:
+    progress = _Progress()
     deadline = monotonic() + arguments.timeout
-    for name, settings in databases.items():
-        error = _wait_for(settings, deadline)
+    for name, settings in databases_from_env(dotenv=find_dotenv()).items():
+        error = _wait_for(settings, deadline, progress)
+        progress.clear()
         if error is not None:
-            print(f"{name}: {error}", file=sys.stderr)
-            return 1
+            return _fail(f"{name} does not serve: {error}")
     return 0
 
 
-def _wait_for(settings: Settings, deadline: float) -> str | None:
-    """Try again each second, whatever is wrong, until it serves; return why it does not."""
-    error: str | None = "there was no time to try"
-    while monotonic() < deadline:
-        started = monotonic()
-        report = _report(replace(settings, timeout=max(0.1, min(5.0, deadline - started))))
-        error = report.get("error", "it broke off")
+def _wait_for(settings: Settings, deadline: float, progress: _Progress) -> str | None:
+    """Try again and again, whatever is wrong, until it serves; return why it does not."""
+    while True:
+        left = deadline - monotonic()
+        report = _report(replace(settings, timeout=max(0.1, min(5.0, left))))
         if report["ok"]:
             return None
-        if sys.stderr.isatty():
-            print(f"waiting for {settings.name}: {error}", file=sys.stderr)
-        time.sleep(max(0.0, min(started + 1.0, deadline) - monotonic()))
-    return error
+        error = str(report["error"]).strip()
+        if monotonic() + _PAUSE >= deadline:
+            return error
+        progress.show(f"waiting for {settings.name}: {error}")
+        time.sleep(_PAUSE)
 
 
-def _stats(arguments: argparse.Namespace, databases: dict[str, Settings]) -> int:
-    statistics: dict[str, Any] = {}
-    ok = True
-    for name, settings in databases.items():
-        with _single(settings) as pool:
+class _Progress:
+    """One line on a terminal that is written anew; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self._started = monotonic()
+        self._is_terminal = sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        line = " ".join(text.split())
+        self._write(f"{monotonic() - self._started:3.0f} s  {line}"[: _width() - 1])
+
+    def clear(self) -> None:
+        self._write("")
+
+    def _write(self, text: str) -> None:
+        if self._is_terminal:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _width() -> int:
+    from shutil import get_terminal_size
+
+    return get_terminal_size().columns
+
+
+# stats
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    settings = AppSettings.from_env(dotenv=find_dotenv())
+    directory = arguments.dir or settings.stats_dir or _running()
+    report = _of_this_process() if directory is None else _survey(Path(directory), arguments.app)
+    print(json.dumps(report, indent=2))
+    return 0 if all(pool["state"] != "down" for pool in report["pools"].values()) else 1
+
+
+def _running() -> Path | None:
+    """The directory of the one application that runs here, if one does."""
+    found = directories()
+    if len(found) > 1:
+        names = ", ".join(map(str, found))
+        raise ConfigError(f"several applications run here: choose one by --dir of {names}")
+    return found[0] if found else None
+
+
+def _survey(directory: Path, app: str | None) -> dict[str, Any]:
+    pattern = re.compile(r"(.+)-\d+-\d+\.json|(.+)\.archive")
+    matches = [pattern.fullmatch(path.name) for path in directory.glob("*")]
+    apps = sorted({match[1] or match[2] for match in matches if match})
+    if app is None and len(apps) > 1:
+        raise ConfigError(f"several applications share {directory}: --app {' or '.join(apps)}")
+    if not apps or (app is not None and app not in apps):
+        raise ConfigError(f"{directory} holds no statistics{f' of {app}' if app else ''}")
+    report = Processes({}, directory, app or apps[0]).survey()
+    if report is None:
+        raise ConfigError(f"{directory} is no directory private to this user")
+    return report
+
+
+def _of_this_process() -> dict[str, Any]:
+    """What a pool says after one connection: where no application runs, that is all there is."""
+    small = {
+        name: replace(settings, min_size=0, max_size=1, leak_after=0)
+        for name, settings in databases_from_env(dotenv=find_dotenv()).items()
+    }
+    with Databases(small) as databases:
+        for pool in databases.values():
             try:
                 pool.fetch_value("select 1")
             except psycopg.Error:
-                ok = False
-            statistics[name] = pool.stats().to_json()
-    print(json.dumps({"schema": 1, "time": time.time(), "pools": statistics}, indent=2))
-    return 0 if ok else 1
+                continue  # its state says so
+        return Processes(databases).report("process")
 
 
 if __name__ == "__main__":
+    # What goes wrong is in the report; the pools' own log lines would only repeat it.
+    logging.getLogger("dbpool").addHandler(logging.NullHandler())
+    logging.getLogger("dbpool").propagate = False
     sys.exit(main())

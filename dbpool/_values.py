@@ -22,10 +22,28 @@ def read_layers(
     """Return where to look, first things first: the environment, then the `.env` if given."""
     layers: list[Mapping[str, Any]] = [os.environ if environ is None else environ]
     if dotenv is not None:
-        from dotenv import dotenv_values
-
-        layers.append({k: v for k, v in dotenv_values(dotenv).items() if v is not None})
+        layers.append({k: v for k, v in _dotenv(dotenv).items() if v is not None})
     return layers
+
+
+def _dotenv(path: str | os.PathLike[str]) -> dict[str, str | None]:
+    from dotenv import dotenv_values
+
+    try:
+        return dotenv_values(path)
+    except (OSError, UnicodeDecodeError) as ex:
+        reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
+    raise ConfigError(f"cannot read {os.fspath(path)}: {reason}")
+
+
+def find_dotenv() -> str | None:
+    """Return the path of the `.env` in the working directory or above, None without one."""
+    from dotenv import find_dotenv
+
+    try:
+        return find_dotenv(usecwd=True) or None
+    except OSError:  # the working directory is gone
+        return None
 
 
 def find(layers: list[Mapping[str, Any]], *names: str) -> Any:

@@ -73,6 +73,17 @@ def _candidates(worker_tmp_dir: str | None) -> list[Path]:
     return [Path(name) for name in named if name and os.access(name, os.W_OK | os.X_OK)]
 
 
+def directories() -> list[Path]:
+    """Return the directories for statistics of the masters that run now, and are this user's."""
+    found = []
+    for parent in _candidates(None):
+        for path in parent.glob("dbpool-stats-*-*"):
+            match = _NAME.fullmatch(path.name)
+            if match and start_time(int(match[1])) == match[2] and os.access(path, os.R_OK):
+                found.append(path)
+    return found
+
+
 def _sweep(parent: Path) -> None:
     for path in parent.glob("dbpool-stats-*-*"):
         match = _NAME.fullmatch(path.name)

@@ -143,24 +143,15 @@ class Processes:
         self.start()
         shared = scope == "all" and self.publish()
         own = self._own()
-        records = [own]
-        pools: dict[str, Snapshot] = {}
-        if shared:
-            pools, others = self._others(own.key)
-            records += others
-        for record in records:
-            pools = _merged(pools, record.pools)
-        now = time.monotonic()
-        return {
-            "schema": SCHEMA,
-            "time": time.time(),
-            "scope": "all" if shared else "process",
-            "processes": [
-                {"pid": r.pid, "age": max(0.0, now - r.written), "uptime": r.uptime}
-                for r in sorted(records, key=lambda record: record.pid)
-            ],
-            "pools": {name: snapshot.to_json() for name, snapshot in pools.items()},
-        }
+        archived, others = self._others(own.key) if shared else ({}, [])
+        return _report([own, *others], archived, "all" if shared else "process")
+
+    def survey(self) -> dict[str, Any] | None:
+        """Return the same from outside, without a part in it; None if there is no directory."""
+        if self._shared() is None:
+            return None
+        archived, others = self._others("")
+        return _report(others, archived, "all")
 
     def _run(self, stop: threading.Event) -> None:
         while not stop.wait(_EVERY):
@@ -257,6 +248,23 @@ class Processes:
         if subject not in self._complained and len(self._complained) < _MOST:
             self._complained.add(subject)
             logger.warning("statistics: %s", message)
+
+
+def _report(records: list[_Record], pools: dict[str, Snapshot], scope: str) -> dict[str, Any]:
+    """Merge what processes say of themselves with the archive's *pools*."""
+    for record in records:
+        pools = _merged(pools, record.pools)
+    now = time.monotonic()
+    return {
+        "schema": SCHEMA,
+        "time": time.time(),
+        "scope": scope,
+        "processes": [
+            {"pid": r.pid, "age": max(0.0, now - r.written), "uptime": r.uptime}
+            for r in sorted(records, key=lambda record: record.pid)
+        ],
+        "pools": {name: snapshot.to_json() for name, snapshot in pools.items()},
+    }
 
 
 def _ended(snapshot: Snapshot) -> Snapshot:

@@ -20,6 +20,7 @@ from flask import (
 )
 
 from dbpool import holders
+from dbpool._values import find_dotenv
 from dbpool.databases import Databases
 from dbpool.flask._errors import register_error_handlers
 from dbpool.health import Health
@@ -47,11 +48,15 @@ class DBPool:
     """The pools of the application at hand.
 
     `db.pool` is the default one, `db["replica"]` another; both need an application context.
-    *listeners* hear the events of all pools.
+    *listeners* hear the events of all pools, *options* go to every `Pool`: `configure`,
+    `kwargs`, `connection_class` ...
     """
 
-    def __init__(self, app: Flask | None = None, *, listeners: Iterable[Any] = ()) -> None:
+    def __init__(
+        self, app: Flask | None = None, *, listeners: Iterable[Any] = (), **options: Any
+    ) -> None:
         self._listeners = tuple(listeners)
+        self._options = options
         if app is not None:
             self.init_app(app)
 
@@ -64,9 +69,11 @@ class DBPool:
         """
         if KEY in app.extensions:
             raise RuntimeError("dbpool is initialised on this application already")
-        dotenv = None if app.testing else _find_dotenv()
+        dotenv = None if app.testing else find_dotenv()
         settings = AppSettings.from_config(app.config, dotenv=dotenv)
-        databases = Databases(settings_from_config(app.config, dotenv=dotenv), self._listeners)
+        databases = Databases(
+            settings_from_config(app.config, dotenv=dotenv), self._listeners, **self._options
+        )
         own = State(
             databases=databases,
             health=Health(databases, settings.required),
@@ -107,12 +114,6 @@ def state() -> State:
     if found is None:
         raise RuntimeError(f"call DBPool().init_app(app) on {current_app.name!r} first")
     return found
-
-
-def _find_dotenv() -> str | None:
-    from dotenv import find_dotenv
-
-    return find_dotenv(usecwd=True) or None
 
 
 def _begin(app: Flask, **extra: Any) -> None:
