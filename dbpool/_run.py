@@ -99,7 +99,8 @@ class Runner(Upkeep[CT]):
         read_only: bool,
     ) -> T:
         try:
-            conn.autocommit = False
+            if conn.autocommit:
+                conn.autocommit = False
             if isolation is not None:
                 conn.isolation_level = isolation
             if read_only:

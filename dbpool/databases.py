@@ -19,13 +19,16 @@ class Databases(Mapping[str, Pool[Any]]):
     """The pools of an application by name, the default one first.
 
     They are made at once and open themselves on first use. As a context manager it closes
-    them at the end.
+    them at the end. *options* go to every `Pool`: `configure`, `kwargs`, `connection_class` ...
     """
 
-    def __init__(self, settings: Mapping[str, Settings], listeners: Iterable[Any] = ()) -> None:
+    def __init__(
+        self, settings: Mapping[str, Settings], listeners: Iterable[Any] = (), **options: Any
+    ) -> None:
         heard = tuple(listeners)
         self._pools: dict[str, Pool[Any]] = {
-            name: Pool(settings=each, listeners=heard) for name, each in settings.items()
+            name: Pool(settings=each, listeners=heard, **options)
+            for name, each in settings.items()
         }
 
     @classmethod
@@ -34,9 +37,10 @@ class Databases(Mapping[str, Pool[Any]]):
         environ: Mapping[str, str] | None = None,
         dotenv: str | os.PathLike[str] | None = None,
         listeners: Iterable[Any] = (),
+        **options: Any,
     ) -> Self:
         """Make the default pool and those of `DBPOOL_DATABASES`. Raises `ConfigError`."""
-        return cls(databases_from_env(environ, dotenv), listeners)
+        return cls(databases_from_env(environ, dotenv), listeners, **options)
 
     @property
     def default(self) -> Pool[Any]:

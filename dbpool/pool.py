@@ -105,7 +105,10 @@ class Pool(Runner[CT]):
         )
         self._lazy = opening is None
         _fork.register(self)
-        self._plain = self.connection_class.__exit__ is Connection.__exit__
+        # A class with its own idea of a transaction's end is always asked for it.
+        ends = ("__exit__", "commit", "rollback")
+        cls = self.connection_class
+        self._plain = all(getattr(cls, name) is getattr(Connection, name) for name in ends)
         if opening:
             self.open()
 
@@ -170,7 +173,7 @@ class Pool(Runner[CT]):
         conn: Any = self._acquire(None, frame)
         try:
             # A connection from the pool is as it was set up, so these are the set-up's.
-            if conn._isolation_level is conn._read_only is conn._deferrable is None:
+            if self._plain and conn._isolation_level is conn._read_only is conn._deferrable is None:
                 conn._autocommit = True
                 return result(_execute(conn, query, params, row_factory))
             with conn:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
 import pytest
 from flask import Flask, Response, jsonify
 from flask.testing import FlaskClient
@@ -378,3 +379,34 @@ def test_no_secret_is_in_any_answer(
         shown += client.get(f"/db/{path}", headers=bearer()).text
     assert "hunter2" not in shown + caplog.text
     assert TOKEN not in shown + caplog.text
+
+
+class Undone(psycopg.Connection[Any]):
+    """The README's way of rolling back after a test."""
+
+    def commit(self) -> None:
+        self.execute("savepoint kept")
+
+    def rollback(self) -> None:
+        self.execute("rollback to savepoint kept")
+
+
+def test_an_applications_tests_may_be_rolled_back(make_app: MakeApp, dsn: str) -> None:
+    with Pool(dsn) as plain:
+        plain.execute("create table t (id int)")
+        app = make_app(dsn, db=DBPool(connection_class=Undone), DBPOOL_MAX_SIZE=1)
+        pool = app.extensions["dbpool"].databases.default
+        with pool.connection():
+            pass
+        pool.execute("insert into t values (1)")
+        with pool.connection() as conn:
+            conn.execute("insert into t values (2)")
+        with pytest.raises(ZeroDivisionError), pool.connection() as conn:
+            conn.execute("insert into t values (3)")
+            raise ZeroDivisionError
+        with pytest.raises(psycopg.errors.UndefinedTable):
+            pool.execute("insert into nowhere values (4)")
+        pool.run(lambda conn: conn.execute("insert into t values (5)"))
+        assert pool.fetch_all("select id from t order by id") == [(1,), (2,), (5,)]
+        pool.close()
+        assert plain.fetch_all("select id from t") == []
