@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0 if all is well, 1 if not. Wrong usage exits with 2."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.command(arguments))
+        status = int(arguments.command(arguments))
+        sys.stdout.flush()
     except ConfigError as ex:
         return _fail(ex, as_json=arguments.json)
     except KeyboardInterrupt:
@@ -46,13 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    return status
 
 
 def _fail(reason: object, *, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps({"ok": False, "error": str(reason)}, indent=2))
-    print(f"dbpool: {reason}", file=sys.stderr)
+    print(f"dbpool: {_line(reason)}", file=sys.stderr)
     return 1
+
+
+def _line(text: object) -> str:
+    """On one line, what libpq spreads over several."""
+    return " ".join(str(text).split())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
         "stats", help="print the statistics of the application that runs here, as JSON"
     )
     stats.add_argument("--dir", help="where they meet (DBPOOL_STATS_DIR, else it is looked for)")
+    stats.add_argument(
+        "--scope",
+        choices=["all", "process"],
+        default="all",
+        help="process: make one connection and report on that",
+    )
     stats.add_argument("--app", help="which application, if several share the directory")
     stats.set_defaults(command=_stats)
     return parser
@@ -142,7 +155,7 @@ def _as_text(name: str, report: Mapping[str, Any]) -> str:
     lines = [f"{name}: {'ok' if report['ok'] else 'failed'}"]
     shown = ("error", "kind", "warning", "host", "port", "database", "user", "server_version")
     found = [key for key in (*shown, "tls", "connect_seconds") if key in report]
-    lines += [f"  {key.replace('_', ' ')}: {report[key]}" for key in found]
+    lines += [f"  {key.replace('_', ' ')}: {_line(report[key])}" for key in found]
     lines += [
         f"  {key} = {value}"
         for key, value in report["settings"].items()
@@ -172,7 +185,7 @@ def _wait_for(settings: Settings, deadline: float, progress: _Progress) -> str |
         report = _report(replace(settings, timeout=max(0.1, min(5.0, left))))
         if report["ok"]:
             return None
-        error = str(report["error"]).strip()
+        error = str(report["error"])
         if monotonic() + _PAUSE >= deadline:
             return error
         progress.show(f"waiting for {settings.name}: {error}")
@@ -187,8 +200,7 @@ class _Progress:
         self._is_terminal = sys.stderr.isatty()
 
     def show(self, text: str) -> None:
-        line = " ".join(text.split())
-        self._write(f"{monotonic() - self._started:3.0f} s  {line}"[: _width() - 1])
+        self._write(f"{monotonic() - self._started:3.0f} s  {_line(text)}"[: _width() - 1])
 
     def clear(self) -> None:
         self._write("")
@@ -208,15 +220,16 @@ def _width() -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    settings = AppSettings.from_env(dotenv=find_dotenv())
-    directory = arguments.dir or settings.stats_dir or _running()
+    directory = _directory(arguments.dir) if arguments.scope == "all" else None
     report = _of_this_process() if directory is None else _survey(Path(directory), arguments.app)
     print(json.dumps(report, indent=2))
     return 0 if all(pool["state"] != "down" for pool in report["pools"].values()) else 1
 
 
-def _running() -> Path | None:
-    """The directory of the one application that runs here, if one does."""
+def _directory(given: str | None) -> str | Path | None:
+    """Where to look: as given or set, else where the one application that runs here has it."""
+    if known := given or AppSettings.from_env(dotenv=find_dotenv()).stats_dir:
+        return known
     found = directories()
     if len(found) > 1:
         names = ", ".join(map(str, found))

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dbpool import Databases, Settings
+from dbpool.processes import Processes
+
 from .postgres import Server
 
 ROOT = Path(__file__).parent.parent
@@ -126,9 +129,50 @@ def test_wait_waits_out_a_misconfiguration(server: Server, tmp_path: Path) -> No
     server.execute("drop role latecomer")
 
 
-def test_stats_are_json(server: Server) -> None:
-    done = dbpool("stats", DATABASE_URL=server.conninfo)
-    assert json.loads(done.stdout)["pools"]["default"]["counters"]["checkouts"] == 1
+def test_stats_of_this_process_are_json(server: Server) -> None:
+    done = dbpool("stats", "--scope", "process", DATABASE_URL=server.conninfo)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report.keys() == {"schema", "time", "scope", "processes", "pools"}
+    assert report["pools"]["default"]["counters"]["checkouts"] == 1
+
+
+def test_stats_say_by_their_exit_code_that_a_database_is_down() -> None:
+    url = "host=127.0.0.1 port=1 user=u"
+    done = dbpool("stats", "--scope", "process", DATABASE_URL=url, DBPOOL_OUTAGE_GRACE="0.1")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["pools"]["default"]["state"] == "down"
+
+
+def test_stats_of_an_application_are_read_without_taking_part(dsn: str, tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    with Databases({"default": Settings(conninfo=dsn)}) as databases:
+        for _ in range(3):
+            databases.default.fetch_value("select 1")
+        processes = Processes(databases, tmp_path, app="shop")
+        processes.start()
+        processes.publish()
+        try:
+            done = dbpool("stats", "--dir", str(tmp_path))
+        finally:
+            processes.close()
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [process["pid"] for process in report["processes"]] == [os.getpid()]
+    assert report["scope"] == "all"
+    assert report["pools"]["default"]["counters"]["checkouts"] == 3
+    assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_directory_without_statistics_is_one_line(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "stats").mkdir()
+    (tmp_path / "stats").chmod(mode)
+    if mode == 0o755:
+        (tmp_path / "stats" / "app-1-1.json").write_text("{}")
+    done = dbpool("stats", "--dir", str(tmp_path / "stats"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_dotenv_is_read(server: Server, tmp_path: Path) -> None:
@@ -136,5 +180,57 @@ def test_a_dotenv_is_read(server: Server, tmp_path: Path) -> None:
     assert dbpool("check", cwd=tmp_path).returncode == 0
 
 
+def test_an_unreadable_dotenv_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"DATABASE_URL=\xff\xfe")
+    done = dbpool("check", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == f"dbpool: cannot read {tmp_path / '.env'}: it is not UTF-8\n"
+
+
+def test_json_is_json_for_wrong_settings_too() -> None:
+    done = dbpool("check", "--json", DBPOOL_TIMEOUT="soon")
+    assert done.returncode == 1
+    assert "DBPOOL_TIMEOUT" in json.loads(done.stdout)["error"]
+
+
+@pytest.mark.parametrize("timeout", ["-1", "nan", "inf", "soon", ""])
+def test_wait_takes_a_time(timeout: str) -> None:
+    done = dbpool("wait", f"--timeout={timeout}")
+    assert done.returncode == 2
+    assert "--timeout" in done.stderr
+
+
+def test_wait_takes_a_duration_with_a_unit(server: Server) -> None:
+    assert dbpool("wait", "--timeout", "1m", DATABASE_URL=server.conninfo).returncode == 0
+
+
+def test_wait_waits_for_every_database(server: Server) -> None:
+    environ = {
+        "DATABASE_URL": server.conninfo,
+        "DBPOOL_DATABASES": "replica",
+        "DBPOOL_REPLICA_URL": "host=127.0.0.1 port=1 user=u",
+    }
+    done = dbpool("wait", "--timeout", "200ms", cwd=None, **environ)
+    assert done.returncode == 1
+    assert done.stderr.startswith("dbpool: replica does not serve: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_had_enough_gets_no_traceback(server: Server) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "dbpool", "check", "--json"],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DATABASE_URL": server.conninfo},
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
 def test_wrong_usage_exits_with_two() -> None:
     assert dbpool("dance").returncode == 2
+    assert dbpool().returncode == 2
