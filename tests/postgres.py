@@ -194,6 +194,13 @@ class Server:
         """Read the configuration again."""
         os.kill(self.postmaster_pid, signal.SIGHUP)
 
+    def demote(self) -> None:
+        """Make a standby of it, at its next start; one that follows nobody."""
+        signal_file = self.data / "standby.signal"
+        signal_file.touch()
+        if user := server_user():
+            shutil.chown(signal_file, user)
+
     def promote(self) -> None:
         """Make a primary of a standby."""
         run("pg_ctl", "-D", self.data, "-w", "-t", "30", "promote")

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psycopg
-
 from dbpool import Pool
 
 MakePool = Callable[..., Pool[Any]]
@@ -48,24 +46,6 @@ def within(seconds: float) -> Iterator[None]:
     yield
     taken = time.monotonic() - started
     assert taken < seconds, f"it took {taken:.2f} s, more than {seconds} s"
-
-
-def assert_whole(pool: Pool[Any]) -> None:
-    """Nothing is lost: nobody waits, nothing is out, the numbers add up."""
-    stats = pool.stats()
-    assert stats.active + stats.idle + stats.connecting == stats.size
-    assert (stats.waiting, stats.active) == (0, 0)
-    assert stats.size <= max(stats.max_size, stats.min_size)
-    assert min(stats.idle, stats.connecting) >= 0
-    assert not pool._out
-
-
-def backend_pid(conn: psycopg.Connection[Any]) -> int:
-    return conn.info.backend_pid
-
-
-def idle_pids(pool: Pool[Any]) -> list[int]:
-    return [conn.info.backend_pid for conn in list(pool._pool)]
 
 
 def run_script(script: Path, *arguments: str, seconds: float = 30.0) -> str:
