@@ -308,9 +308,10 @@ def test_app_settings(tmp_path: Path) -> None:
 
 # Secrets
 
+# Made distinct from every word that an error or a repr may hold.
 SECRETS = st.text(
-    st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=6, max_size=20
-).filter(lambda s: not any(s in word for word in (repr(Settings()), "postgresql://user@host")))
+    st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=3, max_size=20
+).map("zQ7{}".format)
 
 
 def everything_shown(make: Any) -> str:
