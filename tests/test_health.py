@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from time import monotonic
+from typing import Any
 
+import psycopg
 import pytest
 
 from dbpool import ConfigError, Databases, Settings
-from dbpool.health import Health
+from dbpool.health import BOUND, Health, Readiness
 
 from .postgres import Server, until
 
@@ -63,26 +69,99 @@ def test_a_closed_pool_is_down(databases: Databases) -> None:
     assert Health(databases).ready().status == "down"
 
 
-def test_a_frozen_database_does_not_hang_readiness(own_server: Server) -> None:
+def backends_of(databases: Databases) -> list[int]:
+    return [conn.info.backend_pid for pool in databases.values() for conn in list(pool._pool)]
+
+
+@contextmanager
+def frozen(server: Server) -> Iterator[Databases]:
+    """Three databases that served, on a server that answers nothing any more."""
     settings = {
-        name: Settings(name=name, conninfo=own_server.conninfo, ping_timeout=5)
+        name: Settings(name=name, conninfo=server.conninfo, ping_timeout=5)
         for name in ("default", "one", "two")
     }
     with Databases(settings) as databases:
-        health = Health(databases)
         for pool in databases.values():
             pool.fetch_value("select 1")
             pool._last_seen -= 60.0  # no healthy return in the last minute
-        own_server.freeze([own_server.postmaster_pid, *own_server_backends(databases)])
+        server.freeze([server.postmaster_pid, *backends_of(databases)])
+        try:
+            yield databases
+        finally:
+            server.thaw()
+
+
+def threads_that_ask() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "dbpool-ask" in thread.name]
+
+
+def test_databases_that_hang_are_asked_side_by_side_within_the_bound(own_server: Server) -> None:
+    with frozen(own_server) as databases:
+        health = Health(databases)
         started = monotonic()
         ready = health.ready()
-        assert monotonic() - started < 1.5, "three databases are asked within one bound"
-        assert ready.status == "degraded"
-        own_server.thaw()
+        assert monotonic() - started < 2 * BOUND, "one bound, not three"
+        assert dict(ready.databases) == dict.fromkeys(databases, "degraded")
+        until(lambda: not threads_that_ask())
+        assert all(pool.stats().active == 0 for pool in databases.values())
 
 
-def own_server_backends(databases: Databases) -> list[int]:
-    return [conn.info.backend_pid for pool in databases.values() for conn in list(pool._pool)]
+def test_the_detailed_view_of_databases_that_hang_comes_within_the_bound(
+    own_server: Server,
+) -> None:
+    with frozen(own_server) as databases:
+        health = Health(databases)
+        started = monotonic()
+        detail = health.detail()
+        assert monotonic() - started < 2 * BOUND
+        assert detail["databases"]["one"] == {
+            "status": "degraded", "breaker": "closed", "last_error": None, "facts_age": None
+        }  # fmt: skip
+        until(lambda: not threads_that_ask())
+
+
+def test_who_asks_at_the_same_time_shares_the_answer(databases: Databases) -> None:
+    health = Health(databases)
+    asking: list[int] = []
+    calls: list[int] = []
+    answers: list[Readiness] = []
+
+    def check() -> bool:
+        calls.append(1)
+        until(lambda: len(asking) == 8)
+        return True
+
+    def ask() -> None:
+        asking.append(1)
+        answers.append(health.ready())
+
+    health.add("redis", check, required=True, timeout=10)
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [ready.status for ready in answers] == ["up"] * 8
+    assert 1 <= len(calls) <= 8
+
+
+def test_proof_of_life_is_passive_where_it_can_be(databases: Databases) -> None:
+    databases.default.fetch_value("select 1")
+    health = Health(databases)
+    for _ in range(5):
+        assert health.ready().status == "up"
+    assert databases.default.stats().counters.checkouts == 1
+    databases.default._last_seen -= 60.0
+    assert health.ready().status == "up"
+    assert databases.default.stats().counters.checkouts == 2
+
+
+def test_readiness_asks_through_the_pool_there_is(databases: Databases, server: Server) -> None:
+    databases.default.fetch_value("select 1")
+    before = databases.default.stats().counters.connects
+    databases.default._last_seen -= 60.0
+    Health(databases).ready()
+    assert databases.default.stats().counters.connects == before == 1
 
 
 def test_required_must_exist(databases: Databases) -> None:
@@ -141,10 +220,207 @@ def test_a_check_that_hangs_is_given_up_and_not_started_twice(databases: Databas
     until(lambda: dict(health.ready().checks) == {"slow": "up"})
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+def test_a_check_that_wants_the_process_to_end_is_contained(
+    databases: Databases, error: BaseException
+) -> None:
+    health = Health(databases)
+
+    def check() -> None:
+        raise error
+
+    health.add("rude", check)
+    assert health.ready().to_json()["checks"] == {"rude": "down"}
+
+
+def test_an_error_without_a_text_is_contained(databases: Databases) -> None:
+    class Unspeakable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    def check() -> None:
+        raise Unspeakable
+
+    health = Health(databases)
+    health.add("odd", check)
+    assert dict(health.ready().checks) == {"odd": "down"}
+
+
+def test_a_failure_is_logged_again_after_it_was_well(
+    databases: Databases, caplog: pytest.LogCaptureFixture
+) -> None:
+    health = Health(databases)
+    answers = iter([ValueError("one"), ValueError("two"), None, ValueError("three")])
+
+    def check() -> None:
+        if error := next(answers):
+            raise error
+
+    health.add("moody", check)
+    for _ in range(4):
+        health.ready()
+    logged = [r.message.rpartition(": ")[2] for r in caplog.records if "moody" in r.message]
+    assert logged == ["one", "three"]
+
+
+def test_the_detailed_view_names_what_a_check_raised_and_hides_its_text(
+    databases: Databases,
+) -> None:
+    health = Health(databases)
+
+    def check() -> None:
+        raise ConnectionError("redis://:hunter2@cache")
+
+    health.add("redis", check)
+    health.add("disk", lambda: True)
+    detail = health.detail()
+    assert detail["status"] == "degraded"
+    assert detail["checks"]["redis"]["error"] == "ConnectionError"
+    assert detail["checks"]["disk"] | {"latency": 0} == {
+        "status": "up", "latency": 0, "error": None
+    }  # fmt: skip
+    assert "hunter2" not in str(detail)
+
+
 def test_names_are_unique(databases: Databases) -> None:
     health = Health(databases)
-    with pytest.raises(ConfigError, match="default"):
-        health.add("default", lambda: True)
+    health.add("redis", lambda: True)
+    for name in ("default", "redis"):
+        with pytest.raises(ConfigError, match=name):
+            health.add(name, lambda: True)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan")])
+def test_a_check_needs_a_bound(databases: Databases, timeout: float) -> None:
+    with pytest.raises(ConfigError, match="timeout"):
+        Health(databases).add("redis", lambda: True, timeout=timeout)
+
+
+def test_a_check_can_be_called(databases: Databases) -> None:
+    check: Any = "redis"
+    with pytest.raises(ConfigError, match="call"):
+        Health(databases).add("redis", check)
+
+
+def test_facts_of_a_primary(databases: Databases, server: Server) -> None:
+    databases.default.fetch_value("select 1")
+    facts = Health(databases).detail()["databases"]["default"]
+    assert (facts["role"], facts["replication_lag"], facts["tls"]) == ("primary", None, False)
+    assert facts["server_version"].startswith("18.")
+    assert 0.0 < facts["latency"] < BOUND
+    assert facts["connections"]["max"] == 100
+    assert facts["connections"]["used"] >= 1
+    assert facts["connections"]["ours"] == {"active": 1}
+
+
+def test_facts_count_connections_that_are_hidden_from_the_role(server: Server, dsn: str) -> None:
+    server.execute("create role lowly login password 'lowly'")
+    conninfo = server.conninfo_for(user="lowly", password="lowly")
+    try:
+        with (
+            psycopg.connect(dsn),
+            psycopg.connect(dsn),
+            Databases({"default": Settings(conninfo=conninfo)}) as databases,
+        ):
+            databases.default.fetch_value("select 1")
+            connections = Health(databases).detail()["databases"]["default"]["connections"]
+            assert connections["used"] >= 3
+            assert connections["ours"] == {"active": 1}
+    finally:
+        server.execute("drop role lowly")
+
+
+def test_facts_that_cannot_be_had_are_missing_and_logged_once(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.execute("create role blind login password 'blind'")
+    server.execute("create database dark")
+    with psycopg.connect(server.conninfo_for(dbname="dark"), autocommit=True) as conn:
+        conn.execute("revoke select on pg_stat_activity from public")
+    conninfo = server.conninfo_for(user="blind", password="blind", dbname="dark")
+    try:
+        with Databases({"default": Settings(conninfo=conninfo)}) as databases:
+            databases.default.fetch_value("select 1")
+            health = Health(databases)
+            for _ in range(3):
+                detail = health.detail()
+            assert detail["status"] == "up"
+            assert detail["databases"]["default"]["facts_age"] is None
+            assert databases.default.fetch_value("select 1") == 1
+            assert databases.default.stats().counters.connects == 1
+    finally:
+        server.execute("drop database dark with (force)")
+        server.execute("drop role blind")
+    assert len([r for r in caplog.records if "facts 'default'" in r.message]) == 1
+
+
+def test_facts_of_a_standby_tell_its_lag(own_server: Server) -> None:
+    with (own_server.data / "pg_hba.conf").open("a") as hba:
+        hba.write("host replication postgres 127.0.0.1/32 trust\n")
+    own_server.stop()
+    standby = Server(own_server.data)
+    try:
+        own_server.start()
+        (standby.data / "standby.signal").touch()
+        with (standby.data / "postgresql.auto.conf").open("a") as conf:
+            conf.write(f"primary_conninfo = '{own_server.conninfo}'\n")
+        standby.start()
+        own_server.execute("create table t as select 1")
+        until(lambda: standby.execute("select to_regclass('t')") != [(None,)])
+        until(lambda: standby.execute(
+            "select pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()") == [(True,)]
+        )  # fmt: skip
+        with Databases({"default": Settings(conninfo=standby.conninfo)}) as databases:
+            databases.default.fetch_value("select 1")
+            facts = Health(databases).detail()["databases"]["default"]
+            assert facts["role"] == "standby"
+            assert facts["replication_lag"] == {"bytes": 0, "seconds": 0}
+
+            standby.execute("select pg_wal_replay_pause()")
+            own_server.execute("insert into t select generate_series(1, 1000)")
+            until(lambda: standby.execute(
+                "select pg_last_wal_receive_lsn() > pg_last_wal_replay_lsn()") == [(True,)]
+            )  # fmt: skip
+            facts = Health(databases).detail()["databases"]["default"]
+            assert facts["replication_lag"]["bytes"] > 1000
+            assert facts["replication_lag"]["seconds"] > 0
+    finally:
+        standby.close()
+
+
+def test_liveness_asks_nobody(databases: Databases) -> None:
+    assert Health(databases).live() == {"status": "up"}
+    assert databases.default.closed
+
+
+def test_readiness_in_a_forked_child_does_not_wait_for_the_parents_threads(
+    databases: Databases,
+) -> None:
+    health = Health(databases)
+    hanging = threading.Event()
+    release = threading.Event()
+
+    def check() -> None:
+        hanging.set()
+        release.wait(30)
+
+    health.add("slow", check, timeout=0.01)
+    assert dict(health.ready().checks) == {"slow": "down"}
+    assert hanging.wait(10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the fork of threads is the subject
+        pid = os.fork()
+    if pid == 0:
+        release.set()  # the parent's thread, which still waits, does not exist here
+        health._checks["slow"] = replace(health._checks["slow"], timeout=10.0)
+        try:
+            well = dict(health.ready().checks) == {"slow": "up"}
+        finally:
+            os._exit(0 if well else 1)
+    try:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        release.set()
 
 
 def test_facts_are_kept_for_some_seconds(databases: Databases) -> None:
