@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dbpool.flask import DBPool
 from flask import Blueprint, Response, abort, jsonify, make_response, url_for
 from psycopg import sql
 from psycopg.rows import dict_row
 
+from dbpool.flask import DBPool
 from webapp.validation import MAX_BIGINT, Draft, number_in_query, number_or_none
 
 db = DBPool()
