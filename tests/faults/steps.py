@@ -101,6 +101,11 @@ def fill(pool: Pool) -> list[int]:
         return [conn.info.backend_pid for conn in pool._pool]
 
 
+def await_up(pool: Pool) -> None:
+    """The pool finds out by itself that the server is back, within the second it promises."""
+    until(lambda: pool.state == "up", 1.0 + SLACK)
+
+
 def assert_adds_up(pool: Pool) -> None:
     """Every connection is somewhere, and only once."""
     with pool._lock:

@@ -13,7 +13,7 @@ import pytest
 from dbpool import DatabaseUnavailable, Pool
 from tests.postgres import Server, until
 
-from .steps import SLACK, Load, Task, assert_serves_all, await_server, fill
+from .steps import SLACK, Load, Task, assert_serves_all, await_up, fill
 
 MODES = ["fast", "immediate"]
 
@@ -109,7 +109,7 @@ def test_a_stop_longer_than_the_grace_is_answered_at_once_and_then_over(
     assert time.monotonic() - began < SLACK
     assert pool.state == "down"
     own_server.start()
-    until(lambda: pool.state == "up", 1.0 + SLACK)
+    await_up(pool)
     assert_serves_all(pool)
 
 
@@ -131,7 +131,7 @@ def test_a_stop_under_load_is_over_as_soon_as_the_server_is_back(
     until(lambda: pool.state == "down")
     load.await_calls()
     own_server.start()
-    until(lambda: pool.state == "up", 1.0 + SLACK)
+    await_up(pool)
     failed = len(load.errors)
     load.await_calls()
     load.stop()
@@ -147,7 +147,6 @@ def test_a_killed_postmaster_is_an_outage_until_there_is_a_new_one(
     own_server.kill_postmaster()
     assert isinstance(Task(pool.fetch_value, "select 1").error(), DatabaseUnavailable)
     own_server.start()
-    await_server(own_server)
     assert pool.run(lambda conn: conn.execute("select 1").fetchone(), timeout=20) == (1,)
     assert_serves_all(pool)
 

@@ -1,0 +1,241 @@
+"""Backends that die, are told to go, or freeze, with the server otherwise well."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import DatabaseUnavailable, Pool
+from tests.postgres import Server, until
+
+from .steps import (
+    SLACK,
+    Load,
+    Task,
+    assert_serves_all,
+    await_gone,
+    await_server,
+    await_up,
+    fill,
+    terminate,
+)
+
+PID = "select pg_backend_pid()"
+
+
+# Killed
+
+
+def test_after_a_killed_backend_the_server_starts_over_and_callers_wait(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=4, max_size=4, outage_grace=20)
+    pids = fill(pool)
+    os.kill(pids[0], signal.SIGKILL)  # the postmaster ends all the others and recovers
+    await_server(own_server)
+    await_gone(own_server, pids)
+    assert pool.fetch_value(PID) not in pids
+    assert_serves_all(pool)
+
+
+def test_a_backend_killed_in_a_query_is_the_callers_error_and_nobody_elses(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=2, max_size=4, outage_grace=20)
+    pids = fill(pool)
+    caller = Task(pool.fetch_value, "select pg_sleep(60)")
+    until(lambda: "pg_sleep" in str(_queries(own_server, pids)))
+    (busy,) = [pid for pid, query in _queries(own_server, pids) if "pg_sleep" in query]
+    os.kill(busy, signal.SIGKILL)
+    assert isinstance(caller.error(), psycopg.OperationalError)
+    await_server(own_server)
+    await_gone(own_server, pids)
+    assert pool.fetch_value(PID) not in pids
+    assert pool.stats().counters.discarded["broken"] == 1
+    assert_serves_all(pool)
+
+
+def test_all_backends_killed_at_once(own_server: Server, make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(min_size=6, max_size=6, outage_grace=20)
+    pids = fill(pool)
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # the postmaster was quicker
+            pass
+    assert pool.run(_pid, timeout=30) not in pids
+    assert_serves_all(pool)
+
+
+# Told to go
+
+
+def test_idle_connections_that_were_terminated_are_not_handed_out(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=8, max_size=8)
+    pids = fill(pool)
+    terminate(own_server, pids[3:])
+    seen = {pool.fetch_value(PID) for _ in range(20)}
+    assert seen.isdisjoint(pids[3:])
+    assert_serves_all(pool)
+    assert pool.stats().counters.discarded["dead"] == 5
+    assert pool.breaker.state == "closed"
+
+
+def test_all_idle_connections_terminated_again_and_again(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=5, max_size=5)
+    for _ in range(5):
+        pids = fill(pool)
+        terminate(own_server, pids)
+        assert pool.fetch_value(PID) not in pids
+    assert_serves_all(pool)
+
+
+def test_terminated_while_being_handed_out_under_load(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=4, max_size=4)
+    load = Load(lambda: pool.fetch_value(PID), threads=4)
+    load.await_calls()
+    killed = 0
+    for _ in range(10):
+        pids = own_server.backends(f"dbpool:{pool.name}")
+        terminate(own_server, pids)
+        killed += len(pids)
+        load.await_calls(20)
+    load.stop()
+    assert len(load.errors) <= killed
+    assert all(not isinstance(error, DatabaseUnavailable) for error in load.errors)
+    assert_serves_all(pool)
+
+
+def test_terminated_in_a_transaction_the_holder_is_told_and_the_slot_is_free_again(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(max_size=1)
+    pool.execute("create table t (id int)")
+    with pytest.raises(psycopg.OperationalError), pool.connection() as conn:
+        conn.execute("insert into t values (1)")
+        terminate(own_server, [conn.info.backend_pid])
+        conn.execute("insert into t values (2)")
+    assert pool.fetch_value("select count(*) from t") == 0
+    assert pool.stats().counters.discarded["broken"] == 1
+    assert_serves_all(pool)
+
+
+def test_terminated_in_a_query(own_server: Server, make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(max_size=2)
+    caller = Task(pool.fetch_value, "select pg_sleep(60)")
+    name = f"dbpool:{pool.name}"
+    until(lambda: "pg_sleep" in str(_queries(own_server, own_server.backends(name))))
+    terminate(own_server, own_server.backends(name))
+    assert isinstance(caller.error(), psycopg.errors.AdminShutdown)
+    assert pool.fetch_value("select 1") == 1
+    assert_serves_all(pool)
+
+
+def test_terminated_in_a_transaction_run_does_it_again(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(max_size=2)
+    pool.execute("create table t (id int)")
+    pids: list[int] = []
+
+    def work(conn: psycopg.Connection[Any]) -> None:
+        pids.append(conn.info.backend_pid)
+        conn.execute("insert into t values (1)")
+        if len(pids) == 1:
+            terminate(own_server, pids)
+        conn.execute("insert into t values (2)")
+
+    pool.run(work)
+    assert len(set(pids)) == 2
+    assert pool.fetch_all("select id from t order by id") == [(1,), (2,)]
+    assert_serves_all(pool)
+
+
+# Frozen
+
+
+def test_a_frozen_idle_backend_costs_one_ping_when_it_has_been_idle_for_long(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=2, max_size=2, ping_after=0.0)
+    pids = fill(pool)
+    own_server.freeze([pool._pool[-1].info.backend_pid])
+    caller = Task(pool.fetch_value, PID)
+    assert caller.result() in set(own_server.backends()) | set(pids)
+    assert caller.seconds < 0.3 + SLACK
+    own_server.thaw()
+    assert_serves_all(pool)
+
+
+def test_all_backends_frozen_the_deadline_holds_and_service_comes_back_with_them(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=3, max_size=3, ping_after=0.0, outage_grace=30)
+    pids = fill(pool)
+    own_server.freeze([*pids, own_server.postmaster_pid])
+    callers = [Task(pool.getconn, 0.7) for _ in range(6)]
+    for caller in callers:
+        assert isinstance(caller.error(), DatabaseUnavailable)
+        assert 0.6 < caller.seconds < 0.7 + SLACK
+    thawed = time.monotonic()
+    own_server.thaw()
+    assert pool.fetch_value("select 1") == 1
+    assert time.monotonic() - thawed < 1.0 + SLACK
+    assert_serves_all(pool)
+
+
+def test_a_frozen_postmaster_is_an_outage_for_newcomers_only(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=2, max_size=3, connect_timeout=2)
+    pids = fill(pool)
+    own_server.freeze([own_server.postmaster_pid])
+    with pool.connection() as first, pool.connection() as second:
+        began = time.monotonic()
+        assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
+        assert time.monotonic() - began < 0.3 + 2 * SLACK
+        assert {first.info.backend_pid, second.info.backend_pid} == set(pids)
+    # Those that are there are lent out, whatever the breaker says.
+    for _ in range(20):
+        assert pool.fetch_value(PID) in pids
+    own_server.thaw()
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+def test_frozen_at_the_first_connect_is_told_within_the_grace(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool()
+    own_server.freeze([own_server.postmaster_pid])
+    caller = Task(pool.getconn)
+    error = caller.error()
+    assert isinstance(error, DatabaseUnavailable)
+    assert error.kind == "timeout"
+    assert caller.seconds < 0.3 + SLACK
+    own_server.thaw()
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+def _queries(server: Server, pids: list[int]) -> list[tuple[Any, ...]]:
+    return server.execute(
+        "select pid, query from pg_stat_activity where pid = any(%s) and state = 'active'", pids
+    )
+
+
+def _pid(conn: psycopg.Connection[Any]) -> Any:
+    (pid,) = conn.execute(PID).fetchone() or (0,)
+    return pid
