@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import logging
 import re
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from flask import Flask, Response, jsonify
+from flask import Blueprint, Flask, Response, g, jsonify, redirect, stream_with_context
 from flask.testing import FlaskClient
 
-from dbpool import ConfigError, Pool
+from dbpool import ConfigError, Pool, PoolError, holders
 from dbpool.events import Connected
 from dbpool.flask import DBPool, create_blueprint
 
@@ -30,9 +33,13 @@ def make_app(request: pytest.FixtureRequest) -> MakeApp:
     """Make applications; their pools are closed after the test."""
 
     def make(
-        conninfo: str, authorize: Any = None, db: DBPool | None = None, **config: Any
+        conninfo: str,
+        authorize: Any = None,
+        db: DBPool | None = None,
+        app: Flask | None = None,
+        **config: Any,
     ) -> Flask:
-        app = Flask("app")
+        app = app or Flask("app")
         app.config.update(TESTING=True, DATABASE_URL=conninfo, **config)
         (db or DBPool()).init_app(app)
         request.addfinalizer(app.extensions["dbpool"].databases.close)
@@ -152,6 +159,147 @@ def test_a_connection_held_around_a_request_stays_out(make_app: MakeApp, dsn: st
         assert conn.execute("select 1").fetchone() == (1,)
 
 
+def test_the_applications_own_teardown_comes_first(
+    make_app: MakeApp, dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    db = DBPool()
+    app = Flask("app")
+
+    @app.teardown_appcontext
+    def give_back(error: BaseException | None) -> None:
+        if "conn" in g:
+            db.pool.putconn(g.pop("conn"))
+
+    app = make_app(dsn, db=db, app=app)
+
+    @app.get("/")
+    def view() -> str:
+        g.conn = db.pool.getconn()
+        return "done"
+
+    assert app.test_client().get("/").status_code == 200
+    assert app.extensions["dbpool"].databases.default.stats().active == 0
+    assert "still held" not in caplog.text
+
+
+def test_an_exception_in_a_view_leaves_nothing_held(make_app: MakeApp, dsn: str) -> None:
+    db = DBPool()
+    app = make_app(dsn, db=db)
+    app.testing = False
+    app.logger.disabled = True
+
+    @app.get("/")
+    def view() -> str:
+        conn = db.pool.getconn()
+        conn.execute("create table t (id int)")
+        raise ValueError("a bug")
+
+    assert app.test_client().get("/").status_code == 500
+    pool = app.extensions["dbpool"].databases.default
+    assert pool.stats().active == 0
+    assert pool.fetch_value("select to_regclass('t')") is None
+
+
+def test_a_stream_keeps_its_connection_until_it_ends(
+    make_app: MakeApp, dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    db = DBPool()
+    app = make_app(dsn, db=db)
+
+    @app.get("/")
+    def view() -> Response:
+        def rows() -> Iterator[str]:
+            with db.pool.connection() as conn:
+                for (number,) in conn.execute("select generate_series(1, 3)"):
+                    yield f"{number}\n"
+
+        return Response(stream_with_context(rows()))
+
+    assert app.test_client().get("/").text == "1\n2\n3\n"
+    assert app.extensions["dbpool"].databases.default.stats().active == 0
+    assert "still held" not in caplog.text
+
+
+def test_what_another_thread_holds_is_not_touched(make_app: MakeApp, dsn: str) -> None:
+    db = DBPool()
+    app = make_app(dsn, db=db)
+    pool = app.extensions["dbpool"].databases.default
+    taken, release = threading.Event(), threading.Event()
+    values: list[object] = []
+
+    def work() -> None:
+        with pool.connection() as conn:
+            taken.set()
+            release.wait(10)
+            values.append(conn.execute("select 1").fetchone())
+
+    @app.get("/")
+    def view() -> str:
+        thread.start()
+        taken.wait(10)
+        return "started"
+
+    thread = threading.Thread(target=work)
+    assert app.test_client().get("/").text == "started"
+    assert pool.stats().active == 1
+    release.set()
+    thread.join(10)
+    assert values == [(1,)]
+
+
+def test_contexts_may_nest(make_app: MakeApp, dsn: str) -> None:
+    db = DBPool()
+    app = make_app(dsn, db=db)
+
+    @app.get("/outer")
+    def outer() -> Response:
+        with db.pool.connection() as conn:
+            with app.app_context():
+                forgotten = db.pool.getconn()
+            assert len(db.pool.holders()) == 1, f"{forgotten} is back, the other is not"
+            inner = app.test_client().get("/inner").text
+            app.test_client().get("/nowhere")
+            assert conn.execute("select 1").fetchone() == (1,)
+            return jsonify(inner, [holder.endpoint for holder in db.pool.holders()])
+
+    @app.get("/inner")
+    def inner() -> str:
+        return str(db.pool.fetch_value("select 1"))
+
+    assert app.test_client().get("/outer").json == ["1", ["outer"]]
+    assert holders.endpoints == {}
+
+
+def test_a_dotenv_is_read_but_not_under_test(
+    dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".env").write_text(f"DATABASE_URL='{dsn}'\nDBPOOL_MAX_SIZE=3\n")
+    monkeypatch.chdir(tmp_path)
+    for testing, size in ((False, 3), (True, 10)):
+        app, db = Flask("app"), DBPool()
+        app.testing = testing
+        db.init_app(app)
+        with app.app_context():
+            assert db.pool.max_size == size
+
+
+def test_an_application_that_serves_already_is_left_as_it_was() -> None:
+    app = Flask("app")
+    app.test_client().get("/")
+    with pytest.raises(AssertionError, match="before_request"):
+        DBPool().init_app(app)
+    assert "dbpool" not in app.extensions
+
+
+def test_an_unknown_database_is_named(make_app: MakeApp, dsn: str) -> None:
+    db = DBPool()
+    with (
+        make_app(dsn, db=db).app_context(),
+        pytest.raises(KeyError, match="no database 'replicca', only default"),
+    ):
+        db["replicca"]
+
+
 def test_a_holder_carries_its_endpoint(make_app: MakeApp, dsn: str) -> None:
     db = DBPool()
     app = make_app(dsn, db=db)
@@ -203,6 +351,40 @@ def test_error_handlers_can_be_turned_off(make_app: MakeApp) -> None:
     app.add_url_rule("/", view_func=lambda: db.pool.fetch_value("select 1"))
     app.logger.disabled = True
     assert app.test_client().get("/").status_code == 500
+
+
+def test_the_applications_own_handlers_stay(make_app: MakeApp) -> None:
+    db = DBPool()
+    app = Flask("app")
+    app.register_error_handler(PoolError, lambda ex: ("ours", 500))
+    app = make_app(NOWHERE, db=db, app=app, DBPOOL_OUTAGE_GRACE="50ms")
+    app.add_url_rule("/", view_func=lambda: db.pool.fetch_value("select 1"))
+    assert app.test_client().get("/").text == "ours"
+
+
+def test_an_exhausted_pool_is_told_in_the_log_not_to_the_client(
+    make_app: MakeApp, dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    db = DBPool()
+    app = make_app(dsn, db=db, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="50ms")
+    app.add_url_rule("/", "shop.index", lambda: db.pool.fetch_value("select 1"))
+    pool = app.extensions["dbpool"].databases.default
+    pool.open(wait=True)
+    with pool.connection():
+        answer = app.test_client().get("/")
+    assert (answer.status_code, answer.headers["Cache-Control"]) == (503, "no-store")
+    assert "test_flask.py" not in answer.text
+    assert "endpoint shop.index answers 503: PoolExhausted" in caplog.text
+    assert "test_flask.py" in caplog.text, "who holds the connections is in the log"
+
+
+def test_a_closed_pool_is_a_503(make_app: MakeApp, dsn: str) -> None:
+    db = DBPool()
+    app = make_app(dsn, db=db)
+    app.add_url_rule("/", view_func=lambda: db.pool.fetch_value("select 1"))
+    app.extensions["dbpool"].databases.close()
+    answer = app.test_client().get("/")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
 
 
 # The blueprint
@@ -311,6 +493,90 @@ def test_an_application_may_have_its_own_rule(
 ) -> None:
     client = make_app(dsn, authorize=lambda: answer, DBPOOL_TOKEN=TOKEN).test_client()
     assert client.get("/db/stats", headers=bearer()).status_code == status
+
+
+def test_a_rule_may_answer_itself(make_app: MakeApp, dsn: str) -> None:
+    client = make_app(dsn, authorize=lambda: redirect("/login")).test_client()
+    assert client.get("/db/stats").headers["Location"] == "/login"
+    assert client.get("/db/health").json == {"status": "up", "databases": {"default": "up"}}
+
+
+def test_a_rule_that_answers_with_a_tuple_refuses(make_app: MakeApp, dsn: str) -> None:
+    client = make_app(dsn, authorize=lambda: ("go away", 418)).test_client()
+    assert client.get("/db/stats").status_code == 418
+
+
+@pytest.mark.parametrize("content", ["", "\n"])
+def test_an_empty_token_opens_nothing(
+    make_app: MakeApp, dsn: str, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "token").write_text(content)
+    client = make_app(dsn, DBPOOL_TOKEN_FILE=str(tmp_path / "token")).test_client()
+    for headers in ({}, basic(""), bearer("")):
+        assert client.get("/db/stats", headers=headers).status_code == 403
+
+
+def test_a_token_may_be_in_a_file_and_hold_any_letter(
+    make_app: MakeApp, dsn: str, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("schlüssel\n")
+    client = make_app(dsn, DBPOOL_TOKEN_FILE=str(tmp_path / "token")).test_client()
+    assert client.get("/db/stats", headers=basic("schlüssel")).status_code == 200
+    assert client.get("/db/stats", headers=basic("schlussel")).status_code == 401
+
+
+def test_checks_of_the_application_are_part_of_health(make_app: MakeApp, dsn: str) -> None:
+    db = DBPool()
+    app = make_app(dsn, db=db, DBPOOL_TOKEN=TOKEN)
+    client = app.test_client()
+    client.get("/db/health/ready")
+
+    def check() -> None:
+        raise ConnectionError("redis://:hunter2@cache")
+
+    with app.app_context():
+        db.health.add("redis", check, required=True)
+    for path in ("/db/health", "/db/health/ready"):
+        answer = client.get(path)
+        assert answer.status_code == 503
+        assert answer.json == {
+            "status": "down", "databases": {"default": "up"}, "checks": {"redis": "down"}
+        }  # fmt: skip
+    answer = client.get("/db/health", headers=bearer())
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert answer.get_json()["checks"]["redis"]["error"] == "ConnectionError"
+    assert "hunter2" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["live", "ready"])
+def test_probes_may_use_head(client: FlaskClient, path: str) -> None:
+    answer = client.head(f"/db/health/{path}")
+    assert (answer.status_code, answer.data) == (200, b"")
+    assert answer.headers["Cache-Control"] == "no-store"
+    allowed = client.options(f"/db/health/{path}").headers["Allow"]
+    assert set(allowed.split(", ")) == {"GET", "HEAD", "OPTIONS"}
+
+
+def test_metrics_without_the_package_name_the_extra(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.delitem(sys.modules, "dbpool.prometheus", raising=False)
+    answer = client.get("/db/metrics", headers=bearer())
+    assert answer.status_code == 501
+    assert "psycopg-dbpool[prometheus]" in answer.get_json()["error"]
+
+
+def test_a_blueprint_may_be_mounted_twice_or_inside_another(make_app: MakeApp, dsn: str) -> None:
+    app = make_app(dsn, DBPOOL_DETAILS="always")
+    admin = Blueprint("admin", __name__, url_prefix="/admin")
+    admin.register_blueprint(create_blueprint("pools"), url_prefix="/pools")
+    app.register_blueprint(admin)
+    client = app.test_client()
+    page = client.get("/admin/pools/").text
+    assert 'data-stats="/admin/pools/stats"' in page
+    assert 'src="/admin/pools/static/live.js"' in page
+    assert client.get("/db/stats").status_code == client.get("/admin/pools/stats").status_code
 
 
 def test_stats_say_what_the_pool_is_doing(app: Flask, client: FlaskClient) -> None:

@@ -32,6 +32,8 @@ logger = logging.getLogger("dbpool")
 
 KEY: Final = "dbpool"
 _BEGUN: Final = "_dbpool_begun"
+_ENDPOINT: Final = "_dbpool_endpoint"
+_OUTER: Final = "dbpool.outer_endpoint"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class DBPool:
             settings=settings,
         )
         # First, as Flask refuses it when the application has begun to serve.
-        app.before_request(_name_endpoint)
+        app.before_request(_enter)
+        app.teardown_request(_leave)
         if settings.error_handlers:
             register_error_handlers(app)
         app.extensions[KEY] = own
@@ -117,14 +120,28 @@ def state() -> State:
 
 
 def _begin(app: Flask, **extra: Any) -> None:
-    """Note when an application context begins, and what the thread was serving before."""
-    setattr(g, _BEGUN, (monotonic(), holders.endpoints.get(threading.get_ident())))
+    setattr(g, _BEGUN, monotonic())
 
 
-def _name_endpoint() -> None:
+def _enter() -> None:
+    """Name what this thread serves from now on."""
     state().processes.start()
     if request.endpoint is not None:
-        holders.endpoints[threading.get_ident()] = request.endpoint
+        thread = threading.get_ident()
+        request.environ[_OUTER] = holders.endpoints.get(thread)
+        holders.endpoints[thread] = request.endpoint
+        g.setdefault(_ENDPOINT, request.endpoint)
+
+
+def _leave(exc: BaseException | None) -> None:
+    """Name what this thread serves again: requests may nest, as a test client's do."""
+    if _OUTER not in request.environ:
+        return
+    thread, outer = threading.get_ident(), request.environ.pop(_OUTER)
+    if outer is None:
+        holders.endpoints.pop(thread, None)
+    else:
+        holders.endpoints[thread] = outer
 
 
 def _end(app: Flask, **extra: Any) -> None:
@@ -132,11 +149,7 @@ def _end(app: Flask, **extra: Any) -> None:
 
     Nothing is committed here: the answer is on its way and could not say that it failed.
     """
-    thread = threading.get_ident()
-    endpoint = holders.endpoints.pop(thread, None)
-    begun, outer = g.pop(_BEGUN, (math.inf, None))
-    if outer is not None:  # contexts may nest
-        holders.endpoints[thread] = outer
+    begun, endpoint = g.pop(_BEGUN, math.inf), g.pop(_ENDPOINT, None)
     for pool in state().databases.values():
         try:
             _take_back(pool, begun, endpoint)
