@@ -194,7 +194,7 @@ class _Link:
             request = await self._reader.readexactly(len(_SSL_REQUEST))
             assert request == _SSL_REQUEST
             self._writer.write(b"S")
-            await self._writer.start_tls(self._proxy._tls)
+            await self._start_tls(self._proxy._tls)
         answers, self._upstream = await asyncio.open_connection("127.0.0.1", self._proxy.target)
         sides = [
             asyncio.ensure_future(self._pump(self._reader, self._upstream, self._from_client)),
@@ -206,6 +206,15 @@ class _Link:
             for side in sides:
                 side.cancel()
             await asyncio.gather(*sides, return_exceptions=True)
+
+    async def _start_tls(self, context: ssl.SSLContext) -> None:
+        plain: Any = self._writer.transport
+        try:
+            await self._writer.start_tls(context)
+        finally:
+            if self._writer.transport is None:  # asyncio's way when the client turns away
+                self._writer._transport = plain
+                plain.abort()
 
     async def _pump(
         self,

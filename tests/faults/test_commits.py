@@ -1,0 +1,244 @@
+"""Connections lost around COMMIT, and transactions that get into each other's way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import IsolationLevel
+
+from dbpool import CommitUncertain, Pool, events
+from tests.postgres import Server, until
+from tests.proxy import Cut, Proxy
+
+from .steps import Task, assert_serves_all, fill, terminate
+from .support import MakePool, Recorder
+
+COMMIT = b"COMMIT"
+INSERT = "insert into t values (%s) on conflict do nothing"
+
+
+@pytest.fixture
+def table(own_server: Server) -> Callable[[], list[int]]:
+    """Make a table; the callable returns its rows as another client sees them."""
+    own_server.execute("create table t (id int primary key)")
+    return lambda: [n for (n,) in own_server.execute("select id from t order by id")]
+
+
+@pytest.fixture
+def pool(proxy: Proxy, make_pool: MakePool) -> Pool:
+    return make_pool(proxy.conninfo, max_size=2)
+
+
+class Insert:
+    """A function for `run` that counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, conn: psycopg.Connection[Any], number: int) -> int:
+        self.calls += 1
+        conn.execute(INSERT, [number])
+        return number
+
+
+Rows = Callable[[], list[int]]
+
+
+# Cut around the COMMIT of run()
+
+
+def test_lost_before_commit_was_sent_runs_the_whole_again(
+    proxy: Proxy, pool: Pool, table: Rows
+) -> None:
+    calls: list[int] = []
+
+    def insert(conn: psycopg.Connection[Any]) -> None:
+        calls.append(conn.info.backend_pid)
+        conn.execute("insert into t values (1)")
+        if len(calls) == 1:
+            proxy.drop()
+            until(lambda: proxy.links == 0)
+
+    pool.run(insert)
+    assert len(set(calls)) == 2
+    assert table() == [1]
+    assert pool.stats().counters.retries == 1
+    assert_serves_all(pool)
+
+
+def test_commit_that_never_arrived_is_uncertain(proxy: Proxy, pool: Pool, table: Rows) -> None:
+    insert = Insert()
+    fill(pool)
+    proxy.cut(COMMIT, Cut.BEFORE)
+    with pytest.raises(CommitUncertain) as caught:
+        pool.run(insert, 1)
+    assert caught.value.pool == "faults"
+    assert caught.value.snapshot is not None
+    assert isinstance(caught.value.__cause__, psycopg.OperationalError)
+    assert (insert.calls, table()) == (1, [])
+    assert_serves_all(pool)
+
+
+def test_commit_whose_answer_was_lost_is_uncertain(proxy: Proxy, pool: Pool, table: Rows) -> None:
+    insert = Insert()
+    fill(pool)
+    proxy.cut(COMMIT, Cut.DURING)
+    with pytest.raises(CommitUncertain):
+        pool.run(insert, 1)
+    assert insert.calls == 1
+    until(lambda: table() == [1])
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize("when", [Cut.BEFORE, Cut.DURING])
+def test_uncertain_but_idempotent_runs_again(
+    proxy: Proxy, pool: Pool, table: Rows, when: Cut
+) -> None:
+    insert = Insert()
+    fill(pool)
+    proxy.cut(COMMIT, when)
+    assert pool.run(insert, 1, idempotent=True) == 1
+    assert (insert.calls, table()) == (2, [1])
+    assert_serves_all(pool)
+
+
+def test_cut_after_the_answer_is_no_failure(proxy: Proxy, pool: Pool, table: Rows) -> None:
+    insert = Insert()
+    fill(pool)
+    proxy.cut(COMMIT, Cut.AFTER)
+    assert pool.run(insert, 1) == 1
+    assert (insert.calls, table()) == (1, [1])
+    until(lambda: proxy.links < 1)
+    assert pool.run(insert, 2) == 2
+    assert_serves_all(pool)
+
+
+def test_reads_alone_are_uncertain_too_unless_said_to_be_idempotent(
+    proxy: Proxy, pool: Pool
+) -> None:
+    fill(pool)
+    proxy.cut(COMMIT, Cut.DURING)
+    with pytest.raises(CommitUncertain):
+        pool.run(lambda conn: conn.execute("select 1").fetchone(), read_only=True)
+    assert_serves_all(pool)
+
+
+# Without run()
+
+
+@pytest.mark.parametrize(("when", "rows"), [(Cut.BEFORE, []), (Cut.DURING, [1])])
+def test_a_block_whose_commit_is_cut_raises(
+    proxy: Proxy, pool: Pool, table: Rows, when: Cut, rows: list[int]
+) -> None:
+    fill(pool)
+    proxy.cut(COMMIT, when)
+    with pytest.raises(psycopg.OperationalError), pool.connection() as conn:
+        conn.execute(INSERT, [1])
+    until(lambda: table() == rows)
+    assert pool.stats().counters.discarded["broken"] == 1
+    assert_serves_all(pool)
+
+
+def test_a_block_of_a_connection_terminated_before_its_commit_raises(
+    own_server: Server, pool: Pool, table: Rows
+) -> None:
+    with pytest.raises(psycopg.OperationalError), pool.connection() as conn:
+        conn.execute(INSERT, [1])
+        terminate(own_server, [conn.info.backend_pid])
+    assert table() == []
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize(("when", "rows"), [(Cut.BEFORE, []), (Cut.DURING, [1])])
+def test_a_single_statement_is_never_sent_twice(
+    proxy: Proxy, pool: Pool, table: Rows, when: Cut, rows: list[int]
+) -> None:
+    fill(pool)
+    proxy.cut(b"insert into t", when)
+    with pytest.raises(psycopg.OperationalError):
+        pool.execute("insert into t values (1)")
+    until(lambda: table() == rows)
+    assert not proxy.is_armed
+    assert_serves_all(pool)
+
+
+def test_a_storm_of_lost_connections_is_bounded_by_the_budget(proxy: Proxy, pool: Pool) -> None:
+    def lose(conn: psycopg.Connection[Any]) -> None:
+        proxy.drop()
+        conn.execute("select 1")
+
+    calls = 0
+    for _ in range(4):
+        with pytest.raises(psycopg.OperationalError):
+            pool.run(lose, attempts=3)
+        calls += 1
+    # Two for each connection the pool may have, and then no more: 4 calls could have had 8.
+    assert pool.stats().counters.retries == 4
+    assert calls == 4
+    assert_serves_all(pool)
+
+
+# Two real transactions
+
+
+def test_two_serializable_transactions_that_conflict_both_succeed(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    own_server.execute("create table doctors (name text primary key, on_call bool)")
+    own_server.execute("insert into doctors values ('a', true), ('b', true)")
+    heard = Recorder()
+    pool = make_pool(max_size=2, listeners=[heard])
+    together = threading.Barrier(2, timeout=10)
+    met = threading.local()
+
+    def leave(conn: psycopg.Connection[Any], name: str) -> bool:
+        (count,) = conn.execute("select count(*) from doctors where on_call").fetchone() or (0,)
+        if not hasattr(met, "once"):
+            met.once = True
+            together.wait()
+        if count < 2:
+            return False
+        conn.execute("update doctors set on_call = false where name = %s", [name])
+        return True
+
+    serializable = IsolationLevel.SERIALIZABLE
+    tasks = [Task(lambda n=n: pool.run(leave, n, isolation=serializable)) for n in "ab"]
+    assert sorted(task.result() for task in tasks) == [False, True]
+    assert own_server.execute("select count(*) from doctors where on_call") == [(1,)]
+    assert pool.stats().counters.retries == heard.count(events.Retried) >= 1
+    assert_serves_all(pool)
+
+
+@pytest.fixture
+def quick_deadlocks(own_server: Server) -> None:
+    own_server.execute("alter system set deadlock_timeout = '50ms'")
+    own_server.reload()
+
+
+@pytest.mark.usefixtures("quick_deadlocks")
+def test_two_transactions_that_deadlock_both_succeed(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    own_server.execute("create table t (id int primary key, n int)")
+    own_server.execute("insert into t values (1, 0), (2, 0)")
+    pool = make_pool(max_size=2)
+    together = threading.Barrier(2, timeout=10)
+    met = threading.local()
+
+    def update(conn: psycopg.Connection[Any], first: int, second: int) -> None:
+        conn.execute("update t set n = n + 1 where id = %s", [first])
+        if not hasattr(met, "once"):
+            met.once = True
+            together.wait()
+        conn.execute("update t set n = n + 1 where id = %s", [second])
+
+    tasks = [Task(pool.run, update, 1, 2), Task(pool.run, update, 2, 1)]
+    for task in tasks:
+        task.result()
+    assert own_server.execute("select n from t order by id") == [(2,), (2,)]
+    assert pool.stats().counters.retries >= 1
+    assert_serves_all(pool)

@@ -1,0 +1,249 @@
+"""What happens to a session while it is idle, held or returned; and all of it under TLS."""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.pq import TransactionStatus
+
+from dbpool import DatabaseMisconfigured, Pool
+from tests.postgres import Server, until
+from tests.proxy import Proxy
+
+from .steps import Load, assert_serves_all, fill, terminate
+from .support import MakePool
+
+PID = "select pg_backend_pid()"
+
+
+# The server's own timeouts
+
+
+def test_a_holder_idle_in_transaction_for_too_long_loses_the_connection(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(max_size=1, idle_in_transaction_timeout=0.1)
+    own_server.execute("create table t (id int)")
+    with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout), pool.connection() as conn:
+        conn.execute("insert into t values (1)")
+        until(lambda: not own_server.backends("dbpool:faults"))
+        conn.execute("insert into t values (2)")
+    assert pool.fetch_value("select count(*) from t") == 0
+    assert_serves_all(pool)
+
+
+def test_idle_in_transaction_for_too_long_is_not_committed_silently(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(max_size=1, idle_in_transaction_timeout=0.1)
+    with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout), pool.connection() as conn:
+        conn.execute("select 1")
+        until(lambda: not own_server.backends("dbpool:faults"))
+    assert_serves_all(pool)
+
+
+def test_run_starts_again_what_was_idle_in_transaction_for_too_long(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(max_size=1, idle_in_transaction_timeout=0.1)
+    own_server.execute("create table t (id int)")
+    pids: list[int] = []
+
+    def insert(conn: psycopg.Connection[Any]) -> None:
+        pids.append(conn.info.backend_pid)
+        conn.execute("insert into t values (1)")
+        if len(pids) == 1:
+            until(lambda: not own_server.backends("dbpool:faults"))
+
+    pool.run(insert)
+    assert len(set(pids)) == 2
+    assert own_server.execute("select count(*) from t") == [(1,)]
+    assert_serves_all(pool)
+
+
+def test_a_statement_that_takes_too_long_costs_no_connection(make_pool: MakePool) -> None:
+    pool = make_pool(max_size=1, statement_timeout=0.05)
+    pid = pool.fetch_value(PID)
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        pool.fetch_value("select pg_sleep(60)")
+    with pytest.raises(psycopg.errors.QueryCanceled), pool.connection() as conn:
+        conn.execute("select pg_sleep(60)")
+    assert pool.fetch_value(PID) == pid
+    assert_serves_all(pool)
+
+
+# What the server says unasked
+
+
+def test_a_pending_notification_is_not_death(own_server: Server, make_pool: MakePool) -> None:
+    pool = make_pool(max_size=1)
+    with pool.connection() as conn:
+        conn.autocommit = True
+        conn.execute("listen news")
+        pid = conn.info.backend_pid
+    for _ in range(3):
+        own_server.execute("notify news, 'today'")
+        until(lambda: conn._slot.readable(0))
+        assert pool.fetch_value(PID) == pid
+    assert pool.stats().counters.discarded["dead"] == 0
+    assert_serves_all(pool)
+
+
+def test_a_notification_before_the_end_does_not_hide_it(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(max_size=1)
+    with pool.connection() as conn:
+        conn.autocommit = True
+        conn.execute("listen news")
+        pid = conn.info.backend_pid
+    own_server.execute("notify news")
+    terminate(own_server, [pid])
+    assert pool.fetch_value(PID) != pid
+    assert pool.stats().counters.discarded["dead"] == 1
+    assert_serves_all(pool)
+
+
+# What comes back
+
+
+def _begin(conn: psycopg.Connection[Any]) -> None:
+    conn.execute("insert into t values (1)")
+
+
+def _fail(conn: psycopg.Connection[Any]) -> None:
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        conn.execute("select 1/0")
+
+
+def _copy_in(conn: psycopg.Connection[Any]) -> None:
+    conn.pgconn.exec_(b"begin")
+    conn.pgconn.exec_(b"copy t from stdin")
+
+
+def _copy_out(conn: psycopg.Connection[Any]) -> None:
+    conn.pgconn.exec_(b"copy (select generate_series(1, 1000000)) to stdout")
+
+
+def _query(conn: psycopg.Connection[Any]) -> None:
+    conn.pgconn.send_query(b"select pg_sleep(0.05)")
+
+
+def _close(conn: psycopg.Connection[Any]) -> None:
+    conn.close()
+
+
+def _pipeline(conn: psycopg.Connection[Any]) -> None:
+    conn.pipeline().__enter__()
+
+
+RETURNED = [_begin, _fail, _copy_in, _copy_out, _query, _close, _pipeline]
+
+
+@pytest.mark.parametrize("leave", RETURNED, ids=lambda leave: leave.__name__)
+def test_whatever_state_it_is_returned_in_the_next_holder_gets_a_good_one(
+    own_server: Server, make_pool: MakePool, leave: Callable[[psycopg.Connection[Any]], None]
+) -> None:
+    own_server.execute("create table t (id int)")
+    pool = make_pool(max_size=1)
+    for _ in range(3):
+        conn = pool.getconn()
+        leave(conn)
+        pool.putconn(conn)
+        with pool.connection() as good:
+            assert good.info.transaction_status == TransactionStatus.IDLE
+            assert good.execute("select count(*) from t").fetchone() == (0,)
+    assert_serves_all(pool)
+
+
+# Under TLS
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for 127.0.0.1 that signs itself, with its key, in one file."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl command to make a certificate with")
+    folder = tmp_path_factory.mktemp("tls")
+    path = folder / "certificate.pem"
+    subprocess.run(
+        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2",
+         "-keyout", folder / "key.pem", "-out", path],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    with path.open("a") as file:
+        file.write((folder / "key.pem").read_text())
+    return path
+
+
+@pytest.fixture
+def tls_proxy(own_server: Server, certificate: Path) -> Iterator[Proxy]:
+    """A server that speaks TLS: the one at hand was built without it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    proxy = Proxy(own_server.port, tls=context)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def tls_pool(tls_proxy: Proxy, certificate: Path, make_pool: MakePool) -> Pool:
+    conninfo = tls_proxy.conninfo_for(sslmode="verify-full", sslrootcert=certificate)
+    return make_pool(conninfo, min_size=2, max_size=4)
+
+
+def test_tls_connections_live(tls_pool: Pool) -> None:
+    pids = fill(tls_pool)
+    with tls_pool.connection() as conn:
+        assert conn.pgconn.ssl_in_use
+    load = Load(lambda: tls_pool.fetch_value(PID), threads=4)
+    load.await_calls(200)
+    load.stop()
+    assert load.errors == []
+    assert set(pids) <= set(fill(tls_pool))
+    assert sum(tls_pool.stats().counters.discarded.values()) == 0
+    assert_serves_all(tls_pool)
+
+
+def test_tls_connections_that_were_terminated_are_not_handed_out(
+    own_server: Server, tls_pool: Pool
+) -> None:
+    for _ in range(10):
+        pids = fill(tls_pool)
+        terminate(own_server, pids)
+        (last,) = list(tls_pool._pool)[-1:]
+        until(lambda last=last: last._slot.readable(0))  # type: ignore[misc]
+        assert tls_pool.fetch_value(PID) not in pids
+    assert_serves_all(tls_pool)
+
+
+def test_tls_connections_whose_network_went_silent_cost_one_ping(
+    tls_proxy: Proxy, certificate: Path, make_pool: MakePool
+) -> None:
+    conninfo = tls_proxy.conninfo_for(sslmode="require", sslrootcert=certificate)
+    pool = make_pool(conninfo, min_size=4, max_size=4, ping_after=0)
+    pids = fill(pool)
+    tls_proxy.go_dark()
+    assert pool.fetch_value(PID) not in pids
+    assert pool.stats().counters.discarded["dead"] == 4
+    tls_proxy.drop()
+    assert_serves_all(pool)
+
+
+def test_a_certificate_that_is_not_trusted_is_a_misconfiguration(
+    tls_proxy: Proxy, make_pool: MakePool
+) -> None:
+    untrusted = tls_proxy.conninfo_for(sslmode="verify-full", sslrootcert="system")
+    pool = make_pool(untrusted)
+    with pytest.raises(DatabaseMisconfigured) as caught:
+        pool.fetch_value("select 1")
+    assert caught.value.kind == "tls"
