@@ -1,86 +1,122 @@
 "use strict";
-// Asks for the statistics every second while the page is seen, and shows them as text only.
+// Asks for the statistics each second while the page is seen; shows what comes as text only.
 
-const pools = document.getElementById("pools");
-const summary = document.getElementById("summary");
-const template = document.getElementById("pool");
+const EVERY = 1000; // milliseconds
+const PATIENCE = 5000;
+
+// Not relative: the page's own address may hold the password, with which nothing is fetched.
+const address = location.origin + document.body.dataset.stats;
+
+const byId = (id) => document.getElementById(id);
+const earlier = new Map(); // by pool: what the last answer said
 
 function seconds(value) {
-  if (value >= 100) return value.toFixed(0) + " s";
+  if (value >= 7200) return (value / 3600).toFixed(0) + " h";
+  if (value >= 120) return (value / 60).toFixed(0) + " min";
   if (value >= 1) return value.toFixed(1) + " s";
   if (value >= 0.001) return (value * 1e3).toFixed(1) + " ms";
   return (value * 1e6).toFixed(0) + " µs";
 }
 
-function row(head, cells) {
+function row(cells, head) {
   const tr = document.createElement("tr");
-  if (head !== null) {
-    const th = document.createElement("th");
-    th.scope = "row";
-    th.textContent = head;
-    tr.append(th);
-  }
-  for (const cell of cells) {
-    const td = document.createElement("td");
-    td.textContent = cell;
-    tr.append(td);
-  }
+  cells.forEach((text, index) => {
+    const cell = document.createElement(head && index === 0 ? "th" : "td");
+    if (cell.tagName === "TH") cell.scope = "row";
+    cell.textContent = text;
+    tr.append(cell);
+  });
   return tr;
 }
 
+const totals = (counts) => Object.entries(counts).map(([key, n]) => row([key.replaceAll("_", " "), n], true));
+
+function times(kind, histogram) {
+  const quantiles = ["p50", "p95", "p99", "max"].map((q) => (histogram.count ? seconds(histogram[q]) : "–"));
+  return row([kind, histogram.count, ...quantiles], true);
+}
+
 function section(name) {
-  for (const found of pools.children) if (found.dataset.pool === name) return found;
-  pools.append(template.content.cloneNode(true));
-  const made = pools.lastElementChild;
+  const found = [...byId("pools").children].find((each) => each.dataset.pool === name);
+  if (found) return found;
+  const made = byId("pool").content.cloneNode(true).firstElementChild;
   made.dataset.pool = name;
-  made.querySelector("[data-name]").textContent = name;
+  byId("pools").append(made);
   return made;
 }
 
-function show(name, pool) {
-  const part = (key) => section(name).querySelector("[data-" + key + "]");
-  part("state").textContent = pool.state;
+function rate(name, time, checkouts) {
+  const last = earlier.get(name);
+  if (!last || time <= last.time) return "–";
+  return (Math.max(0, checkouts - last.checkouts) / (time - last.time)).toFixed(1) + " /s";
+}
+
+function tell(name, state) {
+  const last = earlier.get(name);
+  if (last && last.state !== state) byId("news").textContent = `${name} is ${state}`;
+}
+
+function show(name, pool, time) {
+  const card = section(name);
+  const part = (key) => card.querySelector(`[data-${key}]`);
+  const text = (key, value) => { part(key).textContent = value; };
+  const { breaker, counters } = pool;
+  text("name", name);
+  text("state", pool.state);
   part("state").className = "state " + pool.state;
-  const bar = section(name).querySelector(".bar");
   for (const key of ["active", "idle", "connecting"]) {
-    bar.querySelector("." + key).style.width = (100 * pool[key]) / Math.max(1, pool.max_size) + "%";
+    text(key, pool[key]);
+    card.querySelector(".bar ." + key).style.width = (100 * pool[key]) / Math.max(1, pool.size, pool.max_size) + "%";
   }
-  const sizes = `${pool.active} active, ${pool.idle} idle, ${pool.connecting} connecting: ` +
-    `${pool.size} of at most ${pool.max_size}; ${pool.waiting} waiting`;
-  part("sizes").textContent = sizes;
-  bar.setAttribute("aria-label", sizes);
-  const breaker = pool.breaker;
-  part("trouble").hidden = breaker.state === "closed" && !breaker.last_error;
-  part("trouble").textContent = `breaker ${breaker.state}: ${breaker.last_error || ""}`;
-  part("times").replaceChildren(...["wait", "use", "connect"].map((key) => row(key, [
-    pool[key].count, ...["p50", "p95", "p99", "max"].map((q) => seconds(pool[key][q]))])));
-  const { discarded, ...totals } = pool.counters;
-  const lost = Object.entries(discarded).map(([reason, n]) => ["discarded " + reason, n]);
-  part("counters").replaceChildren(...Object.entries(totals).concat(lost)
-    .map(([key, n]) => row(key.replaceAll("_", " "), [n])));
+  text("size", `${pool.size} of ${pool.max_size}`);
+  text("waiting", pool.waiting);
+  part("waiting").className = pool.waiting ? "alarm" : "";
+  text("rate", rate(name, time, counters.checkouts));
+  text("breaker", breaker.state);
+  part("breaker").className = breaker.state === "closed" ? "" : "alarm";
+  const since = breaker.since === null ? "" : `failing for ${seconds(Math.max(0, time - breaker.since))}: `;
+  part("trouble").hidden = !breaker.last_error;
+  text("trouble", since + (breaker.last_error || ""));
+  part("times").replaceChildren(...["wait", "use", "connect"].map((kind) => times(kind, pool[kind])));
+  const { discarded, ...rest } = counters;
+  part("totals").replaceChildren(...totals(rest));
+  part("discarded").replaceChildren(...totals(discarded));
   part("held").hidden = pool.holders.length === 0;
-  part("holders").replaceChildren(...pool.holders.map((holder) => row(null, [
-    seconds(holder.seconds), holder.thread, holder.where, holder.endpoint || ""])));
+  part("holders").replaceChildren(...pool.holders.map((holder) =>
+    row([seconds(holder.seconds), holder.where, holder.endpoint || "–", holder.thread])));
+  tell(name, pool.state);
+  earlier.set(name, { time, state: pool.state, checkouts: counters.checkouts });
+}
+
+function showAll(stats) {
+  const names = Object.keys(stats.pools).sort((a, b) => (b === "default") - (a === "default"));
+  for (const card of [...byId("pools").children]) if (!(card.dataset.pool in stats.pools)) card.remove();
+  for (const name of names) show(name, stats.pools[name], stats.time);
+  byId("processes").replaceChildren(...stats.processes.map((each) =>
+    row([each.pid, seconds(each.age) + " ago", seconds(each.uptime)])));
+  const count = stats.processes.length;
+  byId("summary").textContent = stats.scope === "process" ? "this process only" : `${count} ${count === 1 ? "process" : "processes"}`;
 }
 
 async function refresh() {
   try {
-    const answer = await fetch(document.body.dataset.stats, { cache: "no-store" });
+    const answer = await fetch(address, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
     if (!answer.ok) throw new Error("HTTP " + answer.status);
-    const stats = await answer.json();
-    for (const [name, pool] of Object.entries(stats.pools)) show(name, pool);
-    const parts = stats.processes.map((p) => `${p.pid} (${seconds(p.age)} old)`).join(", ");
-    summary.textContent = (stats.scope === "all" ? "processes " : "this process only: ") + parts;
-    summary.className = "";
+    showAll(await answer.json());
+    document.body.className = "";
   } catch (error) {
-    summary.textContent = "no answer: " + error.message;
-    summary.className = "stale";
+    byId("summary").textContent = "no answer: " + error.message;
+    document.body.className = "stale";
   }
 }
 
-function tick() {
-  const asked = document.hidden ? Promise.resolve() : refresh();
-  asked.finally(() => setTimeout(tick, 1000));
+const isPaused = () => byId("pause").getAttribute("aria-pressed") === "true";
+
+byId("pause").addEventListener("click", () => byId("pause").setAttribute("aria-pressed", String(!isPaused())));
+
+async function run() {
+  if (!document.hidden && !isPaused()) await refresh();
+  setTimeout(run, EVERY);
 }
 
-tick();
+run();
