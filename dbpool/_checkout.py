@@ -167,7 +167,7 @@ class Checkout(Checkin[CT]):
             return False
         seen = look(conn, slot.readable)
         if seen is Look.DEAD:
-            self._discard(conn, "dead")
+            self._discard_dead(conn)
             return False
         unused = now - slot.idle_since
         if seen is Look.DOUBTFUL or unused >= self.settings.ping_after:

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from os import getpid
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import psycopg
@@ -258,9 +258,7 @@ class Supply(ConnectionPool[CT]):
         with self._lock:
             if started not in self._attempts:
                 return
-            error = psycopg.errors.ConnectionTimeout(
-                f"no answer to a connection attempt for {monotonic() - started:.1f} s"
-            )
+            error = _unanswered(monotonic() - started)
             opened = self.breaker.overdue(started, error, last_seen=self._last_seen)
             if opened:
                 self._fail_waiters()
@@ -279,18 +277,21 @@ class Supply(ConnectionPool[CT]):
     def _unavailable(self) -> DatabaseUnavailable:
         """Say that the database is to blame. The lock is held."""
         breaker = self.breaker
-        cls = DatabaseMisconfigured if is_permanent(breaker.kind) else DatabaseUnavailable
-        cause = breaker.last_error or "no connection was made in time"
+        cause, kind, seconds = breaker.error, breaker.kind, breaker.failing_for
+        if cause is None and self._attempts:
+            seconds, kind = monotonic() - min(self._attempts), "timeout"
+            cause = _unanswered(seconds)
+        cls = DatabaseMisconfigured if is_permanent(kind) else DatabaseUnavailable
         error = cls(
-            f"pool {self.name!r}: no connection to the database for"
-            f" {breaker.failing_for:.1f} s ({breaker.kind}): {cause}",
+            f"pool {self.name!r}: no connection to the database for {seconds:.1f} s ({kind}):"
+            f" {cause or 'none was made in time'}",
             pool=self.name,
             snapshot=self.stats(),
-            kind=breaker.kind,
-            since=breaker.since or 0.0,
+            kind=kind,
+            since=time() - seconds,
             retry_after=breaker.retry_after or 0.0,
         )
-        error.__cause__ = breaker.error
+        error.__cause__ = cause
         return error
 
     def stats(self) -> Snapshot:
@@ -335,3 +336,9 @@ class Supply(ConnectionPool[CT]):
         )
         if self.listeners.active:
             self.listeners.emit(events.CircuitClosed(self.name, seconds))
+
+
+def _unanswered(seconds: float) -> psycopg.OperationalError:
+    return psycopg.errors.ConnectionTimeout(
+        f"no answer to a connection attempt for {seconds:.1f} s"
+    )

@@ -6,7 +6,6 @@ psycopg_pool and of psycopg; `tests/test_seam.py` fails when those change.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -133,22 +132,6 @@ class Upkeep(Checkout[CT]):
         with self._lock:
             for slot in list(self._out)[: max(0, excess)]:
                 slot.expires_at = 0.0
-
-    def _retire(
-        self, reason: str, condition: Callable[[Slot], bool], most: int | None = None
-    ) -> int:
-        """Close idle connections for whose slot *condition* holds, coldest first; how many?"""
-        with self._lock:
-            gone = [conn for conn in self._pool if condition(conn._slot)][:most]
-            for conn in gone:
-                self._pool.remove(conn)
-                self._remove(conn._slot, reason)
-            self._refill()
-        for conn in gone:
-            self._close_connection(conn)
-            if self.listeners.active:
-                self.listeners.emit(events.Discarded(self.name, reason))
-        return len(gone)
 
     # Numbers
 

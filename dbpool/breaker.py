@@ -96,18 +96,22 @@ class Breaker:
         self._attempting = False
         self.error, self.kind = error, kind
         if self._failing_since is None or last_seen > self._failing_since:
-            self._failing_since = started
+            self._failing_since = max(started, last_seen)
         if out and kind == SATURATED:
             return False
         patience = 0.0 if is_permanent(kind) and not out else self.grace
         return self._open_after(patience)
 
     def overdue(self, started: float, error: BaseException, *, last_seen: float) -> bool:
-        """The attempt begun at *started* is still without an answer: count that as failing."""
-        if last_seen > started:
+        """The attempt begun at *started* is still without an answer: count that as failing.
+
+        False as well if a connection came back healthy less than the grace ago: ask again.
+        """
+        silent_since = max(started, last_seen)
+        if self._clock() - silent_since < self.grace:
             return False
         if self._failing_since is None or last_seen > self._failing_since:
-            self._failing_since = started
+            self._failing_since = silent_since
             self.error, self.kind = error, "timeout"
         return self._open_after(self.grace)
 

@@ -27,8 +27,7 @@ class Databases(Mapping[str, Pool[Any]]):
     ) -> None:
         heard = tuple(listeners)
         self._pools: dict[str, Pool[Any]] = {
-            name: Pool(settings=each, listeners=heard, **options)
-            for name, each in settings.items()
+            name: Pool(settings=each, listeners=heard, **options) for name, each in settings.items()
         }
 
     @classmethod

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any
 
@@ -52,11 +52,25 @@ def readability(fd: int, events: int = 1) -> Callable[[float], object]:
     return wait
 
 
+def hung_up(fds: Iterable[int]) -> set[int]:
+    """Return those of *fds* whose peer has closed, in one system call.
+
+    Best effort: empty where the system has no `poll`, and only what is closed both ways
+    where `poll` does not tell a half-closed socket.
+    """
+    if not hasattr(select, "poll"):
+        return set()
+    poller = select.poll()
+    for fd in fds:
+        poller.register(fd, getattr(select, "POLLRDHUP", 0))
+    return {fd for fd, _ in poller.poll(0)}
+
+
 def look(conn: Connection[Any], readable: Callable[[float], object]) -> Look:
     """Read what an idle connection's server has said meanwhile, without asking it.
 
-    Reads until the socket is quiet: after `pg_terminate_backend` the first read may hold the
-    FATAL alone, with the end of file coming up to half a millisecond later.
+    Reads until the socket is quiet. A FATAL is the end, also where the end of file is not there
+    yet: after `pg_terminate_backend` it may come half a millisecond later.
     """
     if not readable(0):
         return Look.ALIVE if conn.pgconn.status == _OK else Look.DEAD
@@ -66,15 +80,17 @@ def look(conn: Connection[Any], readable: Callable[[float], object]) -> Look:
         while readable(0):
             conn.pgconn.consume_input()
             conn.pgconn.is_busy()  # parses what was read; notices go to the handler
-            if conn.pgconn.status != _OK:
+            if conn.pgconn.status != _OK or _is_farewell(notices):
                 return Look.DEAD
     except psycopg.OperationalError:
         return Look.DEAD
     finally:
         conn.remove_notice_handler(notices.append)
-    if any(notice.severity_nonlocalized in _DEADLY for notice in notices):
-        return Look.DEAD
     return Look.DOUBTFUL
+
+
+def _is_farewell(notices: list[Diagnostic]) -> bool:
+    return any(notice.severity_nonlocalized in _DEADLY for notice in notices)
 
 
 def ping(conn: Connection[Any], timeout: float) -> None:

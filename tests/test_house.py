@@ -12,13 +12,26 @@ from pathlib import Path
 
 import pytest
 
+import dbpool
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dbpool"
 
 FLOORS = {
     0: ["errors", "liveness", "events", "metrics"],
     1: ["_values", "_app_settings", "conninfo", "settings", "retry", "breaker", "holders"],
-    2: ["_parts", "_fork", "_supply", "_life", "_checkin", "_checkout", "_upkeep", "_run", "pool"],
+    2: [
+        "_parts",
+        "_fork",
+        "_supply",
+        "_life",
+        "_discard",
+        "_checkin",
+        "_checkout",
+        "_upkeep",
+        "_run",
+        "pool",
+    ],
     3: ["databases"],
     4: ["_flights", "_facts", "health", "_files", "processes"],
     5: ["prometheus", "gunicorn", "flask", "__main__"],
@@ -109,3 +122,25 @@ def test_importing_dbpool_brings_no_optional_package() -> None:
 
 def test_the_type_information_ships() -> None:
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_what_is_public_is_there_in_order_and_says_so() -> None:
+    assert dbpool.__all__ == sorted(dbpool.__all__)
+    for name in dbpool.__all__:
+        found = getattr(dbpool, name)
+        if isinstance(found, type) and issubclass(found, BaseException):
+            assert found.__module__ in ("dbpool", "psycopg_pool"), "tracebacks show the public path"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_module_says_what_lives_in_it(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring
+    assert len(docstring.splitlines()[0]) <= 99
+
+
+def test_a_gunicorn_configuration_gets_hooks_and_nothing_else() -> None:
+    settings = pytest.importorskip("gunicorn.config").KNOWN_SETTINGS
+    from dbpool import gunicorn
+
+    assert set(gunicorn.__all__) <= {setting.name for setting in settings}

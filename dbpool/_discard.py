@@ -1,0 +1,129 @@
+"""How connections are made idle or handed over, counted, and given up.
+
+Part of the one place that touches protected members of psycopg_pool, see `_supply`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any
+
+from psycopg_pool.abc import CT
+
+from dbpool import events
+from dbpool._life import Life
+from dbpool._supply import logger
+from dbpool.holders import Slot
+from dbpool.liveness import hung_up
+
+
+class Discard(Life[CT]):
+    """The books. A connection that is out has its slot in `_out`; one given up is in none."""
+
+    def _count(self, slot: Slot, use: float) -> None:
+        """Count a checkout that ended: wait and use at once, exact. The lock is held."""
+        metrics = self._metrics
+        metrics.checkouts += 1
+        metrics.wait.add(slot.wait)
+        metrics.use.add(use)
+        slot.since = 0.0
+
+    def _place(self, conn: Any, slot: Slot) -> None:
+        """Hand a connection over or queue it, last in first out. The lock is held."""
+        if self._waiting:
+            self._out.add(slot)
+            self._waiting.popleft().give(conn)
+            return
+        self._out.discard(slot)
+        if not self._closed:
+            slot.fresh_until = min(slot.expires_at, slot.idle_since + self._ping_after)
+            self._pool.append(conn)
+
+    @property
+    def _ping_after(self) -> float:
+        """Seconds after which an idle connection needs more than a look."""
+        return self.settings.ping_after if self._check is None else 0.0
+
+    def _add_to_pool(self, conn: Any) -> None:
+        conn._pool = None
+        with self._lock:
+            conn._slot.since = 0.0
+            self._place(conn, conn._slot)
+        if self._closed:
+            self._close_connection(conn)
+
+    def _discard(self, conn: Any, reason: str) -> None:
+        """Close a connection that is out; replace it if it is missed."""
+        with self._lock:
+            self._remove(conn._slot, reason)
+            self._refill()
+        self._dispose([conn], reason)
+
+    def _retire(
+        self, reason: str, condition: Callable[[Slot], bool], most: int | None = None
+    ) -> int:
+        """Close idle connections for whose slot *condition* holds, coldest first; how many?"""
+        gone = self._take_out(reason, condition, most)
+        self._dispose(gone, reason)
+        return len(gone)
+
+    def _take_out(
+        self, reason: str, condition: Callable[[Slot], bool], most: int | None = None
+    ) -> list[Any]:
+        """Give idle connections up like `_retire`, and leave closing them to the caller."""
+        with self._lock:
+            gone = [conn for conn in self._pool if condition(conn._slot)][:most]
+            for conn in gone:
+                self._pool.remove(conn)
+                self._remove(conn._slot, reason)
+            self._refill()
+        return gone
+
+    def _remove(self, slot: Slot, reason: str) -> None:
+        """Take a connection out of the books. The lock is held."""
+        slot.forget()
+        self._out.discard(slot)
+        self._nconns -= 1
+        metrics = self._metrics
+        setattr(metrics, reason, getattr(metrics, reason) + 1)
+
+    def _dispose(self, conns: Sequence[Any], reason: str) -> None:
+        for conn in conns:
+            self._close_connection(conn)
+            if self.listeners.active:
+                self.listeners.emit(events.Discarded(self.name, reason))
+
+    def _discard_dead(self, found: Any) -> None:
+        """One was *found* dead: give it up, and with it all idle ones whose server is gone."""
+        self._discard(found, "dead")
+        lost = hung_up(conn._slot.fd for conn in list(self._pool))
+        if lost:
+            gone = self._take_out("dead", lambda slot: slot.fd in lost)
+            # A caller is waiting: closing many is not its business.
+            self._later(lambda pool: pool._dispose(gone, "dead"))
+
+    def _discard_unused(self) -> None:
+        """One ping timed out: its equals will not answer either."""
+        oldest = monotonic() - self.settings.ping_after
+        self._retire("dead", lambda slot: slot.idle_since <= oldest)
+
+    def _reclaim(self) -> None:
+        """Free the slots of connections that were collected while out. The lock is held."""
+        while self._lost:
+            slot = self._lost.popleft()
+            if slot in self._out:
+                if slot.since:
+                    self._count(slot, monotonic() - slot.since)
+                self._remove(slot, "collected")
+                self._refill()
+                if self.listeners.active:
+                    self._later(
+                        lambda pool: pool.listeners.emit(events.Discarded(pool.name, "collected"))
+                    )
+                logger.warning(
+                    "pool %r: a connection was never returned and has been garbage-collected;"
+                    " it was checked out at %s",
+                    self.name,
+                    slot.where(),
+                )
