@@ -121,6 +121,17 @@ def test_a_slow_attempt_is_no_outage_while_others_come_back(breaker: Breaker, cl
     error = psycopg.OperationalError("no answer")
     assert not breaker.overdue(started, error, last_seen=started + 1.0)
     assert breaker.state == "closed"
+    clock.now += 1.0  # nobody has come back since
+    assert breaker.overdue(started, error, last_seen=started + 1.0)
+
+
+def test_a_slow_failure_counts_from_the_last_sign_of_life(breaker: Breaker, clock: Clock) -> None:
+    started = clock.now
+    clock.now += 5.0
+    error = psycopg.errors.ConnectionTimeout("connection timeout expired")
+    assert not breaker.failed(started, error, "timeout", last_seen=started + 4.9, out=2)
+    clock.now += 2.0
+    assert breaker.failed(clock.now, error, "timeout", last_seen=started + 4.9, out=2)
 
 
 def test_a_connection_that_comes_back_healthy_closes_it(breaker: Breaker, clock: Clock) -> None:
