@@ -1,0 +1,204 @@
+"""Waiters that are torn away, and pools that are closed at bad moments."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from psycopg_pool import PoolClosed
+
+from dbpool import DatabaseUnavailable, PoolExhausted
+from tests.postgres import Server, until
+from tests.proxy import Mode, Proxy
+
+from .steps import Task, assert_adds_up, assert_serves_all, fill
+from .support import MakePool, within
+
+
+@contextmanager
+def alarm(seconds: float, raising: type[BaseException]) -> Iterator[None]:
+    """Raise in this, the main thread, after that long, wherever it is."""
+
+    def ring(number: int, frame: object) -> None:
+        raise raising
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+class Timeout(BaseException):
+    """As gevent's: no Exception, and raised from outside."""
+
+
+TORN = pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, Timeout])
+
+
+@TORN
+def test_torn_away_while_all_are_out(make_pool: MakePool, error: type[BaseException]) -> None:
+    pool = make_pool(max_size=1)
+    conn = pool.getconn()
+    with pytest.raises(error), alarm(0.05, error):
+        pool.getconn()
+    assert pool.stats().waiting == 0
+    pool.putconn(conn)
+    assert_serves_all(pool)
+
+
+@TORN
+def test_torn_away_while_a_connection_is_made(
+    proxy: Proxy, make_pool: MakePool, error: type[BaseException]
+) -> None:
+    pool = make_pool(proxy.conninfo, max_size=2, outage_grace=10)
+    proxy.delay = 0.1
+    with pytest.raises(error), alarm(0.05, error):
+        pool.getconn()
+    assert pool.stats().waiting == 0
+    assert_adds_up(pool)
+    proxy.delay = 0.0
+    assert_serves_all(pool)
+
+
+def test_torn_away_at_any_moment_nothing_is_lost(make_pool: MakePool) -> None:
+    pool = make_pool(max_size=2)
+    fill(pool)
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            with pool.connection():
+                pass
+
+    others = [Task(work) for _ in range(4)]
+    torn = 0
+    for step in range(150):
+        try:
+            with alarm(0.0002 + 0.00002 * step, Timeout):
+                for _ in range(1000):
+                    conn = _take(pool.getconn)
+                    pool.putconn(conn)
+        except Timeout:
+            torn += 1
+        finally:
+            conn = None
+    stop.set()
+    for other in others:
+        other.result()
+    assert torn > 100
+    until(lambda: pool.stats().waiting == 0)
+    assert_adds_up(pool)
+    # One that was torn away after it had been handed over is collected, and its slot is free.
+    assert_serves_all(pool)
+
+
+def _take(getconn: Callable[[], object]) -> object:
+    return getconn()
+
+
+def test_waiters_that_time_out_leave_their_place(make_pool: MakePool) -> None:
+    pool = make_pool(max_size=1, max_waiting=3)
+    conn = pool.getconn()
+    for _ in range(5):
+        waiters = [Task(pool.getconn, 0.05) for _ in range(3)]
+        for waiter in waiters:
+            assert isinstance(waiter.error(), PoolExhausted)
+    assert pool.stats().counters.rejected == 0
+    pool.putconn(conn)
+    assert_serves_all(pool)
+
+
+# Closing
+
+
+def test_closing_refuses_those_who_wait_first(make_pool: MakePool) -> None:
+    pool = make_pool(max_size=1)
+    conn = pool.getconn()
+    waiters = [Task(pool.getconn) for _ in range(5)]
+    until(lambda: pool.stats().waiting == 5)
+    with within(1.0):
+        pool.close()
+        for waiter in waiters:
+            assert isinstance(waiter.error(), PoolClosed)
+    pool.putconn(conn)
+    assert conn.closed
+
+
+def test_closing_while_connects_hang(proxy: Proxy, make_pool: MakePool) -> None:
+    proxy.mode = Mode.SILENT
+    pool = make_pool(proxy.conninfo, min_size=3, max_size=3, outage_grace=30, connect_timeout=60)
+    waiters = [Task(pool.getconn) for _ in range(5)]
+    until(lambda: proxy.accepted == 3)
+    with within(2.5):
+        pool.close(timeout=2)
+    for waiter in waiters:
+        assert isinstance(waiter.error(), PoolClosed)
+        assert waiter.seconds < 1.5
+    proxy.drop()
+
+
+def test_a_connection_made_after_closing_is_closed(own_server: Server, make_pool: MakePool) -> None:
+    own_server.freeze([own_server.postmaster_pid])
+    pool = make_pool(min_size=2, outage_grace=30, connect_timeout=60)
+    waiter = Task(pool.getconn)
+    until(lambda: pool.stats().connecting == 2)
+    pool.close(timeout=0.1)
+    assert isinstance(waiter.error(), PoolClosed)
+    own_server.thaw()
+    until(lambda: not own_server.backends("dbpool:faults"))
+
+
+def test_closing_in_an_outage(own_server: Server, make_pool: MakePool) -> None:
+    pool = make_pool(min_size=3)
+    fill(pool)
+    own_server.stop("immediate")
+    with pytest.raises(DatabaseUnavailable):
+        pool.fetch_value("select 1")
+    with within(1.0):
+        pool.close()
+    assert pool.state == "stopped"
+    with pytest.raises(PoolClosed):
+        pool.fetch_value("select 1")
+
+
+def test_closing_while_idle_connections_are_silent(proxy: Proxy, make_pool: MakePool) -> None:
+    pool = make_pool(proxy.conninfo, min_size=5)
+    fill(pool)
+    proxy.go_dark()
+    with within(1.0):
+        pool.close()
+    proxy.drop()
+
+
+def test_closing_under_load_lets_holders_finish(own_server: Server, make_pool: MakePool) -> None:
+    pool = make_pool(max_size=3)
+    own_server.execute("create table t (id int)")
+    inside, go_on = threading.Barrier(4), threading.Event()
+
+    def work() -> None:
+        with pool.connection() as conn:
+            inside.wait(10)
+            go_on.wait(10)
+            conn.execute("insert into t values (1)")
+
+    holders = [Task(work) for _ in range(3)]
+    inside.wait(10)
+    pool.close()
+    go_on.set()
+    for holder in holders:
+        holder.result()
+    assert own_server.execute("select count(*) from t") == [(3,)]
+
+
+def test_closing_from_many_threads_at_once(make_pool: MakePool) -> None:
+    pool = make_pool(min_size=3)
+    fill(pool)
+    for closer in [Task(pool.close) for _ in range(8)]:
+        closer.result()
+        assert closer.seconds < 2.5
