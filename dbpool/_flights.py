@@ -17,14 +17,14 @@ class Flight(Generic[T]):
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call
         self._landed = threading.Event()
-        self._started = monotonic()
+        self.started = monotonic()
         self.answer: T | None = None
         self.error: BaseException | None = None
         self.seconds: float | None = None
 
     def wait(self, bound: float) -> bool:
         """Wait until *bound* seconds after its start, not after now; say whether it landed."""
-        return self._landed.wait(max(0.0, self._started + bound - monotonic()))
+        return self._landed.wait(max(0.0, self.started + bound - monotonic()))
 
     def fly(self) -> None:
         """Make the call, and keep what it returns or raises."""
@@ -32,7 +32,7 @@ class Flight(Generic[T]):
             self.answer = self._call()
         except BaseException as ex:  # noqa: BLE001  # a user's callable may raise anything
             self.error = ex.with_traceback(None)
-        self.seconds = monotonic() - self._started
+        self.seconds = monotonic() - self.started
 
     def land(self) -> None:
         """Let those who wait go on."""

@@ -16,7 +16,7 @@ from typing import Any, Final
 from dbpool._facts import learn, probe
 from dbpool._flights import Flight, Flights
 from dbpool.databases import Databases
-from dbpool.errors import ConfigError
+from dbpool.errors import ConfigError, PoolError
 from dbpool.pool import Pool
 
 __all__ = ["Health", "Readiness"]
@@ -128,7 +128,10 @@ class Health:
         learning = self._start_learning()
         outcomes = self._await_checks(checks)
         for name, flight in learning.items():
-            if flight.wait(max(0.0, deadline - monotonic())) and flight.error is not None:
+            flight.wait(deadline - flight.started)
+            if flight.error is None:
+                self._complaints.pop(("facts", name), None)
+            elif not isinstance(flight.error, PoolError):  # of which the pool itself tells
                 self._complain("facts", name, flight.error)
         ready = self._judge(words, outcomes)
         details = {name: self._describe(name, pool, words[name]) for name, pool in self._items()}

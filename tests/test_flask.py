@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from flask import Blueprint, Flask, Response, g, jsonify, redirect, stream_with_context
+from flask import Blueprint, Flask, Response, abort, g, jsonify, redirect, stream_with_context
 from flask.testing import FlaskClient
 
 from dbpool import ConfigError, Pool, PoolError, holders
@@ -504,6 +504,20 @@ def test_a_rule_may_answer_itself(make_app: MakeApp, dsn: str) -> None:
 def test_a_rule_that_answers_with_a_tuple_refuses(make_app: MakeApp, dsn: str) -> None:
     client = make_app(dsn, authorize=lambda: ("go away", 418)).test_client()
     assert client.get("/db/stats").status_code == 418
+
+
+def test_a_rule_that_aborts_or_fails_leaves_everyone_the_status_words(
+    make_app: MakeApp, dsn: str
+) -> None:
+    app = make_app(dsn, authorize=lambda: abort(418))
+    assert app.test_client().get("/db/stats").status_code == 418
+    assert app.test_client().get("/db/health").json == {
+        "status": "up", "databases": {"default": "up"}
+    }  # fmt: skip
+    failing = make_app(dsn, authorize=lambda: 1 / 0)
+    assert failing.test_client().get("/db/health").status_code == 200
+    with pytest.raises(ZeroDivisionError):
+        failing.test_client().get("/db/stats")
 
 
 @pytest.mark.parametrize("content", ["", "\n"])
