@@ -1,0 +1,169 @@
+"""The process ends in whatever state its pool is in, and is gone within two seconds."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from tests.postgres import Server, until
+from tests.proxy import Mode, Proxy
+
+from .support import EXIT_SECONDS, ROOT, run_script
+
+OPENING = """\
+import sys, threading, time
+import dbpool
+
+pool = dbpool.Pool(sys.argv[1], min_size=2, max_size=2, outage_grace=0.2, timeout=20)
+
+
+def end():
+    print("END", time.monotonic(), flush=True)
+
+"""
+
+STATES = {
+    "never used": "",
+    "open": "pool.fetch_value('select 1')",
+    "open and full": "pool.wait()",
+    "closed": """
+        pool.fetch_value('select 1')
+        pool.close()
+    """,
+    "with a connection out": """
+        conn = pool.getconn()
+        conn.execute("select 1")
+    """,
+    "with a connection lost": """
+        import warnings
+        warnings.simplefilter("ignore")
+        pool.getconn()
+    """,
+    "with a daemon that waits": """
+        def wait():
+            try:
+                pool.getconn()
+            except dbpool.PoolClosed:
+                pass
+
+        out = [pool.getconn(), pool.getconn()]
+        threading.Thread(target=wait, daemon=True).start()
+        while not pool.stats().waiting:
+            time.sleep(0.01)
+    """,
+    "with a daemon in a query": """
+        pool.wait()
+        threading.Thread(
+            target=pool.execute, args=["select pg_sleep(3)"], daemon=True
+        ).start()
+        while not pool.stats().active:
+            time.sleep(0.01)
+    """,
+    "with a pool in a cycle": """
+        class Holder:
+            pass
+        holder = Holder()
+        holder.me, holder.pool = holder, pool
+        pool.wait()
+        del pool, holder
+    """,
+}
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    return tmp_path / "script.py"
+
+
+def write(script: Path, body: str) -> Path:
+    script.write_text(OPENING + dedent(body) + "\nend()\n")
+    return script
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_ends_in_time(own_server: Server, script: Path, state: str) -> None:
+    run_script(write(script, STATES[state]), own_server.conninfo)
+    # A server in a query notices only at its end that nobody is there any more.
+    until(lambda: not own_server.backends("dbpool:default"), 6.0)
+
+
+def test_ends_in_time_in_an_outage(own_server: Server, script: Path) -> None:
+    own_server.stop()
+    body = """
+    import logging
+    logging.disable()
+    try:
+        pool.fetch_value("select 1")
+    except dbpool.DatabaseUnavailable:
+        pass
+    assert pool.state == "down"
+    """
+    run_script(write(script, body), own_server.conninfo)
+
+
+def test_ends_in_time_while_connects_hang(proxy: Proxy, script: Path) -> None:
+    proxy.mode = Mode.SILENT
+    body = """
+    import logging
+    logging.disable()
+    try:
+        pool.fetch_value("select 1")
+    except dbpool.DatabaseUnavailable:
+        pass
+    assert pool.stats().connecting == 2
+    """
+    run_script(write(script, body), proxy.conninfo)
+    proxy.drop()
+
+
+def test_ends_in_time_when_the_network_has_gone_silent(proxy: Proxy, script: Path) -> None:
+    body = """
+    pool.wait()
+    print("FULL", flush=True)
+    sys.stdin.readline()
+    """
+    process = subprocess.Popen(
+        [sys.executable, write(script, body), proxy.conninfo],
+        env={"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "FULL\n"
+        proxy.go_dark()
+        began = time.monotonic()
+        process.communicate("\n", timeout=10)
+    assert process.returncode == 0
+    assert time.monotonic() - began < EXIT_SECONDS
+    proxy.drop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_process_that_waits_for_a_connection(
+    own_server: Server, script: Path, number: signal.Signals
+) -> None:
+    body = """
+    out = [pool.getconn(), pool.getconn()]
+    print("WAITING", flush=True)
+    pool.getconn()
+    """
+    process = subprocess.Popen(
+        [sys.executable, write(script, body), own_server.conninfo],
+        env={"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "WAITING\n"
+        began = time.monotonic()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=10)
+    assert time.monotonic() - began < EXIT_SECONDS
+    assert process.returncode == -number, said
+    until(lambda: not own_server.backends("dbpool:default"), 5.0)

@@ -1,0 +1,380 @@
+"""Processes that fork while a pool is open: the child never speaks on the parent's sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from tests.postgres import Server, until
+
+from .support import run_script
+
+Run = Callable[[str], str]
+
+OPENING = """\
+import multiprocessing, os, signal, sys, threading, time
+import dbpool
+
+PID = "select pg_backend_pid()"
+
+
+def wait_for(child, seconds=10):
+    deadline = time.monotonic() + seconds
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return "it hangs"
+        time.sleep(0.005)
+
+
+def end():
+    print("END", time.monotonic(), flush=True)
+
+"""
+
+
+@pytest.fixture
+def run(own_server: Server, tmp_path: Path) -> Run:
+    """Run a script on the private server; afterwards no backend is left."""
+
+    def run(body: str) -> str:
+        script = tmp_path / "script.py"
+        script.write_text(OPENING + dedent(body))
+        said = run_script(script, own_server.conninfo)
+        until(lambda: not own_server.backends("dbpool:default"))
+        return said
+
+    return run
+
+
+CHILDREN = {
+    "uses the pool": """
+        theirs = {pool.fetch_value(PID) for _ in range(20)}
+        assert not theirs & parents, (theirs, parents)
+        with pool.connection() as own:
+            assert own.info.backend_pid not in parents
+        pool.close()
+        os._exit(0)
+    """,
+    "uses the pool and ends without closing it": """
+        assert pool.fetch_value(PID) not in parents
+        sys.exit(0)
+    """,
+    "ends at once": "os._exit(0)",
+    "exits": "sys.exit(0)",
+    "rolls back": """
+        try:
+            conn.rollback()
+        except Exception:
+            pass
+        sys.exit(0)
+    """,
+    "commits": """
+        try:
+            conn.commit()
+        except Exception:
+            pass
+        sys.exit(0)
+    """,
+    "closes the connection": """
+        conn.close()
+        sys.exit(0)
+    """,
+    "returns the connection": """
+        pool.putconn(conn)
+        assert pool.stats().size == 0
+        sys.exit(0)
+    """,
+    "executes on the connection": """
+        try:
+            conn.execute("insert into t values (99)")
+        except Exception:
+            sys.exit(0)
+        sys.exit("it could")
+    """,
+    "closes the pool": """
+        pool.close()
+        assert pool.state == "stopped"
+        sys.exit(0)
+    """,
+    "drops all it knows": """
+        import gc
+        del conn, idle
+        pool = None
+        gc.collect()
+        sys.exit(0)
+    """,
+    "looks at the pool": """
+        stats = pool.stats()
+        assert (stats.size, stats.active, stats.idle, stats.connecting) == (0, 0, 0, 0)
+        assert stats.counters.checkouts == 0
+        assert pool.holders() == []
+        assert pool.state == "starting"
+        sys.exit(0)
+    """,
+    "forks again": """
+        pool.wait()
+        mine = {c.info.backend_pid for c in pool._pool}
+        assert len(mine) == 3
+        assert not mine & parents
+        again = os.fork()
+        if again == 0:
+            assert pool.fetch_value(PID) not in parents | mine
+            sys.exit(0)
+        assert wait_for(again) == 0
+        assert {pool.fetch_value(PID) for _ in range(10)} <= mine
+        sys.exit(0)
+    """,
+}
+
+
+@pytest.mark.parametrize("child", CHILDREN)
+def test_the_parents_sessions_survive_a_child_that(
+    run: Run, own_server: Server, child: str
+) -> None:
+    own_server.execute("create table t (id int)")
+    body = """
+    pool = dbpool.Pool(sys.argv[1], min_size=3, max_size=3)
+    pool.wait()
+    conn = pool.getconn()
+    conn.execute("insert into t values (1)")
+    idle = [pool.getconn() for _ in range(2)]
+    parents = {c.info.backend_pid for c in [conn, *idle]}
+    for other in idle:
+        pool.putconn(other)
+    child = os.fork()
+    if child == 0:
+@@
+    status = wait_for(child)
+    assert status == 0, status
+    conn.execute("insert into t values (2)")
+    conn.commit()
+    pool.putconn(conn)
+    conns = [pool.getconn() for _ in range(3)]
+    assert {c.execute(PID).fetchone()[0] for c in conns} == parents
+    for other in conns:
+        pool.putconn(other)
+    end()
+    """
+    block = "\n".join(" " * 8 + line for line in dedent(CHILDREN[child]).strip().splitlines())
+    run(dedent(body).replace("@@", block))
+    assert own_server.execute("select id from t order by id") == [(1,), (2,)]
+
+
+def test_forks_while_other_threads_hold_connections_and_locks(run: Run) -> None:
+    run("""
+    pool = dbpool.Pool(sys.argv[1], min_size=1, max_size=4, timeout=10)
+    stop, errors = threading.Event(), []
+
+    def work():
+        while not stop.is_set():
+            try:
+                with pool.connection() as conn:
+                    pid = conn.info.backend_pid
+                    assert conn.execute(PID).fetchone()[0] == pid
+                pool.stats()
+            except BaseException as ex:
+                errors.append(ex)
+                return
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    parents = {pool.fetch_value(PID) for _ in range(20)}
+    for n in range(20):
+        child = os.fork()
+        if child == 0:
+            theirs = pool.fetch_value(PID)
+            assert pool.fetch_value(PID) == theirs
+            assert theirs not in parents
+            pool.close() if n % 2 else None
+            sys.exit(0)
+        status = wait_for(child)
+        assert status == 0, status
+    stop.set()
+    for thread in threads:
+        thread.join(10)
+    assert not errors, errors
+    pool.close()
+    end()
+    """)
+
+
+def test_forks_while_another_thread_has_the_pools_lock(run: Run) -> None:
+    run("""
+    pool = dbpool.Pool(sys.argv[1], min_size=1)
+    pool.wait()
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with pool._lock:
+            held.set()
+            release.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(10)
+    child = os.fork()
+    if child == 0:
+        pool.fetch_value(PID)
+        sys.exit(0)
+    status = wait_for(child)
+    release.set()
+    thread.join(10)
+    assert status == 0, status
+    pool.fetch_value(PID)
+    end()
+    """)
+
+
+def test_forks_while_waiters_wait_and_connects_are_under_way(run: Run) -> None:
+    run("""
+    pool = dbpool.Pool(sys.argv[1], max_size=2, timeout=10)
+    with pool.connection():
+        for n in range(10):
+            threads = [threading.Thread(target=pool.fetch_value, args=[PID]) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            child = os.fork()
+            if child == 0:
+                pool.fetch_value(PID)
+                os._exit(0)
+            status = wait_for(child)
+            for thread in threads:
+                thread.join(10)
+                assert not thread.is_alive()
+            assert status == 0, status
+    end()
+    """)
+
+
+def test_a_pool_closed_before_the_fork_stays_closed_in_the_child(run: Run) -> None:
+    run("""
+    pool = dbpool.Pool(sys.argv[1])
+    pool.fetch_value(PID)
+    pool.close()
+    child = os.fork()
+    if child == 0:
+        try:
+            pool.fetch_value(PID)
+        except dbpool.PoolClosed:
+            sys.exit(0)
+        sys.exit(1)
+    status = wait_for(child)
+    assert status == 0, status
+    end()
+    """)
+
+
+def test_a_pool_that_is_not_open_yet_opens_in_both(run: Run) -> None:
+    run("""
+    pool = dbpool.Pool(sys.argv[1])
+    child = os.fork()
+    mine = pool.fetch_value(PID)
+    if child == 0:
+        sys.exit(0)
+    status = wait_for(child)
+    assert status == 0, status
+    assert pool.fetch_value(PID) == mine
+    end()
+    """)
+
+
+def test_the_breaker_starts_anew_in_the_child(run: Run) -> None:
+    run("""
+    broken = True
+    conninfo = lambda: sys.argv[1] + (" dbname=missing" if broken else "")
+    pool = dbpool.Pool(conninfo, timeout=10)
+    try:
+        pool.fetch_value(PID)
+    except dbpool.DatabaseMisconfigured:
+        pass
+    assert pool.state == "down"
+    child = os.fork()
+    broken = False
+    if child == 0:
+        assert pool.breaker.state == "closed"
+        pool.fetch_value(PID)
+        sys.exit(0)
+    status = wait_for(child)
+    assert status == 0, status
+    end()
+    """)
+
+
+def test_the_leak_watchdog_works_in_the_child(run: Run) -> None:
+    said = run("""
+    import logging
+    logging.basicConfig(stream=sys.stdout)
+    pool = dbpool.Pool(sys.argv[1], leak_after=0.2)
+    pool.fetch_value(PID)
+    child = os.fork()
+    if child == 0:
+        conn = pool.getconn()
+        deadline = time.monotonic() + 10
+        while not pool.stats().counters.leaks and time.monotonic() < deadline:
+            time.sleep(0.01)
+        pool.putconn(conn)
+        sys.exit(0)
+    status = wait_for(child, 15)
+    assert status == 0, status
+    assert pool.stats().counters.leaks == 0
+    end()
+    """)
+    assert said.count("has been held for") == 1
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(run: Run, method: str) -> None:
+    run(f"""
+    pool = dbpool.Pool(sys.argv[1], min_size=2, max_size=2)
+
+
+    def work(n):
+        time.sleep(0.01)
+        return os.getpid(), pool.fetch_value(PID), pool.fetch_value("select %s::int", [n])
+
+
+    if __name__ == "__main__":
+        mine = {{pool.fetch_value(PID) for _ in range(5)}}
+        context = multiprocessing.get_context({method!r})
+        with context.Pool(3) as workers:
+            answers = workers.map(work, range(60), chunksize=5)
+            workers.close()
+            workers.join()
+        assert [value for _, _, value in answers] == list(range(60))
+        assert not mine & {{backend for _, backend, _ in answers}}
+        processes = {{process for process, _, _ in answers}}
+        sessions = {{(process, backend) for process, backend, _ in answers}}
+        assert len({{backend for _, backend in sessions}}) == len(sessions), sessions
+        assert len(processes) >= 2
+        assert pool.fetch_value(PID) in mine
+        end()
+    """)
+
+
+def test_a_transaction_of_the_parent_goes_on_over_many_forks(run: Run, own_server: Server) -> None:
+    own_server.execute("create table t (id int)")
+    run("""
+    pool = dbpool.Pool(sys.argv[1])
+
+    def work(conn):
+        for n in range(10):
+            conn.execute("insert into t values (%s)", [n])
+            process = multiprocessing.get_context("fork").Process(target=pool.fetch_value, args=[PID])
+            process.start()
+            process.join(10)
+            assert process.exitcode == 0, process.exitcode
+        return conn.execute("select count(*) from t").fetchone()[0]
+
+    assert pool.run(work) == 10
+    end()
+    """)
+    assert own_server.execute("select count(*) from t") == [(10,)]
