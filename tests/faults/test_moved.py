@@ -1,0 +1,163 @@
+"""The server that could be written to is not the one any longer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.errors import ReadOnlySqlTransaction
+
+from dbpool import Pool
+from tests.postgres import Server, until
+
+from .steps import assert_serves_all, fill
+from .support import MakePool
+
+PID = "select pg_backend_pid()"
+
+
+@pytest.fixture
+def standby(make_server: Callable[..., Server]) -> Server:
+    """A hot standby that follows nobody."""
+    server = make_server()
+    server.execute("create table t (id int)")
+    server.stop()
+    server.demote()
+    server.start()
+    return server
+
+
+@pytest.fixture
+def primary(own_server: Server) -> Server:
+    own_server.execute("create table t (id int)")
+    return own_server
+
+
+def writable_of(*servers: Server) -> str:
+    ports = ",".join(str(server.port) for server in servers)
+    hosts = ",".join(["127.0.0.1"] * len(servers))
+    return servers[0].conninfo_for(host=hosts, port=ports, target_session_attrs="read-write")
+
+
+def fence(server: Server) -> None:
+    """Take no more writes, but keep all connections."""
+    server.execute("alter system set default_transaction_read_only = on")
+    server.reload()
+    until(lambda: server.execute("show default_transaction_read_only") == [("on",)])
+
+
+def rows(server: Server) -> int:
+    ((count,),) = server.execute("select count(*) from t")
+    return int(count)
+
+
+def insert(conn: psycopg.Connection[Any]) -> None:
+    conn.execute("insert into t values (1)")
+
+
+def by_statement(pool: Pool) -> None:
+    pool.execute("insert into t values (1)")
+
+
+def by_block(pool: Pool) -> None:
+    with pool.connection() as conn:
+        insert(conn)
+
+
+def by_run(pool: Pool) -> None:
+    pool.run(insert)
+
+
+@pytest.mark.parametrize("write", [by_statement, by_block, by_run])
+def test_one_failed_write_moves_the_pool_to_the_new_primary(
+    primary: Server, standby: Server, make_pool: MakePool, write: Callable[[Pool], None]
+) -> None:
+    pool = make_pool(writable_of(primary, standby), min_size=4)
+    assert set(fill(pool)) == set(primary.backends("dbpool:faults"))
+    write(pool)
+    assert rows(primary) == 1
+    standby.promote()
+    fence(primary)
+    with pytest.raises(ReadOnlySqlTransaction):
+        write(pool)
+    for _ in range(20):
+        write(pool)
+    assert (rows(primary), rows(standby)) == (1, 20)
+    until(lambda: not primary.backends("dbpool:faults"))
+    assert_serves_all(pool)
+    pool.close()
+    until(lambda: not standby.backends("dbpool:faults"))
+
+
+def test_holders_that_all_fail_drain_the_pool_once(
+    primary: Server, standby: Server, make_pool: MakePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = make_pool(writable_of(primary, standby), max_size=3)
+    conns = [pool.getconn() for _ in range(3)]
+    for conn in conns:
+        pool.putconn(conn)
+    standby.promote()
+    fence(primary)
+    blocks = [pool.connection() for _ in range(3)]
+    held = [block.__enter__() for block in blocks]
+    for block, conn in zip(blocks, held, strict=True):
+        with pytest.raises(ReadOnlySqlTransaction) as caught:
+            insert(conn)
+        block.__exit__(caught.type, caught.value, caught.tb)
+        assert conn.closed
+    assert sum("has moved" in message for message in caplog.messages) == 1
+    by_statement(pool)
+    assert rows(standby) == 1
+    assert_serves_all(pool)
+    pool.close()
+    until(lambda: not standby.backends("dbpool:faults"))
+
+
+def test_a_role_that_may_not_write_drains_nothing(primary: Server, make_pool: MakePool) -> None:
+    primary.execute("create role reader login password 'r' in role pg_write_all_data")
+    primary.execute("alter role reader set default_transaction_read_only = on")
+    pool = make_pool(primary.conninfo_for(user="reader", password="r"), min_size=3)
+    pids = set(fill(pool))
+    for write in (by_statement, by_block, by_run) * 3:
+        with pytest.raises(ReadOnlySqlTransaction):
+            write(pool)
+    assert set(fill(pool)) == pids
+    assert pool.stats().counters.connects == 3
+
+
+def test_a_standby_that_is_written_to_drains_nothing_and_serves_once_it_is_promoted(
+    own_server: Server, standby: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(server=standby, max_size=1)
+    pid = pool.fetch_value(PID)
+    for _ in range(3):
+        with pytest.raises(ReadOnlySqlTransaction):
+            by_statement(pool)
+    assert pool.fetch_value(PID) == pid
+    standby.promote()
+    until(lambda: standby.execute("select pg_is_in_recovery()") == [(False,)])
+    by_statement(pool)
+    assert pool.fetch_value(PID) == pid
+    assert rows(standby) == 1
+    assert_serves_all(pool)
+
+
+def test_an_outage_of_all_writable_servers_ends_with_the_promotion(
+    primary: Server, standby: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(writable_of(primary, standby), min_size=2)
+    fill(pool)
+    primary.stop("immediate")
+    with pytest.raises(psycopg.OperationalError):
+        by_statement(pool)
+    until(lambda: pool.state == "down")
+    assert pool.breaker.kind in {"standby", "refused"}
+    standby.promote()
+    until(lambda: pool.state == "up", 5.0)
+    by_statement(pool)
+    assert rows(standby) == 1
+    assert_serves_all(pool)
+    pool.close()
+    until(lambda: not standby.backends("dbpool:faults"))
