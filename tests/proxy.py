@@ -52,8 +52,9 @@ class Proxy:
         self.translate: Callable[[bytes], bytes] | None = None  # of what the server says
         self._tls = tls
         self._links: set[_Link] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._cuts: list[tuple[bytes, Cut]] = []
-        self._listener: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
         self._thread.start()
@@ -125,13 +126,29 @@ class Proxy:
 
     async def _listen(self) -> None:
         if self._listener is None:
-            self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
-            self.port = self._listener.sockets[0].getsockname()[1]
+            self._listener = socket.create_server(("127.0.0.1", self.port))
+            self._listener.setblocking(False)
+            self.port = self._listener.getsockname()[1]
+            self._loop.add_reader(self._listener, self._accept, self._listener)
 
     async def _refuse(self) -> None:
         if self._listener is not None:
+            self._loop.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            client = listener.accept()[0]
+            task = self._loop.create_task(self._connect(client))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, client: socket.socket) -> None:
+        # asyncio's own server leaks what it accepts in the moment in which it is closed.
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader, self._serve)
+        await self._loop.connect_accepted_socket(lambda: protocol, client)
 
     async def _drop(self, reset: bool) -> None:
         for link in list(self._links):
@@ -144,7 +161,7 @@ class Proxy:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.sleep(0)  # lets transports call back that they are closed
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         link = _Link(self, reader, writer)
         self._links.add(link)
@@ -169,9 +186,13 @@ class _Link:
         self._writer = writer
         self._upstream: asyncio.StreamWriter | None = None
         self._armed: Cut | None = None
+        self._ended = asyncio.Event()
+        # Nothing else holds on to a task that waits in the dark.
+        self._task = asyncio.current_task()
 
     def end(self, reset: bool = False) -> None:
         """Close both sides."""
+        self._ended.set()
         for writer in filter(None, (self._writer, self._upstream)):
             if reset and (raw := writer.get_extra_info("socket")) is not None:
                 with contextlib.suppress(OSError):
@@ -235,7 +256,7 @@ class _Link:
             if self._armed is Cut.AFTER and look == self._from_server:
                 break
         if self.dark:  # one side has gone, but the other is not to know
-            await asyncio.Event().wait()
+            await self._ended.wait()
 
     def _from_client(self, chunk: bytes) -> bytes:
         for pattern, when in self._proxy._cuts:

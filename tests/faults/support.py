@@ -48,15 +48,21 @@ def within(seconds: float) -> Iterator[None]:
     assert taken < seconds, f"it took {taken:.2f} s, more than {seconds} s"
 
 
+def environ() -> dict[str, str]:
+    """The environment of a process that is to find what we find."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return kept | {"PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": _WARNINGS}
+
+
 def run_script(script: Path, *arguments: str, seconds: float = 30.0) -> str:
     """Run a script that says `END <monotonic time>` last; return what it said.
 
     It must succeed, and its process must be gone soon after that.
     """
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     done = subprocess.run(
         [sys.executable, script, *arguments],
-        env=environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": _WARNINGS},
+        env=environ(),
         capture_output=True,
         text=True,
         timeout=seconds,

@@ -14,7 +14,7 @@ import pytest
 from tests.postgres import Server, until
 from tests.proxy import Mode, Proxy
 
-from .support import EXIT_SECONDS, ROOT, run_script
+from .support import EXIT_SECONDS, environ, run_script
 
 OPENING = """\
 import sys, threading, time
@@ -130,7 +130,7 @@ def test_ends_in_time_when_the_network_has_gone_silent(proxy: Proxy, script: Pat
     """
     process = subprocess.Popen(
         [sys.executable, write(script, body), proxy.conninfo],
-        env={"PYTHONPATH": str(ROOT)},
+        env=environ(),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     with process:
@@ -155,7 +155,7 @@ def test_a_signal_ends_a_process_that_waits_for_a_connection(
     """
     process = subprocess.Popen(
         [sys.executable, write(script, body), own_server.conninfo],
-        env={"PYTHONPATH": str(ROOT)},
+        env=environ(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     with process:

@@ -18,7 +18,7 @@ import pytest
 
 from tests.postgres import Server, free_port, until
 
-from .support import EXIT_SECONDS, ROOT
+from .support import EXIT_SECONDS, environ
 
 WORKERS, THREADS = 3, 4
 
@@ -53,14 +53,15 @@ class Gunicorn:
         (folder / "app.py").write_text(APPLICATION)
         (folder / "hooks.py").write_text("from dbpool.gunicorn import *\n")
         self.log = folder / "log"
-        environ = {k: v for k, v in os.environ.items() if not k.startswith(("GUNICORN", "WEB_"))}
-        environ |= {"CONNINFO": conninfo, "PYTHONPATH": f"{folder}:{ROOT}", "HOME": str(folder)}
+        unwanted = ("GUNICORN", "WEB_", "PYTHONWARNINGS")
+        env = {k: v for k, v in environ().items() if not k.startswith(unwanted)}
+        env |= {"CONNINFO": conninfo, "HOME": str(folder)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gunicorn", "--preload", "--workers", str(WORKERS),
                  "--threads", str(THREADS), "--bind", f"127.0.0.1:{self.port}",
-                 "--config", folder / "hooks.py", "app"],
-                cwd=folder, env=environ, stdout=log, stderr=log, start_new_session=True,
+                 "--pythonpath", folder, "--config", folder / "hooks.py", "app"],
+                cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
     def get(self, number: int) -> Any:
