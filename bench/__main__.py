@@ -1,0 +1,35 @@
+"""`python -m bench [--quick] [NAME …]`: run the benchmarks, print tables, write `bench/results`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+
+ALL = ("recovery",)
+
+
+def main() -> int:
+    """Run the named benchmarks, or all."""
+    parser = argparse.ArgumentParser(prog="python -m bench")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)}")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter, under a minute")
+    arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.names) - set(ALL)):
+        parser.error(f"there is no benchmark {unknown[0]!r}")
+    logging.disable()  # the peers' complaints about what is done to them
+    for name in arguments.names or ALL:
+        try:
+            module = importlib.import_module(f"bench.{name}")
+        except ModuleNotFoundError as ex:
+            print(f"bench: {ex.name} is missing: pip install -r bench/requirements.txt")
+            return 1
+        print(f"{name}:", flush=True)
+        table = module.run(arguments.quick)
+        print(f"\n{table.as_markdown()}\n\nwritten to {table.save()}\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
