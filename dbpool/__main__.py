@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import psycopg
 
+from dbpool._conninfo import is_exposed
 from dbpool._values import did_you_mean, find_dotenv, number
-from dbpool.conninfo import is_exposed
 from dbpool.databases import Databases
 from dbpool.errors import ConfigError, PoolError
 from dbpool.gunicorn import directories

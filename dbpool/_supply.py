@@ -21,9 +21,9 @@ from psycopg_pool.abc import CT
 from psycopg_pool.pool import AddConnection
 
 from dbpool import events
+from dbpool._conninfo import mask
 from dbpool._parts import Call, Probe, Waiter, manners
 from dbpool.breaker import Breaker
-from dbpool.conninfo import mask
 from dbpool.errors import (
     DatabaseMisconfigured,
     DatabaseUnavailable,
@@ -40,6 +40,7 @@ from dbpool.settings import Settings
 logger = logging.getLogger("dbpool")
 
 _LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
+_LOOK_AGAIN = 0.1  # seconds at least between two looks at an attempt without an answer
 
 
 class Supply(ConnectionPool[CT]):
@@ -92,20 +93,15 @@ class Supply(ConnectionPool[CT]):
     # Making connections
 
     def _refill(self) -> None:
-        """Begin the connections that are missing. The lock is held.
+        """Begin what is missing: up to min_size, then one at a time for those who wait.
 
-        Up to min_size side by side, beyond it one at a time, for those who wait.
+        The lock is held.
         """
         if self._closed or self._probe is not None or self.breaker.is_open:
             return
-        missing = self._min_size - self._nconns
-        if (
-            missing <= 0
-            and self._waiting
-            and not self._connecting
-            and self._nconns < self._max_size
-        ):
-            missing = 1
+        missing = max(0, self._min_size - self._nconns)
+        if self._waiting and not self._connecting and self._nconns < self._max_size:
+            missing = max(1, missing)
         for _ in range(missing):
             self._nconns += 1
             self._connecting += 1
@@ -113,7 +109,7 @@ class Supply(ConnectionPool[CT]):
 
     def _add_connection(self, attempt: Any, growing: bool = False) -> None:
         """Make one attempt; a worker calls it. *attempt* is a `Probe` if it is a repeated one."""
-        if attempt is not None and self._put_off(attempt):
+        if self._is_needless(attempt) or (attempt is not None and self._put_off(attempt)):
             return
         started = monotonic()
         params: dict[str, Any] = {}
@@ -126,15 +122,20 @@ class Supply(ConnectionPool[CT]):
         else:
             self._attempt_succeeded(conn, started)
 
-    def _put_off(self, probe: Probe) -> bool:
-        """Whether it is too early for that probe, or nobody needs it any more."""
-        early = probe.due - monotonic()
+    def _is_needless(self, probe: Probe | None) -> bool:
+        """Give the slot up if nobody needs it any more, or if another tries in an outage."""
         with self._lock:
-            needed = self._nconns <= self._min_size or self._waiting or self.breaker.is_open
+            if probe is not None:
+                needed = self._nconns <= self._min_size or self._waiting or self.breaker.is_open
+            else:  # it may have queued for a worker while others failed
+                needed = self._probe is None and not (self.breaker.is_open and self._attempts)
             if not needed:
                 self._drop_slot(probe)
-                self.breaker.reset()
-                return True
+            return not needed
+
+    def _put_off(self, probe: Probe) -> bool:
+        """Whether it is too early for that probe."""
+        early = probe.due - monotonic()
         if early <= 0 or (probe.watching and self._params_now() != probe.params):
             return False
         self._schedule(probe)
@@ -150,15 +151,18 @@ class Supply(ConnectionPool[CT]):
         """Give a slot up whose connection was not made. The lock is held."""
         self._nconns -= 1
         self._connecting -= 1
-        if self._probe is probe:
+        if probe is not None and self._probe is probe:
             self._probe = None
+            self.breaker.reset()
 
     def _attempt_begins(self, started: float) -> None:
         with self._lock:
             self._attempts.append(started)
             self.breaker.attempt()
-        overdue = Call(self, lambda pool: pool._attempt_overdue(started))
-        self.schedule_task(overdue, self.breaker.grace)
+        self._await_answer(started, self.breaker.grace)
+
+    def _await_answer(self, started: float, delay: float) -> None:
+        self.schedule_task(Call(self, lambda pool: pool._attempt_overdue(started)), delay)
 
     def _resolve_conninfo(self) -> str:
         return super()._resolve_conninfo() or self.settings.resolve()
@@ -256,13 +260,15 @@ class Supply(ConnectionPool[CT]):
 
     def _attempt_overdue(self, started: float) -> None:
         with self._lock:
-            if started not in self._attempts:
+            if started not in self._attempts or self._closed:
                 return
             error = _unanswered(monotonic() - started)
             opened = self.breaker.overdue(started, error, last_seen=self._last_seen)
             if opened:
                 self._fail_waiters()
                 self._changed.notify_all()
+            due = max(started, self._last_seen) + self.breaker.grace
+            self._await_answer(started, max(due - monotonic(), _LOOK_AGAIN))
         if opened:
             self._tell_down()
 

@@ -192,9 +192,10 @@ class Pool(Runner[CT]):
         return list(holders.report(held, monotonic()))
 
     def return_held(self, since: float) -> list[Holder]:
-        """Take back what this thread checked out after *since* and still holds.
+        """Take back what this thread checked out after *since*, a monotonic time, and still holds.
 
-        *since* is a monotonic time. What is taken back is rolled back; returns who held it.
+        It is closed, which rolls it back: whoever holds it may not have forgotten it yet.
+        Returns who held it.
         """
         if not self._out:
             return []
@@ -204,6 +205,7 @@ class Pool(Runner[CT]):
         reports = list(holders.report(held, monotonic()))
         for slot in held:
             if slot.ref is not None and (conn := slot.ref()) is not None:
+                conn.pgconn.finish()
                 self.putconn(conn)
         return reports
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-from dbpool import conninfo as _conninfo
+from dbpool import _conninfo
 from dbpool._app_settings import AppSettings
 from dbpool._values import (
     did_you_mean,

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "dbpool"
 
 FLOORS = {
     0: ["errors", "liveness", "events", "metrics"],
-    1: ["_values", "_app_settings", "conninfo", "settings", "retry", "breaker", "holders"],
+    1: ["_values", "_app_settings", "_conninfo", "settings", "retry", "breaker", "holders"],
     2: [
         "_parts",
         "_fork",

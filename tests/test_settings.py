@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from psycopg.conninfo import make_conninfo
 
 from dbpool import ConfigError, Pool, Settings
-from dbpool.conninfo import is_exposed, mask, mask_conninfo, parse
+from dbpool._conninfo import is_exposed, mask, mask_conninfo, parse
 from dbpool.settings import (
     AppSettings,
     databases_from_env,

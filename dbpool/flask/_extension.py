@@ -161,7 +161,7 @@ def _take_back(pool: Pool[Any], since: float, endpoint: str | None) -> None:
     for holder in pool.return_held(since):
         logger.error(
             "pool %r: a connection checked out at %s was still held when the request ended"
-            " (endpoint %s): it was rolled back and returned",
+            " (endpoint %s): it was rolled back and closed",
             pool.name,
             holder.where,
             endpoint,
