@@ -232,10 +232,9 @@ class _Link:
         plain: Any = self._writer.transport
         try:
             await self._writer.start_tls(context)
-        finally:
-            if self._writer.transport is None:  # asyncio's way when the client turns away
-                self._writer._transport = plain
-                plain.abort()
+        except AttributeError as ex:  # asyncio's way to say that the client turned away
+            self._writer._transport = plain  # type: ignore[attr-defined]
+            raise ConnectionAbortedError from ex
 
     async def _pump(
         self,

@@ -343,7 +343,8 @@ def test_multiprocessing(run: Run, method: str) -> None:
 
 
     if __name__ == "__main__":
-        mine = {{pool.fetch_value(PID) for _ in range(5)}}
+        pool.wait()
+        mine = {{conn.info.backend_pid for conn in pool._pool}}
         context = multiprocessing.get_context({method!r})
         with context.Pool(3) as workers:
             answers = workers.map(work, range(60), chunksize=5)
