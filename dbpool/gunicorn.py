@@ -18,10 +18,9 @@ from dbpool._files import start_time
 from dbpool._fork import close_all, pools
 from dbpool.processes import VARIABLE
 
-__all__ = ["on_exit", "on_starting", "post_fork", "post_worker_init", "worker_exit"]
+__all__ = ["on_exit", "on_starting", "post_worker_init", "worker_exit"]
 
 _NAME: Final = re.compile(r"dbpool-stats-(\d+)-(\d+)")
-_MAX_SIZE: Final = "DBPOOL_MAX_SIZE"
 
 
 def on_starting(server: Any) -> None:
@@ -42,13 +41,11 @@ def on_starting(server: Any) -> None:
     server.log.warning("no directory for dbpool's statistics: each worker answers for itself")
 
 
-def post_fork(server: Any, worker: Any) -> None:
-    """Let the pools that this worker makes be as large as it has threads."""
-    os.environ.setdefault(_MAX_SIZE, str(worker.cfg.threads))
-
-
 def post_worker_init(worker: Any) -> None:
-    """The same for pools made before the fork, by `preload_app`."""
+    """Let the pools of this worker be as large as it has threads, unless their size is set.
+
+    Not by the environment, which would win over a `.env` and contradict a larger min_size.
+    """
     for pool in pools():
         if "max_size" not in pool.settings.explicit:
             pool.resize(pool.min_size, max(pool.min_size, worker.cfg.threads))

@@ -181,6 +181,18 @@ def test_serves_the_api_and_the_views_and_keeps_the_data(run: Run, checkout: Pat
     assert second.get(f"/notes/{note['id']}") == (200, note)
 
 
+def test_a_pool_is_as_large_as_its_worker_has_threads_unless_told_otherwise(run: Run) -> None:
+    assert largest(run()) == 8
+    assert largest(run(DBPOOL_MAX_SIZE="3")) == 3
+    assert largest(run(DBPOOL_MIN_SIZE="9")) == 9
+
+
+def largest(application: Application) -> int:
+    pools = application.await_served().get("/db/stats?scope=process")[1]["pools"]
+    size: int = pools["default"]["max_size"]
+    return size
+
+
 def test_ctrl_c_in_a_terminal_stops_it_quietly(run: Run, checkout: Path) -> None:
     application = run().await_served()
     with stopping_in_time():

@@ -1,5 +1,6 @@
 """How gunicorn serves the application, under `make run` and in the container alike."""
 
+import atexit
 import os
 import signal
 from pathlib import Path
@@ -34,5 +35,7 @@ def when_ready(server: Any) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             os.kill(os.getpid(), signal.SIGQUIT)
 
+    # At its end Python gives the signals back their own meaning: this one's is to kill.
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, 0.25, 0.25)
