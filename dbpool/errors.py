@@ -50,7 +50,8 @@ _TEXTS: Final = tuple(
         ("role", r'role "[^"]*" does not exist|not permitted to log in|no such user'),
         ("database", r'database "[^"]*" does not exist|no such database'),
         ("database", r"not currently accepting connections"),
-        ("access", r"no pg_hba\.conf entry|permission denied for database"),
+        ("access", r"no pg_hba\.conf entry|pg_hba\.conf rejects|permission denied for database"),
+        ("closed", r"unexpected eof|EOF detected"),  # in the middle of a TLS handshake, say
         ("tls", r"certificate|server does not support SSL|SSL error|sslmode"),
         ("refused", r"Connection refused|No such file or directory"),
         ("closed", r"server closed the connection|Connection reset"),

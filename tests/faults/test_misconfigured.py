@@ -1,0 +1,325 @@
+"""What waiting will hardly cure is told at once, and over as soon as it is put right."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Pool
+from dbpool.errors import classify
+from tests.postgres import Server, until
+from tests.proxy import Proxy
+
+from .steps import SLACK, Task, assert_serves_all, await_up, fill, terminate
+
+MakePool = Callable[..., Pool[Any]]
+SECRET = "s3cr3t-of-theirs"
+
+
+@pytest.fixture
+def app(own_server: Server) -> Server:
+    """A server with a role that needs its password, and all that may be wrong beside it."""
+    own_server.execute(f"create role app login password '{SECRET}'")
+    own_server.execute("create role visitor password 'x'")
+    own_server.execute("create role crowd login password 'x' connection limit 0")
+    own_server.execute("create database closed allow_connections false")
+    own_server.execute("create database private")
+    own_server.execute("revoke connect on database private from public")
+    return own_server
+
+
+TRUST = "host all all 127.0.0.1/32 trust\n"
+ONLY_US = "host all postgres 127.0.0.1/32 trust\n"
+REJECT = ONLY_US + "host all app 127.0.0.1/32 reject\n"
+
+# Of each: its kind, what the client says, and how the server authenticates unless as ever.
+WRONG: dict[str, tuple[str, dict[str, object], str]] = {
+    "password": ("password", {"user": "app", "password": "wrong"}, ""),
+    "no password": ("password", {"user": "app"}, ""),
+    "no such role": ("role", {"user": "nobody"}, TRUST),
+    "no such role, with a password": ("password", {"user": "nobody", "password": "x"}, ""),
+    "role without login": ("role", {"user": "visitor", "password": "x"}, ""),
+    "no such database": ("database", {"dbname": "missing"}, ""),
+    "closed database": ("database", {"dbname": "closed"}, ""),
+    "private database": ("access", {"user": "app", "dbname": "private"}, TRUST),
+    "no line in pg_hba": ("access", {"user": "app"}, ONLY_US),
+    "rejected by pg_hba": ("access", {"user": "app"}, REJECT),
+    "parameter": ("conninfo", {"options": "-c no_such_parameter=1"}, ""),
+    "value": ("conninfo", {"options": "-c statement_timeout=never"}, ""),
+    "tls": ("tls", {"sslmode": "require"}, ""),
+    "certificate": ("tls", {"sslrootcert": "/nowhere", "sslmode": "verify-full"}, ""),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_told_at_once_with_its_cause(
+    app: Server, make_pool: MakePool, wrong: str
+) -> None:
+    kind, params, hba = WRONG[wrong]
+    if hba:
+        _authenticate(app, hba)
+    pool = make_pool(app.conninfo_for(**params), outage_grace=30)
+    for _ in range(3):
+        caller = Task(pool.getconn)
+        error = caller.error()
+        assert isinstance(error, DatabaseMisconfigured)
+        assert error.kind == kind
+        assert isinstance(error.__cause__, psycopg.Error)
+        assert str(error.__cause__) in str(error)
+        assert caller.seconds < SLACK
+    # A wrong password locks no account: few attempts are made, whoever asks.
+    assert pool.stats().counters.connect_failures <= 3
+
+
+def test_a_wrong_password_is_over_when_the_conninfo_changes(
+    app: Server, make_pool: MakePool
+) -> None:
+    password = {"password": "wrong"}
+    pool = make_pool(lambda: app.conninfo_for(user="app", **password))
+    assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
+    password["password"] = SECRET
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+def test_a_password_changed_on_the_server_hits_new_connections_only(
+    app: Server, make_pool: MakePool
+) -> None:
+    password = {"password": SECRET}
+    pool = make_pool(lambda: app.conninfo_for(user="app", **password), min_size=2, max_size=3)
+    pids = fill(pool)
+    app.execute("alter role app password 'another'")
+    with pool.connection(), pool.connection():
+        assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
+    assert {pool.fetch_value("select pg_backend_pid()") for _ in range(10)} <= set(pids)
+    password["password"] = "another"
+    until(lambda: not pool.breaker.is_failing, 1.0 + SLACK)
+    assert_serves_all(pool)
+
+
+def test_a_database_that_is_made_later_is_found(app: Server, make_pool: MakePool) -> None:
+    pool = make_pool(app.conninfo_for(dbname="later"))
+    with pytest.raises(DatabaseMisconfigured):
+        pool.fetch_value("select 1")
+    app.execute("create database later")
+    until(lambda: pool.state == "up", 20.0)  # looked for at 1 to 15 s
+    assert_serves_all(pool)
+
+
+def test_wait_tells_what_is_wrong_at_once(app: Server, make_pool: MakePool) -> None:
+    pool = make_pool(app.conninfo_for(dbname="missing"))
+    waiting = Task(pool.wait, 30.0)
+    assert isinstance(waiting.error(), DatabaseMisconfigured)
+    assert waiting.seconds < SLACK
+    assert pool.closed
+
+
+def test_run_with_a_deadline_does_not_wait_for_it(app: Server, make_pool: MakePool) -> None:
+    pool = make_pool(app.conninfo_for(dbname="missing"))
+    call = Task(lambda: pool.run(lambda conn: conn.execute("select 1"), timeout=30))
+    assert isinstance(call.error(), DatabaseMisconfigured)
+    assert call.seconds < SLACK
+
+
+def test_a_full_role_is_not_a_misconfiguration(app: Server, make_pool: MakePool) -> None:
+    pool = make_pool(app.conninfo_for(user="crowd", password="x"))
+    error = Task(pool.getconn).error()
+    assert type(error) is DatabaseUnavailable
+    assert error.kind == "saturated"
+    app.execute("alter role crowd connection limit -1")
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+def test_a_conninfo_that_cannot_be_had_is_tried_again(app: Server, make_pool: MakePool) -> None:
+    working: list[bool] = []
+
+    def conninfo() -> str:
+        if not working:
+            raise LookupError("the vault is sealed")
+        return app.conninfo
+
+    pool = make_pool(conninfo)
+    error = Task(pool.getconn).error()
+    assert isinstance(error, DatabaseUnavailable)
+    assert isinstance(error.__cause__, LookupError)
+    working.append(True)
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, ValueError])
+def test_a_configure_that_raises_anything_loses_no_slot(
+    app: Server, make_pool: MakePool, raised: type[BaseException]
+) -> None:
+    failing = [True]
+
+    def configure(conn: psycopg.Connection[Any]) -> None:
+        if failing:
+            raise raised("not yet")
+
+    pool = make_pool(app.conninfo, min_size=3, max_size=3, configure=configure)
+    assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
+    until(lambda: len(app.backends(f"dbpool:{pool.name}")) <= 1)
+    failing.clear()
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+def test_no_secret_is_told(
+    app: Server, make_pool: MakePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    errors = []
+    for params in (
+        {"user": "app", "password": SECRET, "dbname": "missing"},
+        {"user": "postgres", "password": SECRET, "options": f"-c no_such_thing={SECRET}x"},
+    ):
+        pool = make_pool(app.conninfo_for(**params))
+        errors.append(Task(pool.getconn).error())
+    malformed = f"postgresql://app:{SECRET}%@127.0.0.1:{app.port}/x"
+    pool = make_pool(lambda: malformed)
+    errors.append(Task(pool.getconn).error())
+    for error in errors:
+        seen: BaseException | None = error
+        while seen is not None:
+            assert SECRET not in f"{seen!r} {seen} {vars(seen)}"
+            assert getattr(seen, "pgconn", None) is None
+            seen = seen.__cause__ or seen.__context__
+    assert SECRET not in caplog.text
+
+
+# What is not the configuration
+
+
+def test_messages_in_another_language_are_transient_but_shown(
+    app: Server, proxy: Proxy, make_pool: MakePool
+) -> None:
+    proxy.translate = _in_spanish
+    conninfo = proxy.conninfo_for(user="app", password="wrong", sslmode="disable")
+    pool = make_pool(conninfo)
+    error = Task(pool.getconn).error()
+    assert type(error) is DatabaseUnavailable
+    assert error.kind == "unknown"
+    assert "no se pudo" in str(error)
+    app.execute("alter role app password 'wrong'")
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+def test_a_farewell_in_another_language_is_understood(
+    own_server: Server, proxy: Proxy, make_pool: MakePool
+) -> None:
+    proxy.translate = _in_spanish
+    pool = make_pool(proxy.conninfo_for(sslmode="disable"), min_size=4, max_size=4)
+    pids = fill(pool)
+    terminate(own_server, pids)
+    assert pool.fetch_value("select pg_backend_pid()") not in pids
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
+def test_cut_in_the_tls_handshake_is_transient(
+    own_server: Server, make_pool: MakePool, reset: bool
+) -> None:
+    with _speaking_half_of_tls(reset) as port:
+        where = {"port": port, "sslmode": "require"}
+        pool = make_pool(lambda: own_server.conninfo_for(**where))
+        error = Task(pool.getconn).error()
+        assert type(error) is DatabaseUnavailable
+        assert error.kind == "closed"
+        where |= {"port": own_server.port, "sslmode": "prefer"}
+        await_up(pool)
+        assert_serves_all(pool)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("FATAL:  sorry, too many clients already", "saturated"),
+        ("FATAL:  remaining connection slots are reserved for roles with the", "saturated"),
+        ("FATAL:  the database system is starting up", "starting"),
+        ("FATAL:  the database system is shutting down", "starting"),
+        ("FATAL:  the database system is in recovery mode", "starting"),
+        ("FATAL:  the database system is not yet accepting connections", "starting"),
+        ("SSL SYSCALL error: Connection reset by peer", "closed"),
+        ("SSL SYSCALL error: EOF detected", "closed"),
+        ("SSL error: unexpected eof while reading", "closed"),
+        ("SSL error: certificate verify failed", "tls"),
+        ("server does not support SSL, but SSL was required", "tls"),
+        ("could not receive data from server: Connection timed out", "timeout"),
+        ("No route to host", "unknown"),
+        ("", "unknown"),
+    ],
+)
+def test_what_libpq_says_is_understood(text: str, kind: str) -> None:
+    where = 'connection failed: connection to server at "10.0.0.1", port 5432 failed: '
+    assert classify(psycopg.OperationalError(where + text)) == kind
+
+
+def _authenticate(server: Server, hba: str) -> None:
+    """Have the server authenticate by these lines, as soon as this returns."""
+
+    def loaded() -> Any:
+        return server.execute("select pg_conf_load_time()")
+
+    before = loaded()
+    (server.data / "pg_hba.conf").write_text(hba)
+    server.reload()
+    until(lambda: loaded() != before)
+
+
+def _in_spanish(chunk: bytes) -> bytes:
+    """Translate the errors in what a server says: severity and message, not the codes."""
+    out, at = b"", 0
+    while at + 5 <= len(chunk):
+        (length,) = struct.unpack_from("!i", chunk, at + 1)
+        kind, body = chunk[at : at + 1], chunk[at + 5 : at + 1 + length]
+        if kind == b"E":
+            fields = [_field(field) for field in body.rstrip(b"\0").split(b"\0")]
+            body = b"\0".join(fields) + b"\0\0"
+        out += kind + struct.pack("!i", len(body) + 4) + body
+        at += 1 + length
+    return out + chunk[at:]
+
+
+def _field(field: bytes) -> bytes:
+    translated = {b"S": "GRAVÍSIMO", b"M": "no se pudo continuar: contraseña, administración …"}
+    text = translated.get(field[:1])
+    return field if text is None else field[:1] + text.encode()
+
+
+@contextmanager
+def _speaking_half_of_tls(reset: bool) -> Iterator[int]:
+    """A server that agrees to speak TLS and ends the connection in the handshake."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    peer, _ = listener.accept()
+                except OSError:
+                    return
+                with peer:
+                    peer.recv(8)
+                    peer.sendall(b"S")
+                    peer.recv(1 if reset else 65536)
+                    if reset:
+                        linger = struct.pack("ii", 1, 0)
+                        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)

@@ -1,0 +1,339 @@
+"""What networks do to connections that are made, idle, or in use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Pool
+from tests.postgres import Server, free_port, until
+from tests.proxy import Mode, Proxy
+
+from .steps import SLACK, Load, Task, assert_serves_all, await_up, fill, terminate
+
+MakePool = Callable[..., Pool[Any]]
+PID = "select pg_backend_pid()"
+
+
+# Connecting
+
+
+def _set(proxy: Proxy, fault: str) -> None:
+    if fault == "refused":
+        proxy.refuse()
+    else:
+        proxy.mode = Mode[fault.upper()]
+
+
+def _mend(proxy: Proxy) -> None:
+    proxy.mode = Mode.PASS
+    proxy.listen()
+    proxy.drop()  # last: who is cut off comes again at once
+
+
+FAULTS = [("refused", "refused"), ("reset", "closed"), ("close", "closed"), ("silent", "timeout")]
+
+
+@pytest.mark.parametrize(("fault", "kind"), FAULTS)
+def test_a_first_connect_that_fails_is_told_within_the_grace(
+    proxy: Proxy, make_pool: MakePool, fault: str, kind: str
+) -> None:
+    _set(proxy, fault)
+    pool = make_pool(proxy.conninfo)
+    callers = [Task(pool.getconn) for _ in range(3)]
+    for caller in callers:
+        error = caller.error()
+        assert isinstance(error, DatabaseUnavailable)
+        assert not isinstance(error, DatabaseMisconfigured)
+        assert error.kind == kind
+        assert caller.seconds < 0.3 + 2 * SLACK
+    _mend(proxy)
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize(("fault", "kind"), FAULTS)
+def test_connections_that_are_there_are_lent_while_connects_fail(
+    proxy: Proxy, make_pool: MakePool, fault: str, kind: str
+) -> None:
+    pool = make_pool(proxy.conninfo, min_size=2, max_size=4)
+    pids = fill(pool)
+    _set(proxy, fault)
+    with pool.connection(), pool.connection():
+        assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
+    assert {pool.fetch_value(PID) for _ in range(20)} <= set(pids)
+    # Those who wait for one of the two are no victims of an outage as long as they come back.
+    failures = pool.stats().counters.connect_failures
+    load = Load(lambda: pool.fetch_value(PID), threads=6)
+    until(lambda: pool.stats().counters.connect_failures >= failures + 2)
+    load.stop()
+    assert load.errors == []
+    _mend(proxy)
+    until(lambda: not pool.breaker.is_failing)
+    assert_serves_all(pool)
+
+
+def test_a_pool_that_falls_silent_while_it_grows_is_told_within_the_grace(
+    proxy: Proxy, make_pool: MakePool
+) -> None:
+    pool = make_pool(proxy.conninfo, min_size=1, max_size=2, ping_after=0.0, connect_timeout=10)
+    fill(pool)
+    proxy.mode = Mode.SILENT
+    conn = pool.getconn()
+    grown = Task(pool.getconn)  # begins an attempt
+    until(lambda: pool._attempts)
+    pool.putconn(conn)  # a sign of life after that
+    conn = grown.result()
+    proxy.go_dark()
+    caller = Task(pool.getconn)
+    error = caller.error()
+    pool.putconn(conn)
+    assert isinstance(error, DatabaseUnavailable)
+    assert caller.seconds < 0.3 + 2 * SLACK
+    _mend(proxy)
+    until(lambda: not pool.breaker.is_failing)
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize(("fault", "kind"), FAULTS)
+def test_in_an_outage_one_connect_at_a_time_is_tried(
+    proxy: Proxy, make_pool: MakePool, fault: str, kind: str
+) -> None:
+    pool = make_pool(proxy.conninfo, min_size=4, max_size=4)
+    fill(pool)
+    _set(proxy, fault)
+    proxy.drop()
+    Task(pool.getconn).error()
+    until(lambda: len(pool._attempts) <= 1)
+    proxy.drop()
+    most = 0
+    tried = pool.stats().counters.connect_failures
+    deadline = time.monotonic() + 20
+    while pool.stats().counters.connect_failures < tried + 4 and time.monotonic() < deadline:
+        most = max(most, len(pool._attempts))
+        if fault == "silent":
+            proxy.drop()
+        with pytest.raises(DatabaseUnavailable):
+            pool.getconn()
+    assert most == 1
+    _mend(proxy)
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+def test_a_connect_that_takes_longer_than_the_grace_still_ends_the_outage(
+    proxy: Proxy, make_pool: MakePool
+) -> None:
+    pool = make_pool(proxy.conninfo)
+    proxy.delay = 0.2  # for each of several messages
+    error = Task(pool.getconn).error()
+    assert isinstance(error, DatabaseUnavailable)
+    assert error.kind == "timeout"
+    until(lambda: pool.state == "up")
+    proxy.delay = 0.0
+    assert pool.stats().counters.connect_failures == 0
+    assert_serves_all(pool)
+
+
+def test_a_host_that_does_not_resolve_may_yet_do_so(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    where = {"conninfo": own_server.conninfo_for(host="nowhere.invalid")}
+    pool = make_pool(lambda: where["conninfo"])
+    error = Task(pool.getconn).error()
+    assert type(error) is DatabaseUnavailable
+    assert error.kind == "dns"
+    where["conninfo"] = own_server.conninfo
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+def test_of_several_hosts_one_that_answers_is_enough(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    hosts = f"host=127.0.0.1,127.0.0.1 port={free_port()},{own_server.port}"
+    pool = make_pool(f"{hosts} user=postgres dbname=postgres")
+    assert pool.fetch_value("select 1") == 1
+    own_server.restart("immediate")
+    assert_serves_all(pool)
+
+
+# Idle
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
+def test_connections_cut_while_idle_are_not_handed_out(
+    proxy: Proxy, make_pool: MakePool, reset: bool
+) -> None:
+    pool = make_pool(proxy.conninfo, min_size=8, max_size=8)
+    pids = fill(pool)
+    proxy.drop(reset=reset)
+    until(lambda: proxy.links == 0)
+    seen = {pool.fetch_value(PID) for _ in range(20)}
+    assert not seen & set(pids)
+    assert pool.stats().counters.discarded["dead"] == 8
+    assert_serves_all(pool)
+
+
+def test_a_network_gone_silent_costs_one_ping_and_the_rest_goes_with_it(
+    proxy: Proxy, make_pool: MakePool
+) -> None:
+    pool = make_pool(proxy.conninfo, min_size=10, max_size=10, ping_after=0.0)
+    pids = fill(pool)
+    proxy.go_dark()
+    caller = Task(pool.fetch_value, PID)
+    assert caller.result() not in pids
+    assert 0.25 < caller.seconds < 0.3 + SLACK
+    assert pool.stats().counters.discarded["dead"] == 10
+    assert_serves_all(pool)
+    proxy.drop()
+
+
+def test_all_silent_old_and_new_connections_the_deadline_is_kept(
+    proxy: Proxy, make_pool: MakePool
+) -> None:
+    pool = make_pool(proxy.conninfo, min_size=4, max_size=4, ping_after=0.0, outage_grace=30)
+    fill(pool)
+    proxy.mode = Mode.SILENT
+    proxy.go_dark()
+    callers = [Task(pool.getconn, 0.6) for _ in range(8)]
+    for caller in callers:
+        assert isinstance(caller.error(), DatabaseUnavailable)
+        assert 0.5 < caller.seconds < 0.6 + SLACK
+    assert pool.stats().waiting == 0
+    _mend(proxy)
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize("timeout", [0.0, 0.1])
+def test_a_ping_is_bounded_by_the_callers_deadline_too(
+    proxy: Proxy, make_pool: MakePool, timeout: float
+) -> None:
+    pool = make_pool(proxy.conninfo, min_size=3, max_size=3, ping_after=0.0, ping_timeout=30)
+    fill(pool)
+    proxy.mode = Mode.SILENT
+    proxy.go_dark()
+    caller = Task(pool.getconn, timeout)
+    assert isinstance(caller.error(), DatabaseUnavailable)
+    assert caller.seconds < timeout + SLACK
+    _mend(proxy)
+    assert_serves_all(pool)
+
+
+def test_answers_that_come_too_late_count_as_none(proxy: Proxy, make_pool: MakePool) -> None:
+    pool = make_pool(proxy.conninfo, min_size=2, max_size=2, ping_after=0.5, outage_grace=30)
+    pids = fill(pool)
+    until(lambda: all(time.monotonic() > c._slot.idle_since + 0.5 for c in pool._pool))
+    proxy.delay = 0.2  # there and back is more than ping_timeout
+    assert pool.fetch_value(PID) not in pids
+    assert pool.stats().counters.discarded["dead"] == 2
+    proxy.delay = 0.0
+    assert_serves_all(pool)
+
+
+# In use
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
+def test_cut_in_a_query_the_caller_is_told_and_the_next_is_served(
+    own_server: Server, proxy: Proxy, make_pool: MakePool, reset: bool
+) -> None:
+    pool = make_pool(proxy.conninfo, max_size=1)
+    caller = Task(pool.fetch_value, "select pg_sleep(60)")
+    until(lambda: _busy(own_server))
+    next_one = Task(pool.fetch_value, "select 1")
+    until(lambda: pool.stats().waiting == 1)
+    proxy.drop(reset=reset)
+    assert isinstance(caller.error(), psycopg.OperationalError)
+    assert next_one.result() == 1
+    assert pool.stats().counters.discarded["broken"] == 1
+    assert_serves_all(pool)
+    terminate(own_server, _busy(own_server))
+
+
+def test_cut_in_a_transaction_run_does_it_again(proxy: Proxy, make_pool: MakePool) -> None:
+    pool = make_pool(proxy.conninfo, max_size=2)
+    pool.execute("create table t (id int)")
+    tries: list[int] = []
+
+    def work(conn: psycopg.Connection[Any]) -> None:
+        tries.append(conn.info.backend_pid)
+        conn.execute("insert into t values (1)")
+        if len(tries) == 1:
+            proxy.drop(reset=True)
+        conn.execute("insert into t values (2)")
+
+    pool.run(work)
+    assert len(tries) == 2
+    assert pool.fetch_value("select count(*) from t") == 2
+    assert_serves_all(pool)
+
+
+def test_a_silent_network_in_a_query_holds_nobody_else_up(
+    own_server: Server, proxy: Proxy, make_pool: MakePool
+) -> None:
+    pool = make_pool(proxy.conninfo, max_size=2)
+    stuck = Task(pool.fetch_value, "select pg_sleep(0.2)")
+    until(lambda: _busy(own_server))
+    proxy.go_dark()
+    assert [pool.fetch_value("select 1") for _ in range(10)] == [1] * 10
+    proxy.drop()
+    assert isinstance(stuck.error(), psycopg.OperationalError)
+    assert_serves_all(pool)
+
+
+def test_a_connection_returned_into_a_cut_network_is_given_up(
+    proxy: Proxy, make_pool: MakePool
+) -> None:
+    pool = make_pool(proxy.conninfo, max_size=2)
+    with pytest.raises(psycopg.OperationalError), pool.connection() as conn:
+        conn.execute("select 1")
+        proxy.drop(reset=True)
+        # Leaving commits, which cannot be.
+    conn = pool.getconn()
+    conn.execute("select 1")
+    proxy.drop()
+    pool.putconn(conn)
+    assert pool.stats().counters.discarded["broken"] == 2
+    assert_serves_all(pool)
+
+
+# Again and again
+
+
+def test_a_network_that_comes_and_goes_under_load_loses_nothing(
+    proxy: Proxy, make_pool: MakePool
+) -> None:
+    pool = make_pool(proxy.conninfo, min_size=2, max_size=4, ping_after=0.0)
+
+    def call() -> None:
+        try:
+            pool.fetch_value("select 1")
+        except DatabaseUnavailable:
+            time.sleep(0.002)
+            raise
+
+    load = Load(call, threads=8)
+    for fault, _ in FAULTS * 3:
+        load.await_calls(20)
+        _set(proxy, fault)
+        proxy.drop(reset=fault == "reset")
+        load.await_calls(20)
+        _mend(proxy)
+    load.await_calls()
+    load.stop()
+    assert all(isinstance(error, psycopg.OperationalError) for error in load.errors)
+    until(lambda: pool.state == "up")
+    assert_serves_all(pool)
+
+
+def _busy(server: Server) -> list[int]:
+    """The backends that sleep; a server does not notice that its client has gone."""
+    rows = server.execute(
+        "select pid from pg_stat_activity where state = 'active' and query ~ '^select pg_sleep'"
+    )
+    return [pid for (pid,) in rows]
