@@ -13,9 +13,9 @@ from psycopg_pool.abc import CT
 from psycopg_pool.pool import ReturnConnection
 
 from dbpool import events
+from dbpool._books import logger
 from dbpool._discard import Discard
 from dbpool._parts import manners
-from dbpool._supply import logger
 from dbpool.holders import Slot
 
 _IDLE = TransactionStatus.IDLE

@@ -18,9 +18,9 @@ from psycopg_pool import ConnectionPool, TooManyRequests
 from psycopg_pool.abc import CT
 
 from dbpool import events, holders
+from dbpool._books import logger
 from dbpool._checkin import Checkin
 from dbpool._parts import Waiter
-from dbpool._supply import logger
 from dbpool.errors import PoolError, PoolExhausted
 from dbpool.holders import Slot
 from dbpool.liveness import Look, PingTimeout, look, ping

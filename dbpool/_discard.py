@@ -12,8 +12,8 @@ from typing import Any
 from psycopg_pool.abc import CT
 
 from dbpool import events
+from dbpool._books import logger
 from dbpool._life import Life
-from dbpool._supply import logger
 from dbpool.holders import Slot
 from dbpool.liveness import hung_up
 

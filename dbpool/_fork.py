@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 import weakref
 from time import monotonic
 from typing import Any, Protocol
@@ -32,6 +33,12 @@ _pools: weakref.WeakSet[Any] = weakref.WeakSet()
 # other threads before it runs any hook; a connection that goes with it would say goodbye to
 # the server on the parent's socket.
 _kept: list[Any] = []
+
+# Held by our own threads while they log or call listeners. A fork waits for it: the buffer of
+# standard error has a lock that nobody would ever release in the child.
+telling = threading.RLock()
+_quiet = False
+_PATIENCE = 1.0  # seconds
 
 
 def register(pool: Forkable) -> None:
@@ -66,17 +73,29 @@ def silence(slots: list[Slot]) -> None:
 
 
 def _before_fork() -> None:
+    global _quiet  # noqa: PLW0603  # handed to the hook that runs after
+    _quiet = telling.acquire(timeout=_PATIENCE)
     for pool in list(_pools):
         _kept.extend(slot.ref() for slot in pool.slots() if slot.ref is not None)
 
 
+def _after_fork_in_parent() -> None:
+    _kept.clear()
+    if _quiet:
+        telling.release()
+
+
 def _after_fork_in_child() -> None:
+    global telling  # noqa: PLW0603  # its owner may not exist here
+    telling = threading.RLock()
     for pool in list(_pools):
         pool.after_fork()
     _kept.clear()
 
 
 os.register_at_fork(
-    before=_before_fork, after_in_parent=_kept.clear, after_in_child=_after_fork_in_child
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
 )
 atexit.register(close_all, 1.0)

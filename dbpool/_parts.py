@@ -11,6 +11,7 @@ from typing import Any, Final
 from psycopg_pool import ConnectionPool
 from psycopg_pool.pool import MaintenanceTask
 
+from dbpool import _fork
 from dbpool.errors import is_permanent
 from dbpool.retry import delays
 
@@ -88,4 +89,5 @@ class Call(MaintenanceTask):
         self.run()
 
     def _run(self, pool: ConnectionPool[Any]) -> None:
-        self._fn(pool)
+        with _fork.telling:
+            self._fn(pool)

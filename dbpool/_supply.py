@@ -1,96 +1,38 @@
-"""How connections are made: growth, attempts, the probe of an outage, what it tells.
+"""How connections are made: growth, attempts, and the probe of an outage.
 
-Together with `_checkout`, `_upkeep` and `_parts` the one place that touches protected members
-of psycopg_pool and of psycopg; `tests/test_seam.py` fails when those change.
+The pool is built in layers: `_books`, `_supply`, `_life`, `_discard`, `_checkin`, `_checkout`,
+`_upkeep`, `_run`. Together they are the one place that touches protected members of
+psycopg_pool and of psycopg; `tests/test_seam.py` fails when those change.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections import deque
-from collections.abc import Callable
-from os import getpid
-from time import monotonic, time
+from time import monotonic
 from typing import Any
 
 import psycopg
 from psycopg.pq import TransactionStatus
-from psycopg_pool import ConnectionPool
 from psycopg_pool.abc import CT
 from psycopg_pool.pool import AddConnection
 
-from dbpool import events
+from dbpool import _fork, events
+from dbpool._books import Books, logger, unanswered
 from dbpool._conninfo import mask
-from dbpool._parts import Call, Probe, Waiter, manners
-from dbpool.breaker import Breaker
+from dbpool._parts import Call, Probe, manners
 from dbpool.errors import (
-    DatabaseMisconfigured,
-    DatabaseUnavailable,
     classify,
     detached,
     is_permanent,
 )
-from dbpool.events import Emitter
 from dbpool.holders import Slot
 from dbpool.liveness import readability
-from dbpool.metrics import Metrics, Snapshot
-from dbpool.settings import Settings
-
-logger = logging.getLogger("dbpool")
 
 _LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
 _LOOK_AGAIN = 0.1  # seconds at least between two looks at an attempt without an answer
 
 
-class Supply(ConnectionPool[CT]):
-    """The connections of a pool, without the handing out.
-
-    Invariant under `_lock`: `_nconns == len(_pool) + _connecting + connections out`, where
-    those out are in `_out`, or in a maintenance thread's hands. `_probe` is the one slot
-    that tries again while connects fail; no other attempt begins beside it.
-    """
-
-    _pool: deque[Any]
-    _waiting: deque[Waiter]  # type: ignore[assignment]  # ours instead of WaitingClient
-
-    def __init__(
-        self, settings: Settings, listeners: Emitter, conninfo: Any, **options: Any
-    ) -> None:
-        super().__init__(conninfo, open=False, **options)
-        self.settings = settings
-        self.listeners = listeners
-        self._lazy = True
-        self._clear()
-
-    def _clear(self) -> None:
-        """Start from nothing, as in a new process."""
-        self._pid = getpid()
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)  # supply came, went, or failed
-        self._pool = deque()
-        self._waiting = deque()
-        self._workers = []
-        self._sched_runner = None
-        self._nconns = 0
-        self._connecting = 0
-        self._out: set[Slot] = set()
-        self._lost: deque[Slot] = deque()  # collected while out; filled without any lock
-        self._attempts: list[float] = []  # when those under way began
-        self._probe: Probe | None = None
-        self._outage_told = False
-        self._metrics = Metrics()
-        self._queued = 0
-        self._popped: dict[str, int] = {}
-        self._last_seen = 0.0
-        self._moved_at = float("-inf")
-        self.breaker = Breaker(self.settings.outage_grace)
-
-    def _later(self, fn: Callable[[Any], None]) -> None:
-        """Have a worker call *fn* with this pool: for what may not happen under the lock."""
-        self.run_task(Call(self, fn))
-
-    # Making connections
+class Supply(Books[CT]):
+    """The making of connections: up to min_size, for those who wait, and after an outage."""
 
     def _refill(self) -> None:
         """Begin what is missing: up to min_size, then one at a time for those who wait.
@@ -221,10 +163,11 @@ class Supply(ConnectionPool[CT]):
         with self._lock:
             self._refill()
             self._changed.notify_all()
-        if outage is not None:
-            self._tell_back(outage)
-        if self.listeners.active:
-            self.listeners.emit(events.Connected(self.name, now - started))
+        with _fork.telling:
+            if outage is not None:
+                self._tell_back(outage)
+            if self.listeners.active:
+                self.listeners.emit(events.Connected(self.name, now - started))
 
     def _attempt_failed(
         self, ex: BaseException, started: float, params: dict[str, Any], probe: Probe | None
@@ -249,7 +192,8 @@ class Supply(ConnectionPool[CT]):
                 self._fail_waiters()
             self._changed.notify_all()
         logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, error)
-        self._tell_failed(monotonic() - started, opened)
+        with _fork.telling:
+            self._tell_failed(monotonic() - started, opened)
 
     def _masked(self, ex: BaseException, params: dict[str, Any]) -> BaseException:
         error = detached(ex)
@@ -262,7 +206,7 @@ class Supply(ConnectionPool[CT]):
         with self._lock:
             if started not in self._attempts or self._closed:
                 return
-            error = _unanswered(monotonic() - started)
+            error = unanswered(monotonic() - started)
             opened = self.breaker.overdue(started, error, last_seen=self._last_seen)
             if opened:
                 self._fail_waiters()
@@ -270,81 +214,5 @@ class Supply(ConnectionPool[CT]):
             due = max(started, self._last_seen) + self.breaker.grace
             self._await_answer(started, max(due - monotonic(), _LOOK_AGAIN))
         if opened:
-            self._tell_down()
-
-    # Outages
-
-    def _fail_waiters(self) -> None:
-        """The breaker opened: nobody waits any longer. The lock is held."""
-        for waiter in self._waiting:
-            waiter.fail(self._unavailable())
-        self._waiting.clear()
-
-    def _unavailable(self) -> DatabaseUnavailable:
-        """Say that the database is to blame. The lock is held."""
-        breaker = self.breaker
-        cause, kind, seconds = breaker.error, breaker.kind, breaker.failing_for
-        if cause is None and self._attempts:
-            seconds, kind = monotonic() - min(self._attempts), "timeout"
-            cause = _unanswered(seconds)
-        cls = DatabaseMisconfigured if is_permanent(kind) else DatabaseUnavailable
-        error = cls(
-            f"pool {self.name!r}: no connection to the database for {seconds:.1f} s ({kind}):"
-            f" {cause or 'none was made in time'}",
-            pool=self.name,
-            snapshot=self.stats(),
-            kind=kind,
-            since=time() - seconds,
-            retry_after=breaker.retry_after or 0.0,
-        )
-        error.__cause__ = cause
-        return error
-
-    def stats(self) -> Snapshot:
-        """Return a snapshot; `_upkeep` knows all it takes."""
-        raise NotImplementedError
-
-    def _active(self) -> int:
-        return self._nconns - len(self._pool) - self._connecting
-
-    def _tell_failed(self, seconds: float, opened: bool) -> None:
-        breaker = self.breaker
-        if self.listeners.active:
-            self.listeners.emit(
-                events.ConnectFailed(self.name, seconds, breaker.last_error or "", breaker.kind)
-            )
-        if opened:
-            self._tell_down()
-        if breaker.failing_for >= self.reconnect_timeout and not self._outage_told:
-            self._outage_told = True
-            self.reconnect_failed()
-
-    def _tell_down(self) -> None:
-        breaker = self.breaker
-        logger.error(
-            "pool %r: the database is unavailable (%s): %s",
-            self.name,
-            breaker.kind,
-            breaker.last_error,
-            extra={"dbpool": {"pool": self.name, "event": "circuit_opened", "kind": breaker.kind}},
-        )
-        if self.listeners.active:
-            self.listeners.emit(
-                events.CircuitOpened(self.name, breaker.last_error or "", breaker.kind)
-            )
-
-    def _tell_back(self, seconds: float) -> None:
-        logger.warning(
-            "pool %r: the database is back after %.1f s",
-            self.name,
-            seconds,
-            extra={"dbpool": {"pool": self.name, "event": "circuit_closed", "seconds": seconds}},
-        )
-        if self.listeners.active:
-            self.listeners.emit(events.CircuitClosed(self.name, seconds))
-
-
-def _unanswered(seconds: float) -> psycopg.OperationalError:
-    return psycopg.errors.ConnectionTimeout(
-        f"no answer to a connection attempt for {seconds:.1f} s"
-    )
+            with _fork.telling:
+                self._tell_down()

@@ -12,9 +12,9 @@ from typing import Any
 import psycopg
 from psycopg_pool.abc import CT
 
-from dbpool import events, holders
+from dbpool import _fork, events, holders
+from dbpool._books import logger
 from dbpool._checkout import Checkout
-from dbpool._supply import logger
 from dbpool.holders import Slot
 from dbpool.liveness import ping
 from dbpool.metrics import BreakerSnapshot, Snapshot
@@ -44,11 +44,12 @@ class Upkeep(Checkout[CT]):
 
     def patrol(self, now: float) -> None:
         """Free what was collected, retire what is old, report what is held for too long."""
-        with self._lock:
-            self._reclaim()
-        self._shrink_pool()
-        if self.settings.leak_after:
-            self._report_leaks(now)
+        with _fork.telling:
+            with self._lock:
+                self._reclaim()
+            self._shrink_pool()
+            if self.settings.leak_after:
+                self._report_leaks(now)
 
     def _report_leaks(self, now: float) -> None:
         oldest = now - self.settings.leak_after

@@ -22,6 +22,7 @@ FLOORS = {
     1: ["_values", "_app_settings", "_conninfo", "settings", "retry", "breaker", "holders"],
     2: [
         "_parts",
+        "_books",
         "_fork",
         "_supply",
         "_life",

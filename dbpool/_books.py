@@ -1,0 +1,152 @@
+"""What a pool knows and tells of its supply: the books, the breaker, outages.
+
+Part of the one place that touches protected members of psycopg_pool, see `_supply`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from os import getpid
+from time import monotonic, time
+from typing import Any
+
+import psycopg
+from psycopg_pool import ConnectionPool
+from psycopg_pool.abc import CT
+
+from dbpool import events
+from dbpool._parts import Call, Probe, Waiter
+from dbpool.breaker import Breaker
+from dbpool.errors import DatabaseMisconfigured, DatabaseUnavailable, is_permanent
+from dbpool.events import Emitter
+from dbpool.holders import Slot
+from dbpool.metrics import Metrics, Snapshot
+from dbpool.settings import Settings
+
+logger = logging.getLogger("dbpool")
+
+
+class Books(ConnectionPool[CT]):
+    """What there is, is out, is wanted, and failed.
+
+    Invariant under `_lock`: `_nconns == len(_pool) + _connecting + connections out`, where
+    those out are in `_out`, or in a maintenance thread's hands. `_probe` is the one slot
+    that tries again while connects fail; no other attempt begins beside it.
+    """
+
+    _pool: deque[Any]
+    _waiting: deque[Waiter]  # type: ignore[assignment]  # ours instead of WaitingClient
+
+    def __init__(
+        self, settings: Settings, listeners: Emitter, conninfo: Any, **options: Any
+    ) -> None:
+        super().__init__(conninfo, open=False, **options)
+        self.settings = settings
+        self.listeners = listeners
+        self._lazy = True
+        self._clear()
+
+    def _clear(self) -> None:
+        """Start from nothing, as in a new process."""
+        self._pid = getpid()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # supply came, went, or failed
+        self._pool = deque()
+        self._waiting = deque()
+        self._workers = []
+        self._sched_runner = None
+        self._nconns = 0
+        self._connecting = 0
+        self._out: set[Slot] = set()
+        self._lost: deque[Slot] = deque()  # collected while out; filled without any lock
+        self._attempts: list[float] = []  # when those under way began
+        self._probe: Probe | None = None
+        self._outage_told = False
+        self._metrics = Metrics()
+        self._queued = 0
+        self._popped: dict[str, int] = {}
+        self._last_seen = 0.0
+        self._moved_at = float("-inf")
+        self.breaker = Breaker(self.settings.outage_grace)
+
+    def _later(self, fn: Callable[[Any], None]) -> None:
+        """Have a worker call *fn* with this pool: for what may not happen under the lock."""
+        self.run_task(Call(self, fn))
+
+    def _fail_waiters(self) -> None:
+        """The breaker opened: nobody waits any longer. The lock is held."""
+        for waiter in self._waiting:
+            waiter.fail(self._unavailable())
+        self._waiting.clear()
+
+    def _unavailable(self) -> DatabaseUnavailable:
+        """Say that the database is to blame. The lock is held."""
+        breaker = self.breaker
+        cause, kind, seconds = breaker.error, breaker.kind, breaker.failing_for
+        if cause is None and self._attempts:
+            seconds, kind = monotonic() - min(self._attempts), "timeout"
+            cause = unanswered(seconds)
+        cls = DatabaseMisconfigured if is_permanent(kind) else DatabaseUnavailable
+        error = cls(
+            f"pool {self.name!r}: no connection to the database for {seconds:.1f} s ({kind}):"
+            f" {cause or 'none was made in time'}",
+            pool=self.name,
+            snapshot=self.stats(),
+            kind=kind,
+            since=time() - seconds,
+            retry_after=breaker.retry_after or 0.0,
+        )
+        error.__cause__ = cause
+        return error
+
+    def stats(self) -> Snapshot:
+        """Return a snapshot; `_upkeep` knows all it takes."""
+        raise NotImplementedError
+
+    def _active(self) -> int:
+        return self._nconns - len(self._pool) - self._connecting
+
+    def _tell_failed(self, seconds: float, opened: bool) -> None:
+        breaker = self.breaker
+        if self.listeners.active:
+            self.listeners.emit(
+                events.ConnectFailed(self.name, seconds, breaker.last_error or "", breaker.kind)
+            )
+        if opened:
+            self._tell_down()
+        if breaker.failing_for >= self.reconnect_timeout and not self._outage_told:
+            self._outage_told = True
+            self.reconnect_failed()
+
+    def _tell_down(self) -> None:
+        breaker = self.breaker
+        logger.error(
+            "pool %r: the database is unavailable (%s): %s",
+            self.name,
+            breaker.kind,
+            breaker.last_error,
+            extra={"dbpool": {"pool": self.name, "event": "circuit_opened", "kind": breaker.kind}},
+        )
+        if self.listeners.active:
+            self.listeners.emit(
+                events.CircuitOpened(self.name, breaker.last_error or "", breaker.kind)
+            )
+
+    def _tell_back(self, seconds: float) -> None:
+        logger.warning(
+            "pool %r: the database is back after %.1f s",
+            self.name,
+            seconds,
+            extra={"dbpool": {"pool": self.name, "event": "circuit_closed", "seconds": seconds}},
+        )
+        if self.listeners.active:
+            self.listeners.emit(events.CircuitClosed(self.name, seconds))
+
+
+def unanswered(seconds: float) -> psycopg.OperationalError:
+    return psycopg.errors.ConnectionTimeout(
+        f"no answer to a connection attempt for {seconds:.1f} s"
+    )
