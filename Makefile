@@ -27,10 +27,12 @@ check: venv ## lint, check the format and the types
 	@$(python) -m ruff format --check
 	@$(python) -m mypy
 
-bench: venv ## compare with the peers: tables and plots under bench/results
+bench: venv ## compare with the peers: tables and numbers under bench/results
+	@$(python) -m pip install -q --disable-pip-version-check -r bench/requirements.txt
 	@$(python) -m bench
 
 bench-quick: venv ## the same in under a minute
+	@$(python) -m pip install -q --disable-pip-version-check -r bench/requirements.txt
 	@$(python) -m bench --quick
 
 lock: ## write requirements.txt anew from the bounds in pyproject.toml

@@ -21,9 +21,9 @@ FLOORS = {
     0: ["errors", "liveness", "events", "metrics"],
     1: ["_values", "_app_settings", "_conninfo", "settings", "retry", "breaker", "holders"],
     2: [
+        "_fork",
         "_parts",
         "_books",
-        "_fork",
         "_supply",
         "_life",
         "_discard",
@@ -107,7 +107,7 @@ def test_no_file_is_long(path: Path) -> None:
 
 def test_the_lower_floors_are_small() -> None:
     total = sum(code_lines(path) for path in FILES if FLOOR_OF.get(module_of(path), 9) <= 2)
-    assert total < 2500
+    assert total < 2600
 
 
 def test_importing_dbpool_brings_no_optional_package() -> None:
