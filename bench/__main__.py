@@ -14,7 +14,7 @@ def main() -> int:
     """Run the named benchmarks, or all."""
     parser = argparse.ArgumentParser(prog="python -m bench")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)}")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter, under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter, under a minute; nothing is written")
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.names) - set(ALL)):
         parser.error(f"there is no benchmark {unknown[0]!r}")
@@ -27,7 +27,9 @@ def main() -> int:
             return 1
         print(f"{name}:", flush=True)
         table = module.run(arguments.quick)
-        print(f"\n{table.as_markdown()}\n\nwritten to {table.save()}\n", flush=True)
+        print(f"\n{table.as_markdown()}\n", flush=True)
+        if not arguments.quick:
+            print(f"written to {table.save()}\n", flush=True)
     return 0
 
 
