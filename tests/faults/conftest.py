@@ -35,8 +35,10 @@ def make_pool(own_server: Server) -> Iterator[MakePool]:
         server.thaw()
         assert_whole(pool)
         _close(pool)
+    for pool, server in made:
         if server.is_running():
-            until(lambda server=server: not server.backends("dbpool:faults"))  # type: ignore[misc]
+            name = f"dbpool:{pool.name}"
+            until(lambda server=server, name=name: not server.backends(name))  # type: ignore[misc]
 
 
 def _close(pool: Pool[Any]) -> None:

@@ -1,0 +1,168 @@
+"""A server without room for more: no outage as long as connections come back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import DatabaseUnavailable, Pool
+from tests.postgres import Server, until
+
+from .steps import SLACK, Load, Task, assert_serves_all, await_gone, await_up, fill
+
+MakePool = Callable[..., Pool[Any]]
+ROOM = 8  # for those who are no superusers
+PID = "select pg_backend_pid()"
+
+
+class Crowd:
+    """Others that take a server's connections."""
+
+    def __init__(self, conninfo: str) -> None:
+        self._conninfo = conninfo
+        self._stack = ExitStack()
+
+    def take(self, number: int) -> None:
+        for _ in range(number):
+            until(self._take_one)
+
+    def _take_one(self) -> bool:
+        try:
+            self._stack.enter_context(psycopg.connect(self._conninfo))
+        except psycopg.OperationalError:  # one that has gone may still hold its place
+            return False
+        return True
+
+    def leave(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture
+def small(make_server: Callable[..., Server]) -> Server:
+    """A server with room for 8, and for the superuser."""
+    server = make_server(max_connections=ROOM + 5, superuser_reserved_connections=5)
+    server.execute("create role app login")
+    (server.data / "pg_hba.conf").write_text("host all all 127.0.0.1/32 trust\n")
+    server.restart()
+    return server
+
+
+@pytest.fixture
+def crowd(small: Server) -> Iterator[Crowd]:
+    crowd = Crowd(small.conninfo_for(user="app"))
+    yield crowd
+    crowd.leave()
+
+
+def test_a_full_server_serves_by_the_connections_that_are_there(
+    small: Server, crowd: Crowd, make_pool: MakePool
+) -> None:
+    pool = make_pool(small.conninfo_for(user="app"), server=small, min_size=2, max_size=6)
+    pids = fill(pool)
+    crowd.take(ROOM - 2)
+    failures = pool.stats().counters.connect_failures
+    load = Load(lambda: pool.fetch_value(PID), threads=8)
+    until(lambda: pool.stats().counters.connect_failures >= failures + 4)
+    load.await_calls()
+    load.stop()
+    assert load.errors == []
+    assert pool.breaker.state == "closed"
+    assert {pool.fetch_value(PID) for _ in range(10)} <= set(pids)
+    crowd.leave()
+    assert_serves_all(pool)
+
+
+def test_a_full_server_is_no_outage_while_connections_are_out(
+    small: Server, crowd: Crowd, make_pool: MakePool
+) -> None:
+    pool = make_pool(small.conninfo_for(user="app"), server=small, min_size=1, max_size=4)
+    fill(pool)
+    crowd.take(ROOM - 1)
+    with pool.connection():
+        caller = Task(pool.getconn, 1.0)  # longer than the grace
+        error = caller.error()
+        assert isinstance(error, DatabaseUnavailable)  # growth is failing, it is not the holders
+        assert error.kind == "saturated"
+        assert 0.9 < caller.seconds < 1.0 + SLACK
+        assert pool.breaker.state == "closed"
+        patient = Task(pool.fetch_value, "select 1")
+        until(lambda: pool.stats().waiting == 1)
+    assert patient.result() == 1
+    crowd.leave()
+    until(lambda: not pool.breaker.is_failing)
+    assert_serves_all(pool)
+
+
+def test_a_full_server_and_nothing_to_lend_is_told_after_the_grace(
+    small: Server, crowd: Crowd, make_pool: MakePool
+) -> None:
+    crowd.take(ROOM)
+    pool = make_pool(small.conninfo_for(user="app"), server=small, max_size=4)
+    callers = [Task(pool.getconn) for _ in range(4)]
+    for caller in callers:
+        error = caller.error()
+        assert type(error) is DatabaseUnavailable
+        assert error.kind == "saturated"
+        assert caller.seconds < 0.3 + 2 * SLACK
+    crowd.leave()
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+def test_room_that_comes_within_the_grace_is_waited_for(
+    small: Server, crowd: Crowd, make_pool: MakePool
+) -> None:
+    crowd.take(ROOM)
+    pool = make_pool(small.conninfo_for(user="app"), server=small, max_size=4, outage_grace=30)
+    callers = [Task(pool.fetch_value, "select 1") for _ in range(4)]
+    until(lambda: pool.stats().counters.connect_failures >= 2)
+    crowd.leave()
+    assert [caller.result() for caller in callers] == [1] * 4
+    assert_serves_all(pool)
+
+
+def test_more_threads_than_the_server_has_room_for_are_all_served(
+    small: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(small.conninfo_for(user="app"), server=small, max_size=16)
+    load = Load(lambda: pool.fetch_value("select pg_sleep(0.002)"), threads=16)
+    until(lambda: pool.stats().counters.connect_failures >= 3)
+    load.await_calls(500)
+    load.stop()
+    assert load.errors == []
+    assert pool.breaker.state == "closed"
+    assert pool.stats().size <= ROOM + 1
+    assert pool.stats().idle == ROOM
+
+
+def test_two_pools_on_a_full_server_share_it_as_it_comes(
+    small: Server, make_pool: MakePool
+) -> None:
+    greedy = make_pool(small.conninfo_for(user="app"), server=small, min_size=ROOM)
+    pids = fill(greedy)
+    modest = make_pool(small.conninfo_for(user="app"), server=small, outage_grace=30, timeout=30)
+    caller = Task(modest.fetch_value, PID)
+    until(lambda: modest.breaker.is_failing)
+    greedy.resize(1, 2)
+    assert caller.result() not in pids
+    greedy.close()
+    await_gone(small, pids)
+    assert modest.fetch_value("select 1") == 1
+
+
+def test_a_full_server_that_restarts_is_one_outage_like_any(
+    small: Server, crowd: Crowd, make_pool: MakePool
+) -> None:
+    pool = make_pool(small.conninfo_for(user="app"), server=small, min_size=2, max_size=6)
+    fill(pool)
+    crowd.take(ROOM - 2)
+    began = time.monotonic()
+    small.restart("immediate")
+    assert pool.fetch_value("select 1") == 1
+    assert time.monotonic() - began < 10.0
+    assert_serves_all(pool)
