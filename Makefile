@@ -5,10 +5,10 @@ VENV   ?= .venv
 PORT   ?= 8000
 
 python := $(VENV)/bin/python
-venv   := $(PYTHON) tools/make_venv.py $(VENV)
+peers  := $(VENV)-bench/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow check bench bench-quick lock clean venv
+.PHONY: help run test test-slow check bench bench-quick lock clean venv venv-bench
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -27,19 +27,20 @@ check: venv ## lint, check the format and the types
 	@$(python) -m ruff format --check
 	@$(python) -m mypy
 
-bench: venv ## compare with the peers: tables and numbers under bench/results
-	@$(python) -m pip install -q --disable-pip-version-check -r bench/requirements.txt
-	@$(python) -m bench
+bench: venv-bench ## compare with the peers: tables and numbers under bench/results
+	@$(peers) -m bench
 
-bench-quick: venv ## the same in under a minute
-	@$(python) -m pip install -q --disable-pip-version-check -r bench/requirements.txt
-	@$(python) -m bench --quick
+bench-quick: venv-bench ## the same in under a minute
+	@$(peers) -m bench --quick
 
-lock: ## write requirements.txt anew from the bounds in pyproject.toml
+lock: ## write the requirements.txt files anew from the bounds in pyproject.toml
 	@$(PYTHON) tools/lock.py
 
 clean: ## remove the environment and the sample data
 	@rm -rf .venv* .data .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 venv:
-	@$(venv) requirements.txt
+	@$(PYTHON) tools/make_venv.py $(VENV) requirements.txt
+
+venv-bench:
+	@$(PYTHON) tools/make_venv.py $(VENV)-bench requirements.txt bench/requirements.txt

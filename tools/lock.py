@@ -1,4 +1,4 @@
-"""Write requirements.txt: pip's own resolution of every bound in pyproject.toml, groups included."""
+"""Write the lock files: pip's own resolution of every bound in pyproject.toml, groups included."""
 
 import json
 import subprocess
@@ -9,15 +9,27 @@ import venv
 from pathlib import Path
 
 HEADER = """\
-# Every package to run, test and lint with, pinned. Made from the bounds in pyproject.toml by
+# {what}, pinned.
+# Made from the bounds in pyproject.toml by
 #     make lock
 """
 
 
 def main() -> None:
     project = tomllib.loads(Path("pyproject.toml").read_text())
-    lines = sorted(f"{name}=={version}" for name, version in resolved(bounds(project)))
-    Path("requirements.txt").write_text(HEADER + "\n".join(lines) + "\n")
+    everything = bounds(project)
+    peers = project["dependency-groups"]["bench"]
+    needed = resolved([bound for bound in everything if bound not in peers])
+    write("requirements.txt", "Every package to run, test and lint with", needed)
+    # Beside the others, so that the two files never contradict each other.
+    compared = resolved([f"{name}=={version}" for name, version in needed] + peers)
+    extra = [item for item in compared if item not in needed]
+    write("bench/requirements.txt", "What the benchmarks need beside ../requirements.txt", extra)
+
+
+def write(path: str, what: str, packages: list[tuple[str, str]]) -> None:
+    lines = sorted(f"{name}=={version}" for name, version in packages)
+    Path(path).write_text(HEADER.format(what=what) + "\n".join(lines) + "\n")
 
 
 def bounds(project: dict) -> list[str]:

@@ -1,6 +1,6 @@
-"""Make a virtual environment out of a lock file, once.
+"""Make a virtual environment out of lock files, once.
 
-Usage: python3 tools/make_venv.py .venv requirements.txt
+Usage: python3 tools/make_venv.py .venv requirements.txt [...]
 
 Run by whatever Python there is, old ones included, so that it can say what is missing in a line.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 OLDEST = (3, 11)
 
 
-def main(venv, lock_file):
+def main(venv, *lock_files):
     """Bring the environment up to date; return at once if it is."""
     if sys.version_info < OLDEST:
         fail("Python %d.%d or newer is needed, this is %s" % (*OLDEST, sys.version.split()[0]))
-    wanted = fingerprint(lock_file)
+    wanted = fingerprint(lock_files)
     stamp = venv / ".stamp"
     if read(stamp) == wanted:
         return
@@ -30,27 +30,29 @@ def main(venv, lock_file):
     with venv.with_name(venv.name + ".lock").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         if read(stamp) != wanted:
-            make(venv, lock_file)
+            make(venv, lock_files)
             # Last, so that what was interrupted is done again.
             stamp.write_text(wanted)
 
 
-def make(venv, lock_file):
-    print("making %s from %s ..." % (venv, lock_file), flush=True)
+def make(venv, lock_files):
+    named = " and ".join(map(str, lock_files))
+    print("making %s from %s ..." % (venv, named), flush=True)
     shutil.rmtree(str(venv), ignore_errors=True)
     made = run([sys.executable, "-m", "venv", str(venv)])
     if made.returncode:
         fail("python3 -m venv failed; on Debian: apt-get install python3-venv")
     pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-    installed = run([*pip, "install", "--quiet", "--retries", "2", "-r", str(lock_file)])
+    wanted = ["--requirement=%s" % path for path in lock_files]
+    installed = run([*pip, "install", "--quiet", "--retries", "2", *wanted])
     if installed.returncode:
-        fail("cannot install %s: %s" % (lock_file, reason(installed.stdout)))
+        fail("cannot install %s: %s" % (named, reason(installed.stdout)))
 
 
-def fingerprint(lock_file):
+def fingerprint(lock_files):
     """Differs when the packages, the Python or this recipe differ."""
     digest = hashlib.sha256(sys.version.encode())
-    for path in (lock_file, Path(__file__)):
+    for path in (*lock_files, Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -82,4 +84,4 @@ def fail(message):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))
