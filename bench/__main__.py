@@ -14,7 +14,9 @@ def main() -> int:
     """Run the named benchmarks, or all."""
     parser = argparse.ArgumentParser(prog="python -m bench")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ALL)}")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter, under a minute; nothing is written")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer and shorter, under a minute; nothing is written"
+    )
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.names) - set(ALL)):
         parser.error(f"there is no benchmark {unknown[0]!r}")
