@@ -1,0 +1,143 @@
+"""Every counter exact to the last one, and of constant size, however many threads come and go."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import tracemalloc
+from collections.abc import Iterator
+
+import pytest
+
+from dbpool import Pool
+from dbpool.metrics import Snapshot
+
+from .postgres import Server
+
+
+@pytest.fixture
+def hasty_switching() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def hammer(pool: Pool, threads: int, times: int, statement: str | None) -> list[Snapshot]:
+    """Check out in many threads; return the snapshots taken meanwhile that do not add up."""
+    wrong: list[Snapshot] = []
+    done = threading.Event()
+
+    def work() -> None:
+        for _ in range(times):
+            with pool.connection() as conn:
+                if statement:
+                    conn.execute(statement)
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            stats = pool.stats()
+            parts = (stats.active, stats.idle, stats.connecting)
+            if sum(parts) != stats.size or min(parts) < 0 or stats.waiting < 0:
+                wrong.append(stats)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    done.set()
+    watcher.join()
+    return wrong
+
+
+def assert_exact(pool: Pool, checkouts: int) -> None:
+    stats = pool.stats()
+    assert stats.counters.checkouts == checkouts
+    assert stats.wait.count == stats.use.count == checkouts
+    assert stats.counters.timeouts == stats.counters.rejected == stats.counters.leaks == 0
+    assert (stats.active, stats.waiting) == (0, 0)
+    assert pool.get_stats()["requests_num"] == checkouts
+
+
+@pytest.mark.parametrize("statement", [None, "select 1"])
+def test_counts_are_exact(hasty_switching: None, dsn: str, statement: str | None) -> None:
+    with Pool(dsn, max_size=8, timeout=120) as pool:
+        assert hammer(pool, threads=16, times=250, statement=statement) == []
+        assert_exact(pool, 16 * 250)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("times", "statement"), [(100_000, None), (5_000, "select 1")])
+def test_counts_are_exact_with_64_threads(
+    request: pytest.FixtureRequest, server: Server, times: int, statement: str | None
+) -> None:
+    if statement:
+        request.getfixturevalue("hasty_switching")
+    with Pool(server.conninfo, max_size=8, timeout=600) as pool:
+        assert hammer(pool, threads=64, times=times, statement=statement) == []
+        assert_exact(pool, 64 * times)
+
+
+def test_counts_add_up_while_the_pool_is_resized_and_restarted(own_server: Server) -> None:
+    pool: Pool = Pool(own_server.conninfo, max_size=8, timeout=30)
+    done = threading.Event()
+    wrong: list[Snapshot] = []
+
+    def work() -> None:
+        while not done.is_set():
+            try:
+                pool.fetch_value("select 1")
+            except Exception:  # noqa: BLE001  # the server is restarted under it
+                pass
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            stats = pool.stats()
+            parts = (stats.active, stats.idle, stats.connecting)
+            if sum(parts) != stats.size or min(parts) < 0:
+                wrong.append(stats)
+
+    threads = [threading.Thread(target=target) for target in (work, work, work, work, watch)]
+    for thread in threads:
+        thread.start()
+    for size in (2, 6, 1, 8):
+        pool.resize(min(size, 2), size)
+        pool.drain()
+        pool.fetch_value("select 1")
+    own_server.restart("immediate")
+    pool.fetch_value("select 1")
+    pool.close()
+    done.set()
+    for thread in threads:
+        thread.join(30)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_threads_that_come_and_go_cost_no_memory(dsn: str, count: int) -> None:
+    def once() -> None:
+        with pool.connection():
+            pass
+
+    def come_and_go(times: int) -> None:
+        for _ in range(times):
+            thread = threading.Thread(target=once)
+            thread.start()
+            thread.join()
+
+    with Pool(dsn, max_size=4) as pool:
+        come_and_go(100)
+        tracemalloc.start()
+        before = tracemalloc.take_snapshot()
+        come_and_go(count)
+        after = tracemalloc.take_snapshot()
+        tracemalloc.stop()
+    ours = [
+        difference.size_diff
+        for difference in after.compare_to(before, "filename")
+        if "/dbpool/" in difference.traceback[0].filename
+    ]
+    assert sum(ours) < 16 * 1024
