@@ -7,7 +7,7 @@ import importlib
 import logging
 import sys
 
-ALL = ("recovery",)
+ALL = ("observe", "recovery")
 
 
 def main() -> int:

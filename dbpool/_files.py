@@ -48,7 +48,7 @@ def write(path: Path, data: object) -> None:
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=".")
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
-            json.dump(data, file)
+            file.write(json.dumps(data))  # dump() would not use the C encoder
         Path(name).replace(path)
     except BaseException:
         with suppress(OSError):

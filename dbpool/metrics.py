@@ -32,6 +32,12 @@ _STATES: Final = ("", "stopped", "starting", "up", "down")
 _BREAKERS: Final = ("closed", "half-open", "open")
 
 
+def _trimmed(counts: Sequence[int]) -> list[int]:
+    """Without the zeros at the end."""
+    used = next((n for n in range(len(counts), 0, -1) if counts[n - 1]), 0)
+    return list(counts[:used])
+
+
 class Histogram:
     """How long something took, in seconds: counts by bucket, their sum and maximum."""
 
@@ -89,7 +95,7 @@ class HistogramSnapshot:
         return HistogramSnapshot(counts, self.sum + other.sum, max(self.max, other.max))
 
     def to_json(self) -> dict[str, Any]:
-        """Return count, sum, max and quantiles; `buckets` holds what merging needs."""
+        """Return count, sum, max and quantiles; `buckets` counts by `BOUNDS` up to the last."""
         return {
             "count": self.count,
             "sum": self.sum,
@@ -97,18 +103,19 @@ class HistogramSnapshot:
             "p50": self.quantile(0.50),
             "p95": self.quantile(0.95),
             "p99": self.quantile(0.99),
-            "buckets": {str(n): count for n, count in enumerate(self.counts) if count},
+            "buckets": _trimmed(self.counts),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HistogramSnapshot:
         """Rebuild from what `to_json` made; raise `ValueError` for anything else."""
-        counts = [0] * _BUCKETS
         try:
-            for bucket, count in data["buckets"].items():
-                counts[int(bucket)] = int(count)
-            return cls(tuple(counts), float(data["sum"]), float(data["max"]))
-        except (AttributeError, IndexError, KeyError, TypeError) as ex:
+            counts = tuple(map(int, data["buckets"]))
+            if len(counts) > _BUCKETS:
+                raise ValueError("this histogram has other buckets")
+            counts += (0,) * (_BUCKETS - len(counts))
+            return cls(counts, float(data["sum"]), float(data["max"]))
+        except (KeyError, TypeError) as ex:
             raise ValueError("this is no histogram") from ex
 
 
@@ -211,10 +218,15 @@ class Snapshot:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON types; times in seconds."""
-        return asdict(self) | {
+        data: dict[str, Any] = {"state": self.state}
+        data |= {name: getattr(self, name) for name in _SIZES}
+        counters = {name: getattr(self.counters, name) for name in _COUNTS}
+        return data | {
+            "counters": counters | {"discarded": dict(self.counters.discarded)},
             "wait": self.wait.to_json(),
             "use": self.use.to_json(),
             "connect": self.connect.to_json(),
+            "breaker": asdict(self.breaker),
             "holders": [asdict(holder) for holder in self.holders],
         }
 

@@ -1,0 +1,115 @@
+"""What watching costs: a snapshot, a report over 16 processes, readiness idle, busy and hung."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from bench._report import Cell, Table
+from dbpool import Databases, Settings
+from dbpool._files import start_time
+from dbpool.health import Health
+from dbpool.metrics import Metrics
+from dbpool.processes import Processes
+from tests.postgres import Server
+
+COLUMN = "dbpool"
+
+
+def run(quick: bool) -> Table:
+    """Measure; medians and the worst of many repetitions."""
+    table = Table("observe", "What watching costs", [COLUMN])
+    times = 50 if quick else 500
+    server = Server()
+    server.start()
+    try:
+        settings = {"default": Settings(conninfo=server.conninfo, max_size=8)}
+        with Databases(settings) as databases:
+            pool = databases.default
+            pool.resize(8, 8)
+            pool.wait()
+            for _ in range(200):
+                pool.fetch_value("select 1")
+            table.put("snapshot of a pool", COLUMN, _measure(pool.stats, times))
+            health = Health(databases)
+            table.put("readiness, just served", COLUMN, _measure(health.ready, times))
+
+            def idle() -> None:
+                pool._last_seen -= 60.0  # nothing came back for a minute: it has to ask
+                health.ready()
+
+            table.put("readiness, idle", COLUMN, _measure(idle, times))
+            held = [pool.getconn() for _ in range(8)]
+            waiting = threading.Thread(target=lambda: pool.putconn(pool.getconn()))
+            waiting.start()
+            table.put("readiness, busy", COLUMN, _measure(health.ready, times))
+            for conn in held:
+                pool.putconn(conn)
+            waiting.join()
+            server.freeze([*server.backends(), server.postmaster_pid])
+            table.put("readiness, database hangs", COLUMN, _measure(idle, 3))
+            server.thaw()
+        table.put("report over 16 processes", COLUMN, _report(times))
+        table.put("memory of a pool's metrics", COLUMN, _memory())
+    finally:
+        server.close()
+    return table
+
+
+def _measure(fn: Callable[[], object], times: int) -> Cell:
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        fn()
+        taken.append(time.perf_counter() - started)
+    middle, worst = median(taken), max(taken)
+    return Cell(
+        f"{middle * 1e3:.3g} ms, worst {worst * 1e3:.3g} ms", {"median": middle, "worst": worst}
+    )
+
+
+class _Pool:
+    """Stands in for a pool that has seen every duration."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        for step in range(73):
+            for histogram in (self.metrics.wait, self.metrics.use, self.metrics.connect):
+                histogram.add(1e-6 * 10 ** (step / 8))
+
+    def stats(self) -> object:
+        return self.metrics.snapshot([], state="up", size=1, idle=1)
+
+
+def _report(times: int) -> Cell:
+    pools = {"default": _Pool(), "replica": _Pool()}
+    memory = "/dev/shm"  # where the gunicorn hooks put it
+    with tempfile.TemporaryDirectory(dir=memory if Path(memory).is_dir() else None) as directory:
+        processes = Processes(pools, directory=directory)  # type: ignore[arg-type]
+        processes.publish()
+        (own,) = Path(directory).glob("*.json")
+        living = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal()]
+        for pid in [pid for pid in living if start_time(pid)][:16]:
+            record = json.loads(own.read_text()) | {"pid": pid, "start": start_time(pid)}
+            (Path(directory) / f"app-{pid}-{record['start']}.json").write_text(json.dumps(record))
+        parts = len(processes.report()["processes"])
+        cell = _measure(processes.report, times)
+        processes.close()
+    return Cell(f"{cell.text} ({parts} processes)", {**cell.values, "processes": parts})
+
+
+def _memory() -> Cell:
+    import tracemalloc
+
+    tracemalloc.start()
+    metrics = Metrics()
+    for n in range(100_000):
+        metrics.wait.add(n / 1000)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return Cell(f"{size / 1024:.1f} KiB", {"bytes": size})
