@@ -7,7 +7,7 @@ import importlib
 import logging
 import sys
 
-ALL = ("observe", "recovery")
+ALL = ("checkout", "query", "contention", "spike", "observe", "recovery")
 
 
 def main() -> int:

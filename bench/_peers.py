@@ -9,11 +9,19 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
+import django.conf
 import psycopg
+import psycopg2.pool
 import sqlalchemy
+from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import ConnectionPool
 
 from dbpool import Pool
+
+if not django.conf.settings.configured:
+    django.conf.settings.configure(USE_TZ=False)
+
+from django.db.backends.postgresql.base import DatabaseWrapper  # after configure()
 
 
 class Peer(ABC):
@@ -136,3 +144,99 @@ class _Driver:
 
 
 PEERS: list[type[Peer]] = [Dbpool, PsycopgPool, PsycopgPoolChecked, SQLAlchemy]
+
+
+class QueuePool(SQLAlchemy):
+    """SQLAlchemy's pool by itself, without the engine and without a ping."""
+
+    name = "SQLAlchemy QueuePool"
+
+    def _make(self, conninfo: str, size: int, timeout: float | None) -> Any:
+        return sqlalchemy.QueuePool(
+            lambda: psycopg.connect(conninfo),
+            pool_size=size,
+            max_overflow=0,
+            timeout=30.0 if timeout is None else timeout,
+        )
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[Any]:
+        conn = self.pool.connect()
+        try:
+            yield _Cursors(conn)
+            conn.commit()
+        finally:
+            conn.close()
+
+
+class Psycopg2(Peer):
+    """psycopg2's pool, which neither waits nor looks."""
+
+    name = "psycopg2 ThreadedConnectionPool"
+
+    def _make(self, conninfo: str, size: int, timeout: float | None) -> Any:
+        return psycopg2.pool.ThreadedConnectionPool(1, size, conninfo)
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[Any]:
+        conn = self.pool.getconn()
+        try:
+            with conn:
+                yield _Cursors(conn)
+        finally:
+            self.pool.putconn(conn)
+
+    def close(self) -> None:
+        self.pool.closeall()
+
+
+class _Cursors:
+    """Lets a DB-API connection run a statement like psycopg's."""
+
+    def __init__(self, conn: Any) -> None:
+        self._conn = conn
+
+    def execute(self, statement: str) -> Any:
+        cursor = self._conn.cursor()
+        cursor.execute(statement)
+        return cursor
+
+
+class Django(Peer):
+    """Django's connection with its pool option, closed at the end of each request."""
+
+    name = "Django pool"
+
+    def _make(self, conninfo: str, size: int, timeout: float | None) -> Any:
+        params = conninfo_to_dict(conninfo)
+        return DatabaseWrapper(
+            {
+                "ENGINE": "django.db.backends.postgresql",
+                "NAME": params["dbname"],
+                "USER": params["user"],
+                "PASSWORD": "",
+                "HOST": params["host"],
+                "PORT": params["port"],
+                "OPTIONS": {"pool": {"min_size": 1, "max_size": size}},
+                "TIME_ZONE": None,
+                "CONN_MAX_AGE": 0,
+                "CONN_HEALTH_CHECKS": False,
+                "AUTOCOMMIT": True,
+                "ATOMIC_REQUESTS": False,
+            },
+            alias=f"bench{id(self)}",
+        )
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[Any]:
+        self.pool.ensure_connection()
+        try:
+            yield _Cursors(self.pool)
+        finally:
+            self.pool.close()
+
+    def close(self) -> None:
+        self.pool.close_pool()
+
+
+EVERYONE: list[type[Peer]] = [*PEERS, QueuePool, Psycopg2, Django]

@@ -1,0 +1,84 @@
+"""Many threads on 8 connections: throughput, the wait for a connection, and fairness."""
+
+from __future__ import annotations
+
+import threading
+import time
+from statistics import median
+
+from bench._peers import Dbpool, Peer, PsycopgPool, SQLAlchemy
+from bench._report import Cell, Table
+from tests.postgres import Server
+
+BASE = PsycopgPool.name
+
+
+def run(quick: bool) -> Table:
+    """Let each peer serve as many threads as there are, for some seconds, in turns."""
+    seconds, rounds = (0.5, 1) if quick else (2.0, 5)
+    peers: list[type[Peer]] = [Dbpool, PsycopgPool, SQLAlchemy]
+    table = Table("contention", "8 connections", [cls.name for cls in peers])
+    server = Server()
+    server.start()
+    try:
+        for count in (8, 64) if quick else (1, 2, 8, 16, 32, 64, 128):
+            found: dict[str, list[dict[str, float]]] = {cls.name: [] for cls in peers}
+            for _ in range(rounds):
+                for cls in peers:
+                    found[cls.name].append(_serve(server, cls, count, seconds))
+            for name, figures in found.items():
+                table.put(f"{count} threads", name, _cell(figures, found[BASE]))
+    finally:
+        server.close()
+    return table
+
+
+def _serve(server: Server, cls: type[Peer], count: int, seconds: float) -> dict[str, float]:
+    waits: list[list[float]] = [[] for _ in range(count)]
+    with cls.opened(server.conninfo, 8, timeout=60.0) as peer:
+        ready = threading.Barrier(count + 1)
+        done = threading.Event()
+
+        def work(mine: list[float]) -> None:
+            ready.wait()
+            while not done.is_set():
+                asked = time.perf_counter()
+                with peer.connection() as conn:
+                    mine.append(time.perf_counter() - asked)
+                    conn.execute("select 1")
+
+        threads = [threading.Thread(target=work, args=(mine,)) for mine in waits]
+        for thread in threads:
+            thread.start()
+        ready.wait()
+        started = time.perf_counter()
+        time.sleep(seconds)
+        done.set()
+        for thread in threads:
+            thread.join()
+        taken = time.perf_counter() - started
+    served = [len(mine) for mine in waits]
+    ranked = sorted(wait for mine in waits for wait in mine)
+    return {
+        "throughput": sum(served) / taken,
+        "p50": ranked[len(ranked) // 2],
+        "p99": ranked[int(len(ranked) * 0.99)],
+        "p999": ranked[int(len(ranked) * 0.999)],
+        "fairness": min(served) / max(served),
+    }
+
+
+def _cell(figures: list[dict[str, float]], base: list[dict[str, float]]) -> Cell:
+    middle = {key: median(figure[key] for figure in figures) for key in figures[0]}
+    ratio = {
+        key: median(mine[key] / theirs[key] for mine, theirs in zip(figures, base, strict=True))
+        for key in ("throughput", "p99")
+    }
+    text = (
+        f"{middle['throughput']:.0f}/s ({ratio['throughput']:.2f} x), "
+        f"p50 {middle['p50'] * 1e3:.2f} p99 {middle['p99'] * 1e3:.2f} ({ratio['p99']:.2f} x) "
+        f"p99.9 {middle['p999'] * 1e3:.2f} ms, fair {middle['fairness']:.2f}"
+    )
+    return Cell(
+        text, {**middle, "throughput_ratio": ratio["throughput"], "p99_ratio": ratio["p99"]}
+    )

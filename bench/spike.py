@@ -1,0 +1,97 @@
+"""A spike: 50 threads at once on a pool of 5 to 50 whose connects take 150 ms.
+
+HikariCP's test of that name: who opens a connection for every waiter is slow and ends up with
+far too many.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from statistics import median
+from typing import Any
+
+import psycopg
+import sqlalchemy
+from psycopg_pool import ConnectionPool
+
+from bench._report import Cell, Table
+from dbpool import Pool
+from tests.postgres import Server
+
+THREADS, LEAST, MOST, CONNECT = 50, 5, 50, 0.15
+
+
+class SlowConnection(psycopg.Connection[Any]):
+    """Takes its time to connect."""
+
+    @classmethod
+    def connect(cls, conninfo: str = "", **kwargs: Any) -> Any:
+        """Connect, slowly."""
+        time.sleep(CONNECT)
+        return super().connect(conninfo, **kwargs)
+
+
+def run(quick: bool) -> Table:
+    """Measure until the last thread has had its connection for 2 ms."""
+    table = Table("spike", f"{THREADS} threads at once", ["dbpool", "psycopg_pool", "SQLAlchemy"])
+    server = Server()
+    server.start()
+    try:
+        for name, make in (("dbpool", Pool), ("psycopg_pool", ConnectionPool)):
+            figures = [_pooled(make, server.conninfo) for _ in range(1 if quick else 7)]
+            table.put("time to finish, connections at the end", name, _cell(figures))
+        figures = [_sqlalchemy(server.conninfo) for _ in range(1 if quick else 7)]
+        table.put("time to finish, connections at the end", "SQLAlchemy", _cell(figures))
+    finally:
+        server.close()
+    return table
+
+
+def _cell(figures: list[tuple[float, int]]) -> Cell:
+    seconds, size = median(f[0] for f in figures), median(f[1] for f in figures)
+    return Cell(f"{seconds * 1e3:.0f} ms, {size:.0f}", {"seconds": seconds, "connections": size})
+
+
+def _pooled(make: Any, conninfo: str) -> tuple[float, int]:
+    pool = make(conninfo, min_size=LEAST, max_size=MOST, connection_class=SlowConnection, open=True)
+    pool.wait()
+    seconds = _spike(pool.connection)
+    size = int(pool.get_stats()["pool_size"])
+    pool.close()
+    return seconds, size
+
+
+def _sqlalchemy(conninfo: str) -> tuple[float, int]:
+    engine = sqlalchemy.create_engine(
+        "postgresql+psycopg://",
+        creator=lambda: SlowConnection.connect(conninfo),
+        pool_size=LEAST,
+        max_overflow=MOST - LEAST,
+    )
+    warm = [engine.connect() for _ in range(LEAST)]
+    for conn in warm:
+        conn.close()
+    made: list[object] = []
+    sqlalchemy.event.listen(engine, "connect", lambda *_: made.append(1))
+    seconds = _spike(engine.connect)
+    engine.dispose()
+    return seconds, LEAST + len(made)
+
+
+def _spike(connection: Any) -> float:
+    barrier = threading.Barrier(THREADS + 1)
+
+    def work() -> None:
+        barrier.wait()
+        with connection():
+            time.sleep(0.002)
+
+    threads = [threading.Thread(target=work) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    started = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - started
