@@ -21,6 +21,10 @@ from dbpool.holders import Slot
 _IDLE = TransactionStatus.IDLE
 _UNKNOWN = TransactionStatus.UNKNOWN
 
+# A connection used for no longer than this is passed on without a look: the look's system call
+# would cost a busy pool more than the use. Held for longer, its server may have gone unseen.
+_BRIEF = 0.01
+
 
 class Checkin(Discard[CT]):
     """The taking back. A connection that is out has its slot in `_out`."""
@@ -56,8 +60,9 @@ class Checkin(Discard[CT]):
             self._check_out(slot)
             self._count(slot, use)
             self._last_seen = slot.idle_since = now
-            self._place(conn, slot)
-        if self._closed and not conn.closed:
+            is_orphan = self._closed
+            self._place(conn, slot, is_fresh=use < _BRIEF)
+        if is_orphan:
             self._close_connection(conn)
         if self.listeners.active:
             self.listeners.emit(events.CheckedIn(self.name, use))

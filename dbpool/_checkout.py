@@ -49,13 +49,19 @@ class Checkout(Checkin[CT]):
         if _FORKS_UNSEEN and os.getpid() != self._pid:
             self.after_fork()
         started = monotonic()
-        conn: Any = None
+        waiter: Waiter | None = None
         with self._lock:
             if self._pool:
                 conn = self._pool.pop()
                 self._out.add(conn._slot)
+            else:
+                waiter = self._queue_up()
+        if waiter is not None:
+            conn = self._await(waiter, started, timeout)
+            if not waiter.is_fresh:
+                conn = self._acquire_slowly(conn, started, timeout)
         # One comparison stands for lifetime, idle time and a check of the user's own.
-        if conn is None or started >= conn._slot.fresh_until or conn._slot.readable(0):
+        elif started >= conn._slot.fresh_until or conn._slot.readable(0):
             conn = self._acquire_slowly(conn, started, timeout)
         slot = conn._slot
         code = frame.f_code
@@ -68,55 +74,61 @@ class Checkout(Checkin[CT]):
         return conn  # type: ignore[no-any-return]
 
     def _acquire_slowly(self, conn: Any, started: float, timeout: float | None) -> Any:
+        """Hand out *conn* if it is usable, else the next that is."""
         deadline = started + (self.timeout if timeout is None else timeout)
-        while conn is None or not self._usable(conn, deadline):
-            conn = self._next(started, deadline)
+        while not self._usable(conn, deadline):
+            with self._lock:
+                if self._pool:
+                    conn = self._pool.pop()
+                    self._out.add(conn._slot)
+                    continue
+                waiter = self._queue_up()
+            conn = self._await(waiter, started, timeout)
         return conn
 
-    def _next(self, started: float, deadline: float) -> Any:
-        """Take an idle connection, or wait for one."""
-        with self._lock:
+    def _queue_up(self) -> Waiter:
+        """Join those who wait; one who may not finds itself refused. The lock is held."""
+        if self._lost:
             self._reclaim()
-            if self._pool:
-                conn = self._pool.pop()
-                self._out.add(conn._slot)
-                return conn
+        if self._closed:
             self._open_on_use()
-            refusal = self._refusal()
-            if refusal is None:
-                self._queued += 1
-                waiter = Waiter()
-                self._waiting.append(waiter)
-                self._refill()
+        waiter = Waiter()
+        refusal = self._refusal() if self.breaker.is_failing or self.max_waiting else None
         if refusal is not None:
-            if self.listeners.active:
-                self.listeners.emit(events.Rejected(self.name))
-            raise refusal
-        return self._await(waiter, started, deadline)
+            self._metrics.rejected += 1
+            waiter.is_rejected = True
+            waiter.fail(refusal)
+            return waiter
+        self._queued += 1
+        self._waiting.append(waiter)
+        if self._nconns < self._max_size:
+            self._refill()
+        return waiter
 
     def _refusal(self) -> Exception | None:
         """Why a newcomer may not wait, if so. The lock is held."""
         if (outage := self.breaker.seen_alive(self._last_seen)) is not None:
             self._later(lambda pool: pool._tell_back(outage))
         if self.breaker.is_open:
-            self._metrics.rejected += 1
             return self._unavailable()
         if self.max_waiting and len(self._waiting) >= self.max_waiting:
-            self._metrics.rejected += 1
             return TooManyRequests(
                 f"the pool {self.name!r} has already {len(self._waiting)} requests waiting"
             )
         return None
 
-    def _await(self, waiter: Waiter, started: float, deadline: float) -> Any:
+    def _await(self, waiter: Waiter, started: float, timeout: float | None) -> Any:
+        remaining = started + (self.timeout if timeout is None else timeout) - monotonic()
         try:
-            waiter.latch.acquire(timeout=_bounded(deadline - monotonic()))
+            waiter.latch.acquire(timeout=_bounded(remaining))
         except BaseException:  # KeyboardInterrupt, SystemExit, gevent.Timeout: leave no hole
             self._leave(waiter)
             raise
         if not waiter.is_settled:
             self._expire(waiter, monotonic() - started)
         if waiter.error is not None:
+            if waiter.is_rejected and self.listeners.active:
+                self.listeners.emit(events.Rejected(self.name))
             raise waiter.error
         return waiter.conn
 

@@ -29,28 +29,25 @@ class Discard(Life[CT]):
         metrics.use.add(use)
         slot.since = 0.0
 
-    def _place(self, conn: Any, slot: Slot) -> None:
+    def _place(self, conn: Any, slot: Slot, *, is_fresh: bool) -> None:
         """Hand a connection over or queue it, last in first out. The lock is held."""
         if self._waiting:
             self._out.add(slot)
-            self._waiting.popleft().give(conn)
+            self._waiting.popleft().give(conn, is_fresh=is_fresh and self._check is None)
             return
         self._out.discard(slot)
         if not self._closed:
-            slot.fresh_until = min(slot.expires_at, slot.idle_since + self._ping_after)
+            unchecked = slot.idle_since + self.settings.ping_after if self._check is None else 0.0
+            slot.fresh_until = min(slot.expires_at, unchecked)
             self._pool.append(conn)
-
-    @property
-    def _ping_after(self) -> float:
-        """Seconds after which an idle connection needs more than a look."""
-        return self.settings.ping_after if self._check is None else 0.0
 
     def _add_to_pool(self, conn: Any) -> None:
         conn._pool = None
         with self._lock:
             conn._slot.since = 0.0
-            self._place(conn, conn._slot)
-        if self._closed:
+            is_orphan = self._closed
+            self._place(conn, conn._slot, is_fresh=True)
+        if is_orphan:
             self._close_connection(conn)
 
     def _discard(self, conn: Any, reason: str) -> None:

@@ -39,11 +39,13 @@ _PERMANENT_FIRST, _PERMANENT_CAP = 1.0, 15.0
 class Waiter:
     """One caller waiting for a connection; all but the wait itself happens under the lock."""
 
-    __slots__ = ("conn", "error", "latch")
+    __slots__ = ("conn", "error", "is_fresh", "is_rejected", "latch")
 
     def __init__(self) -> None:
         self.conn: Any = None
         self.error: BaseException | None = None
+        self.is_fresh = False  # whether `conn` needs no look: its server spoke just now
+        self.is_rejected = False
         self.latch = threading.Lock()
         self.latch.acquire()
 
@@ -52,8 +54,9 @@ class Waiter:
         """Whether it was given a connection or refused."""
         return self.conn is not None or self.error is not None
 
-    def give(self, conn: Any) -> None:
+    def give(self, conn: Any, *, is_fresh: bool) -> None:
         """Hand a connection over."""
+        self.is_fresh = is_fresh
         self.conn = conn
         self.latch.release()
 
