@@ -1,0 +1,77 @@
+"""A guard on the hot path that no clock can upset: calls are counted, not timed.
+
+How long a checkout takes is measured in `bench/`. What makes it slow first shows as calls.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+from psycopg_pool import ConnectionPool
+
+from dbpool import Pool
+
+
+def calls_of(fn: Callable[[], object]) -> Counter[str]:
+    """Count the Python and C functions that one call of *fn* calls."""
+    counted: Counter[str] = Counter()
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        if event in ("call", "c_call"):
+            counted[event] += 1
+
+    sys.setprofile(profile)
+    try:
+        fn()
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
+def lend(pool: Any) -> None:
+    with pool.connection():
+        pass
+
+
+@pytest.fixture
+def pool(dsn: str) -> Iterator[Pool]:
+    with Pool(dsn, min_size=4, max_size=4) as pool:
+        pool.wait()
+        lend(pool)
+        yield pool
+
+
+@pytest.fixture
+def parent(dsn: str) -> Iterator[ConnectionPool]:
+    with ConnectionPool(dsn, min_size=4, max_size=4, open=True) as parent:
+        parent.wait()
+        lend(parent)
+        yield parent
+
+
+def test_a_checkout_calls_less_than_the_parents(pool: Pool, parent: ConnectionPool) -> None:
+    ours, theirs = calls_of(lambda: lend(pool)), calls_of(lambda: lend(parent))
+    assert ours["call"] < theirs["call"]
+    assert ours.total() < theirs.total()
+
+
+def test_a_checkout_calls_no_more_than_it_did(pool: Pool) -> None:
+    """Raise these only for something that is worth what it costs every checkout."""
+    ours = calls_of(lambda: lend(pool))
+    assert ours["call"] <= 15
+    assert ours["c_call"] <= 18
+
+
+def test_the_cost_of_a_checkout_does_not_grow_with_the_pool(dsn: str) -> None:
+    def cost(size: int) -> Counter[str]:
+        with Pool(dsn, min_size=size, max_size=size) as pool:
+            pool.wait()
+            lend(pool)
+            return calls_of(lambda: lend(pool))
+
+    assert cost(32) == cost(2)
