@@ -7,7 +7,19 @@ import importlib
 import logging
 import sys
 
-ALL = ("checkout", "query", "contention", "spike", "observe", "recovery")
+ALL = ("checkout", "query", "contention", "spike", "scaling", "web", "observe", "recovery")
+
+# What is drawn of each: the value, what it is multiplied by, and the unit it is then in.
+PLOTS = {
+    "checkout": ("median", 1e6, "us"),
+    "query": ("median", 1e6, "us"),
+    "contention": ("throughput", 1.0, "per second"),
+    "spike": ("seconds", 1e3, "ms"),
+    "scaling": ("median", 1e6, "us"),
+    "web": ("median", 1.0, "requests/s"),
+    "observe": ("median", 1e3, "ms"),
+    "recovery": ("seconds", 1e3, "ms"),
+}
 
 
 def main() -> int:
@@ -32,6 +44,7 @@ def main() -> int:
         print(f"\n{table.as_markdown()}\n", flush=True)
         if not arguments.quick:
             print(f"written to {table.save()}\n", flush=True)
+            table.plot(*PLOTS[name])
     return 0
 
 

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench._plot import bars
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("psycopg", "psycopg-pool", "psycopg-binary", "sqlalchemy", "gunicorn", "flask")
 
@@ -45,6 +47,16 @@ class Table:
             texts = [cells[column].text if column in cells else "" for column in self.columns]
             lines.append(f"| {row} | " + " | ".join(texts) + " |")
         return "\n".join(lines)
+
+    def plot(self, key: str, scale: float, unit: str) -> None:
+        """Draw the value called *key* of all cells that have it, by row."""
+        groups = {
+            row: {name: c.values[key] * scale for name, c in cells.items() if key in c.values}
+            for row, cells in self.rows.items()
+        }
+        RESULTS.mkdir(exist_ok=True)
+        drawn = {row: values for row, values in groups.items() if values}
+        bars(RESULTS / f"{self.name}.svg", self.title, drawn, unit)
 
     def save(self) -> Path:
         """Write the numbers to `bench/results/<name>.json`."""

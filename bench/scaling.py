@@ -1,0 +1,132 @@
+"""What grows with what: cost by pool size and by waiters, memory, and the time to import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from functools import partial
+from statistics import median
+from typing import Any
+
+from psycopg_pool import ConnectionPool
+
+from bench._measure import interleaved, one_cpu
+from bench._peers import Dbpool, Peer, PsycopgPool
+from bench._report import Cell, Table
+from dbpool import Pool
+from dbpool._parts import Waiter
+from tests.postgres import Server, until
+
+PEERS: list[type[Peer]] = [Dbpool, PsycopgPool]
+
+
+def run(quick: bool) -> Table:
+    """Measure dbpool beside the pool it wraps."""
+    table = Table("scaling", "What grows with what", [cls.name for cls in PEERS])
+    rounds = 3 if quick else 15
+    server = Server(max_connections=600)
+    server.start()
+    try:
+        _sizes(server, table, (4, 64) if quick else (1, 4, 16, 64, 256), rounds)
+        _waiters(server, table, (8, 64) if quick else (8, 64, 256))
+        _memory(server, table)
+    finally:
+        server.close()
+    _imports(table, rounds)
+    return table
+
+
+def _sizes(server: Server, table: Table, sizes: tuple[int, ...], rounds: int) -> None:
+    peers: dict[tuple[str, int], Any] = {}
+    for size in sizes:
+        peers[Dbpool.name, size] = Pool(server.conninfo, min_size=size, max_size=size, open=True)
+        peers[PsycopgPool.name, size] = ConnectionPool(
+            server.conninfo, min_size=size, max_size=size, open=True
+        )
+    for pool in peers.values():
+        pool.wait()
+
+    def lend(pool: Any) -> None:
+        with pool.connection():
+            pass
+
+    with one_cpu():
+        calls = {f"{n}|{s}": (lambda p=pool: lend(p)) for (n, s), pool in peers.items()}
+        figures = interleaved(calls, 1000, rounds)
+    for (name, size), pool in peers.items():
+        seconds = median(figures[f"{name}|{size}"])
+        ratio = median(
+            mine / base
+            for mine, base in zip(figures[f"{name}|{size}"], figures[f"{name}|4"], strict=True)
+        ) if (name, 4) in peers else 1.0  # fmt: skip
+        table.put(
+            f"checkout, pool of {size}",
+            name,
+            Cell(
+                f"{seconds * 1e6:.2f} us ({ratio:.2f} x of 4)", {"median": seconds, "of_4": ratio}
+            ),
+        )
+        pool.close()
+
+
+def _waiters(server: Server, table: Table, counts: tuple[int, ...]) -> None:
+    """Hand one connection through a queue of so many waiters."""
+    for count in counts:
+        for cls in PEERS:
+            with cls.opened(server.conninfo, 1, timeout=60.0) as peer:
+                peer.query()
+                held = peer.pool.getconn()
+                threads = [threading.Thread(target=peer.checkout) for _ in range(count)]
+                for thread in threads:
+                    thread.start()
+                until(partial(_waiting, peer, count), 30.0)
+                started = time.perf_counter()
+                peer.pool.putconn(held)
+                for thread in threads:
+                    thread.join()
+                each = (time.perf_counter() - started) / count
+            table.put(f"hand-over, {count} waiters", cls.name, Cell(f"{each * 1e6:.1f} us each",
+                      {"seconds": each}))  # fmt: skip
+
+
+def _waiting(peer: Peer, count: int) -> bool:
+    return bool(peer.pool.get_stats()["requests_waiting"] == count)
+
+
+def _memory(server: Server, table: Table) -> None:
+    for name, make in ((Dbpool.name, Pool), (PsycopgPool.name, ConnectionPool)):
+        make(server.conninfo, open=False)  # whatever is made once is not a pool's
+        tracemalloc.start()
+        pools = [make(server.conninfo, open=False) for _ in range(20)]
+        pool_bytes = tracemalloc.get_traced_memory()[0] / len(pools)
+        pool: Any = make(server.conninfo, min_size=20, max_size=20, open=True)
+        before = tracemalloc.get_traced_memory()[0]
+        pool.wait()
+        connection_bytes = (tracemalloc.get_traced_memory()[0] - before) / 20
+        pool.close()
+        tracemalloc.stop()
+        for row, size in (("memory of a pool", pool_bytes), ("of a connection", connection_bytes)):
+            table.put(row, name, Cell(f"{size / 1024:.1f} KiB", {"bytes": size}))
+    tracemalloc.start()
+    waiters = [Waiter() for _ in range(1000)]
+    size = tracemalloc.get_traced_memory()[0] / len(waiters)
+    tracemalloc.stop()
+    table.put("of a waiter", Dbpool.name, Cell(f"{size:.0f} B", {"bytes": size}))
+
+
+def _imports(table: Table, rounds: int) -> None:
+    """Import in fresh processes, in turns."""
+    script = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+    figures: dict[str, list[float]] = {"dbpool": [], "psycopg_pool": []}
+    for _ in range(rounds):
+        for name, seconds in figures.items():
+            command = [sys.executable, "-c", script.format(name)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            seconds.append(float(done.stdout))
+    for name, seconds in figures.items():
+        ratio = median(m / b for m, b in zip(seconds, figures["psycopg_pool"], strict=True))
+        text = f"{median(seconds) * 1e3:.1f} ms ({ratio:.2f} x)"
+        table.put("import", name, Cell(text, {"median": median(seconds), "ratio": ratio}))
