@@ -85,8 +85,9 @@ class PoolCollector(Collector):
         yield self._ages()
 
     def _count(self) -> Metric:
+        # OpenTelemetry's `count`; Prometheus keeps that suffix for histograms.
         gauge = GaugeMetricFamily(
-            "db_client_connection_count", "Connections by state", labels=[_POOL, "state"]
+            "db_client_connections", "Connections by state", labels=[_POOL, "state"]
         )
         for pool, snapshot in self._pools.items():
             gauge.add_metric([pool, "idle"], snapshot.idle)

@@ -620,7 +620,7 @@ def test_scope_is_checked(client: FlaskClient) -> None:
 def test_metrics_are_negotiated(client: FlaskClient) -> None:
     classic = client.get("/db/metrics", headers=bearer())
     assert classic.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    assert "db_client_connection_count{" in classic.text
+    assert "db_client_connections{" in classic.text
     accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
     modern = client.get("/db/metrics", headers=bearer() | accept)
     assert modern.headers["Content-Type"].startswith("application/openmetrics-text")
