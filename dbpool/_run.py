@@ -63,7 +63,7 @@ class Runner(Upkeep[CT]):
                 late = deadline is not None and monotonic() + pause >= deadline
                 if late or attempt >= attempts or not self._may_retry(ex, conn, idempotent):
                     raise
-                error = ex
+                error = str(ex)  # itself it would hold this frame, and so the connection
             else:
                 self._budget.refund()
                 return result
@@ -141,11 +141,11 @@ class Runner(Upkeep[CT]):
         lost = idempotent if isinstance(ex, CommitUncertain) else conn.closed
         return bool(lost) and self._budget.draw()
 
-    def _tell_retry(self, attempt: int, error: BaseException, pause: float) -> None:
+    def _tell_retry(self, attempt: int, error: str, pause: float) -> None:
         with self._lock:
             self._metrics.retries += 1
         if self.listeners.active:
-            self.listeners.emit(events.Retried(self.name, attempt, str(error), pause))
+            self.listeners.emit(events.Retried(self.name, attempt, error, pause))
 
 
 def _roll_back(conn: Any) -> None:

@@ -76,6 +76,7 @@ class Load:
             try:
                 self._fn()
             except Exception as ex:  # noqa: BLE001  # the test judges it
+                _forget_frames(ex)
                 with self._lock:
                     self.errors.append(ex)
             with self._lock:
@@ -91,6 +92,13 @@ class Load:
         self._stop.set()
         for task in self._tasks:
             task.result()
+
+
+def _forget_frames(ex: BaseException | None) -> None:
+    """Let go of what the frames of a traceback hold: connections, perhaps."""
+    while ex is not None:
+        ex.__traceback__ = None
+        ex = ex.__cause__ or ex.__context__
 
 
 def fill(pool: Pool) -> list[int]:

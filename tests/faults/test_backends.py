@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -228,6 +229,28 @@ def test_frozen_at_the_first_connect_is_told_within_the_grace(
     own_server.thaw()
     await_up(pool)
     assert_serves_all(pool)
+
+
+def test_a_connection_lost_after_a_retry_is_collected_without_the_cyclic_collector(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(max_size=1)
+    tries: list[int] = []
+
+    def work(conn: psycopg.Connection[Any]) -> None:
+        tries.append(conn.info.backend_pid)
+        if len(tries) == 1:
+            terminate(own_server, tries)
+        conn.execute("select 1")
+
+    gc.disable()
+    try:
+        pool.run(work)
+        pool.getconn()  # and forgets it
+        assert pool.fetch_value("select 1") == 1
+    finally:
+        gc.enable()
+    assert pool.stats().counters.discarded["collected"] == 1
 
 
 def _queries(server: Server, pids: list[int]) -> list[tuple[Any, ...]]:
