@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from contextlib import suppress
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -137,7 +138,8 @@ class Checkout(Checkin[CT]):
         with self._lock:
             if waiter.is_settled:
                 return
-            self._waiting.remove(waiter)
+            with suppress(ValueError):  # an exception may have torn its giver away from it
+                self._waiting.remove(waiter)
             self._metrics.timeouts += 1
             waiter.error = self._timed_out(seconds)
         if self.listeners.active:
