@@ -119,7 +119,8 @@ def test_in_an_outage_one_connect_at_a_time_is_tried(
             proxy.drop()
         with pytest.raises(DatabaseUnavailable):
             pool.getconn()
-    assert most == 1
+    assert most <= 1  # one that fails at once may never be seen
+    assert pool.stats().counters.connect_failures >= tried + 4
     _mend(proxy)
     await_up(pool)
     assert_serves_all(pool)
