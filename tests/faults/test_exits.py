@@ -149,6 +149,9 @@ def test_a_signal_ends_a_process_that_waits_for_a_connection(
     own_server: Server, script: Path, number: signal.Signals
 ) -> None:
     body = """
+    import signal
+    # A shell without job control starts what runs in its background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out = [pool.getconn(), pool.getconn()]
     print("WAITING", flush=True)
     pool.getconn()
