@@ -19,6 +19,7 @@ from typing import IO, Any
 import psycopg
 from psycopg.conninfo import make_conninfo
 
+from dbpool.errors import classify
 from webapp.embedded import binaries, server_user
 
 # The superuser needs no password; everybody else does, over TCP.
@@ -264,10 +265,20 @@ class Server:
         return [pid for (pid,) in rows]
 
     def execute(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
-        """Run a statement as the superuser, outside any pool."""
-        with psycopg.connect(self.conninfo, autocommit=True) as conn:
+        """Run a statement as the superuser, outside any pool; waits out a crash recovery."""
+        with self._connection() as conn:
             cursor = conn.execute(statement.encode(), params or None)
             return cursor.fetchall() if cursor.description else []
+
+    def _connection(self) -> psycopg.Connection[Any]:
+        deadline = time.monotonic() + 15.0
+        while True:
+            try:
+                return psycopg.connect(self.conninfo, autocommit=True)
+            except psycopg.OperationalError as ex:
+                if classify(ex) != "starting" or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
 
 @cache
