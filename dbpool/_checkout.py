@@ -130,7 +130,7 @@ class Checkout(Checkin[CT]):
         if waiter.error is not None:
             if waiter.is_rejected and self.listeners.active:
                 self.listeners.emit(events.Rejected(self.name))
-            raise waiter.error
+            raise waiter.take_error()
         return waiter.conn
 
     def _expire(self, waiter: Waiter, seconds: float) -> None:

@@ -54,6 +54,16 @@ class Waiter:
         """Whether it was given a connection or refused."""
         return self.conn is not None or self.error is not None
 
+    def take_error(self) -> BaseException:
+        """Return why it was refused, once.
+
+        An error kept here would keep its traceback, that the frames of all who called, and
+        those this waiter: they and what they hold would stay until the cyclic collector comes.
+        """
+        error, self.error = self.error, None
+        assert error is not None
+        return error
+
     def give(self, conn: Any, *, is_fresh: bool) -> None:
         """Hand a connection over."""
         self.is_fresh = is_fresh

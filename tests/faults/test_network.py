@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +141,30 @@ def test_a_connect_that_takes_longer_than_the_grace_still_ends_the_outage(
     proxy.delay = 0.0
     assert pool.stats().counters.connect_failures == 0
     assert_serves_all(pool)
+
+
+@pytest.mark.parametrize("refused", ["at once", "after waiting", "at the deadline"])
+def test_an_error_keeps_nothing_of_its_callers_once_it_is_forgotten(
+    proxy: Proxy, make_pool: MakePool, refused: str
+) -> None:
+    proxy.refuse()
+    pool = make_pool(proxy.conninfo, outage_grace=30.0 if refused == "at the deadline" else 0.3)
+    if refused == "at once":
+        Task(pool.getconn).error()
+
+    def call() -> weakref.ref[object]:
+        request = threading.Event()  # what a caller may hold
+        with pytest.raises(DatabaseUnavailable):
+            pool.getconn(timeout=0.1 if refused == "at the deadline" else 5.0)
+        return weakref.ref(request)
+
+    gc.disable()
+    try:
+        assert call()() is None
+    finally:
+        gc.enable()
+    _mend(proxy)
+    await_up(pool)
 
 
 def test_a_host_that_does_not_resolve_may_yet_do_so(
