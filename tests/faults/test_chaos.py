@@ -1,0 +1,180 @@
+"""Faults of every kind in a random order, under a load of every kind: the books stay right."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg_pool import PoolTimeout
+
+from dbpool import DatabaseUnavailable, Pool
+from tests.postgres import Server, until
+from tests.proxy import Mode, Proxy
+
+from .steps import Load, Task, assert_adds_up, assert_serves_all, await_server
+
+MakePool = Callable[..., Pool[Any]]
+
+
+class Faults:
+    """What may happen to the server and to its network. Each method leaves both mended."""
+
+    def __init__(self, server: Server, proxy: Proxy, pool: Pool[Any], chance: random.Random):
+        self._server, self._proxy, self._pool, self._chance = server, proxy, pool, chance
+
+    def strike(self) -> None:
+        """One of them, at random."""
+        names = [name for name in vars(Faults) if not name.startswith("_") and name != "strike"]
+        getattr(self, self._chance.choice(names))()
+
+    def _linger(self) -> None:
+        """Let the fault last for a few calls, or for longer than the grace."""
+        seconds = self._chance.choice([0.0, 0.1, 0.6])
+        end = time.monotonic() + seconds
+        until(lambda: time.monotonic() >= end)
+
+    def restart(self) -> None:
+        self._server.stop(self._chance.choice(["fast", "immediate"]))
+        self._linger()
+        self._server.start()
+
+    def terminate(self) -> None:
+        self._server.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where application_name like 'dbpool:%' and random() < 0.6"
+        )
+
+    def freeze(self) -> None:
+        pids = self._server.backends(f"dbpool:{self._pool.name}")
+        with suppress(ProcessLookupError):
+            self._server.freeze(self._chance.sample(pids, len(pids) // 2))
+        if self._chance.random() < 0.5:
+            self._server.freeze([self._server.postmaster_pid])
+        self._linger()
+        self._server.thaw()
+
+    def drop(self) -> None:
+        self._proxy.drop(reset=self._chance.random() < 0.5)
+
+    def refuse(self) -> None:
+        self._proxy.refuse()
+        self._proxy.drop()
+        self._linger()
+        self._proxy.listen()
+
+    def spoil_connects(self) -> None:
+        self._proxy.mode = self._chance.choice([Mode.RESET, Mode.CLOSE, Mode.SILENT])
+        if self._chance.random() < 0.5:
+            self._proxy.drop()
+        self._linger()
+        self._proxy.mode = Mode.PASS
+        self._proxy.drop()
+
+    def go_dark(self) -> None:
+        self._proxy.go_dark()
+        self._linger()
+        self._proxy.drop()
+
+    def resize(self) -> None:
+        self._pool.resize(self._chance.randint(0, 3), 6)
+
+    def drain(self) -> None:
+        self._pool.drain()
+
+    def check(self) -> None:
+        self._pool.check()
+
+
+class Calls:
+    """What callers do."""
+
+    def __init__(self, pool: Pool[Any]) -> None:
+        self.pool = pool
+        self.inserted: list[str] = []
+        self._turn = 0
+
+    def __call__(self) -> None:
+        self._turn += 1
+        if self._turn % 100 == 0:
+            self.forget()
+        calls = [self.fetch, self.transact, self.insert, self.give_up, self.abort]
+        try:
+            calls[self._turn % len(calls)]()
+        except DatabaseUnavailable:
+            time.sleep(0.001)
+            raise
+
+    def fetch(self) -> None:
+        self.pool.fetch_value("select 1")
+
+    def transact(self) -> None:
+        with self.pool.connection() as conn:
+            conn.execute("select 1")
+            conn.execute("select 2")
+
+    def insert(self) -> None:
+        key = uuid.uuid4().hex
+        self.pool.run(_insert, key, idempotent=True, timeout=60, attempts=100)
+        self.inserted.append(key)
+
+    def give_up(self) -> None:
+        with suppress(PoolTimeout):
+            self.pool.putconn(self.pool.getconn(timeout=0.001))
+
+    def forget(self) -> None:
+        conn = self.pool.getconn()
+        conn.execute("select 1")
+        del conn
+
+    def abort(self) -> None:
+        with pytest.raises(ZeroDivisionError), self.pool.connection() as conn:
+            conn.execute("select 1")
+            raise ZeroDivisionError
+
+
+def _insert(conn: psycopg.Connection[Any], key: str) -> None:
+    conn.execute("insert into t values (%s) on conflict do nothing", [key])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:<psycopg.Connection:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:.*Connection.__del__:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("seed", range(10))
+def test_the_books_stay_right_whatever_happens(
+    own_server: Server, proxy: Proxy, make_pool: MakePool, seed: int
+) -> None:
+    pool = make_pool(proxy.conninfo, min_size=2, max_size=6, ping_after=0.05)
+    pool.execute("create table t (id text primary key)")
+    faults = Faults(own_server, proxy, pool, random.Random(seed))
+    calls = Calls(pool)
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            assert_adds_up(pool)
+            time.sleep(0.001)
+
+    watcher = Task(watch)
+    load = Load(calls, threads=8)
+    try:
+        for _ in range(25):
+            faults.strike()
+            await_server(own_server)
+            load.await_calls(20)
+    finally:
+        load.stop()
+        over.set()
+    watcher.result()
+    unexpected = [e for e in load.errors if not isinstance(e, (psycopg.OperationalError,))]
+    assert unexpected == []
+    kept = {key for (key,) in own_server.execute("select id from t")}
+    assert kept >= set(calls.inserted)
+    until(lambda: not pool.breaker.is_open)
+    assert_serves_all(pool)
