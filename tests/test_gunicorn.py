@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from dbpool import gunicorn as hooks
 
 from .postgres import free_port, until
 
@@ -51,17 +55,22 @@ worker_tmp_dir = {directory!r}
 control_socket_disable = True
 loglevel = "critical"
 preload_app = {preload}
+max_requests = {max_requests}
 """
 
 
 class Site:
     """A gunicorn that serves the application."""
 
-    def __init__(self, directory: Path, dsn: str, *, preload: bool = False) -> None:
+    def __init__(
+        self, directory: Path, dsn: str, *, preload: int = False, max_requests: int = 0
+    ) -> None:
         self.directory = directory
         self.port = free_port()
         (directory / "counted.py").write_text(dedent(APP.format(dsn=dsn)))
-        conf = CONF.format(directory=str(directory), preload=preload)
+        conf = CONF.format(
+            directory=str(directory), preload=bool(preload), max_requests=max_requests
+        )
         (directory / "gunicorn.conf.py").write_text(dedent(conf))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{self.port}", "counted:app"],
@@ -103,7 +112,7 @@ class Site:
 def start(tmp_path: Path, dsn: str) -> Iterator[Callable[..., Site]]:
     sites: list[Site] = []
 
-    def start(**options: bool) -> Site:
+    def start(**options: int) -> Site:
         sites.append(Site(tmp_path, dsn, **options))
         return sites[-1]
 
@@ -134,6 +143,38 @@ def test_a_thousand_requests_are_a_thousand_checkouts(start: Callable[..., Site]
         assert site.checkouts() == 1000
     until(lambda: len(site.stats()["processes"]) >= 2)
     assert site.checkouts() == 1000
+
+
+def test_workers_that_are_recycled_leave_their_counts(start: Callable[..., Site]) -> None:
+    site = start(max_requests=40)
+    workers: set[str] = set()
+    served = 0
+    for _ in range(300):
+        try:
+            workers.add(site.get("/"))
+            served += 1
+        except OSError:  # its worker ended between accepting and answering
+            continue
+    assert len(workers) > 3
+    until(lambda: site.checkouts() >= served)
+    assert site.checkouts() <= 300
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root serves as another user")
+def test_the_directory_belongs_to_the_user_of_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = pwd.getpwnam("nobody")
+    monkeypatch.setenv("DBPOOL_STATS_DIR", "")
+    server = SimpleNamespace(
+        cfg=SimpleNamespace(worker_tmp_dir=str(tmp_path), uid=nobody.pw_uid, gid=nobody.pw_gid)
+    )
+    hooks.on_starting(server)
+    (directory,) = tmp_path.glob("dbpool-stats-*")
+    assert directory.stat().st_uid == nobody.pw_uid
+    assert directory.stat().st_mode & 0o777 == 0o700
+    hooks.on_exit(server)
+    assert not directory.exists()
 
 
 @pytest.mark.parametrize("preload", [False, True])

@@ -216,6 +216,30 @@ def test_a_failing_write_is_contained_and_told_once(
     processes.close()
 
 
+def test_a_full_disk_is_contained_and_told_once(directory: Path) -> None:
+    script = f"""
+import resource, signal
+from tests.test_processes import Counting
+from dbpool.processes import Processes
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+processes = Processes({{"default": Counting(5)}}, directory={str(directory)!r})
+for _ in range(3):
+    report = processes.report()
+    assert report["scope"] == "process"
+    assert report["pools"]["default"]["counters"]["checkouts"] == 5
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.count("cannot write statistics") == 1
+    assert list(directory.glob("*.json")) == []
+
+
 def test_two_applications_do_not_mix(processes: Processes, directory: Path) -> None:
     other = Processes({"default": Counting(100)}, directory=directory, app="other/../app")
     assert checkouts(other.report()) == 100
