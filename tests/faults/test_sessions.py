@@ -236,8 +236,8 @@ def test_tls_connections_whose_network_went_silent_cost_one_ping(
     tls_proxy.go_dark()
     assert pool.fetch_value(PID) not in pids
     assert pool.stats().counters.discarded["dead"] == 4
-    tls_proxy.drop()
     assert_serves_all(pool)
+    tls_proxy.drop()
 
 
 def test_a_certificate_that_is_not_trusted_is_a_misconfiguration(
