@@ -30,7 +30,7 @@ PID = "select pg_backend_pid()"
 def test_a_holder_idle_in_transaction_for_too_long_loses_the_connection(
     own_server: Server, make_pool: MakePool
 ) -> None:
-    pool = make_pool(max_size=1, idle_in_transaction_timeout=0.1)
+    pool = make_pool(max_size=1, idle_in_transaction_timeout=0.5)
     own_server.execute("create table t (id int)")
     with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout), pool.connection() as conn:
         conn.execute("insert into t values (1)")
@@ -43,7 +43,7 @@ def test_a_holder_idle_in_transaction_for_too_long_loses_the_connection(
 def test_idle_in_transaction_for_too_long_is_not_committed_silently(
     own_server: Server, make_pool: MakePool
 ) -> None:
-    pool = make_pool(max_size=1, idle_in_transaction_timeout=0.1)
+    pool = make_pool(max_size=1, idle_in_transaction_timeout=0.5)
     with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout), pool.connection() as conn:
         conn.execute("select 1")
         until(lambda: not own_server.backends("dbpool:faults"))
@@ -53,7 +53,7 @@ def test_idle_in_transaction_for_too_long_is_not_committed_silently(
 def test_run_starts_again_what_was_idle_in_transaction_for_too_long(
     own_server: Server, make_pool: MakePool
 ) -> None:
-    pool = make_pool(max_size=1, idle_in_transaction_timeout=0.1)
+    pool = make_pool(max_size=1, idle_in_transaction_timeout=0.5)
     own_server.execute("create table t (id int)")
     pids: list[int] = []
 
