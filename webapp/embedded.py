@@ -228,18 +228,25 @@ class Server:
 
     def _stop(self) -> None:
         """Stop the server: fast, which keeps the data, then at once, which does so too."""
+        pid = self._pid()
         for signum, seconds in (
             (signal.SIGINT, FAST_SECONDS),
             (signal.SIGQUIT, IMMEDIATE_SECONDS),
             (signal.SIGKILL, IMMEDIATE_SECONDS),
         ):
-            if (pid := self._pid()) is None:
+            if pid is None or not self._is_up(pid):
                 return
             with suppress(ProcessLookupError):
                 os.kill(pid, signum)
             deadline = time.monotonic() + seconds
-            while self._pid() is not None and time.monotonic() < deadline:
+            while self._is_up(pid) and time.monotonic() < deadline:
                 time.sleep(0.01)
+
+    def _is_up(self, pid: int) -> bool:
+        """Whether that server is there: it removes its file a moment before it ends."""
+        if self._process is not None and self._process.pid == pid:
+            return self._process.poll() is None
+        return _is_postgres(pid, self.cluster)
 
     def _status(self) -> str | None:
         """What the running server says of itself: starting, ready, stopping; None without one."""
