@@ -71,7 +71,7 @@ def test_run_starts_again_what_was_idle_in_transaction_for_too_long(
 
 
 def test_a_statement_that_takes_too_long_costs_no_connection(make_pool: MakePool) -> None:
-    pool = make_pool(max_size=1, statement_timeout=0.05)
+    pool = make_pool(max_size=1, statement_timeout=0.3)
     pid = pool.fetch_value(PID)
     with pytest.raises(psycopg.errors.QueryCanceled):
         pool.fetch_value("select pg_sleep(60)")
