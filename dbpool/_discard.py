@@ -115,9 +115,7 @@ class Discard(Life[CT]):
                 self._remove(slot, "collected")
                 self._refill()
                 if self.listeners.active:
-                    self._later(
-                        lambda pool: pool.listeners.emit(events.Discarded(pool.name, "collected"))
-                    )
+                    self.listeners.emit(events.Discarded(self.name, "collected"))
                 logger.warning(
                     "pool %r: a connection was never returned and has been garbage-collected;"
                     " it was checked out at %s",

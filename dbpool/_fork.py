@@ -9,6 +9,7 @@ import weakref
 from time import monotonic
 from typing import Any, Protocol
 
+from dbpool.events import Emitter
 from dbpool.holders import Slot
 
 
@@ -16,6 +17,7 @@ class Forkable(Protocol):
     """What is asked of a pool here."""
 
     name: str
+    listeners: Emitter
 
     def slots(self) -> list[Slot]:
         """Return the slots of all its connections, idle or out; takes no lock."""
@@ -29,15 +31,14 @@ class Forkable(Protocol):
 
 _pools: weakref.WeakSet[Any] = weakref.WeakSet()
 
-# Strong references held across a fork. In the child the interpreter drops the state of all
-# other threads before it runs any hook; a connection that goes with it would say goodbye to
-# the server on the parent's socket.
-_kept: list[Any] = []
+# What a thread that forks holds meanwhile: `conns`, as in the child the interpreter drops the
+# state of all other threads before it runs any hook, and a connection that goes with it would
+# say goodbye to the server on the parent's socket; and `locks`, see `telling`.
+_held = threading.local()
 
-# Held by our own threads while they log or call listeners. A fork waits for it: the buffer of
-# standard error has a lock that nobody would ever release in the child.
+# Held by our own threads while they log. A fork waits for it, and for listeners to return: the
+# buffer of standard error has a lock that nobody would ever release in the child.
 telling = threading.RLock()
-_quiet = False
 _PATIENCE = 1.0  # seconds
 
 
@@ -73,16 +74,18 @@ def silence(slots: list[Slot]) -> None:
 
 
 def _before_fork() -> None:
-    global _quiet  # noqa: PLW0603  # handed to the hook that runs after
-    _quiet = telling.acquire(timeout=_PATIENCE)
-    for pool in list(_pools):
-        _kept.extend(slot.ref() for slot in pool.slots() if slot.ref is not None)
+    deadline = monotonic() + _PATIENCE
+    ours = list(_pools)
+    locks = [telling, *(pool.listeners.calling for pool in ours)]
+    _held.locks = [x for x in locks if x.acquire(timeout=max(0.0, deadline - monotonic()))]
+    slots = [slot for pool in ours for slot in pool.slots()]
+    _held.conns = [slot.ref() for slot in slots if slot.ref is not None]
 
 
 def _after_fork_in_parent() -> None:
-    _kept.clear()
-    if _quiet:
-        telling.release()
+    _held.conns.clear()
+    for lock in _held.locks:
+        lock.release()
 
 
 def _after_fork_in_child() -> None:
@@ -90,7 +93,7 @@ def _after_fork_in_child() -> None:
     telling = threading.RLock()
     for pool in list(_pools):
         pool.after_fork()
-    _kept.clear()
+    _held.conns.clear()
 
 
 os.register_at_fork(

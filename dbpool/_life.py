@@ -37,14 +37,14 @@ class Life(Supply[CT]):
     def _start_initial_tasks(self) -> None:
         self._refill()
         if self.listeners.active:
-            opened = events.Opened(self.name)
-            self._later(lambda pool: pool.listeners.emit(opened))
+            self.listeners.emit(events.Opened(self.name))
 
     def close(self, timeout: float = 2.0) -> None:
         """Close: refuse those who wait, close what is idle, stop the threads.
 
         Connections that are out are closed when they come back. All of it takes at most
-        *timeout* seconds; a thread that hangs in a connect is left to end by itself.
+        *timeout* seconds; a thread that hangs, in a connect or in a listener, is left to end
+        by itself.
         """
         deadline = monotonic() + timeout
         with self._lock:
@@ -66,11 +66,13 @@ class Life(Supply[CT]):
                 thread.join(max(0.0, deadline - monotonic()))
         if self.listeners.active:
             self.listeners.emit(events.Closed(self.name))
+            self.listeners.end(max(0.0, deadline - monotonic()))
 
     def __del__(self) -> None:
-        # Nobody joins the threads here: this may be one of them, or the end of the process.
+        # Nobody waits for the threads here: this may be one of them, or the process's end.
         if not getattr(self, "_closed", True):
             self._signal_stop_worker()
+            self.listeners.end()
 
     def wait(self, timeout: float = 30.0) -> None:
         """Wait until min_size connections are made.
@@ -105,6 +107,7 @@ class Life(Supply[CT]):
         if self._pid == getpid():
             return
         _fork.silence(self.slots())
+        self.listeners.reset()
         stopped = self._closed and self._opened
         self._clear()
         self._closed, self._opened, self._lazy = True, stopped, True

@@ -1,12 +1,15 @@
 """What a pool tells its listeners: the events, and how they are delivered.
 
-The pool builds no event when nobody listens, and never calls a listener under a lock.
+Listeners are called in a thread of their own, one per pool: none is ever in the way of a
+checkout. No event is built when nobody listens.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -132,7 +135,8 @@ class Listener:
     """A base for listeners: define the methods of the events you want to hear.
 
     A method is named after its event, `def checked_out(self, event): ...`. One that raises
-    an `Exception` is logged and breaks nothing; `SystemExit` and its like pass through.
+    is logged and breaks nothing; one that hangs keeps the pool's later events waiting, and
+    nothing else.
     """
 
     def __call__(self, event: Event) -> None:
@@ -156,22 +160,82 @@ class LoggingListener(Listener):
 
 
 class Emitter:
-    """Calls the listeners of one pool, one after the other, in their order."""
+    """Delivers the events of one pool to its listeners, in order, in a thread of its own.
+
+    Telling costs the pool an entry in a queue: however slow a listener is, nobody waits for it.
+    The thread begins with the first event and ends with the pool. At most 10,000 events are
+    kept; what comes beyond them is dropped, and that is told once.
+    """
+
+    MOST = 10_000
 
     def __init__(self, listeners: Iterable[Callable[[Any], object]] = ()) -> None:
         self._listeners = tuple(listeners)
-        self._complained: set[tuple[int, str]] = set()
         self.active = bool(self._listeners)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start from nothing, as in a new process."""
+        self.calling = threading.RLock()  # held while listeners are called: a fork waits for it
+        self._changed = threading.Condition()
+        self._events: deque[Event] = deque()
+        self._thread: threading.Thread | None = None
+        self._ends = self._is_overrun = False
+        self._complained: set[tuple[int, str]] = set()
 
     def emit(self, event: Event) -> None:
-        """Tell every listener. One that raises is logged, once for each kind of event."""
+        """Have every listener told."""
+        with self._changed:
+            if len(self._events) < self.MOST:
+                self._events.append(event)
+                self._changed.notify()
+                if self._thread is None:
+                    self._start()
+                return
+            was_overrun, self._is_overrun = self._is_overrun, True
+        if not was_overrun:
+            logger.error("pool %r: its listeners are too slow, events are dropped", event.pool)
+
+    def end(self, timeout: float = 0.0) -> None:
+        """End the thread once all is told; wait for that for *timeout* seconds."""
+        with self._changed:
+            self._ends, thread = True, self._thread
+            self._changed.notify()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="dbpool-listeners", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # out of threads, or the interpreter is ending
+            self._thread = None
+
+    def _run(self) -> None:
+        me, calling = threading.current_thread(), self.calling
+        # A listener may fork: its child has this thread, but it is nobody's there.
+        while self._thread is me and (event := self._next()) is not None:
+            with calling:
+                self._tell(event)
+
+    def _next(self) -> Event | None:
+        with self._changed:
+            while not self._events:
+                if self._ends:
+                    self._thread = None
+                    return None
+                self._changed.wait()
+            return self._events.popleft()
+
+    def _tell(self, event: Event) -> None:
         for listener in self._listeners:
             try:
                 listener(event)
-            except Exception as ex:  # noqa: BLE001  # a listener never breaks a checkout
+            except BaseException as ex:  # noqa: BLE001  # the others are to hear of it all the same
                 self._complain(listener, event, ex)
 
-    def _complain(self, listener: object, event: Event, ex: Exception) -> None:
+    def _complain(self, listener: object, event: Event, ex: BaseException) -> None:
+        """Log that a listener failed, once for each kind of event."""
         key = (id(listener), type(event).__name__)
         if key not in self._complained:
             self._complained.add(key)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -20,6 +24,7 @@ from dbpool.events import (
     Opened,
     name_of,
 )
+from tests.postgres import until
 
 
 def test_the_life_of_a_pool_in_events(dsn: str) -> None:
@@ -63,6 +68,7 @@ def test_every_listener_is_told_also_after_one_that_raises(
     emitter = Emitter([broken, heard.append])
     for event in (Opened("p"), Opened("p"), Closed("p")):
         emitter.emit(event)
+    emitter.end(5)
     assert heard == [Opened("p"), Opened("p"), Closed("p")]
     complaints = [r.message for r in caplog.records if "a listener failed" in r.message]
     assert [c.split()[4] for c in complaints] == ["opened:", "closed:"]
@@ -75,6 +81,109 @@ def test_a_raising_listener_breaks_no_checkout(dsn: str, caplog: pytest.LogCaptu
     with Pool(dsn, listeners=[broken]) as pool:
         assert pool.fetch_value("select 1") == 1
         assert pool.stats().active == 0
+
+
+def test_a_listener_that_hangs_is_in_nobodys_way(dsn: str) -> None:
+    stuck, heard = threading.Event(), list[Event]()
+
+    def hanging(event: Event) -> None:
+        stuck.wait(30)
+        heard.append(event)
+
+    pool = Pool(dsn, max_size=2, listeners=[hanging])
+    for _ in range(1000):
+        assert pool.fetch_value("select 1") == 1
+    with pool.connection(), pytest.raises(PoolExhausted):
+        pool.resize(1, 1)
+        pool.getconn(timeout=0.01)
+    assert not heard
+    started = monotonic()
+    pool.close(timeout=0.5)
+    assert 0.5 <= monotonic() - started < 2.0
+    stuck.set()
+    until(lambda: bool(heard) and isinstance(heard[-1], Closed), 5.0)
+    assert sum(isinstance(event, CheckedIn) for event in heard) == 1001
+
+
+def test_what_listeners_are_too_slow_for_is_dropped_and_that_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stuck, heard = threading.Event(), list[Event]()
+
+    def slow(event: Event) -> None:
+        stuck.wait(30)
+        heard.append(event)
+
+    emitter = Emitter([slow])
+    emitted = [CheckedOut("p", float(n)) for n in range(Emitter.MOST + 100)]
+    for event in emitted:
+        emitter.emit(event)
+    stuck.set()
+    emitter.end(10)
+    # One may have left the queue already, to be told.
+    assert len(heard) in (Emitter.MOST, Emitter.MOST + 1)
+    assert heard == emitted[: len(heard)]
+    assert [r.message for r in caplog.records] == [
+        "pool 'p': its listeners are too slow, events are dropped"
+    ]
+
+
+def test_events_of_many_threads_are_told_one_after_the_other_and_all(dsn: str) -> None:
+    inside, together, heard = threading.Lock(), list[Event](), list[Event]()
+
+    def listener(event: Event) -> None:
+        if not inside.acquire(blocking=False):
+            together.append(event)
+            return
+        heard.append(event)
+        inside.release()
+
+    with Pool(dsn, max_size=4, listeners=[listener]) as pool, ThreadPoolExecutor(8) as threads:
+        for future in [threads.submit(pool.fetch_value, "select 1") for _ in range(800)]:
+            assert future.result() == 1
+    assert not together
+    assert sum(isinstance(event, CheckedOut) for event in heard) == 800
+    assert sum(isinstance(event, CheckedIn) for event in heard) == 800
+
+
+def test_what_is_returned_after_the_close_is_told_too(dsn: str) -> None:
+    heard: list[Event] = []
+    pool = Pool(dsn, listeners=[heard.append])
+    conn = pool.getconn()
+    pool.close()
+    assert isinstance(heard[-1], Closed)
+    pool.putconn(conn)
+    until(lambda: isinstance(heard[-1], CheckedIn), 5.0)
+
+
+def test_a_listener_may_close_the_pool(dsn: str) -> None:
+    def closing(event: Event) -> None:
+        if isinstance(event, CheckedIn):
+            pool.close()
+
+    pool: Pool = Pool(dsn, listeners=[closing])
+    assert pool.fetch_value("select 1") == 1
+    until(lambda: pool.closed, 5.0)
+
+
+def listening_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name == "dbpool-listeners"]
+
+
+def test_the_thread_ends_with_the_pool(dsn: str) -> None:
+    pool: Pool = Pool(dsn, listeners=[lambda event: None])
+    assert not listening_threads()
+    pool.fetch_value("select 1")
+    assert len(listening_threads()) == 1
+    del pool
+    gc.collect()
+    until(lambda: not listening_threads(), 5.0)
+
+
+def test_without_listeners_there_is_no_thread_for_them(dsn: str) -> None:
+    with Pool(dsn) as pool:
+        pool.fetch_value("select 1")
+        assert not listening_threads()
 
 
 def test_a_listener_may_use_the_pool(dsn: str) -> None:

@@ -317,14 +317,19 @@ def test_the_leak_watchdog_works_in_the_child(run: Run) -> None:
     said = run("""
     import logging
     logging.basicConfig(stream=sys.stdout)
-    pool = dbpool.Pool(sys.argv[1], leak_after=0.2)
+    told = threading.Event()
+
+    def listener(event):
+        if isinstance(event, dbpool.events.Leaked):
+            told.set()
+
+    pool = dbpool.Pool(sys.argv[1], leak_after=0.2, listeners=[listener])
     pool.fetch_value(PID)
     child = os.fork()
     if child == 0:
         conn = pool.getconn()
-        deadline = time.monotonic() + 10
-        while not pool.stats().counters.leaks and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert told.wait(10)
+        assert pool.stats().counters.leaks == 1
         pool.putconn(conn)
         sys.exit(0)
     status = wait_for(child, 15)
@@ -333,6 +338,72 @@ def test_the_leak_watchdog_works_in_the_child(run: Run) -> None:
     end()
     """)
     assert said.count("has been held for") == 1
+
+
+def test_listeners_are_told_in_the_child_of_what_happens_there(run: Run) -> None:
+    run("""
+    heard = []
+    pool = dbpool.Pool(sys.argv[1], listeners=[heard.append])
+    assert pool.fetch_value("select 1") == 1
+    child = os.fork()
+    if child == 0:
+        heard.clear()
+        assert pool.fetch_value("select 1") == 1
+        pool.close()
+        names = sorted(type(event).__name__ for event in heard)
+        assert names == ["CheckedIn", "CheckedOut", "Closed", "Connected", "Opened"], names
+        sys.exit(0)
+    assert (status := wait_for(child)) == 0, status
+    assert pool.fetch_value("select 1") == 1
+    pool.close()
+    assert sum(isinstance(event, dbpool.events.CheckedIn) for event in heard) == 2
+    end()
+    """)
+
+
+def test_forks_while_a_listener_hangs(run: Run) -> None:
+    run("""
+    stuck, hangs = threading.Event(), threading.Event()
+
+    def hanging(event):
+        hangs.set()
+        stuck.wait(20)
+
+    pool = dbpool.Pool(sys.argv[1], listeners=[hanging])
+    assert pool.fetch_value("select 1") == 1
+    assert hangs.wait(10)
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        assert pool.fetch_value("select 1") == 1
+        sys.exit(0)
+    assert time.monotonic() - started < 2, "the fork waited too long"
+    assert (status := wait_for(child)) == 0, status
+    assert pool.fetch_value("select 1") == 1
+    stuck.set()
+    end()
+    """)
+
+
+def test_a_listener_may_fork(run: Run) -> None:
+    run("""
+    parent, statuses = os.getpid(), []
+
+    def forking(event):
+        if isinstance(event, dbpool.events.CheckedIn) and os.getpid() == parent:
+            child = os.fork()
+            if child == 0:
+                pool.close()
+                os._exit(0)
+            statuses.append(wait_for(child))
+
+    pool = dbpool.Pool(sys.argv[1], listeners=[forking])
+    for _ in range(5):
+        assert pool.fetch_value("select 1") == 1
+    pool.close(10)
+    assert statuses == [0] * 5, statuses
+    end()
+    """)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])

@@ -62,6 +62,7 @@ def test_an_outage_is_answered_at_once_with_its_cause_and_ends_by_itself(
     assert pool.fetch_value("select 1") == 1
     assert pool.breaker.state == "closed"
     assert pool.breaker.last_error is None
+    pool.close()  # all is told then
     assert heard.count(events.CircuitOpened) == 1
     assert heard.count(events.CircuitClosed) == 1
 
