@@ -6,8 +6,9 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from statistics import median
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median, quantiles
 
 from bench._report import Cell
 
@@ -16,7 +17,7 @@ from bench._report import Cell
 def one_cpu() -> Iterator[None]:
     """Keep this process, and what it starts, on one CPU: placement alone moves such ratios."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
+    os.sched_setaffinity(0, {max(before)})  # the first serves most interrupts
     try:
         yield
     finally:
@@ -28,21 +29,24 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Return seconds per call, *rounds* figures of *times* calls each, by name.
 
-    The peers take turns, so that whatever the machine is doing besides meets them all.
+    The peers take turns, many and short, so that whatever the machine does besides meets all;
+    another one begins each round.
     """
+    turns = deque(calls.items())
     figures: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        for _ in range(max(1, times // 10)):
+        for _ in range(2 * times):
             call()
     for _ in range(rounds):
-        for name, call in calls.items():
-            gc.collect()
-            gc.disable()
+        gc.collect()
+        gc.disable()
+        for name, call in turns:
             started = time.perf_counter()
             for _ in range(times):
                 call()
             figures[name].append((time.perf_counter() - started) / times)
-            gc.enable()
+        gc.enable()
+        turns.rotate()
     return figures
 
 
@@ -50,8 +54,20 @@ def against(figures: Mapping[str, list[float]], base: str) -> dict[str, Cell]:
     """Return a cell for each peer: its median, spread, and ratio to *base* in the same round."""
     cells = {}
     for name, seconds in figures.items():
-        ratio = median(mine / theirs for mine, theirs in zip(seconds, figures[base], strict=True))
-        spread = (max(seconds) - min(seconds)) / 2 / median(seconds)
-        text = f"{median(seconds) * 1e6:.2f} us ±{spread:.0%} ({ratio:.2f} x)"
-        cells[name] = Cell(text, {"median": median(seconds), "rounds": seconds, "ratio": ratio})
+        ratios = [mine / theirs for mine, theirs in zip(seconds, figures[base], strict=True)]
+        middle, ratio = median(seconds), median(ratios)
+        text = (
+            f"{middle * 1e6:.1f} us ±{spread(seconds) / middle:.0%}"
+            f" ({ratio:.2f} x ±{spread(ratios):.2f})"
+        )
+        values = {"median": middle, "spread": spread(seconds), "ratio": ratio}
+        cells[name] = Cell(text, {**values, "ratio_spread": spread(ratios), "rounds": len(seconds)})
     return cells
+
+
+def spread(figures: Sequence[float]) -> float:
+    """Return half the distance between the quartiles; 0 where there are too few."""
+    if len(figures) < 3:
+        return 0.0
+    lower, _, upper = quantiles(figures, n=4)
+    return (upper - lower) / 2

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
@@ -60,6 +61,12 @@ class Peer(ABC):
         with self.connection() as conn:
             conn.execute("select 1")
             barrier.wait(30)
+
+    def fill(self, size: int) -> None:
+        """Have that many connections open."""
+        barrier = threading.Barrier(size)
+        with ThreadPoolExecutor(size) as threads:
+            list(threads.map(lambda _: self.hold(barrier), range(size)))
 
     def checkout(self) -> None:
         """Take a connection and give it back."""
@@ -234,6 +241,11 @@ class Django(Peer):
             yield _Cursors(self.pool)
         finally:
             self.pool.close()
+
+    def fill(self, size: int) -> None:
+        with self.connection():
+            self.pool.pool.resize(size, size)
+            self.pool.pool.wait()
 
     def close(self) -> None:
         self.pool.close_pool()

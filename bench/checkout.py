@@ -10,7 +10,7 @@ from tests.postgres import Server
 
 def run(quick: bool) -> Table:
     """Measure every peer's own way of lending a connection."""
-    times, rounds = (300, 7) if quick else (3000, 21)
+    times, rounds = (50, 20) if quick else (100, 400)
     table = Table("checkout", "Checkout and return", [cls.name for cls in EVERYONE])
     server = Server()
     server.start()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from statistics import median
 
+from bench._measure import one_cpu, spread
 from bench._peers import Dbpool, Peer, PsycopgPool, SQLAlchemy
 from bench._report import Cell, Table
 from tests.postgres import Server
@@ -15,21 +17,24 @@ BASE = PsycopgPool.name
 
 def run(quick: bool) -> Table:
     """Let each peer serve as many threads as there are, for some seconds, in turns."""
-    seconds, rounds = (0.5, 1) if quick else (1.5, 3)
-    peers: list[type[Peer]] = [Dbpool, PsycopgPool, SQLAlchemy]
+    seconds, rounds = (0.5, 1) if quick else (2.0, 7)
+    peers: deque[type[Peer]] = deque([Dbpool, PsycopgPool, SQLAlchemy])
     table = Table("contention", "8 connections", [cls.name for cls in peers])
-    server = Server()
-    server.start()
-    try:
-        for count in (8, 64) if quick else (1, 8, 16, 64, 128):
-            found: dict[str, list[dict[str, float]]] = {cls.name: [] for cls in peers}
-            for _ in range(rounds):
-                for cls in peers:
-                    found[cls.name].append(_serve(server, cls, count, seconds))
-            for name, figures in found.items():
-                table.put(f"{count} threads", name, _cell(figures, found[BASE]))
-    finally:
-        server.close()
+    with one_cpu():
+        server = Server()
+        server.start()
+        try:
+            for count in (8, 64) if quick else (1, 8, 16, 64, 128):
+                found: dict[str, list[dict[str, float]]] = {cls.name: [] for cls in peers}
+                for _ in range(rounds):
+                    for cls in peers:
+                        found[cls.name].append(_serve(server, cls, count, seconds))
+                    peers.rotate()
+                for name in table.columns:
+                    cell = _cell(found[name], found[BASE])
+                    table.put(f"{count} threads", name, cell)
+        finally:
+            server.close()
     return table
 
 
@@ -70,15 +75,15 @@ def _serve(server: Server, cls: type[Peer], count: int, seconds: float) -> dict[
 
 def _cell(figures: list[dict[str, float]], base: list[dict[str, float]]) -> Cell:
     middle = {key: median(figure[key] for figure in figures) for key in figures[0]}
-    ratio = {
-        key: median(mine[key] / theirs[key] for mine, theirs in zip(figures, base, strict=True))
+    ratios = {
+        key: [mine[key] / theirs[key] for mine, theirs in zip(figures, base, strict=True)]
         for key in ("throughput", "p99")
     }
+    ratio = {key: f"{median(each):.2f} x ±{spread(each):.2f}" for key, each in ratios.items()}
     text = (
-        f"{middle['throughput']:.0f}/s ({ratio['throughput']:.2f} x), "
-        f"p50 {middle['p50'] * 1e3:.2f} p99 {middle['p99'] * 1e3:.2f} ({ratio['p99']:.2f} x) "
+        f"{middle['throughput']:.0f}/s ({ratio['throughput']}), "
+        f"p50 {middle['p50'] * 1e3:.2f} p99 {middle['p99'] * 1e3:.2f} ({ratio['p99']}) "
         f"p99.9 {middle['p999'] * 1e3:.2f} ms, fair {middle['fairness']:.2f}"
     )
-    return Cell(
-        text, {**middle, "throughput_ratio": ratio["throughput"], "p99_ratio": ratio["p99"]}
-    )
+    values = {f"{key}_ratio": median(each) for key, each in ratios.items()}
+    return Cell(text, {**middle, **values, "rounds": len(figures)})

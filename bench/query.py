@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from bench._measure import against, interleaved, one_cpu
 from bench._peers import EVERYONE, Dbpool, Peer, PsycopgPool
@@ -15,8 +15,8 @@ ONE_TRIP = "dbpool, one trip"
 
 
 def run(quick: bool) -> Table:
-    """Measure on pools of 4, and one SELECT on pools of 16 whose connections are all warm."""
-    times, rounds = (40, 5) if quick else (200, 11)
+    """Measure on pools whose connections are all open, as they are in a server that is used."""
+    turns = (20, 10) if quick else (100, 100)
     table = Table(
         "query", "Queries", [Dbpool.name, ONE_TRIP, *(c.name for c in EVERYONE if c is not Dbpool)]
     )
@@ -25,47 +25,47 @@ def run(quick: bool) -> Table:
         server.start()
         try:
             server.execute("create table rows (id bigserial primary key, body text)")
-            peers = {cls.name: cls(server.conninfo, 4) for cls in EVERYONE}
-            ours = peers[Dbpool.name].pool
-            for row, work, one_trip in (
-                ("one SELECT", _select, lambda: ours.fetch_one("select 1")),
-                (
-                    "one INSERT",
-                    _insert,
-                    lambda: ours.execute("insert into rows (body) values ('x')"),
-                ),
-                ("three statements", _three, None),
-            ):
-                calls = {name: _bound(work, peer) for name, peer in peers.items()}
-                if one_trip is not None:
-                    calls[ONE_TRIP] = one_trip
-                cells = against(interleaved(calls, times, rounds), PsycopgPool.name)
-                for name, cell in cells.items():
-                    table.put(row, name, cell)
-            for peer in peers.values():
-                peer.close()
-            _of_sixteen(server, table, times, rounds)
+            with _opened(EVERYONE, server, 4) as peers:
+                ours = peers[Dbpool.name].pool
+                select = partial(ours.fetch_one, "select 1")
+                insert = partial(ours.execute, "insert into rows (body) values ('x')")
+                for row, work, extra in (
+                    ("one SELECT", _select, {ONE_TRIP: select}),
+                    ("one INSERT", _insert, {ONE_TRIP: insert}),
+                    ("three statements", _three, {}),
+                ):
+                    _measure(table, row, _calls(work, peers) | extra, turns)
+            # With one connection there is none to choose; of many, the one used last is warm.
+            for size in (1, 16):
+                with _opened([Dbpool, PsycopgPool], server, size) as peers:
+                    select = partial(peers[Dbpool.name].pool.fetch_one, "select 1")
+                    row = f"one SELECT, pool of {size}"
+                    _measure(table, row, _calls(_select, peers) | {ONE_TRIP: select}, turns)
         finally:
             server.close()
     return table
 
 
-def _of_sixteen(server: Server, table: Table, times: int, rounds: int) -> None:
-    """Whoever reuses the connection used last finds its backend warm."""
-    peers = {cls.name: cls(server.conninfo, 16) for cls in (Dbpool, PsycopgPool)}
-    for peer in peers.values():
-        barrier = threading.Barrier(16)
-        with ThreadPoolExecutor(16) as threads:
-            list(threads.map(lambda _, p=peer, b=barrier: p.hold(b), range(16)))
-    calls = {name: _bound(_select, peer) for name, peer in peers.items()}
-    for name, cell in against(interleaved(calls, times, rounds), PsycopgPool.name).items():
-        table.put("one SELECT, pool of 16", name, cell)
-    for peer in peers.values():
-        peer.close()
+@contextlib.contextmanager
+def _opened(classes: list[type[Peer]], server: Server, size: int) -> Iterator[dict[str, Peer]]:
+    with contextlib.ExitStack() as stack:
+        peers = {c.name: stack.enter_context(c.opened(server.conninfo, size)) for c in classes}
+        for peer in peers.values():
+            peer.fill(size)
+        yield peers
 
 
-def _bound(work: Callable[[Peer], None], peer: Peer) -> Callable[[], None]:
-    return lambda: work(peer)
+def _measure(
+    table: Table, row: str, calls: Mapping[str, Callable[[], object]], turns: tuple[int, int]
+) -> None:
+    for name, cell in against(interleaved(calls, *turns), PsycopgPool.name).items():
+        table.put(row, name, cell)
+
+
+def _calls(
+    work: Callable[[Peer], None], peers: Mapping[str, Peer]
+) -> dict[str, Callable[[], object]]:
+    return {name: partial(work, peer) for name, peer in peers.items()}
 
 
 def _select(peer: Peer) -> None:

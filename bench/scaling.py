@@ -26,7 +26,7 @@ PEERS: list[type[Peer]] = [Dbpool, PsycopgPool]
 def run(quick: bool) -> Table:
     """Measure dbpool beside the pool it wraps."""
     table = Table("scaling", "What grows with what", [cls.name for cls in PEERS])
-    rounds = 3 if quick else 15
+    rounds = 5 if quick else 25
     server = Server(max_connections=600)
     server.start()
     try:
@@ -55,7 +55,7 @@ def _sizes(server: Server, table: Table, sizes: tuple[int, ...], rounds: int) ->
 
     with one_cpu():
         calls = {f"{n}|{s}": (lambda p=pool: lend(p)) for (n, s), pool in peers.items()}
-        figures = interleaved(calls, 1000, rounds)
+        figures = interleaved(calls, 100, 10 * rounds)
     for (name, size), pool in peers.items():
         seconds = median(figures[f"{name}|{size}"])
         ratio = median(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -15,6 +17,7 @@ import psycopg
 import sqlalchemy
 from psycopg_pool import ConnectionPool
 
+from bench._measure import spread
 from bench._report import Cell, Table
 from dbpool import Pool
 from tests.postgres import Server
@@ -33,24 +36,38 @@ class SlowConnection(psycopg.Connection[Any]):
 
 
 def run(quick: bool) -> Table:
-    """Measure until the last thread has had its connection for 2 ms."""
-    table = Table("spike", f"{THREADS} threads at once", ["dbpool", "psycopg_pool", "SQLAlchemy"])
-    server = Server()
+    """Measure until the last thread has had its connection for 2 ms, the peers in turns."""
+    server = Server(max_connections=200)
     server.start()
+    peers = deque(
+        [
+            ("dbpool", partial(_pooled, Pool, server.conninfo)),
+            ("psycopg_pool", partial(_pooled, ConnectionPool, server.conninfo)),
+            ("SQLAlchemy", partial(_sqlalchemy, server.conninfo)),
+        ]
+    )
+    table = Table("spike", f"{THREADS} threads at once", [name for name, _ in peers])
+    figures: dict[str, list[tuple[float, int]]] = {name: [] for name in table.columns}
     try:
-        for name, make in (("dbpool", Pool), ("psycopg_pool", ConnectionPool)):
-            figures = [_pooled(make, server.conninfo) for _ in range(1 if quick else 7)]
-            table.put("time to finish, connections at the end", name, _cell(figures))
-        figures = [_sqlalchemy(server.conninfo) for _ in range(1 if quick else 7)]
-        table.put("time to finish, connections at the end", "SQLAlchemy", _cell(figures))
+        for _ in range(1 if quick else 15):
+            for name, once in peers:
+                figures[name].append(once())
+            peers.rotate()
     finally:
         server.close()
+    for name, found in figures.items():
+        table.put("time to finish, connections at the end", name, _cell(found))
     return table
 
 
 def _cell(figures: list[tuple[float, int]]) -> Cell:
-    seconds, size = median(f[0] for f in figures), median(f[1] for f in figures)
-    return Cell(f"{seconds * 1e3:.0f} ms, {size:.0f}", {"seconds": seconds, "connections": size})
+    times = [seconds for seconds, _ in figures]
+    middle, size = median(times), median(size for _, size in figures)
+    text = f"{middle * 1e3:.0f} ms ±{spread(times) / middle:.0%}, {size:.0f} connections"
+    return Cell(
+        text,
+        {"seconds": middle, "spread": spread(times), "connections": size, "rounds": len(times)},
+    )
 
 
 def _pooled(make: Any, conninfo: str) -> tuple[float, int]:

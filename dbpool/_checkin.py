@@ -37,40 +37,34 @@ class Checkin(Discard[CT]):
         self._check_pool_putconn(conn)
         self._release(conn)
 
-    def _release(self, conn: Any) -> None:
+    def _release(self, conn: Any, *, is_untouched: bool = False) -> None:
+        """Pass a healthy connection on to who waits longest, else make it idle.
+
+        *is_untouched* says that no user ever saw it.
+        """
         slot: Slot = conn._slot
         now = monotonic()
-        # One tuple comparison covers all that a user may have changed on the connection.
         if (
             conn.pgconn.transaction_status != _IDLE
             or now >= slot.expires_at
-            or manners(conn) != slot.manners
             or slot.reported
             or self._reset
+            # One tuple comparison covers all that a user may have changed on the connection.
+            or not (is_untouched or manners(conn) == slot.manners)
         ):
             self._release_slowly(conn, slot, now)
             return
         conn._pool = None
-        self._take_back(conn, slot, now)
-
-    def _take_back(self, conn: Any, slot: Slot, now: float) -> None:
-        """Pass a healthy connection on to who waits longest, else make it idle."""
         use = now - slot.since
         with self._lock:
-            self._check_out(slot)
             self._count(slot, use)
             self._last_seen = slot.idle_since = now
-            is_orphan = self._closed
             self._place(conn, slot, is_fresh=use < _BRIEF)
+            is_orphan = self._closed
         if is_orphan:
             self._close_connection(conn)
         if self.listeners.active:
             self.listeners.emit(events.CheckedIn(self.name, use))
-
-    def _check_out(self, slot: Slot) -> None:
-        """Raise `ValueError` unless it is out, as after a second return. The lock is held."""
-        if slot not in self._out or not slot.since:
-            raise ValueError(f"can't return connection to pool {self.name!r}, it is not out")
 
     def _release_slowly(self, conn: Any, slot: Slot, now: float) -> None:
         if slot.fd < 0:  # inherited by a fork: its session is the parent's
@@ -78,7 +72,6 @@ class Checkin(Discard[CT]):
             return
         use = now - slot.since
         with self._lock:
-            self._check_out(slot)
             self._count(slot, use)
         if slot.reported:
             self._tell_late(slot, use)

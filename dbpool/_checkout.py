@@ -14,8 +14,7 @@ from types import FrameType
 from typing import Any
 
 import psycopg
-from psycopg.pq import TransactionStatus
-from psycopg_pool import ConnectionPool, TooManyRequests
+from psycopg_pool import TooManyRequests
 from psycopg_pool.abc import CT
 
 from dbpool import events, holders
@@ -26,8 +25,6 @@ from dbpool.errors import PoolError, PoolExhausted
 from dbpool.holders import Slot
 from dbpool.liveness import Look, PingTimeout, look, ping
 
-_IDLE = TransactionStatus.IDLE
-_UNKNOWN = TransactionStatus.UNKNOWN
 _get_ident = threading.get_ident
 
 # uWSGI forks without running Python's fork hooks; only there each checkout compares pids.
@@ -203,7 +200,7 @@ class Checkout(Checkin[CT]):
 
     def _passes_check(self, conn: Any) -> bool:
         """Run the user's own check; the time it takes is theirs."""
-        if self._check is None or self._check is self._stock_check:
+        if self._check is None or self._trusted >= 0.0:
             return True
         try:
             self._check(conn)
@@ -215,8 +212,6 @@ class Checkout(Checkin[CT]):
             self._add_to_pool(conn)
             raise
         return True
-
-    _stock_check = staticmethod(ConnectionPool.check_connection)
 
 
 def _bounded(seconds: float) -> float:

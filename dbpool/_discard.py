@@ -22,23 +22,29 @@ class Discard(Life[CT]):
     """The books. A connection that is out has its slot in `_out`; one given up is in none."""
 
     def _count(self, slot: Slot, use: float) -> None:
-        """Count a checkout that ended: wait and use at once, exact. The lock is held."""
-        metrics = self._metrics
-        metrics.checkouts += 1
-        metrics.wait.add(slot.wait)
-        metrics.use.add(use)
+        """Count a checkout that ended, wait and use at once. The lock is held.
+
+        Raise `ValueError` if that was counted before, as after a second return.
+        """
+        if slot not in self._out or not slot.since:
+            raise ValueError(f"can't return connection to pool {self.name!r}, it is not out")
         slot.since = 0.0
+        metrics = self._metrics
+        metrics.ended.append((slot.wait, use))
+        if len(metrics.ended) >= metrics.BATCH:
+            metrics.count_ended()
 
     def _place(self, conn: Any, slot: Slot, *, is_fresh: bool) -> None:
         """Hand a connection over or queue it, last in first out. The lock is held."""
         if self._waiting:
             self._out.add(slot)
-            self._waiting.popleft().give(conn, is_fresh=is_fresh and self._check is None)
+            self._waiting.popleft().give(conn, is_fresh=is_fresh and self._trusted >= 0.0)
             return
         self._out.discard(slot)
         if not self._closed:
-            unchecked = slot.idle_since + self.settings.ping_after if self._check is None else 0.0
-            slot.fresh_until = min(slot.expires_at, unchecked)
+            fresh_until, expires_at = slot.idle_since + self._trusted, slot.expires_at
+            # min() would be a call.
+            slot.fresh_until = fresh_until if fresh_until < expires_at else expires_at  # noqa: FURB136
             self._pool.append(conn)
 
     def _add_to_pool(self, conn: Any) -> None:

@@ -189,6 +189,7 @@ class Upkeep(Checkout[CT]):
     def _totals(self, since: dict[str, int]) -> dict[str, int]:
         """The parent's counts and sums beyond those of *since*. The lock is held."""
         m = self._metrics
+        m.count_ended()
         pending = [slot.wait for slot in self._out if slot.since]
         failed = m.timeouts + m.rejected
         totals = {

@@ -258,9 +258,17 @@ _SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", 
 
 
 class Metrics:
-    """One pool's counters and histograms. The caller holds the pool's lock."""
+    """One pool's counters and histograms. The caller holds the pool's lock.
+
+    A checkout that ends leaves its wait and use in `ended`. They are counted `BATCH` at a time,
+    or when somebody asks: between two queries nothing of this is in the processor's caches, and
+    counting one costs then as much as counting four in a row.
+    """
+
+    BATCH = 64
 
     def __init__(self) -> None:
+        self.ended: list[tuple[float, float]] = []
         self.checkouts = self.timeouts = self.rejected = 0
         self.connects = self.connect_failures = 0
         self.dead = self.expired = self.broken = self.idle = self.collected = 0
@@ -268,6 +276,14 @@ class Metrics:
         self.wait = Histogram()
         self.use = Histogram()
         self.connect = Histogram()
+
+    def count_ended(self) -> None:
+        """Count the checkouts that ended."""
+        ended, self.ended = self.ended, []
+        self.checkouts += len(ended)
+        for wait, use in ended:
+            self.wait.add(wait)
+            self.use.add(use)
 
     def counters(self, pending: int = 0) -> Counters:
         """Return the totals, with that many checkouts counted that have not ended yet."""
@@ -287,6 +303,7 @@ class Metrics:
 
         *pending* are the waits of the checkouts that have not ended.
         """
+        self.count_ended()
         return Snapshot(
             counters=self.counters(len(pending)),
             wait=self.wait.snapshot(pending),

@@ -172,18 +172,20 @@ class Pool(Runner[CT]):
     ) -> T:
         conn: Any = self._acquire(None, frame)
         try:
+            # What conn.cursor() does; its checks are done, or are done again by execute().
+            cursor = conn.cursor_factory(conn, row_factory=row_factory or conn.row_factory)
             # A connection from the pool is as it was set up, so these are the set-up's.
             if self._plain and conn._isolation_level is conn._read_only is conn._deferrable is None:
                 conn._autocommit = True
-                return result(_execute(conn, query, params, row_factory))
+                return result(cursor.execute(query, params))
             with conn:
-                return result(_execute(conn, query, params, row_factory))
+                return result(cursor.execute(query, params))
         except psycopg.errors.ReadOnlySqlTransaction:
             self._moved(conn)
             raise
         finally:
             conn._autocommit = conn._slot.manners[0]
-            self._release(conn)
+            self._release(conn, is_untouched=True)
 
     def holders(self) -> list[Holder]:
         """Return who holds connections, longest first, at most 20."""
@@ -255,13 +257,6 @@ def _settings(
     if conninfo or kwargs:
         return Settings(explicit=explicit, **chosen)
     return Settings.from_env(**chosen)
-
-
-def _execute(
-    conn: Any, query: Query, params: Params | None, row_factory: RowFactory[Any] | None
-) -> Cursor[Any]:
-    cursor: Cursor[Any] = conn.cursor(row_factory=row_factory)
-    return cursor.execute(query, params)  # type: ignore[arg-type]
 
 
 def _row_count(cursor: Cursor[Any]) -> int:

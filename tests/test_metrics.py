@@ -151,7 +151,11 @@ def test_a_pools_metrics_are_small() -> None:
     metrics = Metrics()
     for n in range(100_000):
         metrics.wait.add(n / 1000)
-    size = sum(
+    metrics.ended = [(n / 1000, n / 100) for n in range(Metrics.BATCH)]
+    size = sys.getsizeof(metrics.ended) + sum(
+        sys.getsizeof(each) + sum(map(sys.getsizeof, each)) for each in metrics.ended
+    )
+    size += sum(
         sys.getsizeof(h.counts) + sum(map(sys.getsizeof, h.counts))
         for h in (metrics.wait, metrics.use, metrics.connect)
     )
