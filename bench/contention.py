@@ -41,6 +41,7 @@ def run(quick: bool) -> Table:
 def _serve(server: Server, cls: type[Peer], count: int, seconds: float) -> dict[str, float]:
     waits: list[list[float]] = [[] for _ in range(count)]
     with cls.opened(server.conninfo, 8, timeout=60.0) as peer:
+        peer.fill(8)
         ready = threading.Barrier(count + 1)
         done = threading.Event()
 

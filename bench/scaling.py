@@ -13,7 +13,7 @@ from typing import Any
 
 from psycopg_pool import ConnectionPool
 
-from bench._measure import interleaved, one_cpu
+from bench._measure import interleaved, one_cpu, spread
 from bench._peers import Dbpool, Peer, PsycopgPool
 from bench._report import Cell, Table
 from dbpool import Pool
@@ -27,11 +27,11 @@ def run(quick: bool) -> Table:
     """Measure dbpool beside the pool it wraps."""
     table = Table("scaling", "What grows with what", [cls.name for cls in PEERS])
     rounds = 5 if quick else 25
-    server = Server(max_connections=600)
+    server = Server(max_connections=800)
     server.start()
     try:
         _sizes(server, table, (4, 64) if quick else (1, 4, 16, 64, 256), rounds)
-        _waiters(server, table, (8, 64) if quick else (8, 64, 256))
+        _waiters(server, table, (8, 64) if quick else (8, 64, 256), rounds)
         _memory(server, table)
     finally:
         server.close()
@@ -58,38 +58,41 @@ def _sizes(server: Server, table: Table, sizes: tuple[int, ...], rounds: int) ->
         figures = interleaved(calls, 100, 10 * rounds)
     for (name, size), pool in peers.items():
         seconds = median(figures[f"{name}|{size}"])
-        ratio = median(
-            mine / base
-            for mine, base in zip(figures[f"{name}|{size}"], figures[f"{name}|4"], strict=True)
-        ) if (name, 4) in peers else 1.0  # fmt: skip
-        table.put(
-            f"checkout, pool of {size}",
-            name,
-            Cell(
-                f"{seconds * 1e6:.2f} us ({ratio:.2f} x of 4)", {"median": seconds, "of_4": ratio}
-            ),
-        )
+        pairs = zip(figures[f"{name}|{size}"], figures[f"{name}|4"], strict=True)
+        ratios = [mine / base for mine, base in pairs]
+        ratio = median(ratios)
+        text = f"{seconds * 1e6:.1f} us ({ratio:.2f} x ±{spread(ratios):.2f} of a pool of 4)"
+        table.put(f"checkout, pool of {size}", name, Cell(text, {"median": seconds, "of_4": ratio}))
         pool.close()
 
 
-def _waiters(server: Server, table: Table, counts: tuple[int, ...]) -> None:
+def _waiters(server: Server, table: Table, counts: tuple[int, ...], rounds: int) -> None:
     """Hand one connection through a queue of so many waiters."""
     for count in counts:
-        for cls in PEERS:
-            with cls.opened(server.conninfo, 1, timeout=60.0) as peer:
-                peer.query()
-                held = peer.pool.getconn()
-                threads = [threading.Thread(target=peer.checkout) for _ in range(count)]
-                for thread in threads:
-                    thread.start()
-                until(partial(_waiting, peer, count), 30.0)
-                started = time.perf_counter()
-                peer.pool.putconn(held)
-                for thread in threads:
-                    thread.join()
-                each = (time.perf_counter() - started) / count
-            table.put(f"hand-over, {count} waiters", cls.name, Cell(f"{each * 1e6:.1f} us each",
-                      {"seconds": each}))  # fmt: skip
+        figures: dict[str, list[float]] = {cls.name: [] for cls in PEERS}
+        with one_cpu():
+            for _ in range(rounds):
+                for cls in PEERS:
+                    figures[cls.name].append(_hand_through(server, cls, count))
+        for name, seconds in figures.items():
+            each = median(seconds)
+            text = f"{each * 1e6:.1f} us each ±{spread(seconds) / each:.0%}"
+            table.put(f"hand-over, {count} waiters", name, Cell(text, {"seconds": each}))
+
+
+def _hand_through(server: Server, cls: type[Peer], count: int) -> float:
+    with cls.opened(server.conninfo, 1, timeout=60.0) as peer:
+        peer.query()
+        held = peer.pool.getconn()
+        threads = [threading.Thread(target=peer.checkout) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        until(partial(_waiting, peer, count), 30.0)
+        started = time.perf_counter()
+        peer.pool.putconn(held)
+        for thread in threads:
+            thread.join()
+        return (time.perf_counter() - started) / count
 
 
 def _waiting(peer: Peer, count: int) -> bool:
@@ -127,6 +130,6 @@ def _imports(table: Table, rounds: int) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             seconds.append(float(done.stdout))
     for name, seconds in figures.items():
-        ratio = median(m / b for m, b in zip(seconds, figures["psycopg_pool"], strict=True))
-        text = f"{median(seconds) * 1e3:.1f} ms ({ratio:.2f} x)"
-        table.put("import", name, Cell(text, {"median": median(seconds), "ratio": ratio}))
+        ratios = [m / b for m, b in zip(seconds, figures["psycopg_pool"], strict=True)]
+        text = f"{median(seconds) * 1e3:.0f} ms ({median(ratios):.2f} x ±{spread(ratios):.2f})"
+        table.put("import", name, Cell(text, {"median": median(seconds), "ratio": median(ratios)}))

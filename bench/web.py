@@ -10,10 +10,12 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
+from bench._measure import spread
 from bench._report import Cell, Table
 from tests.postgres import Server, free_port, until
 
@@ -81,22 +83,29 @@ def run(quick: bool) -> Table:
     table = Table("web", "Requests per second", ["requests/s"])
     if shutil.which("wrk") is None:
         raise ModuleNotFoundError("wrk", name="wrk (apt-get install wrk), which")
-    seconds, rounds = (1, 1) if quick else (3, 5)
+    seconds, rounds = (1, 1) if quick else (3, 9)
     server = Server()
     server.start()
     found: dict[str, list[float]] = {name: [] for name in VIEWS}
     try:
         with contextlib.ExitStack() as stack:
             ports = {name: stack.enter_context(_site(server, *VIEWS[name])) for name in VIEWS}
+            turns = deque(ports.items())
             for _ in range(rounds):
-                for name, port in ports.items():
+                for name, port in turns:
                     found[name].append(_drive(port, seconds))
+                turns.rotate()
     finally:
         server.close()
     for name, rates in found.items():
-        ratio = median(m / b for m, b in zip(rates, found["psycopg_pool"], strict=True))
-        text = f"{median(rates):.0f} ({ratio:.2f} x psycopg_pool)"
-        table.put(name, "requests/s", Cell(text, {"median": median(rates), "ratio": ratio}))
+        ratios = [mine / base for mine, base in zip(rates, found["psycopg_pool"], strict=True)]
+        middle, ratio = median(rates), median(ratios)
+        text = (
+            f"{middle:.0f} ±{spread(rates) / middle:.0%}"
+            f" ({ratio:.2f} x ±{spread(ratios):.2f} psycopg_pool)"
+        )
+        values = {"median": middle, "spread": spread(rates), "ratio": ratio, "rounds": len(rates)}
+        table.put(name, "requests/s", Cell(text, values))
     return table
 
 
