@@ -27,8 +27,8 @@ check: venv ## lint, check the format and the types
 	@$(python) -m ruff format --check
 	@$(python) -m mypy
 
-bench: venv-bench ## compare with the peers: tables and numbers under bench/results
-	@$(peers) -m bench
+bench: venv-bench ## compare with the peers, ONLY=recovery for one: results under bench/results
+	@$(peers) -m bench $(ONLY)
 
 bench-quick: venv-bench ## the same in under a minute
 	@$(peers) -m bench --quick

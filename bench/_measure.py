@@ -14,12 +14,15 @@ from bench._report import Cell
 
 
 @contextlib.contextmanager
-def one_cpu() -> Iterator[None]:
-    """Keep this process, and what it starts, on one CPU: placement alone moves such ratios."""
+def one_cpu() -> Iterator[set[int]]:
+    """Keep this process, and what it starts, on one CPU: placement alone moves such ratios.
+
+    Yields the others, for what drives them; the same one if there is none.
+    """
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(before)})  # the first serves most interrupts
     try:
-        yield
+        yield before - {max(before)} or before
     finally:
         os.sched_setaffinity(0, before)
 

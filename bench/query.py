@@ -16,7 +16,7 @@ ONE_TRIP = "dbpool, one trip"
 
 def run(quick: bool) -> Table:
     """Measure on pools whose connections are all open, as they are in a server that is used."""
-    turns = (20, 10) if quick else (100, 100)
+    turns = (20, 6) if quick else (100, 100)
     table = Table(
         "query", "Queries", [Dbpool.name, ONE_TRIP, *(c.name for c in EVERYONE if c is not Dbpool)]
     )

@@ -26,7 +26,7 @@ PEERS: list[type[Peer]] = [Dbpool, PsycopgPool]
 def run(quick: bool) -> Table:
     """Measure dbpool beside the pool it wraps."""
     table = Table("scaling", "What grows with what", [cls.name for cls in PEERS])
-    rounds = 5 if quick else 25
+    rounds = 3 if quick else 25
     server = Server(max_connections=800)
     server.start()
     try:
