@@ -81,17 +81,9 @@ def _server(**options: object) -> Iterator[Server]:
         server.close()
 
 
-def _fill(peer: Peer, size: int) -> None:
-    """Have *size* connections made, and all of them idle."""
-    barrier = threading.Barrier(size)
-    with ThreadPoolExecutor(size) as threads:
-        for future in [threads.submit(peer.hold, barrier) for _ in range(size)]:
-            future.result(PATIENCE)
-
-
 def _restart(server: Server, cls: type[Peer], mode: str) -> Cell:
     with cls.opened(server.conninfo, 10) as peer:
-        _fill(peer, 10)
+        peer.fill(10)
         server.restart(mode)
         started, first, errors = time.monotonic(), None, 0
         for _ in range(30):
@@ -120,7 +112,7 @@ def _outage(server: Server, cls: type[Peer], length: float) -> tuple[Cell, Cell]
             done.wait(0.01)
 
     with cls.opened(server.conninfo, 8) as peer:
-        _fill(peer, 8)
+        peer.fill(8)
         threads = [threading.Thread(target=load, args=(peer,)) for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -167,7 +159,7 @@ def _names_a_cause(ex: BaseException) -> bool:
 
 def _frozen(server: Server, cls: type[Peer]) -> Cell:
     with cls.opened(server.conninfo, 4, timeout=2.0) as peer:
-        _fill(peer, 4)
+        peer.fill(4)
         server.freeze([*server.backends(), server.postmaster_pid])
         done = threading.Event()
         waits: list[float] = []
@@ -202,7 +194,7 @@ def _silent(server: Server, cls: type[Peer]) -> Cell:
     proxy.listen()
     try:
         with cls.opened(proxy.conninfo, 10) as peer:
-            _fill(peer, 10)
+            peer.fill(10)
             peer.age()
             proxy.go_dark()
             done = threading.Event()
@@ -226,7 +218,7 @@ def _many_dead(server: Server, cls: type[Peer]) -> Cell:
     if cls.is_slow:
         return Cell("minutes", {})
     with cls.opened(server.conninfo, 100) as peer:
-        _fill(peer, 100)
+        peer.fill(100)
         server.restart("immediate")
         started = time.monotonic()
         errors = 0
