@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,6 +240,50 @@ for _ in range(3):
     )
     assert done.stderr.count("cannot write statistics") == 1
     assert list(directory.glob("*.json")) == []
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="mounts are made with Linux's unshare")
+def test_a_read_only_file_system_is_contained_and_told_once(directory: Path) -> None:
+    script = f"""
+from tests.test_processes import Counting
+from dbpool.processes import Processes
+processes = Processes({{"default": Counting(5)}}, directory={str(directory)!r})
+for _ in range(3):
+    report = processes.report()
+    assert report["scope"] == "process"
+    assert report["pools"]["default"]["counters"]["checkouts"] == 5
+"""
+    mount = 'mount -t tmpfs -o mode=700 none "$0" && mount -o remount,ro "$0" || exit 77; exec "$@"'
+    names = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "-r"]
+    done = subprocess.run(
+        [*names, "sh", "-c", mount, str(directory), sys.executable, "-c", script],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("nothing can be mounted here")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("cannot write statistics") == 1
+    assert "Read-only file system" in done.stderr
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_clock_that_jumps_changes_no_age_and_no_number(
+    processes: Processes,
+    workers: list[subprocess.Popen[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    days: int,
+) -> None:
+    before, now = processes.report(), time.time
+    monkeypatch.setattr(time, "time", lambda: now() + days * 86400)
+    after = processes.report()
+    assert abs(after["time"] - before["time"] - days * 86400) < 60
+    assert all(0 <= process["age"] < 30 for process in after["processes"])
+    assert [p["pid"] for p in after["processes"]] == [p["pid"] for p in before["processes"]]
+    assert checkouts(after) == checkouts(before) == 35
+    assert processes.publish()
 
 
 def test_two_applications_do_not_mix(processes: Processes, directory: Path) -> None:
