@@ -37,10 +37,11 @@ def start_time(pid: int) -> str | None:
             pass
         return "0"
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:  # noqa: PTH123  # many, often
+            fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else fields[19]
+    return None if fields[0] in b"ZX" else fields[19].decode()
 
 
 def write(path: Path, data: object) -> None:

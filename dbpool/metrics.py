@@ -8,7 +8,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from operator import add
+from itertools import accumulate
+from operator import attrgetter
 from typing import Any, Final
 
 # Upper bounds in seconds, eight to a decade from 1 us to 1000 s; what is longer has a bucket of
@@ -36,6 +37,12 @@ def _trimmed(counts: Sequence[int]) -> list[int]:
     """Without the zeros at the end."""
     used = next((n for n in range(len(counts), 0, -1) if counts[n - 1]), 0)
     return list(counts[:used])
+
+
+def _sums(names: Sequence[str], parts: Sequence[Any]) -> dict[str, Any]:
+    """Add up the attributes of those names."""
+    rows = zip(*map(attrgetter(*names), parts), strict=True)
+    return dict(zip(names, map(sum, rows), strict=True))
 
 
 class Histogram:
@@ -79,20 +86,23 @@ class HistogramSnapshot:
 
     def quantile(self, q: float) -> float:
         """Return the *q*-quantile in seconds, interpolated within its bucket; 0 when empty."""
-        rank = q * self.count
-        below, lower = 0, 0.0
-        for bound, count in zip((*BOUNDS, self.max), self.counts, strict=True):
-            if count and below + count >= rank:
-                upper = min(bound, self.max)
-                return lower + max(0.0, upper - lower) * (rank - below) / count
-            below += count
-            lower = bound
-        return self.max
+        below = list(accumulate(self.counts, initial=0))
+        if not below[-1]:
+            return 0.0
+        rank = max(q * below[-1], 5e-324)  # above 0: in a bucket that is not empty
+        n = bisect_left(below, rank) - 1
+        lower = BOUNDS[n - 1] if n else 0.0
+        upper = min(BOUNDS[n], self.max) if n < len(BOUNDS) else self.max
+        return lower + max(0.0, upper - lower) * (rank - below[n]) / self.counts[n]
 
-    def merge(self, other: HistogramSnapshot) -> HistogramSnapshot:
-        """Return the histogram of both."""
-        counts = tuple(map(add, self.counts, other.counts))
-        return HistogramSnapshot(counts, self.sum + other.sum, max(self.max, other.max))
+    def merge(self, *others: HistogramSnapshot) -> HistogramSnapshot:
+        """Return the histogram of all of them."""
+        parts = (self, *others)
+        return HistogramSnapshot(
+            counts=tuple(map(sum, zip(*(part.counts for part in parts), strict=True))),
+            sum=sum(part.sum for part in parts),
+            max=max(part.max for part in parts),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return count, sum, max and quantiles; `buckets` counts by `BOUNDS` up to the last."""
@@ -132,11 +142,13 @@ class Counters:
     leaks: int = 0
     discarded: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
 
-    def merge(self, other: Counters) -> Counters:
+    def merge(self, *others: Counters) -> Counters:
         """Return the sums."""
-        sums = {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
-        discarded = {name: self.discarded[name] + other.discarded[name] for name in REASONS}
-        return Counters(**sums, discarded=discarded)
+        discarded = [part.discarded for part in (self, *others)]
+        return Counters(
+            **_sums(_COUNTS, (self, *others)),
+            discarded={name: sum(each[name] for each in discarded) for name in REASONS},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +160,9 @@ class BreakerSnapshot:
     last_error: str | None = None
     retry_after: float | None = None
 
-    def merge(self, other: BreakerSnapshot) -> BreakerSnapshot:
-        """Return the graver of both; of equals the one that has failed for longer."""
-        return max(self, other, key=BreakerSnapshot._gravity)
+    def merge(self, *others: BreakerSnapshot) -> BreakerSnapshot:
+        """Return the gravest; of equals the one that has failed for longest."""
+        return max(self, *others, key=BreakerSnapshot._gravity) if others else self
 
     def _gravity(self) -> tuple[int, float, str, float]:
         since = float("-inf") if self.since is None else -self.since
@@ -199,21 +211,16 @@ class Snapshot:
         """Return what changes nothing when merged."""
         return cls()
 
-    def merge(self, other: Snapshot) -> Snapshot:
-        """Return both as one; associative and commutative."""
-        sizes = {name: getattr(self, name) + getattr(other, name) for name in _SIZES}
-        holders = sorted(
-            self.holders + other.holders, key=lambda h: (-h.seconds, h.thread, h.where)
-        )
+    def merge(self, *others: Snapshot) -> Snapshot:
+        """Return all of them as one; associative and commutative."""
+        parts = (self, *others)
+        holders = [holder for part in parts for holder in part.holders]
+        holders.sort(key=lambda h: (-h.seconds, h.thread, h.where))
         return Snapshot(
-            state=max(self.state, other.state, key=_STATES.index),
-            **sizes,
-            counters=self.counters.merge(other.counters),
-            wait=self.wait.merge(other.wait),
-            use=self.use.merge(other.use),
-            connect=self.connect.merge(other.connect),
-            breaker=self.breaker.merge(other.breaker),
+            state=max((part.state for part in parts), key=_STATES.index),
             holders=tuple(holders[:_HOLDERS]),
+            **_sums(_SIZES, parts),
+            **{name: getattr(self, name).merge(*map(attrgetter(name), others)) for name in _PARTS},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -254,6 +261,7 @@ class Snapshot:
             raise ValueError("this is no snapshot") from ex
 
 
+_PARTS: Final = ("counters", "wait", "use", "connect", "breaker")
 _SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", "max_size")
 
 
@@ -287,16 +295,9 @@ class Metrics:
 
     def counters(self, pending: int = 0) -> Counters:
         """Return the totals, with that many checkouts counted that have not ended yet."""
-        return Counters(
-            checkouts=self.checkouts + pending,
-            timeouts=self.timeouts,
-            rejected=self.rejected,
-            connects=self.connects,
-            connect_failures=self.connect_failures,
-            retries=self.retries,
-            leaks=self.leaks,
-            discarded={reason: getattr(self, reason) for reason in REASONS},
-        )
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        counts["checkouts"] += pending
+        return Counters(**counts, discarded={reason: getattr(self, reason) for reason in REASONS})
 
     def snapshot(self, pending: Sequence[float], **rest: Any) -> Snapshot:
         """Return a snapshot of these and of *rest*, the other fields.

@@ -202,9 +202,8 @@ class Processes:
                     living.append(record)
                 else:
                     dead[path] = record
-            for record in dead.values():
-                if record.key not in folded:
-                    pools = _merged(pools, {n: _ended(s) for n, s in record.pools.items()})
+            ended = [record.pools for record in dead.values() if record.key not in folded]
+            pools = _merged(pools, *({n: _ended(s) for n, s in each.items()} for each in ended))
             if dead and is_locked:
                 self._write_archive(archive, dead, pools)
         return pools, living
@@ -252,8 +251,7 @@ class Processes:
 
 def _report(records: list[_Record], pools: dict[str, Snapshot], scope: str) -> dict[str, Any]:
     """Merge what processes say of themselves with the archive's *pools*."""
-    for record in records:
-        pools = _merged(pools, record.pools)
+    pools = _merged(pools, *(record.pools for record in records))
     now = time.monotonic()
     return {
         "schema": SCHEMA,
@@ -277,11 +275,13 @@ def _ended(snapshot: Snapshot) -> Snapshot:
     )
 
 
-def _merged(some: Mapping[str, Snapshot], more: Mapping[str, Snapshot]) -> dict[str, Snapshot]:
-    merged = dict(some)
-    for name, snapshot in more.items():
-        merged[name] = merged[name].merge(snapshot) if name in merged else snapshot
-    return merged
+def _merged(*parts: Mapping[str, Snapshot]) -> dict[str, Snapshot]:
+    """Merge the pools of one name."""
+    found: dict[str, list[Snapshot]] = {}
+    for part in parts:
+        for name, snapshot in part.items():
+            found.setdefault(name, []).append(snapshot)
+    return {name: first.merge(*rest) for name, (first, *rest) in found.items()}
 
 
 def _pools_from_json(data: Any) -> dict[str, Snapshot]:
