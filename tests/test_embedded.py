@@ -199,8 +199,19 @@ def test_an_interrupted_initdb_leaves_nothing_that_the_next_start_trips_over(
 
     with pytest.raises(Interrupted), server(new_home, stopping):
         pass
-    assert not list(new_home.glob("postgres-*/PG_VERSION.*"))
     assert not any(folder.suffix != ".new" for folder in new_home.glob("postgres-*"))
+    with server(new_home) as running:
+        assert query(running, "select 1") == [(1,)]
+
+
+def test_an_initdb_that_outlives_its_supervisor_does_not_trip_up_the_next_start(
+    new_home: Path,
+) -> None:
+    program = "import sys, pathlib\nfrom webapp.embedded import server\nserver(pathlib.Path(sys.argv[1])).__enter__()\n"
+    supervisor = subprocess.Popen([sys.executable, "-c", program, str(new_home)], cwd=ROOT)
+    await_true(lambda: any(new_home.glob("*.new/*")))
+    supervisor.kill()
+    supervisor.wait()
     with server(new_home) as running:
         assert query(running, "select 1") == [(1,)]
 

@@ -17,6 +17,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -149,10 +150,16 @@ class Server:
                 )
 
     def _initialise(self) -> None:
-        """Make the data directory aside and rename it, so that one that exists is whole."""
-        making = self.cluster.with_name(f"{self.cluster.name}.new")
-        shutil.rmtree(making, ignore_errors=True)
-        self._make_folder(making)
+        """Make the data directory aside and rename it, so that one that exists is whole.
+
+        Each attempt has a folder of its own: what an earlier one left behind may still be written
+        to, by an initdb whose supervisor was killed.
+        """
+        for abandoned in self.home.glob(f"{self.cluster.name}.*.new"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        prefix = f"{self.cluster.name}."
+        making = Path(tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=self.home))
+        os.chown(making, *self._account)
         command: list[str | Path] = [
             binaries() / "initdb",
             "-D",
@@ -167,7 +174,8 @@ class Server:
             process = self._popen(command, output)
             while process.poll() is None:
                 if self._stopping():
-                    process.kill()
+                    # The group: initdb has children of its own, which do the writing.
+                    os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                     raise Interrupted
                 time.sleep(0.02)
