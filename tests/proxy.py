@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from psycopg.conninfo import make_conninfo
 
+from .postgres import free_port
+
 T = TypeVar("T")
 
 _SSL_REQUEST = struct.pack("!ii", 8, 80877103)
@@ -58,7 +60,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
         self._thread.start()
-        self.port = 0
+        self.port = free_port()
         self.listen()
 
     def conninfo_for(self, **params: object) -> str:
@@ -128,7 +130,6 @@ class Proxy:
         if self._listener is None:
             self._listener = socket.create_server(("127.0.0.1", self.port))
             self._listener.setblocking(False)
-            self.port = self._listener.getsockname()[1]
             self._loop.add_reader(self._listener, self._accept, self._listener)
 
     async def _refuse(self) -> None:

@@ -21,6 +21,8 @@ import pytest
 
 from webapp import embedded
 
+from .postgres import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 30.0
 STOP_SECONDS = 5.0
@@ -100,12 +102,6 @@ def children(parent: int) -> Iterator[int]:
 
 def command(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def await_true(condition: Callable[[], bool], seconds: float = 10.0) -> None:
