@@ -74,23 +74,23 @@ def look(conn: Connection[Any], readable: Callable[[float], object]) -> Look:
     """
     if not readable(0):
         return Look.ALIVE if conn.pgconn.status == _OK else Look.DEAD
-    notices: list[Diagnostic] = []
-    conn.add_notice_handler(notices.append)
+    severities: set[str | None] = set()
+
+    def heed(notice: Diagnostic) -> None:
+        severities.add(notice.severity_nonlocalized)  # it is empty once this returns
+
+    conn.add_notice_handler(heed)
     try:
         while readable(0):
             conn.pgconn.consume_input()
             conn.pgconn.is_busy()  # parses what was read; notices go to the handler
-            if conn.pgconn.status != _OK or _is_farewell(notices):
+            if conn.pgconn.status != _OK or severities & _DEADLY:
                 return Look.DEAD
     except psycopg.OperationalError:
         return Look.DEAD
     finally:
-        conn.remove_notice_handler(notices.append)
+        conn.remove_notice_handler(heed)
     return Look.DOUBTFUL
-
-
-def _is_farewell(notices: list[Diagnostic]) -> bool:
-    return any(notice.severity_nonlocalized in _DEADLY for notice in notices)
 
 
 def ping(conn: Connection[Any], timeout: float) -> None:

@@ -50,6 +50,7 @@ class Proxy:
         self.target = port
         self.mode = Mode.PASS
         self.delay = 0.0  # seconds before each chunk is passed on
+        self.hides_ends = False  # whether clients do not hear that the server has closed
         self.accepted = 0
         self.translate: Callable[[bytes], bytes] | None = None  # of what the server says
         self._tls = tls
@@ -255,7 +256,8 @@ class _Link:
                 break
             if self._armed is Cut.AFTER and look == self._from_server:
                 break
-        if self.dark:  # one side has gone, but the other is not to know
+        hidden = self._proxy.hides_ends and look == self._from_server
+        if self.dark or hidden:  # one side has gone, but the other is not to know
             await self._ended.wait()
 
     def _from_client(self, chunk: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -160,6 +161,12 @@ def terminate(server: Server, pids: list[int]) -> None:
 def await_gone(server: Server, pids: list[int]) -> None:
     """Wait until none of these is a backend any longer."""
     until(lambda: not set(pids) & set(server.backends()), 20.0)
+
+
+def await_farewells(pool: Pool) -> None:
+    """Wait until the servers of all its connections have said something, through a proxy too."""
+    fds = [slot.fd for slot in pool.slots()]
+    until(lambda: len(select.select(fds, [], [], 0)[0]) == len(fds))
 
 
 def await_server(server: Server) -> None:

@@ -18,7 +18,7 @@ from dbpool.errors import classify
 from tests.postgres import Server, until
 from tests.proxy import Proxy
 
-from .steps import SLACK, Task, assert_serves_all, await_up, fill, terminate
+from .steps import SLACK, Task, assert_serves_all, await_farewells, await_up, fill, terminate
 
 MakePool = Callable[..., Pool[Any]]
 SECRET = "s3cr3t-of-theirs"
@@ -222,6 +222,7 @@ def test_a_farewell_in_another_language_is_understood(
     pool = make_pool(proxy.conninfo_for(sslmode="disable"), min_size=4, max_size=4)
     pids = fill(pool)
     terminate(own_server, pids)
+    await_farewells(pool)
     assert pool.fetch_value("select pg_backend_pid()") not in pids
     assert_serves_all(pool)
 

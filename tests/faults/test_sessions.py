@@ -18,7 +18,7 @@ from dbpool import DatabaseMisconfigured, Pool
 from tests.postgres import Server, until
 from tests.proxy import Proxy
 
-from .steps import Load, assert_serves_all, fill, terminate
+from .steps import SLACK, Load, Task, assert_serves_all, await_farewells, fill, terminate
 from .support import MakePool
 
 PID = "select pg_backend_pid()"
@@ -68,6 +68,42 @@ def test_run_starts_again_what_was_idle_in_transaction_for_too_long(
     assert len(set(pids)) == 2
     assert own_server.execute("select count(*) from t") == [(1,)]
     assert_serves_all(pool)
+
+
+def test_a_farewell_is_the_end_before_the_network_says_so(
+    own_server: Server, proxy: Proxy, make_pool: MakePool
+) -> None:
+    proxy.hides_ends = True
+    pool = make_pool(proxy.conninfo, min_size=2, max_size=2, ping_timeout=20)
+    pids = fill(pool)
+    terminate(own_server, pids)
+    await_farewells(pool)
+    caller = Task(pool.fetch_value, PID)
+    assert caller.result() not in pids
+    assert caller.seconds < SLACK
+    assert pool.stats().counters.discarded["dead"] == 2
+
+
+def test_run_heeds_a_farewell_before_it_sends_commit(
+    own_server: Server, proxy: Proxy, make_pool: MakePool
+) -> None:
+    proxy.hides_ends = True
+    pool = make_pool(proxy.conninfo, max_size=1)
+    own_server.execute("create table t (id int)")
+    pids: list[int] = []
+
+    def insert(conn: psycopg.Connection[Any]) -> None:
+        pids.append(conn.info.backend_pid)
+        conn.execute("insert into t values (1)")
+        if len(pids) == 1:
+            terminate(own_server, pids)
+            until(lambda: select.select([conn], [], [], 0)[0])
+
+    caller = Task(pool.run, insert)
+    caller.result()
+    assert caller.seconds < SLACK
+    assert len(set(pids)) == 2
+    assert own_server.execute("select count(*) from t") == [(1,)]
 
 
 def test_a_statement_that_takes_too_long_costs_no_connection(make_pool: MakePool) -> None:
@@ -222,7 +258,7 @@ def test_tls_connections_that_were_terminated_are_not_handed_out(
     for _ in range(10):
         pids = fill(tls_pool)
         terminate(own_server, pids)
-        until(lambda: all(conn._slot.readable(0) for conn in list(tls_pool._pool)))
+        await_farewells(tls_pool)
         assert tls_pool.fetch_value(PID) not in pids
     assert_serves_all(tls_pool)
 
