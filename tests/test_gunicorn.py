@@ -13,6 +13,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from textwrap import dedent
 from types import SimpleNamespace
@@ -156,8 +157,14 @@ def test_workers_that_are_recycled_leave_their_counts(start: Callable[..., Site]
         except OSError:  # its worker ended between accepting and answering
             continue
     assert len(workers) > 3
-    until(lambda: site.checkouts() >= served)
-    assert site.checkouts() <= 300
+
+    def counted() -> int:
+        with suppress(OSError):
+            return site.checkouts()
+        return 0
+
+    until(lambda: counted() >= served)
+    assert all(counted() <= 300 for _ in range(5))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root serves as another user")
@@ -205,4 +212,5 @@ def test_what_a_dead_master_left_is_swept_at_the_next_start(start: Callable[...,
     second.get("/")
     (made,) = second.directories()
     assert made != left
+    until(lambda: second.checkouts() >= 1)  # the others hear of it within a second
     assert second.checkouts() == 1
