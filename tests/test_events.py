@@ -17,11 +17,14 @@ from dbpool.events import (
     CheckedOut,
     Closed,
     Connected,
+    Discarded,
     Emitter,
     Event,
+    Leaked,
     Listener,
     LoggingListener,
     Opened,
+    ReturnedLate,
     name_of,
 )
 from tests.postgres import until
@@ -40,6 +43,25 @@ def test_the_life_of_a_pool_in_events(dsn: str) -> None:
     assert names.index("checked_out") < names.index("wait_timed_out") < names.index("checked_in")
     assert names[-1] == "closed"
     assert {event.pool for event in heard} == {"default"}
+
+
+def test_what_becomes_of_a_connection_that_is_not_returned_in_events(dsn: str) -> None:
+    heard: list[Event] = []
+    with Pool(dsn, max_size=1, leak_after=0.1, listeners=[heard.append]) as pool:
+        conn = pool.getconn()
+        until(lambda: any(isinstance(event, Leaked) for event in heard))
+        pool.putconn(conn)
+        del conn
+        pool.getconn()
+        gc.collect()
+        assert pool.fetch_value("select 1") == 1
+    (leaked,) = [event for event in heard if isinstance(event, Leaked)]
+    (late,) = [event for event in heard if isinstance(event, ReturnedLate)]
+    (lost,) = [event for event in heard if isinstance(event, Discarded)]
+    assert late.where == leaked.holder.where
+    assert late.seconds >= leaked.holder.seconds >= 0.1
+    assert "in until" in leaked.stack
+    assert lost.reason == "collected"
 
 
 def test_a_class_hears_the_events_it_has_methods_for(dsn: str) -> None:

@@ -44,6 +44,8 @@ def test_busy_is_not_down(databases: Databases) -> None:
         until(lambda: pool.stats().waiting == 1)
         ready = health.ready()
         assert (ready.status, ready.is_ready) == ("degraded", True)
+        pool._last_seen -= 60.0  # no healthy return in the last minute
+        assert health.ready().status == "degraded"
     thread.join(10)
     assert health.ready().status == "up"
 

@@ -18,7 +18,7 @@ from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequest
 import dbpool
 from dbpool import ConfigError, DatabaseUnavailable, Pool, PoolExhausted, Settings
 
-from .postgres import until
+from .postgres import Server, until
 
 
 @pytest.fixture
@@ -110,6 +110,17 @@ def test_close_fails_waiters_and_closes_what_is_out_on_return(dsn: str) -> None:
     assert (stats.size, stats.active, stats.idle, stats.connecting, stats.waiting) == (0,) * 5
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_closed_pool_closes_what_comes_back(pool: Pool, changed: bool) -> None:
+    with pool.connection() as conn:
+        if changed:
+            conn.row_factory = dict_row  # type: ignore[assignment]
+        conn.execute("select 1")
+        pool.close()
+    assert conn.closed
+    assert pool.stats().active == 0
+
+
 def test_an_open_pool_that_is_collected_leaves_no_thread_behind(dsn: str) -> None:
     before = set(threading.enumerate())
     pool: Pool = Pool(dsn, name="forgotten")
@@ -178,6 +189,17 @@ def test_a_connection_that_fails_the_users_check_is_replaced(dsn: str) -> None:
 def test_the_parents_own_check_costs_no_round_trip(dsn: str) -> None:
     with Pool(dsn, max_size=1, check=ConnectionPool.check_connection) as pool:
         assert pool.fetch_value("select 1") == 1
+
+
+def test_a_check_that_is_interrupted_loses_no_connection(dsn: str) -> None:
+    def check(conn: Connection[Any]) -> None:
+        raise KeyboardInterrupt
+
+    with Pool(dsn, max_size=1, check=check) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            pool.getconn()
+        stats = pool.stats()
+        assert (stats.size, stats.idle, stats.active) == (1, 1, 0)
 
 
 def test_a_connection_left_in_transaction_by_configure_is_refused(dsn: str) -> None:
@@ -318,6 +340,14 @@ def test_what_is_not_out_cannot_be_returned(pool: Pool, dsn: str, foreign: bool)
         conn.close()
 
 
+def test_what_was_returned_inside_its_block_is_not_returned_again(pool: Pool) -> None:
+    with pytest.raises(ValueError, match="not out"), pool.connection() as conn:
+        pool.putconn(conn)
+    stats = pool.stats()
+    assert (stats.size, stats.idle, stats.active, stats.counters.checkouts) == (1, 1, 0, 1)
+    assert pool.fetch_value("select 1") == 1
+
+
 def test_a_collected_connection_frees_its_slot(dsn: str) -> None:
     with Pool(dsn, max_size=1) as pool:
         pool.getconn()
@@ -402,6 +432,30 @@ def test_a_connection_returned_in_copy_is_replaced(pool: Pool) -> None:
 # One statement
 
 
+def test_a_connection_returned_in_a_pipeline_is_replaced(pool: Pool) -> None:
+    conn = pool.getconn()
+    pipeline = conn.pipeline()
+    pipeline.__enter__()
+    pool.putconn(conn)
+    assert conn.closed
+    assert pool.fetch_value("select 1") == 1
+
+
+def test_a_connection_returned_in_a_two_phase_commit_is_replaced(
+    make_server: Callable[..., Server],
+) -> None:
+    with Pool(make_server(max_prepared_transactions=2).conninfo, max_size=1) as pool:
+        conn = pool.getconn()
+        conn.tpc_begin(conn.xid(1, "a", "b"))
+        conn.execute("select 1")
+        conn.tpc_prepare()
+        pool.putconn(conn)
+        assert conn.closed
+        with pool.connection() as other:
+            (prepared,) = other.tpc_recover()
+            other.tpc_rollback(prepared)
+
+
 def test_fetches(pool: Pool) -> None:
     assert pool.fetch_all("select * from generate_series(1, %s) as n", [3]) == [(1,), (2,), (3,)]
     assert pool.fetch_one("select 1 as a, 2 as b", row_factory=dict_row) == {"a": 1, "b": 2}
@@ -466,6 +520,21 @@ def test_run_sets_isolation_and_read_only_for_its_transaction_alone(pool: Pool) 
     serializable = IsolationLevel.SERIALIZABLE
     assert pool.run(show, isolation=serializable, read_only=True) == ("serializable", "on")
     assert pool.run(show) == ("read committed", "off")
+
+
+def test_run_makes_a_transaction_where_autocommit_is_the_rule(dsn: str) -> None:
+    with Pool(dsn, kwargs={"autocommit": True}) as pool:
+        pool.execute("create table t (id int)")
+
+        def fail(conn: Connection[Any]) -> None:
+            conn.execute("insert into t values (1)")
+            raise LookupError
+
+        with pytest.raises(LookupError):
+            pool.run(fail)
+        assert pool.fetch_all("select * from t") == []
+        with pool.connection() as conn:
+            assert conn.autocommit
 
 
 def test_run_raises_instead_of_committing_nothing(pool: Pool) -> None:
@@ -544,6 +613,15 @@ def test_resize_grows_and_shrinks(dsn: str) -> None:
         pool.resize(1, 1)
         until(lambda: pool.stats().size == 1)
         assert pool.fetch_value("select 1") == 1
+
+
+def test_resize_takes_what_is_out_when_it_returns(pool: Pool) -> None:
+    out = [pool.getconn() for _ in range(4)]
+    pool.resize(1, 2)
+    for conn in out:
+        pool.putconn(conn)
+    until(lambda: pool.stats().size == 2)
+    assert sum(conn.closed for conn in out) == 2
 
 
 def test_check_pings_the_idle(dsn: str) -> None:

@@ -196,6 +196,11 @@ def test_a_service_file_wins_over_defaults(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("PGSERVICEFILE", str(file))
     assert "connect_timeout" not in Settings().connect_params("service=mine")
     assert Settings().connect_params("service=other")["connect_timeout"] == 5
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "missing"))
+    monkeypatch.setenv("PGSYSCONFDIR", str(tmp_path))
+    assert Settings().connect_params("service=mine")["connect_timeout"] == 5
+    file.rename(tmp_path / "pg_service.conf")
+    assert "connect_timeout" not in Settings().connect_params("service=mine")
 
 
 def test_the_users_kwargs_win_and_psycopgs_own_pass_through() -> None:
