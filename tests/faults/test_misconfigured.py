@@ -22,6 +22,8 @@ from .steps import SLACK, Task, assert_serves_all, await_farewells, await_up, fi
 
 MakePool = Callable[..., Pool[Any]]
 SECRET = "s3cr3t-of-theirs"
+# What is wrong needs no grace to be told; a slow connect does, or it is an outage.
+PATIENT = {"outage_grace": 30}
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_what_is_wrong_is_told_at_once_with_its_cause(
     kind, params, hba = WRONG[wrong]
     if hba:
         _authenticate(app, hba)
-    pool = make_pool(app.conninfo_for(**params), outage_grace=30)
+    pool = make_pool(app.conninfo_for(**params), **PATIENT)
     for _ in range(3):
         caller = Task(pool.getconn)
         error = caller.error()
@@ -83,7 +85,7 @@ def test_a_wrong_password_is_over_when_the_conninfo_changes(
     app: Server, make_pool: MakePool
 ) -> None:
     password = {"password": "wrong"}
-    pool = make_pool(lambda: app.conninfo_for(user="app", **password))
+    pool = make_pool(lambda: app.conninfo_for(user="app", **password), **PATIENT)
     assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
     password["password"] = SECRET
     await_up(pool)
@@ -106,7 +108,7 @@ def test_a_password_changed_on_the_server_hits_new_connections_only(
 
 
 def test_a_database_that_is_made_later_is_found(app: Server, make_pool: MakePool) -> None:
-    pool = make_pool(app.conninfo_for(dbname="later"))
+    pool = make_pool(app.conninfo_for(dbname="later"), **PATIENT)
     with pytest.raises(DatabaseMisconfigured):
         pool.fetch_value("select 1")
     app.execute("create database later")
@@ -115,7 +117,7 @@ def test_a_database_that_is_made_later_is_found(app: Server, make_pool: MakePool
 
 
 def test_wait_tells_what_is_wrong_at_once(app: Server, make_pool: MakePool) -> None:
-    pool = make_pool(app.conninfo_for(dbname="missing"))
+    pool = make_pool(app.conninfo_for(dbname="missing"), **PATIENT)
     waiting = Task(pool.wait, 30.0)
     assert isinstance(waiting.error(), DatabaseMisconfigured)
     assert waiting.seconds < SLACK
@@ -123,7 +125,7 @@ def test_wait_tells_what_is_wrong_at_once(app: Server, make_pool: MakePool) -> N
 
 
 def test_run_with_a_deadline_does_not_wait_for_it(app: Server, make_pool: MakePool) -> None:
-    pool = make_pool(app.conninfo_for(dbname="missing"))
+    pool = make_pool(app.conninfo_for(dbname="missing"), **PATIENT)
     call = Task(lambda: pool.run(lambda conn: conn.execute("select 1"), timeout=30))
     assert isinstance(call.error(), DatabaseMisconfigured)
     assert call.seconds < SLACK
