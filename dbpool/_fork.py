@@ -31,10 +31,7 @@ class Forkable(Protocol):
 
 _pools: weakref.WeakSet[Any] = weakref.WeakSet()
 
-# What a thread that forks holds meanwhile: `conns`, as in the child the interpreter drops the
-# state of all other threads before it runs any hook, and a connection that goes with it would
-# say goodbye to the server on the parent's socket; and `locks`, see `telling`.
-_held = threading.local()
+_held = threading.local()  # `locks`: what a thread that forks holds meanwhile, see `telling`
 
 # Held by our own threads while they log. A fork waits for it, and for listeners to return: the
 # buffer of standard error has a lock that nobody would ever release in the child.
@@ -78,12 +75,9 @@ def _before_fork() -> None:
     ours = list(_pools)
     locks = [telling, *(pool.listeners.calling for pool in ours)]
     _held.locks = [x for x in locks if x.acquire(timeout=max(0.0, deadline - monotonic()))]
-    slots = [slot for pool in ours for slot in pool.slots()]
-    _held.conns = [slot.ref() for slot in slots if slot.ref is not None]
 
 
 def _after_fork_in_parent() -> None:
-    _held.conns.clear()
     for lock in _held.locks:
         lock.release()
 
@@ -93,7 +87,6 @@ def _after_fork_in_child() -> None:
     telling = threading.RLock()
     for pool in list(_pools):
         pool.after_fork()
-    _held.conns.clear()
 
 
 os.register_at_fork(

@@ -361,6 +361,57 @@ def test_listeners_are_told_in_the_child_of_what_happens_there(run: Run) -> None
     """)
 
 
+def test_what_only_another_threads_own_data_holds_is_not_ended_by_a_child(run: Run) -> None:
+    run("""
+    pool = dbpool.Pool(sys.argv[1], max_size=1)
+    own = threading.local()
+    held, forked = threading.Event(), threading.Event()
+    pids = []
+
+    def hold():
+        own.conn = pool.getconn()
+        pids.append(own.conn.execute(PID).fetchone())
+        held.set()
+        forked.wait(20)
+        pids.append(own.conn.execute(PID).fetchone())
+        pool.putconn(own.conn)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(10)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    assert (status := wait_for(child)) == 0, status
+    forked.set()
+    thread.join(10)
+    assert len(pids) == 2 and pids[0] == pids[1], pids
+    pool.close()
+    end()
+    """)
+
+
+def test_a_fork_waits_for_a_listener_to_return(run: Run) -> None:
+    run("""
+    busy, lock = threading.Event(), threading.Lock()
+
+    def listener(event):
+        with lock:
+            busy.set()
+            time.sleep(0.2)
+
+    pool = dbpool.Pool(sys.argv[1], listeners=[listener])
+    pool.open()
+    assert busy.wait(10)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if lock.acquire(timeout=5) else 1)
+    assert (status := wait_for(child)) == 0, status
+    pool.close()
+    end()
+    """)
+
+
 def test_forks_while_a_listener_hangs(run: Run) -> None:
     run("""
     stuck, hangs = threading.Event(), threading.Event()
