@@ -11,9 +11,8 @@ import psycopg
 # A serialization failure or a deadlock says itself that the transaction may be retried.
 _CONFLICTS = frozenset({"40001", "40P01"})
 
-# What one success gives back to a budget, in retries: one retry for ten successes, the ratio
-# of gRPC's retry throttling.
-_REFUND = 0.1
+# What one retry costs a budget, in successes: the ratio of gRPC's retry throttling.
+_COST = 10
 
 
 def delays(first: float, cap: float, base: float = 2.0) -> Iterator[float]:
@@ -38,22 +37,22 @@ class Budget:
     While most calls fail it runs dry, and the failing server is left alone.
     """
 
-    def __init__(self, capacity: float) -> None:
-        self._capacity = self._tokens = capacity
+    def __init__(self, capacity: int) -> None:
+        self._capacity = self._left = capacity * _COST
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"<Budget {self._tokens:.1f} of {self._capacity:.1f}>"
+        return f"<Budget {self._left / _COST:.1f} of {self._capacity / _COST:.1f}>"
 
     def draw(self) -> bool:
         """Take one retry; false if there is none left."""
         with self._lock:
-            if self._tokens < 1.0:
+            if self._left < _COST:
                 return False
-            self._tokens -= 1.0
+            self._left -= _COST
             return True
 
     def refund(self) -> None:
         """Give a tenth of a retry back, up to the capacity."""
         with self._lock:
-            self._tokens = min(self._capacity, self._tokens + _REFUND)
+            self._left = min(self._capacity, self._left + 1)

@@ -27,18 +27,17 @@ def test_delays_are_jittered_over_the_whole_range() -> None:
 
 
 def test_a_budget_runs_dry_and_fills_up_by_tenths() -> None:
-    budget = Budget(2.0)
+    budget = Budget(2)
     assert [budget.draw() for _ in range(3)] == [True, True, False]
     for _ in range(9):
         budget.refund()
     assert not budget.draw()
     budget.refund()
-    budget.refund()
     assert budget.draw()
 
 
 def test_a_budget_never_exceeds_its_capacity() -> None:
-    budget = Budget(1.0)
+    budget = Budget(1)
     for _ in range(100):
         budget.refund()
     assert [budget.draw(), budget.draw()] == [True, False]
@@ -46,7 +45,7 @@ def test_a_budget_never_exceeds_its_capacity() -> None:
 
 
 def test_a_budget_is_exact_under_threads() -> None:
-    budget = Budget(1000.0)
+    budget = Budget(1000)
     drawn: list[bool] = []
 
     def draw() -> None:

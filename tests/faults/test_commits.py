@@ -166,6 +166,23 @@ def test_a_single_statement_is_never_sent_twice(
     assert_serves_all(pool)
 
 
+def test_what_succeeds_refills_the_budget(proxy: Proxy, pool: Pool) -> None:
+    def ask(conn: psycopg.Connection[Any]) -> None:
+        conn.execute("select 'once more'", prepare=False)
+
+    while pool._budget.draw():
+        pass
+    for _ in range(9):
+        pool.run(ask)
+    proxy.cut(b"once more", Cut.BEFORE)
+    with pytest.raises(psycopg.OperationalError):
+        pool.run(ask)
+    pool.run(ask)
+    proxy.cut(b"once more", Cut.BEFORE)
+    pool.run(ask)
+    assert_serves_all(pool)
+
+
 def test_a_storm_of_lost_connections_is_bounded_by_the_budget(proxy: Proxy, pool: Pool) -> None:
     def lose(conn: psycopg.Connection[Any]) -> None:
         proxy.drop()
