@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import psycopg
@@ -274,6 +275,18 @@ def test_grows_for_waiters_and_shrinks_when_idle(dsn: str) -> None:
             pool.putconn(conn)
         until(lambda: pool.stats().size == 1)
         assert pool.stats().counters.discarded["idle"] == 3
+
+
+def test_grows_for_every_one_who_waits_and_gives_nothing_back(dsn: str) -> None:
+    with Pool(dsn, max_size=6, timeout=20) as pool:
+        started = monotonic()
+        out = [in_thread(pool.getconn) for _ in range(6)]
+        for thread, _ in out:
+            thread.join(20)
+        assert pool.stats().active == 6
+        assert monotonic() - started < 3.0, "it grew by patrols, one in a second"
+        for _, outcome in out:
+            pool.putconn(outcome[0])
 
 
 def test_a_connection_past_its_lifetime_is_not_handed_out(dsn: str) -> None:

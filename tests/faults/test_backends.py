@@ -20,6 +20,7 @@ from .steps import (
     Load,
     Task,
     assert_serves_all,
+    await_farewells,
     await_gone,
     await_server,
     await_up,
@@ -130,6 +131,21 @@ def test_terminated_in_a_transaction_the_holder_is_told_and_the_slot_is_free_aga
         conn.execute("insert into t values (2)")
     assert pool.fetch_value("select count(*) from t") == 0
     assert pool.stats().counters.discarded["broken"] == 1
+    assert_serves_all(pool)
+
+
+def test_terminated_in_its_holders_hands_it_is_not_passed_on(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(max_size=1)
+    conn = pool.getconn()
+    pid = conn.info.backend_pid
+    waiter = Task(pool.fetch_value, PID)
+    until(lambda: pool.stats().waiting)
+    terminate(own_server, [pid])
+    await_farewells(pool)
+    pool.putconn(conn)
+    assert waiter.result() != pid
     assert_serves_all(pool)
 
 

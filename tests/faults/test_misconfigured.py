@@ -92,6 +92,19 @@ def test_a_wrong_password_is_over_when_the_conninfo_changes(
     assert_serves_all(pool)
 
 
+def test_a_changed_conninfo_is_seen_within_a_second_however_long_it_was_wrong(
+    app: Server, make_pool: MakePool
+) -> None:
+    password = {"password": "wrong"}
+    pool = make_pool(lambda: app.conninfo_for(user="app", **password), **PATIENT)
+    assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
+    assert pool._probe is not None
+    pool._probe.due += 60.0  # as after many attempts
+    password["password"] = SECRET
+    until(lambda: pool.state == "up", 1.0 + SLACK)
+    assert_serves_all(pool)
+
+
 def test_a_password_changed_on_the_server_hits_new_connections_only(
     app: Server, make_pool: MakePool
 ) -> None:

@@ -161,3 +161,17 @@ def test_an_outage_of_all_writable_servers_ends_with_the_promotion(
     assert_serves_all(pool)
     pool.close()
     until(lambda: not standby.backends("dbpool:faults"))
+
+
+def test_a_server_that_was_promoted_since_is_asked_again(
+    standby: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(standby.conninfo, min_size=2)
+    pids = fill(pool)
+    with pytest.raises(ReadOnlySqlTransaction), pool.connection() as conn:
+        conn.execute("select 1")  # from here on it takes no writes, whatever happens
+        standby.promote()
+        insert(conn)
+    assert pool.execute("insert into t values (1)") == 1
+    assert pool.fetch_value(PID) not in pids
+    assert_serves_all(pool)

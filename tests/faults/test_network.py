@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.rows import dict_row
 
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Pool
 from tests.postgres import Server, free_port, until
@@ -80,6 +81,24 @@ def test_connections_that_are_there_are_lent_while_connects_fail(
     assert_serves_all(pool)
 
 
+def test_a_connection_past_its_lifetime_is_kept_as_long_as_connects_fail(
+    proxy: Proxy, make_pool: MakePool
+) -> None:
+    pool = make_pool(proxy.conninfo, min_size=1, max_size=2, max_lifetime=0.3)
+    pid = pool.fetch_value(PID)
+    proxy.refuse()
+    with pool.connection():
+        assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
+    time.sleep(0.3)
+    with pool.connection() as conn:
+        conn.row_factory = dict_row  # takes the slow way back
+        assert conn.info.backend_pid == pid
+    assert pool.fetch_value(PID) == pid
+    proxy.listen()
+    until(lambda: not pool.breaker.is_failing)
+    assert pool.fetch_value(PID) != pid
+
+
 def test_a_pool_that_falls_silent_while_it_grows_is_told_within_the_grace(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
@@ -99,6 +118,19 @@ def test_a_pool_that_falls_silent_while_it_grows_is_told_within_the_grace(
     assert caller.seconds < 0.3 + 2 * SLACK
     _mend(proxy)
     until(lambda: not pool.breaker.is_failing)
+    assert_serves_all(pool)
+
+
+def test_of_many_connects_that_are_due_few_are_tried_once_one_failed(
+    proxy: Proxy, make_pool: MakePool
+) -> None:
+    proxy.mode = Mode.CLOSE
+    pool = make_pool(proxy.conninfo_for(sslmode="disable"), min_size=20, max_size=20)
+    pool.open()
+    until(lambda: pool.stats().counters.connect_failures and pool.stats().connecting == 1)
+    assert proxy.accepted < 10  # three workers' first, and what was tried again meanwhile
+    _mend(proxy)
+    await_up(pool)
     assert_serves_all(pool)
 
 

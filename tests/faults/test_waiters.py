@@ -67,6 +67,23 @@ def test_torn_away_while_a_connection_is_made(
     assert_serves_all(pool)
 
 
+@pytest.mark.parametrize("torn", [False, True])
+def test_served_in_the_moment_in_which_it_gives_up(make_pool: MakePool, torn: bool) -> None:
+    pool = make_pool(max_size=1)
+    conn = pool.getconn()
+    with pool._lock:
+        waiter = pool._queue_up()
+    pool.putconn(conn)
+    if torn:
+        pool._leave(waiter)
+    else:
+        pool._expire(waiter, 0.0)
+        assert (waiter.conn, waiter.error) == (conn, None)
+        pool._add_to_pool(conn)
+    assert pool.stats().counters.timeouts == 0
+    assert_serves_all(pool)
+
+
 def test_torn_away_at_any_moment_of_the_wait_nothing_is_lost(make_pool: MakePool) -> None:
     pool = make_pool(max_size=2)
     stop = threading.Event()
