@@ -16,7 +16,7 @@ import pytest
 from flask import Blueprint, Flask, Response, abort, g, jsonify, redirect, stream_with_context
 from flask.testing import FlaskClient
 
-from dbpool import ConfigError, Pool, PoolError, holders
+from dbpool import CommitUncertain, ConfigError, Pool, PoolError, holders
 from dbpool.events import Connected
 from dbpool.flask import DBPool, create_blueprint
 
@@ -145,6 +145,7 @@ def test_a_connection_held_at_the_end_of_a_request_is_returned_and_reported(
         assert app.test_client().get("/forgetful").status_code == 200
     pool = app.extensions["dbpool"].databases.default
     assert pool.stats().active == 0
+    assert kept[0].closed, "another may not share it with who forgot it"
     assert "forgetful" in caplog.text
     assert "endpoint forgetful" in caplog.text
     assert pool.fetch_value("select to_regclass('t')") is None, "nothing may be committed"
@@ -341,6 +342,21 @@ def test_a_busy_pool_is_a_503(make_app: MakeApp, dsn: str) -> None:
         answer = app.test_client().get("/")
     assert answer.status_code == 503
     assert answer.json == {"error": "the service is busy"}
+
+
+def test_an_uncertain_commit_is_a_503_that_asks_for_no_second_try(
+    make_app: MakeApp, dsn: str
+) -> None:
+    app = make_app(dsn, db=DBPool())
+
+    @app.get("/")
+    def uncertain() -> str:
+        raise CommitUncertain("who knows")
+
+    answer = app.test_client().get("/")
+    assert answer.status_code == 503
+    assert answer.json == {"error": "the outcome of the request is unknown"}
+    assert "Retry-After" not in answer.headers
 
 
 def test_error_handlers_can_be_turned_off(make_app: MakeApp) -> None:

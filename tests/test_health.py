@@ -66,6 +66,14 @@ def test_an_open_breaker_is_down_at_once() -> None:
         assert not health.ready().is_ready
 
 
+def test_ready_says_when_the_pool_tries_next() -> None:
+    with Databases({"default": Settings(conninfo=NOWHERE, outage_grace=0.05)}) as databases:
+        health = Health(databases)
+        until(lambda: health.ready().status == "down")
+        databases.default.breaker.retry_at += 60.0
+        assert (health.ready().retry_after or 0.0) > 30.0
+
+
 def test_a_closed_pool_is_down(databases: Databases) -> None:
     databases.default.close()
     assert Health(databases).ready().status == "down"

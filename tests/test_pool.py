@@ -131,6 +131,14 @@ def test_an_open_pool_that_is_collected_leaves_no_thread_behind(dsn: str) -> Non
     until(lambda: set(threading.enumerate()) <= before)
 
 
+def test_one_thread_watches_over_all_pools(dsn: str) -> None:
+    with Pool(dsn, name="one") as one, Pool(dsn, name="two") as two:
+        one.open()
+        two.open()
+        names = [thread.name for thread in threading.enumerate()]
+        assert names.count("dbpool-watchdog") == 1
+
+
 # Options
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -129,6 +130,30 @@ def test_totals_do_not_fall_when_a_worker_is_killed(
         assert workers[0].pid not in {process["pid"] for process in report["processes"]}
 
 
+def test_a_worker_that_ended_and_is_not_yet_collected_has_ended(
+    processes: Processes, workers: list[subprocess.Popen[str]]
+) -> None:
+    workers[0].kill()
+    stdout = workers[0].stdout
+    assert stdout is not None
+    assert stdout.read() == ""  # closed with it; nobody waited for it
+    until(lambda: processes.report()["pools"]["default"]["size"] == 3)
+    assert checkouts(processes.report()) == 35
+
+
+def test_nothing_is_archived_while_another_process_does(
+    processes: Processes, workers: list[subprocess.Popen[str]], directory: Path
+) -> None:
+    workers[0].kill()
+    workers[0].wait()
+    with (directory / "app.lock").open("w") as another:
+        fcntl.flock(another, fcntl.LOCK_EX)
+        assert checkouts(processes.report()) == 35
+        assert not (directory / "app.archive").exists()
+    assert checkouts(processes.report()) == 35
+    assert (directory / "app.archive").exists()
+
+
 def test_a_hung_worker_grows_old_and_is_not_lost(
     processes: Processes, workers: list[subprocess.Popen[str]]
 ) -> None:
@@ -181,6 +206,14 @@ def test_garbage_is_ignored_and_told_once(
     assert len([r for r in caplog.records if "app-7-7.json" in r.message]) == 1
 
 
+def test_a_file_that_is_too_large_is_not_read(processes: Processes, directory: Path) -> None:
+    archive = {"schema": 1, "folded": [], "pools": processes.report()["pools"]}
+    (directory / "app.archive").write_text(json.dumps(archive))
+    assert checkouts(processes.report()) == 10
+    (directory / "app.archive").write_text(json.dumps(archive) + " " * (1 << 20))
+    assert checkouts(processes.report()) == 5
+
+
 def test_a_link_is_not_followed(processes: Processes, directory: Path, tmp_path: Path) -> None:
     processes.publish()
     (own,) = directory.glob("*.json")
@@ -198,6 +231,14 @@ def test_a_directory_open_to_others_is_not_used(
     for _ in range(2):
         assert processes.report()["scope"] == "process"
     assert len([r for r in caplog.records if "private" in r.message]) == 1
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a directory away")
+def test_another_users_directory_is_not_used(directory: Path) -> None:
+    shutil.chown(directory, "nobody")
+    processes = Processes({"default": Counting(5)}, directory=directory)
+    assert processes.report()["scope"] == "process"
     assert list(directory.iterdir()) == []
 
 
