@@ -50,21 +50,29 @@ def test_idle_in_transaction_for_too_long_is_not_committed_silently(
     assert_serves_all(pool)
 
 
+def inserting(
+    pids: list[int], lose: Callable[[], object] = bool
+) -> Callable[[psycopg.Connection[Any]], None]:
+    """Return an insert that at its first time waits until its server has said farewell."""
+
+    def insert(conn: psycopg.Connection[Any]) -> None:
+        pids.append(conn.info.backend_pid)
+        conn.execute("insert into t values (1)")
+        if len(pids) == 1:
+            lose()
+            # Gone from the server's list is not yet heard of here.
+            until(lambda: select.select([conn], [], [], 0)[0])
+
+    return insert
+
+
 def test_run_starts_again_what_was_idle_in_transaction_for_too_long(
     own_server: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(max_size=1, idle_in_transaction_timeout=0.5)
     own_server.execute("create table t (id int)")
     pids: list[int] = []
-
-    def insert(conn: psycopg.Connection[Any]) -> None:
-        pids.append(conn.info.backend_pid)
-        conn.execute("insert into t values (1)")
-        if len(pids) == 1:
-            # Gone from the server's list is not yet heard of here.
-            until(lambda: select.select([conn], [], [], 0)[0])
-
-    pool.run(insert)
+    pool.run(inserting(pids))
     assert len(set(pids)) == 2
     assert own_server.execute("select count(*) from t") == [(1,)]
     assert_serves_all(pool)
@@ -91,15 +99,7 @@ def test_run_heeds_a_farewell_before_it_sends_commit(
     pool = make_pool(proxy.conninfo, max_size=1)
     own_server.execute("create table t (id int)")
     pids: list[int] = []
-
-    def insert(conn: psycopg.Connection[Any]) -> None:
-        pids.append(conn.info.backend_pid)
-        conn.execute("insert into t values (1)")
-        if len(pids) == 1:
-            terminate(own_server, pids)
-            until(lambda: select.select([conn], [], [], 0)[0])
-
-    caller = Task(pool.run, insert)
+    caller = Task(pool.run, inserting(pids, lambda: terminate(own_server, pids)))
     caller.result()
     assert caller.seconds < SLACK
     assert len(set(pids)) == 2
