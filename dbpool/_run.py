@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from itertools import count
 from time import monotonic, sleep
 from types import FrameType
@@ -22,6 +22,7 @@ from dbpool.liveness import Look, look
 from dbpool.retry import Budget, delays, is_conflict
 
 T = TypeVar("T")
+Block = AbstractContextManager[psycopg.Transaction]
 
 _INERROR = TransactionStatus.INERROR
 
@@ -48,7 +49,9 @@ class Runner(Upkeep[CT]):
         The whole transaction is retried, at most *attempts* times in all, after a
         serialization failure or a deadlock, and after losing the connection before COMMIT
         was sent; with *idempotent* also after losing it during COMMIT, which otherwise
-        raises `CommitUncertain`. Any other error is raised at once. *timeout*, in seconds,
+        raises `CommitUncertain`. Any other error is raised at once. A block of
+        `conn.transaction()` in *fn* is a savepoint; commit and rollback are not its business,
+        and psycopg refuses them. *timeout*, in seconds,
         bounds waiting for connections and retrying; given one, an outage is waited out.
         """
         deadline = None if timeout is None else monotonic() + timeout
@@ -88,7 +91,7 @@ class Runner(Upkeep[CT]):
                     raise
             with self._lock:
                 if self.breaker.is_open:
-                    self._changed.wait(min(remaining, 1.0))
+                    self._changed.wait(min(max(0.0, deadline - monotonic()), 1.0))
 
     def _transact(
         self,
@@ -98,33 +101,27 @@ class Runner(Upkeep[CT]):
         isolation: IsolationLevel | None,
         read_only: bool,
     ) -> T:
+        if isolation is not None:
+            conn.isolation_level = isolation
+        if read_only:
+            conn.read_only = True
+        block = _begin(conn)
         try:
-            if conn.autocommit:
-                conn.autocommit = False
-            if isolation is not None:
-                conn.isolation_level = isolation
-            if read_only:
-                conn.read_only = True
             result = fn(conn, *args)
-            self._commit(conn)
+            _insist_on_commit(conn)
         except BaseException as ex:
             if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):
                 self._moved(conn)
-            _roll_back(conn)
+            with suppress(psycopg.Error):  # what cannot be rolled back is left to the return
+                block.__exit__(type(ex), ex, ex.__traceback__)
             raise
+        self._commit(conn, block)
         return result
 
-    def _commit(self, conn: Any) -> None:
-        """Commit, and tell a connection lost before COMMIT was sent from one lost during it."""
-        if conn.pgconn.transaction_status == _INERROR:
-            raise psycopg.errors.InFailedSqlTransaction(
-                "the transaction is in error, nothing was committed"
-            )
-        if look(conn, conn._slot.readable) is Look.DEAD:
-            conn.pgconn.finish()
-            raise psycopg.OperationalError("the connection was lost before COMMIT")
+    def _commit(self, conn: Any, block: Block) -> None:
+        """Commit, and say so if the connection is lost meanwhile."""
         try:
-            conn.commit()
+            block.__exit__(None, None, None)
         except psycopg.Error as ex:
             if not conn.closed:
                 raise
@@ -148,7 +145,26 @@ class Runner(Upkeep[CT]):
             self.listeners.emit(events.Retried(self.name, attempt, error, pause))
 
 
-def _roll_back(conn: Any) -> None:
-    """Roll back, or leave to the return what cannot be rolled back."""
-    with suppress(psycopg.Error):
-        conn.rollback()
+def _begin(conn: Any) -> Block:
+    """Begin before the function does: a block of its own is then a savepoint, and commits nothing.
+
+    Its `commit()` and `rollback()` are refused by psycopg.
+    """
+    block: Block = conn.transaction()
+    try:
+        block.__enter__()
+    except BaseException:
+        conn.pgconn.finish()  # whether it began is not known
+        raise
+    return block
+
+
+def _insist_on_commit(conn: Any) -> None:
+    """Raise where COMMIT would do nothing, or could not be sent."""
+    if conn.pgconn.transaction_status == _INERROR:
+        raise psycopg.errors.InFailedSqlTransaction(
+            "the transaction is in error, nothing was committed"
+        )
+    if look(conn, conn._slot.readable) is Look.DEAD:
+        conn.pgconn.finish()
+        raise psycopg.OperationalError("the connection was lost before COMMIT")

@@ -166,6 +166,38 @@ def test_a_single_statement_is_never_sent_twice(
     assert_serves_all(pool)
 
 
+def test_a_block_inside_is_a_savepoint_and_nothing_is_done_twice(
+    proxy: Proxy, pool: Pool, table: Rows
+) -> None:
+    def insert(conn: psycopg.Connection[Any]) -> None:
+        with conn.transaction():
+            conn.execute("insert into t values (1)")
+        with conn.transaction():
+            conn.execute("insert into t values (2)")
+
+    proxy.cut(b"values (2)", Cut.BEFORE)
+    pool.run(insert)
+    assert table() == [1, 2]
+    pool.execute("delete from t")
+    proxy.cut(b"COMMIT", Cut.DURING)
+    with pytest.raises(CommitUncertain):
+        pool.run(insert)
+    until(lambda: table() == [1, 2])
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_the_end_is_not_the_functions_business(pool: Pool, table: Rows, end: str) -> None:
+    def insert(conn: psycopg.Connection[Any]) -> None:
+        conn.execute("insert into t values (1)")
+        getattr(conn, end)()
+
+    with pytest.raises(psycopg.ProgrammingError, match="forbidden"):
+        pool.run(insert)
+    assert table() == []
+    assert_serves_all(pool)
+
+
 def test_what_succeeds_refills_the_budget(proxy: Proxy, pool: Pool) -> None:
     def ask(conn: psycopg.Connection[Any]) -> None:
         conn.execute("select 'once more'", prepare=False)
