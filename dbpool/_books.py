@@ -52,10 +52,10 @@ class Books(ConnectionPool[CT]):
         is_harmless = self._check in (None, self.check_connection)
         self._trusted = settings.ping_after if is_harmless else -1.0
         self._clear()
+        self._pid = getpid()
 
     def _clear(self) -> None:
         """Start from nothing, as in a new process."""
-        self._pid = getpid()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)  # supply came, went, or failed
         self._pool = deque()
@@ -79,6 +79,11 @@ class Books(ConnectionPool[CT]):
     def _later(self, fn: Callable[[Any], None]) -> None:
         """Have a worker call *fn* with this pool: for what may not happen under the lock."""
         self.run_task(Call(self, fn))
+
+    def _heed_life(self) -> None:
+        """Close the breaker if a connection came back healthy since it opened. The lock is held."""
+        if (outage := self.breaker.seen_alive(self._last_seen)) is not None:
+            self._later(lambda pool: pool._tell_back(outage))
 
     def _fail_waiters(self) -> None:
         """The breaker opened: nobody waits any longer. The lock is held."""
@@ -121,9 +126,6 @@ class Books(ConnectionPool[CT]):
             )
         if opened:
             self._tell_down()
-        if breaker.failing_for >= self.reconnect_timeout and not self._outage_told:
-            self._outage_told = True
-            self.reconnect_failed()
 
     def _tell_down(self) -> None:
         breaker = self.breaker

@@ -122,17 +122,8 @@ class Checkin(Discard[CT]):
         if conn._tpc is not None or conn._pipeline is not None:
             logger.warning("discarding connection returned in a two-phase commit or a pipeline")
             return False
-        (
-            conn._autocommit,
-            conn.row_factory,
-            conn.cursor_factory,
-            conn.server_cursor_factory,
-            conn._isolation_level,
-            conn._read_only,
-            conn._deferrable,
-            conn.prepare_threshold,
-            prepared_max,
-        ) = slot.manners[:9]
-        conn._prepared.prepared_max = prepared_max
+        (conn._autocommit, conn.row_factory, conn.cursor_factory, conn.server_cursor_factory,
+         conn._isolation_level, conn._read_only, conn._deferrable,
+         conn._prepared.prepare_threshold, conn._prepared.prepared_max) = slot.manners[:9]  # fmt: skip
         conn._begin_statement = b""
         return True

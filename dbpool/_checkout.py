@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from contextlib import suppress
-from time import monotonic
+from time import monotonic, sleep
 from types import FrameType
 from typing import Any
 
@@ -27,8 +27,12 @@ from dbpool.liveness import Look, PingTimeout, look, ping
 
 _get_ident = threading.get_ident
 
+# Seconds to pause when the user's own check refuses a connection that was just made.
+_CHECK_PAUSE = 0.25
+
 # uWSGI forks without running Python's fork hooks; only there each checkout compares pids.
 _FORKS_UNSEEN = "uwsgi" in sys.modules
+_noticing: dict[int, threading.Lock] = {}  # by pid: one thread of a child notices for all
 
 
 class Checkout(Checkin[CT]):
@@ -45,7 +49,8 @@ class Checkout(Checkin[CT]):
         variable is kept.
         """
         if _FORKS_UNSEEN and os.getpid() != self._pid:
-            self.after_fork()
+            with _noticing.setdefault(os.getpid(), threading.Lock()):
+                self.after_fork()
         started = monotonic()
         waiter: Waiter | None = None
         with self._lock:
@@ -75,8 +80,12 @@ class Checkout(Checkin[CT]):
         """Hand out *conn* if it is usable, else the next that is."""
         deadline = started + (self.timeout if timeout is None else timeout)
         while not self._usable(conn, deadline):
+            if self._trusted < 0.0 and conn._created_at >= started:
+                sleep(_bounded(min(_CHECK_PAUSE, deadline - monotonic())))
+            # One ping that took all the time is enough; without time nothing was pinged.
+            is_late = started < deadline <= monotonic()
             with self._lock:
-                if self._pool:
+                if self._pool and not is_late:
                     conn = self._pool.pop()
                     self._out.add(conn._slot)
                     continue
@@ -105,8 +114,7 @@ class Checkout(Checkin[CT]):
 
     def _refusal(self) -> Exception | None:
         """Why a newcomer may not wait, if so. The lock is held."""
-        if (outage := self.breaker.seen_alive(self._last_seen)) is not None:
-            self._later(lambda pool: pool._tell_back(outage))
+        self._heed_life()
         if self.breaker.is_open:
             return self._unavailable()
         if self.max_waiting and len(self._waiting) >= self.max_waiting:
@@ -181,7 +189,7 @@ class Checkout(Checkin[CT]):
             self._discard_dead(conn)
             return False
         unused = now - slot.idle_since
-        if seen is Look.DOUBTFUL or unused >= self.settings.ping_after:
+        if now < deadline and (seen is Look.DOUBTFUL or unused >= self.settings.ping_after):
             return self._answers(conn, min(self.settings.ping_timeout, deadline - now))
         return self._passes_check(conn)
 
@@ -209,7 +217,7 @@ class Checkout(Checkin[CT]):
             self._discard(conn, "dead")
             return False
         except BaseException:
-            self._add_to_pool(conn)
+            self._return_connection(conn, from_getconn=False)
             raise
         return True
 

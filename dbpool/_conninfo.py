@@ -102,14 +102,8 @@ def already_set(params: Mapping[str, Any], environ: Mapping[str, str]) -> dict[s
     """Return what the string, its service file or libpq's variables set, in that precedence."""
     variables = {name: environ[var] for name, var in _VARIABLES.items() if environ.get(var)}
     service = params.get("service") or variables.get("service")
-    return (
-        {**variables, **_service(str(service), environ), **params}
-        if service
-        else {
-            **variables,
-            **params,
-        }
-    )
+    entries = _service(str(service), environ) if service else {}
+    return {**variables, **entries, **params}
 
 
 def _service(name: str, environ: Mapping[str, str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ Part of the one place that touches protected members of psycopg_pool, see `_supp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -120,11 +121,14 @@ class Discard(Life[CT]):
                     self._count(slot, monotonic() - slot.since)
                 self._remove(slot, "collected")
                 self._refill()
-                if self.listeners.active:
-                    self.listeners.emit(events.Discarded(self.name, "collected"))
-                logger.warning(
-                    "pool %r: a connection was never returned and has been garbage-collected;"
-                    " it was checked out at %s",
-                    self.name,
-                    slot.where(),
-                )
+                self._later(partial(Discard._tell_collected, slot=slot))
+
+    def _tell_collected(self, slot: Slot) -> None:
+        if self.listeners.active:
+            self.listeners.emit(events.Discarded(self.name, "collected"))
+        logger.warning(
+            "pool %r: a connection was never returned and has been garbage-collected;"
+            " it was checked out at %s",
+            self.name,
+            slot.where(),
+        )

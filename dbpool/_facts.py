@@ -48,7 +48,7 @@ def learn(pool: Pool[Any], timeout: float) -> dict[str, Any]:
             latency = monotonic() - started
             return {"latency": latency, **_ask(conn, timeout), "tls": bool(conn.pgconn.ssl_in_use)}
         except psycopg.OperationalError:
-            conn.close()  # it may still be waiting for an answer
+            conn.pgconn.finish()  # it may still be waiting for an answer
             raise
 
 
@@ -63,7 +63,7 @@ def probe(pool: Pool[Any], timeout: float) -> None:
         try:
             ping(conn, max(0.001, deadline - monotonic()))
         except psycopg.OperationalError:
-            conn.close()  # a rollback would wait for the answer that did not come
+            conn.pgconn.finish()  # a rollback would wait for the answer that did not come
             raise
 
 

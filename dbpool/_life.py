@@ -111,3 +111,4 @@ class Life(Supply[CT]):
         stopped = self._closed and self._opened
         self._clear()
         self._closed, self._opened, self._lazy = True, stopped, True
+        self._pid = getpid()  # last: other threads wait for it

@@ -19,11 +19,7 @@ from dbpool import _fork, events
 from dbpool._books import Books, logger, unanswered
 from dbpool._conninfo import mask
 from dbpool._parts import Call, Probe, manners
-from dbpool.errors import (
-    classify,
-    detached,
-    is_permanent,
-)
+from dbpool.errors import classify, detached, is_permanent
 from dbpool.holders import Slot
 from dbpool.liveness import readability
 
@@ -71,9 +67,10 @@ class Supply(Books[CT]):
                 needed = self._nconns <= self._min_size or self._waiting or self.breaker.is_open
             else:  # it may have queued for a worker while others failed
                 needed = self._probe is None and not (self.breaker.is_open and self._attempts)
-            if not needed:
+            if not needed or self._nconns > self._max_size:
                 self._drop_slot(probe)
-            return not needed
+                return True
+            return False
 
     def _put_off(self, probe: Probe) -> bool:
         """Whether it is too early for that probe."""
@@ -124,7 +121,7 @@ class Supply(Books[CT]):
 
     def _make(self, params: dict[str, Any]) -> CT:
         """Connect and configure; close again what cannot be configured."""
-        conn = self.connection_class.connect(**params)
+        conn = self.connection_class.connect("", **params)  # as the parent does: by position
         try:
             self._furnish(conn, params)
         except BaseException:
@@ -159,6 +156,8 @@ class Supply(Books[CT]):
             self._metrics.connects += 1
             self._metrics.connect.add(now - started)
             self._last_seen = now
+            if self._nconns > self._max_size:  # it was made smaller meanwhile
+                conn._slot.expires_at = 0.0  # type: ignore[attr-defined]
         self._add_to_pool(conn)
         with self._lock:
             self._refill()
@@ -194,6 +193,9 @@ class Supply(Books[CT]):
         logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, error)
         with _fork.telling:
             self._tell_failed(monotonic() - started, opened)
+        if self.breaker.failing_for >= self.reconnect_timeout and not self._outage_told:
+            self._outage_told = True
+            self.reconnect_failed()
 
     def _masked(self, ex: BaseException, params: dict[str, Any]) -> BaseException:
         error = detached(ex)

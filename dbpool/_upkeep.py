@@ -47,6 +47,7 @@ class Upkeep(Checkout[CT]):
         with _fork.telling:
             with self._lock:
                 self._reclaim()
+                self._heed_life()
             self._shrink_pool()
             if self.settings.leak_after:
                 self._report_leaks(now)
@@ -91,7 +92,8 @@ class Upkeep(Checkout[CT]):
             self._drained_at = monotonic()
             for slot in self._out:
                 slot.expires_at = 0.0
-        self._retire("expired", lambda slot: True)
+            gone = self._take_out("expired", lambda slot: True)
+        self._dispose(gone, "expired")
 
     def _moved(self, conn: Any) -> None:
         """A statement failed because the server takes no writes: drain if that is news.

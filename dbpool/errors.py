@@ -161,6 +161,9 @@ def detached(exc: BaseException) -> BaseException:
     `psycopg.Error.pgconn` of a failed connect still knows the password.
     """
     if isinstance(exc, psycopg.Error):
-        return type(exc)(str(exc))
+        try:
+            return type(exc)(str(exc))
+        except Exception:  # noqa: BLE001  # a user's class may want other arguments
+            return psycopg.OperationalError(f"{type(exc).__name__}: {exc}")
     exc.__cause__ = exc.__context__ = None
     return exc.with_traceback(None)

@@ -27,12 +27,10 @@ class Event:
     pool: str
 
 
-@dataclass(frozen=True, slots=True)
 class Opened(Event):
     """The pool opened."""
 
 
-@dataclass(frozen=True, slots=True)
 class Closed(Event):
     """The pool closed."""
 
@@ -81,7 +79,6 @@ class WaitTimedOut(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
 class Rejected(Event):
     """A caller was refused without waiting: open breaker, or too many waiters."""
 

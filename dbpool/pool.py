@@ -65,7 +65,8 @@ class Pool(Runner[CT]):
     - the connection used last is handed out first; waiters are served in order;
     - a connection is looked at before it is handed out, and pinged if idle for `ping_after`
       seconds; `check=ConnectionPool.check_connection` therefore does nothing more;
-    - `timeout` covers the whole acquisition; at 0 an idle connection is still handed out;
+    - `timeout` covers the whole acquisition; at 0 an idle connection is still handed out,
+      after a look alone;
     - `PoolTimeout` comes as `PoolExhausted` or `DatabaseUnavailable`, in an outage at once;
     - connects are tried again until they succeed; `reconnect_failed` is called once per
       outage, after `reconnect_timeout` seconds;
@@ -249,6 +250,8 @@ def _settings(
 ) -> Settings:
     if "max_size" in chosen and chosen["max_size"] is None:  # the parent's "as min_size"
         chosen["max_size"] = chosen.get("min_size", 1)
+    if chosen.get("name", "") is None:  # the parent's "think of one"
+        del chosen["name"]
     if isinstance(conninfo, str) and conninfo:
         chosen["conninfo"] = conninfo
     explicit = frozenset(chosen)

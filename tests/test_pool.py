@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -147,6 +148,21 @@ def test_unknown_options_are_refused() -> None:
         Pool("host=localhost", max_sise=3)
 
 
+def test_the_parents_name_is_taken(dsn: str) -> None:
+    with Pool(dsn, name=None) as pool:
+        assert pool.fetch_value("select 1") == 1
+
+
+def test_a_class_may_want_its_conninfo_by_position(dsn: str) -> None:
+    class Strict(Connection[Any]):
+        @classmethod
+        def connect(cls, conninfo: str, **kwargs: Any) -> Any:  # type: ignore[override]
+            return super().connect(conninfo, **kwargs)
+
+    with Pool(dsn, connection_class=Strict) as pool:
+        assert pool.fetch_value("select 1") == 1
+
+
 def test_min_size_alone_implies_a_max_size(dsn: str) -> None:
     assert Pool(dsn, min_size=20).max_size == 20
     assert Pool(dsn, min_size=2).max_size == 10
@@ -200,8 +216,19 @@ def test_the_parents_own_check_costs_no_round_trip(dsn: str) -> None:
         assert pool.fetch_value("select 1") == 1
 
 
+def test_a_check_that_always_fails_is_no_storm_of_connects(dsn: str) -> None:
+    def check(conn: Connection[Any]) -> None:
+        raise psycopg.OperationalError("never")
+
+    with Pool(dsn, max_size=1, check=check) as pool:
+        with pytest.raises(PoolTimeout):
+            pool.getconn(timeout=0.6)
+        assert pool.stats().counters.connects <= 5
+
+
 def test_a_check_that_is_interrupted_loses_no_connection(dsn: str) -> None:
     def check(conn: Connection[Any]) -> None:
+        conn.execute("select 1")
         raise KeyboardInterrupt
 
     with Pool(dsn, max_size=1, check=check) as pool:
@@ -209,6 +236,7 @@ def test_a_check_that_is_interrupted_loses_no_connection(dsn: str) -> None:
             pool.getconn()
         stats = pool.stats()
         assert (stats.size, stats.idle, stats.active) == (1, 1, 0)
+        assert pool._pool[0].info.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
 def test_a_connection_left_in_transaction_by_configure_is_refused(dsn: str) -> None:
@@ -348,6 +376,14 @@ def test_timeout_zero_still_gets_an_idle_connection(pool: Pool) -> None:
     pool.putconn(pool.getconn(timeout=0))
 
 
+def test_timeout_zero_costs_no_connection_that_was_idle_for_long(dsn: str) -> None:
+    with Pool(dsn, min_size=3, max_size=3, ping_after=0) as pool:
+        pool.wait()
+        with pool.connection(timeout=0):
+            pass
+        assert pool.stats().idle == 3
+
+
 @pytest.mark.parametrize("foreign", [True, False])
 def test_what_is_not_out_cannot_be_returned(pool: Pool, dsn: str, foreign: bool) -> None:
     pool.wait()
@@ -377,6 +413,34 @@ def test_a_collected_connection_frees_its_slot(dsn: str) -> None:
         counters = pool.stats().counters
         assert counters.discarded["collected"] == 1
         assert counters.checkouts == 2
+
+
+def test_a_log_handler_may_use_the_pool(dsn: str) -> None:
+    inside, go = threading.Event(), threading.Event()
+
+    class Counting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.msg == "mine":
+                inside.set()
+                go.wait(10)
+                own.stats()
+
+    handler, logger = Counting(), logging.getLogger("dbpool")
+    logger.addHandler(handler)
+    try:
+        with Pool(dsn, max_size=1) as own:
+            logging_one, _ = in_thread(lambda: logger.error("mine"))
+            assert inside.wait(10)
+            own.getconn()
+            gc.collect()
+            patrolling, _ = in_thread(lambda: own.patrol(monotonic()))
+            patrolling.join(0.2)  # it may have something to log
+            go.set()
+            logging_one.join(10)
+            assert not logging_one.is_alive()
+            patrolling.join(10)
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_a_leak_is_reported_once_with_the_holders_stack(
@@ -634,6 +698,21 @@ def test_resize_grows_and_shrinks(dsn: str) -> None:
         pool.resize(1, 1)
         until(lambda: pool.stats().size == 1)
         assert pool.fetch_value("select 1") == 1
+
+
+def test_resize_is_kept_while_connections_are_made(make_server: Callable[..., Server]) -> None:
+    with Pool(make_server().conninfo, min_size=1, max_size=20) as pool:
+        pool.wait()
+        pool.resize(20, 20)
+        pool.resize(1, 2)
+        until(lambda: pool.stats().connecting == 0)
+        for _ in range(3):
+            assert pool.fetch_value("select 1") == 1
+        conns = [pool.getconn(), pool.getconn()]
+        with pytest.raises(PoolExhausted):
+            pool.getconn(timeout=0.05)
+        for conn in conns:
+            pool.putconn(conn)
 
 
 def test_resize_takes_what_is_out_when_it_returns(pool: Pool) -> None:

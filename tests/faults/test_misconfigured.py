@@ -8,6 +8,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -171,9 +172,19 @@ def test_a_conninfo_that_cannot_be_had_is_tried_again(app: Server, make_pool: Ma
     assert_serves_all(pool)
 
 
-@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, ValueError])
+class Demanding(psycopg.Error):
+    """Cannot be made of a message alone."""
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(f"{message} ({code})")
+
+
+DEMANDING = partial(Demanding, code=7)
+
+
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, ValueError, DEMANDING])
 def test_a_configure_that_raises_anything_loses_no_slot(
-    app: Server, make_pool: MakePool, raised: type[BaseException]
+    app: Server, make_pool: MakePool, raised: Callable[[str], BaseException]
 ) -> None:
     failing = [True]
 

@@ -70,6 +70,8 @@ def test_connections_that_are_there_are_lent_while_connects_fail(
     with pool.connection(), pool.connection():
         assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
     assert {pool.fetch_value(PID) for _ in range(20)} <= set(pids)
+    # What serves is up, whether more could be made or not.
+    until(lambda: pool.fetch_value(PID) in pids and pool.state == "up")
     # Those who wait for one of the two are no victims of an outage as long as they come back.
     failures = pool.stats().counters.connect_failures
     load = Load(lambda: pool.fetch_value(PID), threads=6)
@@ -269,7 +271,7 @@ def test_all_silent_old_and_new_connections_the_deadline_is_kept(
     assert_serves_all(pool)
 
 
-@pytest.mark.parametrize("timeout", [0.0, 0.1])
+@pytest.mark.parametrize("timeout", [0.001, 0.1])
 def test_a_ping_is_bounded_by_the_callers_deadline_too(
     proxy: Proxy, make_pool: MakePool, timeout: float
 ) -> None:
@@ -280,6 +282,7 @@ def test_a_ping_is_bounded_by_the_callers_deadline_too(
     caller = Task(pool.getconn, timeout)
     assert isinstance(caller.error(), DatabaseUnavailable)
     assert caller.seconds < timeout + SLACK
+    assert pool.stats().counters.discarded["dead"] <= 1, "the others were not asked"
     _mend(proxy)
     assert_serves_all(pool)
 

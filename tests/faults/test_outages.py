@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,9 @@ import psycopg
 import pytest
 
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable, events
+from tests.faults.steps import Task, assert_serves_all
 from tests.faults.support import MakePool, Recorder, within
-from tests.postgres import Server, until
+from tests.postgres import Server, free_port, until
 
 MODES = pytest.mark.parametrize("mode", ["fast", "immediate"])
 
@@ -123,3 +125,28 @@ def test_reconnect_failed_is_called_once_and_probing_goes_on(
     assert told == [pool]
     own_server.start()
     until(lambda: pool.state == "up", 3.0)
+
+
+def test_a_reconnect_failed_that_hangs_is_in_no_other_pools_way(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    called, ends = threading.Event(), threading.Event()
+
+    def hang(pool: object) -> None:
+        called.set()
+        ends.wait(30)
+
+    down = make_pool(
+        own_server.conninfo_for(port=free_port()), reconnect_timeout=0.1, reconnect_failed=hang
+    )
+    down.open()
+    try:
+        assert called.wait(10)
+        pool = make_pool(max_size=6)
+        conns = Task(lambda: [pool.getconn() for _ in range(6)]).result(10)
+        for conn in conns:
+            pool.putconn(conn)
+        assert_serves_all(pool)
+    finally:
+        ends.set()
+        down.close()
