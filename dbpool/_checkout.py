@@ -166,8 +166,8 @@ class Checkout(Checkin[CT]):
         longest = "; ".join(f"{h.thread} {h.seconds:.1f} s at {h.where}" for h in held[:5])
         mine = sum(slot.thread == _get_ident() for slot in self._out)
         nested = (
-            f"; this thread itself holds {mine}: nested checkouts need max_size of at least"
-            " threads * (held - 1) + 1"
+            f"; nested: this thread itself holds {mine}, and n threads that hold {mine + 1} at once"
+            f" need a max_size of at least n * {mine} + 1"
         )
         return PoolExhausted(
             f"pool {self.name!r}: no connection within {seconds:.2f} s: {busy} of"
