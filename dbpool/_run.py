@@ -24,7 +24,7 @@ from dbpool.retry import Budget, delays, is_conflict
 T = TypeVar("T")
 Block = AbstractContextManager[psycopg.Transaction]
 
-_INERROR = TransactionStatus.INERROR
+_IDLE, _INERROR = TransactionStatus.IDLE, TransactionStatus.INERROR
 
 
 class Runner(Upkeep[CT]):
@@ -84,10 +84,8 @@ class Runner(Upkeep[CT]):
             remaining = deadline - monotonic()
             try:
                 return self._acquire(max(0.0, remaining), frame)
-            except DatabaseMisconfigured:
-                raise
-            except DatabaseUnavailable:
-                if remaining <= 0.0:
+            except DatabaseUnavailable as ex:
+                if remaining <= 0.0 or isinstance(ex, DatabaseMisconfigured):
                     raise
             with self._lock:
                 if self.breaker.is_open:
@@ -122,6 +120,8 @@ class Runner(Upkeep[CT]):
         """Commit, and say so if the connection is lost meanwhile."""
         try:
             block.__exit__(None, None, None)
+            if conn.pgconn.transaction_status != _IDLE:  # begun before the block: a test's way
+                conn.commit()
         except psycopg.Error as ex:
             if not conn.closed:
                 raise
