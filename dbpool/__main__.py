@@ -23,6 +23,7 @@ from dbpool._values import did_you_mean, find_dotenv, number
 from dbpool.databases import Databases
 from dbpool.errors import ConfigError, PoolError
 from dbpool.gunicorn import directories
+from dbpool.health import Health
 from dbpool.pool import Pool
 from dbpool.processes import Processes
 from dbpool.settings import AppSettings, Settings, databases_from_env, unknown_variables
@@ -103,8 +104,12 @@ def _seconds(text: str) -> float:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    databases = databases_from_env(dotenv=find_dotenv())
-    unknown = unknown_variables(os.environ)
+    dotenv = find_dotenv()
+    databases = databases_from_env(dotenv=dotenv)
+    Health(
+        Databases(databases), AppSettings.from_env(dotenv=dotenv).required
+    )  # refuses what is wrong
+    unknown = unknown_variables(dotenv=dotenv)
     reports = {name: _report(settings) for name, settings in databases.items()}
     ok = all(report["ok"] for report in reports.values())
     ok = ok and not (arguments.strict and unknown)

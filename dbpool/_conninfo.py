@@ -39,28 +39,32 @@ _VARIABLES: Final = {
 }
 
 
-def normalise(conninfo: str) -> str:
-    """Return *conninfo* with SQLAlchemy's `postgresql+psycopg://` as libpq has it."""
+def normalise(conninfo: str, known_as: str) -> str:
+    """Return *conninfo* as libpq has it; raise `ConfigError` as `parse` does."""
+    parse(conninfo, known_as)
+    return _spell(conninfo)
+
+
+def _spell(conninfo: str) -> str:
     return _DRIVER.sub("postgresql://", conninfo.strip())
 
 
-def parse(conninfo: str) -> dict[str, Any]:
+def parse(conninfo: str, known_as: str = "the connection string") -> dict[str, Any]:
     """Return the parameters of a URL or a key=value string.
 
-    Raise `ConfigError`, which shows nothing of the string, if it is malformed.
+    Raise `ConfigError`, which names *known_as* and shows nothing of the string, if it is
+    malformed.
     """
     try:
-        params: dict[str, Any] = dict(conninfo_to_dict(normalise(conninfo)))
+        params: dict[str, Any] = dict(conninfo_to_dict(_spell(conninfo)))
     except (psycopg.Error, ValueError):
         params = {"": ""}
     # Raised out here, so that no chained error repeats the string.
     is_url = "://" in conninfo.partition("=")[0]
     problem = "it cannot be parsed" if "" in params else _problem(params, is_url=is_url)
     if problem:
-        raise ConfigError(
-            f"the connection string is malformed: {problem}"
-            " (special characters in a URL's user or password must be percent-encoded)"
-        )
+        hint = " (percent-encode special characters in user and password)" if is_url else ""
+        raise ConfigError(f"{known_as} is malformed: {problem}{hint}")
     return params
 
 

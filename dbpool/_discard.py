@@ -20,7 +20,7 @@ from dbpool.liveness import hung_up
 
 
 class Discard(Life[CT]):
-    """The books. A connection that is out has its slot in `_out`; one given up is in none."""
+    """The giving up. A connection that is out has its slot in `_out`, one given up nowhere."""
 
     def _count(self, slot: Slot, use: float) -> None:
         """Count a checkout that ended, wait and use at once. The lock is held.

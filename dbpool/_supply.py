@@ -98,7 +98,7 @@ class Supply(Books[CT]):
         with self._lock:
             self._attempts.append(started)
             self.breaker.attempt()
-        self._await_answer(started, self.breaker.grace)
+        self._await_answer(started, self.breaker.patience)
 
     def _await_answer(self, started: float, delay: float) -> None:
         self.schedule_task(Call(self, lambda pool: pool._attempt_overdue(started)), delay)
@@ -213,7 +213,7 @@ class Supply(Books[CT]):
             if opened:
                 self._fail_waiters()
                 self._changed.notify_all()
-            due = max(started, self._last_seen) + self.breaker.grace
+            due = max(started, self._last_seen) + self.breaker.patience
             self._await_answer(started, max(due - monotonic(), _LOOK_AGAIN))
         if opened:
             with _fork.telling:

@@ -16,6 +16,10 @@ CLOSED: Final = "closed"
 OPEN: Final = "open"
 HALF_OPEN: Final = "half-open"
 
+# Seconds that an attempt may take, however short the grace, before it counts as failing: over
+# TLS to another region a healthy server needs a third of one.
+_UNANSWERED: Final = 0.5
+
 
 class Breaker:
     """Opens when connects have kept failing for *grace* seconds without a sign of life.
@@ -28,6 +32,7 @@ class Breaker:
 
     def __init__(self, grace: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.grace = grace
+        self.patience = max(grace, _UNANSWERED)  # with an attempt that has no answer yet
         self.error: BaseException | None = None  # of the last failed attempt, detached
         self.kind = "unknown"
         self.retry_at = 0.0  # on `clock`: when the pool tries next
@@ -73,8 +78,8 @@ class Breaker:
 
     @property
     def last_error(self) -> str | None:
-        """The text of the last failure, None while connects succeed."""
-        return None if self.error is None else str(self.error)
+        """The text of the last failure on one line, None while connects succeed."""
+        return None if self.error is None else " ".join(str(self.error).split())
 
     def attempt(self) -> None:
         """An attempt to connect begins."""
@@ -105,15 +110,15 @@ class Breaker:
     def overdue(self, started: float, error: BaseException, *, last_seen: float) -> bool:
         """The attempt begun at *started* is still without an answer: count that as failing.
 
-        False as well if a connection came back healthy less than the grace ago: ask again.
+        False as well if a connection came back healthy less than the patience ago: ask again.
         """
         silent_since = max(started, last_seen)
-        if self._clock() - silent_since < self.grace:
+        if self._clock() - silent_since < self.patience:
             return False
         if self._failing_since is None or last_seen > self._failing_since:
             self._failing_since = silent_since
             self.error, self.kind = error, "timeout"
-        return self._open_after(self.grace)
+        return self._open_after(self.patience)
 
     def seen_alive(self, last_seen: float) -> float | None:
         """Close if a connection came back healthy after it opened; return as `succeeded`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate
 from operator import attrgetter
 from typing import Any, Final
@@ -18,15 +18,6 @@ BOUNDS: Final = tuple(1e-6 * 10 ** (step / 8) for step in range(73))
 _BUCKETS: Final = len(BOUNDS) + 1
 
 REASONS: Final = ("dead", "expired", "broken", "idle", "collected")
-_COUNTS: Final = (
-    "checkouts",
-    "timeouts",
-    "rejected",
-    "connects",
-    "connect_failures",
-    "retries",
-    "leaks",
-)
 _HOLDERS: Final = 20  # in one snapshot
 # Of merged states and breakers the gravest is told.
 _STATES: Final = ("", "stopped", "starting", "up", "down")
@@ -166,12 +157,7 @@ class BreakerSnapshot:
 
     def _gravity(self) -> tuple[int, float, str, float]:
         since = float("-inf") if self.since is None else -self.since
-        return (
-            _BREAKERS.index(self.state),
-            since,
-            self.last_error or "",
-            self.retry_after or 0.0,
-        )
+        return _BREAKERS.index(self.state), since, self.last_error or "", self.retry_after or 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +247,7 @@ class Snapshot:
             raise ValueError("this is no snapshot") from ex
 
 
+_COUNTS: Final = tuple(f.name for f in fields(Counters) if f.name != "discarded")
 _PARTS: Final = ("counters", "wait", "use", "connect", "breaker")
 _SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", "max_size")
 

@@ -34,6 +34,7 @@ __all__ = [
 logger = logging.getLogger("dbpool")
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
+_URL: Final = re.compile(r"DBPOOL_([A-Z][A-Z0-9_]*)_URL(?:_FILE)?")
 
 _POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
 # Our fields that the server enforces, with their names there.
@@ -90,9 +91,7 @@ class Settings:
         for f in fields(self):
             if f.type in ("float", "int"):
                 self._set(f.name, number(getattr(self, f.name), f, self._known_as(f.name)))
-        self._set("conninfo", _conninfo.normalise(self.conninfo))
-        if self.conninfo:
-            _conninfo.parse(self.conninfo)
+        self._set("conninfo", _conninfo.normalise(self.conninfo, self._known_as("conninfo")))
         if self.min_size > self.max_size and "max_size" not in self.explicit:
             self._set("max_size", self.min_size)
         self._check()
@@ -142,8 +141,8 @@ class Settings:
         """Return the connection string as it is now; its secret file is read again."""
         if self.conninfo or self.conninfo_file is None:
             return self.conninfo
-        name = "DATABASE_URL_FILE" if self.name == "default" else f"{_prefix(self.name)}URL_FILE"
-        return _conninfo.normalise(secret(self.conninfo_file, name))
+        name = f"{variable('conninfo', self.name)}_FILE"
+        return _conninfo.normalise(secret(self.conninfo_file, name), name)
 
     def connect_params(
         self, conninfo: str | None = None, kwargs: Mapping[str, Any] | None = None
@@ -203,7 +202,7 @@ class Settings:
         *environ* is the process's environment by default, *dotenv* the path of a `.env`.
         """
         layers = read_layers(environ, dotenv)
-        _warn_of_unknown(layers[0])
+        _warn_of_unknown(layers, _names(layers))
         return _build(name, layers, overrides)
 
 
@@ -212,8 +211,9 @@ def databases_from_env(
 ) -> dict[str, Settings]:
     """Return the settings of the default database and of `DBPOOL_DATABASES`, in order."""
     layers = read_layers(environ, dotenv)
-    _warn_of_unknown(layers[0])
-    return _databases(layers, words(find(layers, "DBPOOL_DATABASES") or ""), {})
+    names = _names(layers)
+    _warn_of_unknown(layers, names)
+    return _databases(layers, names, {})
 
 
 def settings_from_config(
@@ -227,28 +227,30 @@ def settings_from_config(
     `DBPOOL_DATABASES` may be a dict of URLs, or of dicts with `url` and fields. An unknown
     `DBPOOL_` key raises `ConfigError`.
     """
-    layers = [config, *read_layers(environ, dotenv)]
-    _warn_of_unknown(layers[1])
-    wanted = find(layers, "DBPOOL_DATABASES") or ""
+    outside = read_layers(environ, dotenv)
+    layers = [config, *outside]
+    wanted = find(layers, "DBPOOL_DATABASES")
     details = wanted if isinstance(wanted, Mapping) else {}
-    names = tuple(details) or words(wanted)
-    for key, suggestion in _unknown(config, names):
+    names = _names(layers)
+    for key, suggestion in _unknown([config], names):
         raise ConfigError(f"there is no setting {key}{did_you_mean(suggestion)}")
+    _warn_of_unknown(outside, names)
     return _databases(layers, names, details)
 
 
-def unknown_variables(environ: Mapping[str, str]) -> list[tuple[str, str | None]]:
+def unknown_variables(
+    environ: Mapping[str, str] | None = None, dotenv: str | os.PathLike[str] | None = None
+) -> list[tuple[str, str | None]]:
     """Return the `DBPOOL_` variables that mean nothing, each with the nearest that does."""
-    return list(_unknown(environ, words(environ.get("DBPOOL_DATABASES", ""))))
+    layers = read_layers(environ, dotenv)
+    return list(_unknown(layers, _names(layers)))
 
 
 def variable(name: str, database: str = "default") -> str:
     """Return the environment variable of a field."""
-    return f"{_prefix(database)}{name.upper()}"
-
-
-def _prefix(database: str) -> str:
-    return "DBPOOL_" if database == "default" else f"DBPOOL_{database.upper()}_"
+    if name == "conninfo":
+        return "DATABASE_URL" if database == "default" else variable("url", database)
+    return f"DBPOOL_{'' if database == 'default' else f'{database}_'}{name}".upper()
 
 
 _FIELDS: Final = tuple(f.name for f in fields(Settings) if f.name not in _UNNAMED)
@@ -277,7 +279,7 @@ def _build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, A
         found = find(layers, variable(key, name), variable(key))
         if found is not None:
             values[key] = found
-    url = "DATABASE_URL" if name == "default" else variable("url", name)
+    url = variable("conninfo", name)
     values["conninfo"], values["conninfo_file"] = secret_of(layers, url)
     values["password_file"] = find(layers, "PGPASSWORD_FILE")
     if name != "default" and not (values["conninfo"] or values["conninfo_file"] or overrides):
@@ -314,14 +316,20 @@ def _check_name(name: str, taken: Mapping[str, object]) -> None:
         raise ConfigError(f"DBPOOL_DATABASES: {name!r} would make {collision[0]} ambiguous")
 
 
+def _names(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:
+    return words(find(layers, "DBPOOL_DATABASES") or "")
+
+
 def _unknown(
-    given: Mapping[str, Any], databases: tuple[str, ...]
+    layers: list[Mapping[str, Any]], databases: tuple[str, ...]
 ) -> Iterator[tuple[str, str | None]]:
     known = _COMMON.union(*map(_variables_of, databases))
-    for key in sorted(k for k in given if k.startswith("DBPOOL_") and k not in known):
-        yield key, nearest(key, known)
+    given = {key for layer in layers for key in layer if key.startswith("DBPOOL_")}
+    for key in sorted(given - known):
+        named = _URL.fullmatch(key)
+        yield key, f"DBPOOL_DATABASES={named[1].lower()}" if named else nearest(key, known)
 
 
-def _warn_of_unknown(environ: Mapping[str, Any]) -> None:
-    for key, suggestion in unknown_variables(environ):
+def _warn_of_unknown(layers: list[Mapping[str, Any]], databases: tuple[str, ...]) -> None:
+    for key, suggestion in _unknown(layers, databases):
         logger.warning("unknown variable %s is ignored%s", key, did_you_mean(suggestion))

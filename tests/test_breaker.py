@@ -115,6 +115,20 @@ def test_an_attempt_without_an_answer_counts_as_failing(breaker: Breaker, clock:
     assert breaker.kind == "timeout"
 
 
+def test_an_attempt_has_half_a_second_however_short_the_grace(clock: Clock) -> None:
+    breaker, started = Breaker(0.0, clock), clock.now
+    error = psycopg.OperationalError("no answer")
+    clock.now += 0.4
+    assert not breaker.overdue(started, error, last_seen=0.0)
+    clock.now += 0.1
+    assert breaker.overdue(started, error, last_seen=0.0)
+
+
+def test_the_last_error_is_one_line(breaker: Breaker, clock: Clock) -> None:
+    breaker.failed(clock.now, Exception("connection\n\tlost"), "refused", last_seen=0.0, out=0)
+    assert breaker.last_error == "connection lost"
+
+
 def test_a_slow_attempt_is_no_outage_while_others_come_back(breaker: Breaker, clock: Clock) -> None:
     started = clock.now
     clock.now += 2.0

@@ -82,11 +82,31 @@ def test_check_says_what_is_wrong_without_a_traceback(
         {"DATABASE_URL_FILE": "/nowhere"},
     ],
 )
-def test_wrong_settings_are_one_line(environ: dict[str, str]) -> None:
-    done = dbpool("wait", "--timeout", "1", cwd=None, **environ)
+@pytest.mark.parametrize("command", ["check", "wait --timeout 1"])
+def test_wrong_settings_are_one_line(environ: dict[str, str], command: str) -> None:
+    done = dbpool(*command.split(), cwd=None, **environ)
+    output = done.stderr.strip() or done.stdout.partition("error: ")[2].partition("\n")[0]
     assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "hunter2" not in done.stderr
+    assert len(output.splitlines()) == 1
+    assert next(iter(environ)).partition("_")[0] in output  # the variable or one like it
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"DBPOOL_DETAILS": "nonsense"},
+        {"DBPOOL_REQUIRED": "nowhere"},
+        {"DBPOOL_TOKEN_FILE": "/nowhere"},
+        {"DBPOOL_ERROR_HANDLERS": "perhaps"},
+    ],
+)
+def test_check_refuses_wrong_settings_of_the_application(
+    server: Server, environ: dict[str, str]
+) -> None:
+    done = dbpool("check", cwd=None, **environ, DATABASE_URL=server.conninfo)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"dbpool: {next(iter(environ))}")
 
 
 def test_strict_fails_on_unknown_variables(server: Server) -> None:
@@ -95,6 +115,15 @@ def test_strict_fails_on_unknown_variables(server: Server) -> None:
     assert lenient.returncode == 0
     assert "DBPOOL_MAX_SISE; did you mean DBPOOL_MAX_SIZE?" in lenient.stdout
     assert dbpool("check", "--strict", cwd=None, **environ).returncode == 1
+
+
+def test_unknown_variables_of_a_dotenv_are_told_too(server: Server, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("DBPOOL_DATABASES=replica\nDBPOOL_MAX_SISE=3\n")
+    environ = {"DATABASE_URL": server.conninfo, "DBPOOL_REPLICA_URL": server.conninfo}
+    done = dbpool("check", "--strict", cwd=tmp_path, **environ)
+    assert done.returncode == 1
+    assert done.stdout.count("unknown variable") == 1
+    assert "DBPOOL_MAX_SISE; did you mean DBPOOL_MAX_SIZE?" in done.stdout
 
 
 def test_a_remote_host_below_verify_full_is_a_warning() -> None:

@@ -219,6 +219,7 @@ def test_a_listener_may_use_the_pool(dsn: str) -> None:
     pool: Pool = Pool(dsn, listeners=[curious])
     with pool:
         pool.fetch_value("select 1")
+        until(lambda: answers)  # once closed its size is 0
     assert answers == [1]
 
 

@@ -503,6 +503,11 @@ def test_details_may_be_opened_to_all(make_app: MakeApp, dsn: str) -> None:
     assert make_app(dsn, DBPOOL_DETAILS="always").test_client().get("/db/stats").status_code == 200
 
 
+def test_a_rule_that_cannot_be_called_is_refused_at_once() -> None:
+    with pytest.raises(TypeError, match="authorize must be callable, not 'admin'"):
+        create_blueprint(authorize="admin")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("answer", "status"), [(True, 200), (False, 403)])
 def test_an_application_may_have_its_own_rule(
     make_app: MakeApp, dsn: str, answer: bool, status: int

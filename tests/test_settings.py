@@ -292,7 +292,44 @@ def test_an_unknown_variable_is_one_warning(caplog: pytest.LogCaptureFixture) ->
     assert "10.0.0.1" not in caplog.text
 
 
+def test_what_names_a_database_in_the_configuration_is_known(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config: dict[str, Any] = {"DBPOOL_DATABASES": {"replica": {}}}
+    databases = settings_from_config(config, environ={"DBPOOL_REPLICA_URL": "host=r"})
+    assert databases["replica"].resolve() == "host=r"
+    assert not caplog.messages
+
+
+def test_the_url_of_a_database_that_is_not_named_is_told() -> None:
+    (found,) = unknown_variables({"DBPOOL_REPLICA_URL_FILE": "/r"})
+    assert found == ("DBPOOL_REPLICA_URL_FILE", "DBPOOL_DATABASES=replica")
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        ({"DATABASE_URL": "postgresql://u:p@ss@h/d"}, "DATABASE_URL"),
+        ({"DBPOOL_DATABASES": "b", "DBPOOL_B_URL": "postgresql://h:p"}, "DBPOOL_B_URL"),
+        ({"DATABASE_URL": "nonsense"}, "DATABASE_URL"),
+    ],
+)
+def test_a_malformed_string_is_told_by_its_variable(environ: dict[str, str], name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^conninfo \({name}\) is malformed") as caught:
+        databases_from_env(environ)
+    assert ("percent-encode" in str(caught.value)) == ("://" in environ[name])
+
+
+def test_a_malformed_secret_file_is_told_by_its_variable(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("nonsense")
+    settings = Settings.from_env(environ={"DATABASE_URL_FILE": str(tmp_path / "url")})
+    with pytest.raises(ConfigError, match=r"^DATABASE_URL_FILE is malformed"):
+        settings.resolve()
+
+
 def test_variables() -> None:
+    assert variable("conninfo") == "DATABASE_URL"
+    assert variable("conninfo", "replica") == "DBPOOL_REPLICA_URL"
     assert variable("max_size") == "DBPOOL_MAX_SIZE"
     assert variable("max_size", "replica") == "DBPOOL_REPLICA_MAX_SIZE"
 

@@ -38,6 +38,8 @@ def create_blueprint(name: str = "dbpool", authorize: Rule | None = None) -> Blu
     *authorize* takes the place of the token: called in the request, it says whether details
     may be seen, or returns the response for who may not see them.
     """
+    if authorize is not None and not callable(authorize):
+        raise TypeError(f"authorize must be callable, not {authorize!r}")
     blueprint = Blueprint(name, __name__, template_folder="templates", static_folder="static")
     blueprint.record_once(_insist_on_init_app)
     blueprint.after_request(_forbid_storing)

@@ -163,6 +163,13 @@ def test_in_an_outage_one_connect_at_a_time_is_tried(
     assert_serves_all(pool)
 
 
+def test_a_slow_connect_is_no_outage_without_any_grace(proxy: Proxy, make_pool: MakePool) -> None:
+    proxy.delay = 0.02  # for each of several messages
+    pool = make_pool(proxy.conninfo, outage_grace=0)
+    assert pool.fetch_value("select 1") == 1
+    assert pool.stats().counters.rejected == 0
+
+
 def test_a_connect_that_takes_longer_than_the_grace_still_ends_the_outage(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
