@@ -49,10 +49,10 @@ class Runner(Upkeep[CT]):
         The whole transaction is retried, at most *attempts* times in all, after a
         serialization failure or a deadlock, and after losing the connection before COMMIT
         was sent; with *idempotent* also after losing it during COMMIT, which otherwise
-        raises `CommitUncertain`. Any other error is raised at once. A block of
-        `conn.transaction()` in *fn* is a savepoint; commit and rollback are not its business,
-        and psycopg refuses them. *timeout*, in seconds,
-        bounds waiting for connections and retrying; given one, an outage is waited out.
+        raises `CommitUncertain`. Any other error is raised at once; `psycopg.Rollback` rolls
+        back, and None is returned. A block of `conn.transaction()` in *fn* is a savepoint;
+        commit and rollback are not its business, and psycopg refuses them. *timeout*, in
+        seconds, bounds waiting for connections and retrying; given one, an outage is waited out.
         """
         deadline = None if timeout is None else monotonic() + timeout
         pauses = delays(first=0.05, cap=1.0)
@@ -111,7 +111,8 @@ class Runner(Upkeep[CT]):
             if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):
                 self._moved(conn)
             with suppress(psycopg.Error):  # what cannot be rolled back is left to the return
-                block.__exit__(type(ex), ex, ex.__traceback__)
+                if block.__exit__(type(ex), ex, ex.__traceback__):  # a psycopg.Rollback of this
+                    return None  # type: ignore[return-value]
             raise
         self._commit(conn, block)
         return result

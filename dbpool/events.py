@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dbpool")
 
+_UNTOLD = frozenset({"pool", "stack"})  # in an event's line of the log: told already, or too long
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -144,16 +146,22 @@ class Listener:
 
 
 class LoggingListener(Listener):
-    """Logs every event on logger `dbpool`, with its fields in the extra key `dbpool`."""
+    """Logs every event on logger `dbpool`, with its fields also in the extra key `dbpool`."""
 
     def __init__(self, level: int = logging.INFO) -> None:
         self._level = level
 
     def __call__(self, event: Event) -> None:
         """Log the event."""
-        name = name_of(event)
-        fields = {"event": name, **asdict(event)}
-        logger.log(self._level, "pool %r: %s", event.pool, name, extra={"dbpool": fields})
+        name, fields = name_of(event), asdict(event)
+        told = [f"{key}={_short(value)}" for key, value in fields.items() if key not in _UNTOLD]
+        text = " ".join([name, *told])
+        extra = {"dbpool": {"event": name, **fields}}
+        logger.log(self._level, "pool %r: %s", event.pool, text, extra=extra)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
 class Emitter:

@@ -174,7 +174,8 @@ class HolderSnapshot:
 class Snapshot:
     """A pool at one moment, or several workers' pools of one name merged.
 
-    `active + idle + connecting == size`. Sizes and counters are sums over what was merged.
+    `active + idle + connecting == size`. Sizes and counters are sums over what was merged;
+    `Snapshot()` is that of nothing.
     """
 
     state: str = ""
@@ -191,11 +192,6 @@ class Snapshot:
     connect: HistogramSnapshot = HistogramSnapshot()
     breaker: BreakerSnapshot = BreakerSnapshot()
     holders: tuple[HolderSnapshot, ...] = ()
-
-    @classmethod
-    def empty(cls) -> Snapshot:
-        """Return what changes nothing when merged."""
-        return cls()
 
     def merge(self, *others: Snapshot) -> Snapshot:
         """Return all of them as one; associative and commutative."""

@@ -41,9 +41,6 @@ class Budget:
         self._capacity = self._left = capacity * _COST
         self._lock = threading.Lock()
 
-    def __repr__(self) -> str:
-        return f"<Budget {self._left / _COST:.1f} of {self._capacity / _COST:.1f}>"
-
     def draw(self) -> bool:
         """Take one retry; false if there is none left."""
         with self._lock:

@@ -17,6 +17,7 @@ from dbpool.events import (
     CheckedOut,
     Closed,
     Connected,
+    ConnectFailed,
     Discarded,
     Emitter,
     Event,
@@ -238,5 +239,15 @@ def test_the_logging_listener_gives_the_fields(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO, logger="dbpool"):
         LoggingListener()(CheckedOut("main", 0.25))
     (record,) = caplog.records
-    assert record.message == "pool 'main': checked_out"
+    assert record.message == "pool 'main': checked_out wait=0.25"
     assert vars(record)["dbpool"] == {"event": "checked_out", "pool": "main", "wait": 0.25}
+
+
+def test_the_logging_listener_tells_an_event_on_one_short_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="dbpool"):
+        LoggingListener()(ConnectFailed("main", 0.0123456789, "refused\nby it", "refused"))
+    assert caplog.messages == [
+        r"pool 'main': connect_failed seconds=0.01235 error='refused\nby it' kind='refused'"
+    ]

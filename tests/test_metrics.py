@@ -83,7 +83,7 @@ def test_nothing_is_lost_in_json(snapshot: Snapshot) -> None:
 
 @given(snapshots())
 def test_empty_is_neutral(snapshot: Snapshot) -> None:
-    merged = Snapshot.empty().merge(snapshot)
+    merged = Snapshot().merge(snapshot)
     assert merged.wait == snapshot.wait
     assert merged.counters == snapshot.counters
     assert (merged.state, merged.size) == (snapshot.state, snapshot.size)

@@ -41,7 +41,6 @@ def test_a_budget_never_exceeds_its_capacity() -> None:
     for _ in range(100):
         budget.refund()
     assert [budget.draw(), budget.draw()] == [True, False]
-    assert repr(budget) == "<Budget 0.0 of 1.0>"
 
 
 def test_a_budget_is_exact_under_threads() -> None:

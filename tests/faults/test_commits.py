@@ -198,6 +198,16 @@ def test_the_end_is_not_the_functions_business(pool: Pool, table: Rows, end: str
     assert_serves_all(pool)
 
 
+def test_a_function_may_roll_back_as_in_any_block(pool: Pool, table: Rows) -> None:
+    def think_better_of_it(conn: psycopg.Connection[Any]) -> int:
+        conn.execute("insert into t values (1)")
+        raise psycopg.Rollback
+
+    assert pool.run(think_better_of_it) is None
+    assert table() == []
+    assert_serves_all(pool)
+
+
 def test_what_succeeds_refills_the_budget(proxy: Proxy, pool: Pool) -> None:
     def ask(conn: psycopg.Connection[Any]) -> None:
         conn.execute("select 'once more'", prepare=False)
