@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import psycopg
 
-from dbpool._conninfo import is_exposed
+from dbpool._conninfo import already_set
 from dbpool._values import did_you_mean, find_dotenv, number
 from dbpool.databases import Databases
 from dbpool.errors import ConfigError, PoolError
@@ -31,6 +31,7 @@ from dbpool.settings import AppSettings, Settings, databases_from_env, unknown_v
 _EXPOSED: Final = (
     "the server is remote and sslmode is below verify-full: its identity is not checked"
 )
+_LOCAL: Final = frozenset({"localhost", "::1"})
 _PAUSE: Final = 0.5  # seconds between two attempts of `wait`
 _TYPES: Final = {"seconds": SimpleNamespace(type="float", name="timeout")}
 
@@ -149,6 +150,14 @@ def _report(settings: Settings) -> dict[str, Any]:
     except psycopg.Error as ex:  # it served, and then broke off
         report |= {"ok": False, "error": str(ex)}
     return report
+
+
+def is_exposed(params: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
+    """Whether a remote server's identity would go unchecked: below `sslmode=verify-full`."""
+    known = already_set(params, environ)
+    hosts = str(known.get("hostaddr") or known.get("host") or "").split(",")
+    remote = [h for h in hosts if h and not h.startswith(("/", "@", "127.")) and h not in _LOCAL]
+    return bool(remote) and known.get("sslmode") != "verify-full"
 
 
 def _single(settings: Settings) -> Pool[Any]:

@@ -135,14 +135,3 @@ def _section(lines: Iterable[str], name: str) -> dict[str, str]:
             key, _, value = line.partition("=")
             found[key.strip()] = value.strip()
     return found
-
-
-def is_exposed(params: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
-    """Whether a remote server's identity would go unchecked: below `sslmode=verify-full`."""
-    known = already_set(params, environ)
-    hosts = str(known.get("hostaddr") or known.get("host") or "").split(",")
-    remote = [h for h in hosts if h and not h.startswith(("/", "@", "127.")) and h not in _LOCAL]
-    return bool(remote) and known.get("sslmode") != "verify-full"
-
-
-_LOCAL: Final = frozenset({"localhost", "::1"})

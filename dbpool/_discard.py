@@ -101,8 +101,7 @@ class Discard(Life[CT]):
     def _discard_dead(self, found: Any) -> None:
         """One was *found* dead: give it up, and with it all idle ones whose server is gone."""
         self._discard(found, "dead")
-        lost = hung_up(conn._slot.fd for conn in list(self._pool))
-        if lost:
+        if lost := hung_up(conn._slot.fd for conn in list(self._pool)):
             gone = self._take_out("dead", lambda slot: slot.fd in lost)
             # A caller is waiting: closing many is not its business.
             self._later(lambda pool: pool._dispose(gone, "dead"))

@@ -32,7 +32,12 @@ class Life(Supply[CT]):
 
     def _open(self) -> None:
         if self._closed:
-            super()._open()
+            try:
+                super()._open()
+            except RuntimeError:  # no threads to be had: who uses it next tries again
+                self._signal_stop_worker()
+                self._closed, self._opened = True, False
+                raise
 
     def _start_initial_tasks(self) -> None:
         self._refill()

@@ -28,8 +28,8 @@ class Upkeep(Checkout[CT]):
 
     # Patrols
 
-    def _open(self) -> None:
-        super()._open()
+    def _start_workers(self) -> None:
+        super()._start_workers()
         holders.watch(self)
 
     def close(self, timeout: float = 2.0) -> None:

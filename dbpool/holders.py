@@ -137,10 +137,9 @@ class _Watchdog:
         with self._lock:
             self._pools.add(pool)
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="dbpool-watchdog", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="dbpool-watchdog", daemon=True)
+                thread.start()
+                self._thread = thread
         self._changed.set()
 
     def unwatch(self, pool: Watched) -> None:

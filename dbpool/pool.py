@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
+from operator import attrgetter, methodcaller
 from time import monotonic
 from types import FrameType, TracebackType
 from typing import Any, Final, Generic, TypeVar, overload
@@ -31,6 +32,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _IDLE = TransactionStatus.IDLE
+
+# What a single statement gives; a cursor class may have its own idea of it.
+_fetch_all, _fetch_one = methodcaller("fetchall"), methodcaller("fetchone")
+_row_count: Callable[[Cursor[Any]], int] = attrgetter("rowcount")
 
 _SETTINGS: Final = frozenset(field.name for field in fields(Settings)) - {"explicit"}
 # The parent's parameters that are no settings, with our defaults.
@@ -72,6 +77,8 @@ class Pool(Runner[CT]):
       outage, after `reconnect_timeout` seconds;
     - lifetime is enforced at checkout too; what a user changed on a connection (autocommit,
       row_factory, isolation_level ...) is put back on return;
+    - `connection()` does not come by way of `getconn` and `putconn`: a subclass hooks into it by
+      `configure`, `check` and `reset`;
     - after a fork the child starts from nothing and opens anew on first use.
     """
 
@@ -140,7 +147,7 @@ class Pool(Runner[CT]):
         It runs in autocommit, or in a transaction if the connection is set up with an
         isolation level, read only or deferrable. It is never sent twice.
         """
-        return self._single(query, params, row_factory, Cursor.fetchall, sys._getframe(1))
+        return self._single(query, params, row_factory, _fetch_all, sys._getframe(1))
 
     @overload
     def fetch_one(self, query: Query, params: Params | None = None) -> Any | None: ...
@@ -152,11 +159,11 @@ class Pool(Runner[CT]):
         self, query: Query, params: Params | None = None, *, row_factory: Any = None
     ) -> Any | None:
         """Like `fetch_all`, but return the first row, or None if there is none."""
-        return self._single(query, params, row_factory, Cursor.fetchone, sys._getframe(1))
+        return self._single(query, params, row_factory, _fetch_one, sys._getframe(1))
 
     def fetch_value(self, query: Query, params: Params | None = None) -> Any:
         """Like `fetch_all`, but return the first column of the first row, or None."""
-        row = self._single(query, params, tuple_row, Cursor.fetchone, sys._getframe(1))
+        row = self._single(query, params, tuple_row, _fetch_one, sys._getframe(1))
         return None if row is None else row[0]
 
     def execute(self, query: Query, params: Params | None = None) -> int:
@@ -260,7 +267,3 @@ def _settings(
     if conninfo or kwargs:
         return Settings(explicit=explicit, **chosen)
     return Settings.from_env(**chosen)
-
-
-def _row_count(cursor: Cursor[Any]) -> int:
-    return cursor.rowcount

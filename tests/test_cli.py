@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from dbpool import Databases, Settings
+from dbpool.__main__ import is_exposed
+from dbpool._conninfo import parse
 from dbpool.processes import Processes
 
 from .postgres import Server
@@ -130,6 +132,22 @@ def test_a_remote_host_below_verify_full_is_a_warning() -> None:
     url = "host=db.invalid user=u"
     done = dbpool("check", DATABASE_URL=url, DBPOOL_OUTAGE_GRACE="0.1")
     assert "warning: the server is remote" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("conninfo", "exposed"),
+    [
+        ("host=db.example.com", True),
+        ("host=db.example.com sslmode=require", True),
+        ("host=db.example.com sslmode=verify-full", False),
+        ("host=localhost", False),
+        ("host=/run/postgresql", False),
+        ("host=127.0.0.1,db.example.com", True),
+        ("", False),
+    ],
+)
+def test_exposed_connections(conninfo: str, exposed: bool) -> None:
+    assert is_exposed(parse(conninfo), {}) is exposed
 
 
 def test_wait_returns_when_the_database_serves(server: Server) -> None:

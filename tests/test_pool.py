@@ -541,6 +541,24 @@ def test_a_connection_returned_in_a_two_phase_commit_is_replaced(
             other.tpc_rollback(prepared)
 
 
+class Shouting(psycopg.Cursor[Any]):
+    """A cursor class with its own idea of a result."""
+
+    def fetchone(self) -> Any:
+        row: Any = super().fetchone()
+        return (row[0].upper(),)
+
+    def fetchall(self) -> list[Any]:
+        return [(text.upper(),) for (text,) in super().fetchall()]
+
+
+def test_fetches_ask_the_connections_cursor_class(dsn: str) -> None:
+    with Pool(dsn, kwargs={"cursor_factory": Shouting}) as pool:
+        assert pool.fetch_value("select 'a'") == "A"
+        assert pool.fetch_one("select 'a'") == ("A",)
+        assert pool.fetch_all("select 'a'") == [("A",)]
+
+
 def test_fetches(pool: Pool) -> None:
     assert pool.fetch_all("select * from generate_series(1, %s) as n", [3]) == [(1,), (2,), (3,)]
     assert pool.fetch_one("select 1 as a, 2 as b", row_factory=dict_row) == {"a": 1, "b": 2}

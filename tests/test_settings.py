@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from psycopg.conninfo import make_conninfo
 
 from dbpool import ConfigError, Pool, Settings
-from dbpool._conninfo import is_exposed, mask, mask_conninfo, parse
+from dbpool._conninfo import mask, mask_conninfo, parse
 from dbpool.settings import (
     AppSettings,
     databases_from_env,
@@ -415,19 +415,3 @@ def test_psycopg_itself_would_have_shown_it() -> None:
     """The reason for refusing a malformed string before libpq sees it."""
     with pytest.raises(psycopg.ProgrammingError, match="hunter2"):
         psycopg.connect("postgresql://u:hunter2%zz@h/d")
-
-
-@pytest.mark.parametrize(
-    ("conninfo", "exposed"),
-    [
-        ("host=db.example.com", True),
-        ("host=db.example.com sslmode=require", True),
-        ("host=db.example.com sslmode=verify-full", False),
-        ("host=localhost", False),
-        ("host=/run/postgresql", False),
-        ("host=127.0.0.1,db.example.com", True),
-        ("", False),
-    ],
-)
-def test_exposed_connections(conninfo: str, exposed: bool) -> None:
-    assert is_exposed(parse(conninfo), {}) is exposed

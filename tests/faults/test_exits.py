@@ -170,3 +170,38 @@ def test_a_signal_ends_a_process_that_waits_for_a_connection(
     assert time.monotonic() - began < EXIT_SECONDS
     assert process.returncode == -number, said
     until(lambda: not own_server.backends("dbpool:default"), 5.0)
+
+
+def test_a_process_that_was_out_of_threads_serves_when_it_has_some_again(
+    own_server: Server, script: Path
+) -> None:
+    body = """
+    import resource
+    from pathlib import Path
+
+    megabytes = 1 << 20
+    refused = 0
+    for more in range(100, 3000, 100):  # enough for no thread, for one, two ... and for all
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        most = in_use + more * megabytes
+        threading.stack_size(256 * megabytes)
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        try:
+            assert pool.fetch_value("select 1") == 1
+            break
+        except RuntimeError as ex:
+            assert str(ex) == "can't start new thread"
+            refused += 1
+        finally:
+            threading.stack_size(0)
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    pool.wait()
+    assert pool.stats().size == 2
+    names = sorted(thread.name.removeprefix("default-") for thread in threading.enumerate())
+    assert names == [
+        "MainThread", "dbpool-watchdog", "scheduler", "worker-0", "worker-1", "worker-2"
+    ]
+    print("refused", refused)
+    """
+    said = run_script(write(script, body), own_server.conninfo)
+    assert int(said.partition("refused ")[2].split()[0]) > 5
