@@ -182,6 +182,8 @@ def test_a_process_that_was_out_of_threads_serves_when_it_has_some_again(
     megabytes = 1 << 20
     refused = 0
     for more in range(100, 3000, 100):  # enough for no thread, for one, two ... and for all
+        while threading.active_count() > 1:
+            time.sleep(0.01)
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         most = in_use + more * megabytes
         threading.stack_size(256 * megabytes)
@@ -204,4 +206,4 @@ def test_a_process_that_was_out_of_threads_serves_when_it_has_some_again(
     print("refused", refused)
     """
     said = run_script(write(script, body), own_server.conninfo)
-    assert int(said.partition("refused ")[2].split()[0]) > 5
+    assert int(said.partition("refused ")[2].split()[0]) > 3
