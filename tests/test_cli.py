@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dbpool import Databases, Settings
-from dbpool.__main__ import is_exposed
+from dbpool.__main__ import is_exposed, main
 from dbpool._conninfo import parse
 from dbpool.processes import Processes
 
@@ -37,6 +38,25 @@ def dbpool(
         timeout=60,
         check=False,
     )
+
+
+Call = Callable[[str, dict[str, str]], tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Call:
+    """Call a command in this process; return its status and what it said on both streams."""
+
+    def call(command: str, environ: dict[str, str]) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        status = main(command.split())
+        return status, *capsys.readouterr()
+
+    return call
 
 
 def test_check_reports_and_masks(server: Server) -> None:
@@ -85,13 +105,13 @@ def test_check_says_what_is_wrong_without_a_traceback(
     ],
 )
 @pytest.mark.parametrize("command", ["check", "wait --timeout 1"])
-def test_wrong_settings_are_one_line(environ: dict[str, str], command: str) -> None:
-    done = dbpool(*command.split(), cwd=None, **environ)
-    output = done.stderr.strip() or done.stdout.partition("error: ")[2].partition("\n")[0]
-    assert done.returncode == 1
+def test_wrong_settings_are_one_line(environ: dict[str, str], command: str, call: Call) -> None:
+    status, said, complained = call(command, environ)
+    output = complained.strip() or said.partition("error: ")[2].partition("\n")[0]
+    assert status == 1
     assert len(output.splitlines()) == 1
     assert next(iter(environ)).partition("_")[0] in output  # the variable or one like it
-    assert "hunter2" not in done.stdout + done.stderr
+    assert "hunter2" not in said + complained
 
 
 @pytest.mark.parametrize(
@@ -104,11 +124,11 @@ def test_wrong_settings_are_one_line(environ: dict[str, str], command: str) -> N
     ],
 )
 def test_check_refuses_wrong_settings_of_the_application(
-    server: Server, environ: dict[str, str]
+    server: Server, environ: dict[str, str], call: Call
 ) -> None:
-    done = dbpool("check", cwd=None, **environ, DATABASE_URL=server.conninfo)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"dbpool: {next(iter(environ))}")
+    status, _, complained = call("check", {**environ, "DATABASE_URL": server.conninfo})
+    assert status == 1
+    assert complained.startswith(f"dbpool: {next(iter(environ))}")
 
 
 def test_strict_fails_on_unknown_variables(server: Server) -> None:
@@ -241,10 +261,11 @@ def test_json_is_json_for_wrong_settings_too() -> None:
 
 
 @pytest.mark.parametrize("timeout", ["-1", "nan", "inf", "soon", ""])
-def test_wait_takes_a_time(timeout: str) -> None:
-    done = dbpool("wait", f"--timeout={timeout}")
-    assert done.returncode == 2
-    assert "--timeout" in done.stderr
+def test_wait_takes_a_time(timeout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["wait", f"--timeout={timeout}"])
+    assert ended.value.code == 2
+    assert "--timeout" in capsys.readouterr().err
 
 
 def test_wait_takes_a_duration_with_a_unit(server: Server) -> None:

@@ -33,9 +33,6 @@ def app(own_server: Server) -> Server:
     own_server.execute(f"create role app login password '{SECRET}'")
     own_server.execute("create role visitor password 'x'")
     own_server.execute("create role crowd login password 'x' connection limit 0")
-    own_server.execute("create database closed allow_connections false")
-    own_server.execute("create database private")
-    own_server.execute("revoke connect on database private from public")
     return own_server
 
 
@@ -61,12 +58,22 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
     "certificate": ("tls", {"sslrootcert": "/nowhere", "sslmode": "verify-full"}, ""),
 }
 
+PREPARED = {
+    "closed database": ["create database closed allow_connections false"],
+    "private database": [
+        "create database private",
+        "revoke connect on database private from public",
+    ],
+}
+
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_wrong_is_told_at_once_with_its_cause(
     app: Server, make_pool: MakePool, wrong: str
 ) -> None:
     kind, params, hba = WRONG[wrong]
+    for statement in PREPARED.get(wrong, ()):
+        app.execute(statement)
     if hba:
         _authenticate(app, hba)
     pool = make_pool(app.conninfo_for(**params), **PATIENT)
