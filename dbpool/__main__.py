@@ -20,13 +20,13 @@ import psycopg
 
 from dbpool._conninfo import already_set
 from dbpool._values import did_you_mean, find_dotenv, number
-from dbpool.databases import Databases
+from dbpool.databases import Databases, databases_from_env
 from dbpool.errors import ConfigError, PoolError
 from dbpool.gunicorn import directories
 from dbpool.health import Health
 from dbpool.pool import Pool
 from dbpool.processes import Processes
-from dbpool.settings import AppSettings, Settings, databases_from_env, unknown_variables
+from dbpool.settings import AppSettings, Settings, unknown_variables
 
 _EXPOSED: Final = (
     "the server is remote and sslmode is below verify-full: its identity is not checked"
@@ -107,22 +107,32 @@ def _seconds(text: str) -> float:
 def _check(arguments: argparse.Namespace) -> int:
     dotenv = find_dotenv()
     databases = databases_from_env(dotenv=dotenv)
-    Health(
-        Databases(databases), AppSettings.from_env(dotenv=dotenv).required
-    )  # refuses what is wrong
     unknown = unknown_variables(dotenv=dotenv)
+    error = _error_beside(databases, dotenv)
     reports = {name: _report(settings) for name, settings in databases.items()}
     ok = all(report["ok"] for report in reports.values())
-    ok = ok and not (arguments.strict and unknown)
+    ok = ok and error is None and not (arguments.strict and unknown)
     notes = [f"unknown variable {key}{did_you_mean(near)}" for key, near in unknown]
     if arguments.json:
-        print(json.dumps({"ok": ok, "unknown": notes, "databases": reports}, indent=2))
+        found = {"ok": ok, "error": error, "unknown": notes, "databases": reports}
+        print(json.dumps(found, indent=2))
     else:
         for name, report in reports.items():
             print(_as_text(name, report))
+        if error is not None:
+            print(f"error: {error}")
         for note in notes:
             print(f"{'error' if arguments.strict else 'warning'}: {note}")
     return 0 if ok else 1
+
+
+def _error_beside(databases: Mapping[str, Settings], dotenv: str | None) -> str | None:
+    """What is wrong with the settings of an application, beside those of its databases."""
+    try:
+        Health(Databases(databases), AppSettings.from_env(dotenv=dotenv).required)
+    except ConfigError as ex:
+        return str(ex)
+    return None
 
 
 def _report(settings: Settings) -> dict[str, Any]:

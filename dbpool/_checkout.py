@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from psycopg_pool import TooManyRequests
 from psycopg_pool.abc import CT
 
@@ -26,6 +27,7 @@ from dbpool.holders import Slot
 from dbpool.liveness import Look, PingTimeout, look, ping
 
 _get_ident = threading.get_ident
+_IDLE = TransactionStatus.IDLE
 
 # Seconds to pause when the user's own check refuses a connection that was just made.
 _CHECK_PAUSE = 0.25
@@ -212,6 +214,8 @@ class Checkout(Checkin[CT]):
             return True
         try:
             self._check(conn)
+            if conn.pgconn.transaction_status != _IDLE:  # what it began is not its user's
+                conn.commit()
         except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
             logger.info("connection failed check: %s", ex)
             self._discard(conn, "dead")

@@ -30,15 +30,6 @@ class Life(Supply[CT]):
         else:
             self._check_open_getconn()
 
-    def _open(self) -> None:
-        if self._closed:
-            try:
-                super()._open()
-            except RuntimeError:  # no threads to be had: who uses it next tries again
-                self._signal_stop_worker()
-                self._closed, self._opened = True, False
-                raise
-
     def _start_initial_tasks(self) -> None:
         self._refill()
         if self.listeners.active:

@@ -46,6 +46,7 @@ class Runner(Upkeep[CT]):
     ) -> T:
         """Call `fn(conn, *args)` in one transaction, and again if that may help.
 
+        The transaction begins before *fn* is called, and is set up by *isolation* and *read_only*.
         The whole transaction is retried, at most *attempts* times in all, after a
         serialization failure or a deadlock, and after losing the connection before COMMIT
         was sent; with *idempotent* also after losing it during COMMIT, which otherwise
@@ -103,7 +104,7 @@ class Runner(Upkeep[CT]):
             conn.isolation_level = isolation
         if read_only:
             conn.read_only = True
-        block = _begin(conn)
+        block = self._begin(conn)
         try:
             result = fn(conn, *args)
             _insist_on_commit(conn)
@@ -111,17 +112,35 @@ class Runner(Upkeep[CT]):
             if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):
                 self._moved(conn)
             with suppress(psycopg.Error):  # what cannot be rolled back is left to the return
-                if block.__exit__(type(ex), ex, ex.__traceback__):  # a psycopg.Rollback of this
-                    return None  # type: ignore[return-value]
+                block.__exit__(type(ex), ex, ex.__traceback__)
+                if conn.pgconn.transaction_status != _IDLE:
+                    conn.rollback()
+            if isinstance(ex, psycopg.Rollback) and ex.transaction in (None, block):
+                return None  # type: ignore[return-value]
             raise
         self._commit(conn, block)
         return result
+
+    def _begin(self, conn: Any) -> Block:
+        """Begin before the function does: a block of its own is then a savepoint.
+
+        Its `commit()` and `rollback()` are refused by psycopg.
+        """
+        block: Block = conn.transaction()
+        try:
+            if not self._plain and not conn.autocommit:
+                conn.execute("")  # begins: the block does not end what the class is to end
+            block.__enter__()
+        except BaseException:
+            conn.pgconn.finish()  # whether it began is not known
+            raise
+        return block
 
     def _commit(self, conn: Any, block: Block) -> None:
         """Commit, and say so if the connection is lost meanwhile."""
         try:
             block.__exit__(None, None, None)
-            if conn.pgconn.transaction_status != _IDLE:  # begun before the block: a test's way
+            if conn.pgconn.transaction_status != _IDLE:
                 conn.commit()
         except psycopg.Error as ex:
             if not conn.closed:
@@ -146,26 +165,14 @@ class Runner(Upkeep[CT]):
             self.listeners.emit(events.Retried(self.name, attempt, error, pause))
 
 
-def _begin(conn: Any) -> Block:
-    """Begin before the function does: a block of its own is then a savepoint, and commits nothing.
-
-    Its `commit()` and `rollback()` are refused by psycopg.
-    """
-    block: Block = conn.transaction()
-    try:
-        block.__enter__()
-    except BaseException:
-        conn.pgconn.finish()  # whether it began is not known
-        raise
-    return block
-
-
 def _insist_on_commit(conn: Any) -> None:
     """Raise where COMMIT would do nothing, or could not be sent."""
     if conn.pgconn.transaction_status == _INERROR:
         raise psycopg.errors.InFailedSqlTransaction(
             "the transaction is in error, nothing was committed"
         )
-    if look(conn, conn._slot.readable) is Look.DEAD:
+    last_words: list[psycopg.Error] = []
+    if look(conn, conn._slot.readable, last_words) is Look.DEAD:
         conn.pgconn.finish()
-        raise psycopg.OperationalError("the connection was lost before COMMIT")
+        last_words.append(psycopg.OperationalError("the connection was lost before COMMIT"))
+        raise last_words[0]

@@ -67,7 +67,8 @@ class Supply(Books[CT]):
                 needed = self._nconns <= self._min_size or self._waiting or self.breaker.is_open
             else:  # it may have queued for a worker while others failed
                 needed = self._probe is None and not (self.breaker.is_open and self._attempts)
-            if not needed or self._nconns > self._max_size:
+            # In an outage the probe stays, however small the pool has been made.
+            if not needed or (self._nconns > self._max_size and not self.breaker.is_open):
                 self._drop_slot(probe)
                 return True
             return False
@@ -176,6 +177,8 @@ class Supply(Books[CT]):
         with self._lock:
             self._attempts.remove(started)
             self._metrics.connect_failures += 1
+            if self._closed:
+                return
             opened = self.breaker.failed(
                 started, error, kind, last_seen=self._last_seen, out=self._active()
             )
@@ -189,12 +192,13 @@ class Supply(Books[CT]):
                 self._schedule(probe)
             if opened:
                 self._fail_waiters()
+            lasts = self.breaker.failing_for >= self.reconnect_timeout and not self._outage_told
+            self._outage_told |= lasts
             self._changed.notify_all()
         logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, error)
         with _fork.telling:
             self._tell_failed(monotonic() - started, opened)
-        if self.breaker.failing_for >= self.reconnect_timeout and not self._outage_told:
-            self._outage_told = True
+        if lasts:
             self.reconnect_failed()
 
     def _masked(self, ex: BaseException, params: dict[str, Any]) -> BaseException:

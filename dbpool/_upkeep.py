@@ -29,8 +29,13 @@ class Upkeep(Checkout[CT]):
     # Patrols
 
     def _start_workers(self) -> None:
-        super()._start_workers()
-        holders.watch(self)
+        try:
+            super()._start_workers()
+            holders.watch(self)
+        except BaseException:  # no threads to be had, say: who uses it next tries again
+            self._signal_stop_worker()
+            self._closed, self._opened = True, False
+            raise
 
     def close(self, timeout: float = 2.0) -> None:
         """Close: see `Life.close`."""
@@ -98,13 +103,13 @@ class Upkeep(Checkout[CT]):
     def _moved(self, conn: Any) -> None:
         """A statement failed because the server takes no writes: drain if that is news.
 
-        It is news where the conninfo asked for a server that can write, or where the server
-        itself says that its role changed.
+        It is news where the conninfo asked for a server that can write, and the transaction was
+        not to read alone, or where the server itself says that its role changed.
         """
         slot: Slot = conn._slot
         standby = conn.pgconn.parameter_status(b"in_hot_standby")
-        now = monotonic()
-        if (slot.read_write or standby != slot.standby) and now >= self._moved_at + _MOVED_PAUSE:
+        is_news = standby != slot.standby or (slot.read_write and not conn.read_only)
+        if is_news and (now := monotonic()) >= self._moved_at + _MOVED_PAUSE:
             self._moved_at = now
             logger.warning("pool %r: the primary has moved, replacing connections", self.name)
             self.drain()

@@ -77,7 +77,7 @@ def secret(path: str, name: str) -> str:
 def words(value: Any) -> tuple[str, ...]:
     """Return the words of a list that commas separate, or of any other list."""
     parts = value.split(",") if isinstance(value, str) else value
-    return tuple(part.strip() for part in parts if part.strip())
+    return tuple(word for word in (str(part).strip() for part in parts) if word)
 
 
 def flag(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Named pools: one mapping, opened in order, closed in reverse."""
+"""Several databases by name: their settings, and one mapping of pools over them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
+from dbpool._values import did_you_mean, find, read_layers
+from dbpool.errors import ConfigError
 from dbpool.pool import Pool
-from dbpool.settings import Settings, databases_from_env
+from dbpool.settings import (
+    COMMON,
+    NAME,
+    Settings,
+    build,
+    names_in,
+    unknown,
+    variables_of,
+    warn_of_unknown,
+)
+
+__all__ = ["Databases", "databases_from_env", "settings_from_config"]
 
 logger = logging.getLogger("dbpool")
 
@@ -88,3 +101,62 @@ class Databases(Mapping[str, Pool[Any]]):
         tb: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def databases_from_env(
+    environ: Mapping[str, str] | None = None, dotenv: str | os.PathLike[str] | None = None
+) -> dict[str, Settings]:
+    """Return the settings of the default database and of `DBPOOL_DATABASES`, in order."""
+    layers = read_layers(environ, dotenv)
+    names = names_in(layers)
+    warn_of_unknown(layers, names)
+    return _databases(layers, names, {})
+
+
+def settings_from_config(
+    config: Mapping[str, Any],
+    environ: Mapping[str, str] | None = None,
+    dotenv: str | os.PathLike[str] | None = None,
+) -> dict[str, Settings]:
+    """Return the settings of all databases from an application's configuration.
+
+    Its keys are the variables' names; where one is missing the environment is asked.
+    `DBPOOL_DATABASES` may be a dict of URLs, or of dicts with `url` and fields. An unknown
+    `DBPOOL_` key raises `ConfigError`.
+    """
+    outside = read_layers(environ, dotenv)
+    layers = [config, *outside]
+    wanted = find(layers, "DBPOOL_DATABASES")
+    details = wanted if isinstance(wanted, Mapping) else {}
+    names = names_in(layers)
+    for key, suggestion in unknown([config], names):
+        raise ConfigError(f"there is no setting {key}{did_you_mean(suggestion)}")
+    warn_of_unknown(outside, names)
+    return _databases(layers, names, details)
+
+
+def _databases(
+    layers: list[Mapping[str, Any]], names: tuple[str, ...], details: Mapping[str, Any]
+) -> dict[str, Settings]:
+    databases = {"default": build("default", layers, {})}
+    for name in names:
+        _check_name(name, databases)
+        detail = details.get(name, {})
+        overrides = dict(detail) if isinstance(detail, Mapping) else {"conninfo": detail}
+        if "url" in overrides:
+            overrides["conninfo"] = overrides.pop("url")
+        databases[name] = build(name, layers, overrides)
+    return databases
+
+
+def _check_name(name: str, taken: Mapping[str, object]) -> None:
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"DBPOOL_DATABASES: {name!r} is no name: small letters, digits and _ make one"
+        )
+    if name in taken:
+        raise ConfigError(f"DBPOOL_DATABASES names {name!r} twice")
+    theirs = variables_of(name)
+    others = COMMON.union(*(variables_of(other) for other in taken if other != "default"))
+    if collision := sorted(theirs & others):
+        raise ConfigError(f"DBPOOL_DATABASES: {name!r} would make {collision[0]} ambiguous")

@@ -66,31 +66,44 @@ def hung_up(fds: Iterable[int]) -> set[int]:
     return {fd for fd, _ in poller.poll(0)}
 
 
-def look(conn: Connection[Any], readable: Callable[[float], object]) -> Look:
+def look(
+    conn: Connection[Any],
+    readable: Callable[[float], object],
+    last_words: list[psycopg.Error] | None = None,
+) -> Look:
     """Read what an idle connection's server has said meanwhile, without asking it.
 
-    Reads until the socket is quiet. A FATAL is the end, also where the end of file is not there
+    What it died of, if it said so, is added to *last_words*. Reads until the socket is quiet. A FATAL is the end, also where the end of file is not there
     yet: after `pg_terminate_backend` it may come half a millisecond later.
     """
     if not readable(0):
         return Look.ALIVE if conn.pgconn.status == _OK else Look.DEAD
-    severities: set[str | None] = set()
+    fatal = [] if last_words is None else last_words
 
-    def heed(notice: Diagnostic) -> None:
-        severities.add(notice.severity_nonlocalized)  # it is empty once this returns
+    def heed(notice: Diagnostic) -> None:  # the notice is empty once this returns
+        if notice.severity_nonlocalized in _DEADLY:
+            fatal.append(_error(notice))
 
     conn.add_notice_handler(heed)
     try:
         while readable(0):
             conn.pgconn.consume_input()
             conn.pgconn.is_busy()  # parses what was read; notices go to the handler
-            if conn.pgconn.status != _OK or severities & _DEADLY:
+            if conn.pgconn.status != _OK or fatal:
                 return Look.DEAD
     except psycopg.OperationalError:
         return Look.DEAD
     finally:
         conn.remove_notice_handler(heed)
     return Look.DOUBTFUL
+
+
+def _error(notice: Diagnostic) -> psycopg.Error:
+    try:
+        cls: type[psycopg.Error] = psycopg.errors.lookup(notice.sqlstate or "")
+    except KeyError:
+        cls = psycopg.OperationalError
+    return cls(notice.message_primary or "")
 
 
 def ping(conn: Connection[Any], timeout: float) -> None:

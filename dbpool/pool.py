@@ -58,8 +58,8 @@ class Pool(Runner[CT]):
 
     Takes every parameter of the parent, and the fields of `Settings` beside them. *conninfo*
     is a connection string, or a callable returning one that is asked before each connect. The
-    environment is read only when neither *conninfo*, *kwargs* nor *settings* is given.
-    *listeners* are told of the events in `dbpool.events`, in a thread of their own.
+    environment is read only when neither *conninfo*, *kwargs* nor *settings* is given, and then
+    *name* says which database's variables. *listeners* are told of the events in `dbpool.events`, in a thread of their own.
 
     What differs from the parent on purpose:
 
@@ -113,10 +113,6 @@ class Pool(Runner[CT]):
         )
         self._lazy = opening is None
         _fork.register(self)
-        # A class with its own idea of a transaction's end is always asked for it.
-        ends = ("__exit__", "commit", "rollback")
-        cls = self.connection_class
-        self._plain = all(getattr(cls, name) is getattr(Connection, name) for name in ends)
         if opening:
             self.open()
 

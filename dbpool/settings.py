@@ -23,18 +23,12 @@ from dbpool._values import (
 )
 from dbpool.errors import ConfigError
 
-__all__ = [
-    "AppSettings",
-    "Settings",
-    "databases_from_env",
-    "settings_from_config",
-    "unknown_variables",
-]
+__all__ = ["AppSettings", "Settings", "unknown_variables"]
 
 logger = logging.getLogger("dbpool")
 
-_NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
-_URL: Final = re.compile(r"DBPOOL_([A-Z][A-Z0-9_]*)_URL(?:_FILE)?")
+NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
+_URL: Final = re.compile(r"DBPOOL_(?:([A-Z][A-Z0-9_]*)_)?URL(_FILE)?")
 
 _POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
 # Our fields that the server enforces, with their names there.
@@ -100,7 +94,11 @@ class Settings:
         object.__setattr__(self, name, value)
 
     def _known_as(self, name: str) -> str:
-        return f"{name} ({variable(name, self.name)})"
+        if not NAME.fullmatch(self.name):  # no variable could be called so
+            return name
+        own, common = variable(name, self.name), variable(name)
+        either = own if name == "conninfo" or own == common else f"{own} or {common}"
+        return f"{name} ({either})"
 
     def _refuse(self, name: str, reason: str) -> None:
         raise ConfigError(f"{self._known_as(name)} {reason}")
@@ -202,40 +200,8 @@ class Settings:
         *environ* is the process's environment by default, *dotenv* the path of a `.env`.
         """
         layers = read_layers(environ, dotenv)
-        _warn_of_unknown(layers, _names(layers))
-        return _build(name, layers, overrides)
-
-
-def databases_from_env(
-    environ: Mapping[str, str] | None = None, dotenv: str | os.PathLike[str] | None = None
-) -> dict[str, Settings]:
-    """Return the settings of the default database and of `DBPOOL_DATABASES`, in order."""
-    layers = read_layers(environ, dotenv)
-    names = _names(layers)
-    _warn_of_unknown(layers, names)
-    return _databases(layers, names, {})
-
-
-def settings_from_config(
-    config: Mapping[str, Any],
-    environ: Mapping[str, str] | None = None,
-    dotenv: str | os.PathLike[str] | None = None,
-) -> dict[str, Settings]:
-    """Return the settings of all databases from an application's configuration.
-
-    Its keys are the variables' names; where one is missing the environment is asked.
-    `DBPOOL_DATABASES` may be a dict of URLs, or of dicts with `url` and fields. An unknown
-    `DBPOOL_` key raises `ConfigError`.
-    """
-    outside = read_layers(environ, dotenv)
-    layers = [config, *outside]
-    wanted = find(layers, "DBPOOL_DATABASES")
-    details = wanted if isinstance(wanted, Mapping) else {}
-    names = _names(layers)
-    for key, suggestion in _unknown([config], names):
-        raise ConfigError(f"there is no setting {key}{did_you_mean(suggestion)}")
-    _warn_of_unknown(outside, names)
-    return _databases(layers, names, details)
+        warn_of_unknown(layers, tuple({*names_in(layers), name} - {"default"}))
+        return build(name, layers, overrides)
 
 
 def unknown_variables(
@@ -243,7 +209,7 @@ def unknown_variables(
 ) -> list[tuple[str, str | None]]:
     """Return the `DBPOOL_` variables that mean nothing, each with the nearest that does."""
     layers = read_layers(environ, dotenv)
-    return list(_unknown(layers, _names(layers)))
+    return list(unknown(layers, names_in(layers)))
 
 
 def variable(name: str, database: str = "default") -> str:
@@ -254,7 +220,7 @@ def variable(name: str, database: str = "default") -> str:
 
 
 _FIELDS: Final = tuple(f.name for f in fields(Settings) if f.name not in _UNNAMED)
-_COMMON: Final = frozenset(variable(name) for name in _FIELDS) | {
+COMMON: Final = frozenset(variable(name) for name in _FIELDS) | {
     "DBPOOL_DATABASES",
     "DBPOOL_REQUIRED",
     "DBPOOL_TOKEN",
@@ -265,71 +231,50 @@ _COMMON: Final = frozenset(variable(name) for name in _FIELDS) | {
 }
 
 
-def _variables_of(database: str) -> set[str]:
+def variables_of(database: str) -> set[str]:
+    """Return the variables of a database that is not the default one."""
     names = {*_FIELDS, "url", "url_file"}
     return {variable(name, database) for name in names}
 
 
-def _build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, Any]) -> Settings:
+def build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, Any]) -> Settings:
+    """Make the settings of the database called *name*; *overrides* win, None counts as not given."""
     known = {f.name for f in fields(Settings)} - {"name", "explicit"}
     for key in sorted(overrides.keys() - known):
         raise ConfigError(f"there is no setting {key!r}{did_you_mean(nearest(key, known))}")
-    values: dict[str, Any] = {}
-    for key in _FIELDS:
-        found = find(layers, variable(key, name), variable(key))
-        if found is not None:
-            values[key] = found
+    found = {key: find(layers, variable(key, name), variable(key)) for key in _FIELDS}
     url = variable("conninfo", name)
-    values["conninfo"], values["conninfo_file"] = secret_of(layers, url)
-    values["password_file"] = find(layers, "PGPASSWORD_FILE")
-    if name != "default" and not (values["conninfo"] or values["conninfo_file"] or overrides):
+    found["conninfo"], found["conninfo_file"] = secret_of(layers, url)
+    found["password_file"] = find(layers, "PGPASSWORD_FILE")
+    given = {key: value for key, value in overrides.items() if value is not None}
+    values = {key: value for key, value in found.items() if value is not None} | given
+    if name != "default" and not (values.get("conninfo") or values.get("conninfo_file")):
         raise ConfigError(f"database {name!r} needs {url} or {url}_FILE")
-    values = {key: value for key, value in values.items() if value is not None}
-    values |= overrides
     return Settings(name=name, explicit=frozenset(values), **values)
 
 
-def _databases(
-    layers: list[Mapping[str, Any]], names: tuple[str, ...], details: Mapping[str, Any]
-) -> dict[str, Settings]:
-    databases = {"default": _build("default", layers, {})}
-    for name in names:
-        _check_name(name, databases)
-        detail = details.get(name, {})
-        overrides = dict(detail) if isinstance(detail, Mapping) else {"conninfo": detail}
-        if "url" in overrides:
-            overrides["conninfo"] = overrides.pop("url")
-        databases[name] = _build(name, layers, overrides)
-    return databases
-
-
-def _check_name(name: str, taken: Mapping[str, object]) -> None:
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"DBPOOL_DATABASES: {name!r} is no name: small letters, digits and _ make one"
-        )
-    if name in taken:
-        raise ConfigError(f"DBPOOL_DATABASES names {name!r} twice")
-    theirs = _variables_of(name)
-    others = _COMMON.union(*(_variables_of(other) for other in taken if other != "default"))
-    if collision := sorted(theirs & others):
-        raise ConfigError(f"DBPOOL_DATABASES: {name!r} would make {collision[0]} ambiguous")
-
-
-def _names(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:
+def names_in(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the names of the databases beside the default one."""
     return words(find(layers, "DBPOOL_DATABASES") or "")
 
 
-def _unknown(
+def unknown(
     layers: list[Mapping[str, Any]], databases: tuple[str, ...]
 ) -> Iterator[tuple[str, str | None]]:
-    known = _COMMON.union(*map(_variables_of, databases))
+    """Yield the `DBPOOL_` keys that mean nothing, each with what was probably meant."""
+    known = COMMON.union(*map(variables_of, databases))
     given = {key for layer in layers for key in layer if key.startswith("DBPOOL_")}
     for key in sorted(given - known):
-        named = _URL.fullmatch(key)
-        yield key, f"DBPOOL_DATABASES={named[1].lower()}" if named else nearest(key, known)
+        url = _URL.fullmatch(key)
+        if url is None:
+            yield key, nearest(key, known)
+        elif url[1] in (None, "DATABASE", "DEFAULT"):
+            yield key, f"DATABASE_URL{url[2] or ''}"
+        else:
+            yield key, f"DBPOOL_DATABASES={','.join((*databases, url[1].lower()))}"
 
 
-def _warn_of_unknown(layers: list[Mapping[str, Any]], databases: tuple[str, ...]) -> None:
-    for key, suggestion in _unknown(layers, databases):
+def warn_of_unknown(layers: list[Mapping[str, Any]], databases: tuple[str, ...]) -> None:
+    """Log what `unknown` yields."""
+    for key, suggestion in unknown(layers, databases):
         logger.warning("unknown variable %s is ignored%s", key, did_you_mean(suggestion))

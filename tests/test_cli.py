@@ -126,9 +126,14 @@ def test_wrong_settings_are_one_line(environ: dict[str, str], command: str, call
 def test_check_refuses_wrong_settings_of_the_application(
     server: Server, environ: dict[str, str], call: Call
 ) -> None:
-    status, _, complained = call("check", {**environ, "DATABASE_URL": server.conninfo})
+    environ = {**environ, "DATABASE_URL": server.conninfo}
+    status, said, _ = call("check", environ)
     assert status == 1
-    assert complained.startswith(f"dbpool: {next(iter(environ))}")
+    assert said.startswith("default: ok\n")
+    assert said.splitlines()[-1].startswith(f"error: {next(iter(environ))}")
+    status, said, _ = call("check --json", environ)
+    assert status == 1
+    assert json.loads(said)["error"].startswith(next(iter(environ)))
 
 
 def test_strict_fails_on_unknown_variables(server: Server) -> None:

@@ -711,3 +711,13 @@ def test_an_applications_tests_may_be_rolled_back(make_app: MakeApp, dsn: str) -
         assert pool.fetch_all("select id from t order by id") == [(1,), (2,), (5,)]
         pool.close()
         assert plain.fetch_all("select id from t") == []
+
+
+def test_run_begins_what_is_never_committed_too(dsn: str) -> None:
+    with Pool(dsn) as plain, Pool(dsn, connection_class=Undone, max_size=1) as pool:
+        plain.execute("create table t (id int)")
+        pool.run(lambda conn: conn.execute("insert into t values (1)"))
+        with pytest.raises(ZeroDivisionError):
+            pool.run(lambda conn: (conn.execute("insert into t values (2)"), 1 / 0))
+        assert pool.fetch_all("select id from t") == [(1,)]
+        assert plain.fetch_all("select id from t") == []

@@ -541,6 +541,21 @@ def test_a_connection_returned_in_a_two_phase_commit_is_replaced(
             other.tpc_rollback(prepared)
 
 
+def test_a_check_may_leave_its_transaction_open(dsn: str) -> None:
+    def check(conn: Connection[Any]) -> None:
+        conn.execute("select 1")
+
+    with Pool(dsn, max_size=1, check=check) as pool:
+        pool.execute("create table t (id int)")
+        assert pool.execute("insert into t values (1)") == 1
+        assert pool.fetch_value("insert into t values (2) returning id") == 2
+        pool.run(lambda conn: conn.execute("insert into t values (3)"))
+        assert pool.run(lambda conn: conn.read_only, read_only=True) is True
+        with pool.connection() as conn:
+            conn.execute("insert into t values (4)")
+        assert pool.fetch_all("select id from t") == [(1,), (2,), (3,), (4,)]
+
+
 class Shouting(psycopg.Cursor[Any]):
     """A cursor class with its own idea of a result."""
 

@@ -19,10 +19,9 @@ from psycopg.conninfo import make_conninfo
 
 from dbpool import ConfigError, Pool, Settings
 from dbpool._conninfo import mask, mask_conninfo, parse
+from dbpool.databases import databases_from_env, settings_from_config
 from dbpool.settings import (
     AppSettings,
-    databases_from_env,
-    settings_from_config,
     unknown_variables,
     variable,
 )
@@ -302,8 +301,53 @@ def test_what_names_a_database_in_the_configuration_is_known(
 
 
 def test_the_url_of_a_database_that_is_not_named_is_told() -> None:
-    (found,) = unknown_variables({"DBPOOL_REPLICA_URL_FILE": "/r"})
-    assert found == ("DBPOOL_REPLICA_URL_FILE", "DBPOOL_DATABASES=replica")
+    environ = {"DBPOOL_DATABASES": "a", "DBPOOL_A_URL": "host=a", "DBPOOL_B_URL_FILE": "/b"}
+    assert unknown_variables(environ) == [("DBPOOL_B_URL_FILE", "DBPOOL_DATABASES=a,b")]
+
+
+@pytest.mark.parametrize("name", ["DBPOOL_URL", "DBPOOL_DATABASE_URL", "DBPOOL_DEFAULT_URL"])
+def test_the_default_databases_url_by_another_name_is_told(name: str) -> None:
+    assert unknown_variables({name: "host=h"}) == [(name, "DATABASE_URL")]
+    assert unknown_variables({f"{name}_FILE": "/h"}) == [(f"{name}_FILE", "DATABASE_URL_FILE")]
+
+
+def test_the_variables_of_the_database_that_is_read_are_known(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    environ = {"DBPOOL_REPLICA_URL": "host=r", "DBPOOL_REPLICA_MAX_SIZE": "3"}
+    assert Settings.from_env("replica", environ).max_size == 3
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("detail", ["", None, {}, {"max_size": 3}, {"url": None}, {"url": ""}])
+def test_a_named_database_needs_a_url_of_its_own(detail: Any) -> None:
+    environ = {"DATABASE_URL": "host=default"}
+    with pytest.raises(ConfigError, match=r"'replica' needs DBPOOL_REPLICA_URL"):
+        settings_from_config({"DBPOOL_DATABASES": {"replica": detail}}, environ=environ)
+    with pytest.raises(ConfigError, match=r"'replica' needs DBPOOL_REPLICA_URL"):
+        Settings.from_env("replica", environ, max_size=3)
+
+
+def test_a_detail_that_is_none_counts_as_not_given() -> None:
+    config = {"DBPOOL_DATABASES": {"replica": {"url": None, "max_size": None}}}
+    databases = settings_from_config(config, environ={"DBPOOL_REPLICA_URL": "host=r"})
+    assert databases["replica"].resolve() == "host=r"
+    assert databases["replica"].max_size == 10
+
+
+def test_a_wrong_value_names_each_variable_it_may_come_from() -> None:
+    environ = {"DBPOOL_REPLICA_URL": "host=r", "DBPOOL_MAX_SIZE": "many"}
+    with pytest.raises(ConfigError, match=r"DBPOOL_REPLICA_MAX_SIZE or DBPOOL_MAX_SIZE"):
+        Settings.from_env("replica", environ)
+    with pytest.raises(ConfigError, match=r"^max_size must be"):
+        Settings(name="My-Pool", max_size="many")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^conninfo is malformed"):
+        Settings("My-Pool", "nonsense")
+
+
+def test_names_that_are_no_words_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'1' is no name"):
+        settings_from_config({"DBPOOL_DATABASES": [1]}, environ={})
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,19 @@ def test_a_function_may_roll_back_as_in_any_block(pool: Pool, table: Rows) -> No
     assert_serves_all(pool)
 
 
+def test_a_function_that_rolls_back_what_is_lost_has_rolled_it_back(
+    pool: Pool, table: Rows
+) -> None:
+    def lose(conn: psycopg.Connection[Any]) -> int:
+        conn.execute("insert into t values (1)")
+        conn.close()
+        raise psycopg.Rollback
+
+    assert pool.run(lose) is None
+    assert table() == []
+    assert_serves_all(pool)
+
+
 def test_what_succeeds_refills_the_budget(proxy: Proxy, pool: Pool) -> None:
     def ask(conn: psycopg.Connection[Any]) -> None:
         conn.execute("select 'once more'", prepare=False)

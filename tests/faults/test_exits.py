@@ -172,6 +172,29 @@ def test_a_signal_ends_a_process_that_waits_for_a_connection(
     until(lambda: not own_server.backends("dbpool:default"), 5.0)
 
 
+def test_a_pool_whose_opening_was_interrupted_opens_again(own_server: Server, script: Path) -> None:
+    body = """
+    import signal
+
+    def interrupt(frame, event, arg):   # as the second of its threads is started
+        if event == "call" and frame.f_code is threading.Thread.start.__code__:
+            starts.append(frame)
+            if len(starts) == 2:
+                sys.setprofile(None)
+                signal.raise_signal(signal.SIGINT)
+
+    starts = []
+    sys.setprofile(interrupt)
+    try:
+        pool.fetch_value("select 1")
+    except KeyboardInterrupt:
+        starts.append("interrupted")
+    assert starts[2:] == ["interrupted"]
+    assert pool.fetch_value("select 1") == 1
+    """
+    run_script(write(script, body), own_server.conninfo)
+
+
 def test_a_process_that_was_out_of_threads_serves_when_it_has_some_again(
     own_server: Server, script: Path
 ) -> None:

@@ -127,6 +127,19 @@ def test_a_role_that_may_not_write_drains_nothing(primary: Server, make_pool: Ma
     assert pool.stats().counters.connects == 3
 
 
+def test_a_write_in_a_transaction_that_only_reads_drains_nothing(
+    primary: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(writable_of(primary), min_size=3)
+    pids = set(fill(pool))
+    with pytest.raises(ReadOnlySqlTransaction):
+        pool.run(insert, read_only=True)
+    with pytest.raises(ReadOnlySqlTransaction), pool.connection() as conn:
+        conn.read_only = True
+        insert(conn)
+    assert set(fill(pool)) == pids
+
+
 def test_a_standby_that_is_written_to_drains_nothing_and_serves_once_it_is_promoted(
     own_server: Server, standby: Server, make_pool: MakePool
 ) -> None:

@@ -14,6 +14,7 @@ from dbpool import DatabaseMisconfigured, DatabaseUnavailable, events
 from tests.faults.steps import Task, assert_serves_all
 from tests.faults.support import MakePool, Recorder, within
 from tests.postgres import Server, free_port, until
+from tests.proxy import Mode, Proxy
 
 MODES = pytest.mark.parametrize("mode", ["fast", "immediate"])
 
@@ -125,6 +126,47 @@ def test_reconnect_failed_is_called_once_and_probing_goes_on(
     assert told == [pool]
     own_server.start()
     until(lambda: pool.state == "up", 3.0)
+
+
+def test_closing_ends_the_outage_for_its_watchers(make_pool: MakePool, proxy: Proxy) -> None:
+    told: list[object] = []
+    heard = Recorder()
+    proxy.mode = Mode.SILENT
+    pool = make_pool(
+        proxy.conninfo, outage_grace=30, reconnect_timeout=0.0, reconnect_failed=told.append,
+        listeners=[heard],
+    )  # fmt: skip
+    pool.open()
+    until(lambda: proxy.links)
+    pool.close(timeout=0.1)
+    proxy.drop()  # now the attempt fails
+    until(lambda: pool.stats().counters.connect_failures)
+    until(lambda: not [t for t in threading.enumerate() if t.name.startswith("faults-worker")])
+    assert told == []
+    assert heard.count(events.ConnectFailed) == 0
+
+
+def test_a_pool_made_smaller_in_an_outage_goes_on_probing(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    heard = Recorder()
+    pool = make_pool(max_size=4, listeners=[heard])
+    held = [pool.getconn(), pool.getconn()]
+    own_server.stop("immediate")
+    with pytest.raises(DatabaseUnavailable):
+        pool.getconn()
+    pool.resize(1, 2)
+    failures = pool.stats().counters.connect_failures
+    until(lambda: pool.stats().counters.connect_failures >= failures + 2)
+    assert pool.state == "down"
+    own_server.start()
+    until(lambda: pool.state == "up", 3.0)
+    for conn in held:
+        pool.putconn(conn)
+    assert_serves_all(pool)
+    pool.close()  # all is told then
+    assert heard.count(events.CircuitOpened) == 1
+    assert heard.count(events.CircuitClosed) == 1
 
 
 def test_a_reconnect_failed_that_hangs_is_in_no_other_pools_way(

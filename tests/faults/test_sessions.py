@@ -78,6 +78,20 @@ def test_run_starts_again_what_was_idle_in_transaction_for_too_long(
     assert_serves_all(pool)
 
 
+def test_run_says_what_the_server_ended_it_for(make_pool: MakePool) -> None:
+    pool = make_pool(max_size=1, idle_in_transaction_timeout=0.2)
+    calls: list[int] = []
+
+    def dawdle(conn: psycopg.Connection[Any]) -> None:
+        calls.append(conn.info.backend_pid)
+        until(lambda: select.select([conn], [], [], 0)[0])
+
+    with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout, match="idle-in-trans"):
+        pool.run(dawdle, attempts=2)
+    assert len(set(calls)) == 2
+    assert_serves_all(pool)
+
+
 def test_a_farewell_is_the_end_before_the_network_says_so(
     own_server: Server, proxy: Proxy, make_pool: MakePool
 ) -> None:
