@@ -61,13 +61,22 @@ def silence(slots: list[Slot]) -> None:
 
     Whatever this process does with them, close them included, the sessions stay the parent's.
     """
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    fds = [slot.fd for slot in slots if slot.fd >= 0 and slot.is_open]
+    if not fds:
+        return
+    try:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # the process has no descriptor left: one of theirs makes room
+        os.close(fds[0])
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in fds:
+        if fd != null:
+            os.dup2(null, fd, inheritable=False)
     for slot in slots:
-        if slot.fd >= 0:
-            os.dup2(null, slot.fd, inheritable=False)
-            slot.fd = -1
-            slot.reported = True  # keeps it off the hot path should it be returned
-    os.close(null)
+        slot.fd = -1
+        slot.reported = True  # keeps it off the hot path should it be returned
+    if null not in fds:
+        os.close(null)
 
 
 def _before_fork() -> None:

@@ -82,6 +82,12 @@ class Slot:
         """The pool gave the connection up: its collection means nothing any more."""
         self.ref = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether `fd` is still the connection's: closed, it may be anything's."""
+        conn = None if self.ref is None else self.ref()
+        return conn is not None and not conn.closed
+
     def where(self) -> str:
         """Where the holder asked for it, as `app/views.py:41 list_orders`."""
         if self.code is None:

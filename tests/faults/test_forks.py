@@ -505,3 +505,55 @@ def test_a_transaction_of_the_parent_goes_on_over_many_forks(run: Run, own_serve
     end()
     """)
     assert own_server.execute("select count(*) from t") == [(10,)]
+
+
+def test_a_fork_by_a_process_without_a_descriptor_left(run: Run) -> None:
+    run("""
+    import resource
+    pool = dbpool.Pool(sys.argv[1], min_size=2)
+    pool.wait()
+    out = pool.getconn()
+    parents = {out.info.backend_pid, pool.fetch_value(PID)}
+    few, many = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, many))
+        while True:
+            taken.append(os.dup(0))
+    except OSError:
+        pass
+    child = os.fork()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, many))
+    if child == 0:
+        try:
+            out.execute("select 1")
+        except Exception:
+            pass
+        else:
+            os._exit(1)
+        os._exit(pool.fetch_value(PID) in parents)
+    status = wait_for(child)
+    assert status == 0, status
+    assert out.execute(PID).fetchone()[0] in parents
+    pool.putconn(out)
+    end()
+    """)
+
+
+def test_a_descriptor_that_was_a_closed_connections_is_left_alone(run: Run) -> None:
+    run("""
+    script = os.open(__file__, os.O_RDONLY)
+    pool = dbpool.Pool(sys.argv[1])
+    conn = pool.getconn()
+    fd = conn.fileno()
+    conn.close()
+    os.dup2(script, fd)
+    child = os.fork()
+    if child == 0:
+        with open(fd) as script:
+            os._exit("import" not in script.read())
+    status = wait_for(child)
+    assert status == 0, status
+    pool.putconn(conn)
+    end()
+    """)
