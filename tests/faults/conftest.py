@@ -14,8 +14,8 @@ from tests.postgres import Server, until
 from .steps import assert_whole
 from .support import MakePool
 
-# So that outages take as long as they must and no longer.
-_QUICK = {"timeout": 10, "outage_grace": 0.3, "ping_timeout": 0.3, "connect_timeout": 2}
+# Dead connections are told soon, an outage by who expects one.
+_DEFAULTS = {"timeout": 10, "outage_grace": 30, "ping_timeout": 0.3, "connect_timeout": 2}
 _CLOSING = 2.3  # seconds: what close() may take, and a little for a slow machine
 
 
@@ -26,7 +26,7 @@ def make_pool(own_server: Server) -> Iterator[MakePool]:
 
     def make(conninfo: Any = None, *, server: Server = own_server, **options: Any) -> Pool[Any]:
         where = server.conninfo if conninfo is None else conninfo
-        pool: Pool[Any] = Pool(where, name="faults", **{**_QUICK, **options})
+        pool: Pool[Any] = Pool(where, name="faults", **{**_DEFAULTS, **options})
         made.append((pool, server))
         return pool
 

@@ -16,6 +16,8 @@ from tests.postgres import Server, until
 
 # What a slow machine may add to a bound that the contract promises.
 SLACK = 1.0
+# Where an outage is to be told soon; elsewhere a machine that stalls is not to look like one.
+GRACE = 0.3
 
 
 class Task:

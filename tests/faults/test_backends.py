@@ -16,6 +16,7 @@ from dbpool import DatabaseUnavailable, Pool
 from tests.postgres import Server, until
 
 from .steps import (
+    GRACE,
     SLACK,
     Load,
     Task,
@@ -37,7 +38,7 @@ PID = "select pg_backend_pid()"
 def test_after_a_killed_backend_the_server_starts_over_and_callers_wait(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
-    pool = make_pool(min_size=4, max_size=4, outage_grace=20)
+    pool = make_pool(min_size=4, max_size=4)
     pids = fill(pool)
     os.kill(pids[0], signal.SIGKILL)  # the postmaster ends all the others and recovers
     await_server(own_server)
@@ -49,7 +50,7 @@ def test_after_a_killed_backend_the_server_starts_over_and_callers_wait(
 def test_a_backend_killed_in_a_query_is_the_callers_error_and_nobody_elses(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
-    pool = make_pool(min_size=2, max_size=4, outage_grace=20)
+    pool = make_pool(min_size=2, max_size=4)
     pids = fill(pool)
     caller = Task(pool.fetch_value, "select pg_sleep(60)")
     until(lambda: "pg_sleep" in str(_queries(own_server, pids)))
@@ -64,7 +65,7 @@ def test_a_backend_killed_in_a_query_is_the_callers_error_and_nobody_elses(
 
 
 def test_all_backends_killed_at_once(own_server: Server, make_pool: Callable[..., Pool]) -> None:
-    pool = make_pool(min_size=6, max_size=6, outage_grace=20)
+    pool = make_pool(min_size=6, max_size=6)
     pids = fill(pool)
     for pid in pids:
         try:
@@ -191,7 +192,7 @@ def test_a_frozen_idle_backend_costs_one_ping_when_it_has_been_idle_for_long(
     own_server.freeze([pool._pool[-1].info.backend_pid])
     caller = Task(pool.fetch_value, PID)
     assert caller.result() in set(own_server.backends()) | set(pids)
-    assert caller.seconds < 0.3 + SLACK
+    assert caller.seconds < 0.3 + SLACK  # one ping_timeout
     own_server.thaw()
     assert_serves_all(pool)
 
@@ -199,7 +200,7 @@ def test_a_frozen_idle_backend_costs_one_ping_when_it_has_been_idle_for_long(
 def test_all_backends_frozen_the_deadline_holds_and_service_comes_back_with_them(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
-    pool = make_pool(min_size=3, max_size=3, ping_after=0.0, outage_grace=30)
+    pool = make_pool(min_size=3, max_size=3, ping_after=0.0)
     pids = fill(pool)
     own_server.freeze([*pids, own_server.postmaster_pid])
     callers = [Task(pool.getconn, 0.7) for _ in range(6)]
@@ -216,13 +217,13 @@ def test_all_backends_frozen_the_deadline_holds_and_service_comes_back_with_them
 def test_a_frozen_postmaster_is_an_outage_for_newcomers_only(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
-    pool = make_pool(min_size=2, max_size=3, connect_timeout=2)
+    pool = make_pool(min_size=2, max_size=3, connect_timeout=2, outage_grace=GRACE)
     pids = fill(pool)
     own_server.freeze([own_server.postmaster_pid])
     with pool.connection() as first, pool.connection() as second:
         began = time.monotonic()
         assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
-        assert time.monotonic() - began < 0.3 + 2 * SLACK
+        assert time.monotonic() - began < GRACE + 2 * SLACK
         assert {first.info.backend_pid, second.info.backend_pid} == set(pids)
     # Those that are there are lent out, whatever the breaker says.
     for _ in range(20):
@@ -235,13 +236,13 @@ def test_a_frozen_postmaster_is_an_outage_for_newcomers_only(
 def test_frozen_at_the_first_connect_is_told_within_the_grace(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
-    pool = make_pool()
+    pool = make_pool(outage_grace=GRACE)
     own_server.freeze([own_server.postmaster_pid])
     caller = Task(pool.getconn)
     error = caller.error()
     assert isinstance(error, DatabaseUnavailable)
     assert error.kind == "timeout"
-    assert caller.seconds < 0.3 + SLACK
+    assert caller.seconds < GRACE + SLACK
     own_server.thaw()
     await_up(pool)
     assert_serves_all(pool)

@@ -19,12 +19,10 @@ from dbpool.errors import classify
 from tests.postgres import Server, until
 from tests.proxy import Proxy
 
-from .steps import SLACK, Task, assert_serves_all, await_farewells, await_up, fill, terminate
+from .steps import GRACE, SLACK, Task, assert_serves_all, await_farewells, await_up, fill, terminate
 
 MakePool = Callable[..., Pool[Any]]
 SECRET = "s3cr3t-of-theirs"
-# What is wrong needs no grace to be told; a slow connect does, or it is an outage.
-PATIENT = {"outage_grace": 30}
 
 
 @pytest.fixture
@@ -76,7 +74,7 @@ def test_what_is_wrong_is_told_at_once_with_its_cause(
         app.execute(statement)
     if hba:
         _authenticate(app, hba)
-    pool = make_pool(app.conninfo_for(**params), **PATIENT)
+    pool = make_pool(app.conninfo_for(**params))
     for _ in range(3):
         caller = Task(pool.getconn)
         error = caller.error()
@@ -93,7 +91,7 @@ def test_a_wrong_password_is_over_when_the_conninfo_changes(
     app: Server, make_pool: MakePool
 ) -> None:
     password = {"password": "wrong"}
-    pool = make_pool(lambda: app.conninfo_for(user="app", **password), **PATIENT)
+    pool = make_pool(lambda: app.conninfo_for(user="app", **password))
     assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
     password["password"] = SECRET
     await_up(pool)
@@ -104,7 +102,7 @@ def test_a_changed_conninfo_is_seen_within_a_second_however_long_it_was_wrong(
     app: Server, make_pool: MakePool
 ) -> None:
     password = {"password": "wrong"}
-    pool = make_pool(lambda: app.conninfo_for(user="app", **password), **PATIENT)
+    pool = make_pool(lambda: app.conninfo_for(user="app", **password))
     assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
     assert pool._probe is not None
     pool._probe.due += 60.0  # as after many attempts
@@ -117,7 +115,9 @@ def test_a_password_changed_on_the_server_hits_new_connections_only(
     app: Server, make_pool: MakePool
 ) -> None:
     password = {"password": SECRET}
-    pool = make_pool(lambda: app.conninfo_for(user="app", **password), min_size=2, max_size=3)
+    pool = make_pool(
+        lambda: app.conninfo_for(user="app", **password), min_size=2, max_size=3, outage_grace=GRACE
+    )
     pids = fill(pool)
     app.execute("alter role app password 'another'")
     with pool.connection(), pool.connection():
@@ -129,7 +129,7 @@ def test_a_password_changed_on_the_server_hits_new_connections_only(
 
 
 def test_a_database_that_is_made_later_is_found(app: Server, make_pool: MakePool) -> None:
-    pool = make_pool(app.conninfo_for(dbname="later"), **PATIENT)
+    pool = make_pool(app.conninfo_for(dbname="later"))
     with pytest.raises(DatabaseMisconfigured):
         pool.fetch_value("select 1")
     app.execute("create database later")
@@ -138,7 +138,7 @@ def test_a_database_that_is_made_later_is_found(app: Server, make_pool: MakePool
 
 
 def test_wait_tells_what_is_wrong_at_once(app: Server, make_pool: MakePool) -> None:
-    pool = make_pool(app.conninfo_for(dbname="missing"), **PATIENT)
+    pool = make_pool(app.conninfo_for(dbname="missing"))
     waiting = Task(pool.wait, 30.0)
     assert isinstance(waiting.error(), DatabaseMisconfigured)
     assert waiting.seconds < SLACK
@@ -146,14 +146,14 @@ def test_wait_tells_what_is_wrong_at_once(app: Server, make_pool: MakePool) -> N
 
 
 def test_run_with_a_deadline_does_not_wait_for_it(app: Server, make_pool: MakePool) -> None:
-    pool = make_pool(app.conninfo_for(dbname="missing"), **PATIENT)
+    pool = make_pool(app.conninfo_for(dbname="missing"))
     call = Task(lambda: pool.run(lambda conn: conn.execute("select 1"), timeout=30))
     assert isinstance(call.error(), DatabaseMisconfigured)
     assert call.seconds < SLACK
 
 
 def test_a_full_role_is_not_a_misconfiguration(app: Server, make_pool: MakePool) -> None:
-    pool = make_pool(app.conninfo_for(user="crowd", password="x"))
+    pool = make_pool(app.conninfo_for(user="crowd", password="x"), outage_grace=GRACE)
     error = Task(pool.getconn).error()
     assert type(error) is DatabaseUnavailable
     assert error.kind == "saturated"
@@ -170,7 +170,7 @@ def test_a_conninfo_that_cannot_be_had_is_tried_again(app: Server, make_pool: Ma
             raise LookupError("the vault is sealed")
         return app.conninfo
 
-    pool = make_pool(conninfo)
+    pool = make_pool(conninfo, outage_grace=GRACE)
     error = Task(pool.getconn).error()
     assert isinstance(error, DatabaseUnavailable)
     assert isinstance(error.__cause__, LookupError)
@@ -199,7 +199,7 @@ def test_a_configure_that_raises_anything_loses_no_slot(
         if failing:
             raise raised("not yet")
 
-    pool = make_pool(app.conninfo, min_size=3, max_size=3, configure=configure)
+    pool = make_pool(app.conninfo, min_size=3, max_size=3, configure=configure, outage_grace=GRACE)
     assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
     until(lambda: len(app.backends(f"dbpool:{pool.name}")) <= 1)
     failing.clear()
@@ -238,7 +238,7 @@ def test_messages_in_another_language_are_transient_but_shown(
 ) -> None:
     proxy.translate = _in_spanish
     conninfo = proxy.conninfo_for(user="app", password="wrong", sslmode="disable")
-    pool = make_pool(conninfo)
+    pool = make_pool(conninfo, outage_grace=GRACE)
     error = Task(pool.getconn).error()
     assert type(error) is DatabaseUnavailable
     assert error.kind == "unknown"
@@ -266,7 +266,7 @@ def test_cut_in_the_tls_handshake_is_transient(
 ) -> None:
     with _speaking_half_of_tls(reset) as port:
         where = {"port": port, "sslmode": "require"}
-        pool = make_pool(lambda: own_server.conninfo_for(**where))
+        pool = make_pool(lambda: own_server.conninfo_for(**where), outage_grace=GRACE)
         error = Task(pool.getconn).error()
         assert type(error) is DatabaseUnavailable
         assert error.kind == "closed"

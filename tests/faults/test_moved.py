@@ -12,7 +12,7 @@ from psycopg.errors import ReadOnlySqlTransaction
 from dbpool import Pool
 from tests.postgres import Server, until
 
-from .steps import assert_serves_all, fill
+from .steps import GRACE, assert_serves_all, fill
 from .support import MakePool
 
 PID = "select pg_backend_pid()"
@@ -160,7 +160,7 @@ def test_a_standby_that_is_written_to_drains_nothing_and_serves_once_it_is_promo
 def test_an_outage_of_all_writable_servers_ends_with_the_promotion(
     primary: Server, standby: Server, make_pool: MakePool
 ) -> None:
-    pool = make_pool(writable_of(primary, standby), min_size=2)
+    pool = make_pool(writable_of(primary, standby), min_size=2, outage_grace=GRACE)
     fill(pool)
     primary.stop("immediate")
     with pytest.raises(psycopg.OperationalError):

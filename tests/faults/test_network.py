@@ -17,7 +17,7 @@ from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Pool
 from tests.postgres import Server, free_port, until
 from tests.proxy import Mode, Proxy
 
-from .steps import SLACK, Load, Task, assert_serves_all, await_up, fill, terminate
+from .steps import GRACE, SLACK, Load, Task, assert_serves_all, await_up, fill, terminate
 
 MakePool = Callable[..., Pool[Any]]
 PID = "select pg_backend_pid()"
@@ -47,14 +47,14 @@ def test_a_first_connect_that_fails_is_told_within_the_grace(
     proxy: Proxy, make_pool: MakePool, fault: str, kind: str
 ) -> None:
     _set(proxy, fault)
-    pool = make_pool(proxy.conninfo)
+    pool = make_pool(proxy.conninfo, outage_grace=GRACE)
     callers = [Task(pool.getconn) for _ in range(3)]
     for caller in callers:
         error = caller.error()
         assert isinstance(error, DatabaseUnavailable)
         assert not isinstance(error, DatabaseMisconfigured)
         assert error.kind == kind
-        assert caller.seconds < 0.3 + 2 * SLACK
+        assert caller.seconds < GRACE + 2 * SLACK
     _mend(proxy)
     await_up(pool)
     assert_serves_all(pool)
@@ -64,7 +64,7 @@ def test_a_first_connect_that_fails_is_told_within_the_grace(
 def test_connections_that_are_there_are_lent_while_connects_fail(
     proxy: Proxy, make_pool: MakePool, fault: str, kind: str
 ) -> None:
-    pool = make_pool(proxy.conninfo, min_size=2, max_size=4)
+    pool = make_pool(proxy.conninfo, min_size=2, max_size=4, outage_grace=GRACE)
     pids = fill(pool)
     _set(proxy, fault)
     with pool.connection(), pool.connection():
@@ -86,7 +86,7 @@ def test_connections_that_are_there_are_lent_while_connects_fail(
 def test_a_connection_past_its_lifetime_is_kept_as_long_as_connects_fail(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
-    pool = make_pool(proxy.conninfo, min_size=1, max_size=2, max_lifetime=0.3)
+    pool = make_pool(proxy.conninfo, min_size=1, max_size=2, max_lifetime=0.3, outage_grace=GRACE)
     pid = pool.fetch_value(PID)
     proxy.refuse()
     with pool.connection():
@@ -104,7 +104,14 @@ def test_a_connection_past_its_lifetime_is_kept_as_long_as_connects_fail(
 def test_a_pool_that_falls_silent_while_it_grows_is_told_within_the_grace(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
-    pool = make_pool(proxy.conninfo, min_size=1, max_size=2, ping_after=0.0, connect_timeout=10)
+    pool = make_pool(
+        proxy.conninfo,
+        min_size=1,
+        max_size=2,
+        ping_after=0.0,
+        connect_timeout=10,
+        outage_grace=GRACE,
+    )
     fill(pool)
     proxy.mode = Mode.SILENT
     conn = pool.getconn()
@@ -117,7 +124,7 @@ def test_a_pool_that_falls_silent_while_it_grows_is_told_within_the_grace(
     error = caller.error()
     pool.putconn(conn)
     assert isinstance(error, DatabaseUnavailable)
-    assert caller.seconds < 0.3 + 2 * SLACK
+    assert caller.seconds < GRACE + 2 * SLACK
     _mend(proxy)
     until(lambda: not pool.breaker.is_failing)
     assert_serves_all(pool)
@@ -140,7 +147,7 @@ def test_of_many_connects_that_are_due_few_are_tried_once_one_failed(
 def test_in_an_outage_one_connect_at_a_time_is_tried(
     proxy: Proxy, make_pool: MakePool, fault: str, kind: str
 ) -> None:
-    pool = make_pool(proxy.conninfo, min_size=4, max_size=4)
+    pool = make_pool(proxy.conninfo, min_size=4, max_size=4, outage_grace=GRACE)
     fill(pool)
     _set(proxy, fault)
     proxy.drop()
@@ -173,7 +180,7 @@ def test_a_slow_connect_is_no_outage_without_any_grace(proxy: Proxy, make_pool: 
 def test_a_connect_that_takes_longer_than_the_grace_still_ends_the_outage(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
-    pool = make_pool(proxy.conninfo)
+    pool = make_pool(proxy.conninfo, outage_grace=GRACE)
     proxy.delay = 0.2  # for each of several messages
     error = Task(pool.getconn).error()
     assert isinstance(error, DatabaseUnavailable)
@@ -189,7 +196,7 @@ def test_an_error_keeps_nothing_of_its_callers_once_it_is_forgotten(
     proxy: Proxy, make_pool: MakePool, refused: str
 ) -> None:
     proxy.refuse()
-    pool = make_pool(proxy.conninfo, outage_grace=30.0 if refused == "at the deadline" else 0.3)
+    pool = make_pool(proxy.conninfo, outage_grace=30 if refused == "at the deadline" else GRACE)
     if refused == "at once":
         Task(pool.getconn).error()
 
@@ -212,7 +219,7 @@ def test_a_host_that_does_not_resolve_may_yet_do_so(
     own_server: Server, make_pool: MakePool
 ) -> None:
     where = {"conninfo": own_server.conninfo_for(host="nowhere.invalid")}
-    pool = make_pool(lambda: where["conninfo"])
+    pool = make_pool(lambda: where["conninfo"], outage_grace=GRACE)
     error = Task(pool.getconn).error()
     assert type(error) is DatabaseUnavailable
     assert error.kind == "dns"
@@ -265,7 +272,7 @@ def test_a_network_gone_silent_costs_one_ping_and_the_rest_goes_with_it(
 def test_all_silent_old_and_new_connections_the_deadline_is_kept(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
-    pool = make_pool(proxy.conninfo, min_size=4, max_size=4, ping_after=0.0, outage_grace=30)
+    pool = make_pool(proxy.conninfo, min_size=4, max_size=4, ping_after=0.0)
     fill(pool)
     proxy.mode = Mode.SILENT
     proxy.go_dark()
@@ -295,7 +302,7 @@ def test_a_ping_is_bounded_by_the_callers_deadline_too(
 
 
 def test_answers_that_come_too_late_count_as_none(proxy: Proxy, make_pool: MakePool) -> None:
-    pool = make_pool(proxy.conninfo, min_size=2, max_size=2, ping_after=0.5, outage_grace=30)
+    pool = make_pool(proxy.conninfo, min_size=2, max_size=2, ping_after=0.5)
     pids = fill(pool)
     until(lambda: all(time.monotonic() > c._slot.idle_since + 0.5 for c in pool._pool))
     proxy.delay = 0.2  # there and back is more than ping_timeout
@@ -378,7 +385,7 @@ def test_a_connection_returned_into_a_cut_network_is_given_up(
 def test_a_network_that_comes_and_goes_under_load_loses_nothing(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
-    pool = make_pool(proxy.conninfo, min_size=2, max_size=4, ping_after=0.0)
+    pool = make_pool(proxy.conninfo, min_size=2, max_size=4, ping_after=0.0, outage_grace=GRACE)
 
     def call() -> None:
         try:

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable, events
-from tests.faults.steps import Task, assert_serves_all
+from tests.faults.steps import GRACE, Task, assert_serves_all
 from tests.faults.support import MakePool, Recorder, within
 from tests.postgres import Server, free_port, until
 from tests.proxy import Mode, Proxy
@@ -36,7 +36,7 @@ def test_an_outage_is_answered_at_once_with_its_cause_and_ends_by_itself(
     own_server: Server, make_pool: MakePool
 ) -> None:
     heard = Recorder()
-    pool = make_pool(listeners=[heard])
+    pool = make_pool(listeners=[heard], outage_grace=GRACE)
     assert pool.fetch_value("select 1") == 1
     began = time.time()
     own_server.stop()
@@ -89,7 +89,7 @@ def test_all_who_wait_are_told_when_the_breaker_opens(
 
 
 def test_run_with_a_deadline_waits_an_outage_out(own_server: Server, make_pool: MakePool) -> None:
-    pool = make_pool()
+    pool = make_pool(outage_grace=GRACE)
     pool.fetch_value("select 1")
     own_server.stop()
     with pytest.raises(DatabaseUnavailable):
@@ -104,7 +104,7 @@ def test_run_with_a_deadline_waits_an_outage_out(own_server: Server, make_pool: 
 
 
 def test_run_with_a_deadline_gives_up_at_it(own_server: Server, make_pool: MakePool) -> None:
-    pool = make_pool()
+    pool = make_pool(outage_grace=GRACE)
     pool.fetch_value("select 1")
     own_server.stop()
     with within(2.0), pytest.raises(DatabaseUnavailable):
@@ -115,7 +115,7 @@ def test_reconnect_failed_is_called_once_and_probing_goes_on(
     own_server: Server, make_pool: MakePool
 ) -> None:
     told: list[object] = []
-    pool = make_pool(reconnect_timeout=0.5, reconnect_failed=told.append)
+    pool = make_pool(reconnect_timeout=0.5, reconnect_failed=told.append, outage_grace=GRACE)
     pool.fetch_value("select 1")
     own_server.stop()
     with pytest.raises(DatabaseUnavailable):
@@ -133,7 +133,7 @@ def test_closing_ends_the_outage_for_its_watchers(make_pool: MakePool, proxy: Pr
     heard = Recorder()
     proxy.mode = Mode.SILENT
     pool = make_pool(
-        proxy.conninfo, outage_grace=30, reconnect_timeout=0.0, reconnect_failed=told.append,
+        proxy.conninfo, reconnect_timeout=0.0, reconnect_failed=told.append,
         listeners=[heard],
     )  # fmt: skip
     pool.open()
@@ -150,7 +150,7 @@ def test_a_pool_made_smaller_in_an_outage_goes_on_probing(
     own_server: Server, make_pool: MakePool
 ) -> None:
     heard = Recorder()
-    pool = make_pool(max_size=4, listeners=[heard])
+    pool = make_pool(max_size=4, listeners=[heard], outage_grace=GRACE)
     held = [pool.getconn(), pool.getconn()]
     own_server.stop("immediate")
     with pytest.raises(DatabaseUnavailable):

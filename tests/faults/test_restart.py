@@ -13,7 +13,7 @@ import pytest
 from dbpool import DatabaseUnavailable, Pool
 from tests.postgres import Server, until
 
-from .steps import SLACK, Load, Task, assert_serves_all, await_up, fill
+from .steps import GRACE, SLACK, Load, Task, assert_serves_all, await_up, fill
 
 MODES = ["fast", "immediate"]
 
@@ -35,7 +35,7 @@ def test_a_restart_is_not_noticed_by_who_comes_after_it(
 def test_a_restart_shorter_than_the_grace_is_waited_out(
     own_server: Server, make_pool: Callable[..., Pool], mode: str
 ) -> None:
-    pool = make_pool(min_size=4, max_size=4, outage_grace=30, timeout=30)
+    pool = make_pool(min_size=4, max_size=4, timeout=30)
     fill(pool)
     own_server.stop(mode)
     callers = [Task(pool.fetch_value, "select 1") for _ in range(8)]
@@ -50,7 +50,7 @@ def test_a_restart_shorter_than_the_grace_is_waited_out(
 def test_under_load_only_what_was_in_flight_fails(
     own_server: Server, make_pool: Callable[..., Pool], mode: str
 ) -> None:
-    pool = make_pool(max_size=6, outage_grace=30, timeout=30)
+    pool = make_pool(max_size=6, timeout=30)
     load = Load(lambda: pool.fetch_value("select 1"), threads=6)
     load.await_calls()
     own_server.restart(mode)
@@ -92,7 +92,7 @@ def test_run_loses_and_repeats_nothing_in_a_restart_under_load(
 def test_a_stop_longer_than_the_grace_is_answered_at_once_and_then_over(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
-    pool = make_pool(min_size=2, max_size=4)
+    pool = make_pool(min_size=2, max_size=4, outage_grace=GRACE)
     fill(pool)
     own_server.stop()
     waiters = [Task(pool.getconn) for _ in range(4)]
@@ -101,7 +101,7 @@ def test_a_stop_longer_than_the_grace_is_answered_at_once_and_then_over(
         assert isinstance(error, DatabaseUnavailable)
         assert error.kind == "refused"
         assert isinstance(error.__cause__, psycopg.OperationalError)
-        assert waiter.seconds < 0.3 + 2 * SLACK  # the grace and an attempt, not the timeout
+        assert waiter.seconds < GRACE + 2 * SLACK  # the grace and an attempt, not the timeout
     began = time.monotonic()
     for _ in range(100):
         with pytest.raises(DatabaseUnavailable):
@@ -116,7 +116,7 @@ def test_a_stop_longer_than_the_grace_is_answered_at_once_and_then_over(
 def test_a_stop_under_load_is_over_as_soon_as_the_server_is_back(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
-    pool = make_pool(max_size=4)
+    pool = make_pool(max_size=4, outage_grace=GRACE)
 
     def call() -> None:
         try:
@@ -142,7 +142,7 @@ def test_a_stop_under_load_is_over_as_soon_as_the_server_is_back(
 def test_a_killed_postmaster_is_an_outage_until_there_is_a_new_one(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
-    pool = make_pool(min_size=3, max_size=3)
+    pool = make_pool(min_size=3, max_size=3, outage_grace=GRACE)
     fill(pool)
     own_server.kill_postmaster()
     assert isinstance(Task(pool.fetch_value, "select 1").error(), DatabaseUnavailable)
@@ -160,7 +160,7 @@ def test_a_server_that_is_starting_up_is_waited_for(
     (standby.data / "standby.signal").touch()
     standby.options["hot_standby"] = "off"
     standby.start()
-    pool = make_pool(server=standby)
+    pool = make_pool(server=standby, outage_grace=GRACE)
     error = Task(pool.fetch_value, "select 1").error()
     assert isinstance(error, DatabaseUnavailable)
     assert error.kind == "starting"

@@ -13,7 +13,7 @@ import pytest
 from dbpool import DatabaseUnavailable, Pool
 from tests.postgres import Server, until
 
-from .steps import SLACK, Load, Task, assert_serves_all, await_gone, await_up, fill
+from .steps import GRACE, SLACK, Load, Task, assert_serves_all, await_gone, await_up, fill
 
 MakePool = Callable[..., Pool[Any]]
 ROOM = 8  # for those who are no superusers
@@ -102,13 +102,13 @@ def test_a_full_server_and_nothing_to_lend_is_told_after_the_grace(
     small: Server, crowd: Crowd, make_pool: MakePool
 ) -> None:
     crowd.take(ROOM)
-    pool = make_pool(small.conninfo_for(user="app"), server=small, max_size=4)
+    pool = make_pool(small.conninfo_for(user="app"), server=small, max_size=4, outage_grace=GRACE)
     callers = [Task(pool.getconn) for _ in range(4)]
     for caller in callers:
         error = caller.error()
         assert type(error) is DatabaseUnavailable
         assert error.kind == "saturated"
-        assert caller.seconds < 0.3 + 2 * SLACK
+        assert caller.seconds < GRACE + 2 * SLACK
     crowd.leave()
     await_up(pool)
     assert_serves_all(pool)
@@ -118,7 +118,7 @@ def test_room_that_comes_within_the_grace_is_waited_for(
     small: Server, crowd: Crowd, make_pool: MakePool
 ) -> None:
     crowd.take(ROOM)
-    pool = make_pool(small.conninfo_for(user="app"), server=small, max_size=4, outage_grace=30)
+    pool = make_pool(small.conninfo_for(user="app"), server=small, max_size=4)
     callers = [Task(pool.fetch_value, "select 1") for _ in range(4)]
     until(lambda: pool.stats().counters.connect_failures >= 2)
     crowd.leave()
@@ -145,7 +145,7 @@ def test_two_pools_on_a_full_server_share_it_as_it_comes(
 ) -> None:
     greedy = make_pool(small.conninfo_for(user="app"), server=small, min_size=ROOM)
     pids = fill(greedy)
-    modest = make_pool(small.conninfo_for(user="app"), server=small, outage_grace=30, timeout=30)
+    modest = make_pool(small.conninfo_for(user="app"), server=small, timeout=30)
     caller = Task(modest.fetch_value, PID)
     until(lambda: modest.breaker.is_failing)
     greedy.resize(1, 2)

@@ -15,7 +15,7 @@ from dbpool import DatabaseUnavailable, PoolExhausted
 from tests.postgres import Server, until
 from tests.proxy import Mode, Proxy
 
-from .steps import Task, assert_adds_up, assert_serves_all, fill
+from .steps import GRACE, Task, assert_adds_up, assert_serves_all, fill
 from .support import MakePool, within
 
 
@@ -57,7 +57,7 @@ def test_torn_away_while_all_are_out(make_pool: MakePool, error: type[BaseExcept
 def test_torn_away_while_a_connection_is_made(
     proxy: Proxy, make_pool: MakePool, error: type[BaseException]
 ) -> None:
-    pool = make_pool(proxy.conninfo, max_size=2, outage_grace=10)
+    pool = make_pool(proxy.conninfo, max_size=2)
     proxy.delay = 0.1
     with pytest.raises(error), alarm(0.05, error):
         pool.getconn()
@@ -145,7 +145,7 @@ def test_closing_refuses_those_who_wait_first(make_pool: MakePool) -> None:
 
 def test_closing_while_connects_hang(proxy: Proxy, make_pool: MakePool) -> None:
     proxy.mode = Mode.SILENT
-    pool = make_pool(proxy.conninfo, min_size=3, max_size=3, outage_grace=30, connect_timeout=60)
+    pool = make_pool(proxy.conninfo, min_size=3, max_size=3, connect_timeout=60)
     waiters = [Task(pool.getconn) for _ in range(5)]
     until(lambda: proxy.accepted == 3)
     with within(2.5):
@@ -158,7 +158,7 @@ def test_closing_while_connects_hang(proxy: Proxy, make_pool: MakePool) -> None:
 
 def test_a_connection_made_after_closing_is_closed(own_server: Server, make_pool: MakePool) -> None:
     own_server.freeze([own_server.postmaster_pid])
-    pool = make_pool(min_size=2, outage_grace=30, connect_timeout=60)
+    pool = make_pool(min_size=2, connect_timeout=60)
     waiter = Task(pool.getconn)
     until(lambda: pool.stats().connecting == 2)
     pool.close(timeout=0.1)
@@ -168,7 +168,7 @@ def test_a_connection_made_after_closing_is_closed(own_server: Server, make_pool
 
 
 def test_closing_in_an_outage(own_server: Server, make_pool: MakePool) -> None:
-    pool = make_pool(min_size=3)
+    pool = make_pool(min_size=3, outage_grace=GRACE)
     fill(pool)
     own_server.stop("immediate")
     with pytest.raises(DatabaseUnavailable):
