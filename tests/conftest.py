@@ -7,13 +7,12 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from pytest_postgresql import factories
 
-from .postgres import Server, dismiss_reaper, until
+from .postgres import Copies, Server, dismiss_reaper, until
 from .proxy import Proxy
 
 # pytest captures the standard error of tests; this is where a hard end can still be told.
@@ -28,16 +27,18 @@ SLOW_DEADLINE = 900.0
 
 
 @pytest.fixture(scope="session")
-def template() -> Iterator[Path]:
+def template() -> Iterator[Copies]:
     """A data directory to copy: much quicker than making a new one."""
     server = Server()
-    yield server.data
+    copies = Copies(server.data)
+    yield copies
+    copies.close()
     server.close()
     dismiss_reaper()
 
 
 @pytest.fixture(scope="session")
-def server(template: Path) -> Iterator[Server]:
+def server(template: Copies) -> Iterator[Server]:
     """The server that all tests share which do it no harm."""
     server = Server(template)
     try:
@@ -78,7 +79,7 @@ def dsn(database: Any, server: Server) -> str:
 
 
 @pytest.fixture
-def make_server(template: Path) -> Iterator[Callable[..., Server]]:
+def make_server(template: Copies) -> Iterator[Callable[..., Server]]:
     """Start private servers, options by keyword; they are gone after the test."""
     servers: list[Server] = []
 

@@ -83,9 +83,10 @@ def free_port() -> int:
             return port
 
 
-def reachable_directory() -> Path:
+def _directory() -> Path:
     """Make a directory that the server's user owns, in memory if there is room."""
     path = Path(tempfile.mkdtemp(prefix="dbpool-pg-", dir=_memory()))
+    _report(0, path)
     if user := server_user():
         path.chmod(0o755)
         shutil.chown(path, user)
@@ -128,12 +129,12 @@ def run(*command: str | Path, timeout: float = 60.0) -> str:
 class Server:
     """A PostgreSQL server in a directory of its own, on a socket there and on TCP 127.0.0.1.
 
-    *template* is a data directory to copy. *options* are configuration parameters.
+    *template* is a data directory to copy, or copies of one; without it a new one is made.
+    *options* are configuration parameters.
     """
 
-    def __init__(self, template: Path | None = None, **options: object) -> None:
-        self.directory = reachable_directory()
-        _report(0, self.directory)
+    def __init__(self, template: Path | Copies | None = None, **options: object) -> None:
+        self.directory = template.take() if isinstance(template, Copies) else _directory()
         self.data = self.directory / "data"
         self.log = self.directory / "log"
         self.port = free_port()
@@ -144,8 +145,8 @@ class Server:
             run("initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8",
                 "--no-locale", "--no-sync", "--wal-segsize=1")  # fmt: skip
             (self.data / "pg_hba.conf").write_text(_HBA)
-        else:
-            subprocess.run(["cp", "-a", template, self.data], check=True, timeout=60)
+        elif isinstance(template, Path):
+            assert _copy(template, self.directory).wait(60) == 0
 
     @property
     def conninfo(self) -> str:
@@ -285,6 +286,37 @@ class Server:
                 if classify(ex) != "starting" or time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
+
+
+class Copies:
+    """Copies of a data directory. The next is made while the last is in use: copying one takes
+    longer than all else that starting a server takes.
+    """
+
+    def __init__(self, template: Path) -> None:
+        self._template = template
+        self._next = self._begin()
+
+    def _begin(self) -> tuple[Path, subprocess.Popen[bytes]]:
+        directory = _directory()
+        return directory, _copy(self._template, directory)
+
+    def take(self) -> Path:
+        """Return a directory with a copy in `data` that is the caller's."""
+        directory, copying = self._next
+        assert copying.wait(60) == 0
+        self._next = self._begin()
+        return directory
+
+    def close(self) -> None:
+        """Remove what nobody took."""
+        directory, copying = self._next
+        copying.wait(60)
+        shutil.rmtree(directory)
+
+
+def _copy(template: Path, directory: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["cp", "-a", template, directory / "data"])
 
 
 @cache
