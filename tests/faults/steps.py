@@ -112,9 +112,13 @@ def fill(pool: Pool) -> list[int]:
         return [conn.info.backend_pid for conn in pool._pool]
 
 
-def await_up(pool: Pool) -> None:
-    """The pool finds out by itself that the server is back, within the second it promises."""
-    until(lambda: pool.state == "up", 1.0 + SLACK)
+def await_up(pool: Pool, seconds: float = 1.0 + SLACK) -> None:
+    """The pool finds out by itself that the server is back, within the second it promises.
+
+    From then on a machine that stalls is not to look like another outage.
+    """
+    until(lambda: pool.state == "up", seconds)
+    pool.breaker.grace = pool.breaker.patience = 30.0
 
 
 def assert_adds_up(pool: Pool) -> None:

@@ -107,7 +107,7 @@ def test_a_changed_conninfo_is_seen_within_a_second_however_long_it_was_wrong(
     assert pool._probe is not None
     pool._probe.due += 60.0  # as after many attempts
     password["password"] = SECRET
-    until(lambda: pool.state == "up", 1.0 + SLACK)
+    await_up(pool)
     assert_serves_all(pool)
 
 
@@ -133,7 +133,7 @@ def test_a_database_that_is_made_later_is_found(app: Server, make_pool: MakePool
     with pytest.raises(DatabaseMisconfigured):
         pool.fetch_value("select 1")
     app.execute("create database later")
-    until(lambda: pool.state == "up", 20.0)  # looked for at 1 to 15 s
+    await_up(pool, 20.0)  # looked for at 1 to 15 s
     assert_serves_all(pool)
 
 

@@ -12,7 +12,7 @@ from psycopg.errors import ReadOnlySqlTransaction
 from dbpool import Pool
 from tests.postgres import Server, until
 
-from .steps import GRACE, assert_serves_all, fill
+from .steps import GRACE, assert_serves_all, await_up, fill
 from .support import MakePool
 
 PID = "select pg_backend_pid()"
@@ -168,7 +168,7 @@ def test_an_outage_of_all_writable_servers_ends_with_the_promotion(
     until(lambda: pool.state == "down")
     assert pool.breaker.kind in {"standby", "refused"}
     standby.promote()
-    until(lambda: pool.state == "up", 5.0)
+    await_up(pool, 5.0)
     by_statement(pool)
     assert rows(standby) == 1
     assert_serves_all(pool)

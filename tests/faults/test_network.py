@@ -185,7 +185,7 @@ def test_a_connect_that_takes_longer_than_the_grace_still_ends_the_outage(
     error = Task(pool.getconn).error()
     assert isinstance(error, DatabaseUnavailable)
     assert error.kind == "timeout"
-    until(lambda: pool.state == "up")
+    await_up(pool, 10.0)
     proxy.delay = 0.0
     assert pool.stats().counters.connect_failures == 0
     assert_serves_all(pool)
@@ -404,7 +404,7 @@ def test_a_network_that_comes_and_goes_under_load_loses_nothing(
     load.await_calls()
     load.stop()
     assert all(isinstance(error, psycopg.OperationalError) for error in load.errors)
-    until(lambda: pool.state == "up")
+    await_up(pool, 10.0)
     assert_serves_all(pool)
 
 

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable, events
-from tests.faults.steps import GRACE, Task, assert_serves_all
+from tests.faults.steps import GRACE, Task, assert_serves_all, await_up
 from tests.faults.support import MakePool, Recorder, within
 from tests.postgres import Server, free_port, until
 from tests.proxy import Mode, Proxy
@@ -61,7 +61,7 @@ def test_an_outage_is_answered_at_once_with_its_cause_and_ends_by_itself(
             others.append(another.value)
     assert len({id(other) for other in others}) == 100
     own_server.start()
-    until(lambda: pool.state == "up", 3.0)
+    await_up(pool, 3.0)
     assert pool.fetch_value("select 1") == 1
     assert pool.breaker.state == "closed"
     assert pool.breaker.last_error is None
@@ -125,7 +125,7 @@ def test_reconnect_failed_is_called_once_and_probing_goes_on(
     until(lambda: pool.stats().counters.connect_failures >= failures + 2)
     assert told == [pool]
     own_server.start()
-    until(lambda: pool.state == "up", 3.0)
+    await_up(pool, 3.0)
 
 
 def test_closing_ends_the_outage_for_its_watchers(make_pool: MakePool, proxy: Proxy) -> None:
@@ -160,7 +160,7 @@ def test_a_pool_made_smaller_in_an_outage_goes_on_probing(
     until(lambda: pool.stats().counters.connect_failures >= failures + 2)
     assert pool.state == "down"
     own_server.start()
-    until(lambda: pool.state == "up", 3.0)
+    await_up(pool, 3.0)
     for conn in held:
         pool.putconn(conn)
     assert_serves_all(pool)
