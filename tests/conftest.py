@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 from pytest_postgresql import factories
 
@@ -21,6 +22,8 @@ _terminal = os.dup(2)
 # The shell's own settings must not reach the tests, nor the tools that start servers for them.
 for _name in [n for n in os.environ if n.startswith(("PG", "DBPOOL_", "DATABASE_URL"))]:
     del os.environ[_name]
+
+hypothesis.settings.register_profile("default", deadline=None)  # machines stall
 
 HARD_DEADLINE = 120.0  # seconds; a test that hangs ends the run with every thread's stack
 SLOW_DEADLINE = 900.0
