@@ -95,12 +95,16 @@ class Books(ConnectionPool[CT]):
             waiter.fail(self._unavailable())
         self._waiting.clear()
 
-    def _unavailable(self) -> DatabaseUnavailable:
-        """Say that the database is to blame. The lock is held."""
+    def _unavailable(self, silent_since: float = 0.0) -> DatabaseUnavailable:
+        """Say that the database is to blame; where no connect failed, for its silence.
+
+        The lock is held.
+        """
         breaker = self.breaker
         cause, kind, seconds = breaker.error, breaker.kind, breaker.failing_for
-        if cause is None and self._attempts:
-            seconds, kind = monotonic() - min(self._attempts), "timeout"
+        silent_since = min(self._attempts, default=silent_since)
+        if cause is None and silent_since:
+            seconds, kind = monotonic() - silent_since, "timeout"
             cause = unanswered(seconds)
         cls = DatabaseMisconfigured if is_permanent(kind) else DatabaseUnavailable
         error = cls(
@@ -157,6 +161,4 @@ class Books(ConnectionPool[CT]):
 
 
 def unanswered(seconds: float) -> psycopg.OperationalError:
-    return psycopg.errors.ConnectionTimeout(
-        f"no answer to a connection attempt for {seconds:.1f} s"
-    )
+    return psycopg.errors.ConnectionTimeout(f"no answer from the server for {seconds:.1f} s")

@@ -164,7 +164,10 @@ class Checkout(Checkin[CT]):
         busy = self._active()
         if self.breaker.is_failing or self._connecting or busy < self._max_size:
             return self._unavailable()
-        held = holders.report(self._out, monotonic())
+        now = monotonic()
+        held = holders.report(self._out, now)
+        if not held and self._last_seen < now - seconds:  # all are asked whether they live
+            return self._unavailable(silent_since=self._last_seen)
         longest = "; ".join(f"{h.thread} {h.seconds:.1f} s at {h.where}" for h in held[:5])
         mine = sum(slot.thread == _get_ident() for slot in self._out)
         nested = (

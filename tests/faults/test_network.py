@@ -301,6 +301,21 @@ def test_a_ping_is_bounded_by_the_callers_deadline_too(
     assert_serves_all(pool)
 
 
+def test_who_waits_for_connections_that_are_being_pinged_blames_nobody_who_holds_one(
+    proxy: Proxy, make_pool: MakePool
+) -> None:
+    pool = make_pool(proxy.conninfo, min_size=2, max_size=2, ping_after=0.0, ping_timeout=30)
+    fill(pool)
+    proxy.go_dark()
+    asking = [Task(pool.getconn) for _ in range(2)]
+    until(lambda: len(pool._out) == 2)
+    assert isinstance(Task(pool.getconn, 0.1).error(), DatabaseUnavailable)
+    proxy.drop()
+    for caller in asking:
+        pool.putconn(caller.result())
+    assert_serves_all(pool)
+
+
 def test_answers_that_come_too_late_count_as_none(proxy: Proxy, make_pool: MakePool) -> None:
     pool = make_pool(proxy.conninfo, min_size=2, max_size=2, ping_after=0.5)
     pids = fill(pool)
