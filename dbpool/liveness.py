@@ -73,8 +73,9 @@ def look(
 ) -> Look:
     """Read what an idle connection's server has said meanwhile, without asking it.
 
-    What it died of, if it said so, is added to *last_words*. Reads until the socket is quiet. A FATAL is the end, also where the end of file is not there
-    yet: after `pg_terminate_backend` it may come half a millisecond later.
+    What it died of, if it said so, is added to *last_words*. Reads until the socket is quiet. A
+    FATAL is the end, also where the end of file is not there yet: after `pg_terminate_backend`
+    it may come half a millisecond later.
     """
     if not readable(0):
         return Look.ALIVE if conn.pgconn.status == _OK else Look.DEAD

@@ -59,7 +59,8 @@ class Pool(Runner[CT]):
     Takes every parameter of the parent, and the fields of `Settings` beside them. *conninfo*
     is a connection string, or a callable returning one that is asked before each connect. The
     environment is read only when neither *conninfo*, *kwargs* nor *settings* is given, and then
-    *name* says which database's variables. *listeners* are told of the events in `dbpool.events`, in a thread of their own.
+    *name* says which database's variables. *listeners* are told of the events in
+    `dbpool.events`, in a thread of their own.
 
     What differs from the parent on purpose:
 

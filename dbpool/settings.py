@@ -238,7 +238,7 @@ def variables_of(database: str) -> set[str]:
 
 
 def build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, Any]) -> Settings:
-    """Make the settings of the database called *name*; *overrides* win, None counts as not given."""
+    """Make the settings of the database called *name*; *overrides* win unless they are None."""
     known = {f.name for f in fields(Settings)} - {"name", "explicit"}
     for key in sorted(overrides.keys() - known):
         raise ConfigError(f"there is no setting {key!r}{did_you_mean(nearest(key, known))}")

@@ -1,4 +1,4 @@
-"""The notes API: JSON in and out, and one statement in one round trip for a request that succeeds."""
+"""The notes API: JSON in and out; a request that succeeds costs one statement, one round trip."""
 
 from __future__ import annotations
 
