@@ -29,7 +29,6 @@ class Peer(ABC):
     """A pool of *size* connections at most, that waits *timeout* seconds or its default."""
 
     name: ClassVar[str]
-    is_slow: ClassVar[bool] = False  # whether a restart costs it half a minute
 
     def __init__(self, conninfo: str, size: int, timeout: float | None = None) -> None:
         self.pool = self._make(conninfo, size, timeout)
@@ -114,7 +113,6 @@ class PsycopgPool(Peer):
 
 class PsycopgPoolChecked(PsycopgPool):
     name = "psycopg_pool, check"
-    is_slow = True
     check = staticmethod(ConnectionPool.check_connection)
 
 
