@@ -177,7 +177,7 @@ def _time(met: Met, key: str, never: str = "") -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+    return f"{seconds:.4g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
 # The cases: what one peer meets, once.
