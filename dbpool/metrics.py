@@ -131,6 +131,8 @@ class Counters:
     connect_failures: int = 0
     retries: int = 0
     leaks: int = 0
+    returned_late: int = 0
+    circuit_opened: int = 0
     discarded: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
 
     def merge(self, *others: Counters) -> Counters:
@@ -263,7 +265,7 @@ class Metrics:
         self.checkouts = self.timeouts = self.rejected = 0
         self.connects = self.connect_failures = 0
         self.dead = self.expired = self.broken = self.idle = self.collected = 0
-        self.retries = self.leaks = 0
+        self.retries = self.leaks = self.returned_late = self.circuit_opened = 0
         self.wait = Histogram()
         self.use = Histogram()
         self.connect = Histogram()

@@ -49,6 +49,8 @@ _TOTALS: Final = {
     "connect_failures": ("connect_failures", "Failed attempts to connect"),
     "retries": ("retries", "Transactions run again"),
     "leaks": ("leaks", "Connections held for longer than leak_after"),
+    "returned_late": ("returned_late", "Leaked connections returned after all"),
+    "circuit_opened": ("circuit_opened", "Times the breaker opened"),
 }
 
 

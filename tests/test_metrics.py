@@ -27,7 +27,7 @@ DURATIONS = st.integers(0, 1 << 24).map(lambda n: n / (1 << 20))
 @st.composite
 def snapshots(draw: st.DrawFn) -> Snapshot:
     metrics = Metrics()
-    for name in ("checkouts", "timeouts", "connects", "dead", "idle", "leaks"):
+    for name in ("checkouts", "dead", "idle", "returned_late", "circuit_opened"):
         setattr(metrics, name, draw(st.integers(0, 1000)))
     for seconds in draw(st.lists(DURATIONS, max_size=5)):
         metrics.wait.add(seconds)
