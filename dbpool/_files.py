@@ -60,13 +60,18 @@ def write(path: Path, data: object) -> None:
 def read(path: Path) -> Any:
     """Read a file of ours; raise `OSError` or `ValueError` for what is not."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(fd, encoding="utf-8") as file:
+    try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
             raise ValueError("it is not a file of this user")
         if found.st_size > _LARGEST:
             raise ValueError("it is too large")
-        return json.load(file)
+        with os.fdopen(fd, encoding="utf-8", closefd=False) as file:
+            return json.load(file)
+    except RecursionError as ex:
+        raise ValueError("it is nested too deeply") from ex
+    finally:
+        os.close(fd)
 
 
 @contextmanager

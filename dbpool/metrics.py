@@ -6,7 +6,7 @@ Nothing in here takes a lock: a pool changes its metrics while it holds its own.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate
 from operator import attrgetter
@@ -19,6 +19,8 @@ _BUCKETS: Final = len(BOUNDS) + 1
 
 REASONS: Final = ("dead", "expired", "broken", "idle", "collected")
 _HOLDERS: Final = 20  # in one snapshot
+_MOST: Final = 1 << 100  # of any count; larger ones would not always fit into a float
+_LONGEST: Final = 1e18  # seconds
 # Of merged states and breakers the gravest is told.
 _STATES: Final = ("", "stopped", "starting", "up", "down")
 _BREAKERS: Final = ("closed", "half-open", "open")
@@ -30,10 +32,40 @@ def _trimmed(counts: Sequence[int]) -> list[int]:
     return list(counts[:used])
 
 
+def count(value: Any, most: int = _MOST) -> int:
+    """Return *value* if it is a count of at most *most*, else raise `ValueError`."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value
+
+
+def seconds(value: Any) -> float:
+    """Return *value* if it is a finite time and not negative, else raise `ValueError`."""
+    if type(value) not in (int, float) or not 0 <= value <= _LONGEST:
+        raise ValueError(f"{value!r:.40} is no time")
+    return float(value)
+
+
+def text(value: Any) -> str:
+    """Return *value* if it is text, its lone surrogates replaced, else raise `ValueError`."""
+    if type(value) is not str:
+        raise ValueError(f"{value!r:.40} is no text")
+    return value.encode(errors="replace").decode()
+
+
+def _optional(read: Callable[[Any], Any], value: Any) -> Any:
+    return None if value is None else read(value)
+
+
+def _total(values: Iterable[int]) -> int:
+    # Within bounds, so that what was merged can be read again. Still associative.
+    return min(sum(values), _MOST)
+
+
 def _sums(names: Sequence[str], parts: Sequence[Any]) -> dict[str, Any]:
     """Add up the attributes of those names."""
     rows = zip(*map(attrgetter(*names), parts), strict=True)
-    return dict(zip(names, map(sum, rows), strict=True))
+    return dict(zip(names, map(_total, rows), strict=True))
 
 
 class Histogram:
@@ -90,7 +122,7 @@ class HistogramSnapshot:
         """Return the histogram of all of them."""
         parts = (self, *others)
         return HistogramSnapshot(
-            counts=tuple(map(sum, zip(*(part.counts for part in parts), strict=True))),
+            counts=tuple(map(_total, zip(*(part.counts for part in parts), strict=True))),
             sum=sum(part.sum for part in parts),
             max=max(part.max for part in parts),
         )
@@ -111,11 +143,11 @@ class HistogramSnapshot:
     def from_json(cls, data: Mapping[str, Any]) -> HistogramSnapshot:
         """Rebuild from what `to_json` made; raise `ValueError` for anything else."""
         try:
-            counts = tuple(map(int, data["buckets"]))
+            counts = tuple(map(count, data["buckets"]))
             if len(counts) > _BUCKETS:
                 raise ValueError("this histogram has other buckets")
             counts += (0,) * (_BUCKETS - len(counts))
-            return cls(counts, float(data["sum"]), float(data["max"]))
+            return cls(counts, seconds(data["sum"]), seconds(data["max"]))
         except (KeyError, TypeError) as ex:
             raise ValueError("this is no histogram") from ex
 
@@ -140,7 +172,15 @@ class Counters:
         discarded = [part.discarded for part in (self, *others)]
         return Counters(
             **_sums(_COUNTS, (self, *others)),
-            discarded={name: sum(each[name] for each in discarded) for name in REASONS},
+            discarded={name: _total(each[name] for each in discarded) for name in REASONS},
+        )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Counters:
+        """Rebuild from what `to_json` made."""
+        return cls(
+            **{name: count(data[name]) for name in _COUNTS},
+            discarded={name: count(data["discarded"][name]) for name in REASONS},
         )
 
 
@@ -157,6 +197,16 @@ class BreakerSnapshot:
         """Return the gravest; of equals the one that has failed for longest."""
         return max(self, *others, key=BreakerSnapshot._gravity) if others else self
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BreakerSnapshot:
+        """Rebuild from what `to_json` made."""
+        return cls(
+            state=_BREAKERS[_BREAKERS.index(data["state"])],
+            since=_optional(seconds, data["since"]),
+            last_error=_optional(text, data["last_error"]),
+            retry_after=_optional(seconds, data["retry_after"]),
+        )
+
     def _gravity(self) -> tuple[int, float, str, float]:
         since = float("-inf") if self.since is None else -self.since
         return _BREAKERS.index(self.state), since, self.last_error or "", self.retry_after or 0.0
@@ -170,6 +220,12 @@ class HolderSnapshot:
     seconds: float
     where: str
     endpoint: str | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> HolderSnapshot:
+        """Rebuild from what `to_json` made."""
+        thread, where = text(data["thread"]), text(data["where"])
+        return cls(thread, seconds(data["seconds"]), where, _optional(text, data["endpoint"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +255,7 @@ class Snapshot:
         """Return all of them as one; associative and commutative."""
         parts = (self, *others)
         holders = [holder for part in parts for holder in part.holders]
-        holders.sort(key=lambda h: (-h.seconds, h.thread, h.where))
+        holders.sort(key=lambda h: (-h.seconds, h.thread, h.where, h.endpoint or ""))
         return Snapshot(
             state=max((part.state for part in parts), key=_STATES.index),
             holders=tuple(holders[:_HOLDERS]),
@@ -225,23 +281,17 @@ class Snapshot:
     def from_json(cls, data: Mapping[str, Any]) -> Snapshot:
         """Rebuild from what `to_json` made; raise `ValueError` for anything else."""
         try:
-            counters = dict(data["counters"])
-            discarded = {name: int(counters["discarded"][name]) for name in REASONS}
-            state = data["state"]
-            _STATES.index(state), _BREAKERS.index(data["breaker"]["state"])
             return cls(
-                state=state,
-                **{name: int(data[name]) for name in _SIZES},
-                counters=Counters(
-                    **{name: int(counters[name]) for name in _COUNTS}, discarded=discarded
-                ),
+                state=_STATES[_STATES.index(data["state"])],
+                **{name: count(data[name]) for name in _SIZES},
+                counters=Counters.from_json(data["counters"]),
                 wait=HistogramSnapshot.from_json(data["wait"]),
                 use=HistogramSnapshot.from_json(data["use"]),
                 connect=HistogramSnapshot.from_json(data["connect"]),
-                breaker=BreakerSnapshot(**data["breaker"]),
-                holders=tuple(HolderSnapshot(**holder) for holder in data["holders"]),
+                breaker=BreakerSnapshot.from_json(data["breaker"]),
+                holders=tuple(map(HolderSnapshot.from_json, data["holders"])),
             )
-        except (AttributeError, KeyError, TypeError) as ex:
+        except (KeyError, TypeError) as ex:
             raise ValueError("this is no snapshot") from ex
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from dbpool._files import locked, read, start_time, write
-from dbpool.metrics import Snapshot
+from dbpool.metrics import Snapshot, count, seconds, text
 
 __all__ = ["SCHEMA", "Processes"]
 
@@ -29,6 +29,7 @@ SCHEMA: Final = 1
 VARIABLE: Final = "DBPOOL_STATS_DIR"
 _EVERY: Final = 1.0  # seconds between two publications
 _MOST: Final = 1024  # files that are read
+_LAST_PID: Final = (1 << 31) - 1
 
 
 class Pooled(Protocol):
@@ -65,13 +66,12 @@ class _Record:
     @classmethod
     def from_json(cls, data: Any) -> _Record:
         try:
-            if data["schema"] != SCHEMA:
-                raise ValueError("it is of another version")
+            _check_schema(data)
             return cls(
-                pid=int(data["pid"]),
-                start=str(data["start"]),
-                written=float(data["written"]),
-                uptime=float(data["uptime"]),
+                pid=count(data["pid"], _LAST_PID),
+                start=text(data["start"]),
+                written=seconds(data["written"]),
+                uptime=seconds(data["uptime"]),
                 pools=_pools_from_json(data["pools"]),
             )
         except (AttributeError, KeyError, TypeError) as ex:
@@ -164,7 +164,7 @@ class Processes:
             start=start_time(os.getpid()) or "0",
             written=now,
             uptime=now - self._born,
-            pools={name: pool.stats() for name, pool in self._databases.items()},
+            pools={text(name): pool.stats() for name, pool in self._databases.items()},
         )
 
     def _shared(self) -> Path | None:
@@ -227,10 +227,11 @@ class Processes:
     def _read_archive(self, path: Path) -> tuple[set[str], dict[str, Snapshot]]:
         try:
             data = read(path)
-            return set(data["folded"]), _pools_from_json(data["pools"])
+            _check_schema(data)
+            return set(map(text, data["folded"])), _pools_from_json(data["pools"])
         except FileNotFoundError:
             return set(), {}
-        except (OSError, ValueError, TypeError, KeyError) as ex:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as ex:
             self._complain(path.name, f"{path} cannot be used: {ex}")
             return set(), {}
 
@@ -284,5 +285,10 @@ def _merged(*parts: Mapping[str, Snapshot]) -> dict[str, Snapshot]:
     return {name: first.merge(*rest) for name, (first, *rest) in found.items()}
 
 
+def _check_schema(data: Any) -> None:
+    if data["schema"] != SCHEMA:
+        raise ValueError("it is of another version")
+
+
 def _pools_from_json(data: Any) -> dict[str, Snapshot]:
-    return {str(name): Snapshot.from_json(snapshot) for name, snapshot in data.items()}
+    return {text(name): Snapshot.from_json(snapshot) for name, snapshot in data.items()}

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any, Final
 
 from dbpool.errors import ConfigError
-from dbpool.metrics import BOUNDS, REASONS, HistogramSnapshot, Snapshot
+from dbpool.metrics import BOUNDS, REASONS, HistogramSnapshot, Snapshot, text
 
 try:
     from prometheus_client import CollectorRegistry
@@ -58,25 +58,25 @@ class PoolCollector(Collector):
     """A collector over one report of `dbpool.processes.Processes`."""
 
     def __init__(self, report: Mapping[str, Any]) -> None:
-        self._pools = {name: Snapshot.from_json(each) for name, each in report["pools"].items()}
+        self._pools = {text(n): Snapshot.from_json(each) for n, each in report["pools"].items()}
         self._processes: list[dict[str, Any]] = report["processes"]
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metric families; all times are in seconds."""
         yield self._count()
-        for name, (field, text) in _SIZES.items():
-            gauge = GaugeMetricFamily(f"db_client_connection_{name}", text, labels=[_POOL])
+        for name, (field, about) in _SIZES.items():
+            gauge = GaugeMetricFamily(f"db_client_connection_{name}", about, labels=[_POOL])
             for pool, snapshot in self._pools.items():
                 gauge.add_metric([pool], getattr(snapshot, field))
             yield gauge
-        for name, (field, text) in _TOTALS.items():
-            counter = CounterMetricFamily(f"db_client_connection_{name}", text, labels=[_POOL])
+        for name, (field, about) in _TOTALS.items():
+            counter = CounterMetricFamily(f"db_client_connection_{name}", about, labels=[_POOL])
             for pool, snapshot in self._pools.items():
                 counter.add_metric([pool], getattr(snapshot.counters, field))
             yield counter
-        for name, (field, text) in _TIMES.items():
+        for name, (field, about) in _TIMES.items():
             histogram = HistogramMetricFamily(
-                f"db_client_connection_{name}_seconds", text, labels=[_POOL]
+                f"db_client_connection_{name}_seconds", about, labels=[_POOL]
             )
             for pool, snapshot in self._pools.items():
                 times: HistogramSnapshot = getattr(snapshot, field)

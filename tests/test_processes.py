@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from dbpool.metrics import Metrics, Snapshot
+from dbpool._files import start_time
+from dbpool.metrics import BreakerSnapshot, HolderSnapshot, Metrics, Snapshot
 from dbpool.processes import Processes
 from dbpool.prometheus import expose
 
@@ -42,6 +45,9 @@ assert processes.publish()
 print("ready", flush=True)
 time.sleep(60)
 """
+
+
+DERIVED = {"count", "p50", "p95", "p99"}  # nobody reads them back
 
 
 class Counting:
@@ -195,7 +201,11 @@ def test_a_crash_between_archiving_and_removing_counts_nothing_twice(
     assert checkouts(processes.report()) == 10
 
 
-@pytest.mark.parametrize("garbage", [b"", b"{", b"[]", b'{"schema": 99}', b"\xff\xfe", b"null"])
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"{", b"[]", b'{"schema": 99}', b"\xff\xfe", b"null", b"[" * 200_000],
+    ids=lambda garbage: repr(garbage[:20]),
+)
 def test_garbage_is_ignored_and_told_once(
     processes: Processes, directory: Path, garbage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -204,6 +214,114 @@ def test_garbage_is_ignored_and_told_once(
     for _ in range(3):
         assert checkouts(processes.report()) == 5
     assert len([r for r in caplog.records if "app-7-7.json" in r.message]) == 1
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a JSON value."""
+    yield path
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, each in items:
+            yield from paths(each, (*path, key))
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copy
+
+
+def a_record() -> dict[str, Any]:
+    metrics = Metrics()
+    metrics.wait.add(0.5)
+    snapshot = metrics.snapshot(
+        [],
+        state="down",
+        size=1,
+        breaker=BreakerSnapshot("open", 1.0, "refused", 2.0),
+        holders=(HolderSnapshot("a", 1.0, "a.py:1 f", "index"), HolderSnapshot("a", 1.0, "b")),
+    )
+    parent = os.getppid()
+    return {
+        "schema": 1,
+        "pid": parent,
+        "start": start_time(parent),
+        "written": 1.0,
+        "uptime": 1.0,
+        "pools": {"default": snapshot.to_json()},
+    }
+
+
+ODD: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from([10**400, -1, float("nan"), float("inf"), "\ud800", 1 << 100, 1e308])
+    | st.text(st.characters(), max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shared")
+    path.chmod(0o700)
+    return path
+
+
+@given(st.sampled_from(list(paths(a_record()))), ODD, st.booleans())
+def test_whatever_a_file_holds_the_report_is_strict_json(
+    shared: Path, path: tuple[Any, ...], odd: Any, is_archive: bool
+) -> None:
+    record = replaced(a_record(), path, odd)
+    if is_archive and isinstance(record, dict):
+        record["folded"] = []
+    name = "app.archive" if is_archive else "app-7-7.json"
+    (shared / name).write_text(json.dumps(record))
+    processes = Processes({"default": Counting(5)}, directory=shared)
+    report = processes.report()
+    processes.close()
+    for file in shared.iterdir():
+        file.unlink()
+    json.dumps(report, allow_nan=False, ensure_ascii=False).encode()
+    assert report["scope"] == "all"
+    assert checkouts(report) >= 5
+    expose(report)
+
+
+def test_an_incomplete_record_is_not_used(processes: Processes, directory: Path) -> None:
+    for path in paths(a_record()):
+        if not path or not isinstance(path[-1], str) or path[-1] in {"default", *DERIVED}:
+            continue
+        record = inner = a_record()
+        for key in path[:-1]:
+            inner = inner[key]
+        del inner[path[-1]]
+        (directory / "app-7-7.json").write_text(json.dumps(record))
+        assert len(processes.report()["processes"]) == 1, path
+
+
+def test_text_that_cannot_be_encoded_loses_no_worker(directory: Path) -> None:
+    processes = Processes({"a\udc80": Counting(5)}, directory=directory)
+    report = processes.report()
+    assert report["pools"].keys() == {"a?"}
+    expose(report)
+    processes.close()
+
+
+def test_a_directory_in_place_of_a_file_leaks_no_descriptor(
+    processes: Processes, directory: Path
+) -> None:
+    (directory / "app-1-1.json").mkdir()
+    processes.report()
+    before = len(list(Path("/dev/fd").iterdir()))
+    for _ in range(5):
+        assert checkouts(processes.report()) == 5
+    assert len(list(Path("/dev/fd").iterdir())) == before
 
 
 def test_a_file_that_is_too_large_is_not_read(processes: Processes, directory: Path) -> None:
