@@ -75,6 +75,7 @@ class Books(ConnectionPool[CT]):
         self._outage_told = False
         self._metrics = Metrics()
         self._queued = 0
+        self._in_vain = 0.0  # seconds waited by those whose time ran out
         self._popped: dict[str, int] = {}
         self._last_seen = 0.0
         self._moved_at = float("-inf")
@@ -89,13 +90,35 @@ class Books(ConnectionPool[CT]):
         if (outage := self.breaker.seen_alive(self._last_seen)) is not None:
             self._later(lambda pool: pool._tell_back(outage))
 
-    def _fail_waiters(self) -> None:
-        """The breaker opened: nobody waits any longer. The lock is held."""
-        for waiter in self._waiting:
-            waiter.fail(self._unavailable())
-        self._waiting.clear()
+    def _judge(self) -> events.CircuitOpened | None:
+        """Open the breaker if it is time to: then nobody waits any longer. The lock is held.
 
-    def _unavailable(self, silent_since: float = 0.0) -> DatabaseUnavailable:
+        Returns what is to be told of that.
+        """
+        breaker = self.breaker
+        idle, out = len(self._pool), self._active()
+        if not breaker.judge(last_seen=self._last_seen, idle=idle, out=out):
+            return None
+        self._metrics.circuit_opened += 1
+        snapshot = self.stats()
+        self._refuse_waiters(lambda: self._unavailable(snapshot))
+        return events.CircuitOpened(self.name, breaker.last_error or "", breaker.kind)
+
+    def _refuse_waiters(self, reason: Callable[[], Exception]) -> None:
+        """Refuse all who wait, each for a *reason* of its own. The lock is held."""
+        for waiter in self._waiting:
+            self._refuse(waiter, reason())
+        self._waiting.clear()
+        self._changed.notify_all()
+
+    def _refuse(self, waiter: Waiter, reason: Exception) -> None:
+        """Have *reason* raised where it waits. The lock is held."""
+        self._metrics.rejected += 1
+        waiter.refuse(reason)
+
+    def _unavailable(
+        self, snapshot: Snapshot | None = None, *, silent_since: float = 0.0
+    ) -> DatabaseUnavailable:
         """Say that the database is to blame; where no connect failed, for its silence.
 
         The lock is held.
@@ -111,7 +134,7 @@ class Books(ConnectionPool[CT]):
             f"pool {self.name!r}: no connection to the database for {seconds:.1f} s ({kind}):"
             f" {cause or 'none was made in time'}",
             pool=self.name,
-            snapshot=self.stats(),
+            snapshot=snapshot or self.stats(),
             kind=kind,
             since=time() - seconds,
             retry_after=breaker.retry_after or 0.0,
@@ -126,28 +149,16 @@ class Books(ConnectionPool[CT]):
     def _active(self) -> int:
         return self._nconns - len(self._pool) - self._connecting
 
-    def _tell_failed(self, seconds: float, opened: bool) -> None:
-        breaker = self.breaker
-        if self.listeners.active:
-            self.listeners.emit(
-                events.ConnectFailed(self.name, seconds, breaker.last_error or "", breaker.kind)
-            )
-        if opened:
-            self._tell_down()
-
-    def _tell_down(self) -> None:
-        breaker = self.breaker
+    def _tell_down(self, opened: events.CircuitOpened) -> None:
         logger.error(
             "pool %r: the database is unavailable (%s): %s",
             self.name,
-            breaker.kind,
-            breaker.last_error,
-            extra={"dbpool": {"pool": self.name, "event": "circuit_opened", "kind": breaker.kind}},
+            opened.kind,
+            opened.error,
+            extra={"dbpool": {"pool": self.name, "event": "circuit_opened", "kind": opened.kind}},
         )
         if self.listeners.active:
-            self.listeners.emit(
-                events.CircuitOpened(self.name, breaker.last_error or "", breaker.kind)
-            )
+            self.listeners.emit(opened)
 
     def _tell_back(self, seconds: float) -> None:
         logger.warning(

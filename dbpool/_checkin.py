@@ -5,6 +5,7 @@ Part of the one place that touches protected members of psycopg_pool, see `_supp
 
 from __future__ import annotations
 
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -14,9 +15,10 @@ from psycopg_pool.pool import ReturnConnection
 
 from dbpool import events
 from dbpool._books import logger
-from dbpool._discard import Discard
+from dbpool._life import Life
 from dbpool._parts import manners
 from dbpool.holders import Slot
+from dbpool.liveness import Look, look
 
 _IDLE = TransactionStatus.IDLE
 _UNKNOWN = TransactionStatus.UNKNOWN
@@ -26,8 +28,8 @@ _UNKNOWN = TransactionStatus.UNKNOWN
 _BRIEF = 0.01
 
 
-class Checkin(Discard[CT]):
-    """The taking back. A connection that is out has its slot in `_out`."""
+class Checkin(Life[CT]):
+    """The taking back: returned, counted, passed on, or collected while it was out."""
 
     def putconn(self, conn: CT) -> None:
         """Give back a connection obtained by `getconn`.
@@ -49,6 +51,7 @@ class Checkin(Discard[CT]):
             or now >= slot.expires_at
             or slot.reported
             or self._reset
+            or self.breaker.error is not None  # connects fail: is this one alive?
             # One tuple comparison covers all that a user may have changed on the connection.
             or not (is_untouched or manners(conn) == slot.manners)
         ):
@@ -87,6 +90,8 @@ class Checkin(Discard[CT]):
 
     def _tell_late(self, slot: Slot, seconds: float) -> None:
         slot.reported = False
+        with self._lock:
+            self._metrics.returned_late += 1
         where = slot.where()
         logger.warning(
             "pool %r: a connection reported as held for too long came back after %.1f s;"
@@ -108,10 +113,14 @@ class Checkin(Discard[CT]):
             self._discard(conn, "expired")
         elif not self._mend_manners(conn, slot):
             self._discard(conn, "broken")
+        elif (seen := look(conn, slot.readable)) is Look.DEAD:
+            self._discard(conn, "dead")
         else:
-            with self._lock:
-                self._last_seen = slot.idle_since = monotonic()
-            self._add_to_pool(conn)
+            slot.idle_since = monotonic()
+            if seen is Look.ALIVE:
+                with self._lock:
+                    self._last_seen = slot.idle_since
+            self._add_to_pool(conn, is_fresh=False)
             return
         logger.debug("pool %r: returned connection was given up", self.name)
 
@@ -127,3 +136,62 @@ class Checkin(Discard[CT]):
          conn._prepared.prepare_threshold, conn._prepared.prepared_max) = slot.manners[:9]  # fmt: skip
         conn._begin_statement = b""
         return True
+
+    def _count(self, slot: Slot, use: float) -> None:
+        """Count a checkout that ended, wait and use at once. The lock is held.
+
+        Raise `ValueError` if that was counted before, as after a second return.
+        """
+        if slot not in self._out or not slot.since:
+            raise ValueError(f"can't return connection to pool {self.name!r}, it is not out")
+        slot.since = 0.0
+        metrics = self._metrics
+        metrics.ended.append((slot.wait, use))
+        if len(metrics.ended) >= metrics.BATCH:
+            metrics.count_ended()
+
+    def _place(self, conn: Any, slot: Slot, *, is_fresh: bool) -> None:
+        """Hand a connection over or queue it, last in first out. The lock is held.
+
+        *is_fresh* says that its server spoke just now: who gets it need not look.
+        """
+        if self._waiting:
+            self._out.add(slot)
+            self._waiting.popleft().give(conn, is_fresh=is_fresh and self._trusted >= 0.0)
+            return
+        self._out.discard(slot)
+        if not self._closed:
+            fresh_until, expires_at = slot.idle_since + self._trusted, slot.expires_at
+            # min() would be a call.
+            slot.fresh_until = fresh_until if fresh_until < expires_at else expires_at  # noqa: FURB136
+            self._pool.append(conn)
+
+    def _add_to_pool(self, conn: Any, *, is_fresh: bool = True) -> None:
+        conn._pool = None
+        with self._lock:
+            conn._slot.since = 0.0
+            is_orphan = self._closed
+            self._place(conn, conn._slot, is_fresh=is_fresh)
+        if is_orphan:
+            self._close_connection(conn)
+
+    def _reclaim(self) -> None:
+        """Free the slots of connections that were collected while out. The lock is held."""
+        while self._lost:
+            slot = self._lost.popleft()
+            if slot in self._out:
+                if slot.since:
+                    self._count(slot, monotonic() - slot.since)
+                self._remove(slot, "collected")
+                self._refill()
+                self._later(partial(Checkin._tell_collected, slot=slot))
+
+    def _tell_collected(self, slot: Slot) -> None:
+        if self.listeners.active:
+            self.listeners.emit(events.Discarded(self.name, "collected"))
+        logger.warning(
+            "pool %r: a connection was never returned and has been garbage-collected;"
+            " it was checked out at %s",
+            self.name,
+            slot.where(),
+        )

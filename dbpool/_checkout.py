@@ -26,7 +26,7 @@ from dbpool.errors import PoolError, PoolExhausted
 from dbpool.holders import Slot
 from dbpool.liveness import Look, PingTimeout, look, ping
 
-_get_ident = threading.get_ident
+_here = holders.here
 _IDLE = TransactionStatus.IDLE
 
 # Seconds to pause when the user's own check refuses a connection that was just made.
@@ -38,7 +38,7 @@ _noticing: dict[int, threading.Lock] = {}  # by pid: one thread of a child notic
 
 
 class Checkout(Checkin[CT]):
-    """The handing out. A connection that is out has its slot in `_out`."""
+    """The handing out, and the waiting for it."""
 
     def getconn(self, timeout: float | None = None) -> CT:
         """Obtain a connection; it *must* be given back by `putconn`. See `connection`."""
@@ -70,7 +70,7 @@ class Checkout(Checkin[CT]):
             conn = self._acquire_slowly(conn, started, timeout)
         slot = conn._slot
         code = frame.f_code
-        slot.thread, slot.code, slot.lasti = _get_ident(), code, frame.f_lasti
+        slot.who, slot.code, slot.lasti = _here.who, code, frame.f_lasti
         conn._pool = self
         slot.since = now = monotonic()
         slot.wait = now - started
@@ -104,9 +104,7 @@ class Checkout(Checkin[CT]):
         waiter = Waiter()
         refusal = self._refusal() if self.breaker.is_failing or self.max_waiting else None
         if refusal is not None:
-            self._metrics.rejected += 1
-            waiter.is_rejected = True
-            waiter.fail(refusal)
+            self._refuse(waiter, refusal)
             return waiter
         self._queued += 1
         self._waiting.append(waiter)
@@ -117,6 +115,8 @@ class Checkout(Checkin[CT]):
     def _refusal(self) -> Exception | None:
         """Why a newcomer may not wait, if so. The lock is held."""
         self._heed_life()
+        if (opened := self._judge()) is not None:
+            self._later(lambda pool: pool._tell_down(opened))
         if self.breaker.is_open:
             return self._unavailable()
         if self.max_waiting and len(self._waiting) >= self.max_waiting:
@@ -135,7 +135,7 @@ class Checkout(Checkin[CT]):
         if not waiter.is_settled:
             self._expire(waiter, monotonic() - started)
         if waiter.error is not None:
-            if waiter.is_rejected and self.listeners.active:
+            if waiter.is_refused and self.listeners.active:
                 self.listeners.emit(events.Rejected(self.name))
             raise waiter.take_error()
         return waiter.conn
@@ -148,6 +148,7 @@ class Checkout(Checkin[CT]):
             with suppress(ValueError):  # an exception may have torn its giver away from it
                 self._waiting.remove(waiter)
             self._metrics.timeouts += 1
+            self._in_vain += seconds
             waiter.error = self._timed_out(seconds)
         if self.listeners.active:
             self.listeners.emit(events.WaitTimedOut(self.name, seconds))
@@ -157,7 +158,7 @@ class Checkout(Checkin[CT]):
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
         if waiter.conn is not None:
-            self._add_to_pool(waiter.conn)
+            self._add_to_pool(waiter.conn, is_fresh=waiter.is_fresh)
 
     def _timed_out(self, seconds: float) -> PoolError:
         """Say why there was no connection in time. The lock is held."""
@@ -169,7 +170,8 @@ class Checkout(Checkin[CT]):
         if not held and self._last_seen < now - seconds:  # all are asked whether they live
             return self._unavailable(silent_since=self._last_seen)
         longest = "; ".join(f"{h.thread} {h.seconds:.1f} s at {h.where}" for h in held[:5])
-        mine = sum(slot.thread == _get_ident() for slot in self._out)
+        me = _here.who
+        mine = sum(slot.since > 0.0 and slot.who is me for slot in self._out)
         nested = (
             f"; nested: this thread itself holds {mine}, and n threads that hold {mine + 1} at once"
             f" need a max_size of at least n * {mine} + 1"

@@ -36,24 +36,16 @@ class Life(Supply[CT]):
             self.listeners.emit(events.Opened(self.name))
 
     def close(self, timeout: float = 2.0) -> None:
-        """Close: refuse those who wait, close what is idle, stop the threads.
-
-        Connections that are out are closed when they come back. All of it takes at most
-        *timeout* seconds; a thread that hangs, in a connect or in a listener, is left to end
-        by itself.
-        """
+        """Close; `Upkeep.close`, which comes before this, says what that means."""
         deadline = monotonic() + timeout
         with self._lock:
             if self._closed:
                 self._opened = self._opened or self._lazy
                 return
             self._closed = True
-            waiting, idle = list(self._waiting), list(self._pool)
-            self._waiting.clear()
+            idle = list(self._pool)
             self._pool.clear()
-            for waiter in waiting:
-                waiter.fail(PoolClosed(f"the pool {self.name!r} is closed"))
-            self._changed.notify_all()
+            self._refuse_waiters(lambda: PoolClosed(f"the pool {self.name!r} is closed"))
             threads = self._signal_stop_worker()
         for conn in idle:
             self._close_connection(conn)

@@ -39,13 +39,13 @@ _PERMANENT_FIRST, _PERMANENT_CAP = 1.0, 15.0
 class Waiter:
     """One caller waiting for a connection; all but the wait itself happens under the lock."""
 
-    __slots__ = ("conn", "error", "is_fresh", "is_rejected", "latch")
+    __slots__ = ("conn", "error", "is_fresh", "is_refused", "latch")
 
     def __init__(self) -> None:
         self.conn: Any = None
         self.error: BaseException | None = None
         self.is_fresh = False  # whether `conn` needs no look: its server spoke just now
-        self.is_rejected = False
+        self.is_refused = False
         self.latch = threading.Lock()
         self.latch.acquire()
 
@@ -70,9 +70,9 @@ class Waiter:
         self.conn = conn
         self.latch.release()
 
-    def fail(self, error: BaseException) -> None:
-        """Refuse: `error` is raised where it waits."""
-        self.error = error
+    def refuse(self, error: BaseException) -> None:
+        """Have *error* raised where it waits."""
+        self.error, self.is_refused = error, True
         self.latch.release()
 
 

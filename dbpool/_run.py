@@ -132,7 +132,8 @@ class Runner(Upkeep[CT]):
                 conn.execute("")  # begins: the block does not end what the class is to end
             block.__enter__()
         except BaseException:
-            conn.pgconn.finish()  # whether it began is not known
+            if conn.pgconn.transaction_status != _IDLE:  # whether it began is not known
+                conn.pgconn.finish()
             raise
         return block
 

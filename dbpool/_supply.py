@@ -1,12 +1,13 @@
-"""How connections are made: growth, attempts, and the probe of an outage.
+"""How connections are made and given up: growth, attempts, the probe of an outage.
 
-The pool is built in layers: `_books`, `_supply`, `_life`, `_discard`, `_checkin`, `_checkout`,
-`_upkeep`, `_run`. Together they are the one place that touches protected members of
-psycopg_pool and of psycopg; `tests/test_seam.py` fails when those change.
+The pool is built in layers: `_books`, `_supply`, `_life`, `_checkin`, `_checkout`, `_upkeep`,
+`_run`, `pool`. Together, and with `_parts`, they are the one place that touches protected members
+of psycopg_pool and of psycopg; `tests/test_seam.py` fails when those change.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -17,18 +18,23 @@ from psycopg_pool.pool import AddConnection
 
 from dbpool import _fork, events
 from dbpool._books import Books, logger, unanswered
-from dbpool._conninfo import mask
+from dbpool._conninfo import SECRET, mask
 from dbpool._parts import Call, Probe, manners
 from dbpool.errors import classify, detached, is_permanent
 from dbpool.holders import Slot
-from dbpool.liveness import readability
+from dbpool.liveness import hung_up, readability
 
 _LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
 _LOOK_AGAIN = 0.1  # seconds at least between two looks at an attempt without an answer
 
 
 class Supply(Books[CT]):
-    """The making of connections: up to min_size, for those who wait, and after an outage."""
+    """The making of connections: up to min_size, for those who wait, and after an outage.
+
+    And their giving up: one that is out has its slot in `_out`, one given up nowhere.
+    """
+
+    # Making
 
     def _refill(self) -> None:
         """Begin what is missing: up to min_size, then one at a time for those who wait.
@@ -64,7 +70,10 @@ class Supply(Books[CT]):
         """Give the slot up if nobody needs it any more, or if another tries in an outage."""
         with self._lock:
             if probe is not None:
-                needed = self._nconns <= self._min_size or self._waiting or self.breaker.is_open
+                # While nothing is there at all, who comes next is to be told at once.
+                is_alone = self._nconns == self._connecting
+                is_missed = self._nconns <= self._min_size or bool(self._waiting)
+                needed = is_alone or is_missed or self.breaker.is_open
             else:  # it may have queued for a worker while others failed
                 needed = self._probe is None and not (self.breaker.is_open and self._attempts)
             # In an outage the probe stays, however small the pool has been made.
@@ -114,7 +123,7 @@ class Supply(Books[CT]):
         """The parameters of an attempt made now, {} if they cannot be had."""
         try:
             return self._params()
-        except Exception:  # noqa: BLE001  # a user's callback may raise anything
+        except BaseException:  # noqa: BLE001  # a user's callback may raise anything
             return {}
 
     def _connect(self, timeout: float | None = None) -> CT:
@@ -124,13 +133,13 @@ class Supply(Books[CT]):
         """Connect and configure; close again what cannot be configured."""
         conn = self.connection_class.connect("", **params)  # as the parent does: by position
         try:
-            self._furnish(conn, params)
+            self._furnish(conn)
         except BaseException:
             self._close_connection(conn)
             raise
         return conn
 
-    def _furnish(self, conn: Any, params: dict[str, Any]) -> None:
+    def _furnish(self, conn: Any) -> None:
         conn._pool = self
         if self._configure:
             self._configure(conn)
@@ -141,7 +150,9 @@ class Supply(Books[CT]):
                 )
         self._set_connection_expiry_date(conn)
         slot = Slot(conn, readability(conn.fileno()), manners(conn), self._lost.append)
-        slot.read_write = params.get("target_session_attrs") in {"read-write", "primary"}
+        # As libpq understood it: it may be set by a service file or PGTARGETSESSIONATTRS.
+        options = {option.keyword: option.val for option in conn.pgconn.info}
+        slot.read_write = options.get(b"target_session_attrs") in {b"read-write", b"primary"}
         slot.expires_at = conn._expire_at
         slot.idle_since = conn._created_at
         conn._slot = slot
@@ -174,13 +185,15 @@ class Supply(Books[CT]):
     ) -> None:
         kind, error = classify(ex), self._masked(ex, params)
         volatile = self._params_now() != params if is_permanent(kind) else True
+        self._discard_hung_up()  # what is idle keeps the breaker closed, if it is alive
         with self._lock:
             self._attempts.remove(started)
             self._metrics.connect_failures += 1
             if self._closed:
                 return
-            opened = self.breaker.failed(
-                started, error, kind, last_seen=self._last_seen, out=self._active()
+            self.breaker.failed(started, error, kind, last_seen=self._last_seen)
+            failed = events.ConnectFailed(
+                self.name, monotonic() - started, self.breaker.last_error or "", kind
             )
             if self._probe not in (None, probe):
                 self._drop_slot(None)
@@ -190,22 +203,26 @@ class Supply(Books[CT]):
                 probe.postpone(kind)
                 self.breaker.retry_at = probe.due
                 self._schedule(probe)
-            if opened:
-                self._fail_waiters()
+            opened = self._judge()
             lasts = self.breaker.failing_for >= self.reconnect_timeout and not self._outage_told
             self._outage_told |= lasts
             self._changed.notify_all()
         logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, error)
         with _fork.telling:
-            self._tell_failed(monotonic() - started, opened)
+            if self.listeners.active:
+                self.listeners.emit(failed)
+            if opened is not None:
+                self._tell_down(opened)
         if lasts:
             self.reconnect_failed()
 
     def _masked(self, ex: BaseException, params: dict[str, Any]) -> BaseException:
         error = detached(ex)
-        secrets = [str(params[key]) for key in ("password", "sslpassword") if params.get(key)]
+        text = mask(str(error), [str(params[key]) for key in SECRET if params.get(key)])
         if isinstance(error, psycopg.Error):
-            error.args = (mask(str(error), secrets),)
+            error.args = (text,)
+        elif text != str(error):  # its class may keep the secret elsewhere too
+            error = psycopg.OperationalError(f"{type(error).__name__}: {text}")
         return error
 
     def _attempt_overdue(self, started: float) -> None:
@@ -213,12 +230,69 @@ class Supply(Books[CT]):
             if started not in self._attempts or self._closed:
                 return
             error = unanswered(monotonic() - started)
-            opened = self.breaker.overdue(started, error, last_seen=self._last_seen)
-            if opened:
-                self._fail_waiters()
-                self._changed.notify_all()
+            self.breaker.overdue(started, error, last_seen=self._last_seen)
+            opened = self._judge()
             due = max(started, self._last_seen) + self.breaker.patience
             self._await_answer(started, max(due - monotonic(), _LOOK_AGAIN))
-        if opened:
+        if opened is not None:
             with _fork.telling:
-                self._tell_down()
+                self._tell_down(opened)
+
+    # Giving up
+
+    def _discard(self, conn: Any, reason: str) -> None:
+        """Close a connection that is out; replace it if it is missed."""
+        with self._lock:
+            self._remove(conn._slot, reason)
+            self._refill()
+        self._dispose([conn], reason)
+
+    def _retire(
+        self, reason: str, condition: Callable[[Slot], bool], most: int | None = None
+    ) -> int:
+        """Close idle connections for whose slot *condition* holds, coldest first; how many?"""
+        gone = self._take_out(reason, condition, most)
+        self._dispose(gone, reason)
+        return len(gone)
+
+    def _take_out(
+        self, reason: str, condition: Callable[[Slot], bool], most: int | None = None
+    ) -> list[Any]:
+        """Give idle connections up like `_retire`, and leave closing them to the caller."""
+        with self._lock:
+            gone = [conn for conn in self._pool if condition(conn._slot)][:most]
+            for conn in gone:
+                self._pool.remove(conn)
+                self._remove(conn._slot, reason)
+            self._refill()
+        return gone
+
+    def _remove(self, slot: Slot, reason: str) -> None:
+        """Take a connection out of the books. The lock is held."""
+        slot.forget()
+        self._out.discard(slot)
+        self._nconns -= 1
+        metrics = self._metrics
+        setattr(metrics, reason, getattr(metrics, reason) + 1)
+
+    def _dispose(self, conns: Sequence[Any], reason: str) -> None:
+        for conn in conns:
+            self._close_connection(conn)
+            if self.listeners.active:
+                self.listeners.emit(events.Discarded(self.name, reason))
+
+    def _discard_dead(self, found: Any) -> None:
+        """One was *found* dead: give it up, and with it all idle ones whose server is gone."""
+        self._discard(found, "dead")
+        self._discard_hung_up()
+
+    def _discard_hung_up(self) -> None:
+        if lost := hung_up(conn._slot.fd for conn in list(self._pool)):
+            gone = self._take_out("dead", lambda slot: slot.fd in lost)
+            # Somebody may be waiting: closing many is not their business.
+            self._later(lambda pool: pool._dispose(gone, "dead"))
+
+    def _discard_unused(self) -> None:
+        """One ping timed out: its equals will not answer either."""
+        oldest = monotonic() - self.settings.ping_after
+        self._retire("dead", lambda slot: slot.idle_since <= oldest)

@@ -1,22 +1,24 @@
-"""What keeps a pool in shape: opening, closing, forks, patrols, draining, resizing, numbers.
+"""What keeps a pool in shape: patrols, draining, checking, resizing, and its numbers.
 
-Together with `_supply` and `_checkout` the one place that touches protected members of
-psycopg_pool and of psycopg; `tests/test_seam.py` fails when those change.
+Part of the one place that touches protected members of psycopg_pool, see `_supply`.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from time import monotonic
 from typing import Any
 
 import psycopg
+from psycopg_pool._acompat import Queue
 from psycopg_pool.abc import CT
+from psycopg_pool.pool import MaintenanceTask
 
 from dbpool import _fork, events, holders
 from dbpool._books import logger
 from dbpool._checkout import Checkout
 from dbpool.holders import Slot
-from dbpool.liveness import ping
+from dbpool.liveness import PingTimeout, ping
 from dbpool.metrics import BreakerSnapshot, Snapshot
 
 # A primary that moved may make many statements fail at once; one drain is enough.
@@ -25,6 +27,17 @@ _MOVED_PAUSE = 5.0
 
 class Upkeep(Checkout[CT]):
     """The rest of a pool's life, away from the hot path."""
+
+    # Threads
+
+    @classmethod
+    def worker(cls, q: Queue[MaintenanceTask]) -> None:
+        """Run maintenance tasks from *q* until told to stop, whatever a user's callback raises."""
+        while True:
+            try:
+                return super().worker(q)
+            except BaseException as ex:  # noqa: BLE001  # SystemExit of a callback, say
+                logger.warning("a maintenance task failed: %s", type(ex).__name__)
 
     # Patrols
 
@@ -38,7 +51,12 @@ class Upkeep(Checkout[CT]):
             raise
 
     def close(self, timeout: float = 2.0) -> None:
-        """Close: see `Life.close`."""
+        """Close: refuse those who wait, close what is idle, stop the threads.
+
+        Connections that are out are closed when they come back. All of it takes at most
+        *timeout* seconds; a thread that hangs, in a connect or in a listener, is left to end
+        by itself.
+        """
         holders.unwatch(self)
         super().close(timeout)
 
@@ -66,7 +84,7 @@ class Upkeep(Checkout[CT]):
             self._metrics.leaks += len(leaked)
         for slot in leaked:
             for holder in holders.report([slot], now):
-                stack = holders.stack_of(slot.thread)
+                stack = holders.stack_of(slot.who.thread) if slot.who else ""
                 logger.warning(
                     "pool %r: a connection has been held for %.1f s by %s, checked out at %s;"
                     " the holder is now at:\n%s",
@@ -94,7 +112,6 @@ class Upkeep(Checkout[CT]):
     def drain(self) -> None:
         """Replace all connections: the idle ones now, those that are out when they return."""
         with self._lock:
-            self._drained_at = monotonic()
             for slot in self._out:
                 slot.expires_at = 0.0
             gone = self._take_out("expired", lambda slot: True)
@@ -115,18 +132,31 @@ class Upkeep(Checkout[CT]):
             self.drain()
 
     def check(self) -> None:
-        """Ping every idle connection, within ping_timeout each; replace those that fail."""
+        """Ping every idle connection, within ping_timeout each; replace those that fail.
+
+        Once a ping has timed out, the others that have been idle for long go with it.
+        """
         with self._lock:
-            conns = list(self._pool)
+            conns = deque(self._pool)
             self._pool.clear()
             self._out.update(conn._slot for conn in conns)
-        for conn in conns:
-            try:
-                ping(conn, self.settings.ping_timeout)
-            except psycopg.Error:
-                self._discard(conn, "dead")
-            else:
-                self._add_to_pool(conn)
+        hopeless = float("-inf")
+        try:
+            while conns:
+                conn = conns.popleft()
+                try:
+                    if conn._slot.idle_since <= hopeless:
+                        raise PingTimeout
+                    ping(conn, self.settings.ping_timeout)
+                except psycopg.Error as ex:
+                    self._discard(conn, "dead")
+                    if isinstance(ex, PingTimeout):
+                        hopeless = monotonic() - self.settings.ping_after
+                else:
+                    self._add_to_pool(conn)
+        finally:  # an exception may have come in between
+            for conn in conns:
+                self._add_to_pool(conn, is_fresh=False)
 
     def resize(self, min_size: int, max_size: int | None = None) -> None:
         """Change the size; what is too many goes at once if idle, else when it returns."""
@@ -135,6 +165,7 @@ class Upkeep(Checkout[CT]):
             self._min_size, self._max_size = min_size, max_size
             excess = self._nconns - self._connecting - max_size
             self._refill()
+            self._changed.notify_all()
         if excess > 0:
             excess -= self._retire("idle", lambda slot: True, excess)
         with self._lock:
@@ -202,7 +233,7 @@ class Upkeep(Checkout[CT]):
         totals = {
             self._REQUESTS_NUM: m.checkouts + len(pending) + failed,
             self._REQUESTS_QUEUED: self._queued,
-            self._REQUESTS_WAIT_MS: int(1000.0 * (m.wait.sum + sum(pending))),
+            self._REQUESTS_WAIT_MS: int(1000.0 * (m.wait.sum + sum(pending) + self._in_vain)),
             self._REQUESTS_ERRORS: failed,
             self._USAGE_MS: int(1000.0 * m.use.sum),
             self._RETURNS_BAD: m.broken,

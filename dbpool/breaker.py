@@ -24,10 +24,11 @@ _UNANSWERED: Final = 0.5
 class Breaker:
     """Opens when connects have kept failing for *grace* seconds without a sign of life.
 
-    A sign of life is a connection that came back healthy after the first failure. A failure
-    that waiting will hardly cure needs no grace, unless connections are out that may yet come
-    back; and a full server is not down while connections are out. The caller serialises
-    all calls but `reset` and the reading of attributes.
+    A sign of life is a connection that came back healthy after the first failure. While there
+    are idle connections nobody waits, so there is nothing to open for. A failure that waiting
+    will hardly cure needs no grace, unless connections are out that may yet come back; and a
+    full server is not down while connections are out. The caller serialises all calls but
+    `reset` and the reading of attributes.
     """
 
     def __init__(self, grace: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -86,45 +87,51 @@ class Breaker:
         self._attempting = True
 
     def succeeded(self) -> float | None:
-        """An attempt succeeded: close. Return how long it was open, if it was."""
-        opened_at = self._opened_at
+        """An attempt succeeded: close. Return how long the outage was, if it was open."""
+        seconds = self.failing_for if self.is_open else None
         self.reset()
-        return None if opened_at is None else self._clock() - opened_at
+        return seconds
 
-    def failed(
-        self, started: float, error: BaseException, kind: str, *, last_seen: float, out: int
-    ) -> bool:
-        """The attempt begun at *started* failed; return whether that opened the breaker.
-
-        *last_seen* is when a connection last came back healthy, *out* how many are out.
-        """
+    def failed(self, started: float, error: BaseException, kind: str, *, last_seen: float) -> None:
+        """The attempt begun at *started* failed; for *last_seen* see `judge`."""
         self._attempting = False
         self.error, self.kind = error, kind
-        if self._failing_since is None or last_seen > self._failing_since:
-            self._failing_since = max(started, last_seen)
-        if out and kind == SATURATED:
-            return False
-        patience = 0.0 if is_permanent(kind) and not out else self.grace
-        return self._open_after(patience)
+        self._fails_since(started, last_seen)
 
-    def overdue(self, started: float, error: BaseException, *, last_seen: float) -> bool:
+    def overdue(self, started: float, error: BaseException, *, last_seen: float) -> None:
         """The attempt begun at *started* is still without an answer: count that as failing.
 
-        False as well if a connection came back healthy less than the patience ago: ask again.
+        Not yet if a connection came back healthy less than the patience ago: say it again.
         """
-        silent_since = max(started, last_seen)
-        if self._clock() - silent_since < self.patience:
-            return False
-        if self._failing_since is None or last_seen > self._failing_since:
-            self._failing_since = silent_since
+        if self._clock() - max(started, last_seen) >= self.patience:
             self.error, self.kind = error, "timeout"
-        return self._open_after(self.patience)
+            self._fails_since(started, last_seen)
+
+    def judge(self, *, last_seen: float, idle: int, out: int) -> bool:
+        """Open if it is time to; return whether that was now.
+
+        *last_seen* is when a connection last came back healthy, *idle* how many are there to be
+        handed out, *out* how many are out.
+        """
+        if self._failing_since is None or self._opened_at is not None or idle:
+            return False
+        self._failing_since = max(self._failing_since, last_seen)
+        if out and self.kind == SATURATED:
+            return False
+        if self.failing_for < (0.0 if is_permanent(self.kind) and not out else self.grace):
+            return False
+        self._opened_at = self._clock()
+        return True
 
     def seen_alive(self, last_seen: float) -> float | None:
-        """Close if a connection came back healthy after it opened; return as `succeeded`."""
+        """Close if a connection came back healthy after it opened; return as `succeeded`.
+
+        What failed is kept: connecting may still do so.
+        """
         if self._opened_at is None or last_seen <= self._opened_at:
             return None
-        return self.succeeded()
+        seconds, self._opened_at, self._failing_since = self.failing_for, None, last_seen
+        return seconds
 
     def reset(self) -> None:
         """Close, and forget what failed: the next failure starts a new grace."""
@@ -132,8 +139,6 @@ class Breaker:
         self.kind = "unknown"
         self._attempting = False
 
-    def _open_after(self, patience: float) -> bool:
-        if self._opened_at is not None or self.failing_for < patience:
-            return False
-        self._opened_at = self._clock()
-        return True
+    def _fails_since(self, started: float, last_seen: float) -> None:
+        if self._failing_since is None or last_seen > self._failing_since:
+            self._failing_since = max(started, last_seen)

@@ -143,8 +143,8 @@ def classify(exc: BaseException) -> str:
     for kind, text in _TEXTS:
         if text.search(line):
             return kind
-    if isinstance(exc, psycopg.ProgrammingError):
-        return "conninfo"
+    if isinstance(exc, psycopg.ProgrammingError) and exc.sqlstate is None:
+        return "conninfo"  # with one, it is a statement of `configure` that failed
     if exc.pgconn is not None and exc.pgconn.needs_password:
         return "password"
     return "unknown"

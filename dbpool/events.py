@@ -82,7 +82,7 @@ class WaitTimedOut(Event):
 
 
 class Rejected(Event):
-    """A caller was refused without waiting: open breaker, or too many waiters."""
+    """A caller was refused: open breaker, too many waiters, or the pool closed as it waited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class CircuitOpened(Event):
 
 @dataclass(frozen=True, slots=True)
 class CircuitClosed(Event):
-    """The database is back after that many seconds."""
+    """The database is back, that many seconds after the first failure."""
 
     seconds: float
 

@@ -13,6 +13,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import islice
 from pathlib import PurePath
 from time import monotonic
@@ -21,14 +22,36 @@ from typing import Any, Protocol
 
 from dbpool.metrics import HolderSnapshot as Holder
 
-__all__ = ["Holder", "Slot", "endpoints", "report", "stack_of", "watch"]
+__all__ = ["Holder", "Slot", "Who", "here", "report", "stack_of", "unwatch", "watch"]
 
 logger = logging.getLogger("dbpool")
 
-# What a thread is serving, by its ident: kept by the web framework's adapter.
-endpoints: dict[int, str] = {}
-
 _LISTED = 20  # holders in one report
+
+
+class Who:
+    """A thread as a holder, and what it serves: kept up by the web framework's adapter.
+
+    Not by its ident: the next thread may be given the same.
+    """
+
+    __slots__ = ("endpoint", "thread")
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread()
+        self.endpoint: str | None = None
+
+    def named(self) -> str:
+        """Return the thread's name; an ended one can be asked no more."""
+        return self.thread.name if self.thread.is_alive() else f"{self.thread.name} (ended)"
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.who = Who()
+
+
+here = _Here()  # `here.who` is the calling thread
 
 
 class Slot:
@@ -51,8 +74,8 @@ class Slot:
         "reported",
         "since",
         "standby",
-        "thread",
         "wait",
+        "who",
     )
 
     def __init__(
@@ -73,7 +96,7 @@ class Slot:
         self.read_write = False  # whether the conninfo asked for a server that can write
         self.expires_at = self.fresh_until = self.idle_since = 0.0
         self.since = self.wait = 0.0
-        self.thread = 0
+        self.who: Who | None = None
         self.code: CodeType | None = None
         self.lasti = 0
         self.reported = False
@@ -90,31 +113,34 @@ class Slot:
 
     def where(self) -> str:
         """Where the holder asked for it, as `app/views.py:41 list_orders`."""
-        if self.code is None:
-            return "unknown"
-        position = next(islice(self.code.co_positions(), self.lasti // 2, None), (None,))
-        path = "/".join(PurePath(self.code.co_filename).parts[-2:])
-        return f"{path}:{position[0] or self.code.co_firstlineno} {self.code.co_name}"
+        return "unknown" if self.code is None else _where(self.code, self.lasti)
+
+
+@lru_cache(maxsize=1024)
+def _where(code: CodeType, lasti: int) -> str:
+    position = next(islice(code.co_positions(), lasti // 2, None), (None,))
+    path = "/".join(PurePath(code.co_filename).parts[-2:])
+    return f"{path}:{position[0] or code.co_firstlineno} {code.co_name}"
 
 
 def report(slots: Iterable[Slot], now: float) -> tuple[Holder, ...]:
     """Describe who holds *slots*, longest first, at most 20."""
     held = sorted((slot for slot in slots if slot.since), key=lambda slot: slot.since)[:_LISTED]
-    names = {thread.ident: thread.name for thread in threading.enumerate()} if held else {}
     return tuple(
         Holder(
-            thread=names.get(slot.thread, f"thread {slot.thread} (ended)"),
+            thread=slot.who.named(),
             seconds=now - slot.since,
             where=slot.where(),
-            endpoint=endpoints.get(slot.thread),
+            endpoint=slot.who.endpoint,
         )
         for slot in held
+        if slot.who is not None
     )
 
 
-def stack_of(thread: int) -> str:
-    """Return the current stack of the thread with that ident, "" if it has ended."""
-    frame = sys._current_frames().get(thread)
+def stack_of(thread: threading.Thread) -> str:
+    """Return where that thread is now, "" if it has ended."""
+    frame = sys._current_frames().get(thread.ident or 0) if thread.is_alive() else None
     return "" if frame is None else "".join(traceback.format_stack(frame))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from operator import attrgetter, methodcaller
@@ -206,14 +205,15 @@ class Pool(Runner[CT]):
         """
         if not self._out:
             return []
-        me = threading.get_ident()
+        me = holders.here.who
         with self._lock:
-            held = [s for s in self._out if s.thread == me and s.since and s.since >= since]
+            mine = [slot for slot in self._out if slot.who is me and slot.since >= since]
+        # What was collected meanwhile is told and freed as such.
+        held = {slot: conn for slot in mine if slot.ref and (conn := slot.ref()) is not None}
         reports = list(holders.report(held, monotonic()))
-        for slot in held:
-            if slot.ref is not None and (conn := slot.ref()) is not None:
-                conn.pgconn.finish()
-                self.putconn(conn)
+        for conn in held.values():
+            conn.pgconn.finish()
+            self.putconn(conn)
         return reports
 
 
@@ -230,7 +230,13 @@ class Lease(Generic[CT]):
     def __enter__(self) -> CT:
         pool = self._pool
         conn = self._conn = pool._acquire(self._timeout, sys._getframe(1))
-        return conn if pool._plain else conn.__enter__()
+        if pool._plain:
+            return conn
+        try:
+            return conn.__enter__()
+        except BaseException:
+            pool._release(conn)
+            raise
 
     def __exit__(
         self,

@@ -27,10 +27,25 @@ def breaker(clock: Clock) -> Breaker:
 
 
 def fail(
-    breaker: Breaker, clock: Clock, kind: str = "refused", *, last_seen: float = 0.0, out: int = 0
+    breaker: Breaker,
+    clock: Clock,
+    kind: str = "refused",
+    *,
+    last_seen: float = 0.0,
+    idle: int = 0,
+    out: int = 0,
 ) -> bool:
-    error = psycopg.OperationalError(f"failed: {kind}")
-    return breaker.failed(clock.now, error, kind, last_seen=last_seen, out=out)
+    """Whether a failure of that kind opened it."""
+    breaker.failed(
+        clock.now, psycopg.OperationalError(f"failed: {kind}"), kind, last_seen=last_seen
+    )
+    return breaker.judge(last_seen=last_seen, idle=idle, out=out)
+
+
+def overdue(breaker: Breaker, started: float, last_seen: float = 0.0) -> bool:
+    """Whether the attempt begun at *started* opened it by having no answer yet."""
+    breaker.overdue(started, psycopg.OperationalError("no answer"), last_seen=last_seen)
+    return breaker.judge(last_seen=last_seen, idle=0, out=0)
 
 
 def test_starts_closed_and_says_so(breaker: Breaker) -> None:
@@ -65,9 +80,13 @@ def test_an_attempt_in_an_outage_is_half_open(breaker: Breaker, clock: Clock) ->
     assert breaker.state == "open"
 
 
-def test_success_closes_it_and_tells_how_long_it_was_open(breaker: Breaker, clock: Clock) -> None:
-    fail(breaker, clock, "password")
-    clock.now += 7.5
+def test_success_closes_it_and_tells_how_long_the_outage_was(
+    breaker: Breaker, clock: Clock
+) -> None:
+    fail(breaker, clock)
+    clock.now += 2.5
+    assert fail(breaker, clock)
+    clock.now += 5.0
     assert breaker.succeeded() == 7.5
     assert breaker.state == "closed"
     assert breaker.succeeded() is None
@@ -95,6 +114,16 @@ def test_a_full_server_is_not_down_while_connections_are_out(
     assert fail(breaker, clock, "saturated", out=0)
 
 
+@pytest.mark.parametrize("kind", ["refused", "password", "saturated"])
+def test_while_there_are_idle_connections_nobody_waits(
+    breaker: Breaker, clock: Clock, kind: str
+) -> None:
+    fail(breaker, clock, kind, idle=1)
+    clock.now += 60.0
+    assert not fail(breaker, clock, kind, idle=1)
+    assert breaker.judge(last_seen=0.0, idle=0, out=0), "once they are gone it opens at once"
+
+
 def test_a_sign_of_life_starts_the_grace_anew(breaker: Breaker, clock: Clock) -> None:
     fail(breaker, clock)
     clock.now += 1.5
@@ -110,42 +139,45 @@ def test_a_sign_of_life_starts_the_grace_anew(breaker: Breaker, clock: Clock) ->
 def test_an_attempt_without_an_answer_counts_as_failing(breaker: Breaker, clock: Clock) -> None:
     started = clock.now
     clock.now += 2.0
-    assert breaker.overdue(started, psycopg.OperationalError("no answer"), last_seen=0.0)
+    assert overdue(breaker, started)
     assert breaker.state == "open"
     assert breaker.kind == "timeout"
 
 
 def test_an_attempt_has_half_a_second_however_short_the_grace(clock: Clock) -> None:
     breaker, started = Breaker(0.0, clock), clock.now
-    error = psycopg.OperationalError("no answer")
     clock.now += 0.4
-    assert not breaker.overdue(started, error, last_seen=0.0)
+    assert not overdue(breaker, started)
     clock.now += 0.1
-    assert breaker.overdue(started, error, last_seen=0.0)
+    assert overdue(breaker, started)
 
 
 def test_the_last_error_is_one_line(breaker: Breaker, clock: Clock) -> None:
-    breaker.failed(clock.now, Exception("connection\n\tlost"), "refused", last_seen=0.0, out=0)
+    breaker.failed(clock.now, Exception("connection\n\tlost"), "refused", last_seen=0.0)
     assert breaker.last_error == "connection lost"
 
 
 def test_a_slow_attempt_is_no_outage_while_others_come_back(breaker: Breaker, clock: Clock) -> None:
     started = clock.now
     clock.now += 2.0
-    error = psycopg.OperationalError("no answer")
-    assert not breaker.overdue(started, error, last_seen=started + 1.0)
+    assert not overdue(breaker, started, last_seen=started + 1.0)
     assert breaker.state == "closed"
     clock.now += 1.0  # nobody has come back since
-    assert breaker.overdue(started, error, last_seen=started + 1.0)
+    assert overdue(breaker, started, last_seen=started + 1.0)
 
 
 def test_a_slow_failure_counts_from_the_last_sign_of_life(breaker: Breaker, clock: Clock) -> None:
     started = clock.now
     clock.now += 5.0
-    error = psycopg.errors.ConnectionTimeout("connection timeout expired")
-    assert not breaker.failed(started, error, "timeout", last_seen=started + 4.9, out=2)
+    breaker.failed(
+        started,
+        psycopg.errors.ConnectionTimeout("timeout expired"),
+        "timeout",
+        last_seen=started + 4.9,
+    )
+    assert not breaker.judge(last_seen=started + 4.9, idle=0, out=2)
     clock.now += 2.0
-    assert breaker.failed(clock.now, error, "timeout", last_seen=started + 4.9, out=2)
+    assert breaker.judge(last_seen=started + 4.9, idle=0, out=2)
 
 
 def test_a_connection_that_comes_back_healthy_closes_it(breaker: Breaker, clock: Clock) -> None:
@@ -154,6 +186,8 @@ def test_a_connection_that_comes_back_healthy_closes_it(breaker: Breaker, clock:
     assert breaker.state == "open"
     breaker.seen_alive(clock.now + 1.0)
     assert breaker.state == "closed"
+    assert breaker.is_failing, "connecting may still fail, and of what is known"
+    assert breaker.last_error == "failed: password"
 
 
 def test_reset_forgets_everything(breaker: Breaker, clock: Clock) -> None:

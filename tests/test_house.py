@@ -26,7 +26,6 @@ FLOORS = {
         "_books",
         "_supply",
         "_life",
-        "_discard",
         "_checkin",
         "_checkout",
         "_upkeep",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from time import monotonic
@@ -127,21 +126,15 @@ def _enter() -> None:
     """Name what this thread serves from now on."""
     state().processes.start()
     if request.endpoint is not None:
-        thread = threading.get_ident()
-        request.environ[_OUTER] = holders.endpoints.get(thread)
-        holders.endpoints[thread] = request.endpoint
+        who = holders.here.who
+        request.environ[_OUTER], who.endpoint = who.endpoint, request.endpoint
         g.setdefault(_ENDPOINT, request.endpoint)
 
 
 def _leave(exc: BaseException | None) -> None:
     """Name what this thread serves again: requests may nest, as a test client's do."""
-    if _OUTER not in request.environ:
-        return
-    thread, outer = threading.get_ident(), request.environ.pop(_OUTER)
-    if outer is None:
-        holders.endpoints.pop(thread, None)
-    else:
-        holders.endpoints[thread] = outer
+    if _OUTER in request.environ:
+        holders.here.who.endpoint = request.environ.pop(_OUTER)
 
 
 def _end(app: Flask, **extra: Any) -> None:
