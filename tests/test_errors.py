@@ -1,0 +1,60 @@
+"""What can go wrong: exceptions that travel, and what a failure to connect means."""
+
+from __future__ import annotations
+
+import pickle
+
+import psycopg
+import pytest
+
+from dbpool.errors import (
+    CommitUncertain,
+    DatabaseMisconfigured,
+    DatabaseUnavailable,
+    PoolError,
+    PoolExhausted,
+    PoolTimeout,
+    classify,
+    is_permanent,
+)
+from dbpool.metrics import Snapshot
+
+
+@pytest.mark.parametrize("cls", [PoolExhausted, CommitUncertain, PoolError])
+def test_an_error_can_be_pickled(cls: type[PoolError]) -> None:
+    error = cls("all out", pool="replica", snapshot=Snapshot(state="up", size=3))
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is cls
+    assert (str(copy), copy.pool, copy.snapshot) == ("all out", "replica", error.snapshot)
+
+
+@pytest.mark.parametrize("cls", [DatabaseUnavailable, DatabaseMisconfigured])
+def test_an_outage_can_be_pickled(cls: type[DatabaseUnavailable]) -> None:
+    error = cls("gone", pool="default", kind="refused", since=12.5, retry_after=0.25)
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is cls
+    assert isinstance(copy, PoolTimeout)
+    assert (copy.kind, copy.since, copy.retry_after) == ("refused", 12.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        # PgBouncer's words, which need one to be heard for real
+        ("FATAL:  no such user", "role"),
+        ("FATAL:  no such database: shop", "database"),
+        ("FATAL:  no more connections allowed (max_client_conn): too many connections", "saturated"),
+        # PostgreSQL 12 to 15
+        ("FATAL:  remaining connection slots are reserved for non-replication superuser"
+         " connections", "saturated"),
+        ("FATAL:  terminating connection due to administrator command", "shutdown"),
+    ],
+)  # fmt: skip
+def test_what_other_servers_say_is_understood(text: str, kind: str) -> None:
+    assert classify(psycopg.OperationalError(f"connection failed: {text}\nmore")) == kind
+
+
+def test_a_statement_of_the_users_own_that_fails_says_nothing_about_the_conninfo() -> None:
+    assert classify(psycopg.errors.UndefinedTable('relation "t" does not exist')) == "unknown"
+    assert classify(psycopg.ProgrammingError("invalid dsn")) == "conninfo"
+    assert not is_permanent("unknown")

@@ -1,0 +1,76 @@
+"""Waiting for sockets, where the system has `poll` and where it has not."""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from dbpool import Pool
+from dbpool.liveness import PingTimeout, hung_up, ping, readability
+
+
+@pytest.fixture(params=["poll", "select"])
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "select":
+        monkeypatch.delattr(select, "poll")
+    return str(request.param)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_what_was_said_can_be_read_and_so_can_the_end(
+    system: str, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = pair
+    readable = readability(ours.fileno())
+    assert not readable(0)
+    assert not readable(1)
+    theirs.send(b"x")
+    assert readable(0)
+    ours.recv(1)
+    assert not readable(0)
+    theirs.close()
+    assert readable(0)
+
+
+def test_a_socket_that_takes_more_can_be_written_to(
+    system: str, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, _ = pair
+    writable = readability(ours.fileno(), events=4)
+    assert writable(0)
+    ours.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            ours.send(b"x" * 65536)
+    assert not writable(0)
+
+
+def test_who_hung_up_is_found_among_many_where_there_is_poll(
+    system: str, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = pair
+    other, its_peer = socket.socketpair()
+    with other, its_peer:
+        theirs.close()
+        found = hung_up([ours.fileno(), other.fileno()])
+    assert found == ({ours.fileno()} if system == "poll" else set())
+
+
+def test_a_ping_and_a_checkout_need_no_poll(system: str, dsn: str) -> None:
+    with Pool(dsn, ping_after=0.0) as pool:
+        for _ in range(3):
+            assert pool.fetch_value("select 1") == 1
+        with pool.connection() as conn:
+            ping(conn, 1.0)
+            with pytest.raises(PingTimeout):
+                ping(conn, 0.0)
+            conn.close()
