@@ -28,6 +28,7 @@ logger = logging.getLogger("dbpool")
 SCHEMA: Final = 1
 VARIABLE: Final = "DBPOOL_STATS_DIR"
 _EVERY: Final = 1.0  # seconds between two publications
+_PATIENCE: Final = 1.0  # seconds that a publication waits for another of this process
 _MOST: Final = 1024  # files that are read
 _LAST_PID: Final = (1 << 31) - 1
 
@@ -37,6 +38,19 @@ class Pooled(Protocol):
 
     def stats(self) -> Snapshot:
         """Return a snapshot."""
+
+
+class _Life:
+    """What belongs to one process alone: a child inherits no thread, and no lock that is free."""
+
+    def __init__(self) -> None:
+        self.born = time.monotonic()
+        self.starting = threading.Lock()
+        self.is_started = False
+        self.start_at = 0.0  # not before
+        self.stop = threading.Event()
+        # Held from the snapshot until it is written, so that no older one comes after a newer.
+        self.writing = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,45 +109,34 @@ class Processes:
         self._directory = directory
         self._app = re.sub(r"[^A-Za-z0-9_]+", "_", app)
         self._complained: set[str] = set()
-        self._pid = 0
-        self._born = 0.0
-        self._stop = threading.Event()
-        self._starting = threading.Lock()
+        self._lives: dict[int, _Life] = {}
 
     def start(self) -> None:
-        """Publish each second from now on, in a thread of this process. Cheap when it does."""
-        if self._pid == os.getpid():
+        """Publish each second from now on, in a thread of this process. Cheap when it does.
+
+        Without a directory, or when the system has no thread left, that is tried again later.
+        """
+        life = self._life()
+        if life.is_started or time.monotonic() < life.start_at:
             return
-        with self._starting:
-            if self._pid == os.getpid():
-                return
-            self._pid, self._born = os.getpid(), time.monotonic()
-            self._stop = threading.Event()
-        if self._shared() is not None:
-            threading.Thread(
-                target=self._run, args=(self._stop,), name="dbpool-stats", daemon=True
-            ).start()
-            atexit.register(self.close)
+        if life.starting.acquire(blocking=False):  # else another thread does it
+            try:
+                self._start(life)
+            finally:
+                life.starting.release()
 
     def close(self) -> None:
         """Publish for the last time and stop."""
-        if self._pid == os.getpid() and not self._stop.is_set():
-            self._stop.set()
+        life = self._lives.get(os.getpid())
+        if life is not None and not life.stop.is_set():
+            life.is_started = True
+            life.stop.set()
             self.publish()
         atexit.unregister(self.close)
 
     def publish(self) -> bool:
         """Write this process's file; false if that is not possible, which is logged once."""
-        directory = self._shared()
-        if directory is None:
-            return False
-        record = self._own()
-        try:
-            write(directory / f"{self._app}-{record.key}.json", record.to_json())
-        except OSError as ex:
-            self._complain("write", f"cannot write statistics to {directory}: {ex.strerror}")
-            return False
-        return True
+        return self._publish() is not None
 
     def report(self, scope: str = "all") -> dict[str, Any]:
         """Return the statistics as `/stats` shows them, of all processes or of this one.
@@ -141,10 +144,12 @@ class Processes:
         `scope` in the answer says which it is; ages and uptimes are in seconds.
         """
         self.start()
-        shared = scope == "all" and self.publish()
-        own = self._own()
-        archived, others = self._others(own.key) if shared else ({}, [])
-        return _report([own, *others], archived, "all" if shared else "process")
+        # What is told of this process is what the others read, so that theirs is never less.
+        published = self._publish() if scope == "all" else None
+        if published is None:
+            return _report([self._own()], {}, "process")
+        archived, others = self._others(published.key)
+        return _report([published, *others], archived, "all")
 
     def survey(self) -> dict[str, Any] | None:
         """Return the same from outside, without a part in it; None if there is no directory."""
@@ -153,9 +158,50 @@ class Processes:
         archived, others = self._others("")
         return _report(others, archived, "all")
 
+    def _life(self) -> _Life:
+        # setdefault() is atomic: no lock, which a fork could leave locked for ever.
+        return self._lives.get(os.getpid()) or self._lives.setdefault(os.getpid(), _Life())
+
+    def _start(self, life: _Life) -> None:
+        """Start the thread, unless it is. `starting` is held."""
+        if life.is_started:
+            return
+        life.start_at = time.monotonic() + _EVERY
+        if self._shared() is None:
+            return
+        thread = threading.Thread(
+            target=self._run, args=(life.stop,), name="dbpool-stats", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as ex:
+            self._complain("thread", f"cannot be published yet: {ex}")
+            return
+        life.is_started = True
+        atexit.register(self.close)
+
     def _run(self, stop: threading.Event) -> None:
         while not stop.wait(_EVERY):
             self.publish()
+
+    def _publish(self) -> _Record | None:
+        """Write this process's file and return what is in it, None if that is not possible."""
+        directory = self._shared()
+        if directory is None:
+            return None
+        writing = self._life().writing
+        if not writing.acquire(timeout=_PATIENCE):
+            self._complain("stall", f"a write to {directory} takes longer than {_PATIENCE:g} s")
+            return None
+        try:
+            record = self._own()
+            write(directory / f"{self._app}-{record.key}.json", record.to_json())
+        except OSError as ex:
+            self._complain("write", f"cannot write statistics to {directory}: {ex.strerror}")
+            return None
+        finally:
+            writing.release()
+        return record
 
     def _own(self) -> _Record:
         now = time.monotonic()
@@ -163,7 +209,7 @@ class Processes:
             pid=os.getpid(),
             start=start_time(os.getpid()) or "0",
             written=now,
-            uptime=now - self._born,
+            uptime=now - self._life().born,
             pools={text(name): pool.stats() for name, pool in self._databases.items()},
         )
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from dbpool._files import start_time
+from dbpool._files import start_time, write
 from dbpool.metrics import BreakerSnapshot, HolderSnapshot, Metrics, Snapshot
 from dbpool.processes import Processes
 from dbpool.prometheus import expose
@@ -426,6 +427,98 @@ for _ in range(3):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("cannot write statistics") == 1
     assert "Read-only file system" in done.stderr
+
+
+class Growing(Counting):
+    """A pool with one checkout more whenever it is asked."""
+
+    def stats(self) -> Snapshot:
+        self.metrics.checkouts += 1
+        return super().stats()
+
+
+def published(directory: Path) -> int:
+    (own,) = directory.glob("*.json")
+    return checkouts(json.loads(own.read_text()))
+
+
+def test_a_publication_is_never_overwritten_by_an_older_one(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = Processes({"default": Growing()}, directory=directory)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(path: Path, data: object) -> None:
+        monkeypatch.undo()
+        begun.set()
+        assert go_on.wait(30)
+        write(path, data)
+
+    monkeypatch.setattr("dbpool.processes.write", slowly)
+    older = threading.Thread(target=processes.publish)
+    older.start()
+    assert begun.wait(30)
+    last = threading.Thread(target=processes.close)
+    processes.start()
+    last.start()
+    go_on.set()
+    older.join(30)
+    last.join(30)
+    assert published(directory) == 2
+
+
+def test_a_report_says_of_its_process_what_the_others_read(directory: Path) -> None:
+    processes = Processes({"default": Growing()}, directory=directory)
+    assert checkouts(processes.report()) == published(directory)
+    processes.close()
+
+
+def test_a_write_that_hangs_holds_up_no_report(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dbpool.processes._PATIENCE", 0.01)
+    processes = Processes({"default": Counting(5)}, directory=directory)
+    with processes._life().writing:
+        for _ in range(2):
+            assert processes.report()["scope"] == "process"
+    assert len([r for r in caplog.records if "takes longer" in r.message]) == 1
+    assert processes.report()["scope"] == "all"
+    processes.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_child_publishes_although_its_parent_did_when_it_forked(directory: Path) -> None:
+    processes = Processes({"default": Counting(5)}, directory=directory)
+    processes.start()
+    life = processes._life()
+    with life.writing, life.starting:
+        pid = os.fork()
+        if pid == 0:
+            processes.start()
+            is_well = processes.publish() and processes._life().is_started
+            os._exit(0 if is_well else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert checkouts(processes.report()) == 10
+    processes.close()
+
+
+def test_a_system_without_threads_fails_no_request_and_is_asked_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("dbpool.processes._EVERY", 0.01)
+    processes = Processes({"default": Counting(5)}, directory=directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        for _ in range(2):
+            assert checkouts(processes.report()) == 5
+            until(lambda: time.monotonic() >= processes._life().start_at)
+    assert len([r for r in caplog.records if "new thread" in r.message]) == 1
+    processes.start()
+    assert "dbpool-stats" in {thread.name for thread in threading.enumerate()}
+    processes.close()
 
 
 @pytest.mark.parametrize("days", [-1, 1])
