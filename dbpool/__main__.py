@@ -262,7 +262,7 @@ def _directory(given: str | None) -> str | Path | None:
 
 
 def _survey(directory: Path, app: str | None) -> dict[str, Any]:
-    pattern = re.compile(r"(.+)-\d+-\d+\.json|(.+)\.archive")
+    pattern = re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive")
     matches = [pattern.fullmatch(path.name) for path in directory.glob("*")]
     apps = sorted({match[1] or match[2] for match in matches if match})
     if app is None and len(apps) > 1:

@@ -7,6 +7,7 @@ reads them all. What has died is folded into an archive, so that totals never fa
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -31,6 +33,7 @@ _EVERY: Final = 1.0  # seconds between two publications
 _PATIENCE: Final = 1.0  # seconds that a publication waits for another of this process
 _MOST: Final = 1024  # files that are read
 _LAST_PID: Final = (1 << 31) - 1
+_numbers: Final = itertools.count()
 
 
 class Pooled(Protocol):
@@ -59,19 +62,21 @@ class _Record:
 
     pid: int
     start: str
+    number: int  # tells apart the applications of one name in a process
     written: float
     uptime: float
     pools: Mapping[str, Snapshot]
 
     @property
     def key(self) -> str:
-        return f"{self.pid}-{self.start}"
+        return f"{self.pid}-{self.start}-{self.number}"
 
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
             "pid": self.pid,
             "start": self.start,
+            "number": self.number,
             "written": self.written,
             "uptime": self.uptime,
             "pools": {name: snapshot.to_json() for name, snapshot in self.pools.items()},
@@ -84,6 +89,7 @@ class _Record:
             return cls(
                 pid=count(data["pid"], _LAST_PID),
                 start=text(data["start"]),
+                number=count(data["number"]),
                 written=seconds(data["written"]),
                 uptime=seconds(data["uptime"]),
                 pools=_pools_from_json(data["pools"]),
@@ -108,6 +114,7 @@ class Processes:
         self._databases = databases
         self._directory = directory
         self._app = re.sub(r"[^A-Za-z0-9_]+", "_", app)
+        self._number = next(_numbers)
         self._complained: set[str] = set()
         self._lives: dict[int, _Life] = {}
 
@@ -169,9 +176,7 @@ class Processes:
         life.start_at = time.monotonic() + _EVERY
         if self._shared() is None:
             return
-        thread = threading.Thread(
-            target=self._run, args=(life.stop,), name="dbpool-stats", daemon=True
-        )
+        thread = threading.Thread(None, self._run, "dbpool-stats", (life.stop,), daemon=True)
         try:
             thread.start()
         except RuntimeError as ex:
@@ -208,6 +213,7 @@ class Processes:
         return _Record(
             pid=os.getpid(),
             start=start_time(os.getpid()) or "0",
+            number=self._number,
             written=now,
             uptime=now - self._life().born,
             pools={text(name): pool.stats() for name, pool in self._databases.items()},
@@ -300,13 +306,15 @@ def _report(records: list[_Record], pools: dict[str, Snapshot], scope: str) -> d
     """Merge what processes say of themselves with the archive's *pools*."""
     pools = _merged(pools, *(record.pools for record in records))
     now = time.monotonic()
+    # A process is as young as the youngest of its parts: one may be closed.
+    latest = {r.pid: r for r in sorted(records, key=attrgetter("written"))}
     return {
         "schema": SCHEMA,
         "time": time.time(),
         "scope": scope,
         "processes": [
             {"pid": r.pid, "age": max(0.0, now - r.written), "uptime": r.uptime}
-            for r in sorted(records, key=lambda record: record.pid)
+            for _, r in sorted(latest.items())
         ],
         "pools": {name: snapshot.to_json() for name, snapshot in pools.items()},
     }

@@ -249,6 +249,7 @@ def a_record() -> dict[str, Any]:
         "schema": 1,
         "pid": parent,
         "start": start_time(parent),
+        "number": 0,
         "written": 1.0,
         "uptime": 1.0,
         "pools": {"default": snapshot.to_json()},
@@ -543,6 +544,30 @@ def test_two_applications_do_not_mix(processes: Processes, directory: Path) -> N
     assert checkouts(other.report()) == 100
     assert checkouts(processes.report()) == 5
     other.close()
+
+
+def test_two_applications_of_one_name_in_a_process_are_told_as_one(
+    processes: Processes, directory: Path
+) -> None:
+    other = Processes({"default": Counting(100)}, directory=directory)
+    other.publish()
+    for _ in range(2):
+        for each in (processes, other):
+            report = each.report()
+            assert checkouts(report) == 105
+            assert [process["pid"] for process in report["processes"]] == [os.getpid()]
+    other.close()
+
+
+def test_both_applications_of_a_dead_process_are_archived(
+    processes: Processes, directory: Path
+) -> None:
+    for number in (0, 1):
+        record = a_record() | {"pid": 1, "start": "12345", "number": number}
+        (directory / f"app-1-12345-{number}.json").write_text(json.dumps(record))
+    for _ in range(2):
+        assert processes.report()["pools"]["default"]["wait"]["count"] == 2
+    assert list(directory.glob("app-1-*.json")) == []
 
 
 def test_the_exposition_is_accepted_by_both_parsers(processes: Processes) -> None:
