@@ -52,9 +52,9 @@ class Books(ConnectionPool[CT]):
         # wants to check it; what the stock check does is done here anyway.
         is_harmless = self._check in (None, self.check_connection)
         self._trusted = settings.ping_after if is_harmless else -1.0
-        # A class with its own idea of a transaction's end is always asked for it.
-        ends, cls = ("__exit__", "commit", "rollback"), self.connection_class
-        self._plain = all(getattr(cls, name) is getattr(Connection, name) for name in ends)
+        # A class with its own idea of how a block begins or ends is always asked for it.
+        ways, cls = ("__enter__", "__exit__", "commit", "rollback"), self.connection_class
+        self._plain = all(getattr(cls, name) is getattr(Connection, name) for name in ways)
         self._clear()
         self._pid = getpid()
 

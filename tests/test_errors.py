@@ -45,8 +45,7 @@ def test_an_outage_can_be_pickled(cls: type[DatabaseUnavailable]) -> None:
         ("FATAL:  no such database: shop", "database"),
         ("FATAL:  no more connections allowed (max_client_conn): too many connections", "saturated"),
         # PostgreSQL 12 to 15
-        ("FATAL:  remaining connection slots are reserved for non-replication superuser"
-         " connections", "saturated"),
+        ("FATAL:  remaining connection slots are reserved for superusers", "saturated"),
         ("FATAL:  terminating connection due to administrator command", "shutdown"),
     ],
 )  # fmt: skip

@@ -824,3 +824,77 @@ def test_repr_tells_the_state_and_no_secret(dsn: str) -> None:
 def test_public_names_are_importable() -> None:
     for name in dbpool.__all__:
         assert getattr(dbpool, name)
+
+
+def test_a_leak_is_told_of_the_thread_that_left_it_not_of_its_successor(pool: Pool) -> None:
+    def leak() -> Any:
+        return pool.getconn()
+
+    threads: list[threading.Thread] = []
+    held: list[Any] = []
+    culprit = threading.Thread(target=lambda: held.append(leak()), name="culprit")
+    culprit.start()
+    culprit.join()
+    done = threading.Event()
+    for number in range(20):  # one of them gets the culprit's ident
+        threads.append(threading.Thread(target=done.wait, name=f"innocent-{number}"))
+        threads[-1].start()
+    assert [holder.thread for holder in pool.holders()] == ["culprit (ended)"]
+    done.set()
+    for thread in threads:
+        thread.join()
+    pool.putconn(held.pop())
+
+
+def test_resizing_may_be_what_a_wait_is_for(dsn: str) -> None:
+    with Pool(dsn, min_size=1, max_size=9) as pool:
+        pool.wait(10)
+        pool._min_size = 9  # more than it has, and none begun: nothing else would end the wait
+        waiter = threading.Thread(target=pool.wait, args=(20.0,))
+        waiter.start()
+        pool.resize(1, 9)
+        waiter.join(10.0)
+        assert not waiter.is_alive()
+        assert not pool.closed
+
+
+def test_a_class_that_refuses_to_be_entered_keeps_no_slot(dsn: str) -> None:
+    class Refusing(Connection[Any]):
+        def __enter__(self) -> Any:
+            raise RuntimeError("not now")
+
+    with Pool(dsn, max_size=1, connection_class=Refusing) as pool:
+        for _ in range(2):
+            with pytest.raises(RuntimeError) as caught, pool.connection(timeout=5):
+                raise AssertionError("it was entered")
+            assert pool.stats().active == 0, caught
+
+
+def test_waiters_of_a_pool_that_closes_are_counted(dsn: str) -> None:
+    pool = Pool(dsn, max_size=1)
+    conn = pool.getconn()
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            pool.getconn()
+        except PoolClosed as ex:
+            errors.append(ex)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    until(lambda: pool.stats().waiting == 1)
+    pool.close()
+    waiter.join()
+    assert len(errors) == 1
+    assert pool.stats().counters.rejected == 1
+    assert pool.get_stats()["requests_errors"] == 1
+    pool.putconn(conn)
+
+
+def test_the_time_waited_in_vain_is_counted_as_the_parent_does(dsn: str) -> None:
+    with Pool(dsn, max_size=1) as pool, pool.connection():
+        before = pool.get_stats()["requests_wait_ms"]
+        with pytest.raises(PoolExhausted):
+            pool.getconn(timeout=0.2)
+        assert pool.get_stats()["requests_wait_ms"] >= before + 200

@@ -28,6 +28,7 @@ from .steps import (
     fill,
     terminate,
 )
+from .support import within
 
 PID = "select pg_backend_pid()"
 
@@ -147,6 +148,36 @@ def test_terminated_in_its_holders_hands_it_is_not_passed_on(
     await_farewells(pool)
     pool.putconn(conn)
     assert waiter.result() != pid
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize("options", [{}, {"reset": lambda conn: None}])
+def test_terminated_in_its_holders_hands_it_is_not_passed_on_by_the_slow_way_either(
+    own_server: Server, make_pool: Callable[..., Pool], options: dict[str, Any]
+) -> None:
+    pool = make_pool(max_size=1, **options)
+    conn = pool.getconn()
+    pid = conn.info.backend_pid
+    conn.prepare_threshold = 7  # to be put back
+    waiter = Task(pool.fetch_value, PID)
+    until(lambda: pool.stats().waiting)
+    terminate(own_server, [pid])
+    await_farewells(pool)
+    pool.putconn(conn)
+    assert waiter.result() != pid
+    assert_serves_all(pool)
+
+
+def test_check_gives_up_the_silent_ones_together(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=5, max_size=5, ping_timeout=0.5, ping_after=0.0)
+    fill(pool)
+    own_server.freeze(own_server.backends(f"dbpool:{pool.name}"))
+    with within(5 * 0.5):
+        pool.check()
+    assert pool.stats().counters.discarded["dead"] == 5
+    own_server.thaw()
     assert_serves_all(pool)
 
 

@@ -6,6 +6,7 @@ import logging
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -96,6 +97,57 @@ def test_a_wrong_password_is_over_when_the_conninfo_changes(
     password["password"] = SECRET
     await_up(pool)
     assert_serves_all(pool)
+
+
+def test_a_wrong_password_is_tried_ever_less_often(app: Server, make_pool: MakePool) -> None:
+    pool = make_pool(app.conninfo_for(user="app", password="wrong"))
+    assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
+    time.sleep(3.0)  # nothing to wait for: it is about what does not happen
+    # Uniform up to 1, 2, 4, 8, 15 s: eight in three seconds come once in a million times. In an
+    # outage, a dozen and more would be made.
+    assert pool.stats().counters.connect_failures <= 8
+
+
+def test_a_password_changed_on_the_server_is_no_outage_while_a_connection_lives(
+    app: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(app.conninfo_for(user="app", password=SECRET), max_size=2)
+    fill(pool)
+    app.execute("alter role app password 'another'")
+    with pool.connection():
+        waiter = Task(pool.fetch_value, "select 1")
+        until(lambda: pool.stats().counters.connect_failures)
+    assert waiter.result() == 1
+    assert pool.state == "up"
+    conn = pool.getconn()
+    conn.close()
+    pool.putconn(conn)
+    error = Task(pool.getconn, 5.0).error()
+    assert isinstance(error, DatabaseMisconfigured), "with none left it is told at once, and why"
+    assert error.kind == "password"
+    app.execute(f"alter role app password '{SECRET}'")
+    assert pool._probe is not None
+    pool._probe.due = 0.0  # as after up to 15 s
+    pool._schedule(pool._probe)
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+def test_a_secret_in_a_users_own_exception_is_masked_too(
+    app: Server, make_pool: MakePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Talkative(psycopg.Connection[Any]):
+        @classmethod
+        def connect(cls, conninfo: str = "", **kwargs: Any) -> Any:
+            raise RuntimeError(f"cannot connect with {kwargs}")
+
+    pool = make_pool(
+        app.conninfo_for(user="app", password=SECRET), connection_class=Talkative, timeout=0.1
+    )
+    error = Task(pool.getconn).error()
+    assert "cannot connect with" in str(error.__cause__)
+    said = f"{error} {error.__cause__!r} {pool.stats().to_json()} {caplog.text}"
+    assert SECRET not in said
 
 
 def test_a_changed_conninfo_is_seen_within_a_second_however_long_it_was_wrong(

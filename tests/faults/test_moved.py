@@ -188,3 +188,28 @@ def test_a_server_that_was_promoted_since_is_asked_again(
     assert pool.execute("insert into t values (1)") == 1
     assert pool.fetch_value(PID) not in pids
     assert_serves_all(pool)
+
+
+def test_a_moved_primary_is_noticed_where_the_environment_asked_for_one(
+    primary: Server, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(min_size=2, max_size=2)
+    with monkeypatch.context() as environ:
+        environ.setenv("PGTARGETSESSIONATTRS", "read-write")
+        fill(pool)
+    fence(primary)
+    with pytest.raises(ReadOnlySqlTransaction):
+        pool.execute("insert into t values (1)")
+    assert pool.stats().counters.discarded["expired"] >= 1
+
+
+def test_a_transaction_that_cannot_begin_is_not_run_again(
+    standby: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(server=standby, conninfo=standby.conninfo)
+    calls: list[object] = []
+    with pytest.raises(psycopg.errors.FeatureNotSupported):
+        pool.run(calls.append, isolation=psycopg.IsolationLevel.SERIALIZABLE)
+    assert calls == []
+    counters = pool.stats().counters
+    assert (counters.retries, counters.connects) == (0, 1), "the connection is as good as before"

@@ -192,3 +192,66 @@ def test_a_reconnect_failed_that_hangs_is_in_no_other_pools_way(
     finally:
         ends.set()
         down.close()
+
+
+@pytest.mark.parametrize("way", ["returned", "block"])
+def test_returning_what_was_not_used_in_an_outage_is_no_sign_of_life(
+    own_server: Server, make_pool: MakePool, way: str
+) -> None:
+    pool = make_pool(max_size=2, outage_grace=GRACE)
+    block = pool.connection()
+    conn = pool.getconn() if way == "returned" else block.__enter__()
+    own_server.stop("fast")
+    until(lambda: pool.state == "down" or Task(pool.getconn).error() is None)
+    if way == "returned":
+        pool.putconn(conn)
+    else:
+        block.__exit__(None, None, None)
+    with within(GRACE), pytest.raises(DatabaseUnavailable):
+        pool.getconn()
+    assert pool.state == "down"
+    own_server.start()
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+def test_who_waits_when_the_breaker_opens_is_counted_and_told_of(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    heard = Recorder()
+    pool = make_pool(max_size=2, outage_grace=GRACE, listeners=[heard])
+    own_server.stop("fast")
+    callers = [Task(pool.getconn) for _ in range(5)]
+    assert all(isinstance(caller.error(), DatabaseUnavailable) for caller in callers)
+    counters, parents = pool.stats().counters, pool.get_stats()
+    assert (counters.rejected, counters.timeouts, counters.circuit_opened) == (5, 0, 1)
+    assert (parents["requests_num"], parents["requests_errors"]) == (5, 5)
+    until(lambda: heard.count(events.Rejected) == 5)
+    own_server.start()
+    await_up(pool)
+
+
+def test_rare_callers_of_a_pool_without_a_minimum_hear_of_an_outage_at_once(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(min_size=0, max_size=2, timeout=0.1, outage_grace=GRACE)
+    own_server.stop("fast")
+    assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
+    until(lambda: pool.state == "down")  # although nobody waits
+    own_server.start()
+    await_up(pool)
+
+
+def test_a_callback_that_ends_its_thread_does_not_end_the_pool(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    def give_up(*_: object) -> None:
+        raise SystemExit
+
+    pool = make_pool(reset=give_up, reconnect_failed=give_up, reconnect_timeout=0.0, max_size=2)
+    for _ in range(2 * len(pool._workers) + 4):  # each return is reset in a worker
+        assert pool.fetch_value("select 1") == 1
+    own_server.restart("fast")
+    assert pool.fetch_value("select 1") == 1
+    assert all(worker.is_alive() for worker in pool._workers)
+    until(lambda: pool.stats().active == 0)

@@ -166,3 +166,19 @@ def test_a_full_server_that_restarts_is_one_outage_like_any(
     assert pool.fetch_value("select 1") == 1
     assert time.monotonic() - began < 10.0
     assert_serves_all(pool)
+
+
+def test_a_full_server_is_no_outage_while_idle_connections_live(
+    small: Server, crowd: Crowd, make_pool: MakePool
+) -> None:
+    crowd.take(ROOM - 3)
+    pool = make_pool(
+        small.conninfo_for(user="app"), server=small, min_size=6, max_size=6, outage_grace=GRACE
+    )
+    pool.open()
+    until(lambda: pool.stats().idle == 3 and pool.breaker.failing_for > 3 * GRACE)
+    assert pool.state == "up"
+    assert pool.stats().counters.circuit_opened == 0
+    assert pool.fetch_value("select 1") == 1
+    crowd.leave()
+    assert_serves_all(pool)
