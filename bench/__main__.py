@@ -7,6 +7,8 @@ import importlib
 import logging
 import sys
 
+from bench._report import Missing, Table
+
 ALL = ("checkout", "query", "contention", "spike", "scaling", "web", "observe", "recovery")
 
 # What is drawn of each: the value, what it is multiplied by, and the unit it is then in.
@@ -33,19 +35,27 @@ def main() -> int:
     if unknown := sorted(set(arguments.names) - set(ALL)):
         parser.error(f"there is no benchmark {unknown[0]!r}")
     logging.disable()  # the peers' complaints about what is done to them
+    missing = 0
     for name in arguments.names or ALL:
+        print(f"{name}:", flush=True)
         try:
-            module = importlib.import_module(f"bench.{name}")
+            table = importlib.import_module(f"bench.{name}").run(arguments.quick)
+        except Missing as ex:
+            print(f"left out: {ex}\n", flush=True)
+            missing = 1
         except ModuleNotFoundError as ex:
             print(f"bench: {ex.name} is missing: pip install -r bench/requirements.txt")
             return 1
-        print(f"{name}:", flush=True)
-        table = module.run(arguments.quick)
-        print(f"\n{table.as_markdown()}\n", flush=True)
-        if not arguments.quick:
-            print(f"written to {table.save()}\n", flush=True)
-            table.plot(*PLOTS[name])
-    return 0
+        else:
+            _show(table, name, write=not arguments.quick)
+    return missing
+
+
+def _show(table: Table, name: str, *, write: bool) -> None:
+    print(f"\n{table.as_markdown()}\n", flush=True)
+    if write:
+        print(f"written to {table.save()}\n", flush=True)
+        table.plot(*PLOTS[name])
 
 
 if __name__ == "__main__":

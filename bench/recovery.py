@@ -62,9 +62,9 @@ def run(quick: bool) -> Table:
         ):
             conninfo = server.conninfo_for(**params)
             compare(partial(_refused, conninfo), fit, {f"wrong {kind}": _seconds_and_error})
-        title = "all frozen, timeout 2: call; after thaw"
+        title = "all frozen, idle for 60 s, timeout 2: call; after thaw"
         compare(partial(_frozen, server), those, {title: _call_and_after})
-        title = "10 idle, network silent: first answer"
+        title = "10 idle for 60 s, network silent: first answer"
         compare(partial(_silent, server), those, {title: _first})
         title = "100 dead: until one is served"
         compare(partial(_many_dead, server), those, {title: _first_and_errors})

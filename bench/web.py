@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from bench._measure import one_cpu, spread
-from bench._report import Cell, Table
+from bench._report import Cell, Missing, Table
 from tests.postgres import Server, free_port, until
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ def run(quick: bool) -> Table:
     """
     table = Table("web", "Requests per second", ["requests/s"])
     if shutil.which("wrk") is None:
-        raise ModuleNotFoundError("wrk", name="wrk (apt-get install wrk), which")
+        raise Missing("it needs wrk, which Debian has: apt-get install wrk")
     seconds, rounds = (1, 1) if quick else (3, 9)
     views = list(VIEWS)[: 5 if quick else None]
     found: dict[str, list[float]] = {name: [] for name in views}
