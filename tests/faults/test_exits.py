@@ -183,6 +183,7 @@ def test_a_pool_whose_opening_was_interrupted_opens_again(own_server: Server, sc
                 sys.setprofile(None)
                 signal.raise_signal(signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     starts = []
     sys.setprofile(interrupt)
     try:
