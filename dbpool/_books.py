@@ -14,7 +14,6 @@ from time import monotonic, time
 from typing import Any
 
 import psycopg
-from psycopg import Connection
 from psycopg_pool import ConnectionPool
 from psycopg_pool.abc import CT
 
@@ -40,6 +39,7 @@ class Books(ConnectionPool[CT]):
 
     _pool: deque[Any]
     _waiting: deque[Waiter]  # type: ignore[assignment]  # ours instead of WaitingClient
+    _plain: bool  # whether blocks begin and end as psycopg's; known once open
 
     def __init__(
         self, settings: Settings, listeners: Emitter, conninfo: Any, **options: Any
@@ -52,9 +52,6 @@ class Books(ConnectionPool[CT]):
         # wants to check it; what the stock check does is done here anyway.
         is_harmless = self._check in (None, self.check_connection)
         self._trusted = settings.ping_after if is_harmless else -1.0
-        # A class with its own idea of how a block begins or ends is always asked for it.
-        ways, cls = ("__enter__", "__exit__", "commit", "rollback"), self.connection_class
-        self._plain = all(getattr(cls, name) is getattr(Connection, name) for name in ways)
         self._clear()
         self._pid = getpid()
 

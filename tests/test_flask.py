@@ -695,8 +695,9 @@ class Undone(psycopg.Connection[Any]):
 def test_an_applications_tests_may_be_rolled_back(make_app: MakeApp, dsn: str) -> None:
     with Pool(dsn) as plain:
         plain.execute("create table t (id int)")
-        app = make_app(dsn, db=DBPool(connection_class=Undone), DBPOOL_MAX_SIZE=1)
+        app = make_app(dsn, DBPOOL_MAX_SIZE=1)
         pool = app.extensions["dbpool"].databases.default
+        pool.connection_class = Undone
         with pool.connection():
             pass
         pool.execute("insert into t values (1)")
