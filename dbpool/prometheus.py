@@ -1,6 +1,6 @@
 """The merged statistics for Prometheus, named after OpenTelemetry's `db.client.connection.*`.
 
-Needs the extra `prometheus`.
+What is not among those begins with `dbpool_`. Needs the extra `prometheus`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _POOL: Final = "pool_name"
 # Every fourth of our bounds, two to a decade: enough to see, and few enough to keep.
 _EVERY: Final = 4
 _SIZES: Final = {
-    "max": ("max_size", "Connections allowed at most"),
-    "idle_min": ("min_size", "Connections kept at least"),
-    "pending_requests": ("waiting", "Callers waiting for a connection"),
-    "connecting": ("connecting", "Connections being made, back-off included"),
+    "db_client_connection_max": ("max_size", "Connections allowed at most"),
+    "db_client_connection_idle_min": ("min_size", "Connections kept at least"),
+    "db_client_connection_pending_requests": ("waiting", "Callers waiting for a connection"),
+    "dbpool_connecting": ("connecting", "Connections being made, back-off included"),
 }
 _TIMES: Final = {
     "create_time": ("connect", "Time it took to make a connection"),
@@ -42,15 +42,15 @@ _TIMES: Final = {
     "use_time": ("use", "Time between obtaining a connection and returning it"),
 }
 _TOTALS: Final = {
-    "checkouts": ("checkouts", "Connections handed out"),
-    "timeouts": ("timeouts", "Callers that got no connection in time"),
-    "rejected": ("rejected", "Callers refused without waiting"),
-    "connects": ("connects", "Connections made"),
-    "connect_failures": ("connect_failures", "Failed attempts to connect"),
-    "retries": ("retries", "Transactions run again"),
-    "leaks": ("leaks", "Connections held for longer than leak_after"),
-    "returned_late": ("returned_late", "Leaked connections returned after all"),
-    "circuit_opened": ("circuit_opened", "Times the breaker opened"),
+    "dbpool_checkouts": ("checkouts", "Connections handed out"),
+    "db_client_connection_timeouts": ("timeouts", "Callers that got no connection in time"),
+    "dbpool_rejected": ("rejected", "Callers refused without waiting"),
+    "dbpool_connects": ("connects", "Connections made"),
+    "dbpool_connect_failures": ("connect_failures", "Failed attempts to connect"),
+    "dbpool_retries": ("retries", "Transactions run again"),
+    "dbpool_leaks": ("leaks", "Connections held for longer than leak_after"),
+    "dbpool_returned_late": ("returned_late", "Leaked connections returned after all"),
+    "dbpool_circuit_opened": ("circuit_opened", "Times the breaker opened"),
 }
 
 
@@ -65,12 +65,12 @@ class PoolCollector(Collector):
         """Yield the metric families; all times are in seconds."""
         yield self._count()
         for name, (field, about) in _SIZES.items():
-            gauge = GaugeMetricFamily(f"db_client_connection_{name}", about, labels=[_POOL])
+            gauge = GaugeMetricFamily(name, about, labels=[_POOL])
             for pool, snapshot in self._pools.items():
                 gauge.add_metric([pool], getattr(snapshot, field))
             yield gauge
         for name, (field, about) in _TOTALS.items():
-            counter = CounterMetricFamily(f"db_client_connection_{name}", about, labels=[_POOL])
+            counter = CounterMetricFamily(name, about, labels=[_POOL])
             for pool, snapshot in self._pools.items():
                 counter.add_metric([pool], getattr(snapshot.counters, field))
             yield counter
@@ -98,7 +98,7 @@ class PoolCollector(Collector):
 
     def _discarded(self) -> Metric:
         counter = CounterMetricFamily(
-            "db_client_connection_discarded", "Connections given up", labels=[_POOL, "reason"]
+            "dbpool_discarded", "Connections given up", labels=[_POOL, "reason"]
         )
         for pool, snapshot in self._pools.items():
             for reason in REASONS:
