@@ -58,8 +58,7 @@ def _optional(read: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _total(values: Iterable[int]) -> int:
-    # Within bounds, so that what was merged can be read again. Still associative.
-    return min(sum(values), _MOST)
+    return min(sum(values), _MOST)  # can be read again, and is still associative
 
 
 def _sums(names: Sequence[str], parts: Sequence[Any]) -> dict[str, Any]:
@@ -71,36 +70,46 @@ def _sums(names: Sequence[str], parts: Sequence[Any]) -> dict[str, Any]:
 class Histogram:
     """How long something took, in seconds: counts by bucket, their sum and maximum."""
 
-    __slots__ = ("counts", "max", "sum")
+    __slots__ = ("counts", "max", "ns")
 
     def __init__(self) -> None:
         self.counts = [0] * _BUCKETS
-        self.sum = 0.0
+        self.ns = 0  # whole ones: a sum of floats may fall when their order changes
         self.max = 0.0
+
+    @property
+    def sum(self) -> float:
+        """Their sum in seconds."""
+        return self.ns / 1e9
 
     def add(self, seconds: float) -> None:
         """Count one duration."""
         self.counts[bisect_left(BOUNDS, seconds)] += 1
-        self.sum += seconds
+        self.ns += int(seconds * 1e9)
         if seconds > self.max:
             self.max = seconds
 
     def snapshot(self, pending: Iterable[float] = ()) -> HistogramSnapshot:
         """Return a copy, with durations counted that are not added yet."""
         copy = Histogram()
-        copy.counts, copy.sum, copy.max = self.counts[:], self.sum, self.max
+        copy.counts, copy.ns, copy.max = self.counts[:], self.ns, self.max
         for seconds in pending:
             copy.add(seconds)
-        return HistogramSnapshot(tuple(copy.counts), copy.sum, copy.max)
+        return HistogramSnapshot(tuple(copy.counts), copy.ns, copy.max)
 
 
 @dataclass(frozen=True, slots=True)
 class HistogramSnapshot:
-    """An immutable histogram: counts by bucket of `BOUNDS`, sum and maximum in seconds."""
+    """An immutable histogram: counts by bucket of `BOUNDS`, sum in nanoseconds, maximum."""
 
     counts: tuple[int, ...] = (0,) * _BUCKETS
-    sum: float = 0.0
+    ns: int = 0
     max: float = 0.0
+
+    @property
+    def sum(self) -> float:
+        """How long all took together, in seconds."""
+        return self.ns / 1e9
 
     @property
     def count(self) -> int:
@@ -123,19 +132,18 @@ class HistogramSnapshot:
         parts = (self, *others)
         return HistogramSnapshot(
             counts=tuple(map(_total, zip(*(part.counts for part in parts), strict=True))),
-            sum=sum(part.sum for part in parts),
+            ns=_total(part.ns for part in parts),
             max=max(part.max for part in parts),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return count, sum, max and quantiles; `buckets` counts by `BOUNDS` up to the last."""
+        """Return count, sums, max and quantiles; `buckets` counts by `BOUNDS` up to the last."""
         return {
             "count": self.count,
             "sum": self.sum,
+            "sum_ns": self.ns,
             "max": self.max,
-            "p50": self.quantile(0.50),
-            "p95": self.quantile(0.95),
-            "p99": self.quantile(0.99),
+            **{f"p{percent}": self.quantile(percent / 100) for percent in (50, 95, 99)},
             "buckets": _trimmed(self.counts),
         }
 
@@ -147,7 +155,7 @@ class HistogramSnapshot:
             if len(counts) > _BUCKETS:
                 raise ValueError("this histogram has other buckets")
             counts += (0,) * (_BUCKETS - len(counts))
-            return cls(counts, seconds(data["sum"]), seconds(data["max"]))
+            return cls(counts, count(data["sum_ns"]), seconds(data["max"]))
         except (KeyError, TypeError) as ex:
             raise ValueError("this is no histogram") from ex
 
@@ -200,12 +208,9 @@ class BreakerSnapshot:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BreakerSnapshot:
         """Rebuild from what `to_json` made."""
-        return cls(
-            state=_BREAKERS[_BREAKERS.index(data["state"])],
-            since=_optional(seconds, data["since"]),
-            last_error=_optional(text, data["last_error"]),
-            retry_after=_optional(seconds, data["retry_after"]),
-        )
+        state = _BREAKERS[_BREAKERS.index(data["state"])]
+        since, left = _optional(seconds, data["since"]), _optional(seconds, data["retry_after"])
+        return cls(state, since, _optional(text, data["last_error"]), left)
 
     def _gravity(self) -> tuple[int, float, str, float]:
         since = float("-inf") if self.since is None else -self.since
@@ -265,14 +270,12 @@ class Snapshot:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON types; times in seconds."""
-        data: dict[str, Any] = {"state": self.state}
-        data |= {name: getattr(self, name) for name in _SIZES}
         counters = {name: getattr(self.counters, name) for name in _COUNTS}
-        return data | {
+        return {
+            "state": self.state,
+            **{name: getattr(self, name) for name in _SIZES},
             "counters": counters | {"discarded": dict(self.counters.discarded)},
-            "wait": self.wait.to_json(),
-            "use": self.use.to_json(),
-            "connect": self.connect.to_json(),
+            **{name: getattr(self, name).to_json() for name in _TIMES},
             "breaker": asdict(self.breaker),
             "holders": [asdict(holder) for holder in self.holders],
         }
@@ -281,22 +284,22 @@ class Snapshot:
     def from_json(cls, data: Mapping[str, Any]) -> Snapshot:
         """Rebuild from what `to_json` made; raise `ValueError` for anything else."""
         try:
+            parts: dict[str, Any] = {name: count(data[name]) for name in _SIZES}
+            parts |= {name: HistogramSnapshot.from_json(data[name]) for name in _TIMES}
             return cls(
                 state=_STATES[_STATES.index(data["state"])],
-                **{name: count(data[name]) for name in _SIZES},
                 counters=Counters.from_json(data["counters"]),
-                wait=HistogramSnapshot.from_json(data["wait"]),
-                use=HistogramSnapshot.from_json(data["use"]),
-                connect=HistogramSnapshot.from_json(data["connect"]),
                 breaker=BreakerSnapshot.from_json(data["breaker"]),
                 holders=tuple(map(HolderSnapshot.from_json, data["holders"])),
+                **parts,
             )
         except (KeyError, TypeError) as ex:
             raise ValueError("this is no snapshot") from ex
 
 
 _COUNTS: Final = tuple(f.name for f in fields(Counters) if f.name != "discarded")
-_PARTS: Final = ("counters", "wait", "use", "connect", "breaker")
+_TIMES: Final = ("wait", "use", "connect")
+_PARTS: Final = ("counters", *_TIMES, "breaker")
 _SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", "max_size")
 
 
@@ -316,9 +319,7 @@ class Metrics:
         self.connects = self.connect_failures = 0
         self.dead = self.expired = self.broken = self.idle = self.collected = 0
         self.retries = self.leaks = self.returned_late = self.circuit_opened = 0
-        self.wait = Histogram()
-        self.use = Histogram()
-        self.connect = Histogram()
+        self.wait, self.use, self.connect = Histogram(), Histogram(), Histogram()
 
     def count_ended(self) -> None:
         """Count the checkouts that ended."""

@@ -48,7 +48,7 @@ time.sleep(60)
 """
 
 
-DERIVED = {"count", "p50", "p95", "p99"}  # nobody reads them back
+DERIVED = {"count", "sum", "p50", "p95", "p99"}  # nobody reads them back
 
 
 class Counting:
@@ -582,4 +582,4 @@ def test_the_exposition_is_accepted_by_both_parsers(processes: Processes) -> Non
     body, content_type = expose(report, "application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
     modern = {f.name: f for f in openmetrics.text_string_to_metric_families(body.decode())}  # type: ignore[no-untyped-call]
-    assert modern["db_client_connection_checkouts"].samples[0].value == 5
+    assert modern["dbpool_checkouts"].samples[0].value == 5
