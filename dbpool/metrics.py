@@ -173,7 +173,9 @@ class Counters:
     leaks: int = 0
     returned_late: int = 0
     circuit_opened: int = 0
-    discarded: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    discarded: Mapping[str, int] = field(
+        default_factory=lambda: dict.fromkeys(REASONS, 0), hash=False
+    )
 
     def merge(self, *others: Counters) -> Counters:
         """Return the sums."""
@@ -186,10 +188,8 @@ class Counters:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Counters:
         """Rebuild from what `to_json` made."""
-        return cls(
-            **{name: count(data[name]) for name in _COUNTS},
-            discarded={name: count(data["discarded"][name]) for name in REASONS},
-        )
+        discarded = {name: count(data["discarded"][name]) for name in REASONS}
+        return cls(**{name: count(data[name]) for name in _COUNTS}, discarded=discarded)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,7 @@ def test_merging_is_commutative_and_adds_up(a: Snapshot, b: Snapshot) -> None:
 def test_nothing_is_lost_in_json(snapshot: Snapshot) -> None:
     data = json.loads(json.dumps(snapshot.to_json()))
     assert Snapshot.from_json(data) == snapshot
+    assert hash(Snapshot.from_json(data)) == hash(snapshot)
 
 
 @given(snapshots())
