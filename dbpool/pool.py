@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from operator import attrgetter, methodcaller
 from time import monotonic
 from types import FrameType, TracebackType
-from typing import Any, Final, Generic, TypeVar, overload
+from typing import Any, Final, Generic, TypeVar, Unpack, overload
 
 import psycopg
 from psycopg import Connection, Cursor
@@ -19,6 +19,7 @@ from psycopg_pool.abc import CT, ConninfoParam
 
 from dbpool import _fork, holders
 from dbpool._fork import close_all
+from dbpool._options import Options
 from dbpool._run import Runner
 from dbpool.errors import ConfigError
 from dbpool.events import Emitter
@@ -73,6 +74,7 @@ class Pool(Runner[CT]):
     - `timeout` covers the whole acquisition; at 0 an idle connection is still handed out,
       after a look alone;
     - `PoolTimeout` comes as `PoolExhausted` or `DatabaseUnavailable`, in an outage at once;
+    - `close` takes 2 s at most by default, whatever hangs; the name is `default`;
     - connects are tried again until they succeed; `reconnect_failed` is called once per
       outage, after `reconnect_timeout` seconds;
     - lifetime is enforced at checkout too; what a user changed on a connection (autocommit,
@@ -90,14 +92,15 @@ class Pool(Runner[CT]):
         *,
         settings: Settings | None = None,
         listeners: Iterable[Any] = (),
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        chosen = {name: options.pop(name) for name in _SETTINGS & options.keys()}
-        if unknown := sorted(options.keys() - _OPTIONS.keys()):
+        given: dict[str, Any] = {**options}
+        chosen = {name: given.pop(name) for name in _SETTINGS & given.keys()}
+        if unknown := sorted(given.keys() - _OPTIONS.keys()):
             raise ConfigError(f"Pool() has no option {unknown[0]!r}")
-        options = {**_OPTIONS, **options}
-        opening = options.pop("open")
-        settings = _settings(conninfo, settings, chosen, options["kwargs"])
+        rest = {**_OPTIONS, **given}
+        opening = rest.pop("open")
+        settings = _settings(conninfo, settings, chosen, rest["kwargs"])
         super().__init__(
             settings,
             Emitter(listeners),
@@ -109,7 +112,7 @@ class Pool(Runner[CT]):
             max_waiting=settings.max_waiting,
             max_lifetime=settings.max_lifetime,
             max_idle=settings.max_idle,
-            **options,
+            **rest,
         )
         self._lazy = opening is None
         _fork.register(self)
@@ -141,7 +144,9 @@ class Pool(Runner[CT]):
         """Run one statement in one round trip and return its rows.
 
         It runs in autocommit, or in a transaction if the connection is set up with an
-        isolation level, read only or deferrable. It is never sent twice.
+        isolation level, read only or deferrable. It is never sent twice. A statement that
+        returns no rows is done all the same, and raises `psycopg.ProgrammingError`: that is
+        what `execute` is for.
         """
         return self._single(query, params, row_factory, _fetch_all, sys._getframe(1))
 
@@ -163,7 +168,10 @@ class Pool(Runner[CT]):
         return None if row is None else row[0]
 
     def execute(self, query: Query, params: Params | None = None) -> int:
-        """Run one statement like `fetch_all`, and return the number of rows it touched."""
+        """Run one statement like `fetch_all`, and return the number of rows it touched.
+
+        That is -1 for a statement that has no such number, as in psycopg.
+        """
         return self._single(query, params, None, _row_count, sys._getframe(1))
 
     def _single(

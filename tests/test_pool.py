@@ -145,7 +145,7 @@ def test_one_thread_watches_over_all_pools(dsn: str) -> None:
 
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_sise"):
-        Pool("host=localhost", max_sise=3)
+        Pool("host=localhost", max_sise=3)  # type: ignore[call-arg]
 
 
 def test_the_parents_name_is_taken(dsn: str) -> None:

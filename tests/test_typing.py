@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from psycopg_pool import ConnectionPool
+
+from dbpool import Settings
+from dbpool._options import Options
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +37,8 @@ def insert(conn: psycopg.Connection, number: int) -> str:
 
 def library(pool: ConnectionPool[psycopg.Connection[tuple[Any, ...]]]) -> None: ...
 
+
+tuned = dbpool.Pool("", max_size=4, ping_after="10s", outage_grace=1, kwargs={"autocommit": True})
 
 with dbpool.Pool() as pool:
     reveal_type(pool)  # Pool[Connection[tuple[Any, ...]]]
@@ -81,6 +89,8 @@ pool.conection()  # attr-defined
 pool.fetch_all(1)  # call-overload
 pool.execute("select 1").fetchall()  # attr-defined
 pool.close("now")  # arg-type
+dbpool.Pool(max_sise=3)  # call-arg
+dbpool.Pool(ping_after=None)  # arg-type
 dbpool.Databases()  # call-arg
 create_blueprint(authorize=True)  # arg-type
 """
@@ -130,3 +140,9 @@ def test_a_user_is_told_of_mistakes(mypy: str) -> None:
         if "  # " in line
     }
     assert found == expected
+
+
+def test_the_options_are_the_settings_and_what_the_parent_takes() -> None:
+    parents = inspect.signature(ConnectionPool.__init__).parameters.keys() - {"self", "conninfo"}
+    settings = {field.name for field in fields(Settings)} - {"conninfo", "explicit"}
+    assert Options.__annotations__.keys() == parents | settings

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 from flask import (
     Flask,
@@ -19,6 +19,7 @@ from flask import (
 )
 
 from dbpool import holders
+from dbpool._options import Options
 from dbpool._values import find_dotenv
 from dbpool.databases import Databases, settings_from_config
 from dbpool.flask._errors import register_error_handlers
@@ -54,7 +55,7 @@ class DBPool:
     """
 
     def __init__(
-        self, app: Flask | None = None, *, listeners: Iterable[Any] = (), **options: Any
+        self, app: Flask | None = None, *, listeners: Iterable[Any] = (), **options: Unpack[Options]
     ) -> None:
         self._listeners = tuple(listeners)
         self._options = options
