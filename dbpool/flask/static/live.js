@@ -112,7 +112,10 @@ async function refresh() {
 
 const isPaused = () => byId("pause").getAttribute("aria-pressed") === "true";
 
-byId("pause").addEventListener("click", () => byId("pause").setAttribute("aria-pressed", String(!isPaused())));
+byId("pause").addEventListener("click", () => {
+  byId("pause").setAttribute("aria-pressed", String(!isPaused()));
+  if (isPaused()) byId("summary").textContent = "paused";
+});
 
 async function run() {
   if (!document.hidden && !isPaused()) await refresh();
