@@ -80,6 +80,7 @@ def test_connections_that_are_there_are_lent_while_connects_fail(
     assert load.errors == []
     _mend(proxy)
     until(lambda: not pool.breaker.is_failing)
+    await_up(pool)
     assert_serves_all(pool)
 
 
