@@ -146,13 +146,17 @@ class Books(ConnectionPool[CT]):
     def _active(self) -> int:
         return self._nconns - len(self._pool) - self._connecting
 
+    def _extra(self, event: str, **fields: object) -> dict[str, object]:
+        """What a line of the log carries for who collects them."""
+        return {"dbpool": {"pool": self.name, "event": event, **fields}}
+
     def _tell_down(self, opened: events.CircuitOpened) -> None:
         logger.error(
             "pool %r: the database is unavailable (%s): %s",
             self.name,
             opened.kind,
             opened.error,
-            extra={"dbpool": {"pool": self.name, "event": "circuit_opened", "kind": opened.kind}},
+            extra=self._extra("circuit_opened", kind=opened.kind),
         )
         if self.listeners.active:
             self.listeners.emit(opened)
@@ -162,7 +166,7 @@ class Books(ConnectionPool[CT]):
             "pool %r: the database is back after %.1f s",
             self.name,
             seconds,
-            extra={"dbpool": {"pool": self.name, "event": "circuit_closed", "seconds": seconds}},
+            extra=self._extra("circuit_closed", seconds=seconds),
         )
         if self.listeners.active:
             self.listeners.emit(events.CircuitClosed(self.name, seconds))

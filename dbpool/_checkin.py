@@ -99,6 +99,7 @@ class Checkin(Life[CT]):
             self.name,
             seconds,
             where,
+            extra=self._extra("returned_late", seconds=seconds, where=where),
         )
         if self.listeners.active:
             self.listeners.emit(events.ReturnedLate(self.name, seconds, where))
@@ -194,4 +195,5 @@ class Checkin(Life[CT]):
             " it was checked out at %s",
             self.name,
             slot.where(),
+            extra=self._extra("discarded", reason="collected", where=slot.where()),
         )

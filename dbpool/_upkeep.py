@@ -6,6 +6,7 @@ Part of the one place that touches protected members of psycopg_pool, see `_supp
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import asdict
 from time import monotonic
 from typing import Any
 
@@ -93,6 +94,7 @@ class Upkeep(Checkout[CT]):
                     holder.thread,
                     holder.where,
                     stack or "(its thread has ended)",
+                    extra=self._extra("leaked", holder=asdict(holder)),
                 )
                 if self.listeners.active:
                     self.listeners.emit(events.Leaked(self.name, holder, stack))
@@ -128,7 +130,11 @@ class Upkeep(Checkout[CT]):
         is_news = standby != slot.standby or (slot.read_write and not conn.read_only)
         if is_news and (now := monotonic()) >= self._moved_at + _MOVED_PAUSE:
             self._moved_at = now
-            logger.warning("pool %r: the primary has moved, replacing connections", self.name)
+            logger.warning(
+                "pool %r: the primary has moved, replacing connections",
+                self.name,
+                extra=self._extra("moved"),
+            )
             self.drain()
 
     def check(self) -> None:

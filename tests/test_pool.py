@@ -456,8 +456,13 @@ def test_a_leak_is_reported_once_with_the_holders_stack(
         assert "in until" in leaks()[0]
         pool.putconn(conn)
         assert "came back after" in caplog.messages[-1]
-        assert pool.stats().counters.leaks == 1
+        counters = pool.stats().counters
+        assert (counters.leaks, counters.returned_late) == (1, 1)
     assert len(leaks()) == 1
+    extras = [vars(record)["dbpool"] for record in caplog.records if "dbpool" in vars(record)]
+    assert [extra["event"] for extra in extras] == ["leaked", "returned_late"]
+    assert extras[0]["pool"] == "default"
+    assert extras[0]["holder"]["thread"] == "MainThread"
 
 
 # What a user changed
