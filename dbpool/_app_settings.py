@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dbpool._values import find, flag, read_layers, secret, secret_of, words
+from dbpool._values import find, flag, read_layers, secret, secret_of, shown, words
 from dbpool.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ class AppSettings:
 
     def __post_init__(self) -> None:
         if self.details not in ("token", "always"):
-            raise ConfigError(f"DBPOOL_DETAILS must be token or always, not {self.details!r}")
+            raise ConfigError(f"DBPOOL_DETAILS must be token or always, not {shown(self.details)}")
 
     @classmethod
     def from_env(
@@ -53,5 +53,5 @@ class AppSettings:
             token=secret(token_file, "DBPOOL_TOKEN_FILE") if token_file else token,
             details=str(find(layers, "DBPOOL_DETAILS") or "token"),
             stats_dir=find(layers, "DBPOOL_STATS_DIR"),
-            error_handlers=flag(find(layers, "DBPOOL_ERROR_HANDLERS")),
+            error_handlers=flag(find(layers, "DBPOOL_ERROR_HANDLERS"), "DBPOOL_ERROR_HANDLERS"),
         )

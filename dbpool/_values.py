@@ -80,33 +80,39 @@ def words(value: Any) -> tuple[str, ...]:
     return tuple(word for word in (str(part).strip() for part in parts) if word)
 
 
-def flag(value: Any) -> bool:
-    """Return a switch that is on unless it is set off."""
+def flag(value: Any, name: str) -> bool:
+    """Return the switch called *name*, which is on unless it is set off."""
     if value is None or isinstance(value, bool):
         return value is not False
     if str(value).lower() in ("1", "true", "yes", "on"):
         return True
     if str(value).lower() in ("0", "false", "no", "off"):
         return False
-    raise ConfigError(f"DBPOOL_ERROR_HANDLERS must be true or false, not {value!r}")
+    raise ConfigError(f"{name} must be true or false, not {shown(value)}")
 
 
 def number(value: Any, spec: Any, known_as: str) -> float | int:
     """Convert a size or a duration; the error names field and variable."""
     whole = spec.type == "int"
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ConfigError(f"{known_as} must be a number, not {value!r}")
+        raise ConfigError(f"{known_as} must be a number, not {shown(value)}")
     if isinstance(value, str):
         match = _DURATION.fullmatch(value)
         if match is None or (spec.name in _SIZES and not value.strip().isdecimal()):
             hint = "a whole number" if spec.name in _SIZES else 'a time such as "500ms" or "30s"'
-            raise ConfigError(f"{known_as} must be {hint}, not {value!r}")
+            raise ConfigError(f"{known_as} must be {hint}, not {shown(value)}")
         value = float(match[1]) * _UNITS[match[2]]
     if not math.isfinite(value) or value < 0:
         raise ConfigError(f"{known_as} must be 0 or more, not {value!r}")
     if whole and value != int(value):
         raise ConfigError(f"{known_as} must be a whole number, not {value!r}")
     return int(value) if whole else float(value)
+
+
+def shown(value: object) -> str:
+    """Return *value* for a message, unless it could be a connection string in the wrong place."""
+    text = repr(value)
+    return "what looks like a connection string" if re.search(r"://|[=@]", text) else text
 
 
 def nearest(word: str, known: set[str] | frozenset[str]) -> str | None:

@@ -9,7 +9,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-from dbpool._values import did_you_mean, find, read_layers
+from dbpool._values import did_you_mean, find, read_layers, shown
 from dbpool.errors import ConfigError
 from dbpool.pool import Pool
 from dbpool.settings import (
@@ -152,7 +152,7 @@ def _databases(
 def _check_name(name: str, taken: Mapping[str, object]) -> None:
     if not NAME.fullmatch(name):
         raise ConfigError(
-            f"DBPOOL_DATABASES: {name!r} is no name: small letters, digits and _ make one"
+            f"DBPOOL_DATABASES: {shown(name)} is no name: small letters, digits and _ make one"
         )
     if name in taken:
         raise ConfigError(f"DBPOOL_DATABASES names {name!r} twice")

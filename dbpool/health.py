@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from dbpool._facts import learn, probe
 from dbpool._flights import Flight, Flights
+from dbpool._values import shown
 from dbpool.databases import Databases
 from dbpool.errors import ConfigError, PoolError
 from dbpool.pool import Pool
@@ -83,7 +84,7 @@ class Health:
         self._facts: dict[str, tuple[float, dict[str, Any]]] = {}
         self._complaints: dict[tuple[str, str], str] = {}
         if unknown := sorted(self._required - databases.keys()):
-            raise ConfigError(f"DBPOOL_REQUIRED names {unknown[0]!r}, which is no database")
+            raise ConfigError(f"DBPOOL_REQUIRED names {shown(unknown[0])}, which is no database")
 
     def add(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from dbpool._values import (
     read_layers,
     secret,
     secret_of,
+    shown,
     words,
 )
 from dbpool.errors import ConfigError
@@ -83,8 +84,11 @@ class Settings:
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         self._set("explicit", self.explicit | (changed - {"name", "explicit"}))
         for f in fields(self):
+            value = getattr(self, f.name)
             if f.type in ("float", "int"):
-                self._set(f.name, number(getattr(self, f.name), f, self._known_as(f.name)))
+                self._set(f.name, number(value, f, self._known_as(f.name)))
+            elif f.type == "str" and not isinstance(value, str):
+                raise ConfigError(f"{f.name} must be a string, not of type {type(value).__name__}")
         self._set("conninfo", _conninfo.normalise(self.conninfo, self._known_as("conninfo")))
         if self.min_size > self.max_size and "max_size" not in self.explicit:
             self._set("max_size", self.min_size)
@@ -116,7 +120,7 @@ class Settings:
             if getattr(self, name) <= 0:
                 self._refuse(name, "must be more than 0")
         if self.pooler not in _POOLERS:
-            self._refuse("pooler", f"must be none or transaction, not {self.pooler!r}")
+            self._refuse("pooler", f"must be none or transaction, not {shown(self.pooler)}")
         self._set("pooler", _POOLERS[self.pooler])
         if self.pooler == "transaction":
             for name in sorted(self.explicit & _SERVER_SIDE.keys()):
@@ -255,7 +259,10 @@ def build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, An
 
 def names_in(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:
     """Return the names of the databases beside the default one."""
-    return words(find(layers, "DBPOOL_DATABASES") or "")
+    names = find(layers, "DBPOOL_DATABASES") or ""
+    if not isinstance(names, Iterable):
+        raise ConfigError(f"DBPOOL_DATABASES must hold names, not {shown(names)}")
+    return words(names)
 
 
 def unknown(
