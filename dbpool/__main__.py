@@ -139,10 +139,11 @@ def _report(settings: Settings) -> dict[str, Any]:
     """Connect once as the pool would, and say what was found; no secret is in it."""
     report: dict[str, Any] = {"ok": False, "settings": settings.masked()}
     started = monotonic()
+    pool = _single(settings)
     try:
         if is_exposed(settings.connect_params(), os.environ):
             report["warning"] = _EXPOSED
-        with _single(settings) as pool, pool.connection() as conn:
+        with pool.connection() as conn:
             report["connect_seconds"] = round(monotonic() - started, 4)
             info = conn.info
             report |= {
@@ -159,15 +160,21 @@ def _report(settings: Settings) -> dict[str, Any]:
         report["kind"] = getattr(ex, "kind", "config")
     except psycopg.Error as ex:  # it served, and then broke off
         report |= {"ok": False, "error": str(ex)}
+    finally:
+        pool.close(timeout=0.1)  # a connect that hangs is not waited for
     return report
 
 
 def is_exposed(params: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
-    """Whether a remote server's identity would go unchecked: below `sslmode=verify-full`."""
+    """Whether a remote server's identity would go unchecked: below `sslmode=verify-full`.
+
+    `sslrootcert=system` implies that.
+    """
     known = already_set(params, environ)
     hosts = str(known.get("hostaddr") or known.get("host") or "").split(",")
     remote = [h for h in hosts if h and not h.startswith(("/", "@", "127.")) and h not in _LOCAL]
-    return bool(remote) and known.get("sslmode") != "verify-full"
+    is_checked = known.get("sslmode") == "verify-full" or known.get("sslrootcert") == "system"
+    return bool(remote) and not is_checked
 
 
 def _single(settings: Settings) -> Pool[Any]:

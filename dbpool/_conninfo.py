@@ -28,14 +28,16 @@ PSYCOPG: Final = frozenset(
     {"autocommit", "row_factory", "prepare_threshold", "cursor_factory", "context"}
 )
 
-# libpq's environment variables for the parameters that a pool would set itself.
+# libpq's environment variables for the parameters that matter to a pool.
 _VARIABLES: Final = {
     "connect_timeout": "PGCONNECT_TIMEOUT",
     "options": "PGOPTIONS",
     "password": "PGPASSWORD",
     "service": "PGSERVICE",
     "sslmode": "PGSSLMODE",
+    "sslrootcert": "PGSSLROOTCERT",
     "host": "PGHOST",
+    "hostaddr": "PGHOSTADDR",
 }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +104,10 @@ def test_check_says_what_is_wrong_without_a_traceback(
         {"DBPOOL_TIMEOUT": "soon"},
         {"DBPOOL_DATABASES": "replica"},
         {"DATABASE_URL_FILE": "/nowhere"},
+        # A connection string where another thing belongs is not repeated.
+        {"DBPOOL_DATABASES": "postgresql://u:hunter2@h/d"},
+        {"DBPOOL_POOLER": "host=h password=hunter2"},
+        {"DBPOOL_TIMEOUT": "postgresql://u:hunter2@h/d"},
     ],
 )
 @pytest.mark.parametrize("command", ["check", "wait --timeout 1"])
@@ -119,6 +125,7 @@ def test_wrong_settings_are_one_line(environ: dict[str, str], command: str, call
     [
         {"DBPOOL_DETAILS": "nonsense"},
         {"DBPOOL_REQUIRED": "nowhere"},
+        {"DBPOOL_REQUIRED": "postgresql://u:hunter2@h/d"},
         {"DBPOOL_TOKEN_FILE": "/nowhere"},
         {"DBPOOL_ERROR_HANDLERS": "perhaps"},
     ],
@@ -173,6 +180,27 @@ def test_a_remote_host_below_verify_full_is_a_warning() -> None:
 )
 def test_exposed_connections(conninfo: str, exposed: bool) -> None:
     assert is_exposed(parse(conninfo), {}) is exposed
+
+
+@pytest.mark.parametrize(
+    ("environ", "exposed"),
+    [
+        ({"PGHOSTADDR": "10.1.2.3"}, True),
+        ({"PGHOST": "db.example.com", "PGSSLROOTCERT": "system"}, False),  # implies verify-full
+    ],
+)
+def test_exposed_connections_of_the_environment(environ: dict[str, str], exposed: bool) -> None:
+    assert is_exposed({}, environ) is exposed
+
+
+def test_wait_does_not_wait_for_a_connect_that_hangs() -> None:
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as silent:  # accepts, by the kernel, and that is all
+        url = f"host=127.0.0.1 port={silent.getsockname()[1]} user=u"
+        began = time.monotonic()
+        assert dbpool("wait", "--timeout", "0.5", DATABASE_URL=url).returncode == 1
+        assert time.monotonic() - began < 2.4  # the connect itself takes 5 s
 
 
 def test_wait_returns_when_the_database_serves(server: Server) -> None:
