@@ -36,7 +36,7 @@ bench-quick: venv-bench ## the same in under a minute
 lock: ## write the requirements.txt files anew from the bounds in pyproject.toml
 	@$(PYTHON) tools/lock.py
 
-clean: ## remove the environment and the sample data
+clean: ## remove the environments and the sample data in .data
 	@rm -rf .venv* .data .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 venv:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -12,7 +18,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from dbpool import ConfigError
-from webapp import create_app, schema
+from webapp import ROOT, create_app, dotenv, schema
 from webapp.notes import db
 from webapp.validation import MAX_BIGINT, MAX_BODY, MAX_TITLE
 
@@ -208,6 +214,17 @@ def test_a_body_too_large_is_refused(client: FlaskClient) -> None:
     refused(client.post("/notes", json={"title": "x", "body": "y" * 300_000}), 413)
 
 
+def test_a_body_too_large_is_refused_without_a_length_too(client: FlaskClient) -> None:
+    body = b'{"title": "x"}' + b" " * 300_000  # what is beyond the limit is not read
+    answer = client.post(
+        "/notes",
+        input_stream=io.BytesIO(body),
+        content_type="application/json",
+        environ_overrides={"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"},
+    )
+    refused(answer, 413)
+
+
 def test_a_method_that_is_not_there_is_refused_with_those_that_are(client: FlaskClient) -> None:
     answer = client.patch("/notes")
     refused(answer, 405)
@@ -312,3 +329,53 @@ def test_tables_are_made_once_and_by_several_at_once(dsn: str) -> None:
         assert failures == []
         schema.create(pool)
         assert pool.fetch_value("select count(*) from notes") == 0
+
+
+@pytest.mark.parametrize("workers", ["0", "abc", "-1", "1e3"])
+def test_a_number_of_workers_that_is_none_is_one_line(workers: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "webapp"],
+        cwd=ROOT,
+        env=os.environ | {"WEB_CONCURRENCY": workers, "PORT": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert (
+        done.stderr == f"webapp: WEB_CONCURRENCY must be a number from 1 to 1000, not {workers!r}\n"
+    )
+
+
+def test_a_dotenv_above_the_checkout_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    monkeypatch.setattr("webapp.ROOT", checkout)
+    (tmp_path / ".env").write_text("DATABASE_URL=postgresql://somebody@elses/database\n")
+    assert dotenv() is None
+    (checkout / ".env").touch()
+    assert dotenv() == checkout / ".env"
+
+
+def test_making_an_environment_can_be_interrupted(tmp_path: Path) -> None:
+    lock = tmp_path / "requirements.txt"
+    lock.write_text("no-such-package-is-there\n")
+    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script = hearing + (ROOT / "tools" / "make_venv.py").read_text()
+    (tmp_path / "make_venv.py").write_text(script)
+    making = subprocess.Popen(
+        [sys.executable, tmp_path / "make_venv.py", tmp_path / "venv", lock],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert making.stdout is not None
+    assert making.stdout.readline().startswith("making")
+    os.killpg(making.pid, signal.SIGINT)  # as a terminal does: what it started hears it too
+    _, complained = making.communicate(timeout=20)
+    assert making.returncode == 1
+    assert complained == "venv: interrupted; the next time it is made anew\n"

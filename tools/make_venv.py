@@ -84,4 +84,7 @@ def fail(message):
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    try:
+        main(*map(Path, sys.argv[1:]))
+    except KeyboardInterrupt:
+        fail("interrupted; the next time it is made anew")

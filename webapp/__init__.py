@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flask import Flask
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def dotenv() -> Path | None:
+    """Return the `.env` of this checkout: one further up may name a database of others."""
+    path = ROOT / ".env"
+    return path if path.is_file() else None
 
 
 def create_app(config: Mapping[str, Any] | None = None) -> Flask:

@@ -19,12 +19,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 
+from webapp import ROOT, dotenv
 from webapp.embedded import EmbeddedError, Interrupted, Server, home, server
 
-ROOT = Path(__file__).resolve().parent.parent
 TICK_SECONDS = 0.1
 # What a predecessor that was killed leaves needs up to a second to notice it.
 BIND_SECONDS = 2.0
@@ -42,7 +41,9 @@ class Stop:
     def __init__(self) -> None:
         self.requested = False
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, self._request)
+            # Under nohup a hangup is to be ignored.
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._request)
 
     def __call__(self) -> bool:
         return self.requested
@@ -57,6 +58,7 @@ def main() -> int:
     os.chdir(ROOT)  # where gunicorn works and .env is looked for
     _set_up_logging()
     try:
+        _insist_on_workers()
         with _listening(stop) as listener, _database(listener, stop) as embedded:
             _prepare()
             return _serve(listener, embedded, stop)
@@ -102,6 +104,12 @@ def _port() -> int:
     return int(given)
 
 
+def _insist_on_workers() -> None:
+    given = os.environ.get("WEB_CONCURRENCY") or "2"
+    if not given.isascii() or not given.isdigit() or not 1 <= int(given) <= 1000:
+        raise Refused(f"WEB_CONCURRENCY must be a number from 1 to 1000, not {given!r}")
+
+
 def _why_not_bound(exc: OSError, host: str, port: int) -> str:
     if exc.errno == errno.EADDRINUSE:
         return f"port {port} is in use; another one: make run PORT={port % 65535 + 1}"
@@ -114,9 +122,10 @@ def _why_not_bound(exc: OSError, host: str, port: int) -> str:
 @contextmanager
 def _database(listener: socket.socket, stop: Stop) -> Iterator[Server | None]:
     """Leave DATABASE_URL set, to the user's database or to an embedded server."""
-    from dotenv import dotenv_values, find_dotenv
+    from dotenv import dotenv_values
 
-    configured = {**dotenv_values(find_dotenv(usecwd=True)), **os.environ}
+    path = dotenv()
+    configured = {**(dotenv_values(path) if path else {}), **os.environ}
     if configured.get("DATABASE_URL") or configured.get("DATABASE_URL_FILE"):
         yield None
         return
@@ -125,7 +134,8 @@ def _database(listener: socket.socket, stop: Stop) -> Iterator[Server | None]:
         for name in [name for name in os.environ if name.startswith("PG")]:
             del os.environ[name]
         os.environ["DATABASE_URL"] = embedded.conninfo
-        if not configured.get("DBPOOL_DETAILS"):
+        closed = any(map(configured.get, ("DBPOOL_DETAILS", "DBPOOL_TOKEN", "DBPOOL_TOKEN_FILE")))
+        if not closed:
             os.environ["DBPOOL_DETAILS"] = "always"
         yield embedded
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import psycopg
-from dotenv import find_dotenv
 
 from dbpool import ConfigError, Pool, Settings
+from webapp import dotenv
 
 STATEMENTS = """
 create table if not exists notes (
@@ -33,13 +34,14 @@ def create(pool: Pool) -> None:
 
 
 def create_configured() -> None:
-    """Create the tables in the database that the environment, or `.env`, names."""
-    dotenv = find_dotenv(usecwd=True) or None
-    with Pool(settings=Settings.from_env(dotenv=dotenv, min_size=1, max_size=1)) as pool:
+    """Create the tables in the database that the environment, or the checkout's `.env`, names."""
+    with Pool(settings=Settings.from_env(dotenv=dotenv(), min_size=1, max_size=1)) as pool:
         create(pool)
 
 
 if __name__ == "__main__":
+    logging.getLogger("dbpool").addHandler(logging.NullHandler())  # it is told below, once
+    logging.getLogger("dbpool").propagate = False
     try:
         create_configured()
     except (ConfigError, psycopg.Error) as exc:

@@ -53,6 +53,10 @@ def number_or_none(name: str, *, lowest: int, highest: int) -> int | None:
 def _json_object() -> dict[str, Any]:
     if not request.is_json:
         abort(400, "the body must be JSON, sent with Content-Type: application/json")
+    # A body without a length, sent in chunks, is cut where the limit is.
+    limit = request.max_content_length
+    if request.content_length is None and limit and len(request.get_data()) >= limit:
+        abort(413)
     try:
         sent = request.get_json()
     except (BadRequest, RecursionError):
