@@ -4,10 +4,13 @@
 FROM python:3.13-slim AS packages
 WORKDIR /build
 COPY requirements.txt pyproject.toml README.md LICENSE ./
-COPY dbpool dbpool
+# With the version alone first: a change to the sources does not install all packages anew.
+COPY dbpool/__init__.py dbpool/
 RUN python -m venv /venv \
  && /venv/bin/pip install --no-cache-dir --constraint requirements.txt \
     ".[flask,gunicorn,prometheus]"
+COPY dbpool dbpool
+RUN /venv/bin/pip install --no-cache-dir --no-deps --force-reinstall .
 
 FROM python:3.13-slim AS base
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
@@ -22,7 +25,7 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=10s CMD ["python", "-c", 
     "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/db/health/live', timeout=2)"]
 CMD ["gunicorn", "--config", "webapp/gunicorn.conf.py", "webapp:create_app()"]
 
-# The sources are mounted over /app, and every change to them restarts the workers.
+# The sources are mounted below /app, and every change to a Python file restarts the workers.
 FROM base AS dev
 ENV PYTHONPATH=/app
 CMD ["gunicorn", "--config", "webapp/gunicorn.conf.py", "--reload", "webapp:create_app()"]
