@@ -295,6 +295,22 @@ def test_root_keeps_binaries_and_data_elsewhere_when_the_checkout_is_closed(
         embedded.binaries.cache_clear()
 
 
+def test_its_locks_are_closed_to_others(home: Path) -> None:
+    (home / "users.lock").chmod(0o644)  # as an earlier release made it
+    with server(home):
+        for name in ("users.lock", "server.lock"):
+            found = (home / name).stat()
+            assert (found.st_mode & 0o777, found.st_uid) == (0o600, Server(home)._account[0])
+
+
+def test_a_lock_that_cannot_be_opened_is_told_in_one_line(new_home: Path) -> None:
+    new_home.mkdir()
+    (new_home / "server.lock").symlink_to("/etc/passwd")
+    with pytest.raises(EmbeddedError, match=r"cannot open .*server\.lock"):
+        with server(new_home):
+            pass
+
+
 @needs_root
 def test_root_serves_a_user_s_data_as_that_user(new_home: Path) -> None:
     with server(new_home):
@@ -303,6 +319,9 @@ def test_root_serves_a_user_s_data_as_that_user(new_home: Path) -> None:
     account = embedded._account("daemon")
     for path in (cluster, new_home / "run", *cluster.rglob("*")):
         os.chown(path, *account)
+    for path in new_home.glob("*.lock"):
+        path.unlink()
     with server(new_home) as running:
+        assert {path.stat().st_uid for path in new_home.glob("*.lock")} == {account[0]}
         assert Path(f"/proc/{postmaster(running)}").stat().st_uid == account[0]
         assert query(running, "select 1") == [(1,)]

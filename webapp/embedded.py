@@ -322,8 +322,16 @@ class Server:
     # -- locks -------------------------------------------------------------------------------
 
     def _open(self, name: str) -> IO[str]:
-        # Read-only, so that a file once made by root still serves its owner.
-        descriptor = os.open(self.home / name, os.O_RDONLY | os.O_CREAT, 0o644)
+        # Closed to others, who could hold it for good; the account's, so that root, who may make
+        # it, keeps nobody out. One that is somebody else's already serves as it is.
+        flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW
+        try:
+            descriptor = os.open(self.home / name, flags, 0o600)
+        except OSError as exc:
+            raise EmbeddedError(f"cannot open {self.home / name}: {exc.strerror}") from None
+        with suppress(PermissionError):
+            os.fchmod(descriptor, 0o600)
+            os.fchown(descriptor, *self._account)
         return os.fdopen(descriptor)
 
     @contextmanager
