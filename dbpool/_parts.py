@@ -79,8 +79,8 @@ class Waiter:
 class Probe:
     """A slot whose connection could not be made, trying again until it can."""
 
-    def __init__(self, params: dict[str, Any]) -> None:
-        self.params = params  # those of the last failed attempt
+    def __init__(self) -> None:
+        self.params: dict[str, Any] = {}  # those of the last failed attempt
         self.due = 0.0
         self.watching = False  # whether a change of params makes it due at once
         self._fast = delays(_FIRST, _CAP, _BASE)

@@ -184,7 +184,7 @@ class Supply(Books[CT]):
         self, ex: BaseException, started: float, params: dict[str, Any], probe: Probe | None
     ) -> None:
         kind, error = classify(ex), self._masked(ex, params)
-        volatile = self._params_now() != params if is_permanent(kind) else True
+        is_lasting = is_permanent(kind) and self._params_now() == params
         self._discard_hung_up()  # what is idle keeps the breaker closed, if it is alive
         with self._lock:
             self._attempts.remove(started)
@@ -195,14 +195,7 @@ class Supply(Books[CT]):
             failed = events.ConnectFailed(
                 self.name, monotonic() - started, self.breaker.last_error or "", kind
             )
-            if self._probe not in (None, probe):
-                self._drop_slot(None)
-            else:
-                self._probe = probe = probe or Probe(params)
-                probe.params, probe.watching = params, not volatile
-                probe.postpone(kind)
-                self.breaker.retry_at = probe.due
-                self._schedule(probe)
+            self._try_again(probe or Probe(), params, kind, is_lasting=is_lasting)
             opened = self._judge()
             lasts = self.breaker.failing_for >= self.reconnect_timeout and not self._outage_told
             self._outage_told |= lasts
@@ -215,6 +208,19 @@ class Supply(Books[CT]):
                 self._tell_down(opened)
         if lasts:
             self.reconnect_failed()
+
+    def _try_again(
+        self, probe: Probe, params: dict[str, Any], kind: str, *, is_lasting: bool
+    ) -> None:
+        """Have *probe* try again later, unless another does. The lock is held."""
+        if self._probe not in (None, probe):
+            self._drop_slot(None)
+            return
+        self._probe = probe
+        probe.params, probe.watching = params, is_lasting
+        probe.postpone(kind)
+        self.breaker.retry_at = probe.due
+        self._schedule(probe)
 
     def _masked(self, ex: BaseException, params: dict[str, Any]) -> BaseException:
         error = detached(ex)
