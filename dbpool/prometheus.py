@@ -44,7 +44,7 @@ _TIMES: Final = {
 _TOTALS: Final = {
     "dbpool_checkouts": ("checkouts", "Connections handed out"),
     "db_client_connection_timeouts": ("timeouts", "Callers that got no connection in time"),
-    "dbpool_rejected": ("rejected", "Callers refused without waiting"),
+    "dbpool_rejected": ("rejected", "Callers refused: outage, full queue, or closing"),
     "dbpool_connects": ("connects", "Connections made"),
     "dbpool_connect_failures": ("connect_failures", "Failed attempts to connect"),
     "dbpool_retries": ("retries", "Transactions run again"),
