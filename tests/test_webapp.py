@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -19,6 +22,7 @@ from werkzeug.test import TestResponse
 
 from dbpool import ConfigError
 from webapp import ROOT, create_app, dotenv, schema
+from webapp import __main__ as supervisor
 from webapp.notes import db
 from webapp.validation import MAX_BIGINT, MAX_BODY, MAX_TITLE
 
@@ -358,6 +362,72 @@ def test_a_dotenv_above_the_checkout_is_not_ours(
     assert dotenv() is None
     (checkout / ".env").touch()
     assert dotenv() == checkout / ".env"
+
+
+def test_it_says_where_the_database_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("webapp.ROOT", tmp_path)
+    (tmp_path / ".env").write_text("DATABASE_URL=postgresql:///\n")
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    supervisor._tell("127.0.0.1", 8000, None)
+    assert f"the database of {tmp_path}/.env." in capsys.readouterr().out
+    monkeypatch.setenv("DATABASE_URL_FILE", "/run/secrets/url")
+    supervisor._tell("127.0.0.1", 8000, None)
+    assert "the database of DATABASE_URL_FILE." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "details"),
+    [
+        ({}, "always"),
+        ({"DBPOOL_TOKEN": "hunter2"}, None),
+        ({"DBPOOL_TOKEN_FILE": "/run/secrets/token"}, None),
+        ({"DBPOOL_DETAILS": "token"}, "token"),
+    ],
+)
+def test_the_embedded_demo_shows_everything_unless_a_token_is_set(
+    given: dict[str, str], details: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded = SimpleNamespace(conninfo="postgresql:///")
+    monkeypatch.setattr(supervisor, "server", lambda *_: nullcontext(embedded))
+    monkeypatch.setattr(supervisor, "dotenv", lambda: None)
+    monkeypatch.setattr(os, "environ", given)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with supervisor._database(listener, lambda: False):  # type: ignore[arg-type]
+            assert os.environ.get("DBPOOL_DETAILS") == details
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_hangup_stops_it_unless_it_is_ignored_as_under_nohup(ignored: bool) -> None:
+    script = (
+        "import os, signal\n"
+        f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"
+        "from webapp.__main__ import Stop\n"
+        "stop = Stop()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "print(stop())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{not ignored}\n"
+
+
+def test_the_schema_s_failure_is_told_once(server: Any) -> None:
+    url = server.conninfo_for(user="nobody_here")
+    done = subprocess.run(
+        [sys.executable, "-m", "webapp.schema"],
+        cwd=ROOT,
+        env={**os.environ, "DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("webapp: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_making_an_environment_can_be_interrupted(tmp_path: Path) -> None:

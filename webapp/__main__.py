@@ -223,7 +223,7 @@ def _answers(host: str, port: int) -> bool:
 
 def _tell(host: str, port: int, embedded: Server | None) -> None:
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    database = f"PostgreSQL in {embedded.cluster}" if embedded else "the database of DATABASE_URL"
+    database = f"PostgreSQL in {embedded.cluster}" if embedded else _configured_by()
     lines = [
         f"Serving from {database}. Ctrl-C stops it.",
         f"  {url}/notes            the sample API",
@@ -232,6 +232,13 @@ def _tell(host: str, port: int, embedded: Server | None) -> None:
         f"  {url}/db/stats         the numbers, of all workers",
     ]
     print("\n".join(lines), flush=True)
+
+
+def _configured_by() -> str:
+    names = ("DATABASE_URL", "DATABASE_URL_FILE")
+    if name := next(filter(os.environ.get, names), None):
+        return f"the database of {name}"
+    return f"the database of {dotenv()}"
 
 
 def _how(returncode: int) -> str:
