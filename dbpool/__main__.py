@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
-from types import SimpleNamespace
 from typing import Any, Final
 
 import psycopg
@@ -33,7 +32,6 @@ _EXPOSED: Final = (
 )
 _LOCAL: Final = frozenset({"localhost", "::1"})
 _PAUSE: Final = 0.5  # seconds between two attempts of `wait`
-_TYPES: Final = {"seconds": SimpleNamespace(type="float", name="timeout")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _seconds(text: str) -> float:
     try:
-        return float(number(text, _TYPES["seconds"], "it"))
+        return float(number(text, "it"))
     except ConfigError as ex:
         raise argparse.ArgumentTypeError(str(ex)) from None
 

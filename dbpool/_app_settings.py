@@ -49,7 +49,7 @@ class AppSettings:
         required = find(layers, "DBPOOL_REQUIRED")
         token, token_file = secret_of(layers, "DBPOOL_TOKEN")
         return cls(
-            required=("default",) if required is None else words(required),
+            required=("default",) if required is None else words(required, "DBPOOL_REQUIRED"),
             token=secret(token_file, "DBPOOL_TOKEN_FILE") if token_file else token,
             details=str(find(layers, "DBPOOL_DETAILS") or "token"),
             stats_dir=find(layers, "DBPOOL_STATS_DIR"),

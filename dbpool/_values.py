@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +13,6 @@ from dbpool.errors import ConfigError
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 _DURATION: Final = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|m|h|)\s*", re.ASCII)
-_SIZES: Final = ("min_size", "max_size", "max_waiting", "keepalives_count")
 
 
 def read_layers(
@@ -71,11 +70,13 @@ def secret(path: str, name: str) -> str:
         return Path(path).read_text("utf-8").strip("\r\n")
     except (OSError, UnicodeDecodeError) as ex:
         reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
-    raise ConfigError(f"{name}: cannot read {path}: {reason}")
+    raise ConfigError(f"{name}: cannot read {shown(path)}: {reason}")
 
 
-def words(value: Any) -> tuple[str, ...]:
-    """Return the words of a list that commas separate, or of any other list."""
+def words(value: Any, name: str) -> tuple[str, ...]:
+    """Return the words of the list called *name*: one that commas separate, or any other."""
+    if not isinstance(value, Iterable):
+        raise ConfigError(f"{name} must hold names, not {shown(value)}")
     parts = value.split(",") if isinstance(value, str) else value
     return tuple(word for word in (str(part).strip() for part in parts) if word)
 
@@ -91,15 +92,14 @@ def flag(value: Any, name: str) -> bool:
     raise ConfigError(f"{name} must be true or false, not {shown(value)}")
 
 
-def number(value: Any, spec: Any, known_as: str) -> float | int:
-    """Convert a size or a duration; the error names field and variable."""
-    whole = spec.type == "int"
+def number(value: Any, known_as: str, *, whole: bool = False, is_time: bool = True) -> float | int:
+    """Convert a number; one that *is_time* may be text with a unit. The error names *known_as*."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ConfigError(f"{known_as} must be a number, not {shown(value)}")
     if isinstance(value, str):
         match = _DURATION.fullmatch(value)
-        if match is None or (spec.name in _SIZES and not value.strip().isdecimal()):
-            hint = "a whole number" if spec.name in _SIZES else 'a time such as "500ms" or "30s"'
+        if match is None or not (is_time or value.strip().isdecimal()):
+            hint = 'a time such as "500ms" or "30s"' if is_time else "a whole number"
             raise ConfigError(f"{known_as} must be {hint}, not {shown(value)}")
         value = float(match[1]) * _UNITS[match[2]]
     if not math.isfinite(value) or value < 0:
@@ -111,8 +111,12 @@ def number(value: Any, spec: Any, known_as: str) -> float | int:
 
 def shown(value: object) -> str:
     """Return *value* for a message, unless it could be a connection string in the wrong place."""
-    text = repr(value)
-    return "what looks like a connection string" if re.search(r"://|[=@]", text) else text
+    return "what looks like a connection string" if is_like_conninfo(value) else repr(value)
+
+
+def is_like_conninfo(value: object) -> bool:
+    """Whether *value* could be a connection string, and hold a password."""
+    return re.search(r"://|[=@]", repr(value)) is not None
 
 
 def nearest(word: str, known: set[str] | frozenset[str]) -> str | None:

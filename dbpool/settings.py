@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from dbpool._app_settings import AppSettings
 from dbpool._values import (
     did_you_mean,
     find,
+    is_like_conninfo,
     nearest,
     number,
     read_layers,
@@ -32,8 +33,10 @@ NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
 _URL: Final = re.compile(r"DBPOOL_(?:([A-Z][A-Z0-9_]*)_)?URL(_FILE)?")
 
 _POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
+# Numbers that are no times.
+_SIZES: Final = frozenset({"min_size", "max_size", "max_waiting", "keepalives_count"})
 # Our fields that the server enforces, with their names there.
-_SERVER_SIDE: Final = {
+SERVER_SIDE: Final = {
     "statement_timeout": "statement_timeout",
     "lock_timeout": "lock_timeout",
     "idle_in_transaction_timeout": "idle_in_transaction_session_timeout",
@@ -84,10 +87,11 @@ class Settings:
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         self._set("explicit", self.explicit | (changed - {"name", "explicit"}))
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type in ("float", "int"):
-                self._set(f.name, number(value, f, self._known_as(f.name)))
-            elif f.type == "str" and not isinstance(value, str):
+            value, kind = getattr(self, f.name), type(f.default)
+            if kind in (int, float):
+                known_as, is_time = self._known_as(f.name), f.name not in _SIZES
+                self._set(f.name, number(value, known_as, whole=kind is int, is_time=is_time))
+            elif kind is str and not isinstance(value, str):
                 raise ConfigError(f"{f.name} must be a string, not of type {type(value).__name__}")
         self._set("conninfo", _conninfo.normalise(self.conninfo, self._known_as("conninfo")))
         if self.min_size > self.max_size and "max_size" not in self.explicit:
@@ -123,11 +127,11 @@ class Settings:
             self._refuse("pooler", f"must be none or transaction, not {shown(self.pooler)}")
         self._set("pooler", _POOLERS[self.pooler])
         if self.pooler == "transaction":
-            for name in sorted(self.explicit & _SERVER_SIDE.keys()):
+            for name in sorted(self.explicit & SERVER_SIDE.keys()):
                 self._refuse(
                     name,
                     "cannot be set through a transaction pooler: use"
-                    f" ALTER ROLE … SET {_SERVER_SIDE[name]} on the server",
+                    f" ALTER ROLE … SET {SERVER_SIDE[name]} on the server",
                 )
 
     def __repr__(self) -> str:
@@ -137,7 +141,10 @@ class Settings:
     def masked(self) -> dict[str, object]:
         """Return all fields, without secrets."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "explicit"}
-        return values | {"conninfo": _conninfo.mask_conninfo(self.conninfo)}
+        hidden = {
+            k: "***" for k in ("conninfo_file", "password_file") if is_like_conninfo(values[k])
+        }
+        return values | hidden | {"conninfo": _conninfo.mask_conninfo(self.conninfo)}
 
     def resolve(self) -> str:
         """Return the connection string as it is now; its secret file is read again."""
@@ -182,7 +189,7 @@ class Settings:
     def _options(self, theirs: str) -> str:
         """Merge: of two the server takes the last, so defaults go before, wishes after."""
         before, after = [], []
-        for name, parameter in _SERVER_SIDE.items():
+        for name, parameter in SERVER_SIDE.items():
             value = getattr(self, name)
             option = f"-c {parameter}={round(value * 1000)}"
             if name in self.explicit:
@@ -259,10 +266,7 @@ def build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, An
 
 def names_in(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:
     """Return the names of the databases beside the default one."""
-    names = find(layers, "DBPOOL_DATABASES") or ""
-    if not isinstance(names, Iterable):
-        raise ConfigError(f"DBPOOL_DATABASES must hold names, not {shown(names)}")
-    return words(names)
+    return words(find(layers, "DBPOOL_DATABASES") or "", "DBPOOL_DATABASES")
 
 
 def unknown(

@@ -350,6 +350,20 @@ def test_names_that_are_no_words_are_refused() -> None:
         settings_from_config({"DBPOOL_DATABASES": [1]}, environ={})
 
 
+def test_what_holds_no_names_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="DBPOOL_DATABASES must hold names, not 5"):
+        settings_from_config({"DBPOOL_DATABASES": 5}, environ={})
+    with pytest.raises(ConfigError, match="DBPOOL_REQUIRED must hold names, not 5"):
+        AppSettings.from_config({"DBPOOL_REQUIRED": 5}, environ={})
+
+
+@pytest.mark.parametrize("field", ["name", "conninfo", "pooler", "application_name"])
+@pytest.mark.parametrize("value", [None, 5, ["transaction"]])
+def test_a_value_of_another_type_is_refused_by_field(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{field} must be a string, not of type"):
+        Settings(**{field: value})
+
+
 @pytest.mark.parametrize(
     ("environ", "name"),
     [
