@@ -25,13 +25,21 @@ from dbpool.gunicorn import directories
 from dbpool.health import Health
 from dbpool.pool import Pool
 from dbpool.processes import Processes
-from dbpool.settings import AppSettings, Settings, unknown_variables
+from dbpool.settings import SERVER_SIDE, AppSettings, Settings, unknown_variables
 
 _EXPOSED: Final = (
     "the server is remote and sslmode is below verify-full: its identity is not checked"
 )
 _LOCAL: Final = frozenset({"localhost", "::1"})
 _PAUSE: Final = 0.5  # seconds between two attempts of `wait`
+# Fields that a connection string or libpq's variables can set too, and outdo.
+_CLIENT_SIDE: Final = (
+    "connect_timeout",
+    "keepalives_idle",
+    "keepalives_interval",
+    "keepalives_count",
+    "tcp_user_timeout",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,14 +143,18 @@ def _error_beside(databases: Mapping[str, Settings], dotenv: str | None) -> str 
 
 def _report(settings: Settings) -> dict[str, Any]:
     """Connect once as the pool would, and say what was found; no secret is in it."""
-    report: dict[str, Any] = {"ok": False, "settings": settings.masked()}
+    shown = settings.masked()
+    report: dict[str, Any] = {"ok": False, "settings": shown}
     started = monotonic()
     pool = _single(settings)
     try:
-        if is_exposed(settings.connect_params(), os.environ):
+        params = settings.connect_params()
+        shown |= _in_effect(settings, params)
+        if is_exposed(params, os.environ):
             report["warning"] = _EXPOSED
         with pool.connection() as conn:
             report["connect_seconds"] = round(monotonic() - started, 4)
+            shown |= _enforced(conn)
             info = conn.info
             report |= {
                 "ok": True,
@@ -161,6 +173,26 @@ def _report(settings: Settings) -> dict[str, Any]:
     finally:
         pool.close(timeout=0.1)  # a connect that hangs is not waited for
     return report
+
+
+def _in_effect(settings: Settings, params: Mapping[str, Any]) -> dict[str, object]:
+    """What differs from the settings because it is set elsewhere, or cannot be sent."""
+    known = already_set(params, os.environ)
+    found: dict[str, Any] = {
+        key: int(known[key]) if str(known[key]).isdecimal() else known[key] for key in _CLIENT_SIDE
+    }
+    if isinstance(found["tcp_user_timeout"], int):
+        found["tcp_user_timeout"] /= 1000  # libpq counts milliseconds
+    if settings.pooler == "transaction":
+        found |= dict.fromkeys(SERVER_SIDE)
+    return found
+
+
+def _enforced(conn: psycopg.Connection[Any]) -> dict[str, object]:
+    """The server's own word on its timeouts: roles, databases and `options` set them too."""
+    query = "select name, setting::float8 / 1000 from pg_settings where name = any(%s)"
+    seconds = dict(conn.execute(query, [list(SERVER_SIDE.values())]).fetchall())
+    return {field: seconds.get(name) for field, name in SERVER_SIDE.items()}
 
 
 def is_exposed(params: Mapping[str, Any], environ: Mapping[str, str]) -> bool:

@@ -108,6 +108,7 @@ def test_check_says_what_is_wrong_without_a_traceback(
         {"DBPOOL_DATABASES": "postgresql://u:hunter2@h/d"},
         {"DBPOOL_POOLER": "host=h password=hunter2"},
         {"DBPOOL_TIMEOUT": "postgresql://u:hunter2@h/d"},
+        {"DATABASE_URL_FILE": "postgresql://u:hunter2@h/d"},
     ],
 )
 @pytest.mark.parametrize("command", ["check", "wait --timeout 1"])
@@ -164,6 +165,31 @@ def test_a_remote_host_below_verify_full_is_a_warning() -> None:
     url = "host=db.invalid user=u"
     done = dbpool("check", DATABASE_URL=url, DBPOOL_OUTAGE_GRACE="0.1")
     assert "warning: the server is remote" in done.stdout
+
+
+def test_check_shows_what_is_in_effect(server: Server) -> None:
+    url = server.conninfo_for(
+        connect_timeout=7, tcp_user_timeout=4000, options="-c statement_timeout=1500"
+    )
+    done = dbpool("check", DATABASE_URL=url, DBPOOL_LOCK_TIMEOUT="3s")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "connect_timeout = 7",
+        "tcp_user_timeout = 4.0",
+        "statement_timeout = 1.5",
+        "lock_timeout = 3.0",
+        "idle_in_transaction_timeout = 60.0",
+    ):
+        assert f"  {line}\n" in done.stdout
+
+
+def test_check_shows_the_server_s_own_timeouts_behind_a_pooler(server: Server) -> None:
+    url = server.conninfo_for()
+    done = dbpool("check", "--json", DATABASE_URL=url, DBPOOL_POOLER="transaction")
+    shown = json.loads(done.stdout)["databases"]["default"]["settings"]
+    assert shown["statement_timeout"] == 0.0  # nothing was sent
+    gone = dbpool("check", DATABASE_URL="host=127.0.0.1 port=1", DBPOOL_POOLER="transaction")
+    assert "statement_timeout" not in gone.stdout
 
 
 @pytest.mark.parametrize(
