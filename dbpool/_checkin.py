@@ -121,7 +121,7 @@ class Checkin(Life[CT]):
             if seen is Look.ALIVE:
                 with self._lock:
                     self._last_seen = slot.idle_since
-            self._add_to_pool(conn, is_fresh=False)
+            self._add_to_pool(conn, is_fresh=seen is Look.ALIVE)
             return
         logger.debug("pool %r: returned connection was given up", self.name)
 
