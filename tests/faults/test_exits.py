@@ -17,9 +17,10 @@ from tests.proxy import Mode, Proxy
 from .support import EXIT_SECONDS, environ, run_script
 
 OPENING = """\
-import sys, threading, time
+import faulthandler, sys, threading, time
 import dbpool
 
+faulthandler.dump_traceback_later(25, exit=True)  # before run_script() gives up: says where it hangs
 pool = dbpool.Pool(sys.argv[1], min_size=2, max_size=2, outage_grace=0.2, timeout=20)
 
 
