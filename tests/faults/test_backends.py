@@ -136,29 +136,16 @@ def test_terminated_in_a_transaction_the_holder_is_told_and_the_slot_is_free_aga
     assert_serves_all(pool)
 
 
-def test_terminated_in_its_holders_hands_it_is_not_passed_on(
-    own_server: Server, make_pool: Callable[..., Pool]
-) -> None:
-    pool = make_pool(max_size=1)
-    conn = pool.getconn()
-    pid = conn.info.backend_pid
-    waiter = Task(pool.fetch_value, PID)
-    until(lambda: pool.stats().waiting)
-    terminate(own_server, [pid])
-    await_farewells(pool)
-    pool.putconn(conn)
-    assert waiter.result() != pid
-    assert_serves_all(pool)
-
-
+@pytest.mark.parametrize("is_changed", [False, True])  # what was changed is put back
 @pytest.mark.parametrize("options", [{}, {"reset": lambda conn: None}])
-def test_terminated_in_its_holders_hands_it_is_not_passed_on_by_the_slow_way_either(
-    own_server: Server, make_pool: Callable[..., Pool], options: dict[str, Any]
+def test_terminated_in_its_holders_hands_it_is_not_passed_on_whichever_way_it_comes_back(
+    own_server: Server, make_pool: Callable[..., Pool], options: dict[str, Any], is_changed: bool
 ) -> None:
     pool = make_pool(max_size=1, **options)
     conn = pool.getconn()
     pid = conn.info.backend_pid
-    conn.prepare_threshold = 7  # to be put back
+    if is_changed:
+        conn.prepare_threshold = 7
     waiter = Task(pool.fetch_value, PID)
     until(lambda: pool.stats().waiting)
     terminate(own_server, [pid])
