@@ -5,16 +5,14 @@ from __future__ import annotations
 from bench._measure import against, interleaved, one_cpu
 from bench._peers import EVERYONE, PsycopgPool
 from bench._report import Table
-from tests.postgres import Server
+from bench._servers import served
 
 
 def run(quick: bool) -> Table:
     """Measure every peer's own way of lending a connection."""
     times, rounds = (50, 20) if quick else (100, 400)
     table = Table("checkout", "Checkout and return", [cls.name for cls in EVERYONE])
-    server = Server()
-    server.start()
-    try:
+    with served() as server:
         peers = {cls.name: cls(server.conninfo, 4) for cls in EVERYONE}
         with one_cpu():
             figures = interleaved(
@@ -24,6 +22,4 @@ def run(quick: bool) -> Table:
             table.put("checkout and return", name, cell)
         for peer in peers.values():
             peer.close()
-    finally:
-        server.close()
     return table

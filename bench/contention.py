@@ -10,6 +10,7 @@ from statistics import median
 from bench._measure import one_cpu, spread
 from bench._peers import Dbpool, Peer, PsycopgPool, SQLAlchemy
 from bench._report import Cell, Table
+from bench._servers import served
 from tests.postgres import Server
 
 BASE = PsycopgPool.name
@@ -20,21 +21,15 @@ def run(quick: bool) -> Table:
     seconds, rounds = (0.5, 1) if quick else (2.0, 7)
     peers: deque[type[Peer]] = deque([Dbpool, PsycopgPool, SQLAlchemy])
     table = Table("contention", "8 connections", [cls.name for cls in peers])
-    with one_cpu():
-        server = Server()
-        server.start()
-        try:
-            for count in (8, 64) if quick else (1, 8, 16, 64, 128):
-                found: dict[str, list[dict[str, float]]] = {cls.name: [] for cls in peers}
-                for _ in range(rounds):
-                    for cls in peers:
-                        found[cls.name].append(_serve(server, cls, count, seconds))
-                    peers.rotate()
-                for name in table.columns:
-                    cell = _cell(found[name], found[BASE])
-                    table.put(f"{count} threads", name, cell)
-        finally:
-            server.close()
+    with one_cpu(), served() as server:
+        for count in (8, 64) if quick else (1, 8, 16, 64, 128):
+            found: dict[str, list[dict[str, float]]] = {cls.name: [] for cls in peers}
+            for _ in range(rounds):
+                for cls in peers:
+                    found[cls.name].append(_serve(server, cls, count, seconds))
+                peers.rotate()
+            for name in table.columns:
+                table.put(f"{count} threads", name, _cell(found[name], found[BASE]))
     return table
 
 

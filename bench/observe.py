@@ -11,13 +11,13 @@ from pathlib import Path
 from statistics import median
 
 from bench._report import Cell, Table
+from bench._servers import served
 from dbpool import Databases, Settings
 from dbpool._files import start_time
 from dbpool.health import Health
 from dbpool.holders import Holder
 from dbpool.metrics import Metrics
 from dbpool.processes import Processes
-from tests.postgres import Server
 
 COLUMN = "dbpool"
 
@@ -26,9 +26,7 @@ def run(quick: bool) -> Table:
     """Measure; medians and the worst of many repetitions."""
     table = Table("observe", "What watching costs", [COLUMN])
     times = 50 if quick else 500
-    server = Server()
-    server.start()
-    try:
+    with served() as server:
         settings = {"default": Settings(conninfo=server.conninfo, max_size=8)}
         with Databases(settings) as databases:
             pool = databases.default
@@ -56,10 +54,8 @@ def run(quick: bool) -> Table:
             server.freeze([*server.backends(), server.postmaster_pid])
             table.put("readiness, database hangs", COLUMN, _measure(idle, 3))
             server.thaw()
-        table.put("report over 16 processes", COLUMN, _report(times))
-        table.put("memory of a pool's metrics", COLUMN, _memory())
-    finally:
-        server.close()
+    table.put("report over 16 processes", COLUMN, _report(times))
+    table.put("memory of a pool's metrics", COLUMN, _memory())
     return table
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from bench._measure import against, interleaved, one_cpu
 from bench._peers import EVERYONE, Dbpool, Peer, PsycopgPool
 from bench._report import Table
+from bench._servers import served
 from tests.postgres import Server
 
 ONE_TRIP = "dbpool, one trip"
@@ -20,29 +21,24 @@ def run(quick: bool) -> Table:
     table = Table(
         "query", "Queries", [Dbpool.name, ONE_TRIP, *(c.name for c in EVERYONE if c is not Dbpool)]
     )
-    with one_cpu():
-        server = Server()
-        server.start()
-        try:
-            server.execute("create table rows (id bigserial primary key, body text)")
-            with _opened(EVERYONE, server, 4) as peers:
-                ours = peers[Dbpool.name].pool
-                select = partial(ours.fetch_one, "select 1")
-                insert = partial(ours.execute, "insert into rows (body) values ('x')")
-                for row, work, extra in (
-                    ("one SELECT", _select, {ONE_TRIP: select}),
-                    ("one INSERT", _insert, {ONE_TRIP: insert}),
-                    ("three statements", _three, {}),
-                ):
-                    _measure(table, row, _calls(work, peers) | extra, turns)
-            # With one connection there is none to choose; of many, the one used last is warm.
-            for size in (1, 16):
-                with _opened([Dbpool, PsycopgPool], server, size) as peers:
-                    select = partial(peers[Dbpool.name].pool.fetch_one, "select 1")
-                    row = f"one SELECT, pool of {size}"
-                    _measure(table, row, _calls(_select, peers) | {ONE_TRIP: select}, turns)
-        finally:
-            server.close()
+    with one_cpu(), served() as server:
+        server.execute("create table rows (id bigserial primary key, body text)")
+        with _opened(EVERYONE, server, 4) as peers:
+            ours = peers[Dbpool.name].pool
+            select = partial(ours.fetch_one, "select 1")
+            insert = partial(ours.execute, "insert into rows (body) values ('x')")
+            for row, work, extra in (
+                ("one SELECT", _select, {ONE_TRIP: select}),
+                ("one INSERT", _insert, {ONE_TRIP: insert}),
+                ("three statements", _three, {}),
+            ):
+                _measure(table, row, _calls(work, peers) | extra, turns)
+        # With one connection there is none to choose; of many, the one used last is warm.
+        for size in (1, 16):
+            with _opened([Dbpool, PsycopgPool], server, size) as peers:
+                select = partial(peers[Dbpool.name].pool.fetch_one, "select 1")
+                row = f"one SELECT, pool of {size}"
+                _measure(table, row, _calls(_select, peers) | {ONE_TRIP: select}, turns)
     return table
 
 

@@ -26,6 +26,7 @@ import psycopg
 
 from bench._peers import PEERS, Dbpool, Peer, PsycopgPool
 from bench._report import Cell, Table
+from bench._servers import served
 from tests.postgres import Server, free_port, until
 from tests.proxy import Proxy
 
@@ -185,13 +186,9 @@ def _seconds(seconds: float) -> str:
 
 @contextlib.contextmanager
 def _server(**options: object) -> Iterator[Server]:
-    server = Server(**options)  # type: ignore[arg-type]
-    try:
-        server.start()
+    with served(**options) as server:
         server.execute("create role app login password 'right'")
         yield server
-    finally:
-        server.close()
 
 
 def _restart(server: Server, mode: str, cls: type[Peer]) -> Figures:

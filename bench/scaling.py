@@ -16,6 +16,7 @@ from psycopg_pool import ConnectionPool
 from bench._measure import interleaved, one_cpu, spread
 from bench._peers import Dbpool, Peer, PsycopgPool
 from bench._report import Cell, Table
+from bench._servers import served
 from dbpool import Pool
 from dbpool._parts import Waiter
 from tests.postgres import Server, until
@@ -27,14 +28,10 @@ def run(quick: bool) -> Table:
     """Measure dbpool beside the pool it wraps."""
     table = Table("scaling", "What grows with what", [cls.name for cls in PEERS])
     rounds = 3 if quick else 25
-    server = Server(max_connections=800)
-    server.start()
-    try:
+    with served(max_connections=800) as server:
         _sizes(server, table, (4, 64) if quick else (1, 4, 16, 64, 256), rounds)
         _waiters(server, table, (8, 64) if quick else (8, 64, 256), rounds)
         _memory(server, table)
-    finally:
-        server.close()
     _imports(table, rounds)
     return table
 

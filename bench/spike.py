@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
@@ -19,8 +20,8 @@ from psycopg_pool import ConnectionPool
 
 from bench._measure import spread
 from bench._report import Cell, Table
+from bench._servers import served
 from dbpool import Pool
-from tests.postgres import Server
 
 THREADS, LEAST, MOST, CONNECT = 50, 5, 50, 0.15
 
@@ -37,24 +38,20 @@ class SlowConnection(psycopg.Connection[Any]):
 
 def run(quick: bool) -> Table:
     """Measure until the last thread has had its connection for 2 ms, the peers in turns."""
-    server = Server(max_connections=200)
-    server.start()
-    peers = deque(
+    peers: deque[tuple[str, Callable[[str], tuple[float, int]]]] = deque(
         [
-            ("dbpool", partial(_pooled, Pool, server.conninfo)),
-            ("psycopg_pool", partial(_pooled, ConnectionPool, server.conninfo)),
-            ("SQLAlchemy", partial(_sqlalchemy, server.conninfo)),
+            ("dbpool", partial(_pooled, Pool)),
+            ("psycopg_pool", partial(_pooled, ConnectionPool)),
+            ("SQLAlchemy", _sqlalchemy),
         ]
     )
     table = Table("spike", f"{THREADS} threads at once", [name for name, _ in peers])
     figures: dict[str, list[tuple[float, int]]] = {name: [] for name in table.columns}
-    try:
+    with served(max_connections=200) as server:
         for _ in range(1 if quick else 15):
             for name, once in peers:
-                figures[name].append(once())
+                figures[name].append(once(server.conninfo))
             peers.rotate()
-    finally:
-        server.close()
     for name, found in figures.items():
         table.put("time to finish, connections at the end", name, _cell(found))
     return table

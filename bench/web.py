@@ -18,6 +18,7 @@ from statistics import median
 
 from bench._measure import one_cpu, spread
 from bench._report import Cell, Missing, Table
+from bench._servers import served
 from tests.postgres import Server, free_port, until
 
 ROOT = Path(__file__).parent.parent
@@ -92,9 +93,7 @@ def run(quick: bool) -> Table:
     found: dict[str, list[float]] = {name: [] for name in views}
     with contextlib.ExitStack() as stack:
         others = stack.enter_context(one_cpu())
-        server = Server()
-        server.start()
-        stack.callback(server.close)
+        server = stack.enter_context(served())
         ports = {name: stack.enter_context(_site(server, *VIEWS[name])) for name in views}
         for port in ports.values():
             until(partial(_serves, port), 20.0, pause=0.05)
