@@ -46,7 +46,7 @@ def run(quick: bool) -> Table:
     # Where the others wait or hang for long, a quick run is ours alone.
     those = PEERS[:1] if quick else PEERS
     fit = [peer for peer in PEERS if not (quick and issubclass(peer, PsycopgPool))]
-    outage, seconds = (3.5, 2.0) if quick else (20.0, 10.0)
+    outage, seconds, length = (3.0, 1.0, 2.0) if quick else (20.0, 10.0, 6.0)
     with _server() as server:
         for mode in ("immediate",) if quick else ("immediate", "fast"):
             title = f"restart ({mode}), 10 idle, next 30 requests"
@@ -74,7 +74,7 @@ def run(quick: bool) -> Table:
         title = f"16 threads, room for 8, {seconds:.0f} s"
         compare(partial(_full, seconds), fit, {title: _served_and_failed})
         title = "restarts under run(idempotent=True)"
-        compare(partial(_run_restarts, server), [Dbpool], {title: _calls_and_rows})
+        compare(partial(_run_restarts, server, length), [Dbpool], {title: _calls_and_rows})
     title = "gunicorn --preload, 3 workers, 300 requests"
     compare(_preload, PEERS[: 1 if quick else 2], {title: _shared_and_stop})
     return table
@@ -372,14 +372,14 @@ def _full(length: float, cls: type[Peer]) -> Figures:
     return {"served": sum(served), "failed": sum(failed)}
 
 
-def _run_restarts(server: Server, cls: type[Peer]) -> Figures:
+def _run_restarts(server: Server, length: float, cls: type[Peer]) -> Figures:
     server.execute("drop table if exists inserts")
     server.execute("create table inserts (id text primary key)")
     # Idempotent: what was committed unheard is not there twice.
     insert = "insert into inserts values (%s) on conflict do nothing"
     calls, failed = [0] * 8, [0] * 8
     with cls.opened(server.conninfo, 6) as peer:
-        end = time.monotonic() + 6
+        end = time.monotonic() + length
 
         def work(n: int) -> None:
             while time.monotonic() < end:
@@ -398,7 +398,7 @@ def _run_restarts(server: Server, cls: type[Peer]) -> Figures:
         for thread in threads:
             thread.start()
         for mode in ("immediate", "fast"):
-            time.sleep(1.0)
+            time.sleep(length / 6)
             server.restart(mode)
         for thread in threads:
             thread.join(PATIENCE)

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 SATURATED: Final = "saturated"
+UNSUPPORTED: Final = "unsupported startup parameter"  # PgBouncer's word for our timeouts
 
 # The kinds that waiting will hardly cure.
 _PERMANENT: Final = frozenset({"password", "role", "database", "access", "tls", "conninfo"})
@@ -41,8 +42,8 @@ _TEXTS: Final = tuple(
     (kind, re.compile(pattern, re.IGNORECASE))
     for kind, pattern in (
         ("dns", r"failed to resolve host|could not translate host name"),
-        ("timeout", r"timeout expired|timed out"),
-        (SATURATED, r"too many clients|connection slots are reserved|too many connections"),
+        ("timeout", r"timeout expired|timed out|query_wait_timeout"),
+        (SATURATED, r"too many (clients|connections)|slots are reserved|no more connections"),
         ("starting", r"database system is|not yet accepting connections|recovery mode"),
         ("shutdown", r"terminating connection due to administrator command"),
         ("standby", r"session is (not )?read-only|server is (not )?in hot standby"),
@@ -53,9 +54,10 @@ _TEXTS: Final = tuple(
         ("access", r"no pg_hba\.conf entry|pg_hba\.conf rejects|permission denied for database"),
         ("closed", r"unexpected eof|EOF detected"),  # in the middle of a TLS handshake, say
         ("tls", r"certificate|server does not support SSL|SSL error|sslmode"),
-        ("refused", r"Connection refused|No such file or directory"),
+        ("refused", r"Connection refused|No such file or directory|login has been failing"),
         ("closed", r"server closed the connection|Connection reset"),
         ("conninfo", r"(invalid value for|unrecognized configuration) parameter"),
+        ("conninfo", UNSUPPORTED),
         ("conninfo", r"invalid (port number|connection option|integer value|sslmode)"),
     )
 )

@@ -17,10 +17,12 @@ import pytest
 
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Pool
 from dbpool.errors import classify
+from dbpool.events import ConnectFailed
 from tests.postgres import Server, until
 from tests.proxy import Proxy
 
 from .steps import GRACE, SLACK, Task, assert_serves_all, await_farewells, await_up, fill, terminate
+from .support import Recorder
 
 MakePool = Callable[..., Pool[Any]]
 SECRET = "s3cr3t-of-theirs"
@@ -283,6 +285,31 @@ def test_no_secret_is_told(
 
 
 # What is not the configuration
+
+
+# Runs between the login and the server's first word that it is ready for queries.
+LINGER = """
+create function linger() returns event_trigger language plpgsql as
+    $$ begin if session_user = 'app' then perform pg_sleep(60); end if; end $$;
+create event trigger linger on login execute function linger();
+"""
+
+
+def test_a_backend_terminated_while_it_logs_in_is_told_as_a_shutdown(
+    app: Server, make_pool: MakePool
+) -> None:
+    app.execute(LINGER)
+    heard = Recorder()
+    pool = make_pool(app.conninfo_for(user="app", password=SECRET), listeners=[heard])
+    caller = Task(pool.fetch_value, "select 1")
+    until(lambda: app.execute("select 1 from pg_stat_activity where wait_event = 'PgSleep'"))
+    pids = app.backends("dbpool:faults")
+    app.execute("drop event trigger linger")
+    terminate(app, pids)
+    assert caller.result() == 1
+    until(lambda: heard.count(ConnectFailed))
+    assert {event.kind for event in heard.events if type(event) is ConnectFailed} == {"shutdown"}
+    assert_serves_all(pool)
 
 
 def test_messages_in_another_language_are_transient_but_shown(

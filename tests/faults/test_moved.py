@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg.errors import ReadOnlySqlTransaction
 
-from dbpool import Pool
+from dbpool import DatabaseUnavailable, Pool
 from tests.postgres import Server, until
 
 from .steps import GRACE, assert_serves_all, await_up, fill
@@ -174,6 +174,18 @@ def test_an_outage_of_all_writable_servers_ends_with_the_promotion(
     assert_serves_all(pool)
     pool.close()
     until(lambda: not standby.backends("dbpool:faults"))
+
+
+def test_a_server_of_the_wrong_role_is_told_as_such(
+    primary: Server, standby: Server, make_pool: MakePool
+) -> None:
+    for server, wanted in ((standby, "read-write"), (standby, "primary"), (primary, "standby")):
+        conninfo = server.conninfo_for(target_session_attrs=wanted)
+        pool = make_pool(conninfo, server=server, outage_grace=GRACE)
+        with pytest.raises(DatabaseUnavailable) as caught:
+            pool.getconn()
+        assert caught.value.kind == "standby"
+        assert type(caught.value) is DatabaseUnavailable, "another may be promoted any moment"
 
 
 def test_a_server_that_was_promoted_since_is_asked_again(
