@@ -38,28 +38,25 @@ _PERMANENT: Final = frozenset({"password", "role", "database", "access", "tls", 
 # libpq tells a failed connect by text only: `sqlstate` is None and the server's part is
 # localised. Matched against the first line, most specific first; what matches nothing is
 # transient. The texts are those of PostgreSQL 12 to 18 and of PgBouncer.
-_TEXTS: Final = tuple(
-    (kind, re.compile(pattern, re.IGNORECASE))
-    for kind, pattern in (
-        ("dns", r"failed to resolve host|could not translate host name"),
-        ("timeout", r"timeout expired|timed out|query_wait_timeout"),
-        (SATURATED, r"too many (clients|connections)|slots are reserved|no more connections"),
-        ("starting", r"database system is|not yet accepting connections|recovery mode"),
-        ("shutdown", r"terminating connection due to administrator command"),
-        ("standby", r"session is (not )?read-only|server is (not )?in hot standby"),
-        ("password", r"password authentication failed|no password supplied|SASL auth"),
-        ("role", r'role "[^"]*" does not exist|not permitted to log in|no such user'),
-        ("database", r'database "[^"]*" does not exist|no such database'),
-        ("database", r"not currently accepting connections"),
-        ("access", r"no pg_hba\.conf entry|pg_hba\.conf rejects|permission denied for database"),
-        ("closed", r"unexpected eof|EOF detected"),  # in the middle of a TLS handshake, say
-        ("tls", r"certificate|server does not support SSL|SSL error|sslmode"),
-        ("refused", r"Connection refused|No such file or directory|login has been failing"),
-        ("closed", r"server closed the connection|Connection reset"),
-        ("conninfo", r"(invalid value for|unrecognized configuration) parameter"),
-        ("conninfo", UNSUPPORTED),
-        ("conninfo", r"invalid (port number|connection option|integer value|sslmode)"),
-    )
+_TEXTS: Final = (
+    ("dns", r"failed to resolve host|could not translate host name"),
+    ("timeout", r"timeout expired|timed out|query_wait_timeout"),
+    (SATURATED, r"too many (clients|connections)|slots are reserved|no more connections"),
+    ("starting", r"database system is|not yet accepting connections|recovery mode"),
+    ("shutdown", r"terminating connection due to administrator command"),
+    ("standby", r"session is (not )?read-only|server is (not )?in hot standby"),
+    ("password", r"password authentication failed|no password supplied|SASL auth"),
+    ("role", r'role "[^"]*" does not exist|not permitted to log in|no such user'),
+    ("database", r'database "[^"]*" does not exist|no such database'),
+    ("database", r"not currently accepting connections"),
+    ("access", r"no pg_hba\.conf entry|pg_hba\.conf rejects|permission denied for database"),
+    ("closed", r"unexpected eof|EOF detected"),  # in the middle of a TLS handshake, say
+    ("tls", r"certificate|server does not support SSL|SSL error|sslmode"),
+    ("refused", r"Connection refused|No such file or directory|login has been failing"),
+    ("closed", r"server closed the connection|Connection reset"),
+    ("conninfo", r"(invalid value for|unrecognized configuration) parameter"),
+    ("conninfo", UNSUPPORTED),
+    ("conninfo", r"invalid (port number|connection option|integer value|sslmode)"),
 )
 
 
@@ -142,8 +139,8 @@ def classify(exc: BaseException) -> str:
     if not isinstance(exc, psycopg.Error):
         return "unknown"
     line = str(exc).partition("\n")[0]
-    for kind, text in _TEXTS:
-        if text.search(line):
+    for kind, pattern in _TEXTS:  # compiled, and kept by `re`, with the first failure
+        if re.search(pattern, line, re.IGNORECASE):
             return kind
     if isinstance(exc, psycopg.ProgrammingError) and exc.sqlstate is None:
         return "conninfo"  # with one, it is a statement of `configure` that failed

@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from dbpool import DatabaseUnavailable, Pool
+from dbpool._checkin import _BRIEF
 from tests.postgres import Server, until
 
 from .steps import (
@@ -150,6 +151,7 @@ def test_terminated_in_its_holders_hands_it_is_not_passed_on_whichever_way_it_co
     until(lambda: pool.stats().waiting)
     terminate(own_server, [pid])
     await_farewells(pool)
+    time.sleep(_BRIEF)  # held for less, it would be passed on without a look
     pool.putconn(conn)
     assert waiter.result() != pid
     assert_serves_all(pool)
