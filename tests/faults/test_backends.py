@@ -24,7 +24,6 @@ from .steps import (
     assert_serves_all,
     await_farewells,
     await_gone,
-    await_server,
     await_up,
     fill,
     terminate,
@@ -43,7 +42,6 @@ def test_after_a_killed_backend_the_server_starts_over_and_callers_wait(
     pool = make_pool(min_size=4, max_size=4)
     pids = fill(pool)
     os.kill(pids[0], signal.SIGKILL)  # the postmaster ends all the others and recovers
-    await_server(own_server)
     await_gone(own_server, pids)
     assert pool.fetch_value(PID) not in pids
     assert_serves_all(pool)
@@ -59,7 +57,6 @@ def test_a_backend_killed_in_a_query_is_the_callers_error_and_nobody_elses(
     (busy,) = [pid for pid, query in _queries(own_server, pids) if "pg_sleep" in query]
     os.kill(busy, signal.SIGKILL)
     assert isinstance(caller.error(), psycopg.OperationalError)
-    await_server(own_server)
     await_gone(own_server, pids)
     assert pool.fetch_value(PID) not in pids
     assert pool.stats().counters.discarded["broken"] == 1
