@@ -8,7 +8,7 @@ from collections import deque
 from statistics import median
 
 from bench._measure import one_cpu, spread
-from bench._peers import Dbpool, Peer, PsycopgPool, SQLAlchemy
+from bench._peers import Dbpool, Floor, Peer, PsycopgPool, SQLAlchemy
 from bench._report import Cell, Table
 from bench._servers import served
 from tests.postgres import Server
@@ -19,7 +19,7 @@ BASE = PsycopgPool.name
 def run(quick: bool) -> Table:
     """Let each peer serve as many threads as there are, for some seconds, in turns."""
     seconds, rounds = (0.5, 1) if quick else (2.0, 7)
-    peers: deque[type[Peer]] = deque([Dbpool, PsycopgPool, SQLAlchemy])
+    peers: deque[type[Peer]] = deque([Dbpool, PsycopgPool, SQLAlchemy, Floor])
     table = Table("contention", "8 connections", [cls.name for cls in peers])
     with one_cpu(), served() as server:
         for count in (8, 64) if quick else (1, 8, 16, 64, 128):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
+
+import psycopg
 
 from bench._measure import against, interleaved, one_cpu
 from bench._peers import EVERYONE, Dbpool, Peer, PsycopgPool
@@ -13,22 +16,25 @@ from bench._servers import served
 from tests.postgres import Server
 
 ONE_TRIP = "dbpool, one trip"
+FLOOR = "psycopg, autocommit, no pool"  # what no pool over psycopg can be cheaper than
 
 
 def run(quick: bool) -> Table:
     """Measure on pools whose connections are all open, as they are in a server that is used."""
     turns = (20, 6) if quick else (100, 100)
-    table = Table(
-        "query", "Queries", [Dbpool.name, ONE_TRIP, *(c.name for c in EVERYONE if c is not Dbpool)]
-    )
+    others = [cls.name for cls in EVERYONE if cls is not Dbpool]
+    table = Table("query", "Queries", [Dbpool.name, ONE_TRIP, *others, FLOOR])
     with one_cpu(), served() as server:
         server.execute("create table rows (id bigserial primary key, body text)")
-        with _opened(EVERYONE, server, 4) as peers:
+        with (
+            _opened(EVERYONE, server, 4) as peers,
+            psycopg.connect(server.conninfo, autocommit=True) as alone,
+        ):
             ours = peers[Dbpool.name].pool
             select = partial(ours.fetch_one, "select 1")
             insert = partial(ours.execute, "insert into rows (body) values ('x')")
             for row, work, extra in (
-                ("one SELECT", _select, {ONE_TRIP: select}),
+                ("one SELECT", _select, {ONE_TRIP: select, FLOOR: partial(_fetch, alone)}),
                 ("one INSERT", _insert, {ONE_TRIP: insert}),
                 ("three statements", _three, {}),
             ):
@@ -66,7 +72,11 @@ def _calls(
 
 def _select(peer: Peer) -> None:
     with peer.connection() as conn:
-        conn.execute("select 1").fetchone()
+        _fetch(conn)
+
+
+def _fetch(conn: Any) -> None:
+    conn.execute("select 1").fetchone()
 
 
 def _insert(peer: Peer) -> None:
