@@ -55,7 +55,7 @@ def environ() -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": _WARNINGS}
 
 
-def run_script(script: Path, *arguments: str, seconds: float = 30.0) -> str:
+def run_script(script: Path, *arguments: str, seconds: float = 60.0) -> str:
     """Run a script that says `END <monotonic time>` last; return what it said.
 
     It must succeed, and its process must be gone soon after that.

@@ -20,7 +20,7 @@ OPENING = """\
 import faulthandler, sys, threading, time
 import dbpool
 
-faulthandler.dump_traceback_later(25, exit=True)  # before run_script() gives up: says where it hangs
+faulthandler.dump_traceback_later(50, exit=True)  # before run_script() gives up: says where it hangs
 pool = dbpool.Pool(sys.argv[1], min_size=2, max_size=2, outage_grace=0.2, timeout=20)
 
 

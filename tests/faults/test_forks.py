@@ -21,7 +21,7 @@ import dbpool
 PID = "select pg_backend_pid()"
 
 
-def wait_for(child, seconds=10):
+def wait_for(child, seconds=20):
     deadline = time.monotonic() + seconds
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -174,7 +174,7 @@ def test_forks_while_other_threads_hold_connections_and_locks(run: Run) -> None:
     stop, errors = threading.Event(), []
 
     def work():
-        while not stop.is_set():
+        while not stop.wait(0.001):  # without a pause some kernels starve the children
             try:
                 with pool.connection() as conn:
                     pid = conn.info.backend_pid
@@ -184,7 +184,7 @@ def test_forks_while_other_threads_hold_connections_and_locks(run: Run) -> None:
                 errors.append(ex)
                 return
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
     parents = {pool.fetch_value(PID) for _ in range(20)}

@@ -129,8 +129,7 @@ def test_a_password_changed_on_the_server_is_no_outage_while_a_connection_lives(
     assert error.kind == "password"
     app.execute(f"alter role app password '{SECRET}'")
     assert pool._probe is not None
-    pool._probe.due = 0.0  # as after up to 15 s
-    pool._schedule(pool._probe)
+    pool._probe.due = 0.0  # as after up to 15 s; it looks at its conninfo once a second
     await_up(pool)
     assert_serves_all(pool)
 
