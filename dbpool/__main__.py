@@ -18,7 +18,7 @@ from typing import Any, Final
 import psycopg
 
 from dbpool._conninfo import already_set
-from dbpool._values import did_you_mean, find_dotenv, number
+from dbpool._values import did_you_mean, find_dotenv, number, shown
 from dbpool.databases import Databases, databases_from_env
 from dbpool.errors import ConfigError, PoolError
 from dbpool.gunicorn import directories
@@ -299,16 +299,16 @@ def _directory(given: str | None) -> str | Path | None:
 
 
 def _survey(directory: Path, app: str | None) -> dict[str, Any]:
-    pattern = re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive")
+    pattern, place = re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive"), shown(str(directory))
     matches = [pattern.fullmatch(path.name) for path in directory.glob("*")]
     apps = sorted({match[1] or match[2] for match in matches if match})
     if app is None and len(apps) > 1:
-        raise ConfigError(f"several applications share {directory}: --app {' or '.join(apps)}")
+        raise ConfigError(f"several applications share {place}: --app {' or '.join(apps)}")
     if not apps or (app is not None and app not in apps):
-        raise ConfigError(f"{directory} holds no statistics{f' of {app}' if app else ''}")
+        raise ConfigError(f"{place} holds no statistics{f' of {app}' if app else ''}")
     report = Processes({}, directory, app or apps[0]).survey()
     if report is None:
-        raise ConfigError(f"{directory} is no directory private to this user")
+        raise ConfigError(f"{place} is no directory private to this user")
     return report
 
 

@@ -301,6 +301,13 @@ def test_a_directory_without_statistics_is_one_line(tmp_path: Path, mode: int) -
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_url_in_place_of_a_directory_is_not_repeated() -> None:
+    done = dbpool("stats", DBPOOL_STATS_DIR="postgresql://app:s3cr3t@db/shop")
+    assert done.returncode == 1
+    assert "s3cr3t" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_dotenv_is_read(server: Server, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f"DATABASE_URL={server.conninfo}\n")
     assert dbpool("check", cwd=tmp_path).returncode == 0
