@@ -170,11 +170,12 @@ def test_the_parents_sessions_survive_a_child_that(
 
 def test_forks_while_other_threads_hold_connections_and_locks(run: Run) -> None:
     run("""
-    pool = dbpool.Pool(sys.argv[1], min_size=1, max_size=4, timeout=10)
+    # A machine that stalls is not to look like an outage.
+    pool = dbpool.Pool(sys.argv[1], min_size=1, max_size=4, timeout=20, outage_grace=30)
     stop, errors = threading.Event(), []
 
     def work():
-        while not stop.wait(0.001):  # without a pause some kernels starve the children
+        while not stop.wait(0.003):  # without a pause some kernels starve the children
             try:
                 with pool.connection() as conn:
                     pid = conn.info.backend_pid

@@ -103,6 +103,7 @@ def test_a_farewell_is_the_end_before_the_network_says_so(
     caller = Task(pool.fetch_value, PID)
     assert caller.result() not in pids
     assert caller.seconds < SLACK
+    assert_serves_all(pool)  # the other is met when it is its turn, at the latest
     assert pool.stats().counters.discarded["dead"] == 2
 
 
