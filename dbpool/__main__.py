@@ -143,18 +143,18 @@ def _error_beside(databases: Mapping[str, Settings], dotenv: str | None) -> str 
 
 def _report(settings: Settings) -> dict[str, Any]:
     """Connect once as the pool would, and say what was found; no secret is in it."""
-    shown = settings.masked()
-    report: dict[str, Any] = {"ok": False, "settings": shown}
+    effective = settings.masked()
+    report: dict[str, Any] = {"ok": False, "settings": effective}
     started = monotonic()
     pool = _single(settings)
     try:
         params = settings.connect_params()
-        shown |= _in_effect(settings, params)
+        effective |= _in_effect(settings, params)
         if is_exposed(params, os.environ):
             report["warning"] = _EXPOSED
         with pool.connection() as conn:
             report["connect_seconds"] = round(monotonic() - started, 4)
-            shown |= _enforced(conn)
+            effective |= _enforced(conn)
             info = conn.info
             report |= {
                 "ok": True,

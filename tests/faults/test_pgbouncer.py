@@ -12,7 +12,7 @@ import pytest
 
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable
 from dbpool.errors import classify
-from tests.postgres import Server, free_port, until
+from tests.postgres import Server, free_port, spawn, until
 from webapp.embedded import server_user
 
 from .steps import GRACE, Task, await_up, fill
@@ -73,14 +73,8 @@ class Bouncer:
         return path
 
     def start(self) -> None:
-        user = server_user()
-        self._process = subprocess.Popen(
-            [str(PROGRAM), "-q", self._config],
-            user=user,
-            group="nogroup" if user else None,
-            extra_groups=[] if user else None,
-            cwd="/",
-        )
+        # An absolute path stays one.
+        self._process = spawn(str(PROGRAM), "-q", self._config, output=subprocess.DEVNULL)
         until(lambda: self._is_up() or self._process.poll() is not None)
         assert self._process.poll() is None, self._log.read_text()
 
