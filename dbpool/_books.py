@@ -20,7 +20,7 @@ from psycopg_pool.abc import CT
 from dbpool import events
 from dbpool._parts import Call, Probe, Waiter
 from dbpool.breaker import Breaker
-from dbpool.errors import UNSUPPORTED, DatabaseMisconfigured, DatabaseUnavailable, is_permanent
+from dbpool.errors import DatabaseMisconfigured, DatabaseUnavailable, is_permanent
 from dbpool.events import Emitter
 from dbpool.holders import Slot
 from dbpool.metrics import Metrics, Snapshot
@@ -127,10 +127,9 @@ class Books(ConnectionPool[CT]):
             seconds, kind = monotonic() - silent_since, "timeout"
             cause = unanswered(seconds)
         cls = DatabaseMisconfigured if is_permanent(kind) else DatabaseUnavailable
-        hint = "; a transaction pooler needs DBPOOL_POOLER=transaction"
         error = cls(
             f"pool {self.name!r}: no connection to the database for {seconds:.1f} s ({kind}):"
-            f" {cause or 'none was made in time'}{hint if UNSUPPORTED in str(cause) else ''}",
+            f" {cause or 'none was made in time'}",
             pool=self.name,
             snapshot=snapshot or self.stats(),
             kind=kind,

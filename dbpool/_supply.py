@@ -20,7 +20,7 @@ from dbpool import _fork, events
 from dbpool._books import Books, logger, unanswered
 from dbpool._conninfo import SECRET, mask
 from dbpool._parts import Call, Probe, manners
-from dbpool.errors import classify, detached, is_permanent
+from dbpool.errors import UNSUPPORTED, classify, detached, is_permanent
 from dbpool.holders import Slot
 from dbpool.liveness import hung_up, readability
 
@@ -223,8 +223,11 @@ class Supply(Books[CT]):
         self._schedule(probe)
 
     def _masked(self, ex: BaseException, params: dict[str, Any]) -> BaseException:
+        """What is told and kept of *ex*: no secret, and what to do where that is known."""
         error = detached(ex)
         text = mask(str(error), [str(params[key]) for key in SECRET if params.get(key)])
+        if UNSUPPORTED in text:
+            text += "; a transaction pooler needs DBPOOL_POOLER=transaction"
         if isinstance(error, psycopg.Error):
             error.args = (text,)
         elif text != str(error):  # its class may keep the secret elsewhere too

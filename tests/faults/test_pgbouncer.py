@@ -129,6 +129,9 @@ def test_it_takes_no_timeouts_at_the_start_and_the_error_says_what_to_set(
     with pytest.raises(DatabaseMisconfigured, match="DBPOOL_POOLER=transaction") as caught:
         pool.fetch_value("select 1")
     assert caught.value.kind == "conninfo"
+    told = pool.stats().breaker.last_error or ""  # by the log and the views too
+    assert "DBPOOL_POOLER=transaction" in told
+    assert "right" not in told
 
 
 def test_a_pool_works_through_it(bouncer: Bouncer, make_pool: MakePool) -> None:
