@@ -16,7 +16,7 @@ from psycopg_pool.pool import ReturnConnection
 from dbpool import events
 from dbpool._books import logger
 from dbpool._life import Life
-from dbpool._parts import manners
+from dbpool._parts import KeptCursor, manners
 from dbpool.holders import Slot
 from dbpool.liveness import Look, look
 
@@ -39,10 +39,10 @@ class Checkin(Life[CT]):
         self._check_pool_putconn(conn)
         self._release(conn)
 
-    def _release(self, conn: Any, *, is_untouched: bool = False) -> None:
+    def _release(self, conn: Any, cursor: KeptCursor | None = None) -> None:
         """Pass a healthy connection on to who waits longest, else make it idle.
 
-        *is_untouched* says that no user ever saw it.
+        A *cursor* to keep says that no code of a user's saw the connection.
         """
         slot: Slot = conn._slot
         now = monotonic()
@@ -53,11 +53,11 @@ class Checkin(Life[CT]):
             or self._reset
             or self.breaker.error is not None  # connects fail: is this one alive?
             # One tuple comparison covers all that a user may have changed on the connection.
-            or not (is_untouched or manners(conn) == slot.manners)
+            or not (cursor is not None or manners(conn) == slot.manners)
         ):
             self._release_slowly(conn, slot, now)
             return
-        conn._pool = None
+        conn._pool, slot.cursor = None, cursor
         use = now - slot.since
         with self._lock:
             self._count(slot, use)
@@ -70,6 +70,7 @@ class Checkin(Life[CT]):
             self.listeners.emit(events.CheckedIn(self.name, use))
 
     def _release_slowly(self, conn: Any, slot: Slot, now: float) -> None:
+        slot.cursor = None
         if slot.fd < 0:  # inherited by a fork: its session is the parent's
             self._close_connection(conn)
             return

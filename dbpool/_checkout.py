@@ -68,9 +68,8 @@ class Checkout(Checkin[CT]):
         # One comparison stands for lifetime, idle time and a check of the user's own.
         elif started >= conn._slot.fresh_until or conn._slot.readable(0):
             conn = self._acquire_slowly(conn, started, timeout)
-        slot = conn._slot
-        code = frame.f_code
-        slot.who, slot.code, slot.lasti = _here.who, code, frame.f_lasti
+        slot: Slot = conn._slot
+        slot.who, slot.code, slot.lasti = _here.who, frame.f_code, frame.f_lasti
         conn._pool = self
         slot.since = now = monotonic()
         slot.wait = now - started
@@ -132,7 +131,7 @@ class Checkout(Checkin[CT]):
         except BaseException:  # KeyboardInterrupt, SystemExit, gevent.Timeout: leave no hole
             self._leave(waiter)
             raise
-        if not waiter.is_settled:
+        if waiter.conn is None and waiter.error is None:
             self._expire(waiter, monotonic() - started)
         if waiter.error is not None:
             if waiter.is_refused and self.listeners.active:
@@ -217,6 +216,7 @@ class Checkout(Checkin[CT]):
         """Run the user's own check; the time it takes is theirs."""
         if self._check is None or self._trusted >= 0.0:
             return True
+        conn._slot.cursor = None
         try:
             self._check(conn)
             if conn.pgconn.transaction_status != _IDLE:  # what it began is not its user's

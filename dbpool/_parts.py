@@ -1,4 +1,4 @@
-"""The small parts of a pool: waiters, probes, maintenance tasks, a connection's manners."""
+"""The small parts of a pool: waiters, probes, tasks, a connection's manners, kept cursors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from operator import attrgetter
 from time import monotonic
 from typing import Any, Final
 
+from psycopg import Connection, Cursor
+from psycopg.rows import RowFactory, dict_row, namedtuple_row, scalar_row, tuple_row
 from psycopg_pool import ConnectionPool
 from psycopg_pool.pool import MaintenanceTask
 
@@ -29,6 +31,9 @@ manners: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(
     "_tpc",
     "_pipeline",
 )
+
+# Row factories that look at a cursor's result alone.
+HARMLESS: Final = (tuple_row, dict_row, namedtuple_row, scalar_row)
 
 # Reconnects: 50 ms to 1 s. The base keeps a delay below some 0.6 of the outage so far, so that
 # a short restart is met again soon.
@@ -74,6 +79,26 @@ class Waiter:
         """Have *error* raised where it waits."""
         self.error, self.is_refused = error, True
         self.latch.release()
+
+
+class KeptCursor(Cursor[Any]):
+    """A cursor that serves one single statement after the other and remembers none of them.
+
+    What it saves is the making, which copies the connection's adapters: 12 us. It knows its
+    connection only while it serves, so that it keeps none alive which its user lost.
+    """
+
+    __slots__ = ()
+
+    def attach(self, conn: Connection[Any], row_factory: RowFactory[Any]) -> None:
+        """Make ready for a statement."""
+        self._conn, self._pgconn, self._row_factory = conn, conn.pgconn, row_factory
+
+    def detach(self) -> None:
+        """Drop the statement, its parameters, what was learned for them, and the result."""
+        gone: Any = None  # `execute` sets them all anew
+        self._conn = self._pgconn = self._tx = gone
+        self._query = self._last_query = self._results = self.pgresult = gone
 
 
 class Probe:

@@ -61,22 +61,9 @@ class Slot:
     """
 
     __slots__ = (
-        "code",
-        "expires_at",
-        "fd",
-        "fresh_until",
-        "idle_since",
-        "lasti",
-        "manners",
-        "read_write",
-        "readable",
-        "ref",
-        "reported",
-        "since",
-        "standby",
-        "wait",
-        "who",
-    )
+        "code", "cursor", "expires_at", "fd", "fresh_until", "idle_since", "lasti", "manners",
+        "read_write", "readable", "ref", "reported", "since", "standby", "wait", "who",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -99,6 +86,7 @@ class Slot:
         self.who: Who | None = None
         self.code: CodeType | None = None
         self.lasti = 0
+        self.cursor: Any = None  # kept from one `fetch_*` to the next
         self.reported = False
 
     def forget(self) -> None:

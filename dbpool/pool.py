@@ -20,6 +20,7 @@ from psycopg_pool.abc import CT, ConninfoParam
 from dbpool import _fork, holders
 from dbpool._fork import close_all
 from dbpool._options import Options
+from dbpool._parts import HARMLESS, KeptCursor
 from dbpool._run import Runner
 from dbpool.errors import ConfigError
 from dbpool.events import Emitter
@@ -183,9 +184,15 @@ class Pool(Runner[CT]):
         frame: FrameType,
     ) -> T:
         conn: Any = self._acquire(None, frame)
+        kept: KeptCursor | None = None
         try:
-            # What conn.cursor() does; its checks are done, or are done again by execute().
-            cursor = conn.cursor_factory(conn, row_factory=row_factory or conn.row_factory)
+            row_factory = row_factory or conn.row_factory
+            if row_factory in HARMLESS and conn.cursor_factory is Cursor:
+                cursor: Any = conn._slot.cursor or KeptCursor(conn)
+                kept = cursor
+                cursor.attach(conn, row_factory)
+            else:
+                cursor = conn.cursor_factory(conn, row_factory=row_factory)
             # A connection from the pool is as it was set up, so these are the set-up's.
             if self._plain and conn._isolation_level is conn._read_only is conn._deferrable is None:
                 conn._autocommit = True
@@ -197,7 +204,9 @@ class Pool(Runner[CT]):
             raise
         finally:
             conn._autocommit = conn._slot.manners[0]
-            self._release(conn, is_untouched=True)
+            if kept is not None:
+                kept.detach()
+            self._release(conn, kept)
 
     def holders(self) -> list[Holder]:
         """Return who holds connections, longest first, at most 20."""
