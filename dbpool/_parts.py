@@ -84,8 +84,8 @@ class Waiter:
 class KeptCursor(Cursor[Any]):
     """A cursor that serves one single statement after the other and remembers none of them.
 
-    What it saves is the making, which copies the connection's adapters: 12 us. It knows its
-    connection only while it serves, so that it keeps none alive which its user lost.
+    What it saves is the making, which copies the connection's adapters: some 6 us of a fetch.
+    It knows its connection only while it serves, so that it keeps none alive which its user lost.
     """
 
     __slots__ = ()

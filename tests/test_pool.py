@@ -602,6 +602,67 @@ def test_a_single_statement_takes_one_round_trip(dsn: str, tmp_path: Path) -> No
         assert len(answers) == 1
 
 
+class Loud(TextLoader):
+    def load(self, data: Any) -> str:
+        return str(super().load(data)).upper()
+
+
+def test_a_single_statement_leaves_nothing_behind(dsn: str) -> None:
+    with Pool(dsn, max_size=1) as pool:
+        row = pool.fetch_one("select %s::text as a", ["secret"], row_factory=dict_row)
+        assert row == {"a": "secret"}
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            pool.fetch_value("select 1/%s", [0])
+        kept = pool._pool[0]._slot.cursor
+        names = ("_conn", "_pgconn", "_tx", "_query", "_last_query", "_results", "pgresult")
+        assert {name: getattr(kept, name) for name in names} == dict.fromkeys(names)
+        assert pool.fetch_value("select 2") == 2
+        assert pool._pool[0]._slot.cursor is kept
+
+
+def test_a_single_statement_adapts_as_the_connection_does_now(dsn: str) -> None:
+    with Pool(dsn, max_size=1) as pool:
+        assert pool.fetch_value("select 'a'::text") == "a"
+        with pool.connection() as conn:
+            conn.adapters.register_loader("text", Loud)
+        assert pool.fetch_value("select 'a'::text") == "A"
+        conn = pool.getconn()
+        conn.adapters.register_loader("text", TextLoader)
+        conn.execute("select 1")  # comes back in a transaction, to be mended
+        pool.putconn(conn)
+        assert pool.fetch_value("select 'a'::text") == "a"
+
+
+def test_a_row_factory_of_the_users_has_a_cursor_of_its_own(dsn: str) -> None:
+    seen: list[psycopg.Cursor[Any]] = []
+
+    def spy(cursor: psycopg.Cursor[Any]) -> Any:
+        seen.append(cursor)
+        return tuple_row(cursor)
+
+    with Pool(dsn, max_size=1) as pool:
+        pool.fetch_one("select 1")
+        pool.fetch_one("select 2", row_factory=spy)
+        assert pool.fetch_one("select 3") == (3,)
+    assert seen[0].fetchone() is None
+    assert type(seen[0]) is psycopg.Cursor
+
+
+@pytest.mark.parametrize("name", ["check", "reset"])
+def test_a_single_statement_adapts_as_a_callback_wants_it(dsn: str, name: str) -> None:
+    calls: list[Connection[Any]] = []
+
+    def callback(conn: Connection[Any]) -> None:
+        if len(calls) == 1:
+            conn.adapters.register_loader("text", Loud)
+        calls.append(conn)
+
+    with Pool(dsn, max_size=1, **{name: callback}) as pool:  # type: ignore[arg-type]
+        seen = [pool.fetch_value("select 'a'::text") for _ in range(3)]
+    assert "A" in seen
+    assert seen == sorted(seen, reverse=True)
+
+
 def test_a_failing_statement_leaves_the_connection_fit(pool: Pool) -> None:
     with pytest.raises(psycopg.errors.DivisionByZero):
         pool.fetch_one("select 1/0")
@@ -904,43 +965,3 @@ def test_the_time_waited_in_vain_is_counted_as_the_parent_does(dsn: str) -> None
         with pytest.raises(PoolExhausted):
             pool.getconn(timeout=0.2)
         assert pool.get_stats()["requests_wait_ms"] >= before + 200
-
-
-def test_a_single_statement_leaves_nothing_behind(dsn: str) -> None:
-    with Pool(dsn, max_size=1) as pool:
-        row = pool.fetch_one("select %s::text as a", ["secret"], row_factory=dict_row)
-        assert row == {"a": "secret"}
-        with pytest.raises(psycopg.errors.DivisionByZero):
-            pool.fetch_value("select 1/%s", [0])
-        kept = pool._pool[0]._slot.cursor
-        names = ("_conn", "_pgconn", "_tx", "_query", "_last_query", "_results", "pgresult")
-        assert {name: getattr(kept, name) for name in names} == dict.fromkeys(names)
-        assert pool.fetch_value("select 2") == 2
-        assert pool._pool[0]._slot.cursor is kept
-
-
-def test_a_single_statement_adapts_as_the_connection_does_now(dsn: str) -> None:
-    class Loud(TextLoader):
-        def load(self, data: Any) -> str:
-            return str(super().load(data)).upper()
-
-    with Pool(dsn, max_size=1) as pool:
-        assert pool.fetch_value("select 'a'::text") == "a"
-        with pool.connection() as conn:
-            conn.adapters.register_loader("text", Loud)
-        assert pool.fetch_value("select 'a'::text") == "A"
-
-
-def test_a_row_factory_that_changes_its_cursor_changes_no_other(dsn: str) -> None:
-    seen: list[psycopg.Cursor[Any]] = []
-
-    def spy(cursor: psycopg.Cursor[Any]) -> Any:
-        seen.append(cursor)
-        return tuple_row(cursor)
-
-    with Pool(dsn, max_size=1) as pool:
-        pool.fetch_one("select 1")
-        pool.fetch_one("select 2", row_factory=spy)
-        assert pool.fetch_one("select 3") == (3,)
-    assert seen[0].fetchone() is None
-    assert type(seen[0]) is psycopg.Cursor

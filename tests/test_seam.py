@@ -140,6 +140,15 @@ def test_connections_have_the_attributes_that_are_put_back(dsn: str) -> None:
         assert manners(conn)[0] is False
 
 
+def test_a_cursor_holds_what_the_kept_one_lets_go_of() -> None:
+    """Another attribute may be another thing that a kept cursor has to forget."""
+    forgotten = {"_conn", "_pgconn", "_tx", "_query", "_last_query", "_results", "pgresult"}
+    harmless = {"_adapters", "_closed", "_execmany_returning", "_iresult", "_make_row", "_pos"}
+    harmless |= {"_row_factory", "_rowcount", "_statusmessage", "arraysize", "format"}
+    slots = {name for cls in psycopg.Cursor.__mro__ for name in getattr(cls, "__slots__", ())}
+    assert slots - {"__weakref__"} == forgotten | harmless
+
+
 def test_the_versions_are_those_that_were_looked_at() -> None:
     assert psycopg_pool.__version__.startswith("3.3.")
     assert psycopg.__version__.startswith("3.3.")
