@@ -131,7 +131,7 @@ class Checkout(Checkin[CT]):
         except BaseException:  # KeyboardInterrupt, SystemExit, gevent.Timeout: leave no hole
             self._leave(waiter)
             raise
-        if waiter.conn is None and waiter.error is None:
+        if not waiter.is_settled:
             self._expire(waiter, monotonic() - started)
         if waiter.error is not None:
             if waiter.is_refused and self.listeners.active:

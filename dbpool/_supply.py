@@ -149,7 +149,9 @@ class Supply(Books[CT]):
                     f" by configure function {self._configure}: discarded"
                 )
         self._set_connection_expiry_date(conn)
-        slot = Slot(conn, readability(conn.fileno()), manners(conn), self._lost.append)
+        standby = conn.pgconn.parameter_status(b"in_hot_standby")
+        slot = Slot(conn.fileno(), standby, readability(conn.fileno()), manners(conn))
+        slot.watch(conn, self._lost.append)
         # As libpq understood it: it may be set by a service file or PGTARGETSESSIONATTRS.
         options = {option.keyword: option.val for option in conn.pgconn.info}
         slot.read_write = options.get(b"target_session_attrs") in {b"read-write", b"primary"}

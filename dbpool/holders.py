@@ -13,6 +13,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import PurePath
@@ -54,40 +55,33 @@ class _Here(threading.local):
 here = _Here()  # `here.who` is the calling thread
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Slot:
     """What a pool remembers of one connection; all times are monotonic.
 
     `since` is 0 while nobody holds it: idle, or being handed over.
     """
 
-    __slots__ = (
-        "code", "cursor", "expires_at", "fd", "fresh_until", "idle_since", "lasti", "manners",
-        "read_write", "readable", "ref", "reported", "since", "standby", "wait", "who",
-    )  # fmt: skip
+    fd: int
+    standby: bytes | None
+    readable: Callable[[float], object]
+    manners: tuple[object, ...]  # the attributes a user may change, as they were at first
+    ref: weakref.ref[Any] | None = None
+    read_write: bool = False  # whether the conninfo asked for a server that can write
+    expires_at: float = 0.0
+    fresh_until: float = 0.0
+    idle_since: float = 0.0
+    since: float = 0.0
+    wait: float = 0.0
+    who: Who | None = None
+    code: CodeType | None = None
+    lasti: int = 0
+    cursor: Any = None  # kept from one `fetch_*` to the next
+    reported: bool = False
 
-    def __init__(
-        self,
-        conn: Any,
-        readable: Callable[[float], object],
-        manners: tuple[object, ...],
-        collected: Callable[[Slot], None],
-    ) -> None:
-        def lost(_: object) -> None:
-            collected(self)
-
-        self.ref: weakref.ref[Any] | None = weakref.ref(conn, lost)
-        self.readable = readable
-        self.manners = manners  # the attributes a user may change, as they were at first
-        self.fd: int = conn.pgconn.socket
-        self.standby: bytes | None = conn.pgconn.parameter_status(b"in_hot_standby")
-        self.read_write = False  # whether the conninfo asked for a server that can write
-        self.expires_at = self.fresh_until = self.idle_since = 0.0
-        self.since = self.wait = 0.0
-        self.who: Who | None = None
-        self.code: CodeType | None = None
-        self.lasti = 0
-        self.cursor: Any = None  # kept from one `fetch_*` to the next
-        self.reported = False
+    def watch(self, conn: Any, collected: Callable[[Slot], None]) -> None:
+        """Have *collected* called when *conn* is collected while it counts."""
+        self.ref = weakref.ref(conn, lambda _: collected(self))
 
     def forget(self) -> None:
         """The pool gave the connection up: its collection means nothing any more."""
