@@ -32,9 +32,10 @@ logger = logging.getLogger("dbpool")
 class Books(ConnectionPool[CT]):
     """What there is, is out, is wanted, and failed.
 
-    Invariant under `_lock`: `_nconns == len(_pool) + _connecting + connections out`, where
-    those out are in `_out`, or in a maintenance thread's hands. `_probe` is the one slot
-    that tries again while connects fail; no other attempt begins beside it.
+    Invariant under `_lock` while open: `_nconns == len(_slots) + _connecting`. A connection is
+    idle in `_pool`, held if its slot says since when, and else in the hands of a caller who is
+    about to have it, or of a maintenance thread. `_probe` is the one that tries again while
+    connects fail; no other attempt begins beside it.
     """
 
     _pool: deque[Any]
@@ -65,7 +66,7 @@ class Books(ConnectionPool[CT]):
         self._sched_runner = None
         self._nconns = 0
         self._connecting = 0
-        self._out: set[Slot] = set()
+        self._slots: set[Slot] = set()  # of all connections there are
         self._lost: deque[Slot] = deque()  # collected while out; filled without any lock
         self._attempts: list[float] = []  # when those under way began
         self._probe: Probe | None = None

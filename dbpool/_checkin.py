@@ -62,8 +62,7 @@ class Checkin(Life[CT]):
         with self._lock:
             self._count(slot, use)
             self._last_seen = slot.idle_since = now
-            self._place(conn, slot, is_fresh=use < _BRIEF)
-            is_orphan = self._closed
+            is_orphan = self._place(conn, slot, is_fresh=use < _BRIEF)
         if is_orphan:
             self._close_connection(conn)
         if self.listeners.active:
@@ -82,7 +81,7 @@ class Checkin(Life[CT]):
         if self.listeners.active:
             self.listeners.emit(events.CheckedIn(self.name, use))
         if self._closed:
-            self._out.discard(slot)
+            self._slots.discard(slot)
             self._close_connection(conn)
         elif self._reset:
             self.run_task(ReturnConnection(self, conn, from_getconn=False))
@@ -144,7 +143,7 @@ class Checkin(Life[CT]):
 
         Raise `ValueError` if that was counted before, as after a second return.
         """
-        if slot not in self._out or not slot.since:
+        if not slot.since:
             raise ValueError(f"can't return connection to pool {self.name!r}, it is not out")
         slot.since = 0.0
         metrics = self._metrics
@@ -152,28 +151,29 @@ class Checkin(Life[CT]):
         if len(metrics.ended) >= metrics.BATCH:
             metrics.count_ended()
 
-    def _place(self, conn: Any, slot: Slot, *, is_fresh: bool) -> None:
+    def _place(self, conn: Any, slot: Slot, *, is_fresh: bool) -> bool:
         """Hand a connection over or queue it, last in first out. The lock is held.
 
-        *is_fresh* says that its server spoke just now: who gets it need not look.
+        *is_fresh* says that its server spoke just now: who gets it need not look. True if the
+        pool is closed: then the connection is to be closed too.
         """
         if self._waiting:
-            self._out.add(slot)
             self._waiting.popleft().give(conn, is_fresh=is_fresh and self._trusted >= 0.0)
-            return
-        self._out.discard(slot)
-        if not self._closed:
+        elif self._closed:
+            self._slots.discard(slot)
+            return True
+        else:
             fresh_until, expires_at = slot.idle_since + self._trusted, slot.expires_at
             # min() would be a call.
             slot.fresh_until = fresh_until if fresh_until < expires_at else expires_at  # noqa: FURB136
             self._pool.append(conn)
+        return False
 
     def _add_to_pool(self, conn: Any, *, is_fresh: bool = True) -> None:
         conn._pool = None
         with self._lock:
             conn._slot.since = 0.0
-            is_orphan = self._closed
-            self._place(conn, conn._slot, is_fresh=is_fresh)
+            is_orphan = self._place(conn, conn._slot, is_fresh=is_fresh)
         if is_orphan:
             self._close_connection(conn)
 
@@ -181,7 +181,7 @@ class Checkin(Life[CT]):
         """Free the slots of connections that were collected while out. The lock is held."""
         while self._lost:
             slot = self._lost.popleft()
-            if slot in self._out:
+            if slot in self._slots:
                 if slot.since:
                     self._count(slot, monotonic() - slot.since)
                 self._remove(slot, "collected")

@@ -58,7 +58,6 @@ class Checkout(Checkin[CT]):
         with self._lock:
             if self._pool:
                 conn = self._pool.pop()
-                self._out.add(conn._slot)
             else:
                 waiter = self._queue_up()
         if waiter is not None:
@@ -88,7 +87,6 @@ class Checkout(Checkin[CT]):
             with self._lock:
                 if self._pool and not is_late:
                     conn = self._pool.pop()
-                    self._out.add(conn._slot)
                     continue
                 waiter = self._queue_up()
             conn = self._await(waiter, started, timeout)
@@ -165,12 +163,12 @@ class Checkout(Checkin[CT]):
         if self.breaker.is_failing or self._connecting or busy < self._max_size:
             return self._unavailable()
         now = monotonic()
-        held = holders.report(self._out, now)
+        held = holders.report(self._slots, now)
         if not held and self._last_seen < now - seconds:  # all are asked whether they live
             return self._unavailable(silent_since=self._last_seen)
         longest = "; ".join(f"{h.thread} {h.seconds:.1f} s at {h.where}" for h in held[:5])
         me = _here.who
-        mine = sum(slot.since > 0.0 and slot.who is me for slot in self._out)
+        mine = sum(slot.since > 0.0 and slot.who is me for slot in self._slots)
         nested = (
             f"; nested: this thread itself holds {mine}, and n threads that hold {mine + 1} at once"
             f" need a max_size of at least n * {mine} + 1"

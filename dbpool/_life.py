@@ -49,6 +49,7 @@ class Life(Supply[CT]):
             self._closed = True
             idle = list(self._pool)
             self._pool.clear()
+            self._slots.difference_update(conn._slot for conn in idle)
             self._refuse_waiters(lambda: PoolClosed(f"the pool {self.name!r} is closed"))
             threads = self._signal_stop_worker()
         for conn in idle:
@@ -92,7 +93,7 @@ class Life(Supply[CT]):
 
     def slots(self) -> list[Slot]:
         """Return the slots of all connections, idle or out; takes no lock."""
-        return [conn._slot for conn in list(self._pool)] + list(self._out)
+        return list(self._slots)
 
     def after_fork(self) -> None:
         """In a child process: leave what is the parent's alone and start from nothing."""

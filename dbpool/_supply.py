@@ -31,7 +31,7 @@ _LOOK_AGAIN = 0.1  # seconds at least between two looks at an attempt without an
 class Supply(Books[CT]):
     """The making of connections: up to min_size, for those who wait, and after an outage.
 
-    And their giving up: one that is out has its slot in `_out`, one given up nowhere.
+    And their giving up.
     """
 
     # Making
@@ -164,6 +164,7 @@ class Supply(Books[CT]):
         with self._lock:
             self._attempts.remove(started)
             self._connecting -= 1
+            self._slots.add(conn._slot)  # type: ignore[attr-defined]
             self._probe = None
             self._outage_told = False
             outage = self.breaker.succeeded()
@@ -281,7 +282,7 @@ class Supply(Books[CT]):
     def _remove(self, slot: Slot, reason: str) -> None:
         """Take a connection out of the books. The lock is held."""
         slot.forget()
-        self._out.discard(slot)
+        self._slots.discard(slot)
         self._nconns -= 1
         metrics = self._metrics
         setattr(metrics, reason, getattr(metrics, reason) + 1)

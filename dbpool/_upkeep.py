@@ -79,7 +79,7 @@ class Upkeep(Checkout[CT]):
     def _report_leaks(self, now: float) -> None:
         oldest = now - self.settings.leak_after
         with self._lock:
-            leaked = [s for s in self._out if 0.0 < s.since <= oldest and not s.reported]
+            leaked = [s for s in self._slots if 0.0 < s.since <= oldest and not s.reported]
             for slot in leaked:
                 slot.reported = True
             self._metrics.leaks += len(leaked)
@@ -114,7 +114,7 @@ class Upkeep(Checkout[CT]):
     def drain(self) -> None:
         """Replace all connections: the idle ones now, those that are out when they return."""
         with self._lock:
-            for slot in self._out:
+            for slot in self._slots:
                 slot.expires_at = 0.0
             gone = self._take_out("expired", lambda slot: True)
         self._dispose(gone, "expired")
@@ -145,7 +145,6 @@ class Upkeep(Checkout[CT]):
         with self._lock:
             conns = deque(self._pool)
             self._pool.clear()
-            self._out.update(conn._slot for conn in conns)
         hopeless = float("-inf")
         try:
             while conns:
@@ -175,7 +174,8 @@ class Upkeep(Checkout[CT]):
         if excess > 0:
             excess -= self._retire("idle", lambda slot: True, excess)
         with self._lock:
-            for slot in list(self._out)[: max(0, excess)]:
+            out = self._slots.difference(conn._slot for conn in self._pool)
+            for slot in list(out)[: max(0, excess)]:
                 slot.expires_at = 0.0
 
     # Numbers
@@ -198,7 +198,7 @@ class Upkeep(Checkout[CT]):
         """Return a consistent snapshot of the state and of all counters since opening."""
         with self._lock:
             now = monotonic()
-            out = [slot for slot in self._out if slot.since]
+            held = [slot for slot in self._slots if slot.since]
             return self._metrics.snapshot(
                 state=self.state,
                 size=0 if self._closed else self._nconns,
@@ -208,14 +208,14 @@ class Upkeep(Checkout[CT]):
                 waiting=len(self._waiting),
                 min_size=self._min_size,
                 max_size=self._max_size,
-                pending=[slot.wait for slot in out],
+                pending=[slot.wait for slot in held],
                 breaker=BreakerSnapshot(
                     state=self.breaker.state,
                     since=self.breaker.since,
                     last_error=self.breaker.last_error,
                     retry_after=self.breaker.retry_after,
                 ),
-                holders=holders.report(out, now),
+                holders=holders.report(held, now),
             )
 
     def get_stats(self) -> dict[str, int]:
@@ -234,7 +234,7 @@ class Upkeep(Checkout[CT]):
         """The parent's counts and sums beyond those of *since*. The lock is held."""
         m = self._metrics
         m.count_ended()
-        pending = [slot.wait for slot in self._out if slot.since]
+        pending = [slot.wait for slot in self._slots if slot.since]
         failed = m.timeouts + m.rejected
         totals = {
             self._REQUESTS_NUM: m.checkouts + len(pending) + failed,

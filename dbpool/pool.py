@@ -211,8 +211,8 @@ class Pool(Runner[CT]):
     def holders(self) -> list[Holder]:
         """Return who holds connections, longest first, at most 20."""
         with self._lock:
-            held = list(self._out)
-        return list(holders.report(held, monotonic()))
+            slots = list(self._slots)
+        return list(holders.report(slots, monotonic()))
 
     def return_held(self, since: float) -> list[Holder]:
         """Take back what this thread checked out after *since*, a monotonic time, and still holds.
@@ -220,11 +220,12 @@ class Pool(Runner[CT]):
         It is closed, which rolls it back: whoever holds it may not have forgotten it yet.
         Returns who held it.
         """
-        if not self._out:
+        if len(self._pool) == len(self._slots):
             return []
         me = holders.here.who
         with self._lock:
-            mine = [slot for slot in self._out if slot.who is me and slot.since >= since]
+            held = [slot for slot in self._slots if slot.since]
+        mine = [slot for slot in held if slot.who is me and slot.since >= since]
         # What was collected meanwhile is told and freed as such.
         held = {slot: conn for slot in mine if slot.ref and (conn := slot.ref()) is not None}
         reports = list(holders.report(held, monotonic()))
