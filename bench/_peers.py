@@ -95,7 +95,6 @@ class Dbpool(Peer):
         with self.pool._lock:
             for conn in self.pool._pool:
                 conn._slot.idle_since -= 60.0
-                conn._slot.fresh_until -= 60.0
 
 
 class PsycopgPool(Peer):

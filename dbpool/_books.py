@@ -52,7 +52,7 @@ class Books(ConnectionPool[CT]):
         # For how long an idle connection is handed out after a look alone: never if the user
         # wants to check it; what the stock check does is done here anyway.
         is_harmless = self._check in (None, self.check_connection)
-        self._trusted = settings.ping_after if is_harmless else -1.0
+        self._trusted = settings.ping_after if is_harmless else float("-inf")
         self._clear()
         self._pid = getpid()
 

@@ -19,6 +19,7 @@ from dbpool._life import Life
 from dbpool._parts import KeptCursor, manners
 from dbpool.holders import Slot
 from dbpool.liveness import Look, look
+from dbpool.metrics import Metrics
 
 _IDLE = TransactionStatus.IDLE
 _UNKNOWN = TransactionStatus.UNKNOWN
@@ -46,40 +47,47 @@ class Checkin(Life[CT]):
         """
         slot: Slot = conn._slot
         now = monotonic()
-        if (
-            conn.pgconn.transaction_status != _IDLE
-            or now >= slot.expires_at
-            or slot.reported
-            or self._reset
-            or self.breaker.error is not None  # connects fail: is this one alive?
-            # One tuple comparison covers all that a user may have changed on the connection.
-            or not (cursor is not None or manners(conn) == slot.manners)
-        ):
-            self._release_slowly(conn, slot, now)
-            return
-        conn._pool, slot.cursor = None, cursor
         use = now - slot.since
+        is_fit = (
+            conn.pgconn.transaction_status == _IDLE
+            and now < slot.expires_at
+            and not slot.reported
+            and not self._reset
+            and self.breaker.error is None  # else connects fail: is this one alive?
+            # One tuple comparison covers all that a user may have changed on the connection.
+            and (cursor is not None or manners(conn) == slot.manners)
+        )
+        slot.cursor = cursor if is_fit else None
+        if not is_fit and slot.fd < 0:  # inherited by a fork: its session is the parent's
+            self._close_connection(conn)
+            return
+        is_orphan = False
         with self._lock:
-            self._count(slot, use)
-            self._last_seen = slot.idle_since = now
-            is_orphan = self._place(conn, slot, is_fresh=use < _BRIEF)
+            if not slot.since:
+                raise ValueError(f"can't return connection to pool {self.name!r}, it is not out")
+            slot.since = 0.0
+            is_late, slot.reported = slot.reported, False
+            self._metrics.ended.append((slot.wait, use))
+            if len(self._metrics.ended) >= Metrics.BATCH:
+                self._metrics.count_ended()
+            if is_fit:
+                conn._pool = None
+                self._last_seen = slot.idle_since = now
+                if self._waiting or self._closed:
+                    is_orphan = self._place(conn, slot, is_fresh=use < _BRIEF)
+                else:
+                    self._pool.append(conn)
         if is_orphan:
             self._close_connection(conn)
-        if self.listeners.active:
-            self.listeners.emit(events.CheckedIn(self.name, use))
-
-    def _release_slowly(self, conn: Any, slot: Slot, now: float) -> None:
-        slot.cursor = None
-        if slot.fd < 0:  # inherited by a fork: its session is the parent's
-            self._close_connection(conn)
-            return
-        use = now - slot.since
-        with self._lock:
-            self._count(slot, use)
-        if slot.reported:
+        if is_late:
             self._tell_late(slot, use)
         if self.listeners.active:
             self.listeners.emit(events.CheckedIn(self.name, use))
+        if not is_fit:
+            self._mend(conn, slot)
+
+    def _mend(self, conn: Any, slot: Slot) -> None:
+        """Make a connection that came back unfit idle again, or give it up."""
         if self._closed:
             self._slots.discard(slot)
             self._close_connection(conn)
@@ -89,7 +97,6 @@ class Checkin(Life[CT]):
             self._return_connection(conn, from_getconn=False)
 
     def _tell_late(self, slot: Slot, seconds: float) -> None:
-        slot.reported = False
         with self._lock:
             self._metrics.returned_late += 1
         where = slot.where()
@@ -138,19 +145,6 @@ class Checkin(Life[CT]):
         conn._begin_statement = b""
         return True
 
-    def _count(self, slot: Slot, use: float) -> None:
-        """Count a checkout that ended, wait and use at once. The lock is held.
-
-        Raise `ValueError` if that was counted before, as after a second return.
-        """
-        if not slot.since:
-            raise ValueError(f"can't return connection to pool {self.name!r}, it is not out")
-        slot.since = 0.0
-        metrics = self._metrics
-        metrics.ended.append((slot.wait, use))
-        if len(metrics.ended) >= metrics.BATCH:
-            metrics.count_ended()
-
     def _place(self, conn: Any, slot: Slot, *, is_fresh: bool) -> bool:
         """Hand a connection over or queue it, last in first out. The lock is held.
 
@@ -163,9 +157,6 @@ class Checkin(Life[CT]):
             self._slots.discard(slot)
             return True
         else:
-            fresh_until, expires_at = slot.idle_since + self._trusted, slot.expires_at
-            # min() would be a call.
-            slot.fresh_until = fresh_until if fresh_until < expires_at else expires_at  # noqa: FURB136
             self._pool.append(conn)
         return False
 
@@ -183,7 +174,8 @@ class Checkin(Life[CT]):
             slot = self._lost.popleft()
             if slot in self._slots:
                 if slot.since:
-                    self._count(slot, monotonic() - slot.since)
+                    self._metrics.ended.append((slot.wait, monotonic() - slot.since))
+                    slot.since = 0.0
                 self._remove(slot, "collected")
                 self._refill()
                 self._later(partial(Checkin._tell_collected, slot=slot))

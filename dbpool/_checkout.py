@@ -62,12 +62,17 @@ class Checkout(Checkin[CT]):
                 waiter = self._queue_up()
         if waiter is not None:
             conn = self._await(waiter, started, timeout)
-            if not waiter.is_fresh:
-                conn = self._acquire_slowly(conn, started, timeout)
-        # One comparison stands for lifetime, idle time and a check of the user's own.
-        elif started >= conn._slot.fresh_until or conn._slot.readable(0):
+            is_good = waiter.is_fresh
+        else:
+            slot: Slot = conn._slot
+            is_good = (
+                started < slot.expires_at
+                and started - slot.idle_since < self._trusted
+                and not slot.readable(0)
+            )
+        if not is_good:
             conn = self._acquire_slowly(conn, started, timeout)
-        slot: Slot = conn._slot
+        slot = conn._slot
         slot.who, slot.code, slot.lasti = _here.who, frame.f_code, frame.f_lasti
         conn._pool = self
         slot.since = now = monotonic()

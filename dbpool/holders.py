@@ -69,7 +69,6 @@ class Slot:
     ref: weakref.ref[Any] | None = None
     read_write: bool = False  # whether the conninfo asked for a server that can write
     expires_at: float = 0.0
-    fresh_until: float = 0.0
     idle_since: float = 0.0
     since: float = 0.0
     wait: float = 0.0

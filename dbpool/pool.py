@@ -32,7 +32,7 @@ __all__ = ["Pool", "close_all"]
 T = TypeVar("T")
 R = TypeVar("R")
 
-_IDLE = TransactionStatus.IDLE
+_IDLE, _INTRANS = TransactionStatus.IDLE, TransactionStatus.INTRANS
 
 # What a single statement gives; a cursor class may have its own idea of it.
 _fetch_all, _fetch_one = methodcaller("fetchall"), methodcaller("fetchone")
@@ -224,8 +224,7 @@ class Pool(Runner[CT]):
             return []
         me = holders.here.who
         with self._lock:
-            held = [slot for slot in self._slots if slot.since]
-        mine = [slot for slot in held if slot.who is me and slot.since >= since]
+            mine = [s for s in self._slots if s.since and s.who is me and s.since >= since]
         # What was collected meanwhile is told and freed as such.
         held = {slot: conn for slot in mine if slot.ref and (conn := slot.ref()) is not None}
         reports = list(holders.report(held, monotonic()))
@@ -266,8 +265,11 @@ class Lease(Generic[CT]):
         try:
             if exc_type is psycopg.errors.ReadOnlySqlTransaction:
                 pool._moved(conn)
+            status = conn.pgconn.transaction_status
+            if exc_type is None and status == _INTRANS and pool._plain:
+                conn.commit()
             # With nothing begun there is nothing to end: saves a lock and two calls.
-            if conn.pgconn.transaction_status != _IDLE or not pool._plain:
+            elif status != _IDLE or not pool._plain:
                 conn.__exit__(exc_type, exc, tb)
         finally:
             pool._release(conn)

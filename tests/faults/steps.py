@@ -127,8 +127,11 @@ def assert_adds_up(pool: Pool) -> None:
         stats = pool.stats()
         assert stats.active + stats.idle + stats.connecting == stats.size
         assert min(stats.active, stats.idle, stats.connecting) >= 0
-        assert stats.active >= len(pool._out)  # one just made may be on its way to either
-        assert len(set(map(id, pool._pool))) == stats.idle
+        assert len(pool._slots) + stats.connecting == stats.size
+        idle = {conn._slot for conn in pool._pool}
+        assert len(idle) == stats.idle
+        assert idle <= pool._slots
+        assert not any(slot.since for slot in idle)
 
 
 def assert_whole(pool: Pool) -> None:
@@ -136,7 +139,7 @@ def assert_whole(pool: Pool) -> None:
     if pool.closed:
         return
     until(lambda: pool.stats().active == 0 and pool.stats().waiting == 0, 20.0)
-    assert not pool._out
+    assert not any(slot.since for slot in pool._slots)
     assert_adds_up(pool)
 
 

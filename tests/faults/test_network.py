@@ -310,7 +310,7 @@ def test_who_waits_for_connections_that_are_being_pinged_blames_nobody_who_holds
     fill(pool)
     proxy.go_dark()
     asking = [Task(pool.getconn) for _ in range(2)]
-    until(lambda: len(pool._out) == 2)
+    until(lambda: pool.stats().active == 2)
     assert isinstance(Task(pool.getconn, 0.1).error(), DatabaseUnavailable)
     proxy.drop()
     for caller in asking:
