@@ -152,13 +152,14 @@ class Checkin(Life[CT]):
         pool is closed: then the connection is to be closed too.
         """
         if self._waiting:
-            self._waiting.popleft().give(conn, is_fresh=is_fresh and self._trusted >= 0.0)
+            waiter = self._waiting.popleft()
+            waiter.conn, waiter.is_fresh = conn, is_fresh and self._trusted >= 0.0
+            waiter.latch.release()
         elif self._closed:
             self._slots.discard(slot)
-            return True
         else:
             self._pool.append(conn)
-        return False
+        return self._closed
 
     def _add_to_pool(self, conn: Any, *, is_fresh: bool = True) -> None:
         conn._pool = None

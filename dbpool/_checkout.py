@@ -130,11 +130,11 @@ class Checkout(Checkin[CT]):
     def _await(self, waiter: Waiter, started: float, timeout: float | None) -> Any:
         remaining = started + (self.timeout if timeout is None else timeout) - monotonic()
         try:
-            waiter.latch.acquire(timeout=_bounded(remaining))
+            in_time = waiter.latch.acquire(timeout=_bounded(remaining))
         except BaseException:  # KeyboardInterrupt, SystemExit, gevent.Timeout: leave no hole
             self._leave(waiter)
             raise
-        if not waiter.is_settled:
+        if not in_time:
             self._expire(waiter, monotonic() - started)
         if waiter.error is not None:
             if waiter.is_refused and self.listeners.active:
@@ -145,7 +145,7 @@ class Checkout(Checkin[CT]):
     def _expire(self, waiter: Waiter, seconds: float) -> None:
         """Tell a waiter that its time is over, unless it was served this very moment."""
         with self._lock:
-            if waiter.is_settled:
+            if waiter.conn is not None or waiter.error is not None:
                 return
             with suppress(ValueError):  # an exception may have torn its giver away from it
                 self._waiting.remove(waiter)

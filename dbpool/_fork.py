@@ -19,9 +19,6 @@ class Forkable(Protocol):
     name: str
     listeners: Emitter
 
-    def slots(self) -> list[Slot]:
-        """Return the slots of all its connections, idle or out; takes no lock."""
-
     def close(self, timeout: float) -> None:
         """Close within *timeout* seconds."""
 

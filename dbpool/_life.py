@@ -16,7 +16,6 @@ from psycopg_pool.abc import CT
 from dbpool import _fork, events
 from dbpool._supply import Supply
 from dbpool.errors import is_permanent
-from dbpool.holders import Slot
 
 
 class Life(Supply[CT]):
@@ -33,7 +32,8 @@ class Life(Supply[CT]):
 
     def _start_initial_tasks(self) -> None:
         # A class with its own idea of how a block begins or ends is always asked for it.
-        ways, cls = ("__enter__", "__exit__", "commit", "rollback"), self.connection_class
+        ways = ("__enter__", "__exit__", "commit", "rollback", "_commit_gen", "_exec_command")
+        cls = self.connection_class
         self._plain = all(getattr(cls, name) is getattr(Connection, name) for name in ways)
         self._refill()
         if self.listeners.active:
@@ -91,15 +91,11 @@ class Life(Supply[CT]):
 
     # Forks
 
-    def slots(self) -> list[Slot]:
-        """Return the slots of all connections, idle or out; takes no lock."""
-        return list(self._slots)
-
     def after_fork(self) -> None:
         """In a child process: leave what is the parent's alone and start from nothing."""
         if self._pid == getpid():
             return
-        _fork.silence(self.slots())
+        _fork.silence(list(self._slots))
         self.listeners.reset()
         stopped = self._closed and self._opened
         self._clear()

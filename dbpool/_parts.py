@@ -9,6 +9,9 @@ from time import monotonic
 from typing import Any, Final
 
 from psycopg import Connection, Cursor
+from psycopg.errors import error_from_result
+from psycopg.generators import execute
+from psycopg.pq import ExecStatus
 from psycopg.rows import RowFactory, dict_row, namedtuple_row, scalar_row, tuple_row
 from psycopg_pool import ConnectionPool
 from psycopg_pool.pool import MaintenanceTask
@@ -41,6 +44,18 @@ _FIRST, _CAP, _BASE = 0.05, 1.0, 1.3
 _PERMANENT_FIRST, _PERMANENT_CAP = 1.0, 15.0
 
 
+def commit(conn: Any) -> None:
+    """Commit as `conn.commit()` does; to send COMMIT without its three generators saves 5 us."""
+    if conn._num_transactions or conn._tpc or conn._pipeline:
+        conn.commit()  # which says what is wrong with that
+        return
+    with conn.lock:
+        conn.pgconn.send_query(b"COMMIT")
+        result = conn.wait(execute(conn.pgconn))[0]
+    if result.status != ExecStatus.COMMAND_OK:
+        raise error_from_result(result, encoding=conn.pgconn._encoding)
+
+
 class Waiter:
     """One caller waiting for a connection; all but the wait itself happens under the lock."""
 
@@ -54,11 +69,6 @@ class Waiter:
         self.latch = threading.Lock()
         self.latch.acquire()
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether it was given a connection or refused."""
-        return self.conn is not None or self.error is not None
-
     def take_error(self) -> BaseException:
         """Return why it was refused, once.
 
@@ -68,12 +78,6 @@ class Waiter:
         error, self.error = self.error, None
         assert error is not None
         return error
-
-    def give(self, conn: Any, *, is_fresh: bool) -> None:
-        """Hand a connection over."""
-        self.is_fresh = is_fresh
-        self.conn = conn
-        self.latch.release()
 
     def refuse(self, error: BaseException) -> None:
         """Have *error* raised where it waits."""

@@ -281,7 +281,7 @@ class Supply(Books[CT]):
 
     def _remove(self, slot: Slot, reason: str) -> None:
         """Take a connection out of the books. The lock is held."""
-        slot.forget()
+        slot.ref = None  # its collection means nothing any more
         self._slots.discard(slot)
         self._nconns -= 1
         metrics = self._metrics

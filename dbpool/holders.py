@@ -82,10 +82,6 @@ class Slot:
         """Have *collected* called when *conn* is collected while it counts."""
         self.ref = weakref.ref(conn, lambda _: collected(self))
 
-    def forget(self) -> None:
-        """The pool gave the connection up: its collection means nothing any more."""
-        self.ref = None
-
     @property
     def is_open(self) -> bool:
         """Whether `fd` is still the connection's: closed, it may be anything's."""

@@ -20,7 +20,7 @@ from psycopg_pool.abc import CT, ConninfoParam
 from dbpool import _fork, holders
 from dbpool._fork import close_all
 from dbpool._options import Options
-from dbpool._parts import HARMLESS, KeptCursor
+from dbpool._parts import HARMLESS, KeptCursor, commit
 from dbpool._run import Runner
 from dbpool.errors import ConfigError
 from dbpool.events import Emitter
@@ -210,9 +210,7 @@ class Pool(Runner[CT]):
 
     def holders(self) -> list[Holder]:
         """Return who holds connections, longest first, at most 20."""
-        with self._lock:
-            slots = list(self._slots)
-        return list(holders.report(slots, monotonic()))
+        return list(self.stats().holders)
 
     def return_held(self, since: float) -> list[Holder]:
         """Take back what this thread checked out after *since*, a monotonic time, and still holds.
@@ -267,7 +265,7 @@ class Lease(Generic[CT]):
                 pool._moved(conn)
             status = conn.pgconn.transaction_status
             if exc_type is None and status == _INTRANS and pool._plain:
-                conn.commit()
+                commit(conn)
             # With nothing begun there is nothing to end: saves a lock and two calls.
             elif status != _IDLE or not pool._plain:
                 conn.__exit__(exc_type, exc, tb)

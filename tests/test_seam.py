@@ -6,6 +6,7 @@ A failure here after an upgrade says which assumption to look at again.
 from __future__ import annotations
 
 import inspect
+import re
 from collections import deque
 from typing import Any
 
@@ -138,6 +139,23 @@ def test_connections_have_the_attributes_that_are_put_back(dsn: str) -> None:
         assert conn._begin_statement == b""
         assert conn._notifies_backlog is not None
         assert manners(conn)[0] is False
+
+
+def test_psycopg_commits_as_the_short_cut_does() -> None:
+    """Another attribute may be another case that the short cut has to leave to psycopg."""
+    assert "with self.lock:\n            self.wait(self._commit_gen())" in inspect.getsource(
+        psycopg.Connection.commit
+    )
+    used = {
+        name: set(
+            re.findall(r"\bself\.(\w+)", inspect.getsource(getattr(psycopg.Connection, name)))
+        )
+        for name in ("_commit_gen", "_exec_command")
+    }
+    assert used == {
+        "_commit_gen": {"_num_transactions", "_tpc", "pgconn", "_exec_command", "_pipeline"},
+        "_exec_command": {"_check_connection_ok", "pgconn", "_pipeline"},
+    }
 
 
 def test_a_cursor_holds_what_the_kept_one_lets_go_of() -> None:

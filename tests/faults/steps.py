@@ -180,7 +180,7 @@ def await_gone(server: Server, pids: list[int]) -> None:
 
 def await_farewells(pool: Pool) -> None:
     """Wait until the servers of all its connections have said something, through a proxy too."""
-    fds = [slot.fd for slot in pool.slots()]
+    fds = [slot.fd for slot in list(pool._slots)]
     until(lambda: len(select.select(fds, [], [], 0)[0]) == len(fds))
 
 
