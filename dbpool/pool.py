@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from operator import attrgetter, methodcaller
 from time import monotonic
 from types import FrameType, TracebackType
-from typing import Any, Final, Generic, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, Unpack, overload
 
 import psycopg
 from psycopg import Connection, Cursor
@@ -19,13 +19,15 @@ from psycopg_pool.abc import CT, ConninfoParam
 
 from dbpool import _fork, holders
 from dbpool._fork import close_all
-from dbpool._options import Options
 from dbpool._parts import HARMLESS, KeptCursor, commit
 from dbpool._run import Runner
 from dbpool.errors import ConfigError
 from dbpool.events import Emitter
 from dbpool.holders import Holder
 from dbpool.settings import Settings
+
+if TYPE_CHECKING:  # half a per cent of what importing this takes
+    from dbpool._options import Options
 
 __all__ = ["Pool", "close_all"]
 
