@@ -17,8 +17,8 @@ BASE = PsycopgPool.name
 
 
 def run(quick: bool) -> Table:
-    """Let each peer serve as many threads as there are, for some seconds, in turns."""
-    seconds, rounds = (0.5, 1) if quick else (2.0, 7)
+    """Let each peer serve as many threads as there are, for a second, in many turns."""
+    seconds, rounds = (0.5, 1) if quick else (1.0, 15)
     peers: deque[type[Peer]] = deque([Dbpool, PsycopgPool, SQLAlchemy, Floor])
     table = Table("contention", "8 connections", [cls.name for cls in peers])
     with one_cpu(), served() as server:
