@@ -33,7 +33,7 @@ def run(quick: bool) -> Table:
         _sizes(server, table, (4, 64) if quick else (1, 4, 16, 64, 256), rounds)
         _waiters(server, table, (8, 64) if quick else (8, 64, 256), rounds)
         _memory(server, table)
-    _imports(table, rounds)
+    _imports(table, 3 * rounds)  # the ratio of two is the least certain
     return table
 
 
