@@ -84,15 +84,16 @@ class Checkin(Life[CT]):
         if self.listeners.active:
             self.listeners.emit(events.CheckedIn(self.name, use))
         if not is_fit:
-            self._mend(conn, slot)
+            self._mend(conn)
 
-    def _mend(self, conn: Any, slot: Slot) -> None:
+    def _mend(self, conn: Any) -> None:
         """Make a connection that came back unfit idle again, or give it up."""
+        with self._lock:
+            if self._reset and not self._closed:  # workers told to stop come to it before that
+                self.run_task(ReturnConnection(self, conn, from_getconn=False))
+                return
         if self._closed:
-            self._slots.discard(slot)
-            self._close_connection(conn)
-        elif self._reset:
-            self.run_task(ReturnConnection(self, conn, from_getconn=False))
+            self._add_to_pool(conn)  # which closes it
         else:
             self._return_connection(conn, from_getconn=False)
 

@@ -124,6 +124,50 @@ def test_a_closed_pool_closes_what_comes_back(pool: Pool, changed: bool) -> None
     assert pool.stats().active == 0
 
 
+class Guarded(set[Any]):
+    """The slots of a pool that may be changed by who holds its lock alone."""
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__(pool._slots)
+        self.lock: Any = pool._lock
+
+    def add(self, slot: Any) -> None:
+        assert self.lock._is_owned()
+        super().add(slot)
+
+    def discard(self, slot: Any) -> None:
+        assert self.lock._is_owned()
+        super().discard(slot)
+
+    def difference_update(self, *slots: Any) -> None:
+        assert self.lock._is_owned()
+        super().difference_update(*slots)
+
+
+@pytest.mark.parametrize("reset", [None, lambda conn: conn.execute("reset all") and conn.commit()])
+def test_the_books_are_changed_under_the_lock_alone(
+    dsn: str, reset: Callable[[Any], Any] | None
+) -> None:
+    pool: Pool = Pool(dsn, max_size=6, reset=reset)
+    with pool.connection():
+        pool._slots = Guarded(pool)
+    fit, changed, broken, lost, late, late_changed = (pool.getconn() for _ in range(6))
+    changed.row_factory = late_changed.row_factory = dict_row
+    broken.close()
+    for conn in (fit, changed, broken):
+        pool.putconn(conn)
+    del lost
+    gc.collect()
+    pool.patrol(monotonic())
+    until(lambda: pool.stats().active == 2)
+    pool.close()
+    pool.putconn(late)
+    pool.putconn(late_changed)
+    assert late.closed
+    assert late_changed.closed
+    assert not pool._slots
+
+
 def test_an_open_pool_that_is_collected_leaves_no_thread_behind(dsn: str) -> None:
     before = set(threading.enumerate())
     pool: Pool = Pool(dsn, name="forgotten")
