@@ -197,23 +197,22 @@ class Checkout(Checkin[CT]):
         if seen is Look.DEAD:
             self._discard_dead(conn)
             return False
-        unused = now - slot.idle_since
-        if now < deadline and (seen is Look.DOUBTFUL or unused >= self.settings.ping_after):
-            return self._answers(conn, min(self.settings.ping_timeout, deadline - now))
+        is_doubtful = seen is Look.DOUBTFUL or now - slot.idle_since >= self.settings.ping_after
+        bound = min(self.settings.ping_timeout, deadline - now)
+        if is_doubtful and bound > 0.0 and not self._answers(conn, bound):
+            return False
         return self._passes_check(conn)
 
     def _answers(self, conn: Any, timeout: float) -> bool:
+        """Whether the server of a connection answers a ping; one that does not is given up."""
         try:
             ping(conn, timeout)
-        except PingTimeout:
+        except psycopg.Error as ex:
             self._discard(conn, "dead")
-            if timeout >= self.settings.ping_timeout:
+            if isinstance(ex, PingTimeout) and timeout >= self.settings.ping_timeout:
                 self._discard_unused()
             return False
-        except psycopg.Error:
-            self._discard(conn, "dead")
-            return False
-        return self._passes_check(conn)
+        return True
 
     def _passes_check(self, conn: Any) -> bool:
         """Run the user's own check; the time it takes is theirs."""

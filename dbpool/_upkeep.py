@@ -5,12 +5,10 @@ Part of the one place that touches protected members of psycopg_pool, see `_supp
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import asdict
 from time import monotonic
 from typing import Any
 
-import psycopg
 from psycopg_pool._acompat import Queue
 from psycopg_pool.abc import CT
 from psycopg_pool.pool import MaintenanceTask
@@ -19,7 +17,6 @@ from dbpool import _fork, events, holders
 from dbpool._books import logger
 from dbpool._checkout import Checkout
 from dbpool.holders import Slot
-from dbpool.liveness import PingTimeout, ping
 from dbpool.metrics import BreakerSnapshot, Snapshot
 
 # A primary that moved may make many statements fail at once; one drain is enough.
@@ -142,26 +139,13 @@ class Upkeep(Checkout[CT]):
 
         Once a ping has timed out, the others that have been idle for long go with it.
         """
-        with self._lock:
-            conns = deque(self._pool)
-            self._pool.clear()
-        hopeless = float("-inf")
-        try:
-            while conns:
-                conn = conns.popleft()
-                try:
-                    if conn._slot.idle_since <= hopeless:
-                        raise PingTimeout
-                    ping(conn, self.settings.ping_timeout)
-                except psycopg.Error as ex:
-                    self._discard(conn, "dead")
-                    if isinstance(ex, PingTimeout):
-                        hopeless = monotonic() - self.settings.ping_after
-                else:
-                    self._add_to_pool(conn)
-        finally:  # an exception may have come in between
-            for conn in conns:
-                self._add_to_pool(conn, is_fresh=False)
+        for conn in list(self._pool):
+            with self._lock:
+                if conn not in self._pool:  # lent meanwhile, or gone
+                    continue
+                self._pool.remove(conn)
+            if self._answers(conn, self.settings.ping_timeout):
+                self._add_to_pool(conn)
 
     def resize(self, min_size: int, max_size: int | None = None) -> None:
         """Change the size; what is too many goes at once if idle, else when it returns."""
@@ -171,8 +155,7 @@ class Upkeep(Checkout[CT]):
             excess = self._nconns - self._connecting - max_size
             self._refill()
             self._changed.notify_all()
-        if excess > 0:
-            excess -= self._retire("idle", lambda slot: True, excess)
+        excess -= self._retire("idle", lambda slot: True, max(0, excess))
         with self._lock:
             out = self._slots.difference(conn._slot for conn in self._pool)
             for slot in list(out)[: max(0, excess)]:
@@ -226,9 +209,8 @@ class Upkeep(Checkout[CT]):
     def pop_stats(self) -> dict[str, int]:
         """Like `get_stats`, and let its counts and sums begin at zero again."""
         with self._lock:
-            stats = self._totals(since=self._popped)
-            self._popped = self._totals(since={})
-            return stats | self._get_measures()
+            stats, self._popped = self.get_stats(), self._totals(since={})
+            return stats
 
     def _totals(self, since: dict[str, int]) -> dict[str, int]:
         """The parent's counts and sums beyond those of *since*. The lock is held."""

@@ -152,7 +152,7 @@ def test_the_books_are_changed_under_the_lock_alone(
     with pool.connection():
         pool._slots = Guarded(pool)
     fit, changed, broken, lost, late, late_changed = (pool.getconn() for _ in range(6))
-    changed.row_factory = late_changed.row_factory = dict_row
+    changed.prepare_threshold = late_changed.prepare_threshold = 7
     broken.close()
     for conn in (fit, changed, broken):
         pool.putconn(conn)
