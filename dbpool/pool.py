@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from operator import attrgetter, methodcaller
 from time import monotonic
@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, Unpack, overload
 
 import psycopg
-from psycopg import Connection, Cursor
+from psycopg import Cursor
 from psycopg.abc import Params, Query
 from psycopg.pq import TransactionStatus
 from psycopg.rows import RowFactory, tuple_row
@@ -41,19 +41,14 @@ _fetch_all, _fetch_one = methodcaller("fetchall"), methodcaller("fetchone")
 _row_count: Callable[[Cursor[Any]], int] = attrgetter("rowcount")
 
 _SETTINGS: Final = frozenset(field.name for field in fields(Settings)) - {"explicit"}
-# The parent's parameters that are no settings, with our defaults.
-_OPTIONS: Mapping[str, Any] = {
-    "connection_class": Connection,
-    "kwargs": None,
-    "open": None,
-    "configure": None,
-    "check": None,
-    "reset": None,
-    "close_returns": False,
-    "reconnect_timeout": 300.0,
-    "reconnect_failed": None,
-    "num_workers": 3,
-}
+# Those that are the parent's parameters too, and then its parameters that are no settings.
+_SHARED: Final = (
+    "name", "min_size", "max_size", "timeout", "max_waiting", "max_lifetime", "max_idle",
+)  # fmt: skip
+_OPTIONS: Final = frozenset({
+    "connection_class", "kwargs", "open", "configure", "check", "reset", "close_returns",
+    "reconnect_timeout", "reconnect_failed", "num_workers",
+})  # fmt: skip
 
 
 class Pool(Runner[CT]):
@@ -97,26 +92,14 @@ class Pool(Runner[CT]):
         listeners: Iterable[Any] = (),
         **options: Unpack[Options],
     ) -> None:
-        given: dict[str, Any] = {**options}
-        chosen = {name: given.pop(name) for name in _SETTINGS & given.keys()}
-        if unknown := sorted(given.keys() - _OPTIONS.keys()):
+        rest: dict[str, Any] = {**options}
+        chosen = {name: rest.pop(name) for name in _SETTINGS & rest.keys()}
+        if unknown := sorted(rest.keys() - _OPTIONS):
             raise ConfigError(f"Pool() has no option {unknown[0]!r}")
-        rest = {**_OPTIONS, **given}
-        opening = rest.pop("open")
-        settings = _settings(conninfo, settings, chosen, rest["kwargs"])
-        super().__init__(
-            settings,
-            Emitter(listeners),
-            conninfo,
-            name=settings.name,
-            min_size=settings.min_size,
-            max_size=settings.max_size,
-            timeout=settings.timeout,
-            max_waiting=settings.max_waiting,
-            max_lifetime=settings.max_lifetime,
-            max_idle=settings.max_idle,
-            **rest,
-        )
+        opening = rest.pop("open", None)
+        settings = _settings(conninfo, settings, chosen, rest.get("kwargs"))
+        rest |= {name: getattr(settings, name) for name in _SHARED}
+        super().__init__(settings, Emitter(listeners), conninfo, **rest)
         self._lazy = opening is None
         _fork.register(self)
         if opening:
