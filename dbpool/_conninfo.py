@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, quote_plus
@@ -114,26 +115,18 @@ def already_set(params: Mapping[str, Any], environ: Mapping[str, str]) -> dict[s
 
 def _service(name: str, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the entries of one service, read where libpq reads them."""
+    import configparser
+
     files = [environ.get("PGSERVICEFILE") or Path.home() / ".pg_service.conf"]
     if "PGSYSCONFDIR" in environ:
         files.append(Path(environ["PGSYSCONFDIR"]) / "pg_service.conf")
     for file in files:
-        try:
-            lines = Path(file).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
-            continue
-        if found := _section(lines, name):
-            return found
+        parser = configparser.RawConfigParser(
+            delimiters="=", comment_prefixes="#", strict=False, default_section=""
+        )
+        with suppress(OSError, UnicodeDecodeError, configparser.Error):
+            lines = map(str.strip, Path(file).read_text("utf-8").splitlines())
+            parser.read_file(["[what comes before any]", *lines])
+        if parser.has_section(name):
+            return dict(parser[name])
     return {}
-
-
-def _section(lines: Iterable[str], name: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    inside = False
-    for line in map(str.strip, lines):
-        if line.startswith("["):
-            inside = line == f"[{name}]"
-        elif inside and "=" in line and not line.startswith("#"):
-            key, _, value = line.partition("=")
-            found[key.strip()] = value.strip()
-    return found

@@ -191,7 +191,9 @@ def test_libpqs_variables_win_over_defaults(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_service_file_wins_over_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "service.conf"
-    file.write_text("[other]\nhost=x\n[mine]\n# a comment\nhost=h\nconnect_timeout=7\n")
+    file.write_text(
+        "stray\n[other]\nhost=x\nldap://x\n[mine]\n# a comment\n  host=h\n\n  connect_timeout=7\n"
+    )
     monkeypatch.setenv("PGSERVICEFILE", str(file))
     assert "connect_timeout" not in Settings().connect_params("service=mine")
     assert Settings().connect_params("service=other")["connect_timeout"] == 5
