@@ -32,7 +32,7 @@ class AppSettings:
         dotenv: str | os.PathLike[str] | None = None,
     ) -> AppSettings:
         """Read them from the environment and, if given, a `.env`."""
-        return cls._read(read_layers(environ, dotenv))
+        return cls.from_config({}, environ, dotenv)
 
     @classmethod
     def from_config(
@@ -42,10 +42,7 @@ class AppSettings:
         dotenv: str | os.PathLike[str] | None = None,
     ) -> AppSettings:
         """Read them from an application's configuration, else from the environment."""
-        return cls._read([config, *read_layers(environ, dotenv)])
-
-    @classmethod
-    def _read(cls, layers: list[Mapping[str, Any]]) -> AppSettings:
+        layers = [config, *read_layers(environ, dotenv)]
         required = find(layers, "DBPOOL_REQUIRED")
         token, token_file = secret_of(layers, "DBPOOL_TOKEN")
         return cls(

@@ -195,7 +195,8 @@ class Checkout(Checkin[CT]):
             return False
         seen = look(conn, slot.readable)
         if seen is Look.DEAD:
-            self._discard_dead(conn)
+            self._discard(conn, "dead")
+            self._discard_hung_up()
             return False
         is_doubtful = seen is Look.DOUBTFUL or now - slot.idle_since >= self.settings.ping_after
         bound = min(self.settings.ping_timeout, deadline - now)

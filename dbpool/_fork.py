@@ -7,26 +7,11 @@ import os
 import threading
 import weakref
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
-from dbpool.events import Emitter
 from dbpool.holders import Slot
 
-
-class Forkable(Protocol):
-    """What is asked of a pool here."""
-
-    name: str
-    listeners: Emitter
-
-    def close(self, timeout: float) -> None:
-        """Close within *timeout* seconds."""
-
-    def after_fork(self) -> None:
-        """Start from nothing in the child."""
-
-
-_pools: weakref.WeakSet[Any] = weakref.WeakSet()
+pools: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process, open or not
 
 _held = threading.local()  # `locks`: what a thread that forks holds meanwhile, see `telling`
 
@@ -36,20 +21,10 @@ telling = threading.RLock()
 _PATIENCE = 1.0  # seconds
 
 
-def register(pool: Forkable) -> None:
-    """Look after *pool* from now on."""
-    _pools.add(pool)
-
-
-def pools() -> list[Any]:
-    """Return the pools of this process, open or not."""
-    return list(_pools)
-
-
 def close_all(timeout: float = 2.0) -> None:
     """Close every open pool of this process, within *timeout* seconds altogether."""
     deadline = monotonic() + timeout
-    for pool in list(_pools):
+    for pool in list(pools):
         pool.close(timeout=max(0.0, deadline - monotonic()))
 
 
@@ -78,7 +53,7 @@ def silence(slots: list[Slot]) -> None:
 
 def _before_fork() -> None:
     deadline = monotonic() + _PATIENCE
-    ours = list(_pools)
+    ours = list(pools)
     locks = [telling, *(pool.listeners.calling for pool in ours)]
     _held.locks = [x for x in locks if x.acquire(timeout=max(0.0, deadline - monotonic()))]
 
@@ -91,7 +66,7 @@ def _after_fork_in_parent() -> None:
 def _after_fork_in_child() -> None:
     global telling  # noqa: PLW0603  # its owner may not exist here
     telling = threading.RLock()
-    for pool in list(_pools):
+    for pool in list(pools):
         pool.after_fork()
 
 

@@ -13,7 +13,7 @@ from psycopg import Connection
 from psycopg_pool import PoolClosed
 from psycopg_pool.abc import CT
 
-from dbpool import _fork, events
+from dbpool import _fork, events, holders
 from dbpool._supply import Supply
 from dbpool.errors import is_permanent
 
@@ -40,8 +40,14 @@ class Life(Supply[CT]):
             self.listeners.emit(events.Opened(self.name))
 
     def close(self, timeout: float = 2.0) -> None:
-        """Close; `Upkeep.close`, which comes before this, says what that means."""
+        """Close: refuse those who wait, close what is idle, stop the threads.
+
+        Connections that are out are closed when they come back. All of it takes at most
+        *timeout* seconds; a thread that hangs, in a connect or in a listener, is left to end
+        by itself.
+        """
         deadline = monotonic() + timeout
+        holders.unwatch(self)
         with self._lock:
             if self._closed:
                 self._opened = self._opened or self._lazy

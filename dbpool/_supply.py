@@ -126,9 +126,6 @@ class Supply(Books[CT]):
         except BaseException:  # noqa: BLE001  # a user's callback may raise anything
             return {}
 
-    def _connect(self, timeout: float | None = None) -> CT:
-        return self._make(self._params())
-
     def _make(self, params: dict[str, Any]) -> CT:
         """Connect and configure; close again what cannot be configured."""
         conn = self.connection_class.connect("", **params)  # as the parent does: by position
@@ -293,12 +290,8 @@ class Supply(Books[CT]):
             if self.listeners.active:
                 self.listeners.emit(events.Discarded(self.name, reason))
 
-    def _discard_dead(self, found: Any) -> None:
-        """One was *found* dead: give it up, and with it all idle ones whose server is gone."""
-        self._discard(found, "dead")
-        self._discard_hung_up()
-
     def _discard_hung_up(self) -> None:
+        """Give up all idle ones whose server is gone."""
         if lost := hung_up(conn._slot.fd for conn in list(self._pool)):
             gone = self._take_out("dead", lambda slot: slot.fd in lost)
             # Somebody may be waiting: closing many is not their business.

@@ -48,16 +48,6 @@ class Upkeep(Checkout[CT]):
             self._closed, self._opened = True, False
             raise
 
-    def close(self, timeout: float = 2.0) -> None:
-        """Close: refuse those who wait, close what is idle, stop the threads.
-
-        Connections that are out are closed when they come back. All of it takes at most
-        *timeout* seconds; a thread that hangs, in a connect or in a listener, is left to end
-        by itself.
-        """
-        holders.unwatch(self)
-        super().close(timeout)
-
     @property
     def patrol_every(self) -> float:
         """Seconds between two patrols of the watchdog."""
@@ -113,8 +103,7 @@ class Upkeep(Checkout[CT]):
         with self._lock:
             for slot in self._slots:
                 slot.expires_at = 0.0
-            gone = self._take_out("expired", lambda slot: True)
-        self._dispose(gone, "expired")
+        self._retire("expired", lambda slot: not slot.expires_at)
 
     def _moved(self, conn: Any) -> None:
         """A statement failed because the server takes no writes: drain if that is news.

@@ -46,7 +46,7 @@ def post_worker_init(worker: Any) -> None:
 
     Not by the environment, which would win over a `.env` and contradict a larger min_size.
     """
-    for pool in pools():
+    for pool in list(pools):
         if "max_size" not in pool.settings.explicit:
             pool.resize(pool.min_size, max(pool.min_size, worker.cfg.threads))
 

@@ -151,7 +151,7 @@ class _Watchdog:
                 self._thread = thread
         self._changed.set()
 
-    def unwatch(self, pool: Watched) -> None:
+    def unwatch(self, pool: object) -> None:
         with self._lock:
             self._pools.discard(pool)
         self._changed.set()
@@ -188,7 +188,7 @@ def watch(pool: Watched) -> None:
     _watchdog.watch(pool)
 
 
-def unwatch(pool: Watched) -> None:
+def unwatch(pool: object) -> None:
     """Patrol *pool* no more."""
     if _watchdog._pid == os.getpid():
         _watchdog.unwatch(pool)

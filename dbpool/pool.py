@@ -101,7 +101,7 @@ class Pool(Runner[CT]):
         rest |= {name: getattr(settings, name) for name in _SHARED}
         super().__init__(settings, Emitter(listeners), conninfo, **rest)
         self._lazy = opening is None
-        _fork.register(self)
+        _fork.pools.add(self)
         if opening:
             self.open()
 

@@ -26,7 +26,6 @@ OVERRIDDEN = {
     "__del__": "self",
     "_add_connection": "self, attempt, growing",
     "_add_to_pool": "self, conn",
-    "_connect": "self, timeout",
     "_resolve_conninfo": "self",
     "_return_connection": "self, conn, from_getconn",
     "_shrink_pool": "self",
@@ -61,6 +60,7 @@ CALLED = {
 # Methods of the parent that ours never reach, since what calls them is overridden.
 REPLACED = {
     "_check_connection",
+    "_connect",
     "_get_ready_connection",
     "_getconn_unchecked",
     "_getconn_with_check_loop",
