@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     outage_grace: Seconds
     leak_after: Seconds
     pooler: str
+    pipeline_begin: bool
     application_name: str
 
     connection_class: type[Connection[Any]]

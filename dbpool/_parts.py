@@ -17,6 +17,7 @@ from psycopg_pool import ConnectionPool
 from psycopg_pool.pool import MaintenanceTask
 
 from dbpool import _fork
+from dbpool._pipelining import PipeliningCursor
 from dbpool.errors import is_permanent
 from dbpool.retry import delays
 
@@ -35,7 +36,8 @@ manners: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(
     "_pipeline",
 )
 
-# Row factories that look at a cursor's result alone.
+# Cursors and row factories that look at a statement and its result alone.
+PLAIN: Final = (Cursor, PipeliningCursor)
 HARMLESS: Final = (tuple_row, dict_row, namedtuple_row, scalar_row)
 
 # Reconnects: 50 ms to 1 s. The base keeps a delay below some 0.6 of the outage so far, so that

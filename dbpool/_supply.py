@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any
 
 import psycopg
+from psycopg import Cursor
 from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
 from psycopg_pool.pool import AddConnection
@@ -20,6 +21,7 @@ from dbpool import _fork, events
 from dbpool._books import Books, logger, unanswered
 from dbpool._conninfo import SECRET, mask
 from dbpool._parts import Call, Probe, manners
+from dbpool._pipelining import PipeliningCursor
 from dbpool.errors import UNSUPPORTED, classify, detached, is_permanent
 from dbpool.holders import Slot
 from dbpool.liveness import hung_up, readability
@@ -138,6 +140,8 @@ class Supply(Books[CT]):
 
     def _furnish(self, conn: Any) -> None:
         conn._pool = self
+        if self.settings.pipeline_begin and conn.cursor_factory is Cursor:
+            conn.cursor_factory = PipeliningCursor
         if self._configure:
             self._configure(conn)
             if (status := conn.pgconn.transaction_status) != TransactionStatus.IDLE:

@@ -14,6 +14,7 @@ from dbpool._app_settings import AppSettings
 from dbpool._values import (
     did_you_mean,
     find,
+    flag,
     is_like_conninfo,
     nearest,
     number,
@@ -80,6 +81,7 @@ class Settings:
     outage_grace: float = 2.0
     leak_after: float = 60.0
     pooler: str = "none"
+    pipeline_begin: bool = False
     application_name: str = ""
     explicit: frozenset[str] = field(default=frozenset(), compare=False)
 
@@ -91,6 +93,8 @@ class Settings:
             if kind in (int, float):
                 known_as, is_time = self._known_as(f.name), f.name not in _SIZES
                 self._set(f.name, number(value, known_as, whole=kind is int, is_time=is_time))
+            elif isinstance(f.default, bool):
+                self._set(f.name, value is not None and flag(value, self._known_as(f.name)))
             elif kind is str and not isinstance(value, str):
                 raise ConfigError(f"{f.name} must be a string, not of type {type(value).__name__}")
         self._set("conninfo", _conninfo.normalise(self.conninfo, self._known_as("conninfo")))

@@ -23,6 +23,7 @@ FLOORS = {
     2: [
         "_options",
         "_fork",
+        "_pipelining",
         "_parts",
         "_books",
         "_supply",

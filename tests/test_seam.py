@@ -146,15 +146,37 @@ def test_psycopg_commits_as_the_short_cut_does() -> None:
     assert "with self.lock:\n            self.wait(self._commit_gen())" in inspect.getsource(
         psycopg.Connection.commit
     )
-    used = {
-        name: set(
-            re.findall(r"\bself\.(\w+)", inspect.getsource(getattr(psycopg.Connection, name)))
-        )
-        for name in ("_commit_gen", "_exec_command")
-    }
-    assert used == {
+    assert _used(psycopg.Connection, "_commit_gen", "_exec_command") == {
         "_commit_gen": {"_num_transactions", "_tpc", "pgconn", "_exec_command", "_pipeline"},
         "_exec_command": {"_check_connection_ok", "pgconn", "_pipeline"},
+    }
+
+
+def test_psycopg_executes_as_the_pipelining_cursor_does() -> None:
+    """Another attribute may be another step that it has to take too."""
+    assert _used(psycopg.Cursor, "_execute_gen", "_start_query", "_maybe_prepare_gen") == {
+        "_execute_gen": {
+            "_start_query", "_convert_query", "_maybe_prepare_gen", "_conn", "_last_query",
+        },
+        "_start_query": {"closed", "_reset", "_last_query", "_tx", "_conn"},
+        "_maybe_prepare_gen": {
+            "_get_prepared", "_execute_send", "_send_prepare", "_conn", "_pgconn", "_encoding",
+            "_send_query_prepared", "_check_results", "_set_results",
+        },
+    }  # fmt: skip
+    assert _used(psycopg.Connection, "_start_query", "_get_tx_start_command") == {
+        "_start_query": {
+            "_autocommit", "pgconn", "_exec_command", "_get_tx_start_command", "_pipeline",
+        },
+        "_get_tx_start_command": {"_begin_statement", "isolation_level", "read_only", "deferrable"},
+    }  # fmt: skip
+
+
+def _used(cls: type, *names: str) -> dict[str, set[str]]:
+    """What of itself each of those methods uses."""
+    return {
+        name: set(re.findall(r"\bself\.(\w+)", inspect.getsource(getattr(cls, name))))
+        for name in names
     }
 
 

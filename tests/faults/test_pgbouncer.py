@@ -143,6 +143,20 @@ def test_a_pool_works_through_it(bouncer: Bouncer, make_pool: MakePool) -> None:
     assert pool.stats().counters.discarded["dead"] == 0
 
 
+def test_begin_goes_through_it_with_the_first_statement(
+    bouncer: Bouncer, make_pool: MakePool
+) -> None:
+    pool = make_pool(bouncer.conninfo_for(), pooler="transaction", max_size=4, pipeline_begin=True)
+    for number in range(20):
+        with pool.connection() as conn:
+            assert conn.execute("select %s::int + 1", [number]).fetchone() == (number + 1,)
+            pid = conn.execute("select pg_backend_pid()").fetchone()
+            assert conn.execute("select pg_backend_pid()").fetchone() == pid
+        with pytest.raises(psycopg.errors.DivisionByZero), pool.connection() as conn:
+            conn.execute("select 1 / %s", [0])
+    assert pool.stats().counters.connects <= 4
+
+
 def test_its_end_is_met_like_a_servers(bouncer: Bouncer, make_pool: MakePool) -> None:
     pool = make_pool(
         bouncer.conninfo_for(), pooler="transaction", min_size=3, max_size=3, outage_grace=GRACE
