@@ -83,10 +83,11 @@ class Peer(ABC):
 
 class Dbpool(Peer):
     name = "dbpool"
+    pipeline_begin: ClassVar[bool] = False
 
     def _make(self, conninfo: str, size: int, timeout: float | None) -> Pool:
         options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
-        return Pool(conninfo, max_size=size, **options)
+        return Pool(conninfo, max_size=size, pipeline_begin=self.pipeline_begin, **options)
 
     def connection(self) -> AbstractContextManager[Any]:
         return self.pool.connection()  # type: ignore[no-any-return]
@@ -95,6 +96,11 @@ class Dbpool(Peer):
         with self.pool._lock:
             for conn in self.pool._pool:
                 conn._slot.idle_since -= 60.0
+
+
+class DbpoolPipelining(Dbpool):
+    name = "dbpool, pipeline_begin"
+    pipeline_begin = True
 
 
 class PsycopgPool(Peer):

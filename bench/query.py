@@ -10,12 +10,14 @@ from typing import Any
 import psycopg
 
 from bench._measure import against, interleaved, one_cpu
-from bench._peers import EVERYONE, Dbpool, Peer, PsycopgPool
+from bench._peers import EVERYONE, Dbpool, DbpoolPipelining, Peer, PsycopgPool
 from bench._report import Table
 from bench._servers import served
-from tests.postgres import Server
+from tests.proxy import Proxy
 
 ONE_TRIP = "dbpool, one trip"
+_BY_KEY = "select body from rows where id = %s"
+_FAR = 0.001  # seconds that a message takes each way
 FLOOR = "psycopg, autocommit, no pool"  # what no pool over psycopg can be cheaper than
 
 
@@ -23,11 +25,12 @@ def run(quick: bool) -> Table:
     """Measure on pools whose connections are all open, as they are in a server that is used."""
     turns = (20, 6) if quick else (100, 100)
     others = [cls.name for cls in EVERYONE if cls is not Dbpool]
-    table = Table("query", "Queries", [Dbpool.name, ONE_TRIP, *others, FLOOR])
+    names = [Dbpool.name, ONE_TRIP, DbpoolPipelining.name, *others, FLOOR]
+    table = Table("query", "Queries", names)
     with one_cpu(), served() as server:
         server.execute("create table rows (id bigserial primary key, body text)")
         with (
-            _opened(EVERYONE, server, 4) as peers,
+            _opened(EVERYONE, server.conninfo, 4) as peers,
             psycopg.connect(server.conninfo, autocommit=True) as alone,
         ):
             ours = peers[Dbpool.name].pool
@@ -41,17 +44,34 @@ def run(quick: bool) -> Table:
                 _measure(table, row, _calls(work, peers) | extra, turns)
         # With one connection there is none to choose; of many, the one used last is warm.
         for size in (1, 16):
-            with _opened([Dbpool, PsycopgPool], server, size) as peers:
+            with _opened([Dbpool, PsycopgPool], server.conninfo, size) as peers:
                 select = partial(peers[Dbpool.name].pool.fetch_one, "select 1")
                 row = f"one SELECT, pool of {size}"
                 _measure(table, row, _calls(_select, peers) | {ONE_TRIP: select}, turns)
+        _by_key(table, "one SELECT by key", server.conninfo, turns)
+        with contextlib.closing(Proxy(server.port)) as proxy:
+            proxy.delay = _FAR
+            _by_key(
+                table, "the same, server far away", proxy.conninfo, (turns[0] // 10, turns[1] // 2)
+            )
     return table
 
 
+def _by_key(table: Table, row: str, conninfo: str, turns: tuple[int, int]) -> None:
+    """One SELECT with a parameter, which is the kind that BEGIN can go with."""
+    with (
+        _opened([Dbpool, DbpoolPipelining, PsycopgPool], conninfo, 4) as peers,
+        psycopg.connect(conninfo, autocommit=True) as alone,
+    ):
+        select = partial(peers[Dbpool.name].pool.fetch_one, _BY_KEY, [1])
+        extra = {ONE_TRIP: select, FLOOR: partial(_fetch_by_key, alone)}
+        _measure(table, row, _calls(_select_by_key, peers) | extra, turns)
+
+
 @contextlib.contextmanager
-def _opened(classes: list[type[Peer]], server: Server, size: int) -> Iterator[dict[str, Peer]]:
+def _opened(classes: list[type[Peer]], conninfo: str, size: int) -> Iterator[dict[str, Peer]]:
     with contextlib.ExitStack() as stack:
-        peers = {c.name: stack.enter_context(c.opened(server.conninfo, size)) for c in classes}
+        peers = {c.name: stack.enter_context(c.opened(conninfo, size)) for c in classes}
         for peer in peers.values():
             peer.fill(size)
         yield peers
@@ -77,6 +97,15 @@ def _select(peer: Peer) -> None:
 
 def _fetch(conn: Any) -> None:
     conn.execute("select 1").fetchone()
+
+
+def _select_by_key(peer: Peer) -> None:
+    with peer.connection() as conn:
+        _fetch_by_key(conn)
+
+
+def _fetch_by_key(conn: Any) -> None:
+    conn.execute(_BY_KEY, [1]).fetchone()
 
 
 def _insert(peer: Peer) -> None:
