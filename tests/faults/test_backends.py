@@ -167,6 +167,24 @@ def test_check_gives_up_the_silent_ones_together(
     assert_serves_all(pool)
 
 
+def test_while_check_waits_for_one_the_others_serve(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=3, max_size=3, ping_timeout=2.0)
+    fill(pool)
+    own_server.freeze([pool._pool[0].info.backend_pid])
+    checking = Task(pool.check)
+    until(lambda: pool.stats().active == 1)
+    with within(1.0):
+        for _ in range(10):
+            assert pool.fetch_value("select 1") == 1
+    assert pool.stats().active == 1  # check still waits for the frozen one
+    checking.result()
+    own_server.thaw()
+    assert pool.stats().counters.discarded["dead"] == 1
+    assert_serves_all(pool)
+
+
 def test_terminated_in_a_query(own_server: Server, make_pool: Callable[..., Pool]) -> None:
     pool = make_pool(max_size=2)
     caller = Task(pool.fetch_value, "select pg_sleep(60)")
