@@ -32,7 +32,8 @@ class Life(Supply[CT]):
 
     def _start_initial_tasks(self) -> None:
         # A class with its own idea of how a block begins or ends is always asked for it.
-        ways = ("__enter__", "__exit__", "commit", "rollback", "_commit_gen", "_exec_command")
+        ways = ("__enter__", "__exit__", "commit", "rollback", "_commit_gen", "_exec_command",
+                "_start_query", "_get_tx_start_command")  # fmt: skip
         cls = self.connection_class
         self._plain = all(getattr(cls, name) is getattr(Connection, name) for name in ways)
         self._refill()
@@ -86,14 +87,12 @@ class Life(Supply[CT]):
             while self._nconns - self._connecting < self._min_size and error is None:
                 self._changed.wait(max(0.0, deadline - monotonic()))
                 self._check_open_getconn()
-                if monotonic() >= deadline or self._is_misconfigured():
+                is_hopeless = self.breaker.is_open and is_permanent(self.breaker.kind)
+                if monotonic() >= deadline or is_hopeless:
                     error = self._unavailable()
         if error is not None:
             self.close()
             raise error
-
-    def _is_misconfigured(self) -> bool:
-        return self.breaker.is_open and is_permanent(self.breaker.kind)
 
     # Forks
 
@@ -105,5 +104,5 @@ class Life(Supply[CT]):
         self.listeners.reset()
         stopped = self._closed and self._opened
         self._clear()
-        self._closed, self._opened, self._lazy = True, stopped, True
+        self._closed, self._opened, self._lazy = True, stopped, self._lazy or self._opened
         self._pid = getpid()  # last: other threads wait for it

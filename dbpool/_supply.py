@@ -17,7 +17,7 @@ from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
 from psycopg_pool.pool import AddConnection
 
-from dbpool import _fork, events
+from dbpool import events
 from dbpool._books import Books, logger, unanswered
 from dbpool._conninfo import SECRET, mask
 from dbpool._parts import Call, Probe, manners
@@ -140,7 +140,7 @@ class Supply(Books[CT]):
 
     def _furnish(self, conn: Any) -> None:
         conn._pool = self
-        if self.settings.pipeline_begin and conn.cursor_factory is Cursor:
+        if self._plain and self.settings.pipeline_begin and conn.cursor_factory is Cursor:
             conn.cursor_factory = PipeliningCursor
         if self._configure:
             self._configure(conn)
@@ -178,11 +178,10 @@ class Supply(Books[CT]):
         with self._lock:
             self._refill()
             self._changed.notify_all()
-        with _fork.telling:
-            if outage is not None:
-                self._tell_back(outage)
-            if self.listeners.active:
-                self.listeners.emit(events.Connected(self.name, now - started))
+        if outage is not None:
+            self._tell_back(outage)
+        if self.listeners.active:
+            self.listeners.emit(events.Connected(self.name, now - started))
 
     def _attempt_failed(
         self, ex: BaseException, started: float, params: dict[str, Any], probe: Probe | None
@@ -205,11 +204,10 @@ class Supply(Books[CT]):
             self._outage_told |= lasts
             self._changed.notify_all()
         logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, error)
-        with _fork.telling:
-            if self.listeners.active:
-                self.listeners.emit(failed)
-            if opened is not None:
-                self._tell_down(opened)
+        if self.listeners.active:
+            self.listeners.emit(failed)
+        if opened is not None:
+            self._tell_down(opened)
         if lasts:
             self.reconnect_failed()
 
@@ -248,8 +246,7 @@ class Supply(Books[CT]):
             due = max(started, self._last_seen) + self.breaker.patience
             self._await_answer(started, max(due - monotonic(), _LOOK_AGAIN))
         if opened is not None:
-            with _fork.telling:
-                self._tell_down(opened)
+            self._tell_down(opened)
 
     # Giving up
 
@@ -300,8 +297,3 @@ class Supply(Books[CT]):
             gone = self._take_out("dead", lambda slot: slot.fd in lost)
             # Somebody may be waiting: closing many is not their business.
             self._later(lambda pool: pool._dispose(gone, "dead"))
-
-    def _discard_unused(self) -> None:
-        """One ping timed out: its equals will not answer either."""
-        oldest = monotonic() - self.settings.ping_after
-        self._retire("dead", lambda slot: slot.idle_since <= oldest)

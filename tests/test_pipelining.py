@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import tempfile
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -156,6 +159,38 @@ def _use_a_cursor_again(conn: Conn) -> Any:
     with contextlib.suppress(psycopg.Error):
         cursor.execute("select 1 / %s", [0])
     return first, cursor.rowcount, cursor.description, cursor.statusmessage
+
+
+def _fail_often(conn: Conn) -> Any:
+    """Often enough to be prepared, failing all but the first time."""
+    for number in (1, 0, 0, 0, 0, 0, 0, 0):
+        with contextlib.suppress(psycopg.Error):
+            conn.execute("select 40 / %s", [number])
+        conn.commit()  # a rollback would forget what is prepared
+    return conn.execute("select statement from pg_prepared_statements order by 1").fetchall()
+
+
+def _pass_too_many(conn: Conn) -> Any:
+    many = [1] * 65536
+    with contextlib.suppress(psycopg.OperationalError):
+        conn.execute(f"select 1 where 1 in ({', '.join(['%s'] * len(many))})", many)
+    return conn.info.transaction_status, conn.execute("select %s::int", [1]).fetchall()
+
+
+def _pass_no_sequence(conn: Conn) -> Any:
+    class Odd:
+        def __bool__(self) -> bool:
+            raise ValueError("neither")
+
+    try:
+        conn.execute("select %s", Odd())  # type: ignore[call-overload]
+    except TypeError as ex:
+        return str(ex), conn.info.transaction_status
+
+
+def _pass_much(conn: Conn) -> Any:
+    much = "x" * 5_000_000  # more than the sockets' buffers hold, both ways
+    return [len(row[0]) for row in conn.execute("select %s || %s", [much, much]).fetchall()]
 
 
 def _lose_what_is_prepared(conn: Conn) -> Any:
@@ -314,7 +349,7 @@ def _raise(conn: Conn) -> Any:
 
 WORKS: list[Callable[[Conn], Any]] = [
     _insert, _update_nothing, _read, _read_as_dict, _read_binary, _read_often, _read_too_often,
-    _run_too_many, _use_a_cursor_again,
+    _fail_often, _pass_too_many, _pass_no_sequence, _pass_much, _run_too_many, _use_a_cursor_again,
     _lose_what_is_prepared, _divide, _divide_and_go_on, _misspell, _misspell_begin,
     _forget_a_parameter, _pass_the_unknown, _many_in_one, _without_parameters,
     _fail_once_and_roll_back, _within_a_savepoint, _set_up, _write_read_only, _in_autocommit,
@@ -373,7 +408,7 @@ def _outcome(pool: Pool, blocks: list[list[Callable[[Conn], Any]]]) -> list[obje
 def _described(ex: psycopg.Error) -> tuple[object, ...]:
     diag = ex.diag
     where = diag.statement_position, diag.context, diag.constraint_name
-    return type(ex), str(ex), ex.sqlstate, *where, type(ex.__cause__)
+    return type(ex), str(ex), ex.sqlstate, *where, type(ex.__cause__), type(ex.__context__)
 
 
 def test_an_interrupt_leaves_a_connection_that_can_be_used(pools: tuple[Pool, Pool]) -> None:
@@ -396,7 +431,87 @@ def test_an_interrupt_leaves_a_connection_that_can_be_used(pools: tuple[Pool, Po
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_copy_that_should_not_be_ends_the_connection(pools: tuple[Pool, Pool]) -> None:
+    for pool in pools:
+        with pytest.raises(psycopg.ProgrammingError) as caught, pool.connection() as conn:
+            conn.execute("create table copied as select generate_series(1, 10) as id")
+            conn.commit()
+            conn.execute("copy copied to stdout -- %s", [1])
+        assert "use copy() instead" in str(caught.value)
+        assert caught.value.__context__ is None
+        assert conn.closed
+        pool.execute("drop table copied")
+
+
+class _TimeIsOverError(Exception):
+    """Raised by a signal handler, as job queues do."""
+
+
+def test_what_ends_the_wait_ends_the_connection(pools: tuple[Pool, Pool]) -> None:
+    """It can be used no more, as psycopg's, and answers nothing wrong."""
+
+    def interrupt(*_: object) -> None:
+        raise _TimeIsOverError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for pool in pools:
+            conn = pool.getconn()
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(_TimeIsOverError):
+                conn.execute("select %s::int from pg_sleep(0.5)", [666])
+            time.sleep(0.6)  # now there is an answer
+            for statement in ("insert into joined values (%s)", "select %s::int"):
+                with pytest.raises(psycopg.OperationalError):
+                    conn.execute(statement, [7])
+            pool.putconn(conn)
+            assert conn.closed
+            assert pool.fetch_one("select %s::int", [1]) == (1,)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_thread_that_fails_leaves_the_statement_of_another_alone(dsn: str) -> None:
+    def fail() -> None:
+        for _ in range(300):
+            with contextlib.suppress(psycopg.Error):
+                conn.execute("select 1 / %s", [0])
+            conn.rollback()
+
+    with Pool(dsn, pipeline_begin=True) as pool, pool.connection() as conn:
+        threads = [threading.Thread(target=fail) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not conn.closed
+        assert conn.execute("select %s::int", [1]).fetchone() == (1,)
+
+
+def test_an_error_that_is_kept_keeps_no_connection(pools: tuple[Pool, Pool]) -> None:
+    for pool in pools:
+        with pytest.raises(psycopg.errors.AdminShutdown) as caught, pool.connection() as conn:
+            _die(conn)
+        kept = caught.value.with_traceback(None)
+        gone = weakref.ref(conn)
+        del conn, caught
+        assert gone() is None, kept
+
+
 # How it is set
+
+
+def test_a_class_with_its_own_idea_of_how_to_begin_is_asked_for_it(dsn: str) -> None:
+    begun: list[str] = []
+
+    class Own(Connection[Any]):
+        def _start_query(self) -> Any:
+            begun.append("asked")
+            yield from super()._start_query()
+
+    with Pool(dsn, pipeline_begin=True, connection_class=Own) as pool, pool.connection() as conn:
+        conn.execute("select %s::int", [1])
+        assert begun == ["asked"]
 
 
 def test_single_statements_keep_their_cursor(pools: tuple[Pool, Pool]) -> None:
