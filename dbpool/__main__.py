@@ -19,13 +19,14 @@ import psycopg
 
 from dbpool._conninfo import already_set
 from dbpool._values import did_you_mean, find_dotenv, number, shown
+from dbpool.app_settings import AppSettings
 from dbpool.databases import Databases, databases_from_env
 from dbpool.errors import ConfigError, PoolError
 from dbpool.gunicorn import directories
 from dbpool.health import Health
 from dbpool.pool import Pool
 from dbpool.processes import Processes
-from dbpool.settings import SERVER_SIDE, AppSettings, Settings, unknown_variables
+from dbpool.settings import SERVER_SIDE, Settings, unknown_variables
 
 _EXPOSED: Final = (
     "the server is remote and sslmode is below verify-full: its identity is not checked"

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from dbpool import _conninfo
-from dbpool._app_settings import AppSettings
 from dbpool._values import (
     did_you_mean,
     find,
@@ -26,7 +25,7 @@ from dbpool._values import (
 )
 from dbpool.errors import ConfigError
 
-__all__ = ["AppSettings", "Settings", "unknown_variables"]
+__all__ = ["Settings", "unknown_variables"]
 
 logger = logging.getLogger("dbpool")
 

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "dbpool"
 
 FLOORS = {
     0: ["errors", "liveness", "events", "metrics"],
-    1: ["_values", "_app_settings", "_conninfo", "settings", "retry", "breaker", "holders"],
+    1: ["_values", "_conninfo", "settings", "retry", "breaker", "holders"],
     2: [
         "_options",
         "_fork",
@@ -34,7 +34,7 @@ FLOORS = {
         "_run",
         "pool",
     ],
-    3: ["databases"],
+    3: ["databases", "app_settings"],
     4: ["_flights", "_facts", "health", "_files", "processes"],
     5: ["prometheus", "gunicorn", "flask", "__main__"],
 }

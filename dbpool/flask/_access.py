@@ -8,7 +8,7 @@ from collections.abc import Callable
 from flask import Response, current_app, jsonify, request
 from werkzeug import Response as AnyResponse
 
-from dbpool.settings import AppSettings
+from dbpool.app_settings import AppSettings
 
 Rule = Callable[[], object]
 

@@ -21,12 +21,12 @@ from flask import (
 from dbpool import holders
 from dbpool._options import Options
 from dbpool._values import find_dotenv
+from dbpool.app_settings import AppSettings
 from dbpool.databases import Databases, settings_from_config
 from dbpool.flask._errors import register_error_handlers
 from dbpool.health import Health
 from dbpool.pool import Pool
 from dbpool.processes import Processes
-from dbpool.settings import AppSettings
 
 logger = logging.getLogger("dbpool")
 

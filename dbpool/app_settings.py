@@ -1,4 +1,4 @@
-"""What an application is set to beside its pools; public as `dbpool.settings.AppSettings`."""
+"""What an application is set to beside its pools: readiness, views, shared statistics."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from dbpool._values import find, flag, read_layers, secret, secret_of, shown, words
 from dbpool.errors import ConfigError
+
+__all__ = ["AppSettings"]
 
 
 @dataclass(frozen=True)
