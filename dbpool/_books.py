@@ -1,4 +1,4 @@
-"""What a pool knows and tells of its supply: the books, the breaker, outages.
+"""What a pool knows and tells: the books, the breaker, outages, its numbers.
 
 Part of the one place that touches protected members of psycopg_pool, see `_supply`.
 """
@@ -17,13 +17,13 @@ import psycopg
 from psycopg_pool import ConnectionPool
 from psycopg_pool.abc import CT
 
-from dbpool import events
+from dbpool import _fork, events, holders
 from dbpool._parts import Call, Probe, Waiter
 from dbpool.breaker import Breaker
 from dbpool.errors import DatabaseMisconfigured, DatabaseUnavailable, is_permanent
 from dbpool.events import Emitter
 from dbpool.holders import Slot
-from dbpool.metrics import Metrics, Snapshot
+from dbpool.metrics import BreakerSnapshot, Metrics, Snapshot
 from dbpool.settings import Settings
 
 logger = logging.getLogger("dbpool")
@@ -104,9 +104,8 @@ class Books(ConnectionPool[CT]):
 
     def _refuse_waiters(self, reason: Callable[[], Exception]) -> None:
         """Refuse all who wait, each for a *reason* of its own. The lock is held."""
-        for waiter in self._waiting:
-            self._refuse(waiter, reason())
-        self._waiting.clear()
+        while self._waiting:  # what a garbage collection ends in here may take part
+            self._refuse(self._waiting.popleft(), reason())
         self._changed.notify_all()
 
     def _refuse(self, waiter: Waiter, reason: Exception) -> None:
@@ -140,10 +139,6 @@ class Books(ConnectionPool[CT]):
         error.__cause__ = cause
         return error
 
-    def stats(self) -> Snapshot:
-        """Return a snapshot; `_upkeep` knows all it takes."""
-        raise NotImplementedError
-
     def _active(self) -> int:
         return self._nconns - len(self._pool) - self._connecting
 
@@ -152,25 +147,99 @@ class Books(ConnectionPool[CT]):
         return {"dbpool": {"pool": self.name, "event": event, **fields}}
 
     def _tell_down(self, opened: events.CircuitOpened) -> None:
-        logger.error(
-            "pool %r: the database is unavailable (%s): %s",
-            self.name,
-            opened.kind,
-            opened.error,
-            extra=self._extra("circuit_opened", kind=opened.kind),
-        )
+        with _fork.telling:
+            logger.error(
+                "pool %r: the database is unavailable (%s): %s",
+                self.name,
+                opened.kind,
+                opened.error,
+                extra=self._extra("circuit_opened", kind=opened.kind),
+            )
         if self.listeners.active:
             self.listeners.emit(opened)
 
     def _tell_back(self, seconds: float) -> None:
-        logger.warning(
-            "pool %r: the database is back after %.1f s",
-            self.name,
-            seconds,
-            extra=self._extra("circuit_closed", seconds=seconds),
-        )
+        with _fork.telling:
+            logger.warning(
+                "pool %r: the database is back after %.1f s",
+                self.name,
+                seconds,
+                extra=self._extra("circuit_closed", seconds=seconds),
+            )
         if self.listeners.active:
             self.listeners.emit(events.CircuitClosed(self.name, seconds))
+
+    # Numbers
+
+    @property
+    def state(self) -> str:
+        """`"starting"` until first connected, `"up"`, `"down"` in an outage, or `"stopped"`."""
+        if self._closed and self._opened:
+            return "stopped"
+        if self.breaker.is_open:
+            return "down"
+        return "up" if self._last_seen else "starting"
+
+    @property
+    def last_seen(self) -> float | None:
+        """Monotonic time of the last healthy return or connect: a passive proof of life."""
+        return self._last_seen or None
+
+    def stats(self) -> Snapshot:
+        """Return a consistent snapshot of the state and of all counters since opening."""
+        with self._lock:
+            now = monotonic()
+            held = [slot for slot in self._slots if slot.since]
+            return self._metrics.snapshot(
+                state=self.state,
+                size=0 if self._closed else self._nconns,
+                active=0 if self._closed else self._active(),
+                idle=len(self._pool),
+                connecting=0 if self._closed else self._connecting,
+                waiting=len(self._waiting),
+                min_size=self._min_size,
+                max_size=self._max_size,
+                pending=[slot.wait for slot in held],
+                breaker=BreakerSnapshot(
+                    state=self.breaker.state,
+                    since=self.breaker.since,
+                    last_error=self.breaker.last_error,
+                    retry_after=self.breaker.retry_after,
+                ),
+                holders=holders.report(held, now),
+            )
+
+    def get_stats(self) -> dict[str, int]:
+        """Return the parent's statistics, exact: counts, sums in milliseconds, and sizes."""
+        with self._lock:
+            return self._totals(since=self._popped) | self._get_measures()
+
+    def pop_stats(self) -> dict[str, int]:
+        """Like `get_stats`, and let its counts and sums begin at zero again."""
+        with self._lock:
+            before, self._popped = self._popped, self._totals(since={})
+            stats = {key: value - before.get(key, 0) for key, value in self._popped.items()}
+            return stats | self._get_measures()
+
+    def _totals(self, since: dict[str, int]) -> dict[str, int]:
+        """The parent's counts and sums beyond those of *since*. The lock is held."""
+        m = self._metrics
+        m.count_ended()
+        pending = [slot.wait for slot in self._slots if slot.since]
+        failed = m.timeouts + m.rejected
+        totals = {
+            self._REQUESTS_NUM: m.checkouts + len(pending) + failed,
+            self._REQUESTS_QUEUED: self._queued,
+            self._REQUESTS_WAIT_MS: int(1000.0 * (m.wait.sum + sum(pending) + self._in_vain)),
+            self._REQUESTS_ERRORS: failed,
+            self._USAGE_MS: int(1000.0 * m.use.sum),
+            self._RETURNS_BAD: m.broken,
+            self._CONNECTIONS_NUM: m.connects + m.connect_failures,
+            self._CONNECTIONS_MS: int(1000.0 * m.connect.sum),
+            self._CONNECTIONS_ERRORS: m.connect_failures,
+            self._CONNECTIONS_LOST: m.dead,
+        }
+        return {key: value - since.get(key, 0) for key, value in totals.items()}
 
 
 def unanswered(seconds: float) -> psycopg.OperationalError:

@@ -11,9 +11,8 @@ from typing import Any
 
 from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
-from psycopg_pool.pool import ReturnConnection
 
-from dbpool import events
+from dbpool import _fork, events
 from dbpool._books import logger
 from dbpool._life import Life
 from dbpool._parts import KeptCursor, manners
@@ -74,7 +73,7 @@ class Checkin(Life[CT]):
                 conn._pool = None
                 self._last_seen = slot.idle_since = now
                 if self._waiting or self._closed:
-                    is_orphan = self._place(conn, slot, is_fresh=use < _BRIEF)
+                    is_orphan = self._place(conn, is_fresh=use < _BRIEF)
                 else:
                     self._pool.append(conn)
         if is_orphan:
@@ -90,12 +89,9 @@ class Checkin(Life[CT]):
         """Make a connection that came back unfit idle again, or give it up."""
         with self._lock:
             if self._reset and not self._closed:  # workers told to stop come to it before that
-                self.run_task(ReturnConnection(self, conn, from_getconn=False))
+                self._later(lambda pool: pool._return_connection(conn, from_getconn=False))
                 return
-        if self._closed:
-            self._add_to_pool(conn)  # which closes it
-        else:
-            self._return_connection(conn, from_getconn=False)
+        self._return_connection(conn, from_getconn=False)
 
     def _tell_late(self, slot: Slot, seconds: float) -> None:
         with self._lock:
@@ -114,6 +110,9 @@ class Checkin(Life[CT]):
 
     def _return_connection(self, conn: Any, from_getconn: bool) -> None:
         """Make a returned connection fit for the next holder, or give it up."""
+        if self._closed:
+            self._add_to_pool(conn)  # which closes it
+            return
         self._reset_connection(conn)
         slot: Slot = conn._slot
         if conn.pgconn.transaction_status == _UNKNOWN:
@@ -130,8 +129,6 @@ class Checkin(Life[CT]):
                 with self._lock:
                     self._last_seen = slot.idle_since
             self._add_to_pool(conn, is_fresh=seen is Look.ALIVE)
-            return
-        logger.debug("pool %r: returned connection was given up", self.name)
 
     def _mend_manners(self, conn: Any, slot: Slot) -> bool:
         """Put back what a user changed; false if that cannot be done."""
@@ -146,7 +143,7 @@ class Checkin(Life[CT]):
         conn._begin_statement = b""
         return True
 
-    def _place(self, conn: Any, slot: Slot, *, is_fresh: bool) -> bool:
+    def _place(self, conn: Any, *, is_fresh: bool) -> bool:
         """Hand a connection over or queue it, last in first out. The lock is held.
 
         *is_fresh* says that its server spoke just now: who gets it need not look. True if the
@@ -157,7 +154,7 @@ class Checkin(Life[CT]):
             waiter.conn, waiter.is_fresh = conn, is_fresh and self._trusted >= 0.0
             waiter.latch.release()
         elif self._closed:
-            self._slots.discard(slot)
+            self._slots.discard(conn._slot)
         else:
             self._pool.append(conn)
         return self._closed
@@ -166,7 +163,7 @@ class Checkin(Life[CT]):
         conn._pool = None
         with self._lock:
             conn._slot.since = 0.0
-            is_orphan = self._place(conn, conn._slot, is_fresh=is_fresh)
+            is_orphan = self._place(conn, is_fresh=is_fresh)
         if is_orphan:
             self._close_connection(conn)
 
@@ -185,10 +182,11 @@ class Checkin(Life[CT]):
     def _tell_collected(self, slot: Slot) -> None:
         if self.listeners.active:
             self.listeners.emit(events.Discarded(self.name, "collected"))
-        logger.warning(
-            "pool %r: a connection was never returned and has been garbage-collected;"
-            " it was checked out at %s",
-            self.name,
-            slot.where(),
-            extra=self._extra("discarded", reason="collected", where=slot.where()),
-        )
+        with _fork.telling:
+            logger.warning(
+                "pool %r: a connection was never returned and has been garbage-collected;"
+                " it was checked out at %s",
+                self.name,
+                slot.where(),
+                extra=self._extra("discarded", reason="collected", where=slot.where()),
+            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Collection
 from contextlib import suppress
 from time import monotonic, sleep
 from types import FrameType
@@ -110,6 +111,8 @@ class Checkout(Checkin[CT]):
             return waiter
         self._queued += 1
         self._waiting.append(waiter)
+        if self._pool:  # given back by what a garbage collection ended in here
+            self._place(self._pool.pop(), is_fresh=False)
         if self._nconns < self._max_size:
             self._refill()
         return waiter
@@ -204,14 +207,19 @@ class Checkout(Checkin[CT]):
             return False
         return self._passes_check(conn)
 
-    def _answers(self, conn: Any, timeout: float) -> bool:
-        """Whether the server of a connection answers a ping; one that does not is given up."""
+    def _answers(self, conn: Any, timeout: float, others: Collection[Slot] = ()) -> bool:
+        """Whether the server of a connection answers a ping; one that does not is given up.
+
+        With it go all idle ones that have been unused for long, but for *others* that answered:
+        where one ping times out, its equals will not answer either.
+        """
         try:
             ping(conn, timeout)
         except psycopg.Error as ex:
             self._discard(conn, "dead")
             if isinstance(ex, PingTimeout) and timeout >= self.settings.ping_timeout:
-                self._discard_unused()
+                oldest = monotonic() - self.settings.ping_after
+                self._retire("dead", lambda s: s.idle_since <= oldest and s not in others)
             return False
         return True
 
@@ -219,7 +227,7 @@ class Checkout(Checkin[CT]):
         """Run the user's own check; the time it takes is theirs."""
         if self._check is None or self._trusted >= 0.0:
             return True
-        conn._slot.cursor = None
+        conn._slot.cursor, conn._pool = None, self
         try:
             self._check(conn)
             if conn.pgconn.transaction_status != _IDLE:  # what it began is not its user's

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from itertools import dropwhile, islice, takewhile
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, quote_plus
@@ -115,18 +116,20 @@ def already_set(params: Mapping[str, Any], environ: Mapping[str, str]) -> dict[s
 
 def _service(name: str, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the entries of one service, read where libpq reads them."""
-    import configparser
-
-    files = [environ.get("PGSERVICEFILE") or Path.home() / ".pg_service.conf"]
+    files = [environ.get("PGSERVICEFILE") or "~/.pg_service.conf"]
     if "PGSYSCONFDIR" in environ:
-        files.append(Path(environ["PGSYSCONFDIR"]) / "pg_service.conf")
+        files.append(f"{environ['PGSYSCONFDIR']}/pg_service.conf")
     for file in files:
-        parser = configparser.RawConfigParser(
-            delimiters="=", comment_prefixes="#", strict=False, default_section=""
-        )
-        with suppress(OSError, UnicodeDecodeError, configparser.Error):
-            lines = map(str.strip, Path(file).read_text("utf-8").splitlines())
-            parser.read_file(["[what comes before any]", *lines])
-        if parser.has_section(name):
-            return dict(parser[name])
+        with suppress(OSError, RuntimeError):  # nobody may have said where home is
+            lines = Path(file).expanduser().read_text("utf-8", "surrogateescape").split("\n")
+            if found := _section([line.strip() for line in lines], f"[{name}]"):
+                return found
     return {}
+
+
+def _section(lines: Iterable[str], head: str) -> dict[str, str]:
+    """Return the entries of the first section with that *head*; of one key the first counts."""
+    rest = dropwhile(lambda line: not line.startswith(head), lines)
+    own = takewhile(lambda line: not line.startswith("["), islice(rest, 1, None))
+    entries = [line.partition("=") for line in own if not line.startswith("#")]
+    return {key.strip(): value.strip() for key, sign, value in reversed(entries) if sign}

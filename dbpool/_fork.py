@@ -34,6 +34,8 @@ def silence(slots: list[Slot]) -> None:
     Whatever this process does with them, close them included, the sessions stay the parent's.
     """
     fds = [slot.fd for slot in slots if slot.fd >= 0 and slot.is_open]
+    for slot in slots:
+        slot.fd, slot.reported = -1, True  # keeps it off the hot path should it be returned
     if not fds:
         return
     try:
@@ -44,9 +46,6 @@ def silence(slots: list[Slot]) -> None:
     for fd in fds:
         if fd != null:
             os.dup2(null, fd, inheritable=False)
-    for slot in slots:
-        slot.fd = -1
-        slot.reported = True  # keeps it off the hot path should it be returned
     if null not in fds:
         os.close(null)
 

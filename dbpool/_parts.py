@@ -16,7 +16,6 @@ from psycopg.rows import RowFactory, dict_row, namedtuple_row, scalar_row, tuple
 from psycopg_pool import ConnectionPool
 from psycopg_pool.pool import MaintenanceTask
 
-from dbpool import _fork
 from dbpool._pipelining import PipeliningCursor
 from dbpool.errors import is_permanent
 from dbpool.retry import delays
@@ -122,16 +121,25 @@ class Probe:
 
 
 class Call(MaintenanceTask):
-    """Calls *fn* with the pool if that still lives: in a worker, or when due in the scheduler."""
+    """Calls *fn* with the pool, if that still lives, in a worker or when due in the scheduler.
+
+    Once, and of a closed pool too, unlike the parent's tasks: what it is for may be to be closed.
+    """
 
     def __init__(self, pool: ConnectionPool[Any], fn: Callable[[Any], None]) -> None:
         super().__init__(pool)
-        self._fn = fn
+        self._fn: Callable[[Any], None] | None = fn
 
     def tick(self) -> None:
         """Run in the scheduler's thread: for what is short and must not queue."""
         self.run()
 
+    def run(self) -> None:
+        """Run in a worker, whether the pool is open or not."""
+        if (pool := self.pool()) is not None:
+            self._run(pool)
+
     def _run(self, pool: ConnectionPool[Any]) -> None:
-        with _fork.telling:
-            self._fn(pool)
+        fn, self._fn = self._fn, None  # a worker keeps its last task until there is another
+        if fn is not None:
+            fn(pool)

@@ -1,4 +1,4 @@
-"""What keeps a pool in shape: patrols, draining, checking, resizing, and its numbers.
+"""What keeps a pool in shape: patrols, draining, checking, resizing.
 
 Part of the one place that touches protected members of psycopg_pool, see `_supply`.
 """
@@ -17,7 +17,6 @@ from dbpool import _fork, events, holders
 from dbpool._books import logger
 from dbpool._checkout import Checkout
 from dbpool.holders import Slot
-from dbpool.metrics import BreakerSnapshot, Snapshot
 
 # A primary that moved may make many statements fail at once; one drain is enough.
 _MOVED_PAUSE = 5.0
@@ -70,21 +69,22 @@ class Upkeep(Checkout[CT]):
             for slot in leaked:
                 slot.reported = True
             self._metrics.leaks += len(leaked)
-        for slot in leaked:
-            for holder in holders.report([slot], now):
-                stack = holders.stack_of(slot.who.thread) if slot.who else ""
-                logger.warning(
-                    "pool %r: a connection has been held for %.1f s by %s, checked out at %s;"
-                    " the holder is now at:\n%s",
-                    self.name,
-                    holder.seconds,
-                    holder.thread,
-                    holder.where,
-                    stack or "(its thread has ended)",
-                    extra=self._extra("leaked", holder=asdict(holder)),
-                )
-                if self.listeners.active:
-                    self.listeners.emit(events.Leaked(self.name, holder, stack))
+            # Described in here: afterwards one may be back and with another.
+            told = [(slot.who, holder) for slot in leaked for holder in holders.report([slot], now)]
+        for who, holder in told:
+            stack = holders.stack_of(who.thread) if who else ""
+            logger.warning(
+                "pool %r: a connection has been held for %.1f s by %s, checked out at %s;"
+                " the holder is now at:\n%s",
+                self.name,
+                holder.seconds,
+                holder.thread,
+                holder.where,
+                stack or "(its thread has ended)",
+                extra=self._extra("leaked", holder=asdict(holder)),
+            )
+            if self.listeners.active:
+                self.listeners.emit(events.Leaked(self.name, holder, stack))
 
     def _shrink_pool(self) -> None:
         """Close what has been idle for max_idle beyond min_size, or is past its lifetime."""
@@ -128,12 +128,14 @@ class Upkeep(Checkout[CT]):
 
         Once a ping has timed out, the others that have been idle for long go with it.
         """
+        answered: set[Slot] = set()
         for conn in list(self._pool):
             with self._lock:
                 if conn not in self._pool:  # lent meanwhile, or gone
                     continue
                 self._pool.remove(conn)
-            if self._answers(conn, self.settings.ping_timeout):
+            if self._answers(conn, self.settings.ping_timeout, answered):
+                answered.add(conn._slot)
                 self._add_to_pool(conn)
 
     def resize(self, min_size: int, max_size: int | None = None) -> None:
@@ -144,79 +146,8 @@ class Upkeep(Checkout[CT]):
             excess = self._nconns - self._connecting - max_size
             self._refill()
             self._changed.notify_all()
-        excess -= self._retire("idle", lambda slot: True, max(0, excess))
-        with self._lock:
+            gone = self._take_out("idle", lambda slot: True, max(0, excess))
             out = self._slots.difference(conn._slot for conn in self._pool)
-            for slot in list(out)[: max(0, excess)]:
+            for slot in list(out)[: max(0, excess - len(gone))]:
                 slot.expires_at = 0.0
-
-    # Numbers
-
-    @property
-    def state(self) -> str:
-        """`"starting"` until first connected, `"up"`, `"down"` in an outage, or `"stopped"`."""
-        if self._closed and self._opened:
-            return "stopped"
-        if self.breaker.is_open:
-            return "down"
-        return "up" if self._last_seen else "starting"
-
-    @property
-    def last_seen(self) -> float | None:
-        """Monotonic time of the last healthy return or connect: a passive proof of life."""
-        return self._last_seen or None
-
-    def stats(self) -> Snapshot:
-        """Return a consistent snapshot of the state and of all counters since opening."""
-        with self._lock:
-            now = monotonic()
-            held = [slot for slot in self._slots if slot.since]
-            return self._metrics.snapshot(
-                state=self.state,
-                size=0 if self._closed else self._nconns,
-                active=0 if self._closed else self._active(),
-                idle=len(self._pool),
-                connecting=0 if self._closed else self._connecting,
-                waiting=len(self._waiting),
-                min_size=self._min_size,
-                max_size=self._max_size,
-                pending=[slot.wait for slot in held],
-                breaker=BreakerSnapshot(
-                    state=self.breaker.state,
-                    since=self.breaker.since,
-                    last_error=self.breaker.last_error,
-                    retry_after=self.breaker.retry_after,
-                ),
-                holders=holders.report(held, now),
-            )
-
-    def get_stats(self) -> dict[str, int]:
-        """Return the parent's statistics, exact: counts, sums in milliseconds, and sizes."""
-        with self._lock:
-            return self._totals(since=self._popped) | self._get_measures()
-
-    def pop_stats(self) -> dict[str, int]:
-        """Like `get_stats`, and let its counts and sums begin at zero again."""
-        with self._lock:
-            stats, self._popped = self.get_stats(), self._totals(since={})
-            return stats
-
-    def _totals(self, since: dict[str, int]) -> dict[str, int]:
-        """The parent's counts and sums beyond those of *since*. The lock is held."""
-        m = self._metrics
-        m.count_ended()
-        pending = [slot.wait for slot in self._slots if slot.since]
-        failed = m.timeouts + m.rejected
-        totals = {
-            self._REQUESTS_NUM: m.checkouts + len(pending) + failed,
-            self._REQUESTS_QUEUED: self._queued,
-            self._REQUESTS_WAIT_MS: int(1000.0 * (m.wait.sum + sum(pending) + self._in_vain)),
-            self._REQUESTS_ERRORS: failed,
-            self._USAGE_MS: int(1000.0 * m.use.sum),
-            self._RETURNS_BAD: m.broken,
-            self._CONNECTIONS_NUM: m.connects + m.connect_failures,
-            self._CONNECTIONS_MS: int(1000.0 * m.connect.sum),
-            self._CONNECTIONS_ERRORS: m.connect_failures,
-            self._CONNECTIONS_LOST: m.dead,
-        }
-        return {key: value - since.get(key, 0) for key, value in totals.items()}
+        self._dispose(gone, "idle")

@@ -261,8 +261,10 @@ class Lease(Generic[CT]):
 def _settings(
     conninfo: ConninfoParam, settings: Settings | None, chosen: dict[str, Any], kwargs: Any
 ) -> Settings:
-    if "max_size" in chosen and chosen["max_size"] is None:  # the parent's "as min_size"
-        chosen["max_size"] = chosen.get("min_size", 1)
+    if chosen.get("max_size", 0) is None:  # the parent's "as min_size"
+        del chosen["max_size"]
+        built = _settings(conninfo, settings, chosen, kwargs)
+        return replace(built, max_size=built.min_size, explicit=built.explicit | {"max_size"})
     if chosen.get("name", "") is None:  # the parent's "think of one"
         del chosen["name"]
     if isinstance(conninfo, str) and conninfo:

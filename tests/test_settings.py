@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import pickle
 import traceback
 from dataclasses import replace
@@ -18,10 +19,10 @@ from hypothesis import strategies as st
 from psycopg.conninfo import make_conninfo
 
 from dbpool import ConfigError, Pool, Settings
-from dbpool._conninfo import mask, mask_conninfo, parse
+from dbpool._conninfo import already_set, mask, mask_conninfo, parse
+from dbpool.app_settings import AppSettings
 from dbpool.databases import databases_from_env, settings_from_config
 from dbpool.settings import (
-    AppSettings,
     unknown_variables,
     variable,
 )
@@ -202,6 +203,32 @@ def test_a_service_file_wins_over_defaults(monkeypatch: pytest.MonkeyPatch, tmp_
     assert Settings().connect_params("service=mine")["connect_timeout"] == 5
     file.rename(tmp_path / "pg_service.conf")
     assert "connect_timeout" not in Settings().connect_params("service=mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "timeout"),
+    [
+        (b"[mine]\nconnect_timeout=7\nconnect_timeout=8\n", "7"),  # of one key the first
+        (b"[mine]\nconnect_timeout=7\n[mine]\nconnect_timeout=8\n", "7"),
+        (b"[mine] # see [other]\nconnect_timeout=7\n", "7"),
+        (b"# caf\xe9\n[mine]\nconnect_timeout=7\n", "7"),
+        (b"[mine]\n[]\nconnect_timeout=7\n", None),
+    ],
+)
+def test_a_service_file_is_read_as_libpq_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: bytes, timeout: str | None
+) -> None:
+    (tmp_path / "service.conf").write_bytes(text)
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "service.conf"))
+    assert already_set({"service": "mine"}, os.environ).get("connect_timeout") == timeout
+
+
+def test_without_a_home_there_is_no_service_file_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert already_set({"service": "mine"}, {}) == {"service": "mine"}
 
 
 def test_the_users_kwargs_win_and_psycopgs_own_pass_through() -> None:

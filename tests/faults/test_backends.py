@@ -167,6 +167,19 @@ def test_check_gives_up_the_silent_ones_together(
     assert_serves_all(pool)
 
 
+def test_check_keeps_those_that_answered(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
+    pool = make_pool(min_size=3, max_size=3, ping_timeout=0.5, ping_after=0.0)
+    fill(pool)
+    *well, frozen = [conn.info.backend_pid for conn in pool._pool]
+    own_server.freeze([frozen])
+    pool.check()
+    own_server.thaw()
+    assert set(well) <= {conn.info.backend_pid for conn in pool._pool}
+    assert pool.stats().counters.discarded["dead"] == 1
+
+
 def test_while_check_waits_for_one_the_others_serve(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:

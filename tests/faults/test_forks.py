@@ -54,6 +54,41 @@ def run(own_server: Server, tmp_path: Path) -> Run:
     return run
 
 
+def test_a_broken_connection_that_a_child_returns_is_none_of_its_own(run: Run) -> None:
+    run("""
+        pool = dbpool.Pool(sys.argv[1], max_size=1)
+        conn = pool.getconn()
+        conn.pgconn.finish()
+        if child := os.fork():
+            assert wait_for(child) == 0
+            pool.putconn(conn)
+            pool.close()
+            end()
+        else:
+            pool.fetch_value(PID)
+            pool.putconn(conn)
+            stats = pool.stats()
+            assert (stats.size, stats.active, stats.idle) == (1, 0, 1), stats
+            pool.close()
+            os._exit(0)
+    """)
+
+
+def test_a_pool_that_was_to_be_opened_first_is_so_in_a_child_too(run: Run) -> None:
+    run("""
+        pool = dbpool.Pool(sys.argv[1], open=False)
+        if child := os.fork():
+            assert wait_for(child) == 0
+            end()
+        else:
+            try:
+                pool.fetch_value(PID)
+            except dbpool.PoolClosed:
+                os._exit(0)
+            os._exit("it opened itself")
+    """)
+
+
 CHILDREN = {
     "uses the pool": """
         theirs = {pool.fetch_value(PID) for _ in range(20)}

@@ -1,0 +1,189 @@
+"""Rare moments: two things at once in the pool, or a garbage collection in the middle of one."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg_pool import PoolClosed
+
+import dbpool._checkout
+from dbpool import Pool, Settings
+from dbpool._parts import Waiter
+
+from .postgres import until
+from .test_pool import in_thread
+
+
+@pytest.mark.parametrize("reset", [None, lambda conn: None])
+def test_a_lost_connection_is_replaced(
+    dsn: str, reset: Callable[[Any], None] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lose() -> None:
+        pool.getconn().autocommit = True
+
+    with Pool(dsn, max_size=1, reset=reset) as pool:
+        with pool.connection() as conn:
+            conn.autocommit = True
+        until(lambda: pool.stats().idle == 1)
+        del conn
+        lose()
+        gc.collect()
+        assert pool.fetch_value("select 1") == 1
+    assert "garbage-collected" in caplog.text
+
+
+def test_close_closes_what_still_waits_to_be_reset(dsn: str) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def reset(conn: Any) -> None:
+        reached.set()
+        go_on.wait(10)
+
+    pool: Pool = Pool(dsn, max_size=3, num_workers=1, reset=reset)
+    conns = [pool.getconn() for _ in range(3)]
+    for conn in conns:
+        pool.putconn(conn)
+    reached.wait(10)
+    closing, _ = in_thread(pool.close)
+    until(lambda: pool.closed)
+    go_on.set()
+    closing.join(10)
+    until(lambda: all(conn.closed for conn in conns))
+    assert not pool._slots
+
+
+def test_pop_stats_loses_no_request(dsn: str) -> None:
+    calls, threads = 400, 4
+
+    def work() -> None:
+        for _ in range(calls):
+            with pool.connection():
+                pass
+
+    with Pool(dsn, max_size=4) as pool:
+        working = [in_thread(work)[0] for _ in range(threads)]
+        counted = 0
+        while any(thread.is_alive() for thread in working):
+            counted += pool.pop_stats()["requests_num"]
+        assert counted + pool.pop_stats()["requests_num"] == calls * threads
+
+
+def test_resize_counts_what_comes_back_in_the_middle(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Pool(dsn, max_size=4) as pool:
+        out = [pool.getconn() for _ in range(4)]
+        pool.putconn(out.pop())
+        close = pool._close_connection
+
+        def close_and_return(conn: Any) -> None:
+            close(conn)
+            if out:
+                pool.putconn(out.pop())
+
+        monkeypatch.setattr(pool, "_close_connection", close_and_return)
+        pool.resize(1, 1)
+        while out:
+            pool.putconn(out.pop())
+        until(lambda: pool.stats().size == 1)
+
+
+def test_a_check_may_use_the_connection_as_a_context_manager(dsn: str) -> None:
+    def check(conn: psycopg.Connection[Any]) -> None:
+        with conn:
+            conn.execute("select 1")
+
+    with Pool(dsn, max_size=1, check=check) as pool:
+        pids = {pool.fetch_value("select pg_backend_pid()") for _ in range(5)}
+    assert len(pids) == 1
+
+
+def test_a_leak_that_comes_back_while_another_is_told_is_told_of_its_own_holder(
+    dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Pool(dsn, max_size=2, leak_after=0.3) as pool:
+        first, second = pool.getconn(), pool.getconn()
+        innocent: list[threading.Thread] = []
+
+        class Swap(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                if "has been held" in record.getMessage() and not innocent:
+                    for conn in (first, second):
+                        pool.putconn(conn)
+                    innocent.append(threading.Thread(target=lend, name="innocent"))
+                    innocent[0].start()
+                    lent.wait(10)
+
+        lent, done = threading.Event(), threading.Event()
+
+        def lend() -> None:
+            with pool.connection(), pool.connection():
+                lent.set()
+                done.wait(10)
+
+        handler = Swap()
+        logging.getLogger("dbpool").addHandler(handler)
+        try:
+            until(lambda: caplog.text.count("has been held") >= 2)
+        finally:
+            logging.getLogger("dbpool").removeHandler(handler)
+            done.set()
+        innocent[0].join(10)
+    held = [r.getMessage() for r in caplog.records if "has been held" in r.getMessage()]
+    assert not any("by innocent" in text.partition("\n")[0] for text in held[:2])
+
+
+def test_a_connection_that_comes_back_while_waiters_are_refused_goes_to_one_of_them(
+    dsn: str,
+) -> None:
+    with Pool(dsn, max_size=1) as pool:
+        conn = pool.getconn()
+        waiting = [in_thread(pool.getconn) for _ in range(3)]
+        until(lambda: pool.stats().waiting == 3)
+
+        def reason() -> Exception:  # stands for the collection of what held it
+            if conn._slot.since:  # type: ignore[attr-defined]
+                pool.putconn(conn)
+            return PoolClosed("as closing does")
+
+        with pool._lock:
+            pool._refuse_waiters(reason)
+        for thread, _ in waiting:
+            thread.join(10)
+        outcomes = [outcome for _, (outcome,) in waiting]
+        assert sum(isinstance(outcome, PoolClosed) for outcome in outcomes) == 2
+        assert sum(outcome is conn for outcome in outcomes) == 1
+        pool.putconn(conn)
+
+
+def test_a_connection_that_comes_back_while_one_queues_is_handed_over(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Pool(dsn, max_size=1, timeout=5) as pool:
+        conn = pool.getconn()
+
+        def returning() -> Waiter:  # stands for the collection of what held it
+            pool.putconn(conn)
+            return Waiter()
+
+        monkeypatch.setattr(dbpool._checkout, "Waiter", returning)
+        assert pool.getconn(timeout=1) is conn
+        assert (pool.stats().idle, pool.stats().waiting) == (0, 0)
+        monkeypatch.undo()
+        pool.putconn(conn)
+
+
+def test_a_max_size_of_none_is_min_size_wherever_that_is_set(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Pool(dsn, settings=Settings(min_size=5), max_size=None).max_size == 5
+    assert Pool(dsn, min_size=3, max_size=None).max_size == 3
+    monkeypatch.setenv("DATABASE_URL", dsn)
+    monkeypatch.setenv("DBPOOL_MIN_SIZE", "4")
+    assert Pool(max_size=None).max_size == 4
