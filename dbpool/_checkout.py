@@ -104,6 +104,7 @@ class Checkout(Checkin[CT]):
             self._reclaim()
         if self._closed:
             self._open_on_use()
+        idle = len(self._pool)
         waiter = Waiter()
         refusal = self._refusal() if self.breaker.is_failing or self.max_waiting else None
         if refusal is not None:
@@ -111,7 +112,7 @@ class Checkout(Checkin[CT]):
             return waiter
         self._queued += 1
         self._waiting.append(waiter)
-        if self._pool:  # given back by what a garbage collection ended in here
+        if len(self._pool) > idle:  # given back by what a garbage collection ended in here
             self._place(self._pool.pop(), is_fresh=False)
         if self._nconns < self._max_size:
             self._refill()

@@ -84,13 +84,11 @@ def test_resize_counts_what_comes_back_in_the_middle(
 
         def close_and_return(conn: Any) -> None:
             close(conn)
-            if out:
+            while out:
                 pool.putconn(out.pop())
 
         monkeypatch.setattr(pool, "_close_connection", close_and_return)
         pool.resize(1, 1)
-        while out:
-            pool.putconn(out.pop())
         until(lambda: pool.stats().size == 1)
 
 

@@ -22,6 +22,8 @@ from psycopg.rows import dict_row
 from dbpool import ConfigError, Pool, Settings
 from dbpool._pipelining import PipeliningCursor
 
+from .postgres import Server
+
 Conn = Connection[Any]
 
 SETUP = """
@@ -33,13 +35,14 @@ SETUP = """
 
 
 @pytest.fixture
-def pools(dsn: str) -> Iterator[tuple[Pool, Pool]]:
+def pools(server: Server) -> Iterator[tuple[Pool, Pool]]:
     """One that sends BEGIN with the first statement, and one that does not."""
     with (
-        Pool(dsn, max_size=1, name="ours", pipeline_begin=True) as ours,
-        Pool(dsn, max_size=1, name="theirs") as theirs,
+        Pool(server.conninfo, max_size=1, name="ours", pipeline_begin=True) as ours,
+        Pool(server.conninfo, max_size=1, name="theirs") as theirs,
     ):
         yield ours, theirs
+    server.execute("drop table if exists joined, gone; drop function if exists say")
 
 
 # What goes over the wire
@@ -367,7 +370,7 @@ def test_users_see_the_same(pools: tuple[Pool, Pool], work: Callable[[Conn], Any
 blocks = st.lists(st.lists(st.sampled_from(WORKS), min_size=1, max_size=4), max_size=3)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(blocks)
 def test_users_see_the_same_of_any_sequence(
     pools: tuple[Pool, Pool], works: list[list[Callable[[Conn], Any]]]
@@ -473,7 +476,7 @@ def test_what_ends_the_wait_ends_the_connection(pools: tuple[Pool, Pool]) -> Non
 
 def test_a_thread_that_fails_leaves_the_statement_of_another_alone(dsn: str) -> None:
     def fail() -> None:
-        for _ in range(300):
+        for _ in range(100):
             with contextlib.suppress(psycopg.Error):
                 conn.execute("select 1 / %s", [0])
             conn.rollback()
