@@ -53,7 +53,7 @@ def _sizes(server: Server, table: Table, sizes: tuple[int, ...], rounds: int) ->
 
     with one_cpu():
         calls = {f"{n}|{s}": (lambda p=pool: lend(p)) for (n, s), pool in peers.items()}
-        figures = interleaved(calls, 100, 10 * rounds)
+        figures = interleaved(calls, 100, 40 * rounds)
     for (name, size), pool in peers.items():
         seconds = median(figures[f"{name}|{size}"])
         pairs = zip(figures[f"{name}|{size}"], figures[f"{name}|4"], strict=True)

@@ -14,6 +14,7 @@ from time import monotonic, time
 from typing import Any
 
 import psycopg
+from psycopg import Cursor
 from psycopg_pool import ConnectionPool
 from psycopg_pool.abc import CT
 
@@ -49,6 +50,11 @@ class Books(ConnectionPool[CT]):
         self.settings = settings
         self.listeners = listeners
         self._lazy = True
+        self._cursors: type[Cursor[Any]] = Cursor  # of connections for which nothing else is asked
+        if settings.pipeline_begin:
+            from dbpool._pipelining import PipeliningCursor
+
+            self._cursors = PipeliningCursor
         # For how long an idle connection is handed out after a look alone: never if the user
         # wants to check it; what the stock check does is done here anyway.
         is_harmless = self._check in (None, self.check_connection)

@@ -16,7 +16,6 @@ from psycopg.rows import RowFactory, dict_row, namedtuple_row, scalar_row, tuple
 from psycopg_pool import ConnectionPool
 from psycopg_pool.pool import MaintenanceTask
 
-from dbpool._pipelining import PipeliningCursor
 from dbpool.errors import is_permanent
 from dbpool.retry import delays
 
@@ -35,8 +34,7 @@ manners: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(
     "_pipeline",
 )
 
-# Cursors and row factories that look at a statement and its result alone.
-PLAIN: Final = (Cursor, PipeliningCursor)
+# Row factories that look at a cursor's result alone.
 HARMLESS: Final = (tuple_row, dict_row, namedtuple_row, scalar_row)
 
 # Reconnects: 50 ms to 1 s. The base keeps a delay below some 0.6 of the outage so far, so that

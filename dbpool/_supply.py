@@ -21,7 +21,6 @@ from dbpool import events
 from dbpool._books import Books, logger, unanswered
 from dbpool._conninfo import SECRET, mask
 from dbpool._parts import Call, Probe, manners
-from dbpool._pipelining import PipeliningCursor
 from dbpool.errors import UNSUPPORTED, classify, detached, is_permanent
 from dbpool.holders import Slot
 from dbpool.liveness import hung_up, readability
@@ -140,8 +139,8 @@ class Supply(Books[CT]):
 
     def _furnish(self, conn: Any) -> None:
         conn._pool = self
-        if self._plain and self.settings.pipeline_begin and conn.cursor_factory is Cursor:
-            conn.cursor_factory = PipeliningCursor
+        if self._plain and conn.cursor_factory is Cursor:
+            conn.cursor_factory = self._cursors
         if self._configure:
             self._configure(conn)
             if (status := conn.pgconn.transaction_status) != TransactionStatus.IDLE:

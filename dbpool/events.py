@@ -22,8 +22,9 @@ logger = logging.getLogger("dbpool")
 _UNTOLD = frozenset({"pool", "stack"})  # in an event's line of the log: told already, or too long
 
 
-# Not frozen: that doubles what an event costs, and makes a third of what importing this does.
-@dataclass(slots=True)
+# Neither frozen nor with slots: the first doubles what an event costs, and both together are half
+# of what importing this takes.
+@dataclass
 class Event:
     """Something happened in the pool of that name."""
 
@@ -38,14 +39,14 @@ class Closed(Event):
     """The pool closed."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Connected(Event):
     """A connection was made, in that many seconds."""
 
     seconds: float
 
 
-@dataclass(slots=True)
+@dataclass
 class ConnectFailed(Event):
     """An attempt to connect failed after that many seconds."""
 
@@ -54,28 +55,28 @@ class ConnectFailed(Event):
     kind: str
 
 
-@dataclass(slots=True)
+@dataclass
 class CheckedOut(Event):
     """A connection was handed out after a wait of that many seconds."""
 
     wait: float
 
 
-@dataclass(slots=True)
+@dataclass
 class CheckedIn(Event):
     """A connection came back after it was used for that many seconds."""
 
     use: float
 
 
-@dataclass(slots=True)
+@dataclass
 class Discarded(Event):
     """A connection was given up: dead, expired, broken, idle or collected."""
 
     reason: str
 
 
-@dataclass(slots=True)
+@dataclass
 class WaitTimedOut(Event):
     """A caller got no connection in that many seconds."""
 
@@ -86,7 +87,7 @@ class Rejected(Event):
     """A caller was refused: open breaker, too many waiters, or the pool closed as it waited."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Leaked(Event):
     """A connection has been held for too long; `stack` is where its holder is now."""
 
@@ -94,7 +95,7 @@ class Leaked(Event):
     stack: str
 
 
-@dataclass(slots=True)
+@dataclass
 class ReturnedLate(Event):
     """A connection told as `Leaked` came back; `where` is where it was checked out."""
 
@@ -102,7 +103,7 @@ class ReturnedLate(Event):
     where: str
 
 
-@dataclass(slots=True)
+@dataclass
 class Retried(Event):
     """A transaction is run again after that many attempts and a pause of `delay` seconds."""
 
@@ -111,7 +112,7 @@ class Retried(Event):
     delay: float
 
 
-@dataclass(slots=True)
+@dataclass
 class CircuitOpened(Event):
     """The database is unavailable: nobody waits for it any more."""
 
@@ -119,7 +120,7 @@ class CircuitOpened(Event):
     kind: str
 
 
-@dataclass(slots=True)
+@dataclass
 class CircuitClosed(Event):
     """The database is back, that many seconds after the first failure."""
 

@@ -98,7 +98,7 @@ class Histogram:
         return HistogramSnapshot(tuple(copy.counts), copy.ns, copy.max)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class HistogramSnapshot:
     """An immutable histogram: counts by bucket of `BOUNDS`, sum in nanoseconds, maximum."""
 
@@ -160,7 +160,7 @@ class HistogramSnapshot:
             raise ValueError("this is no histogram") from ex
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Counters:
     """Totals since the pool was opened."""
 
@@ -192,7 +192,7 @@ class Counters:
         return cls(**{name: count(data[name]) for name in _COUNTS}, discarded=discarded)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BreakerSnapshot:
     """A breaker's state; `since` is Unix time, `retry_after` seconds."""
 
@@ -217,7 +217,7 @@ class BreakerSnapshot:
         return _BREAKERS.index(self.state), since, self.last_error or "", self.retry_after or 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class HolderSnapshot:
     """Who holds a connection: thread, seconds so far, code location, endpoint if known."""
 
@@ -233,7 +233,7 @@ class HolderSnapshot:
         return cls(thread, seconds(data["seconds"]), where, _optional(text, data["endpoint"]))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
     """A pool at one moment, or several workers' pools of one name merged.
 

@@ -19,7 +19,7 @@ from psycopg_pool.abc import CT, ConninfoParam
 
 from dbpool import _fork, holders
 from dbpool._fork import close_all
-from dbpool._parts import HARMLESS, PLAIN, KeptCursor, commit
+from dbpool._parts import HARMLESS, KeptCursor, commit
 from dbpool._run import Runner
 from dbpool.errors import ConfigError
 from dbpool.events import Emitter
@@ -172,7 +172,7 @@ class Pool(Runner[CT]):
         kept: KeptCursor | None = None
         try:
             row_factory = row_factory or conn.row_factory
-            if row_factory in HARMLESS and conn.cursor_factory in PLAIN:
+            if row_factory in HARMLESS and conn.cursor_factory is self._cursors:
                 cursor: Any = conn._slot.cursor or KeptCursor(conn)
                 kept = cursor
                 cursor.attach(conn, row_factory)
