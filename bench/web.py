@@ -88,7 +88,7 @@ def run(quick: bool) -> Table:
     table = Table("web", "Requests per second", ["requests/s"])
     if shutil.which("wrk") is None:
         raise Missing("it needs wrk, which Debian has: apt-get install wrk")
-    seconds, rounds = (1, 1) if quick else (3, 9)
+    seconds, rounds = (1, 1) if quick else (2, 15)
     views = list(VIEWS)[: 5 if quick else None]
     found: dict[str, list[float]] = {name: [] for name in views}
     with contextlib.ExitStack() as stack:
