@@ -28,9 +28,9 @@ PEERS: list[type[Peer]] = [Dbpool, PsycopgPool]
 def run(quick: bool) -> Table:
     """Measure dbpool beside the pool it wraps."""
     table = Table("scaling", "What grows with what", [cls.name for cls in PEERS])
-    rounds = 3 if quick else 25
+    rounds = 1 if quick else 25
     with served(max_connections=800) as server:
-        _sizes(server, table, (4, 64) if quick else (1, 4, 16, 64, 256), rounds)
+        _sizes(server, table, (4, 16) if quick else (1, 4, 16, 64, 256), rounds)
         _waiters(server, table, (8, 64) if quick else (8, 64, 256), rounds)
         _memory(server, table)
     _imports(table, 3 * rounds)  # the ratio of two is the least certain
