@@ -19,7 +19,7 @@ from dbpool import events
 from dbpool._upkeep import Upkeep
 from dbpool.errors import CommitUncertain, DatabaseMisconfigured, DatabaseUnavailable
 from dbpool.liveness import Look, look
-from dbpool.retry import CONFLICTS, Budget, delays
+from dbpool.retry import Budget, delays, is_conflict
 
 T = TypeVar("T")
 Block = AbstractContextManager[psycopg.Transaction]
@@ -154,7 +154,7 @@ class Runner(Upkeep[CT]):
             ) from ex
 
     def _may_retry(self, ex: psycopg.Error, conn: Any, idempotent: bool) -> bool:
-        if ex.sqlstate in CONFLICTS:
+        if is_conflict(ex):
             return True
         lost = idempotent if isinstance(ex, CommitUncertain) else conn.closed
         return bool(lost) and self._budget.draw()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Final
 
 import backoff
+import psycopg
 
 # A serialization failure or a deadlock says itself that the transaction may be retried.
-CONFLICTS: Final = frozenset({"40001", "40P01"})
+_CONFLICTS = frozenset({"40001", "40P01"})
 
 # What one retry costs a budget, in successes: the ratio of gRPC's retry throttling.
 _COST = 10
@@ -24,6 +24,11 @@ def delays(first: float, cap: float, base: float = 2.0) -> Iterator[float]:
     next(bounds)  # the package's generators want to be primed
     for bound in bounds:
         yield backoff.full_jitter(bound)
+
+
+def is_conflict(exc: BaseException) -> bool:
+    """Whether *exc* is a serialization failure or a deadlock."""
+    return isinstance(exc, psycopg.Error) and exc.sqlstate in _CONFLICTS
 
 
 class Budget:

@@ -414,12 +414,20 @@ def _described(ex: psycopg.Error) -> tuple[object, ...]:
     return type(ex), str(ex), ex.sqlstate, *where, type(ex.__cause__), type(ex.__context__)
 
 
-def test_an_interrupt_leaves_a_connection_that_can_be_used(pools: tuple[Pool, Pool]) -> None:
+@contextlib.contextmanager
+def _alarm_raises(error: type[BaseException]) -> Iterator[None]:
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise error
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_an_interrupt_leaves_a_connection_that_can_be_used(pools: tuple[Pool, Pool]) -> None:
+    with _alarm_raises(KeyboardInterrupt):
         for pool in pools:
             with pool.connection() as conn:
                 pid = conn.info.backend_pid
@@ -430,8 +438,6 @@ def test_an_interrupt_leaves_a_connection_that_can_be_used(pools: tuple[Pool, Po
                 conn.rollback()
                 assert conn.execute("select %s::int", [1]).fetchone() == (1,)
             assert pool.fetch_value("select pg_backend_pid()") == pid
-    finally:
-        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_copy_that_should_not_be_ends_the_connection(pools: tuple[Pool, Pool]) -> None:
@@ -452,12 +458,7 @@ class _TimeIsOverError(Exception):
 
 def test_what_ends_the_wait_ends_the_connection(pools: tuple[Pool, Pool]) -> None:
     """It can be used no more, as psycopg's, and answers nothing wrong."""
-
-    def interrupt(*_: object) -> None:
-        raise _TimeIsOverError
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
+    with _alarm_raises(_TimeIsOverError):
         for pool in pools:
             conn = pool.getconn()
             signal.setitimer(signal.ITIMER_REAL, 0.1)
@@ -470,8 +471,6 @@ def test_what_ends_the_wait_ends_the_connection(pools: tuple[Pool, Pool]) -> Non
             pool.putconn(conn)
             assert conn.closed
             assert pool.fetch_one("select %s::int", [1]) == (1,)
-    finally:
-        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_thread_that_fails_leaves_the_statement_of_another_alone(dsn: str) -> None:

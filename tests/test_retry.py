@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from itertools import islice
 
+import psycopg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbpool.retry import Budget, delays
+from dbpool.retry import Budget, delays, is_conflict
 
 
 @given(first=st.floats(0.001, 1.0), cap=st.floats(1.0, 60.0), base=st.floats(1.1, 4.0))
@@ -55,3 +56,10 @@ def test_a_budget_is_exact_under_threads() -> None:
     for thread in threads:
         thread.join()
     assert sum(drawn) == 1000
+
+
+def test_only_serialization_failures_and_deadlocks_are_conflicts() -> None:
+    assert is_conflict(psycopg.errors.SerializationFailure())
+    assert is_conflict(psycopg.errors.DeadlockDetected())
+    assert not is_conflict(psycopg.errors.UniqueViolation())
+    assert not is_conflict(ValueError())
