@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
 import pytest
-from pytest_postgresql import factories
+from pytest_postgresql.janitor import DatabaseJanitor
 
 from .postgres import Copies, Server, dismiss_reaper, until
 from .proxy import Proxy
@@ -51,34 +52,56 @@ def server(template: Copies) -> Iterator[Server]:
         server.close()
 
 
-class _Executor:
-    """What pytest-postgresql wants to know of a server."""
+class _Databases:
+    """Fresh databases. The next is made while the last is in use, and one given back is dropped
+    meanwhile: together they take longer than many a test.
+    """
 
     def __init__(self, server: Server) -> None:
-        self.host = "127.0.0.1"
-        self.port = server.port
-        self.user = "postgres"
-        self.password = ""
-        self.options = ""
-        self.maintenance_dbname = "postgres"
-        self.template_dbname = "template1"
-        self.version = 18
+        self._server = server
+        self._numbers = itertools.count()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="databases")
+        self._next = self._worker.submit(self._make)
+
+    def _janitor(self, name: str) -> DatabaseJanitor:
+        return DatabaseJanitor(
+            user="postgres", host="127.0.0.1", port=self._server.port, dbname=name
+        )
+
+    def _make(self) -> str:
+        name = f"tests{next(self._numbers)}"
+        self._janitor(name).init()
+        return name
+
+    def take(self) -> str:
+        """Return the name of a fresh database."""
+        name = self._next.result(60)
+        self._next = self._worker.submit(self._make)
+        return name
+
+    def give_back(self, name: str) -> None:
+        """Drop it, and end whatever is still connected to it."""
+        self._worker.submit(self._janitor(name).drop)
+
+    def close(self) -> None:
+        """Wait until all is done."""
+        self._worker.shutdown()
 
 
 @pytest.fixture(scope="session")
-def executor(server: Server) -> _Executor:
-    """The shared server, as pytest-postgresql has it."""
-    return _Executor(server)
-
-
-pg_noproc = factories.postgresql_noproc(dbname="tests", depends_on="executor")
-database = factories.postgresql("pg_noproc")
+def fresh_databases(server: Server) -> Iterator[_Databases]:
+    """Databases on the shared server."""
+    databases = _Databases(server)
+    yield databases
+    databases.close()
 
 
 @pytest.fixture
-def dsn(database: Any, server: Server) -> str:
+def dsn(fresh_databases: _Databases, server: Server) -> Iterator[str]:
     """The connection string of a fresh database."""
-    return server.conninfo_for(dbname=database.info.dbname)
+    name = fresh_databases.take()
+    yield server.conninfo_for(dbname=name)
+    fresh_databases.give_back(name)
 
 
 @pytest.fixture
