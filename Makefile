@@ -7,8 +7,13 @@ PORT   ?= 8000
 python := $(VENV)/bin/python
 peers  := $(VENV)-bench/bin/python
 
+# One lock for every supported Python and machine. Without UPGRADE what is pinned stays pinned.
+compile    := $(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
+    --generate-hashes --annotation-style line --custom-compile-command "make lock" $(UPGRADE)
+consistent := --constraint requirements.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow check bench bench-quick lock clean venv venv-bench
+.PHONY: help run test test-slow check bench bench-quick lock clean venv venv-bench venv-lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -33,8 +38,12 @@ bench: venv-bench ## compare with the peers, ONLY=recovery for one: results unde
 bench-quick: venv-bench ## the same in under a minute
 	@$(peers) -m bench --quick
 
-lock: ## write the requirements.txt files anew from the bounds in pyproject.toml
-	@$(PYTHON) tools/lock.py
+lock: venv-lock ## write the requirements.txt files anew, UPGRADE=--upgrade for newer versions
+	@$(compile) pyproject.toml --all-extras --group dev --output-file requirements.txt
+	@$(compile) pyproject.toml --all-extras $(consistent) --output-file webapp/requirements.txt
+	@$(compile) pyproject.toml --all-extras --group embedded --group bench $(consistent) \
+	    --output-file bench/requirements.txt
+	@$(compile) --group lock --output-file tools/requirements.txt
 
 clean: ## remove the environments and the sample data in .data
 	@rm -rf .venv* .data .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -43,4 +52,7 @@ venv:
 	@$(PYTHON) tools/make_venv.py $(VENV) requirements.txt
 
 venv-bench:
-	@$(PYTHON) tools/make_venv.py $(VENV)-bench requirements.txt bench/requirements.txt
+	@$(PYTHON) tools/make_venv.py $(VENV)-bench bench/requirements.txt
+
+venv-lock:
+	@$(PYTHON) tools/make_venv.py $(VENV)-lock tools/requirements.txt

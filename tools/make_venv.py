@@ -44,7 +44,7 @@ def make(venv, lock_files):
         fail("python3 -m venv failed; on Debian: apt-get install python3-venv")
     pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
     wanted = ["--requirement=%s" % path for path in lock_files]
-    installed = run([*pip, "install", "--quiet", "--retries", "2", *wanted])
+    installed = run([*pip, "install", "--quiet", "--retries", "2", "--require-hashes", *wanted])
     if installed.returncode:
         fail("cannot install %s: %s" % (named, reason(installed.stdout)))
 

@@ -1,0 +1,118 @@
+"""The lock files: complete, pinned, hashed, of one mind, and obeyed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+GROUPS = PROJECT["dependency-groups"]
+LOCKS = ["requirements.txt", "webapp/requirements.txt", "bench/requirements.txt"]
+FILES = [*LOCKS, "tools/requirements.txt"]
+
+
+def pins(path: str) -> dict[str, tuple[str, list[str]]]:
+    """The version and the hashes of each package in a lock file."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    text = (ROOT / path).read_text().replace("\\\n", " ")
+    for line in text.splitlines():
+        if line.strip() and not line.lstrip().startswith("#"):
+            wanted, *hashes = re.split(r"\s+--hash=", line.strip())
+            requirement = Requirement(wanted)
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "=="
+            assert "*" not in specifier.version
+            found[canonicalize_name(requirement.name)] = (specifier.version, hashes)
+    return found
+
+
+def bounds(*groups: str, package: bool = True) -> list[Requirement]:
+    """What pyproject.toml asks for: the package with its extras, and these groups."""
+    wanted: list[Any] = []
+    if package:
+        wanted += PROJECT["project"]["dependencies"]
+        for extra in PROJECT["project"]["optional-dependencies"].values():
+            wanted += extra
+    for group in groups:
+        for item in GROUPS[group]:
+            if isinstance(item, str):
+                wanted.append(item)
+            else:
+                wanted += map(str, bounds(item["include-group"], package=False))
+    return [Requirement(text) for text in wanted]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_every_package_is_pinned_and_hashed(path: str) -> None:
+    assert pins(path)
+    for name, (_, hashes) in pins(path).items():
+        assert hashes, name
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", digest) for digest in hashes), name
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_the_header_says_how_it_is_made_and_no_index_is_named(path: str) -> None:
+    text = (ROOT / path).read_text()
+    assert "make lock" in text.splitlines()[1]
+    assert not re.search(r"https?:|index-url|find-links|file:", text)
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("requirements.txt", bounds("dev")),
+        ("webapp/requirements.txt", bounds()),
+        ("bench/requirements.txt", bounds("embedded", "bench")),
+        ("tools/requirements.txt", bounds("lock", package=False)),
+    ],
+    ids=FILES,
+)
+def test_every_bound_of_the_project_is_locked(path: str, wanted: list[Requirement]) -> None:
+    locked = pins(path)
+    for requirement in wanted:
+        version, _ = locked[canonicalize_name(requirement.name)]
+        assert version in requirement.specifier, requirement
+
+
+@pytest.mark.parametrize("path", LOCKS[1:])
+def test_the_lock_files_agree(path: str) -> None:
+    whole = pins("requirements.txt")
+    both = {name: pin for name, pin in pins(path).items() if name in whole}
+    assert {name: whole[name] for name in both} == both
+
+
+def test_the_image_holds_nothing_of_tests_and_lint() -> None:
+    tools = {canonicalize_name(r.name) for r in bounds("test", "lint", package=False)}
+    assert pins("webapp/requirements.txt").keys().isdisjoint(tools)
+
+
+def test_an_environment_takes_no_package_without_a_hash(tmp_path: Path) -> None:
+    metadata = "Metadata-Version: 2.1\nName: tiny\nVersion: 1\n"
+    with zipfile.ZipFile(tmp_path / "tiny-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny-1.dist-info/METADATA", metadata)
+        wheel.writestr("tiny-1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("tiny-1.dist-info/RECORD", "")
+    lock = tmp_path / "requirements.txt"
+    lock.write_text("tiny==1\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "make_venv.py", tmp_path / "venv", lock],
+        env={**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 1
+    assert "hash" in done.stderr.lower()
+    assert len(done.stderr.splitlines()) == 1
