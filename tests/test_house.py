@@ -35,7 +35,7 @@ FLOORS = {
         "pool",
     ],
     3: ["databases", "app_settings"],
-    4: ["_flights", "_facts", "health", "_files", "processes"],
+    4: ["health", "_files", "processes"],
     5: ["prometheus", "gunicorn", "flask", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

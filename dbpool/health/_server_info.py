@@ -1,4 +1,4 @@
-"""What a server says of itself: version, role, replication lag, connections."""
+"""Questions to a server over a pooled connection: a ping, and what the server says of itself."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from psycopg.pq import ExecStatus
 from dbpool.liveness import ask, ping
 from dbpool.pool import Pool
 
-# Other users' sessions hide what they are from an ordinary role, but not which database they
-# are in, which background processes are not.
+# An ordinary role does not see the backend_type of other users' sessions. It sees their database,
+# and background processes have none.
 _STATEMENT: Final = b"""
 select json_build_object(
     'server_version', current_setting('server_version'),
@@ -35,7 +35,7 @@ select json_build_object(
 """
 
 
-def learn(pool: Pool[Any], timeout: float) -> dict[str, Any]:
+def read_server_info(pool: Pool[Any], timeout: float) -> dict[str, Any]:
     """Ask a pool's server about itself over one of its connections.
 
     Each of the three steps, checkout included, takes at most *timeout* seconds. `latency` is
@@ -52,7 +52,7 @@ def learn(pool: Pool[Any], timeout: float) -> dict[str, Any]:
             raise
 
 
-def probe(pool: Pool[Any], timeout: float) -> None:
+def ping_database(pool: Pool[Any], timeout: float) -> None:
     """Make one round trip over one of a pool's connections, opening it if need be.
 
     Takes at most *timeout* seconds; raises what `Pool.connection` raises, and
@@ -71,5 +71,5 @@ def _ask(conn: Connection[Any], timeout: float) -> dict[str, Any]:
     result = ask(conn, _STATEMENT, timeout)
     if result.status != ExecStatus.TUPLES_OK:
         raise psycopg.DatabaseError(result.get_error_message())
-    facts: dict[str, Any] = json.loads(result.get_value(0, 0) or b"")
-    return facts
+    info: dict[str, Any] = json.loads(result.get_value(0, 0) or b"")
+    return info

@@ -1,7 +1,7 @@
-"""Is the application alive, is it ready, and how are its databases? Down is told from busy.
+"""Liveness, readiness and details of an application's databases and of its own checks.
 
-Liveness touches nothing. Readiness asks through the pools that serve, never by connecting anew,
-and takes what they have just seen for proof where it can.
+Liveness touches no database. Readiness asks through the pools that serve, never by a pool of its
+own, and accepts a recent healthy return as proof. It tells a busy database from one that is down.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
 
-from dbpool._facts import learn, probe
-from dbpool._flights import Flight, Flights
 from dbpool._values import shown
 from dbpool.databases import Databases
 from dbpool.errors import ConfigError, PoolError
+from dbpool.health._server_info import ping_database, read_server_info
+from dbpool.health._single_flight import Call, SingleFlight
 from dbpool.pool import Pool
 
 __all__ = ["Health", "Readiness"]
@@ -30,8 +30,8 @@ STARTING: Final = "starting"
 DOWN: Final = "down"
 
 BOUND: Final = 0.5  # seconds for all databases together
-_FRESH: Final = 2.0  # a healthy return this recent proves life
-_FACTS_AGE: Final = 5.0  # seconds that facts about a server are kept
+_PROOF_AGE: Final = 2.0  # seconds: a healthy return this recent proves life
+_SERVER_INFO_AGE: Final = 5.0  # seconds that server info is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,9 @@ class Health:
         self._databases = databases
         self._required = frozenset(required)
         self._checks: dict[str, _Check] = {}
-        self._flights = Flights()
-        self._facts: dict[str, tuple[float, dict[str, Any]]] = {}
-        self._complaints: dict[tuple[str, str], str] = {}
+        self._calls = SingleFlight()
+        self._server_info: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._logged_failures: dict[tuple[str, str], str] = {}
         if unknown := sorted(self._required - databases.keys()):
             raise ConfigError(f"DBPOOL_REQUIRED names {shown(unknown[0])}, which is no database")
 
@@ -94,11 +94,11 @@ class Health:
         required: bool = False,
         timeout: float = BOUND,
     ) -> None:
-        """Ask *check* too, for at most *timeout* seconds; it runs in a thread of its own.
+        """Run *check* with each question too, in a thread of its own, for at most *timeout* seconds.
 
-        It is well when it returns None or True, and down when it returns False, raises, or
+        It is up when it returns None or True, and down when it returns False, raises, or
         takes too long. What it raises is logged; its text is never shown. Raises
-        `ConfigError` for a name that is taken, or for what is no check.
+        `ConfigError` for a name that is taken, a check that cannot be called, or a wrong timeout.
         """
         if name in self._databases or name in self._checks:
             raise ConfigError(f"there is a check called {name!r} already")
@@ -109,32 +109,33 @@ class Health:
         self._checks[name] = _Check(check, required, timeout)
 
     def live(self) -> dict[str, str]:
-        """Say that the process serves; asks nobody."""
+        """Say that the process serves; touches no database and runs no check."""
         return {"status": UP}
 
     def ready(self) -> Readiness:
         """Ask all databases and checks, side by side, within their bounds."""
         checks = self._start_checks()
-        return self._judge(self._ask_databases(), self._await_checks(checks))
+        return self._evaluate(self._ask_databases(), self._await_checks(checks))
 
     def detail(self) -> dict[str, Any]:
         """Return what a trusted reader may know: latencies, servers, last errors.
 
-        Facts about servers are some seconds old at most, or missing if they cannot be had
-        within the bound.
+        Server info is at most some seconds old, and missing if the server does not answer within
+        the bound.
         """
         deadline = monotonic() + BOUND
         checks = self._start_checks()
         words = self._ask_databases()
-        learning = self._start_learning()
+        reads = self._start_reads()
         outcomes = self._await_checks(checks)
-        for name, flight in learning.items():
-            flight.wait(deadline - flight.started)
-            if flight.error is None:
-                self._complaints.pop(("facts", name), None)
-            elif not isinstance(flight.error, PoolError):  # of which the pool itself tells
-                self._complain("facts", name, flight.error)
-        ready = self._judge(words, outcomes)
+        for name, call in reads.items():
+            if not call.wait(deadline - call.started):
+                continue
+            if call.error is None:
+                self._logged_failures.pop(("facts", name), None)
+            elif not isinstance(call.error, PoolError):  # the pool itself logs those
+                self._log_failure("facts", name, call.error)
+        ready = self._evaluate(words, outcomes)
         details = {name: self._describe(name, pool, words[name]) for name, pool in self._items()}
         answer = ready.to_json() | {"databases": details, "retry_after": ready.retry_after}
         if outcomes:
@@ -147,7 +148,7 @@ class Health:
     def _items(self) -> list[tuple[str, Pool[Any]]]:
         return list(self._databases.items())
 
-    def _judge(self, databases: dict[str, str], outcomes: dict[str, _Outcome]) -> Readiness:
+    def _evaluate(self, databases: dict[str, str], outcomes: dict[str, _Outcome]) -> Readiness:
         checks = {name: outcome.status for name, outcome in outcomes.items()}
         required = {databases[name] for name in self._required}
         required |= {word for name, word in checks.items() if self._checks[name].required}
@@ -162,21 +163,21 @@ class Health:
         return Readiness(status, databases, checks, max(1.0, *waits, 0.0))
 
     def _describe(self, name: str, pool: Pool[Any], word: str) -> dict[str, Any]:
-        learned, facts = self._facts.get(name, (None, {}))
+        read_at, info = self._server_info.get(name, (None, {}))
         return {
             "status": word,
             "breaker": pool.breaker.state,
             "last_error": pool.breaker.last_error,
-            "facts_age": None if learned is None else monotonic() - learned,
-            **facts,
+            "facts_age": None if read_at is None else monotonic() - read_at,
+            **info,
         }
 
     # Databases
 
     def _ask_databases(self) -> dict[str, str]:
-        words = {name: _seen(pool) for name, pool in self._items()}
-        flights = {
-            name: self._flights.start(("ready", name), _probing(self._databases[name]))
+        words = {name: _known_status(pool) for name, pool in self._items()}
+        calls = {
+            name: self._calls.start(("ready", name), _ping_of(self._databases[name]))
             for name, word in words.items()
             if word is None
         }
@@ -184,90 +185,91 @@ class Health:
         for name, word in words.items():
             if word is not None:
                 answers[name] = word
-            elif flights[name].wait(BOUND) and flights[name].error is None:
+            elif calls[name].wait(BOUND) and calls[name].error is None:
                 answers[name] = UP
             else:
-                answers[name] = _unanswered(self._databases[name])
+                answers[name] = _status_without_answer(self._databases[name])
         return answers
 
-    def _start_learning(self) -> dict[str, Flight[None]]:
-        """Ask those servers about themselves of which too little is known."""
+    def _start_reads(self) -> dict[str, Call[None]]:
+        """Read the server info of each database whose info is missing or too old."""
         now = monotonic()
         stale = [
             (name, pool)
             for name, pool in self._items()
-            if pool.state == UP and now - self._facts.get(name, (-math.inf, {}))[0] > _FACTS_AGE
+            if pool.state == UP
+            and now - self._server_info.get(name, (-math.inf, {}))[0] > _SERVER_INFO_AGE
         ]
         return {
-            name: self._flights.start(("facts", name), self._learning(name, pool))
+            name: self._calls.start(("facts", name), self._read_of(name, pool))
             for name, pool in stale
         }
 
-    def _learning(self, name: str, pool: Pool[Any]) -> Callable[[], None]:
-        def call() -> None:
-            facts = learn(pool, BOUND)
-            self._facts[name] = (monotonic(), facts)
+    def _read_of(self, name: str, pool: Pool[Any]) -> Callable[[], None]:
+        def read() -> None:
+            info = read_server_info(pool, BOUND)
+            self._server_info[name] = (monotonic(), info)
 
-        return call
+        return read
 
     # Checks of the application's own
 
-    def _start_checks(self) -> dict[str, Flight[object]]:
+    def _start_checks(self) -> dict[str, Call[object]]:
         return {
-            name: self._flights.start(("check", name), check.call)
+            name: self._calls.start(("check", name), check.call)
             for name, check in list(self._checks.items())
         }
 
-    def _await_checks(self, flights: dict[str, Flight[object]]) -> dict[str, _Outcome]:
-        return {name: self._await_check(name, flight) for name, flight in flights.items()}
+    def _await_checks(self, calls: dict[str, Call[object]]) -> dict[str, _Outcome]:
+        return {name: self._await_check(name, call) for name, call in calls.items()}
 
-    def _await_check(self, name: str, flight: Flight[object]) -> _Outcome:
-        if not flight.wait(self._checks[name].timeout):
+    def _await_check(self, name: str, call: Call[object]) -> _Outcome:
+        if not call.wait(self._checks[name].timeout):
             error: BaseException = TimeoutError("it took too long")
-        elif flight.error is not None:
-            error = flight.error
-        elif flight.answer is None or isinstance(flight.answer, bool):
-            self._complaints.pop(("check", name), None)
-            return _Outcome(DOWN if flight.answer is False else UP, flight.seconds)
+        elif call.error is not None:
+            error = call.error
+        elif call.result is None or isinstance(call.result, bool):
+            self._logged_failures.pop(("check", name), None)
+            return _Outcome(DOWN if call.result is False else UP, call.seconds)
         else:
-            error = TypeError(f"it answered with {_kind_of(flight.answer)}, not None or a bool")
-        self._complain("check", name, error)
-        return _Outcome(DOWN, flight.seconds, _kind_of(error))
+            error = TypeError(f"it answered with {_type_name(call.result)}, not None or a bool")
+        self._log_failure("check", name, error)
+        return _Outcome(DOWN, call.seconds, _type_name(error))
 
-    def _complain(self, what: str, name: str, error: BaseException) -> None:
+    def _log_failure(self, what: str, name: str, error: BaseException) -> None:
         """Log a failure once, and again when its kind changes or after it was well."""
-        kind = _kind_of(error)
-        if self._complaints.get((what, name)) != kind:
-            self._complaints[what, name] = kind
+        kind = _type_name(error)
+        if self._logged_failures.get((what, name)) != kind:
+            self._logged_failures[what, name] = kind
             logger.warning("health: %s %r failed: %s: %s", what, name, kind, _text_of(error))
 
 
-def _seen(pool: Pool[Any]) -> str | None:
-    """What a database's pool knows of it without asking; None if it has to ask."""
+def _known_status(pool: Pool[Any]) -> str | None:
+    """The status word that needs no round trip; None if the database has to be pinged."""
     if pool.state in ("stopped", DOWN):
         return DOWN
     stats = pool.stats()
     busy = stats.active >= stats.max_size
     last_seen = pool.last_seen
-    if last_seen is not None and monotonic() - last_seen <= _FRESH:
+    if last_seen is not None and monotonic() - last_seen <= _PROOF_AGE:
         return DEGRADED if busy and stats.waiting else UP
     if last_seen is not None and busy:
         return DEGRADED
     return None
 
 
-def _probing(pool: Pool[Any]) -> Callable[[], None]:
-    return lambda: probe(pool, BOUND)
+def _ping_of(pool: Pool[Any]) -> Callable[[], None]:
+    return lambda: ping_database(pool, BOUND)
 
 
-def _unanswered(pool: Pool[Any]) -> str:
-    """What to say of a database that did not answer in time."""
+def _status_without_answer(pool: Pool[Any]) -> str:
+    """The status word of a database that did not answer a ping in time."""
     if pool.state in ("stopped", DOWN):
         return DOWN
     return STARTING if pool.last_seen is None else DEGRADED
 
 
-def _kind_of(value: object) -> str:
+def _type_name(value: object) -> str:
     return type(value).__name__
 
 
