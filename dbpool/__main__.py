@@ -18,7 +18,7 @@ from typing import Any, Final
 import psycopg
 
 from dbpool._conninfo import already_set
-from dbpool._values import did_you_mean, find_dotenv, number, shown
+from dbpool._values import did_you_mean, find_dotenv, number, shown_path
 from dbpool.app_settings import AppSettings
 from dbpool.databases import Databases, databases_from_env
 from dbpool.errors import ConfigError, PoolError
@@ -300,7 +300,7 @@ def _directory(given: str | None) -> str | Path | None:
 
 
 def _survey(directory: Path, app: str | None) -> dict[str, Any]:
-    pattern, place = re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive"), shown(str(directory))
+    pattern, place = re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive"), shown_path(directory)
     matches = [pattern.fullmatch(path.name) for path in directory.glob("*")]
     apps = sorted({match[1] or match[2] for match in matches if match})
     if app is None and len(apps) > 1:

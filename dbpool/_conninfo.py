@@ -12,15 +12,12 @@ from contextlib import suppress
 from itertools import dropwhile, islice, takewhile
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote, quote_plus
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from dbpool._secrets import MASK, SECRET, Concealed, conceal, conceal_params, mask
 from dbpool.errors import ConfigError
-
-SECRET: Final = frozenset({"password", "sslpassword", "oauth_client_secret"})
-_MASK: Final = "***"
 
 # SQLAlchemy's spelling of the driver, which libpq does not know.
 _DRIVER: Final = re.compile(r"^postgres(?:ql)?\+psycopg(?:2|3)?://", re.IGNORECASE)
@@ -45,22 +42,26 @@ _VARIABLES: Final = {
 
 def normalise(conninfo: str, known_as: str) -> str:
     """Return *conninfo* as libpq has it; raise `ConfigError` as `parse` does."""
+    conninfo = conceal(conninfo)
     parse(conninfo, known_as)
     return _spell(conninfo)
 
 
 def _spell(conninfo: str) -> str:
-    return _DRIVER.sub("postgresql://", conninfo.strip())
+    spelt: str = conceal(_DRIVER.sub("postgresql://", conninfo.strip()))
+    return spelt
 
 
 def parse(conninfo: str, known_as: str = "the connection string") -> dict[str, Any]:
-    """Return the parameters of a URL or a key=value string.
+    """Return the parameters of a URL or a key=value string, secrets concealed.
 
     Raise `ConfigError`, which names *known_as* and shows nothing of the string, if it is
     malformed.
     """
+    conninfo = conceal(conninfo)
     try:
-        params: dict[str, Any] = dict(conninfo_to_dict(_spell(conninfo)))
+        # All of it, as in a malformed one any part may be of the password.
+        params: dict[str, Any] = dict(Concealed(conninfo_to_dict(_spell(conninfo))))
     except (psycopg.Error, ValueError):
         params = {"": ""}
     # Raised out here, so that no chained error repeats the string.
@@ -69,7 +70,7 @@ def parse(conninfo: str, known_as: str = "the connection string") -> dict[str, A
     if problem:
         hint = " (percent-encode special characters in user and password)" if is_url else ""
         raise ConfigError(f"{known_as} is malformed: {problem}{hint}")
-    return params
+    return conceal_params(params)
 
 
 def _problem(params: Mapping[str, Any], *, is_url: bool) -> str:
@@ -78,7 +79,7 @@ def _problem(params: Mapping[str, Any], *, is_url: bool) -> str:
     An unencoded `@`, `/` or `:` in a URL's password puts the rest of it into another field.
     """
     for part in ("host", "hostaddr"):
-        value = str(params.get(part, ""))
+        value = conceal(params.get(part, ""))
         if "@" in value and not value.startswith(("/", "@")):
             return f"its {part} holds an @"
     ports = str(params.get("port", "")).split(",")
@@ -89,29 +90,22 @@ def _problem(params: Mapping[str, Any], *, is_url: bool) -> str:
     return ""
 
 
-def mask(text: str, secrets: Iterable[str]) -> str:
-    """Return *text* with every secret replaced, as it is or percent-encoded."""
-    forms = {form for s in secrets if s for form in (s, quote(s, safe=""), quote_plus(s), quote(s))}
-    for form in sorted(forms, key=len, reverse=True):
-        text = text.replace(form, _MASK)
-    return text
-
-
 def mask_conninfo(conninfo: str) -> str:
     """Return *conninfo* as key=value with its secrets replaced; never fails."""
     try:
-        params = parse(conninfo)
-        return make_conninfo("", **{k: _MASK if k in SECRET else v for k, v in params.items()})
+        params = {k: MASK if k in SECRET else mask(v) for k, v in parse(conninfo).items()}
+        return make_conninfo("", **params)
     except (ConfigError, psycopg.Error):
         return "(malformed)"
 
 
 def already_set(params: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """Return what the string, its service file or libpq's variables set, in that precedence."""
+    environ = conceal(environ)
     variables = {name: environ[var] for name, var in _VARIABLES.items() if environ.get(var)}
     service = params.get("service") or variables.get("service")
     entries = _service(str(service), environ) if service else {}
-    return {**variables, **entries, **params}
+    return conceal_params({**variables, **entries, **params})
 
 
 def _service(name: str, environ: Mapping[str, str]) -> dict[str, str]:

@@ -19,8 +19,8 @@ from psycopg_pool.pool import AddConnection
 
 from dbpool import events
 from dbpool._books import Books, logger, unanswered
-from dbpool._conninfo import SECRET, mask
 from dbpool._parts import Call, Probe, manners
+from dbpool._secrets import conceal, conceal_params, mask, secrets_of
 from dbpool.errors import UNSUPPORTED, classify, detached, is_permanent
 from dbpool.holders import Slot
 from dbpool.liveness import hung_up, readability
@@ -115,7 +115,11 @@ class Supply(Books[CT]):
         self.schedule_task(Call(self, lambda pool: pool._attempt_overdue(started)), delay)
 
     def _resolve_conninfo(self) -> str:
-        return super()._resolve_conninfo() or self.settings.resolve()
+        found: str = conceal(super()._resolve_conninfo() or self.settings.resolve())
+        return found
+
+    def _resolve_kwargs(self) -> dict[str, Any]:
+        return conceal_params(super()._resolve_kwargs())
 
     def _params(self) -> dict[str, Any]:
         return self.settings.connect_params(self._resolve_conninfo(), self._resolve_kwargs())
@@ -226,7 +230,7 @@ class Supply(Books[CT]):
     def _masked(self, ex: BaseException, params: dict[str, Any]) -> BaseException:
         """What is told and kept of *ex*: no secret, and what to do where that is known."""
         error = detached(ex)
-        text = mask(str(error), [str(params[key]) for key in SECRET if params.get(key)])
+        text = mask(str(error), secrets_of(params))
         if UNSUPPORTED in text:
             text += "; a transaction pooler needs DBPOOL_POOLER=transaction"
         if isinstance(error, psycopg.Error):

@@ -9,19 +9,29 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from dbpool._secrets import Secret, conceal
 from dbpool.errors import ConfigError
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 _DURATION: Final = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|m|h|)\s*", re.ASCII)
+# What may be quoted though it is wrong: a number with or without a unit, a word, a path of words.
+_LIKE_A_WORD: Final = re.compile(r"[A-Z]?[a-z_]{1,15}")
+_LIKE_A_NUMBER: Final = re.compile(
+    r"[+-]?\d{0,6}[.,]?\d{0,6} *(?:[num]?s|secs?|seconds?|m|mins?|minutes?|h|hours?|d|days?|%)?"
+)
+_LIKE_A_PATH: Final = re.compile(r"(?:~|\.\.?)(?:/[\w. -]{1,64})+/?|(?:/[\w. -]{1,64}){2,}/?")
 
 
 def read_layers(
     environ: Mapping[str, str] | None, dotenv: str | os.PathLike[str] | None
 ) -> list[Mapping[str, Any]]:
-    """Return where to look, first things first: the environment, then the `.env` if given."""
-    layers: list[Mapping[str, Any]] = [os.environ if environ is None else environ]
+    """Return where to look, first things first: the environment, then the `.env` if given.
+
+    Both are concealed.
+    """
+    layers = [conceal(os.environ if environ is None else environ)]
     if dotenv is not None:
-        layers.append({k: v for k, v in _dotenv(dotenv).items() if v is not None})
+        layers.append(conceal({k: v for k, v in _dotenv(dotenv).items() if v is not None}))
     return layers
 
 
@@ -32,7 +42,7 @@ def _dotenv(path: str | os.PathLike[str]) -> dict[str, str | None]:
         return dotenv_values(path)
     except (OSError, UnicodeDecodeError) as ex:
         reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
-    raise ConfigError(f"cannot read {os.fspath(path)}: {reason}")
+    raise ConfigError(f"cannot read {shown_path(os.fspath(path))}: {reason}")
 
 
 def find_dotenv() -> str | None:
@@ -58,19 +68,19 @@ def secret_of(layers: list[Mapping[str, Any]], name: str) -> tuple[str | None, s
     """Return a secret's value or the path of its file, from the first layer that has one."""
     for layer in layers:
         if value := layer.get(name):
-            return str(value), None
+            return Secret(value), None
         if path := layer.get(f"{name}_FILE"):
-            return None, str(path)
+            return None, Secret(path)
     return None, None
 
 
 def secret(path: str, name: str) -> str:
     """Return what a secret file holds; *name* is the variable that gave its *path*."""
     try:
-        return Path(path).read_text("utf-8").strip("\r\n")
+        return Secret(Path(path).read_text("utf-8").strip("\r\n"))
     except (OSError, UnicodeDecodeError) as ex:
         reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
-    raise ConfigError(f"{name}: cannot read {shown(path)}: {reason}")
+    raise ConfigError(f"{name}: cannot read {shown_path(path)}: {reason}")
 
 
 def words(value: Any, name: str) -> tuple[str, ...]:
@@ -110,13 +120,25 @@ def number(value: Any, known_as: str, *, whole: bool = False, is_time: bool = Tr
 
 
 def shown(value: object) -> str:
-    """Return *value* for a message, unless it could be a connection string in the wrong place."""
-    return "what looks like a connection string" if is_like_conninfo(value) else repr(value)
+    """Return *value* for a message if it cannot be a secret, else only what it is."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if not isinstance(value, str):
+        return f"a {type(value).__name__}"
+    is_number = _LIKE_A_NUMBER.fullmatch(value)
+    return repr(str(value)) if is_number else "a text (hidden, as it may be a secret)"
 
 
-def is_like_conninfo(value: object) -> bool:
-    """Whether *value* could be a connection string, and hold a password."""
-    return re.search(r"://|[=@]", repr(value)) is not None
+def shown_name(name: object) -> str:
+    """Return a name for a message if it is a plain word, else as `shown` does."""
+    is_word = isinstance(name, str) and _LIKE_A_WORD.fullmatch(name)
+    return repr(str(name)) if is_word else shown(name)
+
+
+def shown_path(path: object) -> str:
+    """Return a path for a message if it looks like one: it may be the secret itself."""
+    is_path = _LIKE_A_PATH.fullmatch(str(path))
+    return str(path) if is_path else "(hidden, as it does not look like a path)"
 
 
 def nearest(word: str, known: set[str] | frozenset[str]) -> str | None:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dbpool._values import find, flag, read_layers, secret, secret_of, shown, words
+from dbpool._secrets import conceal, conceals_fields
+from dbpool._values import find, flag, read_layers, secret, secret_of, words
 from dbpool.errors import ConfigError
 
 __all__ = ["AppSettings"]
 
 
+@conceals_fields
 @dataclass(frozen=True)
 class AppSettings:
     """What an application is set to, beside its pools."""
@@ -25,7 +27,7 @@ class AppSettings:
 
     def __post_init__(self) -> None:
         if self.details not in ("token", "always"):
-            raise ConfigError(f"DBPOOL_DETAILS must be token or always, not {shown(self.details)}")
+            raise ConfigError("DBPOOL_DETAILS must be token or always")
 
     @classmethod
     def from_env(
@@ -34,6 +36,7 @@ class AppSettings:
         dotenv: str | os.PathLike[str] | None = None,
     ) -> AppSettings:
         """Read them from the environment and, if given, a `.env`."""
+        environ = conceal(environ)
         return cls.from_config({}, environ, dotenv)
 
     @classmethod
@@ -44,6 +47,7 @@ class AppSettings:
         dotenv: str | os.PathLike[str] | None = None,
     ) -> AppSettings:
         """Read them from an application's configuration, else from the environment."""
+        config, environ = conceal(config), conceal(environ)
         layers = [config, *read_layers(environ, dotenv)]
         required = find(layers, "DBPOOL_REQUIRED")
         token, token_file = secret_of(layers, "DBPOOL_TOKEN")

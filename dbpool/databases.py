@@ -9,7 +9,8 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-from dbpool._values import did_you_mean, find, read_layers, shown
+from dbpool._secrets import Concealed, conceal
+from dbpool._values import did_you_mean, find, read_layers, shown_name
 from dbpool.errors import ConfigError
 from dbpool.pool import Pool
 from dbpool.settings import (
@@ -38,7 +39,7 @@ class Databases(Mapping[str, Pool[Any]]):
     def __init__(
         self, settings: Mapping[str, Settings], listeners: Iterable[Any] = (), **options: Any
     ) -> None:
-        heard = tuple(listeners)
+        heard, options = tuple(listeners), dict(Concealed(options))
         self._pools: dict[str, Pool[Any]] = {
             name: Pool(settings=each, listeners=heard, **options) for name, each in settings.items()
         }
@@ -52,6 +53,7 @@ class Databases(Mapping[str, Pool[Any]]):
         **options: Any,
     ) -> Self:
         """Make the default pool and those of `DBPOOL_DATABASES`. Raises `ConfigError`."""
+        environ, options = conceal(environ), dict(Concealed(options))
         return cls(databases_from_env(environ, dotenv), listeners, **options)
 
     @property
@@ -107,6 +109,7 @@ def databases_from_env(
     environ: Mapping[str, str] | None = None, dotenv: str | os.PathLike[str] | None = None
 ) -> dict[str, Settings]:
     """Return the settings of the default database and of `DBPOOL_DATABASES`, in order."""
+    environ = conceal(environ)
     layers = read_layers(environ, dotenv)
     names = names_in(layers)
     warn_of_unknown(layers, names)
@@ -124,6 +127,7 @@ def settings_from_config(
     `DBPOOL_DATABASES` may be a dict of URLs, or of dicts with `url` and fields. An unknown
     `DBPOOL_` key raises `ConfigError`.
     """
+    config, environ = conceal(config), conceal(environ)
     outside = read_layers(environ, dotenv)
     layers = [config, *outside]
     wanted = find(layers, "DBPOOL_DATABASES")
@@ -142,7 +146,7 @@ def _databases(
     for name in names:
         _check_name(name, databases)
         detail = details.get(name, {})
-        overrides = dict(detail) if isinstance(detail, Mapping) else {"conninfo": detail}
+        overrides = dict(detail) if isinstance(detail, Mapping) else {"conninfo": conceal(detail)}
         if "url" in overrides:
             overrides["conninfo"] = overrides.pop("url")
         databases[name] = build(name, layers, overrides)
@@ -152,7 +156,7 @@ def _databases(
 def _check_name(name: str, taken: Mapping[str, object]) -> None:
     if not NAME.fullmatch(name):
         raise ConfigError(
-            f"DBPOOL_DATABASES: {shown(name)} is no name: small letters, digits and _ make one"
+            f"DBPOOL_DATABASES: {shown_name(name)} is no name: small letters, digits and _ make one"
         )
     if name in taken:
         raise ConfigError(f"DBPOOL_DATABASES names {name!r} twice")

@@ -21,6 +21,7 @@ from dbpool import _fork, holders
 from dbpool._fork import close_all
 from dbpool._parts import HARMLESS, KeptCursor, commit
 from dbpool._run import Runner
+from dbpool._secrets import Concealed, conceal
 from dbpool.errors import ConfigError
 from dbpool.events import Emitter
 from dbpool.holders import Holder
@@ -92,7 +93,8 @@ class Pool(Runner[CT]):
         listeners: Iterable[Any] = (),
         **options: Unpack[Options],
     ) -> None:
-        rest: dict[str, Any] = {**options}
+        conninfo, rest = conceal(conninfo), dict(Concealed(options))
+        del options  # as they came they would show a password to whoever looks at this frame
         chosen = {name: rest.pop(name) for name in _SETTINGS & rest.keys()}
         if unknown := sorted(rest.keys() - _OPTIONS):
             raise ConfigError(f"Pool() has no option {unknown[0]!r}")
@@ -100,12 +102,16 @@ class Pool(Runner[CT]):
         settings = _settings(conninfo, settings, chosen, rest.get("kwargs"))
         rest |= {name: getattr(settings, name) for name in _SHARED}
         super().__init__(settings, Emitter(listeners), conninfo, **rest)
+        if isinstance(self.kwargs, Concealed):
+            self.kwargs = self.kwargs.reveal()
         self._lazy = opening is None
         _fork.pools.add(self)
         if opening:
             self.open()
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_pid"):
+            return "<dbpool.Pool that could not be made>"
         size, idle = 0 if self._closed else self._nconns, len(self._pool)
         return f"<dbpool.Pool {self.name!r} {self.state} size={size} idle={idle}>"
 

@@ -10,17 +10,17 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from dbpool import _conninfo
+from dbpool._secrets import MASK, Concealed, conceal, conceal_params, conceals_fields, plain
 from dbpool._values import (
     did_you_mean,
     find,
     flag,
-    is_like_conninfo,
     nearest,
     number,
     read_layers,
     secret,
     secret_of,
-    shown,
+    shown_path,
     words,
 )
 from dbpool.errors import ConfigError
@@ -48,6 +48,7 @@ _UNNAMED: Final = frozenset(
 )
 
 
+@conceals_fields
 @dataclass(frozen=True, repr=False)
 class Settings:
     """What one pool is set to. Times are in seconds; `"500ms"`, `"30s"`, `"5m"`, `"1h"` too.
@@ -96,6 +97,8 @@ class Settings:
                 self._set(f.name, value is not None and flag(value, self._known_as(f.name)))
             elif kind is str and not isinstance(value, str):
                 raise ConfigError(f"{f.name} must be a string, not of type {type(value).__name__}")
+            elif f.name in ("name", "pooler", "application_name"):
+                self._set(f.name, plain(value))
         self._set("conninfo", _conninfo.normalise(self.conninfo, self._known_as("conninfo")))
         if self.min_size > self.max_size and "max_size" not in self.explicit:
             self._set("max_size", self.min_size)
@@ -127,7 +130,7 @@ class Settings:
             if getattr(self, name) <= 0:
                 self._refuse(name, "must be more than 0")
         if self.pooler not in _POOLERS:
-            self._refuse("pooler", f"must be none or transaction, not {shown(self.pooler)}")
+            self._refuse("pooler", "must be none or transaction")
         self._set("pooler", _POOLERS[self.pooler])
         if self.pooler == "transaction":
             for name in sorted(self.explicit & SERVER_SIDE.keys()):
@@ -144,10 +147,10 @@ class Settings:
     def masked(self) -> dict[str, object]:
         """Return all fields, without secrets."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "explicit"}
-        hidden = {
-            k: "***" for k in ("conninfo_file", "password_file") if is_like_conninfo(values[k])
-        }
-        return values | hidden | {"conninfo": _conninfo.mask_conninfo(self.conninfo)}
+        for key in ("conninfo_file", "password_file"):
+            values[key] = values[key] and shown_path(values[key])
+        values["application_name"] = values["application_name"] and MASK
+        return values | {"conninfo": _conninfo.mask_conninfo(self.conninfo)}
 
     def resolve(self) -> str:
         """Return the connection string as it is now; its secret file is read again."""
@@ -163,7 +166,8 @@ class Settings:
 
         *kwargs* are the user's own and win; those that are psycopg's pass through.
         """
-        given = dict(kwargs or {})
+        conninfo, kwargs = conceal(conninfo), conceal(kwargs)
+        given = conceal_params(kwargs or {})
         own = {key: given.pop(key) for key in _conninfo.PSYCOPG & given.keys()}
         params = _conninfo.parse(self.resolve() if conninfo is None else conninfo) | given
         known = _conninfo.already_set(params, os.environ)
@@ -213,6 +217,7 @@ class Settings:
 
         *environ* is the process's environment by default, *dotenv* the path of a `.env`.
         """
+        environ, overrides = conceal(environ), dict(Concealed(overrides))
         layers = read_layers(environ, dotenv)
         warn_of_unknown(layers, tuple({*names_in(layers), name} - {"default"}))
         return build(name, layers, overrides)
@@ -222,6 +227,7 @@ def unknown_variables(
     environ: Mapping[str, str] | None = None, dotenv: str | os.PathLike[str] | None = None
 ) -> list[tuple[str, str | None]]:
     """Return the `DBPOOL_` variables that mean nothing, each with the nearest that does."""
+    environ = conceal(environ)
     layers = read_layers(environ, dotenv)
     return list(unknown(layers, names_in(layers)))
 

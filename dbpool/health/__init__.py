@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
 
-from dbpool._values import shown
+from dbpool._values import shown_name
 from dbpool.databases import Databases
 from dbpool.errors import ConfigError, PoolError
 from dbpool.health._server_info import ping_database, read_server_info
@@ -84,7 +84,9 @@ class Health:
         self._server_info: dict[str, tuple[float, dict[str, Any]]] = {}
         self._logged_failures: dict[tuple[str, str], str] = {}
         if unknown := sorted(self._required - databases.keys()):
-            raise ConfigError(f"DBPOOL_REQUIRED names {shown(unknown[0])}, which is no database")
+            raise ConfigError(
+                f"DBPOOL_REQUIRED names {shown_name(unknown[0])}, which is no database"
+            )
 
     def add(
         self,
