@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from os import getpid
 from time import monotonic, time
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 from psycopg import Cursor
@@ -19,7 +19,7 @@ from psycopg_pool import ConnectionPool
 from psycopg_pool.abc import CT
 
 from dbpool import _fork, events, holders
-from dbpool._parts import Call, Probe, Waiter
+from dbpool._parts import Call, Episode, Probe, Waiter
 from dbpool.breaker import Breaker
 from dbpool.errors import DatabaseMisconfigured, DatabaseUnavailable, is_permanent
 from dbpool.events import Emitter
@@ -28,6 +28,10 @@ from dbpool.metrics import BreakerSnapshot, Metrics, Snapshot
 from dbpool.settings import Settings
 
 logger = logging.getLogger("dbpool")
+
+# Seconds without another of its kind that end an episode: at least, and for replaced connections.
+_QUIET, _QUIET_REPLACED = 10.0, 1.0
+_REPLACED: Final = "connections that the server closed"
 
 
 class Books(ConnectionPool[CT]):
@@ -81,6 +85,7 @@ class Books(ConnectionPool[CT]):
         self._queued = 0
         self._in_vain = 0.0  # seconds waited by those whose time ran out
         self._popped: dict[str, int] = {}
+        self._episodes: dict[str, Episode] = {}  # by cause
         self._last_seen = 0.0
         self._moved_at = float("-inf")
         self.breaker = Breaker(self.settings.outage_grace)
@@ -174,6 +179,69 @@ class Books(ConnectionPool[CT]):
             )
         if self.listeners.active:
             self.listeners.emit(events.CircuitClosed(self.name, seconds))
+
+    def _warn(
+        self,
+        event: str,
+        cause: str,
+        message: str,
+        *,
+        count: int = 1,
+        after: float = 0.0,
+        **fields: object,
+    ) -> None:
+        """Log the first of what happens for one *cause*; count the rest of the episode.
+
+        With *after* the warning comes once the episode has lasted that many seconds. *cause* is a
+        noun in the plural, for the line that ends the episode.
+        """
+        now = monotonic()
+        with self._lock:
+            episode = self._episodes.setdefault(cause, Episode(now))
+            episode.last, episode.count = now, episode.count + count
+            if episode.is_logged or now - episode.began < after:
+                return
+            episode.is_logged = True
+        logger.warning("pool %r: %s", self.name, message, extra=self._extra(event, **fields))
+
+    def _count_replaced(self, count: int) -> None:
+        """Count connections that the server closed; `_end_episodes` logs how many there were."""
+        now = monotonic()
+        with self._lock:
+            episode = self._episodes.setdefault(_REPLACED, Episode(now, is_logged=True))
+            episode.last, episode.count = now, episode.count + count
+
+    def _end_episodes(self, quiet: float | None = None) -> None:
+        """Log what the episodes came to that have been quiet, by default for some seconds."""
+        now = monotonic()
+        with self._lock:
+            over = []
+            for cause, episode in self._episodes.items():
+                usual = _QUIET_REPLACED if cause == _REPLACED else max(_QUIET, 2.0 * self.timeout)
+                if now - episode.last >= (usual if quiet is None else quiet):
+                    over.append(cause)
+            ended = [(cause, self._episodes.pop(cause)) for cause in over]
+        for cause, episode in ended:
+            count, seconds = episode.count, episode.last - episode.began
+            extra = self._extra("episode_ended", cause=cause, count=count, seconds=seconds)
+            if cause == _REPLACED:
+                noun = "connection" if count == 1 else "connections"
+                logger.info(
+                    "pool %r: replaced %d %s that the server closed",
+                    self.name,
+                    count,
+                    noun,
+                    extra=extra,
+                )
+            elif episode.is_logged and count > 1:
+                logger.info(
+                    "pool %r: %d %s within %.1f s, none since",
+                    self.name,
+                    count,
+                    cause,
+                    seconds,
+                    extra=extra,
+                )
 
     # Numbers
 

@@ -5,6 +5,8 @@ Part of the one place that touches protected members of psycopg_pool, see `_supp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -12,11 +14,11 @@ from typing import Any
 from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
 
-from dbpool import _fork, events
+from dbpool import _fork, events, holders
 from dbpool._books import logger
 from dbpool._life import Life
 from dbpool._parts import KeptCursor, manners
-from dbpool.holders import Slot
+from dbpool.holders import Holder, Slot
 from dbpool.liveness import Look, look
 from dbpool.metrics import Metrics
 
@@ -97,13 +99,13 @@ class Checkin(Life[CT]):
         with self._lock:
             self._metrics.returned_late += 1
         where = slot.where()
-        logger.warning(
-            "pool %r: a connection reported as held for too long came back after %.1f s;"
-            " it was checked out at %s",
-            self.name,
-            seconds,
-            where,
-            extra=self._extra("returned_late", seconds=seconds, where=where),
+        self._warn(
+            "returned_late",
+            f"connections returned late by {where}",
+            f"a connection reported as held for too long came back after {seconds:.1f} s;"
+            f" it was checked out at {where}",
+            seconds=seconds,
+            where=where,
         )
         if self.listeners.active:
             self.listeners.emit(events.ReturnedLate(self.name, seconds, where))
@@ -172,21 +174,26 @@ class Checkin(Life[CT]):
         while self._lost:
             slot = self._lost.popleft()
             if slot in self._slots:
+                now, forgotten = monotonic(), holders.report([slot], monotonic())
                 if slot.since:
-                    self._metrics.ended.append((slot.wait, monotonic() - slot.since))
+                    self._metrics.ended.append((slot.wait, now - slot.since))
+                    self._metrics.leaks += 1
                     slot.since = 0.0
                 self._remove(slot, "collected")
                 self._refill()
-                self._later(partial(Checkin._tell_collected, slot=slot))
+                self._later(partial(Checkin._tell_collected, forgotten=forgotten))
 
-    def _tell_collected(self, slot: Slot) -> None:
+    def _tell_collected(self, forgotten: Sequence[Holder]) -> None:
         if self.listeners.active:
             self.listeners.emit(events.Discarded(self.name, "collected"))
-        with _fork.telling:
-            logger.warning(
-                "pool %r: a connection was never returned and has been garbage-collected;"
-                " it was checked out at %s",
-                self.name,
-                slot.where(),
-                extra=self._extra("discarded", reason="collected", where=slot.where()),
-            )
+        for holder in forgotten:
+            if self.listeners.active:
+                self.listeners.emit(events.Leaked(self.name, holder))
+            with _fork.telling:
+                self._warn(
+                    "leaked",
+                    f"connections forgotten by {holder.where}",
+                    "a connection was never returned and has been garbage-collected;"
+                    f" it was checked out at {holder.where}",
+                    holder=asdict(holder),
+                )

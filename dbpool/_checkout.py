@@ -28,6 +28,7 @@ from dbpool.holders import Slot
 from dbpool.liveness import Look, PingTimeout, look, ping
 
 _here = holders.here
+_application_files = holders.application_files
 _IDLE = TransactionStatus.IDLE
 
 # Seconds to pause when the user's own check refuses a connection that was just made.
@@ -43,13 +44,14 @@ class Checkout(Checkin[CT]):
 
     def getconn(self, timeout: float | None = None) -> CT:
         """Obtain a connection; it *must* be given back by `putconn`. See `connection`."""
-        return self._acquire(timeout, sys._getframe(1))
+        return self._acquire(timeout, sys._getframe())
 
     def _acquire(self, timeout: float | None, frame: FrameType) -> CT:
-        """Hand out a connection that is alive, to the code that runs in *frame*.
+        """Hand out a connection that is alive, to the code that called *frame*.
 
-        The frame gives its code and offset only, so that no stack is walked and no local
-        variable is kept.
+        A frame gives its code and offset only, so that no local variable is kept. The stack is
+        walked only where an installed package calls, not where the application does. Called from
+        C, as by `atexit` or gevent, *frame* has no caller.
         """
         if _FORKS_UNSEEN and os.getpid() != self._pid:
             with _noticing.setdefault(os.getpid(), threading.Lock()):
@@ -74,6 +76,9 @@ class Checkout(Checkin[CT]):
         if not is_good:
             conn = self._acquire_slowly(conn, started, timeout)
         slot = conn._slot
+        frame = frame.f_back or frame
+        if frame.f_code.co_filename not in _application_files:
+            frame = holders.caller(frame)
         slot.who, slot.code, slot.lasti = _here.who, frame.f_code, frame.f_lasti
         conn._pool = self
         slot.since = now = monotonic()

@@ -57,7 +57,7 @@ class Runner(Upkeep[CT]):
         """
         deadline = None if timeout is None else monotonic() + timeout
         pauses = delays(first=0.05, cap=1.0)
-        frame = sys._getframe(1)
+        frame = sys._getframe()
         for attempt in count(1):
             conn = self._acquire_patiently(deadline, frame)
             try:

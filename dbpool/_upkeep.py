@@ -16,7 +16,7 @@ from psycopg_pool.pool import MaintenanceTask
 from dbpool import _fork, events, holders
 from dbpool._books import logger
 from dbpool._checkout import Checkout
-from dbpool.holders import Slot
+from dbpool.holders import Holder, Slot, Who
 
 # A primary that moved may make many statements fail at once; one drain is enough.
 _MOVED_PAUSE = 5.0
@@ -55,36 +55,42 @@ class Upkeep(Checkout[CT]):
     def patrol(self, now: float) -> None:
         """Free what was collected, retire what is old, report what is held for too long."""
         with _fork.telling:
+            self._end_episodes()
             with self._lock:
                 self._reclaim()
                 self._heed_life()
             self._shrink_pool()
             if self.settings.leak_after:
-                self._report_leaks(now)
+                self._report_held_long(now)
 
-    def _report_leaks(self, now: float) -> None:
+    def _report_held_long(self, now: float) -> None:
         oldest = now - self.settings.leak_after
         with self._lock:
-            leaked = [s for s in self._slots if 0.0 < s.since <= oldest and not s.reported]
-            for slot in leaked:
+            late = [s for s in self._slots if 0.0 < s.since <= oldest and not s.reported]
+            for slot in late:
                 slot.reported = True
-            self._metrics.leaks += len(leaked)
+            self._metrics.held_long += len(late)
             # Described in here: afterwards one may be back and with another.
-            told = [(slot.who, holder) for slot in leaked for holder in holders.report([slot], now)]
-        for who, holder in told:
-            stack = holders.stack_of(who.thread) if who else ""
-            logger.warning(
-                "pool %r: a connection has been held for %.1f s by %s, checked out at %s;"
-                " the holder is now at:\n%s",
-                self.name,
-                holder.seconds,
-                holder.thread,
-                holder.where,
-                stack or "(its thread has ended)",
-                extra=self._extra("leaked", holder=asdict(holder)),
-            )
+            held = [(slot.who, holder) for slot in late for holder in holders.report([slot], now)]
+        groups: dict[str, list[tuple[Who | None, Holder]]] = {}
+        for who, holder in sorted(held, key=lambda pair: -pair[1].seconds):
+            groups.setdefault(holder.where, []).append((who, holder))
             if self.listeners.active:
-                self.listeners.emit(events.Leaked(self.name, holder, stack))
+                stack = holders.stack_of(who.thread) if who else ""
+                self.listeners.emit(events.HeldLong(self.name, holder, stack))
+        for where, group in groups.items():
+            who, longest = group[0]
+            number = len(group)
+            self._warn(
+                "held_long",
+                f"connections held for longer than {self.settings.leak_after:g} s by {where}",
+                f"{'a connection has' if number == 1 else f'{number} connections have'} been held"
+                f" for {longest.seconds:.1f} s by {longest.thread}"
+                f"{f' and {number - 1} more' if number > 1 else ''}, checked out at {where};"
+                f" now at {holders.frames_of(who.thread) if who else 'unknown'}",
+                count=number,
+                holder=asdict(longest),
+            )
 
     def _shrink_pool(self) -> None:
         """Close what has been idle for max_idle beyond min_size, or is past its lifetime."""

@@ -88,8 +88,8 @@ class Rejected(Event):
 
 
 @dataclass
-class Leaked(Event):
-    """A connection has been held for too long; `stack` is where its holder is now."""
+class HeldLong(Event):
+    """A connection has been held for longer than `leak_after`; `stack` is its holder's now."""
 
     holder: HolderSnapshot
     stack: str
@@ -97,10 +97,17 @@ class Leaked(Event):
 
 @dataclass
 class ReturnedLate(Event):
-    """A connection told as `Leaked` came back; `where` is where it was checked out."""
+    """A connection reported as `HeldLong` came back; `where` is where it was checked out."""
 
     seconds: float
     where: str
+
+
+@dataclass
+class Leaked(Event):
+    """A connection was forgotten: collected while checked out, or taken back after a request."""
+
+    holder: HolderSnapshot
 
 
 @dataclass

@@ -16,18 +16,42 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from time import monotonic
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, Protocol
 
 from dbpool.metrics import HolderSnapshot as Holder
 
-__all__ = ["Holder", "Slot", "Who", "here", "report", "stack_of", "unwatch", "watch"]
+__all__ = [
+    "Holder",
+    "Slot",
+    "Who",
+    "application_files",
+    "caller",
+    "frames_of",
+    "here",
+    "report",
+    "stack_of",
+    "unwatch",
+    "watch",
+]
 
 logger = logging.getLogger("dbpool")
 
 _LISTED = 20  # holders in one report
+_FRAMES = 5  # of the application's, in a line of the log
+_DEEPEST = 100  # frames that are looked at
+_FILES = 4096  # file names that are remembered
+
+# Whose code a source file is. What runs in our own files, or as a script beside the interpreter,
+# says as little about the holder as what runs in Python's.
+_APPLICATION, _PACKAGE, _PYTHON = 0, 1, 2
+_OWN = f"{Path(__file__).parent}{os.sep}"
+_STANDARD = ("<frozen ", *(f"{Path(x).parent}{os.sep}" for x in (os.__file__, sys.executable)))
+
+# Code in these files is the application's: a checkout compares its caller's with them alone.
+application_files: set[str] = set()
 
 
 class Who:
@@ -96,8 +120,11 @@ class Slot:
 @lru_cache(maxsize=1024)
 def _where(code: CodeType, lasti: int) -> str:
     position = next(islice(code.co_positions(), lasti // 2, None), (None,))
-    path = "/".join(PurePath(code.co_filename).parts[-2:])
-    return f"{path}:{position[0] or code.co_firstlineno} {code.co_name}"
+    return f"{_shortened(code)}:{position[0] or code.co_firstlineno} {code.co_name}"
+
+
+def _shortened(code: CodeType) -> str:
+    return "/".join(PurePath(code.co_filename).parts[-2:])
 
 
 def report(slots: Iterable[Slot], now: float) -> tuple[Holder, ...]:
@@ -115,10 +142,54 @@ def report(slots: Iterable[Slot], now: float) -> tuple[Holder, ...]:
     )
 
 
+def caller(frame: FrameType) -> FrameType:
+    """Return the first frame from *frame* outwards that is the application's.
+
+    Where all code is installed, the first of a package; where all is Python's, *frame* itself.
+    """
+    found, origin, outer = frame, _PYTHON, frame
+    for _ in range(_DEEPEST):
+        here = _origin(outer.f_code.co_filename)
+        if here < origin:
+            found, origin = outer, here
+        if origin == _APPLICATION or outer.f_back is None:
+            break
+        outer = outer.f_back
+    if found is frame and origin == _APPLICATION:
+        if len(application_files) >= _FILES:
+            application_files.clear()
+        application_files.add(frame.f_code.co_filename)
+    return found
+
+
+@lru_cache(maxsize=_FILES)
+def _origin(filename: str) -> int:
+    """Whose code a source file is: the application's, an installed package's, or Python's."""
+    if filename.startswith(_OWN):
+        return _PYTHON
+    if not {"site-packages", "dist-packages"}.isdisjoint(PurePath(filename).parts):
+        return _PACKAGE
+    return _PYTHON if filename.startswith(_STANDARD) else _APPLICATION
+
+
+def _frame_of(thread: threading.Thread) -> FrameType | None:
+    return sys._current_frames().get(thread.ident or 0) if thread.is_alive() else None
+
+
 def stack_of(thread: threading.Thread) -> str:
     """Return where that thread is now, "" if it has ended."""
-    frame = sys._current_frames().get(thread.ident or 0) if thread.is_alive() else None
+    frame = _frame_of(thread)
     return "" if frame is None else "".join(traceback.format_stack(frame))
+
+
+def frames_of(thread: threading.Thread) -> str:
+    """Return on one line which frames of the application that thread runs, innermost first."""
+    frame = _frame_of(thread)
+    if frame is None:
+        return "(its thread has ended)"
+    stack = [(f.f_code, line) for f, line in islice(traceback.walk_stack(frame), _DEEPEST)]
+    own = [pair for pair in stack if _origin(pair[0].co_filename) == _APPLICATION] or stack[:1]
+    return ", ".join(f"{_shortened(code)}:{line} in {code.co_name}" for code, line in own[:_FRAMES])
 
 
 class Watched(Protocol):

@@ -162,7 +162,11 @@ class HistogramSnapshot:
 
 @dataclass(frozen=True)
 class Counters:
-    """Totals since the pool was opened."""
+    """Totals since the pool was opened.
+
+    `leaks` counts connections that were forgotten, `held_long` those held for longer than
+    `leak_after`; `returned_late` counts how many of the latter came back.
+    """
 
     checkouts: int = 0
     timeouts: int = 0
@@ -171,6 +175,7 @@ class Counters:
     connect_failures: int = 0
     retries: int = 0
     leaks: int = 0
+    held_long: int = 0
     returned_late: int = 0
     circuit_opened: int = 0
     discarded: Mapping[str, int] = field(
@@ -318,7 +323,7 @@ class Metrics:
         self.checkouts = self.timeouts = self.rejected = 0
         self.connects = self.connect_failures = 0
         self.dead = self.expired = self.broken = self.idle = self.collected = 0
-        self.retries = self.leaks = self.returned_late = self.circuit_opened = 0
+        self.retries = self.leaks = self.held_long = self.returned_late = self.circuit_opened = 0
         self.wait, self.use, self.connect = Histogram(), Histogram(), Histogram()
 
     def count_ended(self) -> None:

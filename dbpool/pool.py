@@ -17,7 +17,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import RowFactory, tuple_row
 from psycopg_pool.abc import CT, ConninfoParam
 
-from dbpool import _fork, holders
+from dbpool import _fork, events, holders
 from dbpool._fork import close_all
 from dbpool._parts import HARMLESS, KeptCursor, commit
 from dbpool._run import Runner
@@ -140,7 +140,7 @@ class Pool(Runner[CT]):
         returns no rows is done all the same, and raises `psycopg.ProgrammingError`: that is
         what `execute` is for.
         """
-        return self._single(query, params, row_factory, _fetch_all, sys._getframe(1))
+        return self._single(query, params, row_factory, _fetch_all, sys._getframe())
 
     @overload
     def fetch_one(self, query: Query, params: Params | None = None) -> Any | None: ...
@@ -152,11 +152,11 @@ class Pool(Runner[CT]):
         self, query: Query, params: Params | None = None, *, row_factory: Any = None
     ) -> Any | None:
         """Like `fetch_all`, but return the first row, or None if there is none."""
-        return self._single(query, params, row_factory, _fetch_one, sys._getframe(1))
+        return self._single(query, params, row_factory, _fetch_one, sys._getframe())
 
     def fetch_value(self, query: Query, params: Params | None = None) -> Any:
         """Like `fetch_all`, but return the first column of the first row, or None."""
-        row = self._single(query, params, tuple_row, _fetch_one, sys._getframe(1))
+        row = self._single(query, params, tuple_row, _fetch_one, sys._getframe())
         return None if row is None else row[0]
 
     def execute(self, query: Query, params: Params | None = None) -> int:
@@ -164,7 +164,7 @@ class Pool(Runner[CT]):
 
         That is -1 for a statement that has no such number, as in psycopg.
         """
-        return self._single(query, params, None, _row_count, sys._getframe(1))
+        return self._single(query, params, None, _row_count, sys._getframe())
 
     def _single(
         self,
@@ -217,6 +217,11 @@ class Pool(Runner[CT]):
         # What was collected meanwhile is told and freed as such.
         held = {slot: conn for slot in mine if slot.ref and (conn := slot.ref()) is not None}
         reports = list(holders.report(held, monotonic()))
+        with self._lock:
+            self._metrics.leaks += len(held)
+        if self.listeners.active:
+            for holder in reports:
+                self.listeners.emit(events.Leaked(self.name, holder))
         for conn in held.values():
             conn.pgconn.finish()
             self.putconn(conn)
@@ -235,7 +240,7 @@ class Lease(Generic[CT]):
 
     def __enter__(self) -> CT:
         pool = self._pool
-        conn = self._conn = pool._acquire(self._timeout, sys._getframe(1))
+        conn = self._conn = pool._acquire(self._timeout, sys._getframe())
         if pool._plain:
             return conn
         try:

@@ -27,7 +27,7 @@ __all__ = ["SCHEMA", "Processes"]
 
 logger = logging.getLogger("dbpool")
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 VARIABLE: Final = "DBPOOL_STATS_DIR"
 _EVERY: Final = 1.0  # seconds between two publications
 _PATIENCE: Final = 1.0  # seconds that a publication waits for another of this process

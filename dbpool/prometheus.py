@@ -48,8 +48,9 @@ _TOTALS: Final = {
     "dbpool_connects": ("connects", "Connections made"),
     "dbpool_connect_failures": ("connect_failures", "Failed attempts to connect"),
     "dbpool_retries": ("retries", "Transactions run again"),
-    "dbpool_leaks": ("leaks", "Connections held for longer than leak_after"),
-    "dbpool_returned_late": ("returned_late", "Leaked connections returned after all"),
+    "dbpool_leaks": ("leaks", "Connections forgotten by their holders"),
+    "dbpool_held_long": ("held_long", "Connections held for longer than leak_after"),
+    "dbpool_returned_late": ("returned_late", "Connections returned after they were held too long"),
     "dbpool_circuit_opened": ("circuit_opened", "Times the breaker opened"),
 }
 

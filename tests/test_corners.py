@@ -106,7 +106,8 @@ def test_a_leak_that_comes_back_while_another_is_told_is_told_of_its_own_holder(
     dsn: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Pool(dsn, max_size=2, leak_after=0.3) as pool:
-        first, second = pool.getconn(), pool.getconn()
+        first = pool.getconn()
+        second = pool.getconn()
         innocent: list[threading.Thread] = []
 
         class Swap(logging.Handler):

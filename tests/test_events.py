@@ -21,6 +21,7 @@ from dbpool.events import (
     Discarded,
     Emitter,
     Event,
+    HeldLong,
     Leaked,
     Listener,
     LoggingListener,
@@ -50,18 +51,21 @@ def test_what_becomes_of_a_connection_that_is_not_returned_in_events(dsn: str) -
     heard: list[Event] = []
     with Pool(dsn, max_size=1, leak_after=0.1, listeners=[heard.append]) as pool:
         conn = pool.getconn()
-        until(lambda: any(isinstance(event, Leaked) for event in heard))
+        until(lambda: any(isinstance(event, HeldLong) for event in heard))
         pool.putconn(conn)
         del conn
         pool.getconn()
         gc.collect()
         assert pool.fetch_value("select 1") == 1
+        until(lambda: any(isinstance(event, Leaked) for event in heard))
+    (held,) = [event for event in heard if isinstance(event, HeldLong)]
     (leaked,) = [event for event in heard if isinstance(event, Leaked)]
     (late,) = [event for event in heard if isinstance(event, ReturnedLate)]
     (lost,) = [event for event in heard if isinstance(event, Discarded)]
-    assert late.where == leaked.holder.where
-    assert late.seconds >= leaked.holder.seconds >= 0.1
-    assert "in until" in leaked.stack
+    assert late.where == held.holder.where
+    assert late.seconds >= held.holder.seconds >= 0.1
+    assert "in until" in held.stack
+    assert "test_what_becomes_of_a_connection" in leaked.holder.where
     assert lost.reason == "collected"
 
 

@@ -58,6 +58,7 @@ def assert_exact(pool: Pool, checkouts: int) -> None:
     assert stats.counters.checkouts == checkouts
     assert stats.wait.count == stats.use.count == checkouts
     assert stats.counters.timeouts == stats.counters.rejected == stats.counters.leaks == 0
+    assert stats.counters.held_long == 0
     assert (stats.active, stats.waiting) == (0, 0)
     assert pool.get_stats()["requests_num"] == checkouts
 

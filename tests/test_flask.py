@@ -618,7 +618,7 @@ def test_stats_say_what_the_pool_is_doing(app: Flask, client: FlaskClient) -> No
     pool = app.extensions["dbpool"].databases.default
     with pool.connection():
         stats = client.get("/db/stats", headers=bearer()).get_json()
-    assert stats["schema"] == 1
+    assert stats["schema"] == 2
     assert stats["scope"] == "process"
     assert len(stats["processes"]) == 1
     found = stats["pools"]["default"]

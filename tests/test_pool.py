@@ -488,24 +488,24 @@ def test_a_log_handler_may_use_the_pool(dsn: str) -> None:
         logger.removeHandler(handler)
 
 
-def test_a_leak_is_reported_once_with_the_holders_stack(
+def test_what_is_held_long_is_reported_once_with_the_holders_stack(
     dsn: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def leaks() -> list[str]:
+    def held() -> list[str]:
         return [r.message for r in caplog.records if "has been held" in r.message]
 
     with Pool(dsn, leak_after=0.1) as pool:
         conn = pool.getconn()
-        until(leaks)
-        assert "test_a_leak_is_reported_once" in leaks()[0]
-        assert "in until" in leaks()[0]
+        until(held)
+        assert "test_what_is_held_long_is_reported_once" in held()[0]
+        assert "in until" in held()[0]
         pool.putconn(conn)
         assert "came back after" in caplog.messages[-1]
         counters = pool.stats().counters
-        assert (counters.leaks, counters.returned_late) == (1, 1)
-    assert len(leaks()) == 1
+        assert (counters.leaks, counters.held_long, counters.returned_late) == (0, 1, 1)
+    assert len(held()) == 1
     extras = [vars(record)["dbpool"] for record in caplog.records if "dbpool" in vars(record)]
-    assert [extra["event"] for extra in extras] == ["leaked", "returned_late"]
+    assert [extra["event"] for extra in extras] == ["held_long", "returned_late"]
     assert extras[0]["pool"] == "default"
     assert extras[0]["holder"]["thread"] == "MainThread"
 

@@ -112,7 +112,7 @@ def test_all_processes_are_merged(
     processes: Processes, workers: list[subprocess.Popen[str]]
 ) -> None:
     report = processes.report()
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     assert report["scope"] == "all"
     assert {process["pid"] for process in report["processes"]} == {
         os.getpid(),
@@ -246,7 +246,7 @@ def a_record() -> dict[str, Any]:
     )
     parent = os.getppid()
     return {
-        "schema": 1,
+        "schema": 2,
         "pid": parent,
         "start": start_time(parent),
         "number": 0,
@@ -327,7 +327,7 @@ def test_a_directory_in_place_of_a_file_leaks_no_descriptor(
 
 
 def test_a_file_that_is_too_large_is_not_read(processes: Processes, directory: Path) -> None:
-    archive = {"schema": 1, "folded": [], "pools": processes.report()["pools"]}
+    archive = {"schema": 2, "folded": [], "pools": processes.report()["pools"]}
     (directory / "app.archive").write_text(json.dumps(archive))
     assert checkouts(processes.report()) == 10
     (directory / "app.archive").write_text(json.dumps(archive) + " " * (1 << 20))

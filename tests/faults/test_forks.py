@@ -349,14 +349,14 @@ def test_the_breaker_starts_anew_in_the_child(run: Run) -> None:
     """)
 
 
-def test_the_leak_watchdog_works_in_the_child(run: Run) -> None:
+def test_the_watchdog_works_in_the_child(run: Run) -> None:
     said = run("""
     import logging
     logging.basicConfig(stream=sys.stdout)
     told = threading.Event()
 
     def listener(event):
-        if isinstance(event, dbpool.events.Leaked):
+        if isinstance(event, dbpool.events.HeldLong):
             told.set()
 
     pool = dbpool.Pool(sys.argv[1], leak_after=0.2, listeners=[listener])
@@ -365,12 +365,12 @@ def test_the_leak_watchdog_works_in_the_child(run: Run) -> None:
     if child == 0:
         conn = pool.getconn()
         assert told.wait(10)
-        assert pool.stats().counters.leaks == 1
+        assert pool.stats().counters.held_long == 1
         pool.putconn(conn)
         sys.exit(0)
     status = wait_for(child, 15)
     assert status == 0, status
-    assert pool.stats().counters.leaks == 0
+    assert pool.stats().counters.held_long == 0
     end()
     """)
     assert said.count("has been held for") == 1

@@ -1,0 +1,254 @@
+"""Who holds a connection: which line of code is named, and what was forgotten or held too long."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import subprocess
+import sys
+import textwrap
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dbpool import Pool
+from dbpool.events import Discarded, HeldLong, Leaked, ReturnedLate
+from tests.postgres import until
+
+from .test_hot_path import calls_of
+
+
+def load(path: Path, source: str) -> types.ModuleType:
+    """A module whose code says that it lives in *path*."""
+    module = types.ModuleType(path.stem)
+    exec(compile(textwrap.dedent(source), str(path), "exec"), module.__dict__)
+    return module
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> types.ModuleType:
+    """A package that is installed and calls the pool, as SQLAlchemy does."""
+    return load(
+        tmp_path / "site-packages" / "orm" / "base.py",
+        """
+        def connect(creator):
+            return (lambda: creator())()
+
+        def call(fn):
+            return fn()
+        """,
+    )
+
+
+def test_the_first_frame_outside_installed_packages_is_named(
+    dsn: str, library: types.ModuleType
+) -> None:
+    with Pool(dsn) as pool:
+        conn = library.call(lambda: library.connect(pool.getconn))
+        (holder,) = pool.holders()
+        pool.putconn(conn)
+    assert "tests/test_holders.py:" in holder.where
+    assert "<lambda>" in holder.where
+
+
+def test_a_line_is_named_behind_the_standard_library_too(dsn: str) -> None:
+    with Pool(dsn) as pool, ExitStack() as stack:
+        stack.enter_context(pool.connection())
+        (holder,) = pool.holders()
+    assert holder.where.endswith("test_a_line_is_named_behind_the_standard_library_too")
+
+
+def test_an_application_that_is_installed_is_named_by_its_own_call(
+    dsn: str, tmp_path: Path
+) -> None:
+    app = load(
+        tmp_path / "site-packages" / "shop" / "views.py",
+        """
+        def view(pool, held):
+            with pool.connection():
+                held.extend(pool.holders())
+        """,
+    )
+    held: list[Any] = []
+    with Pool(dsn) as pool:
+        # From a thread, so that no frame of these tests is below it.
+        thread = threading.Thread(target=app.view, args=(pool, held))
+        thread.start()
+        thread.join(10)
+    assert held[0].where == "shop/views.py:3 view"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "atexit.register(pool.execute, 'select 1')",
+        "_thread.start_new_thread(run, (pool.execute, 'select 1'))",
+        "_thread.start_new_thread(pool.execute, ('select 1',))",
+        "_thread.start_new_thread(pool.fetch_value, ('select 1',))",
+        "_thread.start_new_thread(pool.fetch_one, ('select 1',))",
+        "_thread.start_new_thread(pool.fetch_all, ('select 1',))",
+        "_thread.start_new_thread(pool.run, (methodcaller('execute', 'select 1'),))",
+        "_thread.start_new_thread(partial(pool.run, methodcaller('execute', 'select 1')), ())",
+        "_thread.start_new_thread(pool.getconn, ())",
+        "_thread.start_new_thread(pool.connection().__enter__, ())",
+    ],
+)
+def test_no_python_code_needs_to_be_the_caller(dsn: str, script: str) -> None:
+    """Called from C there is no frame to name."""
+    source = f"""
+import _thread, atexit, sys, time
+from functools import partial
+from operator import methodcaller
+import dbpool
+
+def run(fn, *args):
+    fn(*args)
+
+def report(error):
+    print("FAILED", error.exc_value, flush=True)
+
+sys.unraisablehook = report
+pool = dbpool.Pool({dsn!r}, min_size=1, open=True)
+pool.wait()
+atexit.register(lambda: print("checkouts", pool.stats().counters.checkouts, flush=True))
+{script}
+deadline = time.monotonic() + 10
+while "_thread.start" in {script!r} and time.monotonic() < deadline:
+    if pool.stats().counters.checkouts:
+        break
+    time.sleep(0.01)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False
+    )
+    said = done.stdout + done.stderr
+    assert "Error" not in said
+    assert "FAILED" not in said
+    assert "checkouts" in said
+    assert "checkouts 0" not in said
+    assert done.returncode == 0
+
+
+def test_a_thread_that_runs_a_method_of_the_pool_is_a_holder_like_any(dsn: str) -> None:
+    with Pool(dsn) as pool, ThreadPoolExecutor(1) as threads:
+        conn = threads.submit(functools.partial(pool.getconn, timeout=5)).result()
+        (holder,) = pool.holders()
+        pool.putconn(conn)
+    assert "thread.py:" in holder.where
+
+
+def test_who_calls_the_pool_directly_pays_for_no_walk(dsn: str) -> None:
+    """The same calls for ten frames as for two."""
+
+    def lend(pool: Pool[Any], depth: int) -> None:
+        if depth:
+            lend(pool, depth - 1)
+        else:
+            with pool.connection():
+                pass
+
+    with Pool(dsn) as pool:
+        lend(pool, 0)
+        shallow, deep = (calls_of(lambda n=n: lend(pool, n)) for n in (0, 50))  # type: ignore[misc]
+    assert deep["call"] - shallow["call"] == 50
+    assert deep["c_call"] == shallow["c_call"]
+
+
+# Forgotten, or held for too long
+
+
+def forget(pool: Pool[Any]) -> None:
+    pool.getconn()
+
+
+def test_a_leak_is_a_connection_that_was_forgotten(dsn: str) -> None:
+    heard: list[Any] = []
+    with Pool(dsn, max_size=5, leak_after=0.2, listeners=[heard.append]) as pool:
+        for _ in range(5):
+            forget(pool)
+        gc.collect()
+        until(lambda: pool.stats().counters.leaks == 5)
+        until(lambda: sum(isinstance(event, Leaked) for event in heard) == 5)
+        counters = pool.stats().counters
+        assert (counters.held_long, counters.returned_late) == (0, 0)
+        assert counters.discarded["collected"] == 5
+    leaked = [event for event in heard if isinstance(event, Leaked)]
+    assert all("forget" in event.holder.where for event in leaked)
+    assert sum(isinstance(event, Discarded) for event in heard) == 5
+
+
+def test_what_is_taken_back_was_forgotten_too(dsn: str) -> None:
+    heard: list[Any] = []
+    with Pool(dsn, listeners=[heard.append]) as pool:
+        conn = pool.getconn()
+        (holder,) = pool.return_held(0.0)
+        assert conn.closed
+        assert pool.stats().counters.leaks == 1
+    (leaked,) = [event for event in heard if isinstance(event, Leaked)]
+    assert leaked.holder == holder
+
+
+def test_what_is_held_long_is_no_leak_and_pairs_with_its_late_return(dsn: str) -> None:
+    heard: list[Any] = []
+    with Pool(dsn, max_size=8, leak_after=0.1, listeners=[heard.append]) as pool:
+        held = [pool.getconn() for _ in range(8)]
+        until(lambda: pool.stats().counters.held_long == 8)
+        for conn in held:
+            pool.putconn(conn)
+        counters = pool.stats().counters
+        assert (counters.leaks, counters.held_long, counters.returned_late) == (0, 8, 8)
+        report = pool.stats().to_json()["counters"]
+        assert (report["leaks"], report["held_long"]) == (0, 8)
+        for kind in (HeldLong, ReturnedLate):
+            until(lambda kind=kind: sum(isinstance(e, kind) for e in heard) == 8)  # type: ignore[misc]
+    assert not any(isinstance(event, Leaked) for event in heard)
+
+
+def test_connections_held_long_by_one_line_are_one_line_of_the_log(
+    dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = threading.Event()
+
+    def hold(pool: Pool[Any]) -> None:
+        with pool.connection():
+            done.wait(20)
+
+    with (
+        caplog.at_level(logging.INFO, logger="dbpool"),
+        Pool(dsn, max_size=8, leak_after=0.5) as pool,
+    ):
+        pool.resize(8, 8)
+        pool.wait()
+        threads = [threading.Thread(target=hold, args=(pool,), name=f"t{n}") for n in range(8)]
+        for thread in threads:
+            thread.start()
+        until(lambda: pool.stats().counters.held_long == 8)
+        done.set()
+        for thread in threads:
+            thread.join(10)
+    held = [text for text in caplog.messages if "been held" in text]
+    assert len(held) == 1, "one line, however many"
+    assert "\n" not in held[0]
+    assert "threading.py" not in held[0], "the frames of the application alone"
+    assert "hold" in held[0]
+    late = [text for text in caplog.messages if "came back after" in text]
+    assert len(late) == 1
+    assert any("8 connections returned late" in text for text in caplog.messages)
+
+
+def test_the_metrics_tell_both(dsn: str) -> None:
+    from dbpool.prometheus import expose
+
+    with Pool(dsn, leak_after=0.1) as pool:
+        with pool.connection():
+            until(lambda: pool.stats().counters.held_long)
+        report = {"processes": [], "pools": {"default": pool.stats().to_json()}}
+    text, _ = expose(report)
+    assert 'dbpool_held_long_total{pool_name="default"} 1.0' in text.decode()
+    assert 'dbpool_leaks_total{pool_name="default"} 0.0' in text.decode()
