@@ -18,8 +18,9 @@ from typing import Any, Final
 import psycopg
 
 from dbpool._conninfo import already_set
-from dbpool._values import did_you_mean, find_dotenv, number, shown_path
-from dbpool.app_settings import AppSettings
+from dbpool._dotenv import SKIPPED, Source
+from dbpool._values import did_you_mean, number, shown_path
+from dbpool.app_settings import AppSettings, find_dotenv
 from dbpool.databases import Databases, databases_from_env
 from dbpool.errors import ConfigError, PoolError
 from dbpool.gunicorn import directories
@@ -108,12 +109,19 @@ def _seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(str(ex)) from None
 
 
+def _configured(dotenv: Mapping[str, str]) -> dict[str, Settings]:
+    databases = databases_from_env(dotenv=dotenv)
+    if skipped := dotenv.get(SKIPPED):
+        print(f"dbpool: warning: {skipped}", file=sys.stderr)
+    return databases
+
+
 # check
 
 
 def _check(arguments: argparse.Namespace) -> int:
     dotenv = find_dotenv()
-    databases = databases_from_env(dotenv=dotenv)
+    databases = _configured(dotenv)
     unknown = unknown_variables(dotenv=dotenv)
     error = _error_beside(databases, dotenv)
     reports = {name: _report(settings) for name, settings in databases.items()}
@@ -133,7 +141,7 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
-def _error_beside(databases: Mapping[str, Settings], dotenv: str | None) -> str | None:
+def _error_beside(databases: Mapping[str, Settings], dotenv: Source) -> str | None:
     """What is wrong with the settings of an application, beside those of its databases."""
     try:
         Health(Databases(databases), AppSettings.from_env(dotenv=dotenv).required)
@@ -232,7 +240,7 @@ def _as_text(name: str, report: Mapping[str, Any]) -> str:
 def _wait(arguments: argparse.Namespace) -> int:
     progress = _Progress()
     deadline = monotonic() + arguments.timeout
-    for name, settings in databases_from_env(dotenv=find_dotenv()).items():
+    for name, settings in _configured(find_dotenv()).items():
         error = _wait_for(settings, deadline, progress)
         progress.clear()
         if error is not None:
@@ -317,7 +325,7 @@ def _of_this_process() -> dict[str, Any]:
     """What a pool says after one connection: where no application runs, that is all there is."""
     small = {
         name: replace(settings, min_size=0, max_size=1, leak_after=0)
-        for name, settings in databases_from_env(dotenv=find_dotenv()).items()
+        for name, settings in _configured(find_dotenv()).items()
     }
     with Databases(small) as databases:
         for pool in databases.values():

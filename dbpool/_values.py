@@ -1,15 +1,14 @@
-"""Where the values of settings come from and how they are read: layers, secrets, durations."""
+"""How the values of settings are looked up and parsed: layers, secret files, durations."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from dbpool._secrets import Secret, conceal
+from dbpool._secrets import Secret
 from dbpool.errors import ConfigError
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
@@ -20,39 +19,6 @@ _LIKE_A_NUMBER: Final = re.compile(
     r"[+-]?\d{0,6}[.,]?\d{0,6} *(?:[num]?s|secs?|seconds?|m|mins?|minutes?|h|hours?|d|days?|%)?"
 )
 _LIKE_A_PATH: Final = re.compile(r"(?:~|\.\.?)(?:/[\w. -]{1,64})+/?|(?:/[\w. -]{1,64}){2,}/?")
-
-
-def read_layers(
-    environ: Mapping[str, str] | None, dotenv: str | os.PathLike[str] | None
-) -> list[Mapping[str, Any]]:
-    """Return where to look, first things first: the environment, then the `.env` if given.
-
-    Both are concealed.
-    """
-    layers = [conceal(os.environ if environ is None else environ)]
-    if dotenv is not None:
-        layers.append(conceal({k: v for k, v in _dotenv(dotenv).items() if v is not None}))
-    return layers
-
-
-def _dotenv(path: str | os.PathLike[str]) -> dict[str, str | None]:
-    from dotenv import dotenv_values
-
-    try:
-        return dotenv_values(path)
-    except (OSError, UnicodeDecodeError) as ex:
-        reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
-    raise ConfigError(f"cannot read {shown_path(os.fspath(path))}: {reason}")
-
-
-def find_dotenv() -> str | None:
-    """Return the path of the `.env` in the working directory or above, None without one."""
-    from dotenv import find_dotenv
-
-    try:
-        return find_dotenv(usecwd=True) or None
-    except OSError:  # the working directory is gone
-        return None
 
 
 def find(layers: list[Mapping[str, Any]], *names: str) -> Any:

@@ -1,17 +1,22 @@
-"""What an application is set to beside its pools: readiness, views, shared statistics."""
+"""What an application is set to beside its pools: its `.env`, readiness, views, statistics."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from dbpool._dotenv import SKIPPED, Source, distrust, parse, read_dotenv, read_layers
 from dbpool._secrets import conceal, conceals_fields
-from dbpool._values import find, flag, read_layers, secret, secret_of, words
+from dbpool._values import find, flag, secret, secret_of, words
 from dbpool.errors import ConfigError
 
-__all__ = ["AppSettings"]
+__all__ = ["AppSettings", "find_dotenv"]
+
+logger = logging.getLogger("dbpool")
 
 
 @conceals_fields
@@ -33,7 +38,7 @@ class AppSettings:
     def from_env(
         cls,
         environ: Mapping[str, str] | None = None,
-        dotenv: str | os.PathLike[str] | None = None,
+        dotenv: Source = None,
     ) -> AppSettings:
         """Read them from the environment and, if given, a `.env`."""
         environ = conceal(environ)
@@ -44,7 +49,7 @@ class AppSettings:
         cls,
         config: Mapping[str, Any],
         environ: Mapping[str, str] | None = None,
-        dotenv: str | os.PathLike[str] | None = None,
+        dotenv: Source = None,
     ) -> AppSettings:
         """Read them from an application's configuration, else from the environment."""
         config, environ = conceal(config), conceal(environ)
@@ -58,3 +63,38 @@ class AppSettings:
             stats_dir=find(layers, "DBPOOL_STATS_DIR"),
             error_handlers=flag(find(layers, "DBPOOL_ERROR_HANDLERS"), "DBPOOL_ERROR_HANDLERS"),
         )
+
+
+def find_dotenv(config: Mapping[str, Any] | None = None) -> Mapping[str, str]:
+    """Read the `.env` in the working directory, else the nearest one above it.
+
+    `DBPOOL_DOTENV`, in *config* or in the environment, names another file, or is `off`. A file
+    that somebody else could have written is skipped with a warning, unless it was named.
+    """
+    named = (config or {}).get("DBPOOL_DOTENV") or os.environ.get("DBPOOL_DOTENV")
+    if named:
+        return read_dotenv(named)
+    passed: list[Path] = []
+    try:
+        here = Path.cwd()
+    except OSError:  # the working directory is gone
+        return {}
+    for directory in (here, *here.parents):
+        passed.append(directory)
+        path = directory / ".env"
+        if os.path.isfile(path):  # noqa: PTH113  # unlike Path.is_file it never raises
+            return _read_if_trusted(path, passed)
+    return {}
+
+
+def _read_if_trusted(path: Path, passed: list[Path]) -> Mapping[str, str]:
+    try:
+        # Not to hang if somebody puts a pipe in its place.
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+            if not (reason := distrust(file, passed)):
+                return parse(file)
+    except OSError as ex:
+        reason = f"it cannot be read ({ex.strerror})"
+    skipped = f"{path} is not read, since {reason}"
+    logger.warning("%s", skipped)
+    return {SKIPPED: skipped}

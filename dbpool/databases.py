@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
+from dbpool._dotenv import Source, read_layers
 from dbpool._secrets import Concealed, conceal
-from dbpool._values import did_you_mean, find, read_layers, shown_name
+from dbpool._values import did_you_mean, find, shown_name
 from dbpool.errors import ConfigError
 from dbpool.pool import Pool
 from dbpool.settings import (
@@ -48,7 +48,7 @@ class Databases(Mapping[str, Pool[Any]]):
     def from_env(
         cls,
         environ: Mapping[str, str] | None = None,
-        dotenv: str | os.PathLike[str] | None = None,
+        dotenv: Source = None,
         listeners: Iterable[Any] = (),
         **options: Any,
     ) -> Self:
@@ -106,7 +106,7 @@ class Databases(Mapping[str, Pool[Any]]):
 
 
 def databases_from_env(
-    environ: Mapping[str, str] | None = None, dotenv: str | os.PathLike[str] | None = None
+    environ: Mapping[str, str] | None = None, dotenv: Source = None
 ) -> dict[str, Settings]:
     """Return the settings of the default database and of `DBPOOL_DATABASES`, in order."""
     environ = conceal(environ)
@@ -119,7 +119,7 @@ def databases_from_env(
 def settings_from_config(
     config: Mapping[str, Any],
     environ: Mapping[str, str] | None = None,
-    dotenv: str | os.PathLike[str] | None = None,
+    dotenv: Source = None,
 ) -> dict[str, Settings]:
     """Return the settings of all databases from an application's configuration.
 

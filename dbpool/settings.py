@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from dbpool import _conninfo
+from dbpool._dotenv import SKIPPED, Source, read_layers
 from dbpool._secrets import MASK, Concealed, conceal, conceal_params, conceals_fields, plain
 from dbpool._values import (
     did_you_mean,
@@ -17,7 +18,6 @@ from dbpool._values import (
     flag,
     nearest,
     number,
-    read_layers,
     secret,
     secret_of,
     shown_path,
@@ -41,6 +41,8 @@ SERVER_SIDE: Final = {
     "lock_timeout": "lock_timeout",
     "idle_in_transaction_timeout": "idle_in_transaction_session_timeout",
 }
+# libpq's variables that say which database is meant.
+_NAMES_A_DATABASE: Final = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE")
 # Fields without a variable: nobody was seen to need one.
 _UNNAMED: Final = frozenset(
     {"name", "conninfo", "conninfo_file", "password_file", "explicit"}
@@ -210,7 +212,7 @@ class Settings:
         cls,
         name: str = "default",
         environ: Mapping[str, str] | None = None,
-        dotenv: str | os.PathLike[str] | None = None,
+        dotenv: Source = None,
         **overrides: Any,
     ) -> Settings:
         """Read the settings of the database called *name*; keywords win.
@@ -224,7 +226,7 @@ class Settings:
 
 
 def unknown_variables(
-    environ: Mapping[str, str] | None = None, dotenv: str | os.PathLike[str] | None = None
+    environ: Mapping[str, str] | None = None, dotenv: Source = None
 ) -> list[tuple[str, str | None]]:
     """Return the `DBPOOL_` variables that mean nothing, each with the nearest that does."""
     environ = conceal(environ)
@@ -246,6 +248,7 @@ COMMON: Final = frozenset(variable(name) for name in _FIELDS) | {
     "DBPOOL_TOKEN",
     "DBPOOL_TOKEN_FILE",
     "DBPOOL_DETAILS",
+    "DBPOOL_DOTENV",
     "DBPOOL_STATS_DIR",
     "DBPOOL_ERROR_HANDLERS",
 }
@@ -270,7 +273,20 @@ def build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, An
     values = {key: value for key, value in found.items() if value is not None} | given
     if name != "default" and not (values.get("conninfo") or values.get("conninfo_file")):
         raise ConfigError(f"database {name!r} needs {url} or {url}_FILE")
+    if not (values.get("conninfo") or values.get("conninfo_file")):
+        _check_that_nothing_was_meant(layers)
     return Settings(name=name, explicit=frozenset(values), **values)
+
+
+def _check_that_nothing_was_meant(layers: list[Mapping[str, Any]]) -> None:
+    """Raise `ConfigError` if libpq's defaults would be used in place of what the user meant."""
+    if find([*layers, os.environ], *_NAMES_A_DATABASE):
+        return
+    if skipped := find(layers, SKIPPED):
+        raise ConfigError(
+            f"DATABASE_URL is not set, and {skipped}; if you trust that file, name it in"
+            " DBPOOL_DOTENV"
+        )
 
 
 def names_in(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "dbpool"
 
 FLOORS = {
     0: ["_secrets", "errors", "liveness", "events", "metrics"],
-    1: ["_values", "_conninfo", "settings", "retry", "breaker", "holders"],
+    1: ["_values", "_dotenv", "_conninfo", "settings", "retry", "breaker", "holders"],
     2: [
         "_options",
         "_fork",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def dotenv() -> Path | None:
-    """Return the `.env` of this checkout: one further up may name a database of others."""
+    """Return the `.env` of this checkout, or the one that DBPOOL_DOTENV names instead.
+
+    One further up may name a database of others.
+    """
+    if named := os.environ.get("DBPOOL_DOTENV"):
+        return None if named == "off" else Path(named)
     path = ROOT / ".env"
     return path if path.is_file() else None
 
@@ -33,6 +39,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
 
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = 256 * 1024  # the longest note, with every character escaped
+    app.config["DBPOOL_DOTENV"] = dotenv() or "off"  # the extension would look further up
     app.config.update(config or {})
     notes.db.init_app(app)
     errors.init_app(app)

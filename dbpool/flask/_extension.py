@@ -20,8 +20,7 @@ from flask import (
 
 from dbpool import holders
 from dbpool._options import Options
-from dbpool._values import find_dotenv
-from dbpool.app_settings import AppSettings
+from dbpool.app_settings import AppSettings, find_dotenv
 from dbpool.databases import Databases, settings_from_config
 from dbpool.flask._errors import register_error_handlers
 from dbpool.health import Health
@@ -65,13 +64,14 @@ class DBPool:
     def init_app(self, app: Flask) -> None:
         """Give *app* its pools, set by `app.config["DBPOOL_…"]`, else by the environment.
 
-        A `.env` in the working directory or above is read too, not under `TESTING`. Nothing
-        connects: the pools open on first use. Raises `ConfigError` for wrong settings,
-        `RuntimeError` when the application has its pools already.
+        The `.env` that `DBPOOL_DOTENV` names, else the nearest one in the working directory or
+        above, is read too, not under `TESTING`. Nothing connects: the pools open on first use.
+        Raises `ConfigError` for wrong settings, `RuntimeError` when the application has its
+        pools already.
         """
         if KEY in app.extensions:
             raise RuntimeError("dbpool is initialised on this application already")
-        dotenv = None if app.testing else find_dotenv()
+        dotenv = {} if app.testing else find_dotenv(app.config)
         settings = AppSettings.from_config(app.config, dotenv=dotenv)
         databases = Databases(
             settings_from_config(app.config, dotenv=dotenv), self._listeners, **self._options

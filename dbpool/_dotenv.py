@@ -1,0 +1,139 @@
+"""Where settings come from: the environment, and a `.env` if nobody else could have written it."""
+
+from __future__ import annotations
+
+import grp
+import io
+import logging
+import os
+import re
+import stat
+from collections import ChainMap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from dbpool._secrets import conceal
+from dbpool._values import shown_path
+from dbpool.errors import ConfigError
+
+logger = logging.getLogger("dbpool")
+
+_REFERENCE: Final = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}", re.ASCII)
+_SINGLE_QUOTED: Final = re.compile(r"[^=]*=\s*'")
+# The other lines are for other programs; what is wrong with them does not concern us.
+_OURS: Final = re.compile(r"\s*(export\s+)?(DATABASE_URL|DBPOOL_|PG)")
+
+
+# Not the name of a variable: under it stands which file was not read, and why.
+SKIPPED: Final = "(skipped)"
+# A path, or the variables that were read already; None stands for no file.
+Source = str | os.PathLike[str] | Mapping[str, str] | None
+
+
+def read_layers(environ: Mapping[str, str] | None, dotenv: Source) -> list[Mapping[str, Any]]:
+    """Return where to look, first things first: the environment, then the `.env` if any.
+
+    `DBPOOL_DOTENV` counts where *dotenv* is None. Both are concealed.
+    """
+    outer = conceal(os.environ if environ is None else environ)
+    if dotenv is None:
+        dotenv = outer.get("DBPOOL_DOTENV") or {}
+    return [outer, conceal(dotenv if isinstance(dotenv, Mapping) else read_dotenv(dotenv, outer))]
+
+
+def read_dotenv(
+    path: str | os.PathLike[str], environ: Mapping[str, str] | None = None
+) -> Mapping[str, str]:
+    """Read a `.env` that the user named; warn if somebody else could have written it.
+
+    Raises `ConfigError` if it is missing, is not UTF-8, or refers to a variable that is not set.
+    """
+    if path == "off":
+        return {}
+    try:
+        with Path(path).open("rb") as file:
+            if reason := distrust(file, [Path(path).absolute().parent]):
+                logger.warning("%s is read although %s", os.fspath(path), reason)
+            return parse(file, environ)
+    except OSError as ex:
+        problem = ex.strerror
+    raise ConfigError(f"cannot read {shown_path(path)}: {problem}")
+
+
+def distrust(file: BinaryIO, passed: list[Path]) -> str:
+    """Say how somebody else could have written or placed an open file; "" if nobody could."""
+    found = {"it": os.fstat(file.fileno())}
+    for directory in (*passed, Path(os.path.realpath(file.name)).parent):
+        found[str(directory)] = directory.stat()
+    return next(filter(None, map(_writer, found.keys(), found.values())), "")
+
+
+def _writer(name: str, found: os.stat_result) -> str:
+    if found.st_uid not in (0, os.geteuid()):
+        return f"{name} belongs to another user (uid {found.st_uid})"
+    if found.st_mode & stat.S_IWOTH:  # if sticky too: anybody can be the first to put it there
+        return f"everybody can write to {name}"
+    if found.st_mode & stat.S_IWGRP and not _is_own_group(found.st_gid):
+        return f"another group (gid {found.st_gid}) can write to {name}"
+    return ""
+
+
+def _is_own_group(gid: int) -> bool:
+    if gid in (0, os.getegid()):
+        return True
+    try:
+        grp.getgrgid(gid)
+    except KeyError:  # a group without a name, given to this process alone: Kubernetes' fsGroup
+        return gid in os.getgroups()
+    return False
+
+
+def parse(file: BinaryIO, environ: Mapping[str, str] | None = None) -> Mapping[str, str]:
+    """Return the variables of an open `.env`. Raises `ConfigError` as `read_dotenv` does."""
+    found: dict[str, str] = {}
+    # Raised out here, where no local variable holds what the file says.
+    if problem := _fill(found, file.read(), os.environ if environ is None else environ):
+        found.clear()
+        raise ConfigError(f"cannot read {file.name}: {problem}")
+    logger.info("settings are read from %s", file.name)
+    return conceal(found)  # type: ignore[no-any-return]
+
+
+def _fill(found: dict[str, str], content: bytes, environ: Mapping[str, str]) -> str:
+    """Put the variables of a `.env` into *found*; return what is wrong with it, "" if nothing."""
+    from dotenv.parser import parse_stream
+
+    try:
+        text = content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        return "it is not UTF-8"
+    if "\0" in text:  # as UTF-16 without a mark has
+        return "it is not UTF-8"
+    known = ChainMap({**environ}, found)
+    for key, value, original, is_broken in parse_stream(io.StringIO(text)):
+        is_ours = _OURS.match(original.string) is not None
+        if is_broken and is_ours:
+            return f"line {original.line} cannot be parsed"
+        if key is None or value is None:
+            continue
+        is_literal = _SINGLE_QUOTED.match(original.string) is not None
+        expanded, missing = (value, None) if is_literal else _expand(value, known)
+        if missing is None:
+            found[key] = expanded
+        elif is_ours and not environ.get(key):
+            return f"{key} uses ${{{missing}}}, which is not set"
+    return ""
+
+
+def _expand(text: str, variables: Mapping[str, str]) -> tuple[str, str | None]:
+    """Replace each `${X}` and `${X:-default}`; return also the first X that is not set."""
+    missing: list[str] = []
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        if name not in variables and default is None:
+            missing.append(name)
+        return variables.get(name) or default or ""
+
+    return _REFERENCE.sub(value, text), next(iter(missing), None)

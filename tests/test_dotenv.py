@@ -1,0 +1,432 @@
+"""The `.env`: one that somebody else could have written is not read, and what a file may say."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from dbpool import ConfigError, Settings
+from dbpool.flask import DBPool
+from webapp import create_app
+
+ROOT = Path(__file__).parent.parent
+STRANGER = 54321  # a user and a group that nobody here is
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+@pytest.fixture
+def above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory; the working directory lies two levels below it."""
+    below = tmp_path / "project" / "src"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    tmp_path.chmod(0o755)
+    return tmp_path
+
+
+def write(directory: Path, text: str = "DATABASE_URL=host=of-the-file\n") -> Path:
+    file = directory / ".env"
+    file.write_text(text)
+    file.chmod(0o644)
+    return file
+
+
+def chosen(**config: Any) -> str:
+    """The connection string that a Flask application ends up with."""
+    app, db = Flask("app"), DBPool()
+    app.config.update(config)
+    db.init_app(app)
+    with app.app_context():
+        return db.pool.settings.resolve()
+
+
+# Whose it is
+
+
+def given_away(above: Path) -> str:
+    os.chown(write(above), STRANGER, -1)
+    return f"it belongs to another user (uid {STRANGER})"
+
+
+def in_a_strangers_directory(above: Path) -> str:
+    write(above)
+    os.chown(above, STRANGER, -1)
+    return f"{above} belongs to another user (uid {STRANGER})"
+
+
+def below_a_strangers_directory(above: Path) -> str:
+    write(above)
+    os.chown(above / "project", STRANGER, -1)
+    return f"{above / 'project'} belongs to another user (uid {STRANGER})"
+
+
+def linked_from_a_strangers_directory(above: Path) -> str:
+    write(above / "project").rename(above / "mine")
+    (above / ".env").symlink_to("mine")
+    os.chown(above, STRANGER, -1)
+    return f"{above} belongs to another user"
+
+
+def linked_into_a_strangers_directory(above: Path) -> str:
+    other = above / "other"
+    other.mkdir()
+    write(other)
+    (above / ".env").symlink_to(other / ".env")
+    os.chown(other, STRANGER, -1)
+    return f"{other} belongs to another user"
+
+
+def of_another_group(above: Path) -> str:
+    file = write(above)
+    os.chown(file, -1, STRANGER)
+    file.chmod(0o664)
+    return f"another group (gid {STRANGER}) can write to it"
+
+
+def in_another_groups_directory(above: Path) -> str:
+    write(above)
+    os.chown(above, -1, STRANGER)
+    above.chmod(0o2775)
+    return f"another group (gid {STRANGER}) can write to {above}"
+
+
+def open_to_everybody(above: Path) -> str:
+    write(above).chmod(0o666)
+    return "everybody can write to it"
+
+
+def in_an_open_directory(above: Path) -> str:
+    write(above)
+    above.chmod(0o777)
+    return f"everybody can write to {above}"
+
+
+def in_a_sticky_directory(above: Path) -> str:
+    write(above)
+    above.chmod(0o1777)
+    return f"everybody can write to {above}"
+
+
+def below_an_open_directory(above: Path) -> str:
+    write(above)
+    (above / "project").chmod(0o777)
+    return f"everybody can write to {above / 'project'}"
+
+
+Scene = Callable[[Path], str]
+FOREIGN = [
+    *(
+        pytest.param(scene, marks=as_root)
+        for scene in (
+            given_away,
+            in_a_strangers_directory,
+            below_a_strangers_directory,
+            linked_from_a_strangers_directory,
+            linked_into_a_strangers_directory,
+            of_another_group,
+            in_another_groups_directory,
+        )
+    ),
+    open_to_everybody,
+    in_an_open_directory,
+    in_a_sticky_directory,
+    below_an_open_directory,
+]
+
+
+@pytest.mark.parametrize("scene", FOREIGN)
+def test_a_file_that_others_could_have_written_is_skipped_with_one_warning(
+    above: Path, scene: Scene, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = scene(above)
+    monkeypatch.setenv("DATABASE_URL", "host=of-the-environment")
+    caplog.set_level(logging.INFO, logger="dbpool")
+    assert chosen() == "host=of-the-environment"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert str(above / ".env") in record.getMessage()
+    assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize("scene", FOREIGN)
+@pytest.mark.parametrize("environ", [{}, {"PGPASSWORD": "hunter2", "PGUSER": "u"}])
+def test_if_nothing_else_names_a_database_that_is_an_error(
+    above: Path, scene: Scene, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = scene(above)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="DATABASE_URL is not set") as caught:
+        chosen()
+    assert str(above / ".env") in str(caught.value)
+    assert reason in str(caught.value)
+    assert "DBPOOL_DOTENV" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE"])
+def test_libpqs_own_variables_name_a_database_too(
+    above: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_to_everybody(above)
+    monkeypatch.setenv(name, "5432")
+    assert chosen() == ""
+
+
+@pytest.mark.parametrize("scene", FOREIGN)
+def test_the_nearest_file_ends_the_search(
+    above: Path, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One further up is of another project, however well it is kept."""
+    here = above / "a" / "b"
+    (here / "project" / "src").mkdir(parents=True)
+    write(above)
+    monkeypatch.chdir(here / "project" / "src")
+    here.chmod(0o755)
+    scene(here)
+    with pytest.raises(ConfigError, match="DATABASE_URL is not set"):
+        chosen()
+
+
+def plain(above: Path) -> None:
+    write(above)
+
+
+def private(above: Path) -> None:
+    write(above).chmod(0o600)
+
+
+def with_umask_002(above: Path) -> None:
+    write(above).chmod(0o664)
+    above.chmod(0o775)
+
+
+def linked(above: Path) -> None:
+    """As Kubernetes mounts a secret."""
+    (above / "..data").mkdir()
+    (above / ".env").symlink_to(write(above / "..data"))
+
+
+@pytest.mark.parametrize("scene", [plain, private, with_umask_002, linked])
+def test_ones_own_file_is_read_and_named(
+    above: Path, scene: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    scene(above)
+    caplog.set_level(logging.INFO, logger="dbpool")
+    assert chosen() == "host=of-the-file"
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert str(above / ".env") in record.getMessage()
+
+
+AS_A_USER = """
+import os, sys
+import dbpool.flask, dotenv.parser, flask
+app = flask.Flask("root")
+app.testing = True
+dbpool.flask.DBPool(app)  # what it imports may be out of the reach of the user
+os.setgroups([int(group) for group in sys.argv[1:]])
+os.setgid(1234)
+os.setuid(1234)
+app = flask.Flask("app")
+db = dbpool.flask.DBPool(app)
+with app.app_context():
+    print(db.pool.settings.resolve())
+"""
+
+
+@pytest.fixture
+def below_root(tmp_path: Path) -> Iterator[Path]:
+    """A directory that a user other than root can reach."""
+    reached = [tmp_path, *tmp_path.parents[:2]]
+    modes = [(path, path.stat().st_mode) for path in reached]
+    for path in reached:
+        path.chmod(0o755)
+    yield tmp_path
+    for path, mode in modes:
+        path.chmod(mode)
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "groups", "is_read"),
+    [
+        (0, 0, 0o644, [], True),  # baked into an image, or mounted
+        (0, 0, 0o664, [], True),
+        (STRANGER, 7, 0o644, [], False),
+        (1234, 1234, 0o664, [], True),  # umask 002
+        (0, 4321, 0o664, [4321], True),  # Kubernetes' fsGroup: a group that has no name
+        (0, 4321, 0o664, [], False),
+        (0, 100, 0o664, [100], False),  # "users": all are in it
+    ],
+)
+def test_as_an_ordinary_user(
+    below_root: Path, owner: int, group: int, mode: int, groups: list[int], is_read: bool
+) -> None:
+    file = write(below_root)
+    os.chown(file, owner, group)
+    file.chmod(mode)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_A_USER, *map(str, groups)],
+        cwd=below_root,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ("of-the-file" in done.stdout) is is_read, done.stderr
+    assert ("ConfigError" in done.stderr) is not is_read
+
+
+# Named on purpose
+
+
+@pytest.mark.parametrize("scene", FOREIGN)
+def test_a_named_file_is_read_whoever_wrote_it(
+    above: Path, scene: Scene, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene(above)
+    path = above / ".env"
+    monkeypatch.setenv("DBPOOL_DOTENV", str(path))
+    assert chosen() == "host=of-the-file"
+    assert Settings.from_env().resolve() == "host=of-the-file"
+    monkeypatch.delenv("DBPOOL_DOTENV")
+    assert chosen(DBPOOL_DOTENV=path) == "host=of-the-file"
+    assert Settings.from_env(dotenv=path).resolve() == "host=of-the-file"
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    # What lies between the file and the working directory is of no interest then.
+    assert len(warned) in (0, 4)
+    assert all(str(path) in text for text in warned)
+
+
+def test_a_named_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path, "/dev/null/none"):
+        with pytest.raises(ConfigError, match="cannot read") as caught:
+            Settings.from_env(environ={}, dotenv=path)
+        assert str(path) in str(caught.value)
+        with pytest.raises(ConfigError, match="cannot read"):
+            chosen(DBPOOL_DOTENV=path)
+
+
+def test_off_reads_none(above: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(above)
+    assert chosen(DBPOOL_DOTENV="off") == ""
+    monkeypatch.setenv("DBPOOL_DOTENV", "off")
+    assert chosen() == ""
+    assert Settings.from_env().resolve() == ""
+
+
+def test_the_sample_application_looks_in_its_own_checkout_only(
+    above: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(above)
+    monkeypatch.setattr("webapp.ROOT", above / "project")
+
+    def conninfo() -> str:
+        return str(create_app().extensions["dbpool"].databases.default.settings.resolve())
+
+    assert conninfo() == ""
+    write(above / "project", "DATABASE_URL=host=of-the-checkout\n")
+    assert conninfo() == "host=of-the-checkout"
+    monkeypatch.setenv("DBPOOL_DOTENV", str(above / ".env"))
+    assert conninfo() == "host=of-the-file"
+
+
+def dbpool(cwd: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dbpool", *arguments],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environ},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", ["check", "wait --timeout 100ms", "stats --scope process"])
+def test_the_command_line_sends_nothing_to_a_strangers_server(above: Path, command: str) -> None:
+    reason = open_to_everybody(above)
+    here = Path.cwd()
+    refused = dbpool(here, *command.split(), PGPASSWORD="hunter2")
+    assert refused.returncode == 1
+    assert len(refused.stderr.splitlines()) == 1
+    assert reason in refused.stderr
+    skipped = dbpool(here, *command.split(), PGHOST="127.0.0.1", DBPOOL_OUTAGE_GRACE="0")
+    assert skipped.returncode == 1
+    assert skipped.stderr.startswith(f"dbpool: warning: {above / '.env'} is not read")
+    assert "of-the-file" not in skipped.stdout + skipped.stderr
+
+
+# What it says
+
+
+def test_the_environment_may_be_used_and_wins(tmp_path: Path) -> None:
+    file = write(tmp_path, "NAME=d\nDATABASE_URL=host=h dbname=${NAME} user=${WHO:-nobody}\n")
+    assert Settings.from_env(environ={}, dotenv=file).resolve() == "host=h dbname=d user=nobody"
+    environ = {"WHO": "me", "NAME": "e"}
+    assert Settings.from_env(environ=environ, dotenv=file).resolve() == "host=h dbname=e user=me"
+
+
+@pytest.mark.parametrize("text", ["${MISSING}", '"${MISSING}"', "a${MISSING}b", "${USED}"])
+def test_a_reference_to_what_is_not_set_is_an_error_that_names_it(
+    tmp_path: Path, text: str
+) -> None:
+    file = write(tmp_path, f"USED=${{MISSING}}\nDBPOOL_APPLICATION_NAME={text}\n")
+    with pytest.raises(ConfigError, match=r"DBPOOL_APPLICATION_NAME uses \$\{(MISSING|USED)\}"):
+        Settings.from_env(environ={}, dotenv=file)
+    # What counts is set elsewhere.
+    environ = {"DBPOOL_APPLICATION_NAME": "shop"}
+    assert Settings.from_env(environ=environ, dotenv=file).application_name == "shop"
+
+
+def test_lines_for_other_programs_may_be_anything(tmp_path: Path) -> None:
+    file = write(tmp_path, "PS1=${debian_chroot}\nif true\n= =\nA='\nDBPOOL_MAX_SIZE=3\n")
+    assert Settings.from_env(environ={}, dotenv=file).max_size == 3
+
+
+@pytest.mark.parametrize("line", ["DATABASE_URL='host=h", 'export PGHOST="h', "DBPOOL_X 3 = 4"])
+def test_a_line_of_ours_that_cannot_be_parsed_is_an_error(tmp_path: Path, line: str) -> None:
+    file = write(tmp_path, f"A=1\n{line}\n")
+    with pytest.raises(ConfigError, match=r"\.env: line 2 cannot be parsed"):
+        Settings.from_env(environ={}, dotenv=file)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("'${X}'", "${X}"),
+        ("'a ${X:-b} $X'", "a ${X:-b} $X"),
+        ('"${X}"', "x"),
+        ("${X}", "x"),
+        ("$X", "$X"),
+        ("${1}", "${1}"),
+        ("${}", "${}"),
+    ],
+)
+def test_what_is_expanded(tmp_path: Path, value: str, name: str) -> None:
+    for line in (f"DBPOOL_APPLICATION_NAME={value}", f"export DBPOOL_APPLICATION_NAME = {value}"):
+        file = write(tmp_path, line)
+        assert Settings.from_env(environ={"X": "x"}, dotenv=file).application_name == name
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_another_encoding_is_told(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / ".env"
+    file.write_bytes("DATABASE_URL=host=é\n".encode(encoding))
+    with pytest.raises(ConfigError, match="it is not UTF-8"):
+        Settings.from_env(environ={}, dotenv=file)
+
+
+def test_utf_8_may_have_its_mark(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_bytes("DATABASE_URL=host=é\n".encode("utf-8-sig"))
+    assert Settings.from_env(environ={}, dotenv=file).resolve() == "host=é"
