@@ -1,11 +1,11 @@
 """The merged statistics for Prometheus, named after OpenTelemetry's `db.client.connection.*`.
 
-What is not among those begins with `dbpool_`. Needs the extra `prometheus`.
+What is not among those begins with `dbpool_`. Needs the package prometheus-client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, Final
 
@@ -23,7 +23,9 @@ try:
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.registry import Collector
 except ImportError as ex:  # pragma: no cover - tried in an environment without it
-    raise ConfigError("metrics need prometheus_client: install psycopg-dbpool[prometheus]") from ex
+    raise ConfigError(
+        "prometheus_client is missing: metrics need the package prometheus-client"
+    ) from ex
 
 __all__ = ["PoolCollector", "expose"]
 
@@ -56,73 +58,94 @@ _TOTALS: Final = {
 
 
 class PoolCollector(Collector):
-    """A collector over one report of `dbpool.processes.Processes`."""
+    """A collector for a registry of your own.
 
-    def __init__(self, report: Mapping[str, Any]) -> None:
-        self._pools = {text(n): Snapshot.from_json(each) for n, each in report["pools"].items()}
-        self._processes: list[dict[str, Any]] = report["processes"]
+    *report* is called at each scrape: `app.extensions["dbpool"].processes.report`, say. What it
+    raises fails the scrape.
+    """
+
+    def __init__(self, report: Callable[[], Mapping[str, Any]]) -> None:
+        if not callable(report):
+            raise TypeError(f"report must be callable, not {type(report).__name__}")
+        self._report = report
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metric families; all times are in seconds."""
-        yield self._count()
-        for name, (field, about) in _SIZES.items():
-            gauge = GaugeMetricFamily(name, about, labels=[_POOL])
-            for pool, snapshot in self._pools.items():
-                gauge.add_metric([pool], getattr(snapshot, field))
-            yield gauge
-        for name, (field, about) in _TOTALS.items():
-            counter = CounterMetricFamily(name, about, labels=[_POOL])
-            for pool, snapshot in self._pools.items():
-                counter.add_metric([pool], getattr(snapshot.counters, field))
-            yield counter
-        for name, (field, about) in _TIMES.items():
-            histogram = HistogramMetricFamily(
-                f"db_client_connection_{name}_seconds", about, labels=[_POOL]
-            )
-            for pool, snapshot in self._pools.items():
-                times: HistogramSnapshot = getattr(snapshot, field)
-                histogram.add_metric([pool], buckets=_buckets(times), sum_value=times.sum)
-            yield histogram
-        yield self._discarded()
-        yield self._breaker()
-        yield self._ages()
+        report = self._report()
+        pools = {text(name): Snapshot.from_json(each) for name, each in report["pools"].items()}
+        return _families(pools, report["processes"])
 
-    def _count(self) -> Metric:
-        # OpenTelemetry's `count`; Prometheus keeps that suffix for histograms.
-        gauge = GaugeMetricFamily(
-            "db_client_connections", "Connections by state", labels=[_POOL, "state"]
-        )
-        for pool, snapshot in self._pools.items():
-            gauge.add_metric([pool, "idle"], snapshot.idle)
-            gauge.add_metric([pool, "used"], snapshot.active)
-        return gauge
+    def describe(self) -> Iterator[Metric]:
+        """Yield the families without values, so that registering asks for no report."""
+        return _families({}, [])
 
-    def _discarded(self) -> Metric:
-        counter = CounterMetricFamily(
-            "dbpool_discarded", "Connections given up", labels=[_POOL, "reason"]
-        )
-        for pool, snapshot in self._pools.items():
-            for reason in REASONS:
-                counter.add_metric([pool, reason], snapshot.counters.discarded[reason])
-        return counter
 
-    def _breaker(self) -> Metric:
-        gauge = GaugeMetricFamily(
-            "dbpool_breaker_open",
-            "Whether callers are refused because the database is unavailable",
-            labels=[_POOL],
+def _families(
+    pools: Mapping[str, Snapshot], processes: Iterable[Mapping[str, Any]]
+) -> Iterator[Metric]:
+    yield _count(pools)
+    for name, (field, about) in _SIZES.items():
+        gauge = GaugeMetricFamily(name, about, labels=[_POOL])
+        for pool, snapshot in pools.items():
+            gauge.add_metric([pool], getattr(snapshot, field))
+        yield gauge
+    for name, (field, about) in _TOTALS.items():
+        counter = CounterMetricFamily(name, about, labels=[_POOL])
+        for pool, snapshot in pools.items():
+            counter.add_metric([pool], getattr(snapshot.counters, field))
+        yield counter
+    for name, (field, about) in _TIMES.items():
+        histogram = HistogramMetricFamily(
+            f"db_client_connection_{name}_seconds", about, labels=[_POOL]
         )
-        for pool, snapshot in self._pools.items():
-            gauge.add_metric([pool], int(snapshot.breaker.state != "closed"))
-        return gauge
+        for pool, snapshot in pools.items():
+            times: HistogramSnapshot = getattr(snapshot, field)
+            histogram.add_metric([pool], buckets=_buckets(times), sum_value=times.sum)
+        yield histogram
+    yield _discarded(pools)
+    yield _breaker(pools)
+    yield _ages(processes)
 
-    def _ages(self) -> Metric:
-        gauge = GaugeMetricFamily(
-            "dbpool_process_age_seconds", "Age of a process's part in this", labels=["pid"]
-        )
-        for process in self._processes:
-            gauge.add_metric([str(process["pid"])], process["age"])
-        return gauge
+
+def _count(pools: Mapping[str, Snapshot]) -> Metric:
+    # OpenTelemetry's `count`; Prometheus keeps that suffix for histograms.
+    gauge = GaugeMetricFamily(
+        "db_client_connections", "Connections by state", labels=[_POOL, "state"]
+    )
+    for pool, snapshot in pools.items():
+        gauge.add_metric([pool, "idle"], snapshot.idle)
+        gauge.add_metric([pool, "used"], snapshot.active)
+    return gauge
+
+
+def _discarded(pools: Mapping[str, Snapshot]) -> Metric:
+    counter = CounterMetricFamily(
+        "dbpool_discarded", "Connections given up", labels=[_POOL, "reason"]
+    )
+    for pool, snapshot in pools.items():
+        for reason in REASONS:
+            counter.add_metric([pool, reason], snapshot.counters.discarded[reason])
+    return counter
+
+
+def _breaker(pools: Mapping[str, Snapshot]) -> Metric:
+    gauge = GaugeMetricFamily(
+        "dbpool_breaker_open",
+        "Whether callers are refused because the database is unavailable",
+        labels=[_POOL],
+    )
+    for pool, snapshot in pools.items():
+        gauge.add_metric([pool], int(snapshot.breaker.state != "closed"))
+    return gauge
+
+
+def _ages(processes: Iterable[Mapping[str, Any]]) -> Metric:
+    gauge = GaugeMetricFamily(
+        "dbpool_process_age_seconds", "Age of a process's part in this", labels=["pid"]
+    )
+    for process in processes:
+        gauge.add_metric([str(process["pid"])], process["age"])
+    return gauge
 
 
 def _buckets(times: HistogramSnapshot) -> list[tuple[str, float]]:
@@ -134,6 +157,9 @@ def _buckets(times: HistogramSnapshot) -> list[tuple[str, float]]:
 def expose(report: Mapping[str, Any], accept: str = "") -> tuple[bytes, str]:
     """Return a report's exposition and its content type, by the client's `Accept`."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(PoolCollector(report))
-    encode, content_type = choose_encoder(accept)
+    registry.register(PoolCollector(lambda: report))
+    try:
+        encode, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # such as a version that is no number
+        encode, content_type = choose_encoder("")
     return encode(registry), content_type

@@ -9,10 +9,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import hypothesis
 import pytest
+from flask import Flask
 from pytest_postgresql.janitor import DatabaseJanitor
+
+from dbpool.flask import DBPool, create_blueprint
 
 from .postgres import Copies, Server, dismiss_reaper, until
 from .proxy import Proxy
@@ -25,6 +29,8 @@ for _name in [n for n in os.environ if n.startswith(("PG", "DBPOOL_", "DATABASE_
     del os.environ[_name]
 
 hypothesis.settings.register_profile("default", deadline=None)  # machines stall
+
+MakeApp = Callable[..., Flask]
 
 HARD_DEADLINE = 120.0  # seconds; a test that hangs ends the run with every thread's stack
 SLOW_DEADLINE = 900.0
@@ -132,6 +138,28 @@ def proxy(own_server: Server) -> Iterator[Proxy]:
     proxy = Proxy(own_server.port)
     yield proxy
     proxy.close()
+
+
+@pytest.fixture
+def make_app(request: pytest.FixtureRequest) -> MakeApp:
+    """Make applications; their pools are closed after the test."""
+
+    def make(
+        conninfo: str,
+        authorize: Any = None,
+        db: DBPool | None = None,
+        app: Flask | None = None,
+        **config: Any,
+    ) -> Flask:
+        app = app or Flask("app")
+        app.config.update(TESTING=True, DATABASE_URL=conninfo, **config)
+        (db or DBPool()).init_app(app)
+        request.addfinalizer(app.extensions["dbpool"].databases.close)
+        request.addfinalizer(app.extensions["dbpool"].processes.close)
+        app.register_blueprint(create_blueprint(authorize=authorize), url_prefix="/db")
+        return app
+
+    return make
 
 
 @pytest.fixture(autouse=True)

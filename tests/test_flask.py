@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import logging
 import re
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +21,11 @@ from dbpool import CommitUncertain, ConfigError, Pool, PoolError, holders
 from dbpool.events import Connected
 from dbpool.flask import DBPool, create_blueprint
 
+from .conftest import MakeApp
 from .postgres import Server, until
 
 TOKEN = "open sesame"
 NOWHERE = "host=127.0.0.1 port=1 user=u dbname=d"
-
-MakeApp = Callable[..., Flask]
-
-
-@pytest.fixture
-def make_app(request: pytest.FixtureRequest) -> MakeApp:
-    """Make applications; their pools are closed after the test."""
-
-    def make(
-        conninfo: str,
-        authorize: Any = None,
-        db: DBPool | None = None,
-        app: Flask | None = None,
-        **config: Any,
-    ) -> Flask:
-        app = app or Flask("app")
-        app.config.update(TESTING=True, DATABASE_URL=conninfo, **config)
-        (db or DBPool()).init_app(app)
-        request.addfinalizer(app.extensions["dbpool"].databases.close)
-        request.addfinalizer(app.extensions["dbpool"].processes.close)
-        app.register_blueprint(create_blueprint(authorize=authorize), url_prefix="/db")
-        return app
-
-    return make
 
 
 @pytest.fixture
@@ -344,7 +322,7 @@ def test_a_busy_pool_is_a_503(make_app: MakeApp, dsn: str) -> None:
     assert answer.json == {"error": "the service is busy"}
 
 
-def test_an_uncertain_commit_is_a_503_that_asks_for_no_second_try(
+def test_an_uncertain_commit_is_a_500_that_asks_for_no_second_try(
     make_app: MakeApp, dsn: str
 ) -> None:
     app = make_app(dsn, db=DBPool())
@@ -354,7 +332,7 @@ def test_an_uncertain_commit_is_a_503_that_asks_for_no_second_try(
         raise CommitUncertain("who knows")
 
     answer = app.test_client().get("/")
-    assert answer.status_code == 503
+    assert answer.status_code == 500
     assert answer.json == {"error": "the outcome of the request is unknown"}
     assert "Retry-After" not in answer.headers
 
@@ -400,7 +378,7 @@ def test_a_closed_pool_is_a_503(make_app: MakeApp, dsn: str) -> None:
     app.add_url_rule("/", view_func=lambda: db.pool.fetch_value("select 1"))
     app.extensions["dbpool"].databases.close()
     answer = app.test_client().get("/")
-    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert (answer.status_code, answer.headers["Retry-After"] in {"1", "2", "3"}) == (503, True)
 
 
 # The blueprint
@@ -578,7 +556,7 @@ def test_checks_of_the_application_are_part_of_health(make_app: MakeApp, dsn: st
             "status": "down", "databases": {"default": "up"}, "checks": {"redis": "down"}
         }  # fmt: skip
     answer = client.get("/db/health", headers=bearer())
-    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert (answer.status_code, answer.headers["Retry-After"] in {"1", "2", "3"}) == (503, True)
     assert answer.get_json()["checks"]["redis"]["error"] == "ConnectionError"
     assert "hunter2" not in answer.text
 
@@ -599,7 +577,8 @@ def test_metrics_without_the_package_name_the_extra(
     monkeypatch.delitem(sys.modules, "dbpool.prometheus", raising=False)
     answer = client.get("/db/metrics", headers=bearer())
     assert answer.status_code == 501
-    assert "psycopg-dbpool[prometheus]" in answer.get_json()["error"]
+    assert "the package prometheus-client" in answer.get_json()["error"]
+    assert "dbpool" not in answer.get_json()["error"], "a name that is not ours on the public index"
 
 
 def test_a_blueprint_may_be_mounted_twice_or_inside_another(make_app: MakeApp, dsn: str) -> None:
@@ -722,3 +701,53 @@ def test_run_begins_what_is_never_committed_too(dsn: str) -> None:
             pool.run(lambda conn: (conn.execute("insert into t values (2)"), 1 / 0))
         assert pool.fetch_all("select id from t") == [(1,)]
         assert plain.fetch_all("select id from t") == []
+
+
+_STARVED = """
+import os, resource, sys
+from flask import Flask
+from dbpool.flask import DBPool, create_blueprint
+
+app = Flask("app")
+app.config.update(
+    DATABASE_URL="host=127.0.0.1 port=1 user=u dbname=d",
+    DBPOOL_DETAILS="always",
+    DBPOOL_STATS_DIR=sys.argv[1],
+    PROPAGATE_EXCEPTIONS=True,
+    DBPOOL_OUTAGE_GRACE="0s",
+)
+DBPool().init_app(app)
+app.register_blueprint(create_blueprint(), url_prefix="/db")
+client = app.test_client()
+client.get("/nothing")  # it opens files of its own
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+try:
+    while True:
+        os.open("/dev/null", os.O_RDONLY)
+except OSError:
+    pass
+print({path: client.get(path).status_code for path in sys.argv[2:]}, flush=True)
+os._exit(0)
+"""
+
+
+def test_without_a_file_descriptor_left_the_views_still_answer(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    expected = {
+        "/db/": 200,
+        "/db/metrics": 200,
+        "/db/stats": 200,
+        "/db/health/live": 200,
+        "/db/health/ready": 503,
+        "/db/health": 503,
+        "/db/static/live.js": 503,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _STARVED, str(tmp_path), *expected],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert done.stdout == f"{expected}\n", done.stderr

@@ -3,52 +3,86 @@
 from __future__ import annotations
 
 import hmac
+import inspect
+import logging
 from collections.abc import Callable
+from typing import Any
 
 from flask import Response, current_app, jsonify, request
 from werkzeug import Response as AnyResponse
+from werkzeug.exceptions import HTTPException
 
 from dbpool.app_settings import AppSettings
+
+logger = logging.getLogger("dbpool")
 
 Rule = Callable[[], object]
 
 
 def refusal(settings: AppSettings, authorize: Rule | None) -> AnyResponse | None:
-    """Return the answer for who may not see details, None for who may.
+    """Return the response for a client that may not see details, None for one that may.
 
-    The application's own rule decides if there is one, else the token: 401 where one would
-    help, 403 where none is set.
+    *authorize*, the application's own rule, decides if there is one, else the token: 401 where
+    a token would help, 403 where none is set.
     """
     if authorize is not None:
-        return _ruled(authorize)
-    if settings.details == "always" or _has_token(settings.token):
+        return _apply(authorize)
+    if settings.details == "always":
         return None
     if not settings.token:
         return _refused(403, "closed: set DBPOOL_TOKEN, and send it, to see this")
-    answer = _refused(401, "a token is needed")
+    offered = _offered_token()
+    if offered is not None and hmac.compare_digest(
+        offered, settings.token.encode(errors="surrogateescape")
+    ):
+        return None
+    reason = "send the token as a Bearer token, or as the password of HTTP Basic"
+    answer = _refused(401, reason if offered is None else f"wrong token: {reason}")
     answer.headers.add("WWW-Authenticate", 'Basic realm="dbpool", charset="UTF-8"')
     answer.headers.add("WWW-Authenticate", 'Bearer realm="dbpool"')
     return answer
 
 
-def _ruled(authorize: Rule) -> AnyResponse | None:
+def _apply(authorize: Rule) -> AnyResponse | None:
+    """Call the application's rule. Only True opens: a mistake in a rule must not."""
     verdict = current_app.ensure_sync(authorize)()
-    if isinstance(verdict, (AnyResponse, tuple)):  # such as a redirect to a login page
-        return current_app.make_response(verdict)
-    return None if verdict else _refused(403, "forbidden")
+    if verdict is True:
+        return None
+    if verdict is False or verdict is None:
+        return _refused(403, "forbidden")
+    if isinstance(verdict, HTTPException):
+        raise verdict  # the application's error handlers may have an answer for it
+    if isinstance(verdict, (AnyResponse, tuple)) and (answer := _response(verdict)) is not None:
+        return answer
+    if inspect.iscoroutine(verdict):
+        verdict.close()  # else Python warns that it was never awaited
+    logger.error(
+        "authorize returned %s: it must return True, False or None, a response as a view may"
+        " return it, or an HTTPException; nothing is shown",
+        type(verdict).__name__,
+    )
+    return _refused(500, "access could not be decided")
 
 
-def _has_token(token: str | None) -> bool:
-    given = request.authorization
-    if not token or given is None:
-        return False
-    if given.type == "bearer":
-        offered = given.token
-    elif given.type == "basic":
-        offered = given.password
-    else:
-        return False
-    return hmac.compare_digest((offered or "").encode(), token.encode())
+def _response(verdict: Any) -> AnyResponse | None:
+    """Make a response of what a rule returned, such as a redirect; None if it makes none."""
+    try:
+        answer = current_app.make_response(verdict)
+    except Exception:  # noqa: BLE001  # a tuple may hold anything
+        return None
+    return answer if 200 <= answer.status_code <= 599 else None
+
+
+def _offered_token() -> bytes | None:
+    """Return what the client sent as the token; None if there is none, or it cannot be read."""
+    try:
+        given = request.authorization
+        if given is None:
+            return None
+        offered = {"bearer": given.token, "basic": given.password}.get(given.type)
+        return None if offered is None else offered.encode()
+    except Exception:  # noqa: BLE001  # parsers fail in many ways at what a stranger sends
+        return None
 
 
 def _refused(status: int, reason: str) -> Response:

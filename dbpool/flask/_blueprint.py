@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import wraps
 from typing import Any, Final, NoReturn
 
@@ -28,26 +30,40 @@ _HEADERS: Final = {
         " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
 }
+_PAGE: Final = "dbpool/live.html"
+
+
+class _Blueprint(Blueprint):
+    def send_static_file(self, filename: str) -> Response:
+        try:
+            return super().send_static_file(filename)
+        except OSError as ex:
+            if ex.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            _refuse(503, "no file can be opened: too many are open")
 
 
 def create_blueprint(name: str = "dbpool", authorize: Rule | None = None) -> Blueprint:
     """Make the blueprint, to be registered after `DBPool.init_app`.
 
-    *authorize* takes the place of the token: called in the request, it says whether details
-    may be seen, or returns the response for who may not see them.
+    *authorize* takes the place of the token: it is called in the request. Only True shows the
+    details; False and None refuse them with 403. A response, what else a view may return as a
+    tuple, or an `HTTPException`, returned or raised, is the answer instead. Anything else is an
+    error: it is logged, answered with 500, and shows nothing.
     """
     if authorize is not None and not callable(authorize):
         raise TypeError(f"authorize must be callable, not {authorize!r}")
-    blueprint = Blueprint(name, __name__, template_folder="templates", static_folder="static")
-    blueprint.record_once(_insist_on_init_app)
-    blueprint.after_request(_forbid_storing)
+    blueprint = _Blueprint(name, __name__, template_folder="templates", static_folder="static")
+    blueprint.record_once(_prepare)
+    blueprint.record(_protect_errors)
+    blueprint.after_request(_protect)
 
     def trusted(view: View) -> View:
         @wraps(view)
         def guarded() -> AnyResponse:
-            return refusal(state().settings, authorize) or view()
+            refused = refusal(state().settings, authorize)
+            return view() if refused is None else refused
 
         return guarded
 
@@ -75,15 +91,34 @@ def create_blueprint(name: str = "dbpool", authorize: Rule | None = None) -> Blu
     return blueprint
 
 
-def _insist_on_init_app(setup: BlueprintSetupState) -> None:
+def _prepare(setup: BlueprintSetupState) -> None:
     if KEY not in setup.app.extensions:
         raise RuntimeError("call DBPool().init_app(app) before registering dbpool's blueprint")
+    # Loaded now: when the process has no file descriptor left, it could not be loaded any more,
+    # and that is when the numbers are wanted. What is wrong with them is told when they are used.
+    with suppress(Exception):
+        setup.app.jinja_env.get_template(_PAGE)
+    with suppress(Exception):
+        import dbpool.prometheus  # noqa: F401
 
 
-def _forbid_storing(response: Response) -> Response:
+def _protect(response: Response) -> Response:
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
     if not (request.endpoint or "").endswith(".static"):
         response.headers.setdefault("Cache-Control", "no-store")
     return response
+
+
+def _protect_errors(setup: BlueprintSetupState) -> None:
+    """Protect what the application answers below the blueprint's prefix: 404 and 405."""
+    prefix = f"{setup.url_prefix or ''}/"
+
+    def protect(response: Response) -> Response:
+        is_ours = request.url_rule is None and request.path.startswith(prefix)
+        return _protect(response) if is_ours else response
+
+    if prefix != "/":
+        setup.app.after_request(protect)
 
 
 def _live() -> AnyResponse:
@@ -115,7 +150,7 @@ def _stats() -> AnyResponse:
 def _metrics() -> AnyResponse:
     try:
         from dbpool.prometheus import expose
-    except ConfigError as ex:  # the package is not installed; the message names the extra
+    except ConfigError as ex:  # the package is not installed; the message names it
         _refuse(501, str(ex))
     report = state().processes.report(_scope())
     body, content_type = expose(report, request.headers.get("Accept", ""))
@@ -123,7 +158,7 @@ def _metrics() -> AnyResponse:
 
 
 def _index() -> AnyResponse:
-    return Response(render_template("dbpool/live.html"), headers=_HEADERS, mimetype="text/html")
+    return Response(render_template(_PAGE), headers=_HEADERS, mimetype="text/html")
 
 
 def _scope() -> str:

@@ -22,6 +22,7 @@ from dbpool import holders
 from dbpool._options import Options
 from dbpool.app_settings import AppSettings, find_dotenv
 from dbpool.databases import Databases, settings_from_config
+from dbpool.flask._async_views import follow_async_views
 from dbpool.flask._errors import register_error_handlers
 from dbpool.health import Health
 from dbpool.pool import Pool
@@ -87,6 +88,7 @@ class DBPool:
         app.teardown_request(_leave)
         if settings.error_handlers:
             register_error_handlers(app)
+        follow_async_views(app)
         app.extensions[KEY] = own
         appcontext_pushed.connect(_begin, app)
         # Comes after the application's own teardown, which may return what a view took.
@@ -155,7 +157,8 @@ def _take_back(pool: Pool[Any], since: float, endpoint: str | None) -> None:
     for holder in pool.return_held(since):
         logger.error(
             "pool %r: a connection checked out at %s was still held when the request ended"
-            " (endpoint %s): it was rolled back and closed",
+            " (endpoint %s): it was rolled back and closed; a response that is streamed takes its"
+            " connection inside its generator",
             pool.name,
             holder.where,
             endpoint,

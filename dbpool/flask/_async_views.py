@@ -1,0 +1,74 @@
+"""Asynchronous views: what they check out counts as their request's, whatever thread runs them.
+
+Flask runs each in an event loop of its own, in a thread of its own, and that thread knows
+nothing of the request: neither its endpoint nor what is to be taken back when it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from flask import Flask
+
+from dbpool import holders
+
+AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
+
+
+def follow_async_views(app: Flask) -> None:
+    """Make the threads of asynchronous functions hold connections for the request's thread.
+
+    `Flask.async_to_sync` is the place that Flask names for changing how those are run.
+    """
+    convert = app.async_to_sync
+
+    def async_to_sync(func: AsyncFunction) -> Callable[..., Any]:
+        async def followed(who: holders.Who, /, *args: Any, **kwargs: Any) -> Any:
+            with _holding_for(who):
+                return await func(*args, **kwargs)
+
+        run = convert(followed)
+
+        @wraps(func)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return run(holders.here.who, *args, **kwargs)
+
+        return call
+
+    app.async_to_sync = async_to_sync  # type: ignore[method-assign]
+
+
+@contextmanager
+def _holding_for(who: holders.Who) -> Iterator[None]:
+    """Let this thread, and those of `asyncio.to_thread`, hold connections for *who*."""
+    if not _is_alone():
+        yield
+        return
+    own, thread = holders.here.who, who.thread
+    # Its stack is what a report about a connection held for long should show.
+    holders.here.who, who.thread = who, threading.current_thread()
+    asyncio.get_running_loop().set_default_executor(
+        ThreadPoolExecutor(
+            thread_name_prefix="asyncio",
+            initializer=setattr,
+            initargs=(holders.here, "who", who),
+        )
+    )
+    try:
+        yield
+    finally:
+        holders.here.who, who.thread = own, thread
+
+
+def _is_alone() -> bool:
+    """Whether the loop serves this call alone; under an ASGI server all requests share one."""
+    try:
+        return len(asyncio.all_tasks()) == 1
+    except RuntimeError:  # the application's own way of running them is not asyncio
+        return False

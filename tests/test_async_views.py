@@ -1,0 +1,245 @@
+"""Asynchronous views, which run in another thread: what they hold is their request's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flask import Flask, jsonify
+from flask.typing import ResponseReturnValue
+from flask.views import MethodView
+
+from dbpool import Pool
+from dbpool.flask import DBPool
+
+from .conftest import MakeApp
+
+asgiref = pytest.importorskip("asgiref.sync")
+
+
+@pytest.fixture
+def db() -> DBPool:
+    return DBPool()
+
+
+@pytest.fixture
+def app(make_app: MakeApp, dsn: str, db: DBPool) -> Flask:
+    return make_app(dsn, db=db)
+
+
+@pytest.fixture
+def pool(app: Flask) -> Pool[Any]:
+    pool: Pool[Any] = app.extensions["dbpool"].databases.default
+    return pool
+
+
+def endpoints(pool: Pool[Any]) -> list[str | None]:
+    with pool.connection():
+        return [holder.endpoint for holder in pool.holders()]
+
+
+def test_a_holder_in_an_async_view_carries_its_endpoint(app: Flask, pool: Pool[Any]) -> None:
+    @app.get("/look")
+    async def look() -> ResponseReturnValue:
+        await asyncio.sleep(0)
+        return jsonify(endpoints(pool))
+
+    @app.get("/tasks")
+    async def tasks() -> ResponseReturnValue:
+        async def task() -> list[str | None]:
+            return endpoints(pool)
+
+        return jsonify(await asyncio.gather(task(), task()))
+
+    @app.get("/threads")
+    async def threads() -> ResponseReturnValue:
+        return jsonify(await asyncio.to_thread(endpoints, pool))
+
+    @app.get("/back")
+    async def back() -> ResponseReturnValue:
+        return jsonify(await asgiref.sync_to_async(endpoints)(pool))
+
+    class There(MethodView):
+        async def get(self) -> ResponseReturnValue:
+            return jsonify(endpoints(pool))
+
+    app.add_url_rule("/there", view_func=There.as_view("there"))
+    client = app.test_client()
+    assert client.get("/look").json == ["look"]
+    assert client.get("/tasks").json == [["tasks"], ["tasks"]]
+    assert client.get("/threads").json == ["threads"]
+    assert client.get("/back").json == ["back"]
+    assert client.get("/there").json == ["there"]
+    assert endpoints(pool) == [None]
+
+
+Forgetting = Callable[["Pool[Any]", list[Any]], None]
+
+
+def forget(pool: Pool[Any], kept: list[Any]) -> None:
+    conn = pool.getconn()
+    conn.execute("create table t (id int)")
+    kept.append(conn)
+
+
+@pytest.mark.parametrize("where", ["view", "task", "thread", "sync_to_async", "before_request"])
+def test_what_async_code_leaves_checked_out_is_taken_back(
+    app: Flask, pool: Pool[Any], where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept: list[Any] = []
+
+    async def run() -> None:
+        async def task() -> None:
+            forget(pool, kept)
+
+        if where == "task":
+            await asyncio.create_task(task())
+        elif where == "thread":
+            await asyncio.to_thread(forget, pool, kept)
+        elif where == "sync_to_async":
+            await asgiref.sync_to_async(forget)(pool, kept)
+        else:
+            forget(pool, kept)
+
+    @app.get("/forgetful")
+    async def forgetful() -> str:
+        if where != "before_request":
+            await run()
+        return "done"
+
+    if where == "before_request":
+        app.before_request(run)
+    with caplog.at_level(logging.ERROR, logger="dbpool"):
+        assert app.test_client().get("/forgetful").text == "done"
+    assert pool.stats().active == 0
+    assert kept[0].closed, "another may not share it with who forgot it"
+    assert "test_async_views.py" in caplog.text
+    assert "endpoint forgetful" in caplog.text
+    assert pool.fetch_value("select to_regclass('t')") is None, "nothing may be committed"
+
+
+def test_an_async_view_that_fails_leaves_nothing_held(app: Flask, pool: Pool[Any]) -> None:
+    kept: list[Any] = []
+
+    @app.get("/")
+    async def view() -> str:
+        forget(pool, kept)
+        raise LookupError("a bug")
+
+    with pytest.raises(LookupError):
+        app.test_client().get("/")
+    assert pool.stats().active == 0
+
+
+def test_a_connection_held_around_an_async_view_stays_out(
+    app: Flask, pool: Pool[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    @app.get("/")
+    async def view() -> str:
+        return str(pool.fetch_value("select 1"))
+
+    with pool.connection() as conn:
+        assert app.test_client().get("/").text == "1"
+        assert conn.execute("select 2").fetchone() == (2,)
+    assert "still held" not in caplog.text
+
+
+def test_what_a_plain_thread_of_an_async_view_holds_is_not_touched(
+    app: Flask, pool: Pool[Any]
+) -> None:
+    taken, release = threading.Event(), threading.Event()
+    values: list[object] = []
+
+    def work() -> None:
+        with pool.connection() as conn:
+            taken.set()
+            release.wait(10)
+            values.append(conn.execute("select 1").fetchone())
+
+    thread = threading.Thread(target=work)
+
+    @app.get("/")
+    async def view() -> str:
+        thread.start()
+        taken.wait(10)
+        return "started"
+
+    assert app.test_client().get("/").text == "started"
+    release.set()
+    thread.join(10)
+    assert values == [(1,)]
+
+
+def test_requests_that_share_an_event_loop_take_nothing_from_each_other(
+    app: Flask, pool: Pool[Any]
+) -> None:
+    """As under an ASGI server: Flask's threads hand their coroutines to the server's loop."""
+    begun, ended = threading.Event(), threading.Event()
+
+    @app.get("/slow")
+    async def slow() -> str:
+        with pool.connection() as conn:
+            begun.set()
+            while not ended.is_set():
+                await asyncio.sleep(0.001)
+            return str(conn.execute("select 1").fetchone())
+
+    @app.get("/quick")
+    async def quick() -> str:
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        return str(pool.fetch_value("select 2"))
+
+    def get(path: str) -> str:
+        text = app.test_client().get(path).text
+        if path == "/quick":
+            ended.set()
+        return text
+
+    async def serve() -> list[str]:
+        call = asgiref.sync_to_async(get, thread_sensitive=False)
+        return list(await asyncio.gather(call("/quick"), call("/slow")))
+
+    assert asyncio.run(serve()) == ["2", "(1,)"]
+    assert pool.stats().active == 0
+
+
+def test_nested_checkouts_in_an_async_view_are_told_as_such(make_app: MakeApp, dsn: str) -> None:
+    app = make_app(dsn, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="50ms", DBPOOL_ERROR_HANDLERS=False)
+    pool = app.extensions["dbpool"].databases.default
+
+    @app.get("/")
+    async def view() -> str:
+        with pool.connection():
+            return str(pool.fetch_value("select 1"))
+
+    with pytest.raises(Exception, match="nested"):
+        app.test_client().get("/")
+
+
+def test_a_flask_that_runs_coroutines_its_own_way_is_left_to_it(
+    make_app: MakeApp, dsn: str
+) -> None:
+    def drive(coroutine: Any) -> Any:
+        try:
+            coroutine.send(None)
+        except StopIteration as ex:
+            return ex.value
+        raise AssertionError("it waits for something")
+
+    class Own(Flask):
+        def async_to_sync(self, func: Any) -> Any:
+            return lambda *args, **kwargs: drive(func(*args, **kwargs))
+
+    app = make_app(dsn, app=Own("own"))
+    pool = app.extensions["dbpool"].databases.default
+
+    @app.get("/look")
+    async def look() -> ResponseReturnValue:
+        return jsonify(endpoints(pool))
+
+    assert app.test_client().get("/look").json == ["look"]

@@ -1,0 +1,252 @@
+"""A pool's errors come as the README says through the libraries that wrap them, too."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import psycopg
+import pytest
+from flask import Blueprint, Flask, abort, got_request_exception
+from flask.typing import ResponseReturnValue
+from werkzeug.exceptions import NotFound
+
+from dbpool import (
+    CommitUncertain,
+    DatabaseMisconfigured,
+    DatabaseUnavailable,
+    PoolClosed,
+    PoolError,
+    PoolExhausted,
+    TooManyRequests,
+)
+
+from .conftest import MakeApp
+
+NOWHERE = "host=127.0.0.1 port=1 user=u dbname=d"
+
+
+class Wrapper(Exception):
+    """A library's own error."""
+
+
+class Peewee(Exception):
+    def __init__(self, orig: Exception) -> None:
+        self.orig = orig
+
+
+class Pony(Exception):
+    def __init__(self, original: Exception) -> None:
+        self.original_exc = original
+
+
+def chained(error: Exception) -> None:
+    raise Wrapper("no connection") from error
+
+
+def twice(error: Exception) -> None:
+    try:
+        chained(error)
+    except Wrapper as ex:
+        raise LookupError("wrapped again") from ex
+
+
+def as_attribute(error: Exception) -> None:
+    raise Peewee(error)
+
+
+def as_another_attribute(error: Exception) -> None:
+    raise Pony(error)
+
+
+def in_a_group(error: Exception) -> None:
+    raise ExceptionGroup("tasks failed", [error, Peewee(error)])
+
+
+WRAPPERS = [chained, twice, as_attribute, as_another_attribute, in_a_group]
+
+
+@pytest.fixture
+def app(make_app: MakeApp) -> Flask:
+    return make_app(NOWHERE)
+
+
+def fail(app: Flask, raising: Any, error: BaseException, path: str = "/") -> Any:
+    app.add_url_rule(path, path, lambda: raising(error))
+    return app.test_client().get(path)
+
+
+@pytest.mark.parametrize("raising", WRAPPERS)
+@pytest.mark.parametrize(
+    "error",
+    [PoolExhausted, DatabaseUnavailable, DatabaseMisconfigured, TooManyRequests, PoolClosed],
+)
+def test_a_wrapped_refusal_is_a_503(app: Flask, raising: Any, error: type[Exception]) -> None:
+    answer = fail(app, raising, error("the host is db1.internal"))
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert "db1" not in answer.text
+
+
+@pytest.mark.parametrize("raising", WRAPPERS)
+def test_a_wrapped_uncertain_commit_is_a_500_that_asks_for_no_second_try(
+    app: Flask, raising: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = fail(app, raising, CommitUncertain("who knows"))
+    assert answer.status_code == 500
+    assert answer.get_json() == {"error": "the outcome of the request is unknown"}
+    assert "Retry-After" not in answer.headers
+    assert "answers 500: CommitUncertain" in caplog.text
+
+
+def while_handling(error: Exception) -> None:
+    try:
+        raise error
+    except PoolError:
+        raise ZeroDivisionError  # noqa: B904  # a bug in a handler, not a wrapper
+
+
+def beside_a_bug(error: Exception) -> None:
+    raise ExceptionGroup("tasks failed", [error, ZeroDivisionError()])
+
+
+def in_a_circle(error: Exception) -> None:
+    one, two = Peewee(error), Wrapper()
+    one.orig, two.__cause__ = two, one
+    raise one
+
+
+@pytest.mark.parametrize("raising", [while_handling, beside_a_bug, in_a_circle])
+def test_a_bug_stays_a_bug(app: Flask, raising: Any) -> None:
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    app.logger.disabled = True
+    seen: list[Exception] = []
+
+    def see(sender: Flask, exception: Exception, **extra: Any) -> None:
+        seen.append(exception)
+
+    with got_request_exception.connected_to(see, app):
+        answer = fail(app, raising, PoolExhausted("all are out"))
+    assert (answer.status_code, len(seen)) == (500, 1), "as for any other bug"
+
+
+def test_what_the_application_handles_itself_stays_its_own(app: Flask) -> None:
+    shop = Blueprint("shop", __name__)
+
+    @shop.errorhandler(LookupError)
+    def in_the_shop(ex: LookupError) -> ResponseReturnValue:
+        return "closed", 418
+
+    @shop.get("/shop")
+    def view() -> str:
+        twice(PoolExhausted("all are out"))
+        return "not reached"
+
+    app.register_blueprint(shop)
+    app.register_error_handler(Wrapper, lambda ex: ("ours", 402))
+    assert fail(app, chained, PoolExhausted("all are out")).status_code == 402
+    assert app.test_client().get("/shop").status_code == 418
+
+
+def test_the_applications_own_handler_of_a_pools_errors_gets_the_wrapped_ones(
+    make_app: MakeApp,
+) -> None:
+    app = Flask("app")
+    app.register_error_handler(PoolError, lambda ex: (f"ours: {type(ex).__name__}", 504))
+    app = make_app(NOWHERE, app=app)
+    assert fail(app, chained, PoolExhausted("all are out")).text == "ours: PoolExhausted"
+
+
+def test_an_application_that_handles_everything_is_left_to_it(make_app: MakeApp) -> None:
+    app = Flask("app")
+    app.register_error_handler(Exception, lambda ex: ("ours", 500))
+    app = make_app(NOWHERE, app=app)
+    assert fail(app, chained, PoolExhausted("all are out")).text == "ours"
+
+
+@pytest.mark.parametrize("trap", [True, False])
+@pytest.mark.parametrize("propagate", [True, False])
+def test_http_exceptions_and_other_errors_are_as_without_dbpool(
+    make_app: MakeApp, trap: bool, propagate: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ask(app: Flask, path: str) -> object:
+        try:
+            answer = app.test_client().get(path)
+        except Exception as ex:  # noqa: BLE001  # what it is is the question
+            return type(ex)
+        return answer.status_code, answer.text, sorted(answer.headers)
+
+    def furnish(app: Flask) -> Flask:
+        app.config.update(TESTING=False, TRAP_HTTP_EXCEPTIONS=trap, PROPAGATE_EXCEPTIONS=propagate)
+        app.add_url_rule("/abort", "abort", lambda: abort(409, "a conflict"))
+        app.add_url_rule("/bug", "bug", lambda: str(1 / 0))
+        app.add_url_rule("/key", "key", lambda: str({"a": 1}["b"]))
+        app.add_url_rule("/cause", "cause", missing)
+        return app
+
+    def missing() -> str:
+        raise NotFound("no such note") from PoolExhausted("all are out")
+
+    bare, ours = furnish(Flask("app")), furnish(make_app(NOWHERE))
+    for path in ("/abort", "/bug", "/key", "/cause", "/nowhere"):
+        assert ask(ours, path) == ask(bare, path)
+
+
+def test_handlers_that_are_turned_off_leave_wrapped_errors_alone(make_app: MakeApp) -> None:
+    app = make_app(NOWHERE, DBPOOL_ERROR_HANDLERS=False)
+    with pytest.raises(Wrapper):
+        fail(app, chained, PoolExhausted("all are out"))
+
+
+@pytest.mark.parametrize("kind", ["NullPool", "QueuePool"])
+def test_through_sqlalchemy_an_outage_is_a_503(make_app: MakeApp, kind: str) -> None:
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    app = make_app(NOWHERE, DBPOOL_OUTAGE_GRACE="50ms")
+    engine = sqlalchemy.create_engine(
+        "postgresql+psycopg://",
+        creator=app.extensions["dbpool"].databases.default.getconn,
+        poolclass=getattr(sqlalchemy, kind),
+    )
+
+    @app.get("/")
+    def view() -> str:
+        with engine.connect() as conn:
+            return str(conn.execute(sqlalchemy.text("select 1")).scalar())
+
+    answer = app.test_client().get("/")
+    assert (answer.status_code, answer.get_json()["error"]) == (503, "the database is unavailable")
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_through_sqlalchemy_a_busy_pool_is_a_503(make_app: MakeApp, dsn: str) -> None:
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    app = make_app(dsn, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="50ms")
+    pool = app.extensions["dbpool"].databases.default
+    engine = sqlalchemy.create_engine(
+        "postgresql+psycopg://", creator=pool.getconn, poolclass=sqlalchemy.NullPool
+    )
+
+    @app.get("/")
+    def view() -> str:
+        with engine.connect() as conn:
+            return str(conn.execute(sqlalchemy.text("select 1")).scalar())
+
+    with pool.connection():
+        answer = app.test_client().get("/")
+    assert (answer.status_code, answer.get_json()["error"]) == (503, "the service is busy")
+
+
+def test_an_uncertain_commit_is_logged_with_its_endpoint(
+    app: Flask, caplog: pytest.LogCaptureFixture
+) -> None:
+    def uncertain(error: Exception) -> None:
+        raise error
+
+    with caplog.at_level(logging.WARNING, logger="dbpool"):
+        assert fail(app, uncertain, CommitUncertain("who knows"), "/pay").status_code == 500
+    assert "endpoint /pay answers 500" in caplog.text
+
+
+def test_a_statement_that_fails_is_no_refusal(app: Flask) -> None:
+    with pytest.raises(Wrapper):
+        fail(app, chained, psycopg.errors.UndefinedTable("no such table"))
