@@ -45,7 +45,6 @@ class Books(ConnectionPool[CT]):
 
     _pool: deque[Any]
     _waiting: deque[Waiter]  # type: ignore[assignment]  # ours instead of WaitingClient
-    _plain: bool  # whether blocks begin and end as psycopg's; known once open
 
     def __init__(
         self, settings: Settings, listeners: Emitter, conninfo: Any, **options: Any
@@ -54,6 +53,7 @@ class Books(ConnectionPool[CT]):
         self.settings = settings
         self.listeners = listeners
         self._lazy = True
+        self._warned: set[str] = set()
         self._cursors: type[Cursor[Any]] = Cursor  # of connections for which nothing else is asked
         if settings.pipeline_begin:
             from dbpool._pipelining import PipeliningCursor
@@ -152,6 +152,13 @@ class Books(ConnectionPool[CT]):
 
     def _active(self) -> int:
         return self._nconns - len(self._pool) - self._connecting
+
+    def _warn_once(self, text: str) -> None:
+        with self._lock:
+            is_new = text not in self._warned
+            self._warned.add(text)
+        if is_new:
+            logger.warning("pool %r: %s", self.name, text)
 
     def _extra(self, event: str, **fields: object) -> dict[str, object]:
         """What a line of the log carries for who collects them."""

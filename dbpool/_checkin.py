@@ -11,6 +11,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
+from psycopg.adapt import AdaptersMap
 from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
 
@@ -39,7 +40,9 @@ class Checkin(Life[CT]):
         Raise `ValueError` if it is not this pool's, or not out.
         """
         self._check_pool_putconn(conn)
-        self._release(conn)
+        slot: Slot = conn._slot  # type: ignore[attr-defined]
+        # Where a tracer wraps connections, what its wrapper holds comes back by `close()`.
+        self._release((slot.ref and slot.ref()) or conn)
 
     def _release(self, conn: Any, cursor: KeptCursor | None = None) -> None:
         """Pass a healthy connection on to who waits longest, else make it idle.
@@ -142,6 +145,8 @@ class Checkin(Life[CT]):
         (conn._autocommit, conn.row_factory, conn.cursor_factory, conn.server_cursor_factory,
          conn._isolation_level, conn._read_only, conn._deferrable,
          conn._prepared.prepare_threshold, conn._prepared.prepared_max) = slot.manners[:9]  # fmt: skip
+        conn._notice_handlers[:], conn._notify_handlers[:] = slot.manners[11:13]
+        conn._adapters = AdaptersMap(slot.adapters)
         conn._begin_statement = b""
         return True
 

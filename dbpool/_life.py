@@ -9,7 +9,6 @@ import threading
 from os import getpid
 from time import monotonic
 
-from psycopg import Connection
 from psycopg_pool import PoolClosed
 from psycopg_pool.abc import CT
 
@@ -31,11 +30,6 @@ class Life(Supply[CT]):
             self._check_open_getconn()
 
     def _start_initial_tasks(self) -> None:
-        # A class with its own idea of how a block begins or ends is always asked for it.
-        ways = ("__enter__", "__exit__", "commit", "rollback", "_commit_gen", "_exec_command",
-                "_start_query", "_get_tx_start_command")  # fmt: skip
-        cls = self.connection_class
-        self._plain = all(getattr(cls, name) is getattr(Connection, name) for name in ways)
         self._refill()
         if self.listeners.active:
             self.listeners.emit(events.Opened(self.name))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-from psycopg import Connection
 from psycopg_pool.abc import KwargsParam
 
 Seconds = float | str
 
 
 class Options(TypedDict, total=False):
-    """The fields of `Settings`, then the parameters of `psycopg_pool.ConnectionPool`."""
+    """The fields of `Settings`, then the parameters of `psycopg_pool.ConnectionPool`.
+
+    But for `connection_class`, from which a type checker learns what rows are.
+    """
 
     name: str | None
     conninfo_file: str | None
@@ -39,7 +41,6 @@ class Options(TypedDict, total=False):
     pipeline_begin: bool
     application_name: str
 
-    connection_class: type[Connection[Any]]
     kwargs: KwargsParam | None
     open: bool | None
     configure: Callable[[Any], None] | None

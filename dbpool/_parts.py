@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from time import monotonic
-from typing import Any, Final
+from types import FunctionType
+from typing import Any, Final, cast
 
 from psycopg import Connection, Cursor
+from psycopg.adapt import AdaptersMap
 from psycopg.errors import error_from_result
 from psycopg.generators import execute
 from psycopg.pq import ExecStatus
@@ -20,7 +22,14 @@ from psycopg_pool.pool import MaintenanceTask
 from dbpool.errors import is_permanent
 from dbpool.retry import delays
 
-# What a user may change on a connection and would not want to find changed by another.
+# How a block begins and ends.
+BLOCKS: Final = (
+    "__enter__", "__exit__", "commit", "rollback", "_commit_gen", "_exec_command", "_start_query",
+    "_get_tx_start_command",
+)  # fmt: skip
+
+# What a user may change on a connection and would not want to find changed by another. What
+# registers an adapter or a type copies the table first, so that other tables mean a change.
 manners: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(
     "_autocommit",
     "row_factory",
@@ -33,6 +42,12 @@ manners: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(
     "_prepared.prepared_max",
     "_tpc",
     "_pipeline",
+    "_notice_handlers",
+    "_notify_handlers",
+    "_adapters._dumpers",
+    "_adapters._dumpers_by_oid",
+    "_adapters._loaders",
+    "_adapters.types._registry",
 )
 
 # Row factories that look at a cursor's result alone.
@@ -42,6 +57,23 @@ HARMLESS: Final = (tuple_row, dict_row, namedtuple_row, scalar_row)
 # a short restart is met again soon.
 _FIRST, _CAP, _BASE = 0.05, 1.0, 1.3
 _PERMANENT_FIRST, _PERMANENT_CAP = 1.0, 15.0
+
+
+def remember(conn: Any) -> tuple[tuple[object, ...], AdaptersMap]:
+    """Return a new connection's state, and its adapters to begin from again."""
+    adapters = conn.adapters
+    state = manners(conn)
+    conn._adapters = AdaptersMap(adapters)
+    return (*state[:11], *(list(cast("Any", part)) for part in state[11:13]), *state[13:]), adapters
+
+
+def is_stock(cls: type, *names: str) -> bool:
+    """Whether those methods of *cls* are psycopg's own functions: neither overridden nor wrapped."""
+    methods = [getattr(cls, name, None) for name in names]
+    return all(
+        isinstance(method, FunctionType) and method.__globals__["__name__"].startswith("psycopg.")
+        for method in methods
+    )
 
 
 def commit(conn: Any) -> None:

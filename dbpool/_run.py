@@ -128,7 +128,7 @@ class Runner(Upkeep[CT]):
         """
         block: Block = conn.transaction()
         try:
-            if not self._plain and not conn.autocommit:
+            if not conn._slot.has_stock_class and not conn.autocommit:
                 conn.execute("")  # begins: the block does not end what the class is to end
             block.__enter__()
         except BaseException:

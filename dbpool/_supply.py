@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, get_origin
 
 import psycopg
-from psycopg import Cursor
+from psycopg import Connection, Cursor
 from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
 from psycopg_pool.pool import AddConnection
 
 from dbpool import events
 from dbpool._books import Books, logger, unanswered
-from dbpool._parts import Call, Probe, manners
+from dbpool._parts import BLOCKS, Call, Probe, is_stock, remember
 from dbpool._secrets import conceal, conceal_params, mask, secrets_of
 from dbpool.errors import UNSUPPORTED, classify, detached, is_permanent
 from dbpool.holders import Slot
@@ -133,7 +133,10 @@ class Supply(Books[CT]):
 
     def _make(self, params: dict[str, Any]) -> CT:
         """Connect and configure; close again what cannot be configured."""
-        conn = self.connection_class.connect("", **params)  # as the parent does: by position
+        cls: Any = self.connection_class
+        if self._cursors is not Cursor and (get_origin(cls) or cls) is Connection:
+            params = {"cursor_factory": self._cursors, **params}  # a tracer builds upon it
+        conn: CT = cls.connect("", **params)  # as the parent does: by position
         try:
             self._furnish(conn)
         except BaseException:
@@ -143,7 +146,10 @@ class Supply(Books[CT]):
 
     def _furnish(self, conn: Any) -> None:
         conn._pool = self
-        if self._plain and conn.cursor_factory is Cursor:
+        # A class with its own idea of how a block begins or ends is always asked for it. Judged
+        # from the connection: the class may be a generic, or stand behind a tracer's wrapper.
+        has_stock_class = is_stock(conn.__class__, *BLOCKS)
+        if has_stock_class and conn.cursor_factory is Cursor:
             conn.cursor_factory = self._cursors
         if self._configure:
             self._configure(conn)
@@ -154,7 +160,15 @@ class Supply(Books[CT]):
                 )
         self._set_connection_expiry_date(conn)
         standby = conn.pgconn.parameter_status(b"in_hot_standby")
-        slot = Slot(conn.fileno(), standby, readability(conn.fileno()), manners(conn))
+        slot = Slot(conn.fileno(), standby, readability(conn.fileno()), *remember(conn))
+        slot.has_stock_class = has_stock_class
+        slot.has_stock_blocks = is_stock(type(conn), *BLOCKS)
+        has_stock_cursor = conn.cursor_factory is self._cursors
+        slot.has_stock_cursors = has_stock_cursor and is_stock(type(conn), "cursor")
+        if self._cursors is not Cursor and not issubclass(conn.cursor_factory, self._cursors):
+            self._warn_once(
+                "pipeline_begin has no effect: the connections have cursors of their own"
+            )
         slot.watch(conn, self._lost.append)
         # As libpq understood it: it may be set by a service file or PGTARGETSESSIONATTRS.
         options = {option.keyword: option.val for option in conn.pgconn.info}

@@ -90,6 +90,10 @@ class Slot:
     standby: bytes | None
     readable: Callable[[float], object]
     manners: tuple[object, ...]  # the attributes a user may change, as they were at first
+    adapters: Any = None  # the connection's adapters as they were at first
+    has_stock_blocks: bool = False  # whether blocks begin and end by psycopg's own methods
+    has_stock_class: bool = False  # the same of the class that a tracer's wrapper stands for
+    has_stock_cursors: bool = False  # whether nobody else sees a cursor made or run
     ref: weakref.ref[Any] | None = None
     read_write: bool = False  # whether the conninfo asked for a server that can write
     expires_at: float = 0.0

@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, Unpack, overload
 
 import psycopg
-from psycopg import Cursor
+from psycopg import Connection, Cursor
 from psycopg.abc import Params, Query
 from psycopg.pq import TransactionStatus
 from psycopg.rows import RowFactory, tuple_row
@@ -24,7 +24,7 @@ from dbpool._run import Runner
 from dbpool._secrets import Concealed, conceal
 from dbpool.errors import ConfigError
 from dbpool.events import Emitter
-from dbpool.holders import Holder
+from dbpool.holders import Holder, Slot
 from dbpool.settings import Settings
 
 if TYPE_CHECKING:  # half a per cent of what importing this takes
@@ -47,7 +47,7 @@ _SHARED: Final = (
     "name", "min_size", "max_size", "timeout", "max_waiting", "max_lifetime", "max_idle",
 )  # fmt: skip
 _OPTIONS: Final = frozenset({
-    "connection_class", "kwargs", "open", "configure", "check", "reset", "close_returns",
+    "kwargs", "open", "configure", "check", "reset", "close_returns",
     "reconnect_timeout", "reconnect_failed", "num_workers",
 })  # fmt: skip
 
@@ -89,6 +89,7 @@ class Pool(Runner[CT]):
         self,
         conninfo: ConninfoParam = "",
         *,
+        connection_class: type[CT] = Connection,  # type: ignore[assignment]
         settings: Settings | None = None,
         listeners: Iterable[Any] = (),
         **options: Unpack[Options],
@@ -101,6 +102,7 @@ class Pool(Runner[CT]):
         opening = rest.pop("open", None)
         settings = _settings(conninfo, settings, chosen, rest.get("kwargs"))
         rest |= {name: getattr(settings, name) for name in _SHARED}
+        rest["connection_class"] = connection_class
         super().__init__(settings, Emitter(listeners), conninfo, **rest)
         if isinstance(self.kwargs, Concealed):
             self.kwargs = self.kwargs.reveal()
@@ -175,17 +177,21 @@ class Pool(Runner[CT]):
         frame: FrameType,
     ) -> T:
         conn: Any = self._acquire(None, frame)
+        slot: Slot = conn._slot
         kept: KeptCursor | None = None
         try:
             row_factory = row_factory or conn.row_factory
-            if row_factory in HARMLESS and conn.cursor_factory is self._cursors:
-                cursor: Any = conn._slot.cursor or KeptCursor(conn)
+            if row_factory in HARMLESS and slot.has_stock_cursors:
+                cursor: Any = slot.cursor or KeptCursor(conn)
                 kept = cursor
                 cursor.attach(conn, row_factory)
             else:
-                cursor = conn.cursor_factory(conn, row_factory=row_factory)
+                cursor = conn.cursor(row_factory=row_factory)  # so that a tracer sees it
             # A connection from the pool is as it was set up, so these are the set-up's.
-            if self._plain and conn._isolation_level is conn._read_only is conn._deferrable is None:
+            if (
+                slot.has_stock_class
+                and conn._isolation_level is conn._read_only is conn._deferrable is None
+            ):
                 conn._autocommit = True
                 return result(cursor.execute(query, params))
             with conn:
@@ -194,10 +200,10 @@ class Pool(Runner[CT]):
             self._moved(conn)
             raise
         finally:
-            conn._autocommit = conn._slot.manners[0]
+            conn._autocommit = slot.manners[0]
             if kept is not None:
                 kept.detach()
-            self._release(conn, kept)
+            self._release(conn, kept if self._trusted >= 0.0 else None)  # else a check saw it
 
     def holders(self) -> list[Holder]:
         """Return who holds connections, longest first, at most 20."""
@@ -241,7 +247,7 @@ class Lease(Generic[CT]):
     def __enter__(self) -> CT:
         pool = self._pool
         conn = self._conn = pool._acquire(self._timeout, sys._getframe())
-        if pool._plain:
+        if conn._slot.has_stock_blocks:  # type: ignore[attr-defined]
             return conn
         try:
             return conn.__enter__()
@@ -260,10 +266,11 @@ class Lease(Generic[CT]):
             if exc_type is psycopg.errors.ReadOnlySqlTransaction:
                 pool._moved(conn)
             status = conn.pgconn.transaction_status
-            if exc_type is None and status == _INTRANS and pool._plain:
+            is_stock = conn._slot.has_stock_blocks  # type: ignore[attr-defined]
+            if exc_type is None and status == _INTRANS and is_stock:
                 commit(conn)
             # With nothing begun there is nothing to end: saves a lock and two calls.
-            elif status != _IDLE or not pool._plain:
+            elif status != _IDLE or not is_stock:
                 conn.__exit__(exc_type, exc, tb)
         finally:
             pool._release(conn)

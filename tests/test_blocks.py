@@ -109,12 +109,10 @@ def _outcome(pool: Any, work: Callable[[Conn], None]) -> dict[str, object]:
         conn.execute(SETUP)
     said: list[str] = []
     error: BaseException | None = None
-    conn = pool.getconn()
-    conn.add_notice_handler(lambda notice: said.append(notice.message_primary or ""))
-    conn.add_notify_handler(lambda notify: said.append(notify.payload))
-    pool.putconn(conn)
     try:
         with pool.connection() as conn:
+            conn.add_notice_handler(lambda notice: said.append(notice.message_primary or ""))
+            conn.add_notify_handler(lambda notify: said.append(notify.payload))
             work(conn)
     except Exception as ex:  # noqa: BLE001  # whatever it is, it is compared
         error = ex

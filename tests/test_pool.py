@@ -664,17 +664,29 @@ def test_a_single_statement_leaves_nothing_behind(dsn: str) -> None:
         assert pool._pool[0]._slot.cursor is kept
 
 
-def test_a_single_statement_adapts_as_the_connection_does_now(dsn: str) -> None:
-    with Pool(dsn, max_size=1) as pool:
-        assert pool.fetch_value("select 'a'::text") == "a"
-        with pool.connection() as conn:
-            conn.adapters.register_loader("text", Loud)
-        assert pool.fetch_value("select 'a'::text") == "A"
-        conn = pool.getconn()
-        conn.adapters.register_loader("text", TextLoader)
-        conn.execute("select 1")  # comes back in a transaction, to be mended
-        pool.putconn(conn)
-        assert pool.fetch_value("select 'a'::text") == "a"
+def test_what_a_holder_registers_is_gone_with_it_and_what_configure_registers_stays(
+    dsn: str,
+) -> None:
+    def configure(conn: Connection[Any]) -> None:
+        conn.adapters.register_loader("varchar", Loud)
+
+    def told(conn: Connection[Any]) -> list[Any]:
+        query = "select 'a'::text, 'b'::varchar, 'c'::name"
+        return list(conn.execute(query).fetchone() or ())
+
+    with Pool(dsn, max_size=1, configure=configure) as pool:
+        for name in ("text", "varchar", "name"):
+            assert list(pool.fetch_one("select 'a'::text, 'b'::varchar") or ()) == ["a", "B"]
+            with pool.connection() as conn:
+                conn.adapters.register_loader(name, TextLoader if name == "varchar" else Loud)
+                assert told(conn) == [
+                    "A" if name == "text" else "a",
+                    "b" if name == "varchar" else "B",
+                    "C" if name == "name" else "c",
+                ]
+            conn = pool.getconn()
+            assert told(conn) == ["a", "B", "c"]
+            pool.putconn(conn)  # in a transaction, to be rolled back
 
 
 def test_a_row_factory_of_the_users_has_a_cursor_of_its_own(dsn: str) -> None:
@@ -692,8 +704,10 @@ def test_a_row_factory_of_the_users_has_a_cursor_of_its_own(dsn: str) -> None:
     assert type(seen[0]) is psycopg.Cursor
 
 
-@pytest.mark.parametrize("name", ["check", "reset"])
-def test_a_single_statement_adapts_as_a_callback_wants_it(dsn: str, name: str) -> None:
+@pytest.mark.parametrize(("name", "expected"), [("check", "aAa"), ("reset", "aaa")])
+def test_a_single_statement_adapts_as_a_check_wants_it_until_the_connection_is_back(
+    dsn: str, name: str, expected: str
+) -> None:
     calls: list[Connection[Any]] = []
 
     def callback(conn: Connection[Any]) -> None:
@@ -701,10 +715,10 @@ def test_a_single_statement_adapts_as_a_callback_wants_it(dsn: str, name: str) -
             conn.adapters.register_loader("text", Loud)
         calls.append(conn)
 
-    with Pool(dsn, max_size=1, **{name: callback}) as pool:  # type: ignore[arg-type]
+    options: Any = {name: callback}
+    with Pool(dsn, max_size=1, **options) as pool:
         seen = [pool.fetch_value("select 'a'::text") for _ in range(3)]
-    assert "A" in seen
-    assert seen == sorted(seen, reverse=True)
+    assert "".join(seen) == expected
 
 
 def test_a_failing_statement_leaves_the_connection_fit(pool: Pool) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import psycopg
 import psycopg_pool
 import pytest
+from psycopg.adapt import PyFormat
 from psycopg_pool import ConnectionPool
 from psycopg_pool.pool import AddConnection, MaintenanceTask, ReturnConnection
 
 from dbpool import Pool
-from dbpool._parts import manners
+from dbpool._parts import manners, remember
 
 OVERRIDDEN = {
     "__init__": "self, conninfo, connection_class, kwargs, min_size, max_size, open, configure,"
@@ -134,11 +135,27 @@ def test_the_parents_tasks_call_what_is_overridden() -> None:
 
 def test_connections_have_the_attributes_that_are_put_back(dsn: str) -> None:
     with psycopg.connect(dsn) as conn:
-        names = len(manners(conn))
-        assert names == 11
+        assert conn.adapters is conn._adapters
+        assert len(manners(conn)) == 17
         assert conn._begin_statement == b""
         assert conn._notifies_backlog is not None
         assert manners(conn)[0] is False
+
+
+def test_what_registers_an_adapter_or_a_type_copies_the_table_first(dsn: str) -> None:
+    class Loader(psycopg.adapt.Loader):
+        def load(self, data: Any) -> bytes:
+            return bytes(data)
+
+    with psycopg.connect(dsn) as conn:
+        state, _ = remember(conn)
+        assert manners(conn) == state
+        conn.adapters.register_loader("int4", Loader)
+        assert manners(conn)[15] != state[15]
+        conn.adapters.register_dumper(set, conn.adapters.get_dumper(str, PyFormat.AUTO))
+        assert manners(conn)[13] != state[13]
+        conn.adapters.types.add(psycopg.types.TypeInfo("mine", 99_999, 99_998))
+        assert manners(conn)[16] != state[16]
 
 
 def test_psycopg_commits_as_the_short_cut_does() -> None:

@@ -54,6 +54,11 @@ with dbpool.Pool() as pool:
     reveal_type(pool.holders()[0].endpoint)  # str | None
     library(pool)
 
+generic = dbpool.Pool(connection_class=psycopg.Connection[dict[str, Any]])
+with generic.connection() as generic_conn:
+    reveal_type(generic_conn)  # Connection[dict[str, Any]]
+    reveal_type(generic_conn.execute("select 1").fetchone())  # dict[str, Any] | None
+
 rows: dbpool.Pool[psycopg.Connection[dict[str, Any]]] = dbpool.Pool(
     kwargs={"row_factory": dict_row}
 )
@@ -143,6 +148,10 @@ def test_a_user_is_told_of_mistakes(mypy: str) -> None:
 
 
 def test_the_options_are_the_settings_and_what_the_parent_takes() -> None:
-    parents = inspect.signature(ConnectionPool.__init__).parameters.keys() - {"self", "conninfo"}
+    parents = inspect.signature(ConnectionPool.__init__).parameters.keys() - {
+        "self",
+        "conninfo",
+        "connection_class",
+    }
     settings = {field.name for field in fields(Settings)} - {"conninfo", "explicit"}
     assert Options.__annotations__.keys() == parents | settings
