@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from os import getpid
 from time import monotonic, time
 from typing import Any, Final
@@ -29,9 +30,8 @@ from dbpool.settings import Settings
 
 logger = logging.getLogger("dbpool")
 
-# Seconds without another of its kind that end an episode: at least, and for replaced connections.
-_QUIET, _QUIET_REPLACED = 10.0, 1.0
-_REPLACED: Final = "connections that the server closed"
+_QUIET = 10.0  # seconds at least without another of its kind that end an episode
+REPLACED: Final = "connections that the server closed"
 
 
 class Books(ConnectionPool[CT]):
@@ -192,63 +192,43 @@ class Books(ConnectionPool[CT]):
         event: str,
         cause: str,
         message: str,
-        *,
         count: int = 1,
         after: float = 0.0,
-        **fields: object,
+        **fields: Any,
     ) -> None:
         """Log the first of what happens for one *cause*; count the rest of the episode.
 
         With *after* the warning comes once the episode has lasted that many seconds. *cause* is a
         noun in the plural, for the line that ends the episode.
         """
-        now = monotonic()
-        with self._lock:
-            episode = self._episodes.setdefault(cause, Episode(now))
-            episode.last, episode.count = now, episode.count + count
-            if episode.is_logged or now - episode.began < after:
-                return
-            episode.is_logged = True
-        logger.warning("pool %r: %s", self.name, message, extra=self._extra(event, **fields))
+        if self._count(cause, count, after):
+            logger.warning("pool %r: %s", self.name, message, extra=self._extra(event, **fields))
 
-    def _count_replaced(self, count: int) -> None:
-        """Count connections that the server closed; `_end_episodes` logs how many there were."""
+    def _count(self, cause: str, count: int, after: float = inf) -> bool:
+        """Count what happens for one *cause*; return whether it is to be logged now."""
         now = monotonic()
         with self._lock:
-            episode = self._episodes.setdefault(_REPLACED, Episode(now, is_logged=True))
-            episode.last, episode.count = now, episode.count + count
+            return self._episodes.setdefault(cause, Episode(now)).add(now, count, after)
 
     def _end_episodes(self, quiet: float | None = None) -> None:
-        """Log what the episodes came to that have been quiet, by default for some seconds."""
-        now = monotonic()
+        """Log what the episodes came to that have been *quiet*, by default for some seconds."""
+        now, quiet = monotonic(), max(_QUIET, 2.0 * self.timeout) if quiet is None else quiet
         with self._lock:
-            over = []
-            for cause, episode in self._episodes.items():
-                usual = _QUIET_REPLACED if cause == _REPLACED else max(_QUIET, 2.0 * self.timeout)
-                if now - episode.last >= (usual if quiet is None else quiet):
-                    over.append(cause)
-            ended = [(cause, self._episodes.pop(cause)) for cause in over]
-        for cause, episode in ended:
-            count, seconds = episode.count, episode.last - episode.began
-            extra = self._extra("episode_ended", cause=cause, count=count, seconds=seconds)
-            if cause == _REPLACED:
-                noun = "connection" if count == 1 else "connections"
-                logger.info(
-                    "pool %r: replaced %d %s that the server closed",
-                    self.name,
-                    count,
-                    noun,
-                    extra=extra,
-                )
-            elif episode.is_logged and count > 1:
-                logger.info(
-                    "pool %r: %d %s within %.1f s, none since",
-                    self.name,
-                    count,
-                    cause,
-                    seconds,
-                    extra=extra,
-                )
+            over = [
+                (cause, self._episodes.pop(cause))
+                for cause, episode in list(self._episodes.items())
+                if now - episode.last >= (min(quiet, 1.0) if cause == REPLACED else quiet)
+            ]
+        for cause, episode in over:
+            count, text = episode.count, f"{episode.count} {cause}"
+            if cause == REPLACED:
+                text = f"replaced {text if count > 1 else text.replace('s', '', 1)}"
+            elif not episode.is_logged or count == 1:
+                continue
+            else:
+                text += f" within {episode.last - episode.began:.1f} s, none since"
+            extra = self._extra("episode_ended", cause=cause, count=count)
+            logger.info("pool %r: %s", self.name, text, extra=extra)
 
     # Numbers
 

@@ -104,7 +104,7 @@ class Checkin(Life[CT]):
         where = slot.where()
         self._warn(
             "returned_late",
-            f"connections returned late by {where}",
+            f"connections returned late, from {where}",
             f"a connection reported as held for too long came back after {seconds:.1f} s;"
             f" it was checked out at {where}",
             seconds=seconds,
@@ -197,7 +197,7 @@ class Checkin(Life[CT]):
             with _fork.telling:
                 self._warn(
                     "leaked",
-                    f"connections forgotten by {holder.where}",
+                    f"connections forgotten, from {holder.where}",
                     "a connection was never returned and has been garbage-collected;"
                     f" it was checked out at {holder.where}",
                     holder=asdict(holder),

@@ -146,6 +146,13 @@ class Episode:
     count: int = 0
     is_logged: bool = False
 
+    def add(self, now: float, count: int, after: float) -> bool:
+        """Count; return whether it is to be logged now, *after* so many seconds."""
+        self.last, self.count = now, self.count + count
+        is_due = not self.is_logged and now - self.began >= after
+        self.is_logged |= is_due
+        return is_due
+
 
 class Probe:
     """A slot whose connection could not be made, trying again until it can."""

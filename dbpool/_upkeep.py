@@ -16,7 +16,7 @@ from psycopg_pool.pool import MaintenanceTask
 from dbpool import _fork, events, holders
 from dbpool._books import logger
 from dbpool._checkout import Checkout
-from dbpool.holders import Holder, Slot, Who
+from dbpool.holders import Slot
 
 # A primary that moved may make many statements fail at once; one drain is enough.
 _MOVED_PAUSE = 5.0
@@ -72,23 +72,20 @@ class Upkeep(Checkout[CT]):
             self._metrics.held_long += len(late)
             # Described in here: afterwards one may be back and with another.
             held = [(slot.who, holder) for slot in late for holder in holders.report([slot], now)]
-        groups: dict[str, list[tuple[Who | None, Holder]]] = {}
-        for who, holder in sorted(held, key=lambda pair: -pair[1].seconds):
-            groups.setdefault(holder.where, []).append((who, holder))
-            if self.listeners.active:
+        if self.listeners.active:
+            for who, holder in held:
                 stack = holders.stack_of(who.thread) if who else ""
                 self.listeners.emit(events.HeldLong(self.name, holder, stack))
-        for where, group in groups.items():
-            who, longest = group[0]
-            number = len(group)
+        held.sort(key=lambda each: each[1].seconds)
+        for where, (who, longest) in {holder.where: (who, holder) for who, holder in held}.items():
+            others = sum(holder.where == where for _, holder in held) - 1
             self._warn(
                 "held_long",
-                f"connections held for longer than {self.settings.leak_after:g} s by {where}",
-                f"{'a connection has' if number == 1 else f'{number} connections have'} been held"
-                f" for {longest.seconds:.1f} s by {longest.thread}"
-                f"{f' and {number - 1} more' if number > 1 else ''}, checked out at {where};"
-                f" now at {holders.frames_of(who.thread) if who else 'unknown'}",
-                count=number,
+                f"connections held for more than {self.settings.leak_after:g} s, from {where}",
+                f"{f'{others + 1} connections have' if others else 'a connection has'} been held for"
+                f" {longest.seconds:.1f} s by {longest.thread}{f' and {others} more' if others else ''},"
+                f" checked out at {where}; now at {holders.frames_of(who.thread) if who else '?'}",
+                count=others + 1,
                 holder=asdict(longest),
             )
 

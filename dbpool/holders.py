@@ -24,18 +24,9 @@ from typing import Any, Protocol
 from dbpool.metrics import HolderSnapshot as Holder
 
 __all__ = [
-    "Holder",
-    "Slot",
-    "Who",
-    "application_files",
-    "caller",
-    "frames_of",
-    "here",
-    "report",
-    "stack_of",
-    "unwatch",
-    "watch",
-]
+    "Holder", "Slot", "Who", "application_files", "caller", "frames_of", "here", "report",
+    "stack_of", "unwatch", "watch",
+]  # fmt: skip
 
 logger = logging.getLogger("dbpool")
 

@@ -239,7 +239,7 @@ def test_connections_held_long_by_one_line_are_one_line_of_the_log(
     assert "hold" in held[0]
     late = [text for text in caplog.messages if "came back after" in text]
     assert len(late) == 1
-    assert any("8 connections returned late" in text for text in caplog.messages)
+    assert any("8 connections returned late, from" in text for text in caplog.messages)
 
 
 def test_the_metrics_tell_both(dsn: str) -> None:
