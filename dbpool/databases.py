@@ -12,6 +12,7 @@ from dbpool._dotenv import Source, read_layers
 from dbpool._secrets import Concealed, conceal
 from dbpool._values import did_you_mean, find, shown_name
 from dbpool.errors import ConfigError
+from dbpool.events import checked
 from dbpool.pool import Pool
 from dbpool.settings import (
     COMMON,
@@ -39,7 +40,7 @@ class Databases(Mapping[str, Pool[Any]]):
     def __init__(
         self, settings: Mapping[str, Settings], listeners: Iterable[Any] = (), **options: Any
     ) -> None:
-        heard, options = tuple(listeners), dict(Concealed(options))
+        heard, options = checked(listeners), dict(Concealed(options))
         self._pools: dict[str, Pool[Any]] = {
             name: Pool(settings=each, listeners=heard, **options) for name, each in settings.items()
         }

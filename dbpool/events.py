@@ -12,7 +12,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from inspect import iscoroutinefunction, signature
 from typing import TYPE_CHECKING, Any
+
+from dbpool.errors import ConfigError
 
 if TYPE_CHECKING:
     from dbpool.metrics import HolderSnapshot
@@ -134,9 +138,13 @@ class CircuitClosed(Event):
     seconds: float
 
 
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
 def name_of(event: Event) -> str:
     """Return the event's name as a method has it: `checked_out` for `CheckedOut`."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    return _snake_case(type(event).__name__)
 
 
 class Listener:
@@ -173,6 +181,53 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
+def checked(listeners: Iterable[Any]) -> tuple[Callable[[Any], object], ...]:
+    """Return the listeners; raise `ConfigError` for one that would never hear an event."""
+    try:
+        found = tuple(listeners)
+    except TypeError:
+        raise ConfigError("listeners must be a list") from None
+    for listener in found:
+        if problem := _why_deaf(listener):
+            name = getattr(listener, "__qualname__", f"of type {type(listener).__qualname__}")
+            raise ConfigError(f"the listener {name} {problem}")
+    return found
+
+
+def _why_deaf(listener: Any) -> str | None:
+    """Why a listener would never hear an event, None if it may."""
+    if isinstance(listener, type):
+        return f"is a class: pass an instance, {listener.__name__}()"
+    cls = type(listener)
+    if not isinstance(listener, Listener) or cls.__call__ is not Listener.__call__:
+        return None if _takes_event(listener) else "cannot be called with an event"
+    names = {_snake_case(event.__name__) for event in Event.__subclasses__()}
+    own = {
+        name for name in dir(cls) if not hasattr(Listener, name) and callable(getattr(cls, name))
+    }
+    for name in sorted(own):
+        is_handler = _takes_event(getattr(listener, name))
+        if name in names and not is_handler:
+            return f"has a method {name!r} that cannot be called with an event"
+        nearest = get_close_matches(_snake_case(name).removeprefix("on_"), names, 1, cutoff=0.8)
+        # A helper may be called anything that looks like no event.
+        if is_handler and nearest and name not in names and not name.startswith("_"):
+            return f"has a method {name!r}: is that {nearest[0]!r}? Else begin its name with _"
+    heard = any(getattr(listener, name, None) is not None for name in names)
+    return None if heard else "has no method named after an event"
+
+
+def _takes_event(function: Any) -> bool:
+    """Whether *function* can be called with an event, and runs when it is."""
+    try:
+        signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin may have no signature
+        return True
+    return not iscoroutinefunction(function) and not iscoroutinefunction(type(function).__call__)
+
+
 class Emitter:
     """Delivers the events of one pool to its listeners, in order, in a thread of its own.
 
@@ -184,7 +239,7 @@ class Emitter:
     MOST = 10_000
 
     def __init__(self, listeners: Iterable[Callable[[Any], object]] = ()) -> None:
-        self._listeners = tuple(listeners)
+        self._listeners = checked(listeners)
         self.active = bool(self._listeners)
         self.reset()
 

@@ -23,6 +23,7 @@ from dbpool._options import Options
 from dbpool.app_settings import AppSettings, find_dotenv
 from dbpool.databases import Databases, settings_from_config
 from dbpool.flask._async_views import follow_async_views
+from dbpool.events import checked
 from dbpool.flask._errors import register_error_handlers
 from dbpool.health import Health
 from dbpool.pool import Pool
@@ -57,7 +58,7 @@ class DBPool:
     def __init__(
         self, app: Flask | None = None, *, listeners: Iterable[Any] = (), **options: Unpack[Options]
     ) -> None:
-        self._listeners = tuple(listeners)
+        self._listeners = checked(listeners)
         self._options = options
         if app is not None:
             self.init_app(app)

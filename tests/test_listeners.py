@@ -1,0 +1,183 @@
+"""What cannot be a listener is an error where it is given, not silence where it is needed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from dbpool import ConfigError, Databases, Pool, Settings, events
+from dbpool.events import Event, Listener, LoggingListener, name_of
+from dbpool.flask import DBPool
+from tests.postgres import until
+
+
+class Alarm(Listener):
+    def circuit_opened(self, event: Event) -> None: ...
+
+
+class Misspelt(Listener):
+    def circut_opened(self, event: Event) -> None: ...
+
+
+class Prefixed(Listener):
+    def on_circuit_opened(self, event: Event) -> None: ...
+
+
+class Camel(Listener):
+    def circuitOpened(self, event: Event) -> None: ...  # noqa: N802
+
+
+class HalfRight(Listener):
+    def opened(self, event: Event) -> None: ...
+    def timed_wait_out(self, event: Event) -> None: ...
+    def wait_timedout(self, event: Event) -> None: ...
+
+
+class Deaf(Listener):
+    def total(self) -> int:
+        return 1
+
+
+class WrongArguments(Listener):
+    def opened(self) -> None: ...
+
+
+class TooMany(Listener):
+    def opened(self, event: Event, pool: Pool[Any]) -> None: ...
+
+
+class Asynchronous(Listener):
+    async def opened(self, event: Event) -> None: ...
+
+
+class AsynchronousCall:
+    async def __call__(self, event: Event) -> None: ...
+
+
+class NoListener:
+    def opened(self, event: Event) -> None: ...
+
+
+async def asynchronous(event: Event) -> None: ...
+
+
+WRONG: list[Any] = [
+    [Alarm],
+    [Listener],
+    [dict],
+    [print, Alarm],
+    ["x"],
+    "x",
+    b"x",
+    [None],
+    None,
+    3,
+    [3],
+    [{}],
+    [[print]],
+    Alarm(),
+    print,
+    [Misspelt()],
+    [Prefixed()],
+    [Camel()],
+    [HalfRight()],
+    [Deaf()],
+    [Listener()],
+    [WrongArguments()],
+    [TooMany()],
+    [Asynchronous()],
+    [AsynchronousCall()],
+    [NoListener()],
+    [asynchronous],
+    [functools.partial(asynchronous)],
+    [lambda: None],
+    [lambda event, pool: None],
+]
+
+
+@pytest.mark.parametrize("listeners", WRONG, ids=repr)
+def test_what_cannot_hear_is_refused(listeners: Any) -> None:
+    with pytest.raises(ConfigError, match="listener"):
+        Pool("host=nowhere", listeners=listeners)
+    with pytest.raises(ConfigError, match="listener"):
+        Databases({"default": Settings(conninfo="host=nowhere")}, listeners)
+    with pytest.raises(ConfigError, match="listener"):
+        DBPool(listeners=listeners)
+
+
+def test_the_message_says_what_to_write_and_shows_no_value() -> None:
+    with pytest.raises(
+        ConfigError, match=r"listener Alarm is a class: pass an instance, Alarm\(\)"
+    ):
+        Pool("host=nowhere", listeners=[Alarm])
+    with pytest.raises(ConfigError, match="'circut_opened': is that 'circuit_opened'"):
+        Pool("host=nowhere", listeners=[Misspelt()])
+    with pytest.raises(ConfigError) as caught:
+        Pool("host=nowhere", listeners=["postgresql://u:hunter2@h/d"])
+    assert "hunter2" not in str(caught.value)
+
+
+class Counting(Listener):
+    def __init__(self) -> None:
+        self.heard = 0
+
+    def opened(self, event: Event) -> None:
+        self._count(1)
+
+    def _count(self, number: int) -> None:
+        self.heard += number
+
+    def close(self) -> None: ...
+    def total_of(self, others: int) -> int:
+        return self.heard + others
+
+
+class Dynamic(Listener):
+    def __init__(self) -> None:
+        self.heard: list[Event] = []
+
+    def __getattr__(self, name: str) -> Callable[[Event], None]:
+        return self.heard.append
+
+
+class Assigned(Listener):
+    def __init__(self) -> None:
+        self.opened = print
+
+
+class Overridden(Listener):
+    def __call__(self, event: Event) -> None: ...
+    def circut(self, event: Event) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "listener",
+    [
+        print, [].append, Alarm(), Counting(), Dynamic(), Assigned(), Overridden(), Mock(), repr,
+        LoggingListener(), functools.partial(print, "event"), lambda *args: None, Counting().opened,
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_can_hear_is_taken(listener: Any) -> None:
+    Pool("host=nowhere", listeners=[listener]).close()
+    Pool("host=nowhere", listeners=iter([listener])).close()
+
+
+def test_every_event_can_be_heard_by_its_name(dsn: str) -> None:
+    kinds = [
+        kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)
+    ]
+    for kind in set(kinds) - {Event}:
+        name = name_of(kind.__new__(kind))
+        cls = type("Ears", (Listener,), {name: lambda self, event: None})
+        Pool(dsn, listeners=[cls()]).close()
+
+
+def test_a_listener_that_passed_hears(dsn: str) -> None:
+    listener = Counting()
+    with Pool(dsn, listeners=[listener]):
+        until(lambda: listener.heard == 1)
