@@ -6,6 +6,7 @@ Works on libpq primitives alone, so that every wait in here has a deadline.
 from __future__ import annotations
 
 import enum
+import logging
 import select
 from collections.abc import Callable, Iterable
 from time import monotonic
@@ -17,8 +18,11 @@ from psycopg.errors import Diagnostic
 from psycopg.pq import ConnStatus, ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
 
+logger = logging.getLogger("dbpool")
+
 _DEADLY = frozenset({"FATAL", "PANIC"})
 _OK = ConnStatus.OK
+_MAX_READS = 8  # in one look, of some 16 kB each
 
 
 class Look(enum.Enum):
@@ -73,9 +77,10 @@ def look(
 ) -> Look:
     """Read what an idle connection's server has said meanwhile, without asking it.
 
-    What it died of, if it said so, is added to *last_words*. Reads until the socket is quiet. A
-    FATAL is the end, also where the end of file is not there yet: after `pg_terminate_backend`
-    it may come half a millisecond later.
+    What it died of, if it said so, is added to *last_words*. Reads until the socket is quiet, but
+    no more than some times: a server may send notices faster than they are read. A FATAL is the
+    end, also where the end of file is not there yet: after `pg_terminate_backend` it may come half
+    a millisecond later.
     """
     if not readable(0):
         return Look.ALIVE if conn.pgconn.status == _OK else Look.DEAD
@@ -87,16 +92,29 @@ def look(
 
     conn.add_notice_handler(heed)
     try:
-        while readable(0):
+        for _ in range(_MAX_READS):
             conn.pgconn.consume_input()
             conn.pgconn.is_busy()  # parses what was read; notices go to the handler
             if conn.pgconn.status != _OK or fatal:
                 return Look.DEAD
+            if not readable(0):
+                break
     except psycopg.OperationalError:
         return Look.DEAD
     finally:
         conn.remove_notice_handler(heed)
+    _deliver_notifies(conn.pgconn)
     return Look.DOUBTFUL
+
+
+def _deliver_notifies(pgconn: PGconn) -> None:
+    """Pass on the notifications that libpq has read: nothing else would before more arrives."""
+    while (notify := pgconn.notifies()) is not None:
+        if pgconn.notify_handler is not None:
+            try:
+                pgconn.notify_handler(notify)
+            except Exception as ex:  # noqa: BLE001  # a handler of the user's may raise anything
+                logger.warning("a notify handler failed: %s", type(ex).__name__)
 
 
 def _error(notice: Diagnostic) -> psycopg.Error:
@@ -127,6 +145,7 @@ def ask(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
     answer: PGresult | None = None
     while (result := _result(pgconn, deadline)) is not None:
         answer = answer or result
+    _deliver_notifies(pgconn)
     if answer is None:
         raise psycopg.OperationalError("the server gave no answer")
     return answer

@@ -1,0 +1,189 @@
+"""A server that sends without end, and one that says something while a connection is idle."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import Pool
+from tests.postgres import Server, until
+
+from .steps import SLACK
+
+
+def notice(text: bytes) -> bytes:
+    """A NoticeResponse of PostgreSQL's protocol."""
+    fields = b"SNOTICE\0VNOTICE\0C00000\0M" + text + b"\0\0"
+    return b"N" + (len(fields) + 4).to_bytes(4, "big") + fields
+
+
+class Flooding:
+    """Passes bytes on between clients and a server, and sends those clients notices without end."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._sockets: list[socket.socket] = [self._listener]
+        self._clients: list[socket.socket] = []
+        self._locks: dict[socket.socket, threading.Lock] = {}
+        self._is_over = threading.Event()
+        self._threads = [self._start(self._accept)]
+
+    def _start(self, fn: Callable[..., None], *args: Any) -> threading.Thread:
+        thread = threading.Thread(target=fn, args=args, name="flooding")
+        thread.start()
+        return thread
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client = self._listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", self._port))
+                self._sockets += [client, server]
+                self._locks |= {client: threading.Lock(), server: threading.Lock()}
+                self._clients.append(client)
+                for source, target in ((client, server), (server, client)):
+                    self._threads.append(self._start(self._pass, source, target))
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                with self._locks[target]:  # a message is not to be torn
+                    target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def flood(self) -> None:
+        """Send notices from now on to the clients that there are; for ever."""
+        for client in list(self._clients):
+            self._threads.append(self._start(self._send, client, notice(b"x" * 80) * 100))
+        until(lambda: all(select.select([], [c], [], 0)[1] == [] for c in self._clients))
+
+    def _send(self, client: socket.socket, chunk: bytes) -> None:
+        with suppress(OSError):
+            while not self._is_over.is_set():
+                with self._locks[client]:
+                    client.sendall(chunk)
+
+    def close(self) -> None:
+        self._is_over.set()
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        for thread in self._threads:
+            thread.join(10)
+
+
+@pytest.fixture
+def flooding(server: Server) -> Iterator[Flooding]:
+    flooding = Flooding(server.port)
+    yield flooding
+    flooding.close()
+
+
+@pytest.mark.parametrize("ping_after", [0.0, 30.0])
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_notices_without_end_do_not_outdo_the_deadline(
+    server: Server, flooding: Flooding, ping_after: float, is_answered: bool
+) -> None:
+    with Pool(
+        server.conninfo_for(port=flooding.port),
+        min_size=3,
+        timeout=1.0,
+        ping_timeout=0.5,
+        ping_after=ping_after,
+    ) as pool:
+        pool.wait()
+        conns = [pool.getconn() for _ in range(3)]
+        if is_answered:  # the handlers of users are slow, and bounded by nobody
+            conns[0].add_notice_handler(lambda notice: None)
+        for conn in conns:
+            pool.putconn(conn)
+        flooding.flood()
+        began = time.monotonic()
+        with suppress(psycopg.OperationalError):
+            pool.putconn(pool.getconn())
+        assert time.monotonic() - began < 1.0 + SLACK
+        began = time.monotonic()
+        pool.check()
+        assert time.monotonic() - began < 3 * 0.5 + SLACK
+
+
+def listening(pool: Pool[Any]) -> Any:
+    conn = pool.getconn()
+    conn.autocommit = True
+    conn.execute("listen news")
+    conn.autocommit = False
+    return conn
+
+
+def announce(dsn: str, conn: Any) -> None:
+    with psycopg.connect(dsn, autocommit=True) as other:
+        other.execute("notify news, 'extra'")
+    assert select.select([conn.fileno()], [], [], 10)[0], "it must have come before the look"
+
+
+@pytest.mark.parametrize("ping_after", [0.0, 30.0])
+def test_what_was_notified_to_an_idle_connection_is_there_at_once(
+    dsn: str, ping_after: float
+) -> None:
+    with Pool(dsn, max_size=1, ping_after=ping_after) as pool:
+        conn = listening(pool)
+        pool.putconn(conn)
+        announce(dsn, conn)
+        with pool.connection() as same:
+            assert same is conn
+            assert [n.payload for n in same.notifies(timeout=0)] == ["extra"]
+            assert [n.payload for n in same.notifies(timeout=0)] == [], "and once"
+
+
+def test_a_handler_hears_what_a_look_reads_and_may_fail(dsn: str) -> None:
+    heard: list[str] = []
+
+    def hear(notify: psycopg.Notify) -> None:
+        heard.append(notify.payload)
+        raise ValueError("not today")
+
+    with Pool(dsn, max_size=1) as pool:
+        conn = listening(pool)
+        conn.add_notify_handler(hear)
+        pool.putconn(conn)
+        announce(dsn, conn)
+        with pool.connection() as same:
+            assert same is conn
+            assert heard == ["extra"]
+        assert pool.stats().idle == 1
+
+
+def test_what_a_check_of_the_pool_reads_is_kept_too(dsn: str) -> None:
+    with Pool(dsn, max_size=1) as pool:
+        conn = listening(pool)
+        pool.putconn(conn)
+        announce(dsn, conn)
+        pool.check()
+        with pool.connection() as same:
+            assert [n.payload for n in same.notifies(timeout=0)] == ["extra"]
+
+
+def test_much_that_was_notified_is_kept_whole_and_in_order(dsn: str) -> None:
+    with Pool(dsn, max_size=1) as pool:
+        conn = listening(pool)
+        pool.putconn(conn)
+        with psycopg.connect(dsn) as other:
+            for number in range(2000):
+                other.execute("select pg_notify('news', %s)", [f"{number} {'x' * 500}"])
+        assert select.select([conn.fileno()], [], [], 10)[0]
+        heard: list[int] = []
+        while len(heard) < 2000:
+            with pool.connection() as same:
+                heard += [int(n.payload.split()[0]) for n in same.notifies(timeout=0.5)]
+        assert heard == list(range(2000))
