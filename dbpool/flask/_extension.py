@@ -22,8 +22,8 @@ from dbpool import holders
 from dbpool._options import Options
 from dbpool.app_settings import AppSettings, find_dotenv
 from dbpool.databases import Databases, settings_from_config
-from dbpool.flask._async_views import follow_async_views
 from dbpool.events import checked
+from dbpool.flask._async_views import follow_async_views
 from dbpool.flask._errors import register_error_handlers
 from dbpool.health import Health
 from dbpool.pool import Pool
