@@ -153,9 +153,8 @@ def test_a_handler_hears_what_a_look_reads_and_may_fail(dsn: str) -> None:
         heard.append(notify.payload)
         raise ValueError("not today")
 
-    with Pool(dsn, max_size=1) as pool:
+    with Pool(dsn, max_size=1, configure=lambda conn: conn.add_notify_handler(hear)) as pool:
         conn = listening(pool)
-        conn.add_notify_handler(hear)
         pool.putconn(conn)
         announce(dsn, conn)
         with pool.connection() as same:
