@@ -1,0 +1,342 @@
+"""The files that images and containers are made from, read; and what runs in a container, run.
+
+No engine is needed here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbpool.settings import COMMON
+
+from .postgres import free_port
+
+ROOT = Path(__file__).parent.parent
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE = (ROOT / "docker-compose.yml").read_text()
+README = (ROOT / "README.md").read_text()
+STEPS = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", DOCKERFILE, flags=re.MULTILINE)).splitlines()
+
+
+def steps(instruction: str) -> list[str]:
+    return [step.removeprefix(f"{instruction} ") for step in STEPS if step.startswith(instruction)]
+
+
+# -- the image -------------------------------------------------------------------------------
+
+
+def test_building_asks_for_no_other_image_than_the_base() -> None:
+    """A `# syntax=` line would fetch a frontend, from a registry that may be out of reach."""
+    assert not re.search(
+        r"^#\s*(syntax|escape|check)\s*=", DOCKERFILE, re.MULTILINE | re.IGNORECASE
+    )
+    assert steps("ARG") == ["BASE=python:3.13-slim"]
+    assert {step.split()[0] for step in steps("FROM")} == {"${BASE}"}
+
+
+def test_older_builders_understand_every_step() -> None:
+    """What BuildKit alone understands: flags of RUN, --chmod and --link of COPY, heredocs."""
+    assert not re.search(r"RUN --|--chmod|--link|<<", DOCKERFILE)
+
+
+def test_the_image_installs_what_the_lock_hashes_and_nothing_else() -> None:
+    (installing,) = [step for step in steps("RUN") if "pip" in step]
+    assert "--require-hashes" in installing
+    copied = [step.split() for step in steps("COPY")]
+    before = STEPS[: STEPS.index(f"RUN {installing}")]
+    assert [step for step in before if step.startswith("COPY")] == [
+        "COPY webapp/requirements.txt /tmp/"
+    ], "other files would have the packages installed again"
+    for *sources, _ in copied:
+        for source in sources:
+            assert source.startswith(("--from=", "/")) or (ROOT / source).exists()
+
+
+def test_the_user_is_a_number_and_not_root() -> None:
+    """Under runAsNonRoot a kubelet refuses a name: it could be root's."""
+    assert steps("USER")[-1].isdigit()
+    assert int(steps("USER")[-1]) > 0
+
+
+def test_modes_do_not_depend_on_the_checkout() -> None:
+    assert any("chmod -R u=rwX,go=rX /app" in step for step in steps("RUN"))
+
+
+def is_left_out(path: str) -> bool:
+    """Whether `.dockerignore` keeps a path out, by Docker's rules: the last pattern wins."""
+    out = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = re.escape(line.removeprefix("!"))
+        pattern = pattern.replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+        if re.match(rf"{pattern}(/|$)", path):
+            out = not line.startswith("!")
+    return out
+
+
+FOLDERS = st.sampled_from(["", "dbpool/", "webapp/", "dbpool/flask/static/", "webapp/a/b/"])
+SECRETS = st.sampled_from([
+    ".env", ".env.local", "prod.env", ".envrc", ".pgpass", ".pg_service.conf", ".netrc",
+    ".git/config", ".vscode/settings.json", ".idea/workspace.xml", ".notes.py.swp", "notes.py~",
+    ".DS_Store", "server.key", "server.pem", "id_rsa", "id_ed25519", "secrets/password",
+    "__pycache__/notes.cpython-313.pyc", ".venv/bin/python", ".hypothesis/x",
+])  # fmt: skip
+
+
+@given(FOLDERS, SECRETS)
+def test_secrets_and_editors_files_stay_out_of_the_image(folder: str, name: str) -> None:
+    assert is_left_out(folder + name)
+
+
+def test_the_sources_get_into_the_image() -> None:
+    done = subprocess.run(
+        ["git", "ls-files", "dbpool", "webapp"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    paths = done.stdout.split() or ["dbpool/__init__.py", "webapp/__init__.py"]
+    assert [path for path in paths if is_left_out(path)] == []
+    assert all(is_left_out(path) for path in ("README.md", "tests/postgres.py", "pyproject.toml"))
+
+
+# -- compose ---------------------------------------------------------------------------------
+
+
+def environment(service: str) -> dict[str, str]:
+    """What compose sets for a service; an empty value is taken from the shell or `.env`."""
+    block = re.search(rf"^ *{service}:.*\n(?: +.*\n)*? +environment:\n((?: +.*\n)+?) +\w+: \[",
+                      COMPOSE, re.MULTILINE)  # fmt: skip
+    assert block
+    return dict(re.findall(r"^ +([A-Z][A-Z0-9_]+): ?(.*)$", block[1], re.MULTILINE))
+
+
+def test_compose_passes_every_setting() -> None:
+    passed = environment("x-web")
+    table = set(re.findall(r"^\| (`[A-Z].*?) \|", README, re.MULTILINE))
+    told = {name for cell in table for name in re.findall(r"`([A-Z][A-Z0-9_]+)`", cell)}
+    assert told >= COMMON
+    # The database is the one that compose starts, and its URL holds no secret.
+    assert (told | COMMON) - passed.keys() == {"DATABASE_URL_FILE"}
+
+
+def test_compose_adds_nothing_to_a_setting_that_it_passes() -> None:
+    """`${X:-}` would set what nobody set, to nothing."""
+    own = {name: value for name, value in environment("x-web").items() if value}
+    assert own.keys() == {
+        "DATABASE_URL", "PGPASSWORD_FILE", "DBPOOL_TOKEN_FILE", "WEB_CONCURRENCY",
+    }  # fmt: skip
+
+
+def test_every_secret_of_compose_is_a_file() -> None:
+    names = set(re.findall(r"/run/secrets/(\w+)", COMPOSE))
+    defined = dict(re.findall(r"^  (\w+):\n    file: (\S+)$", COMPOSE, re.MULTILINE))
+    assert defined == {name: f"./secrets/{name}" for name in names}
+    assert "dbpool_token" in names
+    header = COMPOSE.split("x-web", 1)[0]
+    assert names == set(re.findall(r"\b\w+_(?:password|token)\b", header))
+    assert "://webapp@db" in COMPOSE, "no password in the URL"
+
+
+def test_the_application_s_role_is_no_superuser() -> None:
+    """The image makes POSTGRES_USER one: the application must not be that."""
+    assert "POSTGRES_USER" not in COMPOSE
+    assert environment("x-web")["DATABASE_URL"].startswith("postgresql://webapp@")
+    created = re.search(r"create role webapp ([^'\n]*)'", COMPOSE)
+    assert created
+    assert created[1] == "login"
+
+
+def test_compose_gives_one_image_one_name() -> None:
+    assert re.findall(r"^ +image: (.*)$", COMPOSE, re.MULTILINE) == [
+        "dbpool-webapp",
+        "${POSTGRES_IMAGE:-postgres:18}",
+    ]
+    assert COMPOSE.count("build:") == 1
+
+
+# -- the health check ------------------------------------------------------------------------
+
+Serve = Callable[[bytes], int]
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[bytes | None], int]]:
+    """Serve one connection on a port of its own: answer, or keep silent for None."""
+    listeners: list[socket.socket] = []
+    over = threading.Event()
+    threads = []
+
+    def serve(answer: bytes | None) -> int:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+
+        def one() -> None:
+            conn = listener.accept()[0]
+            with conn:
+                conn.recv(4096)
+                if answer is None:
+                    over.wait(10)
+                else:
+                    conn.sendall(answer)
+
+        thread = threading.Thread(target=one, daemon=True)
+        thread.start()
+        threads.append(thread)
+        return int(listener.getsockname()[1])
+
+    yield serve
+    over.set()
+    for thread in threads:
+        thread.join(5)
+    for listener in listeners:
+        listener.close()
+
+
+def healthcheck(**environ: str) -> subprocess.CompletedProcess[str]:
+    """Run the image's own command."""
+    (step,) = [step for step in STEPS if "HEALTHCHECK" in step]
+    _, *options = re.findall(r'"([^"]+)"', step)
+    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9")
+    return subprocess.run(
+        [sys.executable, *options],
+        cwd=ROOT,
+        env={**proxies, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=10,
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n{}", 0),
+        (b"HTTP/1.0 200 OK\r\n\r\n", 0),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", 1),
+        (b"HTTP/1.1 404 200\r\n\r\n", 1),
+        (b"", 1),
+        (b"SSH-2.0-x\r\n", 1),
+        (None, 1),
+    ],
+)
+def test_the_health_check_judges_by_the_status_and_asks_no_proxy(
+    answering: Callable[[bytes | None], int], answer: bytes | None, status: int
+) -> None:
+    done = healthcheck(PORT=str(answering(answer)))
+    assert done.returncode == status, done
+    assert len(done.stderr.splitlines()) == status, "one line that says what is wrong"
+
+
+@pytest.mark.parametrize("port", ["", "x", "-1", "70000", "8000 8001", "closed"])
+def test_the_health_check_says_in_one_line_what_is_wrong(port: str) -> None:
+    given = str(free_port()) if port == "closed" else port
+    done = healthcheck(PORT=given)
+    asked = given or "8000"
+    if done.returncode == 0:
+        assert asked == "8000"  # somebody serves here
+    else:
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"healthcheck: port {asked}: ")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_health_check_starts_without_what_costs_time() -> None:
+    """It runs every few seconds in each container."""
+    options = re.findall(r'"([^"]+)"', next(step for step in STEPS if "HEALTHCHECK" in step))
+    assert options[:3] == ["python", "-I", "-S"]
+    script = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='x'); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", script, options[3]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    costly = {"site", "ssl", "urllib.request", "http.client", "email", "asyncio", "logging"}
+    assert costly.isdisjoint(done.stdout.split())
+
+
+# -- starting --------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(**environ: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "webapp.serve", "--print-config"],
+        cwd=ROOT,
+        env={**os.environ, **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def configured(**environ: str) -> tuple[int, dict[str, str], str]:
+    with serving(**environ) as process:
+        said, complained = process.communicate(timeout=30)
+    pairs = [line.partition("=") for line in said.splitlines()]
+    return process.returncode, {k.strip(): v.strip() for k, _, v in pairs}, complained
+
+
+@pytest.mark.parametrize(
+    ("environ", "bind", "workers"),
+    [
+        ({}, "['127.0.0.1:8000']", "2"),
+        ({"PORT": "", "WEB_CONCURRENCY": ""}, "['127.0.0.1:8000']", "2"),
+        ({"PORT": " ", "WEB_CONCURRENCY": " "}, "['127.0.0.1:8000']", "2"),
+        ({"PORT": "9001", "WEB_CONCURRENCY": "3"}, "['127.0.0.1:9001']", "3"),
+        ({"PORT": "9001\n", "WEB_CONCURRENCY": " 1"}, "['127.0.0.1:9001']", "1"),
+    ],
+)
+def test_the_container_s_numbers_may_be_empty(
+    environ: dict[str, str], bind: str, workers: str
+) -> None:
+    status, config, complained = configured(**environ)
+    assert (status, complained) == (0, "")
+    assert (config["bind"], config["workers"]) == (bind, workers)
+
+
+@given(
+    st.sampled_from([("PORT", "65535"), ("WEB_CONCURRENCY", "1000")]),
+    st.sampled_from(
+        ["0", "-1", "many", "2.5", "1e3", "99999", "9" * 5000, "0x10", "\uff11", "true", "2;3"]
+    ),
+)
+def test_the_container_s_numbers_are_refused_in_one_line(
+    numbers: tuple[str, str], value: str
+) -> None:
+    name, most = numbers
+    script = "import sys, webapp.serve; sys.exit(webapp.serve.main())"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script],
+        cwd=ROOT,
+        env={name: value},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    wanted = f"webapp: {name} must be a number from 1 to {most}, not {value[:20]!r}\n"
+    assert done.stderr == wanted

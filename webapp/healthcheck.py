@@ -1,0 +1,28 @@
+"""The container's health check: exit 0 if the server in it says that it is alive.
+
+Run as `python -I -S`, with a bare socket: it starts in a fraction of the time that urllib takes,
+and the proxies of the environment do not matter.
+"""
+
+import os
+import socket
+import sys
+
+TIMEOUT = 2.0  # seconds, to connect and to answer
+REQUEST = b"GET /db/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+def main() -> str | None:
+    """Return what is wrong, or None."""
+    port = os.environ.get("PORT") or "8000"
+    try:
+        with socket.create_connection(("127.0.0.1", int(port)), TIMEOUT) as conn:
+            conn.sendall(REQUEST)
+            status = conn.recv(64).split(b" ")[1:2]
+    except (OSError, ValueError, OverflowError) as ex:
+        return f"healthcheck: port {port}: {ex}"
+    return None if status == [b"200"] else f"healthcheck: port {port}: answered {status}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
