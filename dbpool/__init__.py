@@ -1,21 +1,30 @@
-"""A PostgreSQL connection pool for thread-based WSGI applications, over psycopg_pool."""
+"""A PostgreSQL connection pool for thread-based WSGI applications, over psycopg_pool.
+
+Names are imported on first use. A gunicorn master imports `dbpool.gunicorn` alone: whatever else
+it imported would stay as it was then in every worker, after a reload too, and would come before
+gevent patches the standard library.
+"""
 
 from __future__ import annotations
 
-from dbpool.databases import Databases
-from dbpool.errors import (
-    CommitUncertain,
-    ConfigError,
-    DatabaseMisconfigured,
-    DatabaseUnavailable,
-    PoolClosed,
-    PoolError,
-    PoolExhausted,
-    PoolTimeout,
-    TooManyRequests,
-)
-from dbpool.pool import Pool
-from dbpool.settings import Settings
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dbpool.databases import Databases
+    from dbpool.errors import (
+        CommitUncertain,
+        ConfigError,
+        DatabaseMisconfigured,
+        DatabaseUnavailable,
+        PoolClosed,
+        PoolError,
+        PoolExhausted,
+        PoolTimeout,
+        TooManyRequests,
+    )
+    from dbpool.pool import Pool
+    from dbpool.settings import Settings
 
 __version__ = "0.1.0"
 
@@ -33,3 +42,25 @@ __all__ = [
     "Settings",
     "TooManyRequests",
 ]
+
+_MODULES = ("breaker", "databases", "errors", "events", "holders", "liveness", "metrics", "pool",
+            "retry", "settings")  # fmt: skip
+_HOMES = ("dbpool.errors", "dbpool.settings", "dbpool.pool", "dbpool.databases")  # of `__all__`
+
+
+if not TYPE_CHECKING:  # a checker would take every name for one that exists
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__ and name not in _MODULES:
+            message = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(message, name=name, obj=import_module(__name__))  # for suggestions
+        # psycopg's modules import one another in circles: threads must begin with the same one.
+        import_module("psycopg_pool")
+        if name in _MODULES:
+            return import_module(f"dbpool.{name}")
+        found = next(m for m in map(import_module, _HOMES) if name in m.__all__)
+        return globals().setdefault(name, getattr(found, name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

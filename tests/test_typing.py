@@ -97,6 +97,7 @@ pool.close("now")  # arg-type
 dbpool.Pool(max_sise=3)  # call-arg
 dbpool.Pool(ping_after=None)  # arg-type
 dbpool.Databases()  # call-arg
+dbpool.Poool()  # attr-defined
 create_blueprint(authorize=True)  # arg-type
 """
 

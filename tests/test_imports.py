@@ -1,0 +1,134 @@
+"""What importing dbpool brings, and when: names come on first use."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dbpool
+
+ROOT = Path(__file__).parent.parent
+MODULES = ("breaker", "databases", "errors", "events", "holders", "liveness", "metrics", "pool",
+           "retry", "settings")  # fmt: skip
+ERRORS = [
+    name
+    for name in dbpool.__all__
+    if isinstance(found := getattr(dbpool, name), type) and issubclass(found, BaseException)
+]
+
+
+def fresh(script: str) -> str:
+    """Run a script in a process of its own; return what it said."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+LOADED = (
+    "import sys; print(sorted(m for m in sys.modules"
+    " if m.partition('.')[0] in ('dbpool', 'psycopg', 'psycopg_pool', 'backoff', 'flask')))"
+)
+
+
+@pytest.mark.parametrize("statement", ["import dbpool", "dbpool.__version__; dir(dbpool)"])
+def test_importing_dbpool_imports_nothing_of_it(statement: str) -> None:
+    assert fresh(f"import dbpool; {statement}; {LOADED}") == "['dbpool']"
+
+
+def test_importing_the_hooks_brings_the_standard_library_alone() -> None:
+    script = f"""
+import sys
+before = set(sys.modules)
+from dbpool.gunicorn import *
+tops = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(sorted(tops - sys.stdlib_module_names))
+{LOADED}
+"""
+    assert fresh(script).splitlines() == [
+        "['dbpool']",
+        "['dbpool', 'dbpool._files', 'dbpool.gunicorn']",
+    ]
+
+
+def test_an_error_brings_no_pool() -> None:
+    assert (
+        fresh("import dbpool, sys; dbpool.ConfigError; print('dbpool.pool' in sys.modules)")
+        == "False"
+    )
+
+
+@pytest.mark.parametrize("name", dbpool.__all__)
+def test_each_public_name_can_be_the_first(name: str) -> None:
+    assert fresh(f"import dbpool; print(dbpool.{name}.__name__)") == name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_module_is_an_attribute(name: str) -> None:
+    assert fresh(f"import dbpool; print(dbpool.{name}.__name__)") == f"dbpool.{name}"
+
+
+def test_a_star_brings_all_public_names() -> None:
+    script = "import dbpool\nfrom dbpool import *\nprint({*dbpool.__all__} - {*globals()})"
+    assert fresh(script) == "set()"
+
+
+def test_all_names_are_listed_before_their_first_use() -> None:
+    names = {*dbpool.__all__, *MODULES, "__version__"}
+    assert fresh(f"import dbpool; print({names} - {{*dir(dbpool)}})") == "set()"
+
+
+@pytest.mark.parametrize("name", ["Poool", "no_such_module", "flask", "_no_such", "__wrapped__"])
+def test_another_name_is_an_attribute_error(name: str) -> None:
+    script = f"""
+import dbpool
+assert not hasattr(dbpool, {name!r})
+try:
+    dbpool.{name}
+except AttributeError as ex:
+    print(ex, ex.name)
+"""
+    assert fresh(script) == f"module 'dbpool' has no attribute {name!r} {name}"
+
+
+def test_a_misspelt_name_cannot_be_imported() -> None:
+    with pytest.raises(ImportError, match="Poool"):
+        exec("from dbpool import Poool")
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_is_unpickled_where_nothing_is_imported_yet(name: str) -> None:
+    data = pickle.dumps(getattr(dbpool, name)("why"))
+    script = f"import pickle; ex = pickle.loads({data!r}); print(type(ex).__name__, ex)"
+    assert fresh(script) == f"{name} why"
+
+
+def test_a_name_may_first_be_used_by_many_threads_at_once() -> None:
+    script = """
+import dbpool, sys, threading
+sys.setswitchinterval(1e-6)
+begin, found = threading.Barrier(16), []
+
+def use(name):
+    begin.wait()
+    found.append(getattr(dbpool, name).__name__)
+
+names = [*dbpool.__all__, "pool", "settings", "databases", "metrics"]
+threads = [threading.Thread(target=use, args=(name,)) for name in names]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(found))
+"""
+    assert len(dbpool.__all__) == 12
+    assert fresh(script) == "16"
