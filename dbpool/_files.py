@@ -1,18 +1,24 @@
-"""What processes on one host share: atomic files, a lock, and how to tell a process again."""
+"""What processes on one host share: atomic files, locks, and how to tell a process again.
+
+Imports the standard library alone: the gunicorn master imports this too.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+STATS_DIR: Final = "DBPOOL_STATS_DIR"  # the variable that names the directory they share
 _LARGEST: Final = 1 << 20  # bytes of a file that is read
 _LOCK_WAIT: Final = 0.2  # seconds
 
@@ -26,7 +32,8 @@ def start_time(pid: int) -> str | None:
     """Return when that process was started, in the kernel's ticks; None if there is none.
 
     Together with its pid that tells a process from a later one with the same pid. "0" where
-    the system does not say.
+    the system does not say. Other pid namespaces, those of containers, are out of sight: see
+    `LifeSign`.
     """
     if not _clock_ticks_are_kept():
         try:
@@ -74,25 +81,95 @@ def read(path: Path) -> Any:
         os.close(fd)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold a lock between processes; says whether it was had in time."""
-    import fcntl
+class _LockFile:
+    """An open file whose lock belongs to this process alone.
 
+    A forked child closes it: a lock lasts until the last copy of its descriptor is closed, and
+    the child may outlive this process.
+    """
+
+    def __init__(self, path: str | Path, flags: int, dir_fd: int | None = None) -> None:
+        flags |= os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.fd = os.open(path, flags, 0o600, dir_fd=dir_fd)
+        _lock_files.add(self)
+
+    def close(self) -> None:
+        """Close the file, which frees the lock unless a copy is left."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            self.close()
+
+
+_lock_files: weakref.WeakSet[_LockFile] = weakref.WeakSet()
+
+
+def _close_inherited() -> None:
+    for file in list(_lock_files):
+        file.close()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
+class LifeSign(_LockFile):
+    """A new file, locked for as long as this process lives.
+
+    Every process that sees the file sees by `is_held` whether its maker lives, also from another
+    pid namespace. Raises `OSError` where the file system keeps no locks.
+    """
+
+    def __init__(self, path: str | Path, dir_fd: int | None = None) -> None:
+        super().__init__(path, os.O_EXCL, dir_fd)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.unlink(path, dir_fd=dir_fd)
+            self.close()
+            raise
+
+
+def is_held(path: str | Path, dir_fd: int | None = None) -> bool | None:
+    """Whether the maker of a life sign lives; None if the file is not there.
+
+    In doubt, true.
+    """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(path, flags, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return None
     except OSError:
-        yield False
-        return
+        return True
     try:
-        yield _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Shared, so that two that look at the same time are not in each other's way.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    else:
+        return False
     finally:
         os.close(fd)
 
 
-def _lock(fd: int, how: int) -> bool:
-    import fcntl
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold a lock between processes; says whether it was had in time."""
+    try:
+        file = _LockFile(path, 0)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _lock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        file.close()
 
+
+def _lock(fd: int, how: int) -> bool:
     deadline = time.monotonic() + _LOCK_WAIT
     while True:
         try:

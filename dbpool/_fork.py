@@ -6,12 +6,14 @@ import atexit
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
 from dbpool.holders import Slot
 
 pools: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process, open or not
+adapters: list[Callable[[Any], None]] = []  # what the server's hooks do to each new pool
 
 _held = threading.local()  # `locks`: what a thread that forks holds meanwhile, see `telling`
 
@@ -19,6 +21,13 @@ _held = threading.local()  # `locks`: what a thread that forks holds meanwhile, 
 # buffer of standard error has a lock that nobody would ever release in the child.
 telling = threading.RLock()
 _PATIENCE = 1.0  # seconds
+
+
+def add(pool: Any) -> None:
+    """Remember a pool that is new."""
+    pools.add(pool)
+    for adapt in adapters:
+        adapt(pool)
 
 
 def close_all(timeout: float = 2.0) -> None:

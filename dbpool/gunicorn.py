@@ -1,88 +1,220 @@
 """Server hooks for gunicorn: `from dbpool.gunicorn import *` in a `gunicorn.conf.py`.
 
-They make the directory in which the workers' statistics meet, let a pool be as large as its
-worker has threads unless that is set, and close the pools when a worker exits. A hook of your
-own with the same name takes the place of one of these; call the one here from it.
+They make the directory through which the workers share their statistics, size the pools by what
+their worker serves at once, publish a worker's statistics from its start, and close the pools
+when it exits. A hook of your own with the same name takes the place of one of these; call the
+one here from it.
+
+The master imports this. It gets the standard library and `_files` from it, nothing else: what
+the master imports is not reloaded, and comes before gevent patches the standard library.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-import shutil
+import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from dbpool._files import start_time
-from dbpool._fork import close_all, pools
-from dbpool.processes import VARIABLE
+from dbpool._files import STATS_DIR, LifeSign, is_held
 
-__all__ = ["on_exit", "on_starting", "post_worker_init", "worker_exit"]
+__all__ = ["on_exit", "on_starting", "post_fork", "post_worker_init", "worker_exit"]
 
-_NAME: Final = re.compile(r"dbpool-stats-(\d+)-(\d+)")
+_NAME: Final = re.compile(r"dbpool-stats-\d+-\d+")
+_LIFE_SIGN: Final = ".master"
+_OURS: Final = frozenset({"dbpool", "dbpool.gunicorn", "dbpool._files"})
+_THREADED: Final = frozenset({"gunicorn.workers.sync", "gunicorn.workers.gthread"})
+_GREENLETS: Final = "gunicorn.workers.base_async"  # what gevent's and eventlet's are made of
+
+
+class _Directory(NamedTuple):
+    """The directory that a master made: it goes with the process *pid*, not with its children."""
+
+    path: Path
+    pid: int
+    sign: LifeSign
+
+
+_made: _Directory | None = None
 
 
 def on_starting(server: Any) -> None:
-    """Make the directory for statistics, and remove those that dead masters left behind."""
-    if os.environ.get(VARIABLE):
+    """Make the directory for statistics, and remove those that dead masters left behind.
+
+    Without one each worker reports on itself alone, which is a warning.
+    """
+    global _made  # noqa: PLW0603  # there is one master in a process
+    given = os.environ.pop(STATS_DIR, "")
+    if given and not _NAME.fullmatch(Path(given).name):  # not another master's, before SIGUSR2
+        os.environ[STATS_DIR] = given
         return
-    for parent in _candidates(server.cfg.worker_tmp_dir):
-        _sweep(parent)
-        path = parent / f"dbpool-stats-{os.getpid()}-{start_time(os.getpid())}"
+    failed: dict[str, str] = {}
+    for parent in _parents(server.cfg.worker_tmp_dir):
         try:
-            path.mkdir(mode=0o700)
-            if (server.cfg.uid, server.cfg.gid) != (os.geteuid(), os.getegid()):
-                os.chown(path, server.cfg.uid, server.cfg.gid)
-        except OSError:
-            continue
-        os.environ[VARIABLE] = str(path)
-        return
-    server.log.warning("no directory for dbpool's statistics: each worker answers for itself")
+            _sweep(parent, {os.geteuid(), server.cfg.uid})
+            _made = _make(parent, server.cfg.uid, server.cfg.gid)
+        except OSError as ex:
+            failed[str(parent)] = ex.strerror or str(ex)
+        else:
+            os.environ[STATS_DIR] = str(_made.path)
+            return
+    reasons = "; ".join(f"{parent}: {reason}" for parent, reason in failed.items())
+    server.log.warning(
+        "dbpool: no directory can be made for the statistics (%s), so that each worker reports on"
+        " itself alone. Set worker_tmp_dir or DBPOOL_STATS_DIR to a writable one",
+        reasons,
+    )
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """Let the worker import dbpool anew, unless the master has imported more of it than this.
+
+    After an upgrade or a change, a reload is then one of the whole library.
+    """
+    names = {name for name in sys.modules if name.partition(".")[0] == "dbpool"}
+    if names <= _OURS:
+        for name in names:
+            del sys.modules[name]
 
 
 def post_worker_init(worker: Any) -> None:
-    """Let the pools of this worker be as large as it has threads, unless their size is set.
+    """Size the pools by what the worker serves at once, and publish its statistics from now on.
 
-    Not by the environment, which would win over a `.env` and contradict a larger min_size.
+    A `max_size` that is set stays. Else it is one more than the worker's threads, so that one of
+    them can hold two connections. A worker that does not serve by threads, gevent's say, keeps
+    the default. This is not done by the environment, which would win over a `.env`.
     """
-    for pool in list(pools):
-        if "max_size" not in pool.settings.explicit:
-            pool.resize(pool.min_size, max(pool.min_size, worker.cfg.threads))
+    from dbpool import processes
+
+    modules = {cls.__module__ for cls in type(worker).__mro__}
+    threads = worker.cfg.threads
+    if _GREENLETS not in modules and (threads > 1 or modules & _THREADED):
+        _size(threads + 1)
+    # Said once, not by each worker.
+    if "gunicorn.workers.ggevent" in modules and worker.age == 1 and _is_patched_too_late():
+        worker.log.warning(
+            "dbpool: psycopg was imported before gevent patched the standard library, so that each"
+            " query stops a whole worker. Import the application in the workers alone (no"
+            " preload_app), or call gevent.monkey.patch_all() at the top of gunicorn's"
+            " configuration, before every other import"
+        )
+    processes.publish_from_the_start()
 
 
 def worker_exit(server: Any, worker: Any) -> None:
     """Close the pools of a worker that exits."""
-    close_all(timeout=1.0)
+    # gunicorn calls this in the master too, when it finds a worker gone.
+    if os.getpid() != getattr(server, "pid", None):
+        from dbpool._fork import close_all
+
+        close_all(timeout=1.0)
 
 
 def on_exit(server: Any) -> None:
     """Remove the directory that `on_starting` made."""
-    path = Path(os.environ.get(VARIABLE, ""))
-    match = _NAME.fullmatch(path.name)
-    if match and int(match[1]) == os.getpid():
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _candidates(worker_tmp_dir: str | None) -> list[Path]:
-    """Where the directory may be, memory first: a write to a disk can stall."""
-    named = (worker_tmp_dir, "/dev/shm", tempfile.gettempdir())  # noqa: S108  # made 0700 inside
-    return [Path(name) for name in named if name and os.access(name, os.W_OK | os.X_OK)]
+    if _made is not None and _made.pid == os.getpid():
+        with suppress(OSError), _opened(_made.path) as fd:
+            _remove(_made.path, fd)
+        _made.sign.close()
 
 
 def directories() -> list[Path]:
     """Return the directories for statistics of the masters that run now, and are this user's."""
-    found = []
-    for parent in _candidates(None):
-        for path in parent.glob("dbpool-stats-*-*"):
-            match = _NAME.fullmatch(path.name)
-            if match and start_time(int(match[1])) == match[2] and os.access(path, os.R_OK):
-                found.append(path)
-    return found
+    parents = dict.fromkeys(_parents(None))
+    found = [path for parent in parents for path in _named(parent)]
+    return [path for path in found if is_held(path / _LIFE_SIGN) and os.access(path, os.R_OK)]
 
 
-def _sweep(parent: Path) -> None:
-    for path in parent.glob("dbpool-stats-*-*"):
-        match = _NAME.fullmatch(path.name)
-        if match and start_time(int(match[1])) != match[2] and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+def _parents(worker_tmp_dir: str | None) -> Iterator[Path]:
+    """Where the directory may be, memory first: a write to a disk can stall."""
+    if worker_tmp_dir:
+        yield Path(worker_tmp_dir).absolute()
+    yield Path("/dev/shm")  # noqa: S108  # made 0700 inside
+    try:
+        # Asked last, and only if need be: it tries to write, and fails without any /tmp.
+        yield Path(tempfile.gettempdir())
+    except OSError:
+        return
+
+
+def _named(parent: Path) -> list[Path]:
+    try:
+        return [path for path in parent.iterdir() if _NAME.fullmatch(path.name)]
+    except OSError:
+        return []
+
+
+def _sweep(parent: Path, users: set[int]) -> None:
+    """Remove what dead masters of these users left. A living one holds its life sign."""
+    for path in _named(parent):
+        with suppress(OSError), _opened(path) as fd:
+            if os.fstat(fd).st_uid in users and not is_held(_LIFE_SIGN, dir_fd=fd):
+                _remove(path, fd)
+
+
+def _make(parent: Path, uid: int, gid: int) -> _Directory:
+    """Make a directory private to that user. It gets its name once its life sign is held."""
+    new = Path(tempfile.mkdtemp(prefix=".dbpool-", dir=parent))
+    pid, number = os.getpid(), int.from_bytes(os.urandom(6), "big")
+    with _opened(new) as fd:
+        if os.fstat(fd).st_uid != os.geteuid() or os.listdir(fd):  # noqa: PTH208  # a descriptor
+            raise PermissionError(errno.EPERM, "somebody else replaces files in it")
+        try:
+            sign = LifeSign(_LIFE_SIGN, dir_fd=fd)
+            if (uid, gid) != (os.geteuid(), os.getegid()):
+                os.fchown(sign.fd, uid, gid)
+                os.fchown(fd, uid, gid)
+            path = new.rename(parent / f"dbpool-stats-{pid}-{number}")
+        except OSError:
+            with suppress(OSError):
+                _remove(new, fd)
+            raise
+    return _Directory(path, pid, sign)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Open a directory of ours.
+
+    It is used by its descriptor alone: the master may be root, and where its workers' user may
+    write to the parent, that user can put another directory, or a link, under the name.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path, fd: int) -> None:
+    """Remove a directory, which holds files alone."""
+    for name in os.listdir(fd):
+        os.unlink(name, dir_fd=fd)
+    path.rmdir()
+
+
+def _size(max_size: int) -> None:
+    """Give the pools of this process that default, those also that are made later."""
+    from dbpool import _fork
+
+    def resize(pool: Any) -> None:
+        settings = pool.settings
+        if "max_size" not in settings.explicit and pool.max_size == settings.max_size:
+            pool.resize(pool.min_size, max(pool.min_size, max_size))
+
+    _fork.adapters[:] = [resize]
+    for pool in list(_fork.pools):
+        resize(pool)
+
+
+def _is_patched_too_late() -> bool:
+    """Whether psycopg waits in C, or dbpool keeps per thread what greenlets must not share."""
+    waiting, holders = map(sys.modules.get, ("psycopg.waiting", "dbpool.holders"))
+    is_blocking = waiting is not None and waiting.wait is getattr(waiting, "wait_c", None)
+    return is_blocking or (holders is not None and not isinstance(holders.here, threading.local))

@@ -107,7 +107,7 @@ class Pool(Runner[CT]):
         if isinstance(self.kwargs, Concealed):
             self.kwargs = self.kwargs.reveal()
         self._lazy = opening is None
-        _fork.pools.add(self)
+        _fork.add(self)
         if opening:
             self.open()
 

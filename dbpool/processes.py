@@ -1,26 +1,28 @@
 """The statistics of all worker processes on this host, merged.
 
 Each process keeps one file with its snapshot in a directory that they share; whoever is asked
-reads them all. What has died is folded into an archive, so that totals never fall.
+reads them all. What has died is folded into an archive, so that totals never fall. A process
+lives while the lock on its file `….alive` is held, which also processes of other pid namespaces
+see: containers may share the directory.
 """
 
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import os
 import re
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from dbpool._files import locked, read, start_time, write
+from dbpool._files import STATS_DIR, LifeSign, is_held, locked, read, start_time, write
 from dbpool.metrics import Snapshot, count, seconds, text
 
 __all__ = ["SCHEMA", "Processes"]
@@ -28,12 +30,22 @@ __all__ = ["SCHEMA", "Processes"]
 logger = logging.getLogger("dbpool")
 
 SCHEMA: Final = 2
-VARIABLE: Final = "DBPOOL_STATS_DIR"
+_ALIVE: Final = ".alive"
 _EVERY: Final = 1.0  # seconds between two publications
 _PATIENCE: Final = 1.0  # seconds that a publication waits for another of this process
 _MOST: Final = 1024  # files that are read
 _LAST_PID: Final = (1 << 31) - 1
-_numbers: Final = itertools.count()
+
+_known: weakref.WeakSet[Processes] = weakref.WeakSet()
+_from_the_start = False  # whether each publishes before it is asked for a report
+
+
+def publish_from_the_start() -> None:
+    """Have each of this process publish now, and those still to be made: no report waits for it."""
+    global _from_the_start  # noqa: PLW0603  # a process is a server's worker, or is not
+    _from_the_start = True
+    for processes in list(_known):
+        processes.start()
 
 
 class Pooled(Protocol):
@@ -52,6 +64,10 @@ class _Life:
         self.is_started = False
         self.start_at = 0.0  # not before
         self.stop = threading.Event()
+        # Tells apart the applications of one name in a process, and processes of one pid in
+        # several pid namespaces.
+        self.number = int.from_bytes(os.urandom(6), "big")
+        self.sign: LifeSign | None = None
         # Held from the snapshot until it is written, so that no older one comes after a newer.
         self.writing = threading.Lock()
 
@@ -62,7 +78,7 @@ class _Record:
 
     pid: int
     start: str
-    number: int  # tells apart the applications of one name in a process
+    number: int
     written: float
     uptime: float
     pools: Mapping[str, Snapshot]
@@ -114,9 +130,11 @@ class Processes:
         self._databases = databases
         self._directory = directory
         self._app = re.sub(r"[^A-Za-z0-9_]+", "_", app)
-        self._number = next(_numbers)
         self._complained: set[str] = set()
         self._lives: dict[int, _Life] = {}
+        _known.add(self)
+        if _from_the_start:
+            self.start()
 
     def start(self) -> None:
         """Publish each second from now on, in a thread of this process. Cheap when it does.
@@ -186,6 +204,8 @@ class Processes:
         atexit.register(self.close)
 
     def _run(self, stop: threading.Event) -> None:
+        if _from_the_start:
+            self.publish()
         while not stop.wait(_EVERY):
             self.publish()
 
@@ -194,26 +214,39 @@ class Processes:
         directory = self._shared()
         if directory is None:
             return None
-        writing = self._life().writing
-        if not writing.acquire(timeout=_PATIENCE):
+        life = self._life()
+        if not life.writing.acquire(timeout=_PATIENCE):
             self._complain("stall", f"a write to {directory} takes longer than {_PATIENCE:g} s")
             return None
         try:
             record = self._own()
-            write(directory / f"{self._app}-{record.key}.json", record.to_json())
+            path = directory / f"{self._app}-{record.key}.json"
+            self._show_life(life, path.with_suffix(_ALIVE))
+            write(path, record.to_json())
         except OSError as ex:
             self._complain("write", f"cannot write statistics to {directory}: {ex.strerror}")
             return None
         finally:
-            writing.release()
+            life.writing.release()
         return record
+
+    def _show_life(self, life: _Life, path: Path) -> None:
+        """Hold the life sign of this process from its first file on. `writing` is held."""
+        if life.sign is None:
+            for inherited in self._lives.values():  # of uWSGI, which runs no hooks at a fork
+                if inherited.sign is not None:
+                    inherited.sign.close()
+            try:
+                life.sign = LifeSign(path)
+            except OSError:
+                return  # the file system keeps no locks: then the pid has to do
 
     def _own(self) -> _Record:
         now = time.monotonic()
         return _Record(
             pid=os.getpid(),
             start=start_time(os.getpid()) or "0",
-            number=self._number,
+            number=self._life().number,
             written=now,
             uptime=now - self._life().born,
             pools={text(name): pool.stats() for name, pool in self._databases.items()},
@@ -221,7 +254,7 @@ class Processes:
 
     def _shared(self) -> Path | None:
         """The directory that is shared, if there is one and it is ours alone."""
-        name = self._directory or os.environ.get(VARIABLE)
+        name = self._directory or os.environ.get(STATS_DIR)
         if not name:
             return None
         path = Path(name)
@@ -250,7 +283,10 @@ class Processes:
                 record = self._read_record(path)
                 if record is None or record.key == own_key:
                     continue
-                if start_time(record.pid) == record.start:
+                is_alive = is_held(path.with_suffix(_ALIVE))
+                if is_alive is None:  # the file system keeps no locks
+                    is_alive = start_time(record.pid) == record.start
+                if is_alive:
                     living.append(record)
                 else:
                     dead[path] = record
@@ -272,6 +308,7 @@ class Processes:
         try:
             write(archive, data)
             for path in dead:
+                path.with_suffix(_ALIVE).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
         except OSError as ex:
             self._complain("archive", f"cannot archive statistics: {ex.strerror}")
@@ -304,10 +341,11 @@ class Processes:
 
 def _report(records: list[_Record], pools: dict[str, Snapshot], scope: str) -> dict[str, Any]:
     """Merge what processes say of themselves with the archive's *pools*."""
-    pools = _merged(pools, *(record.pools for record in records))
     now = time.monotonic()
+    aged = ({n: _aged(s, now - r.written) for n, s in r.pools.items()} for r in records)
+    pools = _merged(pools, *aged)
     # A process is as young as the youngest of its parts: one may be closed.
-    latest = {r.pid: r for r in sorted(records, key=attrgetter("written"))}
+    latest = {(r.pid, r.start): r for r in sorted(records, key=attrgetter("written"))}
     return {
         "schema": SCHEMA,
         "time": time.time(),
@@ -318,6 +356,19 @@ def _report(records: list[_Record], pools: dict[str, Snapshot], scope: str) -> d
         ],
         "pools": {name: snapshot.to_json() for name, snapshot in pools.items()},
     }
+
+
+def _aged(snapshot: Snapshot, seconds: float) -> Snapshot:
+    """The same *seconds* later: what is held has been held for that much longer."""
+    seconds = max(0.0, seconds)
+    left, holders = snapshot.breaker.retry_after, snapshot.holders
+    return replace(
+        snapshot,
+        holders=tuple(replace(holder, seconds=holder.seconds + seconds) for holder in holders),
+        breaker=replace(
+            snapshot.breaker, retry_after=None if left is None else max(0.0, left - seconds)
+        ),
+    )
 
 
 def _ended(snapshot: Snapshot) -> Snapshot:

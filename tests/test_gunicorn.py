@@ -1,17 +1,18 @@
-"""The hooks, under a real gunicorn with three workers."""
+"""The hooks, under a real gunicorn, with workers of each class."""
 
 from __future__ import annotations
 
 import json
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,17 +20,20 @@ from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any
 
+import psycopg
 import pytest
 
 from dbpool import gunicorn as hooks
+from dbpool.processes import Processes
 
-from .postgres import free_port, until
+from .postgres import Server, free_port, until
 
 ROOT = Path(__file__).parent.parent
 
 APP = """
-import os
+import os, time
 from flask import Flask
+from dbpool import Pool
 from dbpool.flask import DBPool, create_blueprint
 
 db = DBPool()
@@ -46,6 +50,27 @@ def index():
 @app.get("/size")
 def size():
     return str(db.pool.max_size)
+
+@app.get("/late/<int:min_size>")
+def late(min_size):
+    return str(Pool({dsn!r}, min_size=min_size).max_size)
+
+@app.get("/nested")
+def nested():
+    with db.pool.connection() as conn:
+        conn.execute("select pg_sleep(0.05)")
+        return str(db.pool.fetch_value("select 1"))
+
+@app.get("/lock")
+def lock():
+    return str(db.pool.fetch_value("select pg_advisory_lock_shared(1)"))
+
+@app.get("/many")
+def many():
+    with db.pool.connection() as conn:
+        first = conn.execute("select pg_backend_pid(), pg_sleep(0.005)").fetchone()[0]
+        time.sleep(0.005)  # where greenlets take turns, whoever waits for the database
+        return str(first == conn.execute("select pg_backend_pid()").fetchone()[0])
 """
 
 CONF = """
@@ -57,6 +82,7 @@ control_socket_disable = True
 loglevel = "critical"
 preload_app = {preload}
 max_requests = {max_requests}
+{more}
 """
 
 
@@ -64,25 +90,43 @@ class Site:
     """A gunicorn that serves the application."""
 
     def __init__(
-        self, directory: Path, dsn: str, *, preload: int = False, max_requests: int = 0
+        self,
+        directory: Path,
+        dsn: str,
+        *,
+        preload: bool = False,
+        max_requests: int = 0,
+        first: str = "",
+        more: str = "",
+        app: str = "",
+        is_awaited: bool = True,
+        prefix: Sequence[str] = (),
+        **environ: str,
     ) -> None:
         self.directory = directory
         self.port = free_port()
-        (directory / "counted.py").write_text(dedent(APP.format(dsn=dsn)))
+        (directory / "counted.py").write_text(APP.format(dsn=dsn) + dedent(app))
         conf = CONF.format(
-            directory=str(directory), preload=bool(preload), max_requests=max_requests
+            directory=str(directory), preload=preload, max_requests=max_requests, more=dedent(more)
         )
-        (directory / "gunicorn.conf.py").write_text(dedent(conf))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{self.port}", "counted:app"],
-            cwd=directory,
-            env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{directory}"},
-            start_new_session=True,
-        )
-        until(self._serves, 30.0, pause=0.05)
+        (directory / "gunicorn.conf.py").write_text(f"{first}\n{conf}")
+        self._log = directory / "log"
+        command = [sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{self.port}", "counted:app"]
+        path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{directory}"}
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*prefix, *command],
+                cwd=directory,
+                env=os.environ | path | environ,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        if is_awaited:
+            until(self._serves, 30.0, pause=0.05)
 
     def _serves(self) -> bool:
-        assert self.process.poll() is None, "gunicorn ended"
+        assert self.process.poll() is None, self.said()
         try:
             return self.get("/db/health/live") != ""
         except OSError:
@@ -91,6 +135,9 @@ class Site:
     def get(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=20) as answer:
             return str(answer.read().decode())
+
+    def said(self) -> str:
+        return self._log.read_text()
 
     def stats(self) -> dict[str, Any]:
         return dict(json.loads(self.get("/db/stats")))
@@ -108,24 +155,30 @@ class Site:
         self.process.wait(30)
         return time.monotonic() - started
 
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(30)
+        for directory in self.directories():
+            shutil.rmtree(directory)
+
 
 @pytest.fixture
 def start(tmp_path: Path, dsn: str) -> Iterator[Callable[..., Site]]:
     sites: list[Site] = []
 
-    def start(**options: int) -> Site:
+    def start(**options: Any) -> Site:
         sites.append(Site(tmp_path, dsn, **options))
         return sites[-1]
 
     yield start
     for site in sites:
-        if site.process.poll() is None:
-            os.killpg(site.process.pid, signal.SIGKILL)
-            site.process.wait(30)
+        site.kill()
 
 
 def test_a_thousand_requests_are_a_thousand_checkouts(start: Callable[..., Site]) -> None:
     site = start()
+    until(lambda: len(site.stats()["processes"]) == 3)  # all have started
     with ThreadPoolExecutor(12) as threads:
         workers = Counter(threads.map(lambda _: site.get("/"), range(1000)))
     assert workers.total() == 1000
@@ -184,11 +237,195 @@ def test_the_directory_belongs_to_the_user_of_the_workers(
     assert not directory.exists()
 
 
-@pytest.mark.parametrize("preload", [False, True])
-def test_a_pool_is_as_large_as_its_worker_has_threads(
-    start: Callable[..., Site], preload: bool
+SIZES = {"gthread": 5, "sync": 2, "gevent": 10}  # four threads and one more, or the default
+RECORD = """
+def pre_fork(server, worker):
+    import pathlib, sys
+    path = pathlib.Path({directory!r}, f"modules-{{worker.age}}")
+    path.with_suffix(".new").write_text(" ".join(sys.modules))
+    path.with_suffix(".new").rename(path)
+"""
+
+
+def conf_of(worker_class: str, workers: int = 1) -> str:
+    """Workers of that class; `sync` with threads would be `gthread`."""
+    if worker_class == "gevent":
+        pytest.importorskip("gevent")
+    threads = 1 if worker_class == "sync" else 4
+    return f"workers, threads, worker_class = {workers}, {threads}, {worker_class!r}\n"
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def served(
+    request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Site]]:
+    """Two workers of each class in turn, for tests that do them no harm."""
+    directory = tmp_path_factory.mktemp(request.param)
+    conf = conf_of(request.param, workers=2) + RECORD.format(directory=str(directory))
+    site = Site(directory, server.conninfo, more=f"loglevel = 'warning'\n{conf}")
+    yield request.param, site
+    site.kill()
+
+
+def test_a_pool_is_sized_by_what_its_worker_serves(served: tuple[str, Site]) -> None:
+    worker_class, site = served
+    size = SIZES[worker_class]
+    assert site.get("/size") == str(size)
+    assert site.get("/late/1") == str(size)  # a pool made after the hooks ran
+    assert site.get("/late/20") == "20"
+    with ThreadPoolExecutor(8) as threads:  # each holds one connection and takes another
+        assert set(threads.map(lambda _: site.get("/nested"), range(16))) == {"1"}
+
+
+def test_every_request_is_served_by_each_class(served: tuple[str, Site]) -> None:
+    _, site = served
+    with ThreadPoolExecutor(16) as threads:
+        answers = Counter(threads.map(lambda _: site.get("/many"), range(400)))
+    assert answers == {"True": 400}
+    until(lambda: site.checkouts() >= 400)
+    discarded = site.stats()["pools"]["default"]["counters"]["discarded"]
+    assert sum(discarded.values()) == 0
+    assert site.said() == ""
+
+
+def test_the_master_imports_neither_psycopg_nor_the_pool(served: tuple[str, Site]) -> None:
+    _, site = served
+    site.get("/")
+    site.process.send_signal(signal.SIGHUP)  # after which two more were forked
+    path = site.directory / "modules-4"
+    until(path.exists)
+    modules = set(path.read_text().split())
+    assert not {name for name in modules if name.startswith(("psycopg", "flask", "backoff"))}
+    ours = {name for name in modules if name.partition(".")[0] == "dbpool"}
+    assert ours == {"dbpool", "dbpool.gunicorn", "dbpool._files"}
+
+
+def test_a_pool_of_a_preloaded_application_is_sized_too(start: Callable[..., Site]) -> None:
+    site = start(preload=True)
+    assert site.get("/size") == site.get("/late/1") == "5"
+
+
+@pytest.mark.parametrize("given", [1, 3, 10])
+def test_a_size_that_is_set_stays(start: Callable[..., Site], given: int) -> None:
+    site = start(more=conf_of("gthread"), DBPOOL_MAX_SIZE=str(given))
+    assert site.get("/size") == str(given)
+
+
+def test_a_pool_that_was_resized_before_the_fork_stays_so(start: Callable[..., Site]) -> None:
+    app = """
+    with app.app_context():
+        db.pool.resize(2, 17)
+    """
+    assert start(more=conf_of("gthread"), preload=True, app=app).get("/size") == "17"
+
+
+LATE = "before gevent patched"
+
+
+@pytest.fixture
+def held_lock(dsn: str) -> Iterator[psycopg.Connection]:
+    """An advisory lock for which the application's `/lock` waits."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute("select pg_advisory_lock(1)")
+        yield conn
+
+
+def assert_serves_while_a_query_waits(site: Site, held_lock: psycopg.Connection) -> None:
+    waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(site.get, "/lock")
+        until(lambda: held_lock.execute(waiting).fetchone() == (1,))
+        assert site.get("/size") == "10"
+        assert site.get("/nested") == "1"
+        held_lock.execute("select pg_advisory_unlock_all()")
+        assert answer.result(20) == ""
+
+
+def test_a_query_does_not_stop_a_gevent_worker(
+    start: Callable[..., Site], held_lock: psycopg.Connection
 ) -> None:
-    assert start(preload=preload).get("/size") == "4"
+    site = start(more=f"loglevel = 'warning'\n{conf_of('gevent')}")
+    assert_serves_while_a_query_waits(site, held_lock)
+    assert LATE not in site.said()
+
+
+def test_an_application_may_be_preloaded_where_gevent_patched_first(
+    start: Callable[..., Site], held_lock: psycopg.Connection
+) -> None:
+    patch = "import gevent.monkey; gevent.monkey.patch_all()"
+    conf = f"loglevel = 'warning'\n{conf_of('gevent')}\n"
+    site = start(preload=True, first=patch, more=conf)
+    assert_serves_while_a_query_waits(site, held_lock)
+    assert LATE not in site.said()
+
+
+@pytest.mark.parametrize(
+    ("preload", "more"),
+    [
+        pytest.param(True, "", id="preload"),
+        pytest.param(False, "def post_fork(server, worker):\n    import counted", id="post_fork"),
+        pytest.param(False, "import psycopg", id="configuration", marks=pytest.mark.slow),
+        pytest.param(False, "import dbpool.holders", id="part", marks=pytest.mark.slow),
+    ],
+)
+def test_a_patch_that_comes_too_late_is_told_once(
+    start: Callable[..., Site], preload: bool, more: str
+) -> None:
+    conf = f"loglevel = 'warning'\n{conf_of('gevent', workers=3)}\n{more}"
+    site = start(preload=preload, more=conf)
+    until(lambda: len(site.stats()["processes"]) == 3)  # by then each has run its hooks
+    assert site.said().count(LATE) == 1
+
+
+MARKED = """
+import sys
+
+@app.get("/marks")
+def marks():
+    modules = [m for n, m in sys.modules.items() if n.partition(".")[0] == "dbpool"]
+    return " ".join(sorted({str(getattr(module, "MARK", 0)) for module in modules}))
+"""
+
+
+@pytest.mark.parametrize("is_watched", [False, True], ids=["HUP", "--reload"])
+def test_a_reload_is_one_of_the_whole_library(
+    start: Callable[..., Site], tmp_path: Path, is_watched: bool
+) -> None:
+    shutil.copytree(ROOT / "dbpool", tmp_path / "dbpool", ignore=shutil.ignore_patterns("*.pyc"))
+    site = start(
+        more=f"{conf_of('gthread')}\nreload = {is_watched}", app=MARKED, PYTHONPATH=str(tmp_path)
+    )
+    assert site.get("/marks") == "0"
+    for path in (tmp_path / "dbpool").rglob("*.py"):
+        path.write_text(path.read_text() + "\nMARK = 1\n")
+    if not is_watched:
+        site.process.send_signal(signal.SIGHUP)
+
+    def marks() -> str:
+        with suppress(OSError):  # its worker ended meanwhile
+            return site.get("/marks")
+        return ""
+
+    until(lambda: marks() == "1", 20.0)
+    assert site.get("/size") == "5"
+
+
+def test_a_worker_publishes_before_it_has_served(start: Callable[..., Site]) -> None:
+    site = start(is_awaited=False)
+
+    def living() -> set[int]:
+        found: list[dict[str, Any]] = []
+        for directory in site.directories():
+            report = Processes({}, directory, "counted").survey()
+            found = report["processes"] if report else []
+        return {process["pid"] for process in found}
+
+    until(lambda: len(living()) == 3, 30.0)
+    before = living()
+    killed = min(before)
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: len(living() - before) == 1)
+    assert living() >= before - {killed}
 
 
 def test_the_directory_is_private_and_goes_with_the_master(start: Callable[..., Site]) -> None:
