@@ -39,24 +39,38 @@ _PERMANENT: Final = frozenset({"password", "role", "database", "access", "tls", 
 # localised. Matched against the first line, most specific first; what matches nothing is
 # transient. The texts are those of PostgreSQL 12 to 18 and of PgBouncer.
 _TEXTS: Final = (
+    # No name looks like that: it is a URL, or has a port or brackets.
+    ("conninfo", r"resolve host '(?:[^':]*:\d*'|[^']*[][/@\s])|could not translate host name \"\["),
     ("dns", r"failed to resolve host|could not translate host name"),
     ("timeout", r"timeout expired|timed out|query_wait_timeout"),
     (SATURATED, r"too many (clients|connections)|slots are reserved|no more connections"),
     ("starting", r"database system is|not yet accepting connections|recovery mode"),
     ("shutdown", r"terminating connection due to administrator command"),
     ("standby", r"session is (not )?read-only|server is (not )?in hot standby"),
-    ("password", r"password authentication failed|no password supplied|SASL auth"),
+    ("conninfo", r"authentication method|channel binding|GSSAPI encryption|OAuth"),
+    ("password", r"authentication failed for|no password supplied|SASL auth"),
     ("role", r'role "[^"]*" does not exist|not permitted to log in|no such user'),
     ("database", r'database "[^"]*" does not exist|no such database'),
     ("database", r"not currently accepting connections"),
+    ("conninfo", r"could not access file|permission denied to set|requires a value"),
+    ("access", r"failed: Permission denied"),  # on a socket
     ("access", r"no pg_hba\.conf entry|pg_hba\.conf rejects|permission denied for database"),
     ("closed", r"unexpected eof|EOF detected"),  # in the middle of a TLS handshake, say
-    ("tls", r"certificate|server does not support SSL|SSL error|sslmode"),
+    (
+        "tls",
+        r"certificate|private key file|SSL engine|server does not support SSL|SSL error|sslmode",
+    ),
     ("refused", r"Connection refused|No such file or directory|login has been failing"),
     ("closed", r"server closed the connection|Connection reset"),
-    ("conninfo", r"(invalid value for|unrecognized configuration) parameter"),
+    ("conninfo", r"(valid range|invalid value) for parameter|unrecognized configuration parameter"),
+    ("conninfo", r'parameter "[^"]*" cannot be|command-line argument|WAL sender|walsender'),
+    ("conninfo", r"protocol_version|protocol (version|negotiation)|peer user name|requirepeer"),
+    ("conninfo", r"received invalid response|expected authentication request"),  # no PostgreSQL
     ("conninfo", UNSUPPORTED),
-    ("conninfo", r"invalid (port number|connection option|integer value|sslmode)"),
+    ("conninfo", r"invalid (port number|connection option|integer value)|could not match \d"),
+    ("conninfo", r"failed: (Not a directory|Invalid argument)|setsockopt|path .* is too long"),
+    # What libpq refuses without asking a server. Its own text may be localised.
+    ("conninfo", r"^connection is bad: (?!.*(\.s\.PGSQL\.|, \w+ \d+ |memory))"),
 )
 
 
@@ -136,8 +150,8 @@ def classify(exc: BaseException) -> str:
         return "conninfo"
     if isinstance(exc, psycopg.errors.ConnectionTimeout):
         return "timeout"
-    if not isinstance(exc, psycopg.Error):
-        return "unknown"
+    if not isinstance(exc, psycopg.Error):  # a host's name may be none that can be encoded
+        return "conninfo" if isinstance(exc, UnicodeError) and "idna" in str(exc) else "unknown"
     line = str(exc).partition("\n")[0]
     for kind, pattern in _TEXTS:  # compiled, and kept by `re`, with the first failure
         if re.search(pattern, line, re.IGNORECASE):
