@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final
@@ -19,10 +20,11 @@ import psycopg
 
 from dbpool._conninfo import already_set
 from dbpool._dotenv import SKIPPED, Source
-from dbpool._values import did_you_mean, number, shown_path
+from dbpool._secrets import MASK, printable
+from dbpool._values import did_you_mean, number, shown
 from dbpool.app_settings import AppSettings, find_dotenv
 from dbpool.databases import Databases, databases_from_env
-from dbpool.errors import ConfigError, PoolError
+from dbpool.errors import ConfigError, PoolError, describe
 from dbpool.gunicorn import directories
 from dbpool.health import Health
 from dbpool.pool import Pool
@@ -32,7 +34,6 @@ from dbpool.settings import SERVER_SIDE, Settings, unknown_variables
 _EXPOSED: Final = (
     "the server is remote and sslmode is below verify-full: its identity is not checked"
 )
-_LOCAL: Final = frozenset({"localhost", "::1"})
 _PAUSE: Final = 0.5  # seconds between two attempts of `wait`
 # Fields that a connection string or libpq's variables can set too, and outdo.
 _CLIENT_SIDE: Final = (
@@ -69,7 +70,7 @@ def _fail(reason: object, *, as_json: bool = False) -> int:
 
 def _line(text: object) -> str:
     """On one line, what libpq spreads over several."""
-    return " ".join(str(text).split())
+    return printable(str(text))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,6 +155,7 @@ def _report(settings: Settings) -> dict[str, Any]:
     """Connect once as the pool would, and say what was found; no secret is in it."""
     effective = settings.masked()
     report: dict[str, Any] = {"ok": False, "settings": effective}
+    conn: Any = None
     started = monotonic()
     pool = _single(settings)
     try:
@@ -175,10 +177,10 @@ def _report(settings: Settings) -> dict[str, Any]:
                 "tls": bool(conn.pgconn.ssl_in_use),
             }
     except (PoolError, ConfigError) as ex:
-        report["error"] = str(ex.__cause__ or ex)
+        report["error"] = describe(ex.__cause__ or ex)
         report["kind"] = getattr(ex, "kind", "config")
     except psycopg.Error as ex:  # it served, and then broke off
-        report |= {"ok": False, "error": str(ex)}
+        report |= {"ok": False, "error": describe(ex, conn)}
     finally:
         pool.close(timeout=0.1)  # a connect that hangs is not waited for
     return report
@@ -188,7 +190,7 @@ def _in_effect(settings: Settings, params: Mapping[str, Any]) -> dict[str, objec
     """What differs from the settings because it is set elsewhere, or cannot be sent."""
     known = already_set(params, os.environ)
     found: dict[str, Any] = {
-        key: int(known[key]) if str(known[key]).isdecimal() else known[key] for key in _CLIENT_SIDE
+        key: int(known[key]) if str(known[key]).isdecimal() else MASK for key in _CLIENT_SIDE
     }
     if isinstance(found["tcp_user_timeout"], int):
         found["tcp_user_timeout"] /= 1000  # libpq counts milliseconds
@@ -211,9 +213,16 @@ def is_exposed(params: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
     """
     known = already_set(params, environ)
     hosts = str(known.get("hostaddr") or known.get("host") or "").split(",")
-    remote = [h for h in hosts if h and not h.startswith(("/", "@", "127.")) and h not in _LOCAL]
+    remote = [h for h in hosts if h and not h.startswith(("/", "@")) and not _is_loopback(h)]
     is_checked = known.get("sslmode") == "verify-full" or known.get("sslrootcert") == "system"
     return bool(remote) and not is_checked
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name, which means what the resolver says: of these alone it is known
+        return host.lower() in ("localhost", "ip6-localhost", "localhost.")
 
 
 def _single(settings: Settings) -> Pool[Any]:
@@ -308,7 +317,7 @@ def _directory(given: str | None) -> str | Path | None:
 
 
 def _survey(directory: Path, app: str | None) -> dict[str, Any]:
-    pattern, place = re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive"), shown_path(directory)
+    pattern, place = re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive"), shown(os.fspath(directory))
     matches = [pattern.fullmatch(path.name) for path in directory.glob("*")]
     apps = sorted({match[1] or match[2] for match in matches if match})
     if app is None and len(apps) > 1:

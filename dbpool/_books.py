@@ -22,7 +22,7 @@ from psycopg_pool.abc import CT
 from dbpool import _fork, events, holders
 from dbpool._parts import Call, Episode, Probe, Waiter
 from dbpool.breaker import Breaker
-from dbpool.errors import DatabaseMisconfigured, DatabaseUnavailable, is_permanent
+from dbpool.errors import DatabaseMisconfigured, DatabaseUnavailable, describe, is_permanent
 from dbpool.events import Emitter
 from dbpool.holders import Slot
 from dbpool.metrics import BreakerSnapshot, Metrics, Snapshot
@@ -140,7 +140,7 @@ class Books(ConnectionPool[CT]):
         cls = DatabaseMisconfigured if is_permanent(kind) else DatabaseUnavailable
         error = cls(
             f"pool {self.name!r}: no connection to the database for {seconds:.1f} s ({kind}):"
-            f" {cause or 'none was made in time'}",
+            f" {'none was made in time' if cause is None else describe(cause)}",
             pool=self.name,
             snapshot=snapshot or self.stats(),
             kind=kind,

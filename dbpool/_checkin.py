@@ -11,6 +11,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
+import psycopg
 from psycopg.adapt import AdaptersMap
 from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
@@ -18,7 +19,8 @@ from psycopg_pool.abc import CT
 from dbpool import _fork, events, holders
 from dbpool._books import logger
 from dbpool._life import Life
-from dbpool._parts import KeptCursor, manners
+from dbpool._parts import KeptCursor, insist_on_idle, manners
+from dbpool.errors import describe
 from dbpool.holders import Holder, Slot
 from dbpool.liveness import Look, look
 from dbpool.metrics import Metrics
@@ -112,6 +114,23 @@ class Checkin(Life[CT]):
         )
         if self.listeners.active:
             self.listeners.emit(events.ReturnedLate(self.name, seconds, where))
+
+    def _reset_connection(self, conn: CT) -> None:
+        """Roll back and call the user's `reset`: the parent would log the texts of errors."""
+        status = conn.pgconn.transaction_status
+        try:
+            if status == TransactionStatus.ACTIVE:
+                raise psycopg.ProgrammingError("it was returned in the middle of an operation")
+            if status not in (_IDLE, _UNKNOWN):
+                logger.warning("pool %r: rolling back returned connection: %s", self.name, conn)
+                conn.rollback()
+            if self._reset and status != _UNKNOWN:
+                self._reset(conn)
+                insist_on_idle(conn, "reset")
+        except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
+            why = describe(ex, conn)
+            logger.warning("pool %r: discarding returned connection: %s", self.name, why)
+            self._close_connection(conn)
 
     def _return_connection(self, conn: Any, from_getconn: bool) -> None:
         """Make a returned connection fit for the next holder, or give it up."""

@@ -23,7 +23,7 @@ from dbpool import events, holders
 from dbpool._books import logger
 from dbpool._checkin import Checkin
 from dbpool._parts import Waiter
-from dbpool.errors import PoolError, PoolExhausted
+from dbpool.errors import PoolError, PoolExhausted, describe
 from dbpool.holders import Slot
 from dbpool.liveness import Look, PingTimeout, look, ping
 
@@ -239,7 +239,8 @@ class Checkout(Checkin[CT]):
             if conn.pgconn.transaction_status != _IDLE:  # what it began is not its user's
                 conn.commit()
         except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
-            logger.info("connection failed check: %s", ex)
+            why = describe(ex, conn)
+            logger.info("connection failed check: %s", why)
             self._discard(conn, "dead")
             return False
         except BaseException:

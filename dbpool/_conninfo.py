@@ -16,7 +16,7 @@ from typing import Any, Final
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from dbpool._secrets import MASK, SECRET, Concealed, conceal, conceal_params, mask
+from dbpool._secrets import conceal, conceal_params, mask_value
 from dbpool.errors import ConfigError
 
 # SQLAlchemy's spelling of the driver, which libpq does not know.
@@ -61,7 +61,7 @@ def parse(conninfo: str, known_as: str = "the connection string") -> dict[str, A
     conninfo = conceal(conninfo)
     try:
         # All of it, as in a malformed one any part may be of the password.
-        params: dict[str, Any] = dict(Concealed(conninfo_to_dict(_spell(conninfo))))
+        params: dict[str, Any] = conceal(conninfo_to_dict(_spell(conninfo)))
     except (psycopg.Error, ValueError):
         params = {"": ""}
     # Raised out here, so that no chained error repeats the string.
@@ -93,7 +93,7 @@ def _problem(params: Mapping[str, Any], *, is_url: bool) -> str:
 def mask_conninfo(conninfo: str) -> str:
     """Return *conninfo* as key=value with its secrets replaced; never fails."""
     try:
-        params = {k: MASK if k in SECRET else mask(v) for k, v in parse(conninfo).items()}
+        params = {key: mask_value(value, key) for key, value in parse(conninfo).items()}
         return make_conninfo("", **params)
     except (ConfigError, psycopg.Error):
         return "(malformed)"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from dbpool._secrets import conceal
-from dbpool._values import shown_path
+from dbpool._values import shown
 from dbpool.errors import ConfigError
 
 logger = logging.getLogger("dbpool")
@@ -58,7 +58,7 @@ def read_dotenv(
             return parse(file, environ)
     except OSError as ex:
         problem = ex.strerror
-    raise ConfigError(f"cannot read {shown_path(path)}: {problem}")
+    raise ConfigError(f"cannot read {shown(os.fspath(path))}: {problem}")
 
 
 def distrust(file: BinaryIO, passed: list[Path]) -> str:

@@ -10,11 +10,12 @@ from time import monotonic
 from types import FunctionType
 from typing import Any, Final, cast
 
+import psycopg
 from psycopg import Connection, Cursor
 from psycopg.adapt import AdaptersMap
 from psycopg.errors import error_from_result
 from psycopg.generators import execute
-from psycopg.pq import ExecStatus
+from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg.rows import RowFactory, dict_row, namedtuple_row, scalar_row, tuple_row
 from psycopg_pool import ConnectionPool
 from psycopg_pool.pool import MaintenanceTask
@@ -86,6 +87,13 @@ def commit(conn: Any) -> None:
         result = conn.wait(execute(conn.pgconn))[0]
     if result.status != ExecStatus.COMMAND_OK:
         raise error_from_result(result, encoding=conn.pgconn._encoding)
+
+
+def insist_on_idle(conn: Any, callback: str) -> None:
+    """Raise if the user's callback of that name left something open on *conn*."""
+    if (status := conn.pgconn.transaction_status) != TransactionStatus.IDLE:
+        left = f"connection left in status {TransactionStatus(status).name}"
+        raise psycopg.ProgrammingError(f"{left} by the {callback} function: discarded")
 
 
 class Waiter:

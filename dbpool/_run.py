@@ -17,7 +17,7 @@ from psycopg_pool.abc import CT
 
 from dbpool import events
 from dbpool._upkeep import Upkeep
-from dbpool.errors import CommitUncertain, DatabaseMisconfigured, DatabaseUnavailable
+from dbpool.errors import CommitUncertain, DatabaseMisconfigured, DatabaseUnavailable, describe
 from dbpool.liveness import Look, look
 from dbpool.retry import Budget, delays, is_conflict
 
@@ -67,7 +67,7 @@ class Runner(Upkeep[CT]):
                 late = deadline is not None and monotonic() + pause >= deadline
                 if late or attempt >= attempts or not self._may_retry(ex, conn, idempotent):
                     raise
-                error = str(ex)  # itself it would hold this frame, and so the connection
+                error = describe(ex, conn)  # itself it would hold this frame, and so the connection
             else:
                 self._budget.refund()
                 return result

@@ -7,7 +7,8 @@ local variables of a frame, which error trackers and debuggers collect, show not
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from functools import wraps
 from typing import Any, Final, NoReturn, Self, TypeVar
 from urllib.parse import quote, quote_plus
@@ -25,6 +26,20 @@ SECRET: Final = frozenset(
 MASK: Final = "***"
 _SHORT: Final = 4  # characters: where a shorter secret is masked, the gaps would show it
 _OMITTED: Final = "(text left out: a secret is too short to be masked in it)"
+
+# Parameters of libpq whose value is anybody's to choose. Another's may be a secret in the wrong
+# place, unless it is harmless: a number, one of libpq's words, or a path of plain words.
+_FREE: Final = re.compile(
+    "host|hostaddr|port|dbname|user|options|service|client_encoding|(?:fallback_)?application_name"
+    "|gsslib|krbsrvname|requirepeer|oauth_(?:issuer|client_id|scope)"
+)
+_HARMLESS: Final = re.compile(
+    r"[+-]?\d{0,6}[.,]?\d{0,6} *(?:[num]?s|m|h|d|secs?|mins?|(?:second|minute|hour|day)s?|%)?"
+    r"|disable|allow|prefer|require|verify-(?:ca|full)|any|read-(?:write|only)|primary|standby"
+    r"|prefer-standby|random|direct|postgres|TLSv1(?:\.\d)?|system|true|false|database|on|off"
+    r"|(?:!?(?:password|md5|gss|sspi|scram-sha-256|creds|none|oauth),?)+"
+    r"|(?:~|\.\.?)(?:/[\w. -]{1,64})+/?|(?:/[\w. -]{1,64}){2,}/?|[\w-]{1,32}\.(?:crt|crl|pem|key)"
+)
 
 _USER: Final = re.compile(r"://[^:/]*:")
 _ASSIGNED: Final = re.compile(
@@ -48,63 +63,37 @@ class Secret(str):
     def __getitem__(self, key: Any) -> Secret:  # what cuts long values off shows no part either
         return Secret(super().__getitem__(key))
 
-    def __copy__(self) -> Self:
+    def __copy__(self, memo: object = None) -> Self:
         return self
 
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
+    __deepcopy__ = __copy__
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a secret cannot be pickled")
 
 
-class Concealed(Mapping[str, Any]):
-    """A view of a mapping whose strings come out as `Secret`; what it holds is not shown."""
-
-    __slots__ = ("_values",)
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def __getitem__(self, key: str) -> Any:
-        return conceal(self._values[key])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def reveal(self) -> Mapping[str, Any]:
-        """Return the mapping itself."""
-        return self._values
-
-
 def conceal(value: Any) -> Any:
-    """Return a string as a `Secret`, a mapping as a `Concealed` one, anything else as it is."""
-    if isinstance(value, str):
-        return Secret(value) if value else ""
-    is_plain = isinstance(value, Mapping) and not isinstance(value, Concealed)
-    return Concealed(value) if is_plain else value
+    """Return a string as a `Secret`, a mapping as a dict of such; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {key: conceal(each) for key, each in value.items()}
+    return Secret(value) if value and isinstance(value, str) else value
 
 
 def conceal_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return connection parameters as a dict in which only what holds a secret is concealed."""
-    return {
-        key: Secret(value) if _is_secret(key, value) else plain(value)
-        for key, value in params.items()
-    }
+    return {key: _conceal_param(key, value) for key, value in params.items()}
 
 
-def plain(value: Any) -> Any:
-    """Return a `Secret` as the string that it is, anything else as it is."""
-    return str(value) if isinstance(value, Secret) else value
+def _conceal_param(key: str, value: Any) -> Any:
+    if value and (key in SECRET or (isinstance(value, str) and _mask_forms(value) != value)):
+        return Secret(value)
+    return str(value) if isinstance(value, str) else value
 
 
-def _is_secret(key: str, value: object) -> bool:
-    if key in SECRET:
-        return value not in (None, "")
-    return isinstance(value, str) and _mask_forms(value) != value
+def is_doubtful(value: object, key: str = "") -> bool:
+    """Whether *value*, of a parameter of libpq or any other, could be a secret in its place."""
+    is_free = not isinstance(value, str) or _FREE.fullmatch(key)
+    return not is_free and not _HARMLESS.fullmatch(str(value))
 
 
 def conceals_fields(cls: type[T]) -> type[T]:
@@ -113,7 +102,7 @@ def conceals_fields(cls: type[T]) -> type[T]:
 
     @wraps(made)
     def __init__(self: T, *args: Any, **fields: Any) -> None:  # noqa: N807  # it becomes that
-        args, fields = tuple(map(conceal, args)), dict(Concealed(fields))
+        args, fields = tuple(map(conceal, args)), conceal(fields)
         made(self, *args, **fields)
 
     cls.__init__ = __init__  # type: ignore[assignment]
@@ -125,20 +114,24 @@ def printable(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def mask(text: str, secrets: Iterable[str] = ()) -> str:
+def mask(text: str, secrets: Collection[str] = ()) -> str:
     """Return *text* printable, and each secret in it replaced, as it is or percent-encoded.
 
     Any password in a URL or after its keyword is replaced too. With a secret of fewer than four
     characters nothing of the text is returned.
     """
-    known = {secret for secret in secrets if secret}
-    if any(len(secret) < _SHORT for secret in known):
+    if any(0 < len(secret) < _SHORT for secret in secrets):
         return _OMITTED
     text = printable(text)
-    forms = {f for s in known for f in (s, quote(s, safe=""), quote_plus(s), quote(s))}
-    for form in sorted(map(printable, forms), key=len, reverse=True):
-        text = text.replace(form, MASK) if form else text
+    forms = {f for s in secrets for f in (s, quote(s, safe=""), quote_plus(s), quote(s))}
+    for form in sorted(filter(None, map(printable, forms)), key=len, reverse=True):
+        text = text.replace(form, MASK)
     return _mask_forms(text)
+
+
+def mask_value(value: str, key: str = "") -> str:
+    """Return a value for a view: of a free parameter of libpq masked text, else what is harmless."""
+    return MASK if key in SECRET or is_doubtful(value, key) else mask(value)
 
 
 def _mask_forms(text: str) -> str:
@@ -155,10 +148,11 @@ def _mask_url(word: str) -> str:
 
 def secrets_of(params: Mapping[str, Any], pgconn: Any = None) -> set[str]:
     """Return the secrets of *params*, and those that libpq really used, wherever it had them."""
-    found: set[str] = {Secret(params[key]) for key in SECRET & params.keys() if params[key]}
-    try:
-        used = {option.keyword.decode(): option.val for option in pgconn.info}
-        used["password"] = pgconn.password  # a password file's too
-    except (AttributeError, psycopg.Error):  # there is no connection, or nothing is known of it
-        return found
-    return found | {Secret(used[key].decode(errors="replace")) for key in SECRET if used.get(key)}
+    found = [(key, str(value)) for key, value in params.items() if value]
+    with suppress(AttributeError, psycopg.Error):  # no connection, or nothing is known of it
+        used = [(o.keyword.decode(), o.val) for o in pgconn.info if o.val]
+        used.append(("password", pgconn.password))  # a password file's too
+        found += [(key, value.decode(errors="replace")) for key, value in used]
+    return {
+        Secret(v) for key, v in found if key in SECRET or (len(v) >= _SHORT and is_doubtful(v, key))
+    }

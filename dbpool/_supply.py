@@ -7,20 +7,21 @@ of psycopg_pool and of psycopg; `tests/test_seam.py` fails when those change.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, get_origin
 
 import psycopg
 from psycopg import Connection, Cursor
-from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
 from psycopg_pool.pool import AddConnection
 
 from dbpool import events
 from dbpool._books import Books, logger, unanswered
-from dbpool._parts import BLOCKS, Call, Probe, is_stock, remember
-from dbpool._secrets import conceal, conceal_params, mask, secrets_of
+from dbpool._conninfo import already_set
+from dbpool._parts import BLOCKS, Call, Probe, insist_on_idle, is_stock, remember
+from dbpool._secrets import conceal, conceal_params, secrets_of
 from dbpool.errors import UNSUPPORTED, classify, detached, is_permanent
 from dbpool.holders import Slot
 from dbpool.liveness import hung_up, readability
@@ -58,14 +59,19 @@ class Supply(Books[CT]):
             return
         started = monotonic()
         params: dict[str, Any] = {}
+        secrets: set[str] = set()
         self._attempt_begins(started)
         try:
             params = self._params()
-            conn = self._make(params)
+            conn = self._make(params, secrets)
         except BaseException as ex:  # noqa: BLE001  # whatever it is, the slot must not be lost
-            self._attempt_failed(ex, started, params, attempt)
+            secrets |= secrets_of(already_set(params, os.environ), getattr(ex, "pgconn", None))
+            kind, error = classify(ex), _advised(detached(ex, secrets))
         else:
             self._attempt_succeeded(conn, started)
+            return
+        # Out here, where no traceback leads to what the error says and to where it was raised.
+        self._attempt_failed(kind, error, started, params, attempt)
 
     def _is_needless(self, probe: Probe | None) -> bool:
         """Give the slot up if nobody needs it any more, or if another tries in an outage."""
@@ -131,8 +137,11 @@ class Supply(Books[CT]):
         except BaseException:  # noqa: BLE001  # a user's callback may raise anything
             return {}
 
-    def _make(self, params: dict[str, Any]) -> CT:
-        """Connect and configure; close again what cannot be configured."""
+    def _make(self, params: dict[str, Any], secrets: set[str]) -> CT:
+        """Connect and configure; close again what cannot be configured.
+
+        The *secrets* that it was made with are added then.
+        """
         cls: Any = self.connection_class
         if self._cursors is not Cursor and (get_origin(cls) or cls) is Connection:
             params = {"cursor_factory": self._cursors, **params}  # a tracer builds upon it
@@ -140,6 +149,7 @@ class Supply(Books[CT]):
         try:
             self._furnish(conn)
         except BaseException:
+            secrets |= secrets_of(params, conn.pgconn)
             self._close_connection(conn)
             raise
         return conn
@@ -153,11 +163,7 @@ class Supply(Books[CT]):
             conn.cursor_factory = self._cursors
         if self._configure:
             self._configure(conn)
-            if (status := conn.pgconn.transaction_status) != TransactionStatus.IDLE:
-                raise psycopg.ProgrammingError(
-                    f"connection left in status {TransactionStatus(status).name}"
-                    f" by configure function {self._configure}: discarded"
-                )
+            insist_on_idle(conn, "configure")
         self._set_connection_expiry_date(conn)
         standby = conn.pgconn.parameter_status(b"in_hot_standby")
         slot = Slot(conn.fileno(), standby, readability(conn.fileno()), *remember(conn))
@@ -201,9 +207,8 @@ class Supply(Books[CT]):
             self.listeners.emit(events.Connected(self.name, now - started))
 
     def _attempt_failed(
-        self, ex: BaseException, started: float, params: dict[str, Any], probe: Probe | None
+        self, kind: str, error: BaseException, started: float, params: Any, probe: Probe | None
     ) -> None:
-        kind, error = classify(ex), self._masked(ex, params)
         is_lasting = is_permanent(kind) and self._params_now() == params
         self._discard_hung_up()  # what is idle keeps the breaker closed, if it is alive
         with self._lock:
@@ -220,7 +225,7 @@ class Supply(Books[CT]):
             lasts = self.breaker.failing_for >= self.reconnect_timeout and not self._outage_told
             self._outage_told |= lasts
             self._changed.notify_all()
-        logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, error)
+        logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, failed.error)
         if self.listeners.active:
             self.listeners.emit(failed)
         if opened is not None:
@@ -240,18 +245,6 @@ class Supply(Books[CT]):
         probe.postpone(kind)
         self.breaker.retry_at = probe.due
         self._schedule(probe)
-
-    def _masked(self, ex: BaseException, params: dict[str, Any]) -> BaseException:
-        """What is told and kept of *ex*: no secret, and what to do where that is known."""
-        error = detached(ex)
-        text = mask(str(error), secrets_of(params))
-        if UNSUPPORTED in text:
-            text += "; a transaction pooler needs DBPOOL_POOLER=transaction"
-        if isinstance(error, psycopg.Error):
-            error.args = (text,)
-        elif text != str(error):  # its class may keep the secret elsewhere too
-            error = psycopg.OperationalError(f"{type(error).__name__}: {text}")
-        return error
 
     def _attempt_overdue(self, started: float) -> None:
         with self._lock:
@@ -314,3 +307,10 @@ class Supply(Books[CT]):
             gone = self._take_out("dead", lambda slot: slot.fd in lost)
             # Somebody may be waiting: closing many is not their business.
             self._later(lambda pool: pool._dispose(gone, "dead"))
+
+
+def _advised(error: BaseException) -> BaseException:
+    """Add what to do about it to an error's text, where that is known."""
+    if isinstance(error, psycopg.Error) and UNSUPPORTED in str(error):
+        error.args = (f"{error}; a transaction pooler needs DBPOOL_POOLER=transaction",)
+    return error

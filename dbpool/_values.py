@@ -8,17 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from dbpool._secrets import Secret
+from dbpool._secrets import Secret, is_doubtful
 from dbpool.errors import ConfigError
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 _DURATION: Final = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|m|h|)\s*", re.ASCII)
-# What may be quoted though it is wrong: a number with or without a unit, a word, a path of words.
-_LIKE_A_WORD: Final = re.compile(r"[A-Z]?[a-z_]{1,15}")
-_LIKE_A_NUMBER: Final = re.compile(
-    r"[+-]?\d{0,6}[.,]?\d{0,6} *(?:[num]?s|secs?|seconds?|m|mins?|minutes?|h|hours?|d|days?|%)?"
-)
-_LIKE_A_PATH: Final = re.compile(r"(?:~|\.\.?)(?:/[\w. -]{1,64})+/?|(?:/[\w. -]{1,64}){2,}/?")
 
 
 def find(layers: list[Mapping[str, Any]], *names: str) -> Any:
@@ -46,7 +40,7 @@ def secret(path: str, name: str) -> str:
         return Secret(Path(path).read_text("utf-8").strip("\r\n"))
     except (OSError, UnicodeDecodeError) as ex:
         reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
-    raise ConfigError(f"{name}: cannot read {shown_path(path)}: {reason}")
+    raise ConfigError(f"{name}: cannot read {shown(path)}: {reason}")
 
 
 def words(value: Any, name: str) -> tuple[str, ...]:
@@ -87,24 +81,10 @@ def number(value: Any, known_as: str, *, whole: bool = False, is_time: bool = Tr
 
 def shown(value: object) -> str:
     """Return *value* for a message if it cannot be a secret, else only what it is."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return repr(value)
-    if not isinstance(value, str):
-        return f"a {type(value).__name__}"
-    is_number = _LIKE_A_NUMBER.fullmatch(value)
-    return repr(str(value)) if is_number else "a text (hidden, as it may be a secret)"
-
-
-def shown_name(name: object) -> str:
-    """Return a name for a message if it is a plain word, else as `shown` does."""
-    is_word = isinstance(name, str) and _LIKE_A_WORD.fullmatch(name)
-    return repr(str(name)) if is_word else shown(name)
-
-
-def shown_path(path: object) -> str:
-    """Return a path for a message if it looks like one: it may be the secret itself."""
-    is_path = _LIKE_A_PATH.fullmatch(str(path))
-    return str(path) if is_path else "(hidden, as it does not look like a path)"
+    if isinstance(value, str):
+        return "a text (hidden, as it may be a secret)" if is_doubtful(value) else repr(str(value))
+    is_plain = value is None or isinstance(value, (bool, int, float))
+    return repr(value) if is_plain else f"a {type(value).__name__}"
 
 
 def nearest(word: str, known: set[str] | frozenset[str]) -> str | None:

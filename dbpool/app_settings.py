@@ -33,6 +33,7 @@ class AppSettings:
     def __post_init__(self) -> None:
         if self.details not in ("token", "always"):
             raise ConfigError("DBPOOL_DETAILS must be token or always")
+        object.__setattr__(self, "details", str(self.details))
 
     @classmethod
     def from_env(
@@ -71,7 +72,8 @@ def find_dotenv(config: Mapping[str, Any] | None = None) -> Mapping[str, str]:
     `DBPOOL_DOTENV`, in *config* or in the environment, names another file, or is `off`. A file
     that somebody else could have written is skipped with a warning, unless it was named.
     """
-    named = (config or {}).get("DBPOOL_DOTENV") or os.environ.get("DBPOOL_DOTENV")
+    config = conceal(config or {})
+    named = config.get("DBPOOL_DOTENV") or os.environ.get("DBPOOL_DOTENV")
     if named:
         return read_dotenv(named)
     passed: list[Path] = []

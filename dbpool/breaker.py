@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from dbpool.errors import SATURATED, is_permanent
+from dbpool.errors import SATURATED, describe, is_permanent
 
 CLOSED: Final = "closed"
 OPEN: Final = "open"
@@ -80,7 +80,7 @@ class Breaker:
     @property
     def last_error(self) -> str | None:
         """The text of the last failure on one line, None while connects succeed."""
-        return None if self.error is None else " ".join(str(self.error).split())
+        return None if self.error is None else describe(self.error)
 
     def attempt(self) -> None:
         """An attempt to connect begins."""

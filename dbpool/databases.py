@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from dbpool._dotenv import Source, read_layers
-from dbpool._secrets import Concealed, conceal
-from dbpool._values import did_you_mean, find, shown_name
+from dbpool._secrets import conceal
+from dbpool._values import did_you_mean, find, shown
 from dbpool.errors import ConfigError
 from dbpool.events import checked
 from dbpool.pool import Pool
@@ -40,7 +40,7 @@ class Databases(Mapping[str, Pool[Any]]):
     def __init__(
         self, settings: Mapping[str, Settings], listeners: Iterable[Any] = (), **options: Any
     ) -> None:
-        heard, options = checked(listeners), dict(Concealed(options))
+        heard, options = checked(listeners), conceal(options)
         self._pools: dict[str, Pool[Any]] = {
             name: Pool(settings=each, listeners=heard, **options) for name, each in settings.items()
         }
@@ -54,7 +54,7 @@ class Databases(Mapping[str, Pool[Any]]):
         **options: Any,
     ) -> Self:
         """Make the default pool and those of `DBPOOL_DATABASES`. Raises `ConfigError`."""
-        environ, options = conceal(environ), dict(Concealed(options))
+        environ, options = conceal(environ), conceal(options)
         return cls(databases_from_env(environ, dotenv), listeners, **options)
 
     @property
@@ -165,3 +165,8 @@ def _check_name(name: str, taken: Mapping[str, object]) -> None:
     others = COMMON.union(*(variables_of(other) for other in taken if other != "default"))
     if collision := sorted(theirs & others):
         raise ConfigError(f"DBPOOL_DATABASES: {name!r} would make {collision[0]} ambiguous")
+
+
+def shown_name(name: str) -> str:
+    """Return a name for a message if it is a plain word: it may be a secret in the wrong place."""
+    return repr(str(name)) if len(name) < 16 and name.isalpha() else shown(name)

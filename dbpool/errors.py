@@ -6,10 +6,13 @@ Nothing in here talks to a database or knows a pool.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
+
+from dbpool._secrets import mask, printable, secrets_of
 
 if TYPE_CHECKING:
     from dbpool.metrics import Snapshot
@@ -25,6 +28,7 @@ __all__ = [
     "PoolTimeout",
     "TooManyRequests",
     "classify",
+    "describe",
     "detached",
     "is_permanent",
 ]
@@ -168,15 +172,38 @@ def is_permanent(kind: str) -> bool:
     return kind in _PERMANENT
 
 
-def detached(exc: BaseException) -> BaseException:
-    """Return *exc* without its connection, traceback and causes, to be kept and chained.
+def describe(exc: BaseException, conn: Any = None) -> str:
+    """Return what logs, views and events say of *exc*, on one line.
+
+    That is the text of an error of psycopg's or of our own, without the secrets of *conn*. Of
+    any other, which a user's callback raised, it is the type alone: its text may hold anything.
+    """
+    if not isinstance(exc, (psycopg.Error, ConfigError)):
+        return type(exc).__name__
+    return mask(_text_of(exc), secrets_of({}, getattr(conn, "pgconn", None)))
+
+
+def detached(exc: BaseException, secrets: Collection[str] = ()) -> BaseException:
+    """Return *exc* without connection, traceback, causes and secrets, to be kept and chained.
 
     `psycopg.Error.pgconn` of a failed connect still knows the password.
     """
+    name, text = type(exc).__name__, mask(_text_of(exc), secrets)
     if isinstance(exc, psycopg.Error):
         try:
-            return type(exc)(str(exc))
+            return type(exc)(text)
         except Exception:  # noqa: BLE001  # a user's class may want other arguments
-            return psycopg.OperationalError(f"{type(exc).__name__}: {exc}")
+            return psycopg.OperationalError(f"{name}: {text}")
+    everything = _text_of(exc, "{0} {0!r} {0.__dict__}")
+    if mask(everything, secrets) != printable(everything) or isinstance(exc, BaseExceptionGroup):
+        stand_in = type(name, (Exception,), {"__module__": type(exc).__module__})
+        return Exception.__new__(stand_in, text)
     exc.__cause__ = exc.__context__ = None
     return exc.with_traceback(None)
+
+
+def _text_of(exc: BaseException, template: str = "{}") -> str:
+    try:
+        return template.format(exc)
+    except Exception:  # noqa: BLE001  # a user's exception may fail at anything
+        return "(no text)"

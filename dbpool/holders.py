@@ -21,6 +21,7 @@ from time import monotonic
 from types import CodeType, FrameType
 from typing import Any, Protocol
 
+from dbpool._secrets import printable
 from dbpool.metrics import HolderSnapshot as Holder
 
 __all__ = [
@@ -115,7 +116,8 @@ class Slot:
 @lru_cache(maxsize=1024)
 def _where(code: CodeType, lasti: int) -> str:
     position = next(islice(code.co_positions(), lasti // 2, None), (None,))
-    return f"{_shortened(code)}:{position[0] or code.co_firstlineno} {code.co_name}"
+    where = f"{_shortened(code)}:{position[0] or code.co_firstlineno} {code.co_name}"
+    return printable(where)
 
 
 def _shortened(code: CodeType) -> str:
@@ -127,10 +129,10 @@ def report(slots: Iterable[Slot], now: float) -> tuple[Holder, ...]:
     held = sorted((slot for slot in slots if slot.since), key=lambda slot: slot.since)[:_LISTED]
     return tuple(
         Holder(
-            thread=slot.who.named(),
+            thread=printable(slot.who.named()),
             seconds=now - slot.since,
             where=slot.where(),
-            endpoint=slot.who.endpoint,
+            endpoint=slot.who.endpoint and printable(slot.who.endpoint),
         )
         for slot in held
         if slot.who is not None

@@ -21,7 +21,7 @@ from dbpool import _fork, events, holders
 from dbpool._fork import close_all
 from dbpool._parts import HARMLESS, KeptCursor, commit
 from dbpool._run import Runner
-from dbpool._secrets import Concealed, conceal
+from dbpool._secrets import conceal
 from dbpool.errors import ConfigError
 from dbpool.events import Emitter
 from dbpool.holders import Holder, Slot
@@ -94,7 +94,7 @@ class Pool(Runner[CT]):
         listeners: Iterable[Any] = (),
         **options: Unpack[Options],
     ) -> None:
-        conninfo, rest = conceal(conninfo), dict(Concealed(options))
+        conninfo, rest = conceal(conninfo), conceal(options)
         del options  # as they came they would show a password to whoever looks at this frame
         chosen = {name: rest.pop(name) for name in _SETTINGS & rest.keys()}
         if unknown := sorted(rest.keys() - _OPTIONS):
@@ -104,8 +104,6 @@ class Pool(Runner[CT]):
         rest |= {name: getattr(settings, name) for name in _SHARED}
         rest["connection_class"] = connection_class
         super().__init__(settings, Emitter(listeners), conninfo, **rest)
-        if isinstance(self.kwargs, Concealed):
-            self.kwargs = self.kwargs.reveal()
         self._lazy = opening is None
         _fork.add(self)
         if opening:

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-from dbpool import _conninfo
+from dbpool import _conninfo, _secrets
 from dbpool._dotenv import SKIPPED, Source, read_layers
-from dbpool._secrets import MASK, Concealed, conceal, conceal_params, conceals_fields, plain
+from dbpool._secrets import conceal
 from dbpool._values import (
     did_you_mean,
     find,
@@ -20,7 +20,6 @@ from dbpool._values import (
     number,
     secret,
     secret_of,
-    shown_path,
     words,
 )
 from dbpool.errors import ConfigError
@@ -50,7 +49,7 @@ _UNNAMED: Final = frozenset(
 )
 
 
-@conceals_fields
+@_secrets.conceals_fields
 @dataclass(frozen=True, repr=False)
 class Settings:
     """What one pool is set to. Times are in seconds; `"500ms"`, `"30s"`, `"5m"`, `"1h"` too.
@@ -100,7 +99,7 @@ class Settings:
             elif kind is str and not isinstance(value, str):
                 raise ConfigError(f"{f.name} must be a string, not of type {type(value).__name__}")
             elif f.name in ("name", "pooler", "application_name"):
-                self._set(f.name, plain(value))
+                self._set(f.name, str(value))
         self._set("conninfo", _conninfo.normalise(self.conninfo, self._known_as("conninfo")))
         if self.min_size > self.max_size and "max_size" not in self.explicit:
             self._set("max_size", self.min_size)
@@ -149,9 +148,8 @@ class Settings:
     def masked(self) -> dict[str, object]:
         """Return all fields, without secrets."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "explicit"}
-        for key in ("conninfo_file", "password_file"):
-            values[key] = values[key] and shown_path(values[key])
-        values["application_name"] = values["application_name"] and MASK
+        for key in ("conninfo_file", "password_file", "application_name"):
+            values[key] = values[key] and _secrets.mask_value(values[key])
         return values | {"conninfo": _conninfo.mask_conninfo(self.conninfo)}
 
     def resolve(self) -> str:
@@ -169,7 +167,7 @@ class Settings:
         *kwargs* are the user's own and win; those that are psycopg's pass through.
         """
         conninfo, kwargs = conceal(conninfo), conceal(kwargs)
-        given = conceal_params(kwargs or {})
+        given = _secrets.conceal_params(kwargs or {})
         own = {key: given.pop(key) for key in _conninfo.PSYCOPG & given.keys()}
         params = _conninfo.parse(self.resolve() if conninfo is None else conninfo) | given
         known = _conninfo.already_set(params, os.environ)
@@ -219,7 +217,7 @@ class Settings:
 
         *environ* is the process's environment by default, *dotenv* the path of a `.env`.
         """
-        environ, overrides = conceal(environ), dict(Concealed(overrides))
+        environ, overrides = conceal(environ), conceal(overrides)
         layers = read_layers(environ, dotenv)
         warn_of_unknown(layers, tuple({*names_in(layers), name} - {"default"}))
         return build(name, layers, overrides)

@@ -153,8 +153,10 @@ def test_an_attempt_has_half_a_second_however_short_the_grace(clock: Clock) -> N
 
 
 def test_the_last_error_is_one_line(breaker: Breaker, clock: Clock) -> None:
-    breaker.failed(clock.now, Exception("connection\n\tlost"), "refused", last_seen=0.0)
+    breaker.failed(clock.now, psycopg.OperationalError("connection\n\tlost"), "x", last_seen=0.0)
     assert breaker.last_error == "connection lost"
+    breaker.failed(clock.now, Exception("of a callback"), "unknown", last_seen=0.0)
+    assert breaker.last_error == "Exception"
 
 
 def test_a_slow_attempt_is_no_outage_while_others_come_back(breaker: Breaker, clock: Clock) -> None:

@@ -22,6 +22,7 @@ from dbpool import holders
 from dbpool._options import Options
 from dbpool.app_settings import AppSettings, find_dotenv
 from dbpool.databases import Databases, settings_from_config
+from dbpool.errors import describe
 from dbpool.events import checked
 from dbpool.flask._async_views import follow_async_views
 from dbpool.flask._errors import register_error_handlers
@@ -151,7 +152,9 @@ def _end(app: Flask, **extra: Any) -> None:
         try:
             _take_back(pool, begun, endpoint)
         except Exception as ex:  # noqa: BLE001  # one failure must not stop the rest
-            logger.error("pool %r: a connection could not be taken back: %s", pool.name, ex)
+            logger.error(
+                "pool %r: a connection could not be taken back: %s", pool.name, describe(ex)
+            )
 
 
 def _take_back(pool: Pool[Any], since: float, endpoint: str | None) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
 
-from dbpool._values import shown_name
-from dbpool.databases import Databases
+from dbpool._secrets import mask
+from dbpool.databases import Databases, shown_name
 from dbpool.errors import ConfigError, PoolError
 from dbpool.health._server_info import ping_database, read_server_info
 from dbpool.health._single_flight import Call, SingleFlight
@@ -277,6 +277,6 @@ def _type_name(value: object) -> str:
 
 def _text_of(error: BaseException) -> str:
     try:
-        return str(error)
+        return mask(str(error))
     except Exception:  # noqa: BLE001  # a user's exception may fail at anything
         return "(no text)"
