@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -325,3 +326,190 @@ def test_root_serves_a_user_s_data_as_that_user(new_home: Path) -> None:
         assert {path.stat().st_uid for path in new_home.glob("*.lock")} == {account[0]}
         assert Path(f"/proc/{postmaster(running)}").stat().st_uid == account[0]
         assert query(running, "select 1") == [(1,)]
+
+
+# The application's role
+
+
+def test_the_application_is_not_the_superuser_but_owns_its_database(home: Path) -> None:
+    with server(home) as running:
+        assert query(running, "select current_user, current_database()") == [("webapp", "webapp")]
+        rights = "rolsuper, rolcreaterole, rolcreatedb, rolreplication, rolbypassrls"
+        own = f"select {rights} from pg_roles where rolname = current_user"
+        assert query(running, own) == [(False,) * 5]
+        assert query(running, "select count(*) from pg_auth_members m where m.member ="
+                     " (select oid from pg_roles where rolname = current_user)") == [(0,)]  # fmt: skip
+        for forbidden in (
+            "copy (select 1) to program 'true'",
+            "select pg_read_file('postgresql.conf')",
+            "set role postgres",
+            "alter system set work_mem = '1MB'",
+        ):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                query(running, forbidden)
+        query(running, "create schema shop")
+        query(running, "drop schema shop")
+
+
+def test_what_an_earlier_version_stored_as_superuser_stays(home: Path) -> None:
+    with server(home) as running:
+        admin = running.conninfo.replace("webapp@/webapp", "postgres@/postgres")
+        with psycopg.connect(admin, autocommit=True) as conn:
+            conn.execute("create table old (id int generated always as identity, t text)")
+            conn.execute("insert into old (t) values ('kept')")
+        with psycopg.connect(admin.replace("/postgres?", "/template1?"), autocommit=True) as conn:
+            conn.execute("drop database webapp")
+            conn.execute("drop role webapp")
+    with server(home) as again:
+        query(again, "insert into old (t) values ('new')")
+        query(again, "alter table old add column more int")
+        assert query(again, "select id, t from old order by id") == [(1, "kept"), (2, "new")]
+        query(again, "drop table old")
+
+
+# Links that the server's user put into its folder, in which root writes
+
+
+@contextmanager
+def precious(folder: Path) -> Iterator[Path]:
+    """A file that must stay as it is."""
+    path = folder / "precious"
+    path.write_text("precious\n")
+    path.chmod(0o640)
+    before = path.stat()
+    yield path
+    after = path.stat()
+    assert path.read_text() == "precious\n"
+    assert (after.st_uid, after.st_gid, after.st_mode) == (
+        before.st_uid, before.st_gid, before.st_mode,
+    )  # fmt: skip
+    path.unlink()
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("where", ["server.log", "../initdb.log"])
+def test_no_link_is_followed_where_the_server_writes(home: Path, link: object, where: str) -> None:
+    cluster = next(home.glob("postgres-*"))
+    path = cluster / where
+    with precious(home.parent) as victim:
+        path.unlink(missing_ok=True)
+        link(victim, path)  # type: ignore[operator]
+        with server(home) as running:
+            assert query(running, "select 1") == [(1,)]
+    if where == "server.log":
+        found = path.lstat()
+        assert (stat.S_ISREG(found.st_mode), found.st_nlink) == (True, 1)
+        assert found.st_uid == cluster.stat().st_uid
+    path.unlink()
+
+
+def test_what_cannot_be_written_is_told_in_one_line(home: Path) -> None:
+    log = next(home.glob("postgres-*")) / "server.log"
+    log.unlink(missing_ok=True)
+    log.mkdir()
+    try:
+        with pytest.raises(EmbeddedError, match=r"cannot make .*server\.log"), server(home):
+            pass
+    finally:
+        log.rmdir()
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_pid_file_that_is_no_file_is_not_read(home: Path, kind: str) -> None:
+    path = next(home.glob("postgres-*")) / "postmaster.pid"
+    if kind == "link":
+        path.symlink_to("/etc/shadow")
+    else:
+        path.mkdir()
+    try:
+        with pytest.raises(EmbeddedError) as caught, server(home):
+            pass
+    finally:
+        path.rmdir() if kind == "folder" else path.unlink(missing_ok=True)
+    assert "root:" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["users.lock", "server.lock"])
+def test_a_lock_that_is_another_file_too_is_refused(new_home: Path, name: str) -> None:
+    new_home.mkdir()
+    with precious(new_home.parent) as victim:
+        os.link(victim, new_home / name)
+        with pytest.raises(EmbeddedError, match="no file of ours"), server(new_home):
+            pass
+        (new_home / name).unlink()
+
+
+@needs_root
+def test_a_data_folder_that_leads_to_root_s_own_is_refused(new_home: Path) -> None:
+    elsewhere = new_home.parent / "etc"
+    elsewhere.mkdir()
+    new_home.mkdir()
+    cluster = Server(new_home).cluster
+    cluster.symlink_to(elsewhere)
+    os.lchown(cluster, *embedded._account("nobody"))
+    with pytest.raises(EmbeddedError), server(new_home):
+        pass
+    assert list(elsewhere.iterdir()) == []
+
+
+# Checkouts that the server cannot work in
+
+
+@pytest.mark.parametrize("name", ['a "b" $HOME `id`', "apo'strophe 50%"])
+def test_a_checkout_may_have_any_name(
+    new_home: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = new_home.parent / name
+    package = embedded._packaged().parent.parent
+    (checkout / "site").mkdir(parents=True)
+    for folder in (new_home.parent, checkout):
+        folder.chmod(0o777)
+    libraries = f"{package.name}.libs"
+    (checkout / "site" / libraries).symlink_to(package.with_name(libraries))
+    shutil.copytree(
+        package / "pginstall18",
+        checkout / "site" / package.name / "pginstall18",
+        copy_function=os.link,
+        ignore=shutil.ignore_patterns("include", "pkgconfig", "*.a"),
+    )
+    monkeypatch.setattr(
+        embedded, "_packaged", lambda: checkout / "site" / package.name / "pginstall18" / "bin"
+    )
+    monkeypatch.setattr(embedded, "ROOT_HOME", new_home.parent / "root")
+    monkeypatch.setenv("XDG_STATE_HOME", str(new_home.parent / "state"))
+    embedded.binaries.cache_clear()
+    try:
+        with server(embedded.home(checkout)) as running:
+            assert running.home == checkout / ".data"
+            assert query(running, "select 1") == [(1,)]
+    finally:
+        embedded.binaries.cache_clear()
+
+
+def test_a_checkout_that_cannot_be_written_has_its_data_elsewhere(
+    new_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkout = new_home.parent / "checkout"
+    checkout.mkdir(mode=0o555)
+    reads_only = os.access
+
+    def access(path: Path, mode: int) -> bool:
+        """As on a file system that is mounted read-only, for root too."""
+        inside = checkout in (path, *Path(path).parents)
+        return not (inside and mode & os.W_OK) and reads_only(path, mode)
+
+    monkeypatch.setattr(os, "access", access)
+    monkeypatch.setattr(embedded, "ROOT_HOME", new_home.parent / "root")
+    monkeypatch.setenv("XDG_STATE_HOME", str(new_home.parent / "state"))
+    found = embedded.home(checkout)
+    assert new_home.parent in found.parents
+    assert checkout not in found.parents
+    assert "cannot be written: the data is in" in caplog.text
+    with server(found) as running:
+        assert query(running, "select 1") == [(1,)]
+
+
+def test_a_checkout_with_a_line_break_in_its_path_has_its_data_elsewhere(new_home: Path) -> None:
+    checkout = new_home.parent / "a\nb"
+    checkout.mkdir(mode=0o755)
+    assert checkout not in embedded.home(checkout).parents

@@ -14,20 +14,25 @@ import sys
 from pathlib import Path
 
 OLDEST = (3, 11)
+# In an environment of ours: which lock files it was made from.
+STAMP = ".stamp"
+# Bytes: with less an environment without any package is not made.
+ROOM = 32 * 2**20
 
 
 def main(venv, *lock_files):
     """Bring the environment up to date; return at once if it is."""
     if sys.version_info < OLDEST:
         fail("Python %d.%d or newer is needed, this is %s" % (*OLDEST, sys.version.split()[0]))
+    insist_on_ours(venv)
     wanted = fingerprint(lock_files)
-    stamp = venv / ".stamp"
+    stamp = venv / STAMP
     if read(stamp) == wanted:
         return
     if not os.access(str(venv if venv.exists() else venv.parent), os.W_OK):
-        fail("cannot write %s: remove it, or choose another place: VENV=..." % venv)
-    # Two at once, in two terminals, wait for each other.
-    with venv.with_name(venv.name + ".lock").open("w") as guard:
+        fail("cannot write %s: choose another place: make VENV=DIRECTORY ..." % venv)
+    # Two at once, in two terminals, wait for each other. A file that is there stays as it is.
+    with venv.with_name(venv.name + ".lock").open("a") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         if read(stamp) != wanted:
             make(venv, lock_files)
@@ -35,18 +40,55 @@ def main(venv, *lock_files):
             stamp.write_text(wanted)
 
 
+def insist_on_ours(venv):
+    """Refuse what is no environment: making one anew deletes what is there."""
+    try:
+        found = {path.name for path in venv.iterdir()}
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        fail("%s cannot hold the environment: %s" % (venv, exc.strerror))
+    if found and STAMP not in found and "pyvenv.cfg" not in found:
+        fail("%s is not empty, and no environment: choose another place: VENV=..." % venv)
+
+
 def make(venv, lock_files):
     named = " and ".join(map(str, lock_files))
     print("making %s from %s ..." % (venv, named), flush=True)
-    shutil.rmtree(str(venv), ignore_errors=True)
+    try:
+        clear(venv)
+    except OSError as exc:
+        fail("cannot make %s anew: %s" % (venv, exc))
     made = run([sys.executable, "-m", "venv", str(venv)])
     if made.returncode:
-        fail("python3 -m venv failed; on Debian: apt-get install python3-venv")
+        fail(why_no_venv(venv, made.stdout))
     pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
     wanted = ["--requirement=%s" % path for path in lock_files]
     installed = run([*pip, "install", "--quiet", "--retries", "2", "--require-hashes", *wanted])
     if installed.returncode:
         fail("cannot install %s: %s" % (named, reason(installed.stdout)))
+
+
+def clear(venv):
+    """Empty the directory, and mark it as ours: what is interrupted now is not refused later."""
+    venv.mkdir(exist_ok=True)
+    for path in venv.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(str(path))
+        else:
+            path.unlink()
+    (venv / STAMP).write_text("")
+
+
+def why_no_venv(venv, said):
+    if "ensurepip is not available" in " ".join(said.split()):
+        return "ensurepip is missing; on Debian: apt-get install python3-venv"
+    if shutil.disk_usage(str(venv)).free < ROOM:
+        return "no space left on the device of %s" % venv
+    if "ensurepip" in said:
+        # venv keeps to itself what that said.
+        said = run([str(venv / "bin" / "python"), "-m", "ensurepip", "--default-pip"]).stdout
+    return "python3 -m venv failed: " + reason(said)
 
 
 def fingerprint(lock_files):
@@ -71,12 +113,20 @@ def run(command):
 
 
 def reason(said):
-    """The cause that pip met first; what it says last is a consequence."""
+    """The cause that was met first; what pip says last is a consequence."""
     lowered = said.lower()
+    if "no space left" in lowered:
+        return "no space left on the device"
     if "newconnectionerror" in lowered or "name resolution" in lowered or "timed out" in lowered:
         return "the package index cannot be reached; is there a network?"
     errors = [line for line in said.splitlines() if line.startswith("ERROR")]
-    return errors[0] if errors else "pip failed: " + said.strip()[-200:]
+    return errors[0] if errors else last_line(said)
+
+
+def last_line(said):
+    """What a traceback ends with; its text goes on where a command is quoted."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return lines[-1][-300:] if lines else "it said nothing"
 
 
 def fail(message):

@@ -30,12 +30,28 @@ logger = logging.getLogger("webapp")
 
 # Where root keeps what an unprivileged server must reach when the checkout is closed to it.
 ROOT_HOME = Path("/var/lib/dbpool-webapp")
+# initdb quotes the path of its programs for the shell, but not these.
+UNQUOTED = re.compile(r'["$`\n]')
 SOCKET = ".s.PGSQL.5432"
 # A socket's path has 104 bytes on macOS, 108 on Linux.
 SOCKET_PATH_BYTES = 100
 START_SECONDS = 30.0
 # Fast, then immediate shutdown: together with gunicorn's share under five seconds.
 FAST_SECONDS, IMMEDIATE_SECONDS = 2.0, 0.5
+
+
+# Made as the superuser, whom the application is not. What an earlier version stored as the
+# superuser, in that one's database, comes along.
+_DATABASE = r"""
+select 'create role webapp login'
+ where not exists (select from pg_roles where rolname = 'webapp') \gexec
+select 'create database webapp owner webapp template postgres'
+ where not exists (select from pg_database where datname = 'webapp') \gexec
+\connect webapp
+select format('alter table %s owner to webapp', oid::regclass) from pg_class
+ where relnamespace = 'public'::regnamespace and relkind = 'r'
+   and relowner <> 'webapp'::regrole \gexec
+"""
 
 
 class EmbeddedError(Exception):
@@ -55,22 +71,42 @@ def server_user() -> str | None:
 def binaries() -> Path:
     """The folder with `initdb`, `postgres` and `pg_ctl`, reachable by the server's user."""
     folder = _packaged()
-    if (user := server_user()) and not _runs(folder, user):
-        folder = _copied(folder)
-        if not _runs(folder, user):
-            raise EmbeddedError(f"user {user} cannot run the PostgreSQL binaries in {folder}")
+    user = server_user()
+    if UNQUOTED.search(str(folder)):
+        folder = _copied(folder, "has a character in its path that initdb cannot take")
+    elif user and not _runs(folder, user):
+        folder = _copied(folder, f"is closed to user {user}")
+    if user and not _runs(folder, user):
+        raise EmbeddedError(f"user {user} cannot run the PostgreSQL binaries in {folder}")
     return folder
 
 
 def home(checkout: Path) -> Path:
     """Where the data of this checkout lives; says so when it has to be elsewhere."""
+    inside = checkout / ".data"
     user = server_user()
-    if user is None or _enters(checkout, user):
-        return checkout / ".data"
+    if user and not _enters(checkout, user):
+        why = f"is closed to user {user}"
+    elif not os.access(inside, os.W_OK) and not os.access(checkout, os.W_OK):
+        why = "cannot be written"
+    elif "\n" in str(checkout):
+        why = "has a line break in its path"
+    else:
+        return inside
     digest = hashlib.sha256(os.fsencode(checkout)).hexdigest()[:12]
-    elsewhere = ROOT_HOME / f"data-{digest}"
-    logger.warning("%s is closed to user %s: the data is in %s", checkout, user, elsewhere)
+    elsewhere = _elsewhere() / f"data-{digest}"
+    logger.warning("%s %s: the data is in %s", checkout, why, elsewhere)
     return elsewhere
+
+
+def _elsewhere() -> Path:
+    """Where this user keeps what cannot be in the checkout."""
+    if os.geteuid() == 0:
+        return ROOT_HOME
+    named = os.environ.get("XDG_STATE_HOME", "")
+    # A relative one is to be ignored, as its specification says.
+    state = Path(named) if named.startswith("/") else Path.home() / ".local" / "state"
+    return state / "dbpool-webapp"
 
 
 @contextmanager
@@ -105,9 +141,12 @@ class Server:
 
     @property
     def conninfo(self) -> str:
-        """A URL that names everything a PG* variable could otherwise change."""
+        """The application's URL, which names everything a PG* variable could otherwise change."""
+        return self._conninfo("webapp", "webapp")
+
+    def _conninfo(self, user: str, database: str) -> str:
         folder = quote(str(self._socket_folder()), safe="")
-        return f"postgresql://postgres@/postgres?host={folder}&port=5432&sslmode=disable"
+        return f"postgresql://{user}@/{database}?host={folder}&port=5432&sslmode=disable"
 
     def join(self) -> None:
         """Take a share in the server, starting it if it is not there."""
@@ -116,6 +155,7 @@ class Server:
             self._users = self._open("users.lock")
             fcntl.flock(self._users, fcntl.LOCK_SH)
             self._ensure()
+            self._make_database()
 
     def leave(self) -> None:
         """Give the share back; the last one out stops the server."""
@@ -141,7 +181,9 @@ class Server:
         try:
             self.home.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
-            raise EmbeddedError(f"cannot make {self.home}: {exc.strerror}") from None
+            raise EmbeddedError(
+                f"cannot make {self.home}: {exc.strerror}; set DATABASE_URL to use another server"
+            ) from None
         for folder in (self.home, self.cluster):
             if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
                 raise EmbeddedError(
@@ -159,7 +201,7 @@ class Server:
             shutil.rmtree(abandoned, ignore_errors=True)
         prefix = f"{self.cluster.name}."
         making = Path(tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=self.home))
-        os.chown(making, *self._account)
+        self._give(making)
         command: list[str | Path] = [
             binaries() / "initdb",
             "-D",
@@ -170,7 +212,7 @@ class Server:
         ]
         command += ["--encoding=UTF8", "--auth-local=trust", "--auth-host=reject"]
         # A file, not a pipe: its end does not depend on how fast we read.
-        with (self.home / "initdb.log").open("w+b") as output:
+        with _new_file(self.home, "initdb.log") as output:
             process = self._popen(command, output)
             while process.poll() is None:
                 if self._stopping():
@@ -180,7 +222,8 @@ class Server:
                     raise Interrupted
                 time.sleep(0.02)
             if process.returncode:
-                raise EmbeddedError(f"initdb failed: {_last_line(output)}")
+                output.seek(0)
+                raise EmbeddedError(f"initdb failed: {_last_line(output.read())}")
         making.rename(self.cluster)
 
     def _socket_folder(self) -> Path:
@@ -197,11 +240,37 @@ class Server:
         """Make a folder that is the server's alone, or make sure that it is."""
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-            os.chown(folder, *self._account)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != self._account[0]:
-            raise EmbeddedError(f"{folder} is not a folder of ours: remove it")
-        folder.chmod(0o700)
+            self._give(folder)
+        with suppress(OSError), _directory(folder) as descriptor:
+            if os.fstat(descriptor).st_uid == self._account[0]:
+                os.fchmod(descriptor, 0o700)
+                return
+        raise EmbeddedError(f"{folder} is not a folder of ours: remove it")
+
+    def _give(self, folder: Path) -> None:
+        with _directory(folder) as descriptor:
+            os.fchown(descriptor, *self._account)
+
+    def _make_database(self) -> None:
+        """Make the application's role and database. Called with `server.lock` held."""
+        done = subprocess.run(
+            [
+                binaries() / "psql",
+                "-Xqtv",
+                "ON_ERROR_STOP=1",
+                self._conninfo("postgres", "template1"),
+            ],
+            input=_DATABASE,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
+            env={**without_pg(os.environ), "LC_ALL": "C"},
+            **_identity(self._account),
+        )
+        if done.returncode:
+            said = _last_line(done.stderr.encode())
+            raise EmbeddedError(f"cannot make the application's database: {said}")
 
     # -- the server --------------------------------------------------------------------------
 
@@ -212,10 +281,8 @@ class Server:
             if self._stopping():
                 raise Interrupted
             if (started and status is None) or time.monotonic() > deadline:
-                with self._log.open("rb") as log:
-                    raise EmbeddedError(
-                        f"PostgreSQL did not start: {_last_line(log)} (all of it: {self._log})"
-                    )
+                said = _last_line(_content(self._log))
+                raise EmbeddedError(f"PostgreSQL did not start: {said} (all of it: {self._log})")
             if status is None:
                 self._start()
                 started = True
@@ -230,8 +297,7 @@ class Server:
         command: list[str | Path] = [binaries() / "postgres", "-D", self.cluster, "-p", "5432"]
         command += ["-c", "listen_addresses=", "-c", "unix_socket_permissions=0700"]
         command += ["-c", f"unix_socket_directories={self._socket_folder()}"]
-        with self._log.open("wb") as log:
-            os.fchown(log.fileno(), *self._account)
+        with _new_file(self.cluster, self._log.name, self._account) as log:
             self._process = self._popen(command, log)
 
     def _stop(self) -> None:
@@ -262,7 +328,7 @@ class Server:
             return None
         with suppress(OSError, IndexError):
             # The eighth line, which pg_ctl reads too; missing for the first few milliseconds.
-            return self._pid_file.read_text().splitlines()[7].strip()
+            return _content(self._pid_file).decode().splitlines()[7].strip()
         return "starting"
 
     def _pid(self) -> int | None:
@@ -273,7 +339,7 @@ class Server:
 
     def _pid_in_file(self) -> int | None:
         try:
-            return int(self._pid_file.read_text().split("\n", 1)[0])
+            return int(_content(self._pid_file).split(b"\n", 1)[0])
         except (OSError, ValueError):
             return None
 
@@ -329,6 +395,10 @@ class Server:
             descriptor = os.open(self.home / name, flags, 0o600)
         except OSError as exc:
             raise EmbeddedError(f"cannot open {self.home / name}: {exc.strerror}") from None
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            os.close(descriptor)
+            raise EmbeddedError(f"cannot open {self.home / name}: it is no file of ours")
         with suppress(PermissionError):
             os.fchmod(descriptor, 0o600)
             os.fchown(descriptor, *self._account)
@@ -345,6 +415,44 @@ class Server:
                     raise Interrupted
                 time.sleep(0.02)
             yield
+
+
+# -- files of the server's user: what is in its folders may be links that it put there ----------
+
+
+@contextmanager
+def _directory(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _new_file(folder: Path, name: str, account: tuple[int, int] | None = None) -> IO[bytes]:
+    """Make a file in place of an old one; with *account*, it and its folder are that user's."""
+    try:
+        with _directory(folder) as directory:
+            if account and os.fstat(directory).st_uid != account[0]:
+                raise EmbeddedError(f"{folder} is not the folder that was there: try again")
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            descriptor = os.open(name, flags, 0o600, dir_fd=directory)
+    except OSError as exc:
+        raise EmbeddedError(f"cannot make {folder / name}: {exc.strerror}") from None
+    if account:
+        os.fchown(descriptor, *account)
+    return os.fdopen(descriptor, "w+b")
+
+
+def _content(path: Path) -> bytes:
+    """Read a regular file. Raises OSError for a link, and for what reading could wait at."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is no regular file")
+        return file.read()
 
 
 def without_pg(environ: Mapping[str, str]) -> dict[str, str]:
@@ -385,20 +493,24 @@ def _major_version(folder: Path) -> str:
     return re.sub(r".* (\d+).*", r"\1", said.strip())
 
 
-def _copied(folder: Path) -> Path:
-    """Copy the binaries, and the libraries that they find beside their package, to root's place."""
+def _copied(folder: Path, why: str) -> Path:
+    """Copy the binaries, and the libraries that they find beside their package, elsewhere."""
     install, package = folder.parent, folder.parent.parent
     stamp = int(folder.joinpath("postgres").stat().st_mtime)
-    target = ROOT_HOME / f"binaries-{install.name}-{stamp}"
+    target = _elsewhere() / f"binaries-{install.name}-{stamp}"
     if not target.exists():
-        logger.warning("%s is closed to user %s: copying it to %s", folder, server_user(), target)
+        logger.warning("%s %s: copying it to %s", folder, why, target)
         making = target.with_name(f"{target.name}.{os.getpid()}")
         skip = shutil.ignore_patterns("include", "pkgconfig", "*.a")
-        shutil.copytree(install, making / package.name / install.name, ignore=skip)
-        libraries = package.with_name(f"{package.name}.libs")
-        if libraries.exists():
-            shutil.copytree(libraries, making / libraries.name)
-        for made in (ROOT_HOME, making, making / package.name):
+        try:
+            shutil.copytree(install, making / package.name / install.name, ignore=skip)
+            libraries = package.with_name(f"{package.name}.libs")
+            if libraries.exists():
+                shutil.copytree(libraries, making / libraries.name)
+        except OSError as exc:
+            shutil.rmtree(making, ignore_errors=True)
+            raise EmbeddedError(f"cannot copy {folder} to {target}: {exc}") from None
+        for made in (target.parent, making, making / package.name):
             made.chmod(0o755)
         _publish(making, target)
     return target / package.name / install.name / "bin"
@@ -427,7 +539,7 @@ def _account(user: str | None) -> tuple[int, int]:
 def _owner(cluster: Path) -> tuple[int, int] | None:
     """Whose data this is: root serves a user's data as that user."""
     with suppress(OSError):
-        found = cluster.stat()
+        found = cluster.lstat() if os.geteuid() == 0 else cluster.stat()
         return found.st_uid, found.st_gid
     return None
 
@@ -502,8 +614,11 @@ def _processes_in(cluster: Path, pids: list[int] | None = None) -> list[int]:
     return found
 
 
-def _last_line(file: IO[bytes]) -> str:
-    file.seek(0)
-    lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    wanted = [line for line in lines if re.search(r"FATAL|error:", line)] or lines
-    return re.sub(r"^.*?(FATAL|error): +", "", wanted[-1]).strip() if wanted else "it said nothing"
+def _last_line(said: bytes) -> str:
+    lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
+    wanted = [line for line in lines if re.search(r"FATAL|ERROR:|error:", line)] or lines
+    return (
+        re.sub(r"^.*?(FATAL|ERROR|error): +", "", wanted[-1]).strip()
+        if wanted
+        else "it said nothing"
+    )

@@ -1,0 +1,168 @@
+"""The tool that makes the environment: what it refuses to delete, and what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TOOL = ROOT / "tools" / "make_venv.py"
+
+
+# Making a real environment takes seconds, and none of what is asked here depends on it.
+MAKES_ONE = """
+import os, pathlib, sys
+venv = pathlib.Path(sys.argv[1])
+(venv / "bin").mkdir(parents=True)
+(venv / "bin" / "python").symlink_to(sys.executable)
+(venv / "pyvenv.cfg").touch()
+"""
+
+
+def module(folder: Path, name: str, code: str) -> None:
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / "__init__.py").touch()
+    (folder / name / "__main__.py").write_text(code)
+
+
+def run(
+    *arguments: str | Path, cwd: Path = ROOT, venv: str = MAKES_ONE
+) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as modules:
+        module(Path(modules), "venv", venv)
+        module(Path(modules), "pip", "")
+        return subprocess.run(
+            [sys.executable, TOOL, *arguments],
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": modules, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> Path:
+    path = tmp_path / "requirements.txt"
+    path.touch()
+    return path
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): path.read_text() if path.is_file() else ""
+        for path in folder.rglob("*")
+    }
+
+
+def with_documents(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "letter.txt").write_text("dear")
+    return folder
+
+
+def with_hidden_file(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / ".profile").write_text("export A=1")
+    return folder
+
+
+def with_folder(folder: Path) -> Path:
+    (folder / "photos").mkdir(parents=True)
+    return folder
+
+
+def behind_a_link(folder: Path) -> Path:
+    target = with_documents(folder.with_name("target"))
+    folder.symlink_to(target)
+    return folder
+
+
+def not_a_folder(folder: Path) -> Path:
+    folder.write_text("a file")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make", [with_documents, with_hidden_file, with_folder, behind_a_link, not_a_folder]
+)
+def test_what_is_no_environment_is_not_deleted(
+    tmp_path: Path, lock: Path, make: Callable[[Path], Path]
+) -> None:
+    folder = make(tmp_path / "folder")
+    before = content(tmp_path)
+    done = run(folder, lock)
+    assert done.returncode == 1
+    assert done.stderr.startswith("venv: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert str(folder) in done.stderr
+    assert content(tmp_path) == before, "not even a lock beside it"
+
+
+@pytest.mark.parametrize("name", [".", "..", ""])
+def test_the_working_directory_is_not_deleted(tmp_path: Path, lock: Path, name: str) -> None:
+    work = with_documents(tmp_path / "work")
+    assert run(name, lock, cwd=work).returncode == 1
+    assert (work / "letter.txt").read_text() == "dear"
+    assert lock.exists()
+
+
+def test_a_file_beside_it_that_has_the_name_of_its_lock_stays(tmp_path: Path, lock: Path) -> None:
+    beside = tmp_path / "poetry.lock"
+    beside.write_text("precious")
+    run(tmp_path / "poetry", lock)
+    assert beside.read_text() == "precious"
+
+
+def test_an_environment_is_made_once_and_anew_for_other_packages(
+    tmp_path: Path, lock: Path
+) -> None:
+    venv = tmp_path / "venv"
+    venv.mkdir()  # an empty folder will do
+    first, second = run(venv, lock), run(venv, lock)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stdout.startswith("making")
+    assert second.stdout == ""
+    (venv / "leftover").mkdir()
+    lock.write_text("# other packages\n")
+    assert run(venv, lock).stdout.startswith("making")
+    assert not (venv / "leftover").exists()
+    assert (venv / "bin" / "python").exists()
+
+
+@pytest.mark.parametrize("left", ["pyvenv.cfg", ".stamp"])
+def test_one_that_was_interrupted_is_made_anew(tmp_path: Path, lock: Path, left: str) -> None:
+    venv = tmp_path / "venv"
+    (venv / "lib").mkdir(parents=True)
+    (venv / left).touch()
+    assert run(venv, lock).returncode == 0
+    assert (venv / "bin" / "python").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "The virtual environment was not created because ensurepip is not\navailable.  On Debian",
+            "apt-get install python3-venv",
+        ),
+        ("Error: [Errno 28] No space left on device: '/x'", "no space left"),
+        ("Error: [Errno 13] Permission denied: '/x/bin'", "Permission denied: '/x/bin'"),
+        ("", "it said nothing"),
+    ],
+)
+def test_it_says_why_no_environment_could_be_made(
+    tmp_path: Path, lock: Path, said: str, told: str
+) -> None:
+    done = run(tmp_path / "venv", lock, venv=f"import sys\nprint({said!r})\nsys.exit(1)\n")
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert ("python3-venv" in done.stderr) == ("python3-venv" in told)
+    assert len(done.stderr.splitlines()) == 1
