@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from dbpool import ConfigError
+from dbpool.app_settings import AppSettings
 from webapp import ROOT, create_app, dotenv, schema
 from webapp import __main__ as supervisor
 from webapp.notes import db
@@ -370,10 +372,10 @@ def test_it_says_where_the_database_comes_from(
     monkeypatch.setattr("webapp.ROOT", tmp_path)
     (tmp_path / ".env").write_text("DATABASE_URL=postgresql:///\n")
     monkeypatch.delenv("DATABASE_URL", raising=False)
-    supervisor._tell("127.0.0.1", 8000, None)
+    supervisor._tell("127.0.0.1", 8000, None, AppSettings())
     assert f"the database of {tmp_path}/.env." in capsys.readouterr().out
     monkeypatch.setenv("DATABASE_URL_FILE", "/run/secrets/url")
-    supervisor._tell("127.0.0.1", 8000, None)
+    supervisor._tell("127.0.0.1", 8000, None, AppSettings())
     assert "the database of DATABASE_URL_FILE." in capsys.readouterr().out
 
 
@@ -449,3 +451,115 @@ def test_making_an_environment_can_be_interrupted(tmp_path: Path) -> None:
     _, complained = making.communicate(timeout=20)
     assert making.returncode == 1
     assert complained == "venv: interrupted; the next time it is made anew\n"
+
+
+# What it tells about the views
+
+
+@pytest.mark.parametrize(
+    ("settings", "page", "words"),
+    [
+        (AppSettings(details="always"), True, []),
+        (AppSettings(token="a-token-of-some-length"), True, ["any name", "the password", "curl"]),
+        (AppSettings(), False, ["closed", "set DBPOOL_TOKEN"]),
+    ],
+)
+def test_it_tells_how_the_live_page_opens(
+    settings: AppSettings, page: bool, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervisor._tell("127.0.0.1", 8000, None, settings)
+    told = capsys.readouterr().out
+    assert ("the live page" in told) == page
+    assert all(word in told for word in words)
+    assert "a-token" not in told
+
+
+def test_it_tells_the_command_that_reaches_the_demo_s_database(
+    server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedded = SimpleNamespace(conninfo=server.url, cluster="here")
+    supervisor._tell("127.0.0.1", 8000, embedded, AppSettings())  # type: ignore[arg-type]
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "psql" in each]
+    done = subprocess.run(
+        f"{line} -XAtc 'select 40 + 2'", shell=True, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "42\n", done.stderr
+
+
+# What it answers to
+
+
+def told_names(monkeypatch: pytest.MonkeyPatch, address: str = "127.0.0.1") -> str:
+    """The names that `make run` lets its demo answer to."""
+    embedded = SimpleNamespace(conninfo="postgresql:///")
+    monkeypatch.setattr(supervisor, "server", lambda *_: nullcontext(embedded))
+    monkeypatch.setattr(supervisor, "dotenv", lambda: None)
+    monkeypatch.setattr(os, "environ", {})
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family) as listener:
+        with supervisor._database(listener, lambda: False):  # type: ignore[arg-type]
+            return os.environ["WEBAPP_HOSTS"]
+
+
+@pytest.mark.parametrize("path", ["/", "/notes", "/db/", "/db/stats", "/db/static/live.js", "/no"])
+def test_the_demo_answers_to_no_name_that_a_page_on_the_web_could_have(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEBAPP_HOSTS", told_names(monkeypatch))
+    app = make(DATABASE_URL="postgresql://nobody@127.0.0.1:1/none", DBPOOL_OUTAGE_GRACE="0s")
+    try:
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil",
+                     "127.0.0.2", "[::2]", "0.0.0.0", "evil\\@localhost", "localhost, evil"):  # fmt: skip
+            with app.test_client().get(path, headers={"Host": host}) as answer:
+                assert answer.status_code == 400, host
+        for host in ("localhost", "localhost:8000", "LOCALHOST:1", "127.0.0.1:8000", "[::1]:8000"):
+            with app.test_client().get(path, headers={"Host": host}) as answer:
+                assert answer.status_code != 400, host
+    finally:
+        app.extensions["dbpool"].databases.close()
+
+
+def test_the_demo_answers_to_the_address_that_it_is_bound_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "127.0.0.3" in told_names(monkeypatch, "127.0.0.3").split(",")
+
+
+def test_other_names_may_be_added_and_without_the_demo_all_are_answered(
+    client: FlaskClient, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert client.get("/", headers={"Host": "notes.example"}).status_code == 200
+    monkeypatch.setenv("WEBAPP_HOSTS", "localhost, Notes.Example")
+    app = make(DATABASE_URL=dsn)
+    assert app.test_client().get("/", headers={"Host": "notes.example:80"}).status_code == 200
+    assert app.test_client().get("/", headers={"Host": "other.example"}).status_code == 400
+    app.extensions["dbpool"].databases.close()
+
+
+# Its log
+
+
+@pytest.mark.parametrize(
+    "set_up",
+    [
+        "runpy.run_path('webapp/gunicorn.conf.py')",
+        "webapp.__main__._set_up_logging()",
+    ],
+)
+def test_a_line_of_the_log_has_time_pid_level_and_name(set_up: str) -> None:
+    script = f"import logging, runpy, webapp.__main__; {set_up}; "
+    script += "logging.getLogger('webapp').warning('hello')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    line = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}\] \[\d+\] \[WARNING\] webapp: hello\n"
+    assert re.fullmatch(line, done.stderr), done.stderr
+
+
+def test_retries_of_what_the_database_broke_off_are_spread(app: Flask) -> None:
+    @app.get("/broken")
+    def broken() -> str:
+        raise psycopg.OperationalError("the connection is lost")
+
+    client = app.test_client()
+    assert len({client.get("/broken").headers["Retry-After"] for _ in range(50)}) > 1

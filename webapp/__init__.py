@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,10 +44,28 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     app.config.update(config or {})
     notes.db.init_app(app)
     errors.init_app(app)
+    _insist_on_host(app)
     app.register_blueprint(create_blueprint(), url_prefix="/db")
     app.register_blueprint(notes.blueprint, url_prefix="/notes")
     app.add_url_rule("/", "index", _index)
     return app
+
+
+def _insist_on_host(app: Flask) -> None:
+    """Answer to the names in WEBAPP_HOSTS alone, if that is set.
+
+    Else any page on the web could read an open demo through its reader's browser: it gives a
+    name of its own the address 127.0.0.1.
+    """
+    names = {name.strip().lower() for name in os.environ.get("WEBAPP_HOSTS", "").split(",")} - {""}
+    if not names:
+        return
+    from flask import abort, request
+
+    @app.before_request
+    def check() -> None:
+        if re.sub(r":\d*$", "", request.host).lower() not in names:
+            abort(400, "this is another host: WEBAPP_HOSTS names those that are answered")
 
 
 def _index() -> dict[str, str]:

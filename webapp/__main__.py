@@ -12,6 +12,8 @@ import http.client
 import ipaddress
 import logging
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,9 +22,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from webapp import ROOT, dotenv
-from webapp.embedded import EmbeddedError, Interrupted, Server, home, server
+from webapp.embedded import EmbeddedError, Interrupted, Server, binaries, home, server
+
+if TYPE_CHECKING:
+    from dbpool.app_settings import AppSettings
 
 TICK_SECONDS = 0.1
 # What a predecessor that was killed leaves needs up to a second to notice it.
@@ -60,8 +66,8 @@ def main() -> int:
     try:
         _insist_on_workers()
         with _listening(stop) as listener, _database(listener, stop) as embedded:
-            _prepare()
-            return _serve(listener, embedded, stop)
+            settings = _prepare()
+            return _serve(listener, embedded, settings, stop)
     except Interrupted:
         return 0
     except (Refused, EmbeddedError) as exc:
@@ -70,7 +76,10 @@ def main() -> int:
 
 
 def _set_up_logging() -> None:
-    logging.basicConfig(format="webapp: %(message)s")
+    logging.basicConfig(
+        format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S %z",
+    )
     # What goes wrong here is told in one line by main(); the workers log for themselves.
     for name in ("dbpool", "psycopg"):
         logging.getLogger(name).addHandler(logging.NullHandler())
@@ -137,7 +146,14 @@ def _database(listener: socket.socket, stop: Stop) -> Iterator[Server | None]:
         closed = any(map(configured.get, ("DBPOOL_DETAILS", "DBPOOL_TOKEN", "DBPOOL_TOKEN_FILE")))
         if not closed:
             os.environ["DBPOOL_DETAILS"] = "always"
+        os.environ.setdefault("WEBAPP_HOSTS", ",".join(_names(listener)))
         yield embedded
+
+
+def _names(listener: socket.socket) -> list[str]:
+    """The names of this machine that no page on the web can take for itself."""
+    host = listener.getsockname()[0]
+    return ["localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host]
 
 
 def _insist_on_loopback(listener: socket.socket) -> None:
@@ -146,7 +162,7 @@ def _insist_on_loopback(listener: socket.socket) -> None:
         raise Refused(f"the embedded demo shows everything, so it is not served on {host}")
 
 
-def _prepare() -> None:
+def _prepare() -> AppSettings:
     """Try the settings and the database, so that what is wrong is told here, in one line."""
     import psycopg
 
@@ -154,25 +170,28 @@ def _prepare() -> None:
     from webapp import create_app, schema
 
     try:
-        create_app()
+        settings: AppSettings = create_app().extensions["dbpool"].settings
         schema.create_configured()
     except ConfigError as exc:
         raise Refused(str(exc)) from None
     except psycopg.Error as exc:
         raise Refused(f"cannot use the database: {' '.join(str(exc).split())}") from None
+    return settings
 
 
 # -- gunicorn --------------------------------------------------------------------------------
 
 
-def _serve(listener: socket.socket, embedded: Server | None, stop: Stop) -> int:
+def _serve(
+    listener: socket.socket, embedded: Server | None, settings: AppSettings, stop: Stop
+) -> int:
     host, port = listener.getsockname()[:2]
     process = _start_gunicorn(listener)
     try:
         told = False
         while process.poll() is None and not stop():
             if not told and _answers(host, port):
-                _tell(host, port, embedded)
+                _tell(host, port, embedded, settings)
                 told = True
             if embedded is not None:
                 embedded.revive()
@@ -221,16 +240,35 @@ def _answers(host: str, port: int) -> bool:
         connection.close()
 
 
-def _tell(host: str, port: int, embedded: Server | None) -> None:
+def _tell(host: str, port: int, embedded: Server | None, settings: AppSettings) -> None:
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     database = f"PostgreSQL in {embedded.cluster}" if embedded else _configured_by()
     lines = [
         f"Serving from {database}. Ctrl-C stops it.",
         f"  {url}/notes            the sample API",
-        f"  {url}/db/              the live page of the pools",
         f"  {url}/db/health/ready  readiness",
+    ]
+    views = [
+        f"  {url}/db/              the live page of the pools",
         f"  {url}/db/stats         the numbers, of all workers",
     ]
+    if settings.details == "always":
+        lines += views
+    elif settings.token:
+        lines += views
+        lines.append(
+            "  These two want the token: when a browser asks, enter any name, and the token"
+        )
+        lines.append(
+            '  as the password; curl sends it with -H "Authorization: Bearer $DBPOOL_TOKEN".'
+        )
+    else:
+        lines.append(
+            f"  {url}/db/ is closed: set DBPOOL_TOKEN, and sign in with it as the password"
+        )
+    if embedded:
+        psql = "psql" if shutil.which("psql") else str(binaries() / "psql")
+        lines.append(f"  {shlex.join([psql, embedded.conninfo])}")
     print("\n".join(lines), flush=True)
 
 

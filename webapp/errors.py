@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import psycopg
 from flask import Flask, Response, jsonify
 from werkzeug.exceptions import HTTPException, InternalServerError
@@ -40,5 +42,6 @@ def _undefined_table(exc: psycopg.errors.UndefinedTable) -> Response:
 def _unavailable(reason: str) -> Response:
     answer = jsonify(error=reason)
     answer.status_code = 503
-    answer.headers["Retry-After"] = "1"
+    # Not all at once, please.
+    answer.headers["Retry-After"] = str(random.randint(1, 3))  # noqa: S311  # no secret
     return answer

@@ -1,6 +1,7 @@
 """How gunicorn serves the application, under `make run` and in the container alike."""
 
 import atexit
+import logging
 import os
 import signal
 from pathlib import Path
@@ -8,6 +9,13 @@ from types import FrameType
 from typing import Any
 
 from dbpool.gunicorn import *  # noqa: F403 -- the server hooks; its __all__ holds nothing else
+
+# As gunicorn's own lines, which do not come this way.
+logging.basicConfig(
+    level=logging.INFO,
+    format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s",
+    datefmt="%Y-%m-%d %H:%M:%S %z",
+)
 
 bind = f"{os.environ.get('WEBAPP_HOST') or '127.0.0.1'}:{os.environ.get('PORT') or '8000'}"
 worker_class = "gthread"
