@@ -311,7 +311,12 @@ def test_a_port_in_use_is_one_clear_line(run: Run) -> None:
     assert output == f"webapp: port {port} is in use; another one: make run PORT={port + 1}\n"
 
 
-@pytest.mark.parametrize("port", ["http", "-1", "65536", "1e3"])
+def test_an_empty_number_of_workers_is_the_default(run: Run, dsn: str) -> None:
+    application = run(DATABASE_URL=dsn, WEB_CONCURRENCY="").await_served()
+    assert len(list(children(application.gunicorn()))) == 2
+
+
+@pytest.mark.parametrize("port", ["http", "-1", "65536", "1e3", "9" * 5000])
 def test_a_port_that_is_none_is_one_clear_line(checkout: Path, port: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "webapp"],
@@ -322,7 +327,7 @@ def test_a_port_that_is_none_is_one_clear_line(checkout: Path, port: str) -> Non
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr == f"webapp: PORT must be a number up to 65535, not {port!r}\n"
+    assert done.stderr == f"webapp: PORT must be a number up to 65535, not {port[:20]!r}\n"
 
 
 def test_a_database_that_is_not_there_is_one_clear_line(run: Run, checkout: Path) -> None:

@@ -337,21 +337,43 @@ def test_tables_are_made_once_and_by_several_at_once(dsn: str) -> None:
         assert pool.fetch_value("select count(*) from notes") == 0
 
 
-@pytest.mark.parametrize("workers", ["0", "abc", "-1", "1e3"])
-def test_a_number_of_workers_that_is_none_is_one_line(workers: str) -> None:
+STARTED_BY = [
+    ["-m", "webapp"],
+    ["-c", "import runpy; runpy.run_path('webapp/gunicorn.conf.py')"],
+    ["-m", "webapp.serve"],
+]
+NO_NUMBERS = ["0", "abc", "-1", "1e3", "1001", "\N{ARABIC-INDIC DIGIT THREE}", "9" * 5000]
+
+
+@pytest.mark.parametrize("command", STARTED_BY, ids=["make run", "configuration", "container"])
+@pytest.mark.parametrize("workers", NO_NUMBERS, ids=lambda workers: workers[:5])
+def test_a_number_of_workers_that_is_none_is_one_line(workers: str, command: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "webapp"],
+        [sys.executable, *command],
         cwd=ROOT,
-        env=os.environ | {"WEB_CONCURRENCY": workers, "PORT": "0"},
+        env=os.environ | {"WEB_CONCURRENCY": workers, "PORT": "8000"},
         capture_output=True,
         text=True,
         check=False,
         timeout=30,
     )
     assert done.returncode == 1
-    assert (
-        done.stderr == f"webapp: WEB_CONCURRENCY must be a number from 1 to 1000, not {workers!r}\n"
+    shown = repr(workers[:20])
+    assert done.stderr == f"webapp: WEB_CONCURRENCY must be a number from 1 to 1000, not {shown}\n"
+
+
+@pytest.mark.parametrize("workers", ["", " ", "2", "02", "2\n"])
+def test_an_empty_number_of_workers_is_the_default(workers: str) -> None:
+    script = "import runpy; print(runpy.run_path('webapp/gunicorn.conf.py')['workers'])"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=os.environ | {"WEB_CONCURRENCY": workers},
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    assert done.stdout == "2\n"
 
 
 def test_a_dotenv_above_the_checkout_is_not_ours(

@@ -12,6 +12,7 @@ import http.client
 import ipaddress
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -64,7 +65,7 @@ def main() -> int:
     os.chdir(ROOT)  # where gunicorn works and .env is looked for
     _set_up_logging()
     try:
-        _insist_on_workers()
+        _set_workers()
         with _listening(stop) as listener, _database(listener, stop) as embedded:
             settings = _prepare()
             return _serve(listener, embedded, settings, stop)
@@ -108,15 +109,17 @@ def _listening(stop: Stop) -> Iterator[socket.socket]:
 
 def _port() -> int:
     given = os.environ.get("PORT") or "8000"
-    if not given.isascii() or not given.isdigit() or int(given) > 65535:
-        raise Refused(f"PORT must be a number up to 65535, not {given!r}")
+    if not re.fullmatch("[0-9]{1,5}", given) or int(given) > 65535:
+        raise Refused(f"PORT must be a number up to 65535, not {given[:20]!r}")
     return int(given)
 
 
-def _insist_on_workers() -> None:
-    given = os.environ.get("WEB_CONCURRENCY") or "2"
-    if not given.isascii() or not given.isdigit() or not 1 <= int(given) <= 1000:
-        raise Refused(f"WEB_CONCURRENCY must be a number from 1 to 1000, not {given!r}")
+def _set_workers() -> None:
+    """Leave WEB_CONCURRENCY a number: gunicorn ends in a traceback where it is empty."""
+    given = os.environ.get("WEB_CONCURRENCY", "").strip() or "2"
+    if not re.fullmatch("[0-9]{1,4}", given) or not 1 <= int(given) <= 1000:
+        raise Refused(f"WEB_CONCURRENCY must be a number from 1 to 1000, not {given[:20]!r}")
+    os.environ["WEB_CONCURRENCY"] = given
 
 
 def _why_not_bound(exc: OSError, host: str, port: int) -> str:
