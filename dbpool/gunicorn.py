@@ -19,6 +19,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from os.path import samestat
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -26,7 +27,7 @@ from dbpool._files import STATS_DIR, LifeSign, is_held
 
 __all__ = ["on_exit", "on_starting", "post_fork", "post_worker_init", "worker_exit"]
 
-_NAME: Final = re.compile(r"dbpool-stats-\d+-\d+")
+_NAME: Final = re.compile(r"dbpool-stats-\d+-[0-9a-f]{12}")
 _LIFE_SIGN: Final = ".master"
 _OURS: Final = frozenset({"dbpool", "dbpool.gunicorn", "dbpool._files"})
 _THREADED: Final = frozenset({"gunicorn.workers.sync", "gunicorn.workers.gthread"})
@@ -57,7 +58,7 @@ def on_starting(server: Any) -> None:
     failed: dict[str, str] = {}
     for parent in _parents(server.cfg.worker_tmp_dir):
         try:
-            _sweep(parent, {os.geteuid(), server.cfg.uid})
+            _sweep(parent, server.cfg.uid)
             _made = _make(parent, server.cfg.uid, server.cfg.gid)
         except OSError as ex:
             failed[str(parent)] = ex.strerror or str(ex)
@@ -120,7 +121,8 @@ def on_exit(server: Any) -> None:
     """Remove the directory that `on_starting` made."""
     if _made is not None and _made.pid == os.getpid():
         with suppress(OSError), _opened(_made.path) as fd:
-            _remove(_made.path, fd)
+            if samestat(os.stat(_LIFE_SIGN, dir_fd=fd), os.fstat(_made.sign.fd)):
+                _remove(_made.path, fd)
         _made.sign.close()
 
 
@@ -150,18 +152,17 @@ def _named(parent: Path) -> list[Path]:
         return []
 
 
-def _sweep(parent: Path, users: set[int]) -> None:
-    """Remove what dead masters of these users left. A living one holds its life sign."""
+def _sweep(parent: Path, uid: int) -> None:
+    """Remove what dead masters of this user left: directories with a life sign that nobody holds."""
     for path in _named(parent):
         with suppress(OSError), _opened(path) as fd:
-            if os.fstat(fd).st_uid in users and not is_held(_LIFE_SIGN, dir_fd=fd):
+            if os.fstat(fd).st_uid == uid and is_held(_LIFE_SIGN, dir_fd=fd) is False:
                 _remove(path, fd)
 
 
 def _make(parent: Path, uid: int, gid: int) -> _Directory:
     """Make a directory private to that user. It gets its name once its life sign is held."""
     new = Path(tempfile.mkdtemp(prefix=".dbpool-", dir=parent))
-    pid, number = os.getpid(), int.from_bytes(os.urandom(6), "big")
     with _opened(new) as fd:
         if os.fstat(fd).st_uid != os.geteuid() or os.listdir(fd):  # noqa: PTH208  # a descriptor
             raise PermissionError(errno.EPERM, "somebody else replaces files in it")
@@ -170,12 +171,12 @@ def _make(parent: Path, uid: int, gid: int) -> _Directory:
             if (uid, gid) != (os.geteuid(), os.getegid()):
                 os.fchown(sign.fd, uid, gid)
                 os.fchown(fd, uid, gid)
-            path = new.rename(parent / f"dbpool-stats-{pid}-{number}")
+            path = new.rename(parent / f"dbpool-stats-{os.getpid()}-{os.urandom(6).hex()}")
         except OSError:
             with suppress(OSError):
                 _remove(new, fd)
             raise
-    return _Directory(path, pid, sign)
+    return _Directory(path, os.getpid(), sign)
 
 
 @contextmanager
@@ -193,8 +194,8 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _remove(path: Path, fd: int) -> None:
-    """Remove a directory, which holds files alone."""
-    for name in os.listdir(fd):
+    """Remove a directory, which holds files alone; the life sign last, by which it is swept."""
+    for name in sorted(os.listdir(fd), key=_LIFE_SIGN.__eq__):
         os.unlink(name, dir_fd=fd)
     path.rmdir()
 

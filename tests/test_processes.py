@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from dbpool._files import start_time, write
+from dbpool._files import locked, start_time, write
 from dbpool.metrics import BreakerSnapshot, HolderSnapshot, Metrics, Snapshot
 from dbpool.processes import Processes
 from dbpool.prometheus import expose
 
+from .namespaces import own_pids
 from .postgres import until
 
 WORKER = """
@@ -174,6 +175,185 @@ def test_a_hung_worker_grows_old_and_is_not_lost(
     assert checkouts(processes.report()) == 35
     os.kill(workers[0].pid, signal.SIGCONT)
     until(lambda: age() < 1.5)
+
+
+CONTAINED = WORKER.replace("time.sleep(60)", "sys.stdin.read()")
+
+
+class Contained:
+    """A worker that is process 1 of a pid namespace of its own, as in a container."""
+
+    def __init__(self, directory: Path, count: str) -> None:
+        self._process = subprocess.Popen(
+            [*own_pids(), sys.executable, "-c", CONTAINED, str(directory), count],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def contained(directory: Path) -> Iterator[list[Contained]]:
+    """Two workers in two containers, with 100 and 200 checkouts; both are process 1."""
+    started = [Contained(directory, count) for count in ("100", "200")]
+    yield started
+    for each in started:
+        each.kill()
+
+
+def test_containers_may_share_the_directory(
+    processes: Processes,
+    contained: list[Contained],
+    workers: list[subprocess.Popen[str]],
+    directory: Path,
+) -> None:
+    for _ in range(3):
+        report = processes.report()
+        assert checkouts(report) == 335
+        assert report["pools"]["default"]["size"] == 6
+        assert [p["pid"] for p in report["processes"]].count(1) == 2
+        assert len(report["processes"]) == 5
+    # From a container it looks the same.
+    command = [sys.executable, "-m", "dbpool", "stats", "--dir", str(directory)]
+    done = subprocess.run(
+        [*own_pids(), *command],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert checkouts(json.loads(done.stdout)) == 335
+    assert len(json.loads(done.stdout)["processes"]) == 5
+
+    contained[0].kill()
+    workers[1].kill()
+    workers[1].wait()
+    until(lambda: processes.report()["pools"]["default"]["size"] == 4)  # a namespace takes its time
+    for _ in range(3):
+        report = processes.report()
+        assert checkouts(report) == 335
+        assert len(report["processes"]) == 3
+    assert len(list(directory.glob("*.alive"))) == 3
+
+
+FORKING = """
+import os
+if os.fork() == 0:
+    for fd in (0, 1, 2):
+        os.close(fd)
+    time.sleep(60)
+    os._exit(0)
+print("forked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_dead_worker_does_not_live_on_in_what_it_forked(
+    processes: Processes, directory: Path
+) -> None:
+    script = WORKER.replace("time.sleep(60)", FORKING)
+    worker = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", script, str(directory), "10"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        start_new_session=True,
+    )
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "ready\n"
+    assert worker.stdout.readline() == "forked\n"
+    assert processes.report()["pools"]["default"]["size"] == 3
+    worker.kill()  # not the process that it forked
+    worker.communicate()
+    report = processes.report()
+    os.killpg(worker.pid, signal.SIGKILL)
+    assert report["pools"]["default"]["size"] == 2
+    assert checkouts(report) == 15
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_lock_does_not_live_on_in_what_was_forked_meanwhile(directory: Path) -> None:
+    with locked(directory / "app.lock") as is_locked:
+        assert is_locked
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+    with locked(directory / "app.lock") as is_locked:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert is_locked
+
+
+def test_a_process_whose_life_sign_was_removed_is_told_by_its_pid(
+    processes: Processes, workers: list[subprocess.Popen[str]], directory: Path
+) -> None:
+    for sign in directory.glob("*.alive"):
+        sign.unlink()
+    assert checkouts(processes.report()) == 35
+    assert processes.report()["pools"]["default"]["size"] == 4
+    workers[0].kill()
+    workers[0].wait()
+    assert processes.report()["pools"]["default"]["size"] == 3
+    assert checkouts(processes.report()) == 35
+
+
+HOLDING = WORKER.replace(
+    "idle=1)",
+    'idle=1, holders=(HolderSnapshot("theirs", 5.0, "a.py:1 f"),),'
+    ' breaker=BreakerSnapshot("open", 1.0, "refused", 30.0))',
+).replace("import Metrics", "import BreakerSnapshot, HolderSnapshot, Metrics")
+
+
+class Holding(Counting):
+    """A pool with one holder, whose age is the same whenever it is asked."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    def stats(self) -> Snapshot:
+        holders = (HolderSnapshot("ours", self._seconds, "b.py:1 g"),)
+        return self.metrics.snapshot([], state="up", size=1, active=1, holders=holders)
+
+
+def test_what_others_hold_grows_older_between_their_snapshots(directory: Path) -> None:
+    worker = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(directory), "10"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "ready\n"
+    os.kill(worker.pid, signal.SIGSTOP)  # it publishes no more
+    processes = Processes({"default": Holding(6.0)}, directory=directory)
+
+    def pool() -> dict[str, Any]:
+        found: dict[str, Any] = processes.report()["pools"]["default"]
+        return found
+
+    def ages() -> dict[str, float]:
+        return {holder["thread"]: holder["seconds"] for holder in pool()["holders"]}
+
+    try:
+        first, left = ages(), pool()["breaker"]["retry_after"]
+        until(lambda: ages()["theirs"] > first["theirs"] + 0.1)
+        assert pool()["breaker"]["retry_after"] < left < 30.0
+        assert ages()["ours"] < 6.5  # what is said now is of now
+        until(lambda: ages()["theirs"] > ages()["ours"])
+        assert [holder["thread"] for holder in pool()["holders"]] == ["theirs", "ours"]
+    finally:
+        worker.kill()
+        worker.communicate()
+        processes.close()
 
 
 def test_a_recycled_pid_is_another_process(processes: Processes, directory: Path) -> None:

@@ -1,0 +1,345 @@
+"""The directory that the hooks make: where it may be, whose it is, and when it goes."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dbpool import gunicorn as hooks
+
+from .namespaces import own_pids, read_only, unshared
+from .postgres import until
+from .test_gunicorn import Site
+
+ROOT = Path(__file__).parent.parent
+only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root serves as another user")
+
+
+MASTER = """
+import logging, os, sys, time
+from types import SimpleNamespace
+from dbpool import gunicorn as hooks
+
+logging.basicConfig(format="%(levelname)s %(message)s")
+parent = sys.argv[1] or None
+cfg = SimpleNamespace(worker_tmp_dir=parent, uid=os.geteuid(), gid=os.getegid())
+server = SimpleNamespace(cfg=cfg, log=logging.getLogger("gunicorn"))
+hooks.on_starting(server)
+child = os.fork()  # a worker, which outlives its master
+if child == 0:
+    for fd in (0, 1, 2):
+        os.close(fd)
+    time.sleep(60)
+    os._exit(0)
+print(child, os.environ.get("DBPOOL_STATS_DIR", ""), flush=True)
+if sys.stdin.readline():  # anything but an end asks to stop in order
+    hooks.on_exit(server)
+"""
+
+
+class Master:
+    """A process that runs the hooks of a gunicorn master."""
+
+    def __init__(self, parent: Path | str, *prefix: str, **environ: str) -> None:
+        kept = {k: v for k, v in os.environ.items() if k not in ("TMPDIR", "TEMP", "TMP")}
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-c", MASTER, str(parent)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=kept | environ,
+        )
+        assert self.process.stdout is not None
+        child, _, directory = self.process.stdout.readline().strip().partition(" ")
+        self.directory = Path(directory) if directory else None
+        self._child = 0 if prefix else int(child)  # else one that ends with its namespace
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(30)
+
+    def stop(self) -> str:
+        """Stop in order; return what it said."""
+        return self.process.communicate("stop\n", 30)[1]
+
+    def close(self) -> None:
+        self.kill()
+        self.process.communicate()
+        if self._child:
+            os.kill(self._child, signal.SIGKILL)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Master]]:
+    masters: list[Master] = []
+
+    def start(parent: Path | str, *prefix: str, **environ: str) -> Master:
+        masters.append(Master(parent, *prefix, **environ))
+        return masters[-1]
+
+    yield start
+    for master in masters:
+        master.close()
+
+
+def named(parent: Path) -> set[Path]:
+    return set(parent.iterdir())
+
+
+def test_masters_leave_one_another_alone(start: Callable[..., Master], tmp_path: Path) -> None:
+    first, second = start(tmp_path), start(tmp_path)
+    assert named(tmp_path) == {first.directory, second.directory}
+    assert first.stop() == second.stop() == ""
+    assert named(tmp_path) == set()
+
+
+def test_a_worker_that_outlives_its_master_does_not_keep_the_directory(
+    start: Callable[..., Master], tmp_path: Path
+) -> None:
+    first = start(tmp_path)
+    first.kill()  # the process that it forked still runs
+    assert named(tmp_path) == {first.directory}
+    second = start(tmp_path)
+    assert named(tmp_path) == {second.directory}
+
+
+def test_masters_in_other_containers_are_left_alone_while_they_run(
+    start: Callable[..., Master], tmp_path: Path
+) -> None:
+    inside = [start(tmp_path, *own_pids()) for _ in range(2)]  # both are process 1
+    outside = [start(tmp_path) for _ in range(2)]
+    inside.append(start(tmp_path, *own_pids()))
+    masters = [*inside, *outside]
+    assert named(tmp_path) == {master.directory for master in masters}
+    inside[0].kill()
+    outside[0].kill()
+    inside.append(start(tmp_path, *own_pids()))
+    left = {master.directory for master in (*inside[1:], *outside[1:])}
+    until(lambda: named(tmp_path) == left)  # a killed namespace takes a moment to end
+
+
+@pytest.mark.parametrize("name", ["dbpool-stats-1-1", "dbpool-stats-1", "x-dbpool-stats-1-1"])
+def test_what_no_master_made_is_not_swept(
+    start: Callable[..., Master], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "file").touch()
+    start(tmp_path)
+    assert (tmp_path / name / "file").exists()
+
+
+@only_root
+def test_only_the_directories_of_the_same_user_are_swept(
+    start: Callable[..., Master], tmp_path: Path
+) -> None:
+    left = start(tmp_path)
+    left.kill()
+    assert left.directory is not None
+    shutil.chown(left.directory, "nobody")
+    start(tmp_path)
+    assert left.directory.exists()
+
+
+def test_a_link_in_place_of_a_directory_is_not_followed(
+    start: Callable[..., Master], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").touch()
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    (parent / "dbpool-stats-1-1").symlink_to(kept)
+    start(parent)
+    assert (kept / "file").exists()
+
+
+def test_a_directory_of_ones_own_is_kept(start: Callable[..., Master], tmp_path: Path) -> None:
+    master = start(tmp_path, DBPOOL_STATS_DIR="/somewhere/else")
+    assert master.directory == Path("/somewhere/else")
+    assert master.stop() == ""
+    assert named(tmp_path) == set()
+
+
+def test_a_master_made_by_a_master_has_a_directory_of_its_own(
+    start: Callable[..., Master], tmp_path: Path
+) -> None:
+    old = start(tmp_path)
+    new = start(tmp_path, DBPOOL_STATS_DIR=str(old.directory))  # as after SIGUSR2
+    assert new.directory != old.directory
+    old.stop()
+    assert named(tmp_path) == {new.directory}
+
+
+def test_a_directory_that_is_gone_is_no_error_at_the_end(
+    start: Callable[..., Master], tmp_path: Path
+) -> None:
+    master = start(tmp_path)
+    assert master.directory is not None
+    shutil.rmtree(master.directory)
+    assert master.stop() == ""
+
+
+# Where nothing can be written
+
+
+def is_in_memory(master: Master) -> bool:
+    return master.directory is not None and master.directory.parent == Path("/dev/shm")
+
+
+needs_memory = pytest.mark.skipif(
+    not os.access("/dev/shm", os.W_OK), reason="there is no /dev/shm to write to"
+)
+
+
+@needs_memory
+@pytest.mark.parametrize("kind", ["unset", "missing", "file", "full"])
+def test_where_a_directory_cannot_be_made_memory_is_used(
+    start: Callable[..., Master], tmp_path: Path, kind: str
+) -> None:
+    place = tmp_path / "place"
+    prefix: list[str] = []
+    if kind == "file":
+        place.touch()
+    elif kind == "full":  # for two: itself, and the directory, but no file in that
+        place.mkdir()
+        mount = 'mount -t tmpfs -o nr_inodes=2 none "$0" && exec "$@"'
+        prefix = [*unshared("--mount"), "sh", "-c", mount, str(place)]
+    master = start("" if kind == "unset" else place, *prefix)
+    assert is_in_memory(master)
+    assert master.stop() == ""
+    assert master.directory is not None
+    assert not master.directory.exists()
+
+
+@needs_memory
+def test_a_read_only_root_is_no_error(start: Callable[..., Master], tmp_path: Path) -> None:
+    for parent in ("", tmp_path):
+        master = start(parent, *read_only("/dev/shm"))
+        assert is_in_memory(master)
+        assert master.stop() == ""
+
+
+def test_nothing_to_write_to_is_one_warning(start: Callable[..., Master], tmp_path: Path) -> None:
+    for parent in ("", tmp_path):
+        master = start(parent, *read_only())
+        assert master.directory is None
+        (line,) = master.stop().splitlines()
+        assert line.startswith("WARNING dbpool: no directory can be made for the statistics (")
+        assert "/dev/shm: " in line
+        assert "Read-only file system" in line
+
+
+@needs_memory
+def test_gunicorn_serves_on_a_read_only_root(dsn: str, tmp_path: Path) -> None:
+    site = Site(
+        tmp_path,
+        dsn,
+        more="worker_tmp_dir, loglevel = '/dev/shm', 'warning'",
+        prefix=read_only("/dev/shm"),
+    )
+    try:
+        site.get("/")
+        assert site.stats()["scope"] == "all"
+        assert site.stop() < 10
+        assert site.said() == ""
+    finally:
+        site.kill()
+
+
+def test_the_master_closes_no_pool_for_a_worker_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[float] = []
+    monkeypatch.setattr("dbpool._fork.close_all", closed.append)
+    hooks.worker_exit(SimpleNamespace(pid=os.getpid()), None)
+    assert closed == []
+
+
+# As root, beside the workers' user, who may write where the directory is made
+
+
+RACE = """
+import os, sys
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from dbpool import gunicorn as hooks
+
+parent, user, way = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+left = 0  # events until the other user acts; 0 is never
+
+
+def act():
+    names = [path for path in parent.iterdir() if path.name not in ("victim", "stolen")]
+    for path in names[:1]:
+        path.rename(parent / "stolen")
+        (path.symlink_to if way == "link" else (parent / "victim").rename)(
+            parent / "victim" if way == "link" else path
+        )
+
+
+def hook(event, args):
+    global left
+    if left > 0:
+        left -= 1
+        if left == 0:
+            act()
+
+
+class Log:
+    def warning(self, *arguments):
+        pass
+
+
+sys.addaudithook(hook)
+cfg = SimpleNamespace(worker_tmp_dir=str(parent), uid=user, gid=user)
+server = SimpleNamespace(cfg=cfg, log=Log())
+victim = parent / "victim"
+steps, total = {}, 0
+for step in range(1, 1000):
+    victim.mkdir(mode=0o755)
+    (victim / "file").touch()
+    inode = victim.stat().st_ino
+    for phase in (hooks.on_starting, hooks.on_exit):
+        os.environ.pop("DBPOOL_STATS_DIR", None)
+        left = step
+        with suppress(OSError):
+            phase(server)
+        is_over, left = left > 0, 0
+        (found,) = [p for p in parent.iterdir() if p.stat(follow_symlinks=False).st_ino == inode]
+        for path in (found, found / "file"):
+            assert path.stat().st_uid == 0, (phase.__name__, step, path)
+        steps[phase.__name__] = steps.get(phase.__name__, 0) + (not is_over)
+    os.system(f"rm -rf {parent}/* {parent}/.[a-z]*")
+    if sum(steps.values()) == total:
+        break
+    total = sum(steps.values())
+print(total)
+"""
+
+
+@only_root
+@pytest.mark.parametrize("way", ["link", "move"])
+def test_the_workers_user_gets_nothing_of_roots(tmp_path: Path, way: str) -> None:
+    """Whatever it puts in place of the directory, at whatever step."""
+    nobody = pwd.getpwnam("nobody")
+    done = subprocess.run(
+        [sys.executable, "-c", RACE, str(tmp_path), str(nobody.pw_uid), way],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
