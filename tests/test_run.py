@@ -177,8 +177,8 @@ def test_serves_the_api_and_the_views_and_keeps_the_data(run: Run, checkout: Pat
     assert second.get(f"/notes/{note['id']}") == (200, note)
 
 
-def test_a_pool_is_as_large_as_its_worker_has_threads_unless_told_otherwise(run: Run) -> None:
-    assert largest(run()) == 8
+def test_a_pool_has_one_more_than_its_worker_has_threads_unless_told_otherwise(run: Run) -> None:
+    assert largest(run()) == 9
     assert largest(run(DBPOOL_MAX_SIZE="3")) == 3
     assert largest(run(DBPOOL_MIN_SIZE="9")) == 9
 
