@@ -6,8 +6,9 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dbpool._dotenv import SKIPPED, Source, distrust, parse, read_dotenv, read_layers
 from dbpool._secrets import conceal, conceals_fields
@@ -17,6 +18,8 @@ from dbpool.errors import ConfigError
 __all__ = ["AppSettings", "find_dotenv"]
 
 logger = logging.getLogger("dbpool")
+
+_SHORT: Final = 16  # characters; with fewer a token may be guessed
 
 
 @conceals_fields
@@ -34,6 +37,27 @@ class AppSettings:
         if self.details not in ("token", "always"):
             raise ConfigError("DBPOOL_DETAILS must be token or always")
         object.__setattr__(self, "details", str(self.details))
+        if self.token and not _fits_a_header(self.token):
+            raise ConfigError(
+                "DBPOOL_TOKEN holds what cannot be sent as a Bearer token: it must be printable"
+                " ASCII, without a blank at either end, and with = at its end alone"
+            )
+        if self.token and len(self.token) < _SHORT:
+            logger.warning(
+                "DBPOOL_TOKEN is shorter than %d characters and may be guessed; a good one is"
+                " printed by: python -c 'import secrets; print(secrets.token_urlsafe())'",
+                _SHORT,
+            )
+
+    def is_open_to_others(self, address: str) -> bool:
+        """Whether everybody may see the details, on a server that listens on *address*.
+
+        False where that is no IP address, as for a Unix socket or a name.
+        """
+        try:
+            return self.details == "always" and not ip_address(address).is_loopback
+        except ValueError:
+            return False
 
     @classmethod
     def from_env(
@@ -64,6 +88,11 @@ class AppSettings:
             stats_dir=find(layers, "DBPOOL_STATS_DIR"),
             error_handlers=flag(find(layers, "DBPOOL_ERROR_HANDLERS"), "DBPOOL_ERROR_HANDLERS"),
         )
+
+
+def _fits_a_header(token: str) -> bool:
+    is_plain = token.isascii() and token.isprintable() and token == token.strip()
+    return is_plain and "=" not in token.rstrip("=")
 
 
 def find_dotenv(config: Mapping[str, Any] | None = None) -> Mapping[str, str]:

@@ -529,13 +529,11 @@ def test_an_empty_token_opens_nothing(
         assert client.get("/db/stats", headers=headers).status_code == 403
 
 
-def test_a_token_may_be_in_a_file_and_hold_any_letter(
-    make_app: MakeApp, dsn: str, tmp_path: Path
-) -> None:
-    (tmp_path / "token").write_text("schlüssel\n")
+def test_a_token_may_be_in_a_file(make_app: MakeApp, dsn: str, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("a key to the door\n")
     client = make_app(dsn, DBPOOL_TOKEN_FILE=str(tmp_path / "token")).test_client()
-    assert client.get("/db/stats", headers=basic("schlüssel")).status_code == 200
-    assert client.get("/db/stats", headers=basic("schlussel")).status_code == 401
+    assert client.get("/db/stats", headers=basic("a key to the door")).status_code == 200
+    assert client.get("/db/stats", headers=basic("a kéy to the door")).status_code == 401
 
 
 def test_checks_of_the_application_are_part_of_health(make_app: MakeApp, dsn: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final, Unpack
 
@@ -46,6 +46,7 @@ class State:
     health: Health
     processes: Processes
     settings: AppSettings
+    warned: set[str] = field(default_factory=set)  # of what, so that it is said once
 
 
 class DBPool:
@@ -129,11 +130,24 @@ def _begin(app: Flask, **extra: Any) -> None:
 
 def _enter() -> None:
     """Name what this thread serves from now on."""
-    state().processes.start()
+    own = state()
+    own.processes.start()
+    if own.settings.details == "always" and not own.warned:
+        _warn_of_open_views(own, request.environ.get("SERVER_NAME", ""))
     if request.endpoint is not None:
         who = holders.here.who
         request.environ[_OUTER], who.endpoint = who.endpoint, request.endpoint
         g.setdefault(_ENDPOINT, request.endpoint)
+
+
+def _warn_of_open_views(own: State, address: str) -> None:
+    if own.settings.is_open_to_others(address):
+        own.warned.add("open views")
+        logger.warning(
+            "DBPOOL_DETAILS=always on a server that listens on %s: everybody who reaches it sees"
+            " all details; set DBPOOL_TOKEN instead",
+            address,
+        )
 
 
 def _leave(exc: BaseException | None) -> None:

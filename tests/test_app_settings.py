@@ -1,0 +1,81 @@
+"""What an application is set to: its token, and who sees the details."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from flask import Flask
+
+from dbpool import ConfigError
+from dbpool.app_settings import AppSettings
+from dbpool.flask import DBPool, create_blueprint
+
+PRINTABLE = [chr(i) for i in range(32, 127)]
+
+
+def make_app(**config: str) -> Flask:
+    app = Flask("app")
+    app.config.update(DATABASE_URL="host=127.0.0.1 port=1", DBPOOL_DOTENV="off", **config)
+    DBPool(app)
+    app.register_blueprint(create_blueprint(), url_prefix="/db")
+    return app
+
+
+@pytest.mark.parametrize("char", PRINTABLE)
+@pytest.mark.parametrize("form", ["{}", "{}-and-so-on-and-on", "and-so-{}-on-and-on"])
+def test_a_token_opens_the_views_as_a_bearer_token_or_is_refused(form: str, char: str) -> None:
+    token = form.format(char)
+    if token != token.strip() or "=" in token.rstrip("="):
+        with pytest.raises(ConfigError, match="DBPOOL_TOKEN holds what cannot be sent"):
+            make_app(DBPOOL_TOKEN=token)
+        return
+    client = make_app(DBPOOL_TOKEN=token).test_client()
+    headers = {"Authorization": f"Bearer {token}"}
+    assert client.get("/db/stats", headers=headers).status_code == 200
+    assert client.get("/db/stats", auth=("any", token)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "token", ["zwölf-Sätze-lang", "a=b-and-so-on-and-on", "two-lines\nand-more", " " * 16 + "x"]
+)
+def test_where_a_token_comes_from_does_not_matter(token: str, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(token)
+    for environ in ({"DBPOOL_TOKEN": token}, {"DBPOOL_TOKEN_FILE": str(file)}):
+        with pytest.raises(ConfigError, match="DBPOOL_TOKEN holds what cannot") as caught:
+            AppSettings.from_env(environ)
+        assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 40])
+def test_a_short_token_is_one_warning(length: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="dbpool")
+    make_app(DBPOOL_TOKEN="q" * length)
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warned) == (length < 16)
+    assert all("DBPOOL_TOKEN is shorter than 16 characters" in text for text in warned)
+    assert "qq" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("address", "warnings"),
+    [("0.0.0.0", 1), ("10.1.2.3", 1), ("::", 1), ("127.0.0.1", 0), ("127.1.1.1", 0), ("::1", 0),
+     ("localhost", 0), ("", 0)],
+)  # fmt: skip
+def test_views_open_to_others_are_one_warning(
+    address: str, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = make_app(DBPOOL_DETAILS="always").test_client()
+    for _ in range(3):
+        client.get("/db/health/live", environ_overrides={"SERVER_NAME": address})
+    told = [text for text in caplog.messages if "DBPOOL_DETAILS=always" in text]
+    assert len(told) == warnings
+    assert all(address in text for text in told)
+
+
+def test_closed_views_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    client = make_app(DBPOOL_TOKEN="0123456789abcdef").test_client()
+    client.get("/db/health/live", environ_overrides={"SERVER_NAME": "0.0.0.0"})
+    assert not caplog.messages
