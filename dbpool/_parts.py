@@ -72,7 +72,8 @@ def is_stock(cls: type, *names: str) -> bool:
     """Whether those methods of *cls* are psycopg's own functions: neither overridden nor wrapped."""
     methods = [getattr(cls, name, None) for name in names]
     return all(
-        isinstance(method, FunctionType) and method.__globals__["__name__"].startswith("psycopg.")
+        isinstance(method, FunctionType)
+        and str(method.__globals__.get("__name__")).startswith("psycopg.")
         for method in methods
     )
 
