@@ -8,7 +8,8 @@ const PATIENCE = 5000;
 const address = location.origin + document.body.dataset.stats;
 
 const byId = (id) => document.getElementById(id);
-const earlier = new Map(); // by pool: what the last answer said
+const REMEMBERED = 64; // answers
+const earlier = []; // answers, the latest first
 
 function seconds(value) {
   if (value >= 7200) return (value / 3600).toFixed(0) + " h";
@@ -45,18 +46,24 @@ function section(name) {
   return made;
 }
 
-function rate(name, time, checkouts) {
-  const last = earlier.get(name);
-  if (!last || time <= last.time) return "–";
-  return (Math.max(0, checkouts - last.checkouts) / (time - last.time)).toFixed(1) + " /s";
+// A pid alone could be that of another container, or be given again.
+function isSame(one, other) {
+  return one.pid === other.pid && Math.abs(one.start - other.start) < 2; // seconds
 }
 
-function tell(name, state) {
-  const last = earlier.get(name);
-  if (last && last.state !== state) byId("news").textContent = `${name} is ${state}`;
+// The last answer that counts a process of this one: what changed between others means nothing.
+function comparable(stats) {
+  return earlier.find((last) => last.scope === stats.scope && last.time < stats.time
+    && last.processes.some((one) => stats.processes.some((other) => isSame(one, other))));
 }
 
-function show(name, pool, time) {
+function rate(pool, time, last) {
+  if (!last) return "–";
+  const checkouts = pool.counters.checkouts - last.pool.counters.checkouts;
+  return (Math.max(0, checkouts) / (time - last.time)).toFixed(1) + " /s";
+}
+
+function show(name, pool, time, last) {
   const card = section(name);
   const part = (key) => card.querySelector(`[data-${key}]`);
   const text = (key, value) => { part(key).textContent = value; };
@@ -71,7 +78,7 @@ function show(name, pool, time) {
   text("size", `${pool.size} of ${pool.max_size}`);
   text("waiting", pool.waiting);
   part("waiting").className = pool.waiting ? "alarm" : "";
-  text("rate", rate(name, time, counters.checkouts));
+  text("rate", rate(pool, time, last));
   text("breaker", breaker.state);
   part("breaker").className = breaker.state === "closed" ? "" : "alarm";
   const since = breaker.since === null ? "" : `failing for ${seconds(Math.max(0, time - breaker.since))}: `;
@@ -84,18 +91,30 @@ function show(name, pool, time) {
   part("held").hidden = pool.holders.length === 0;
   part("holders").replaceChildren(...pool.holders.map((holder) =>
     row([seconds(holder.seconds), holder.where, holder.endpoint || "–", holder.thread])));
-  tell(name, pool.state);
-  earlier.set(name, { time, state: pool.state, checkouts: counters.checkouts });
+  if (last && last.pool.state !== pool.state) byId("news").textContent = `${name} is ${pool.state}`;
+}
+
+function summary(stats) {
+  const count = stats.processes.length;
+  if (stats.scope === "process") return `process ${stats.processes[0].pid} only`;
+  return `${count} ${count === 1 ? "process" : "processes"}`;
 }
 
 function showAll(stats) {
   const names = Object.keys(stats.pools).sort((a, b) => (b === "default") - (a === "default"));
   for (const card of [...byId("pools").children]) if (!(card.dataset.pool in stats.pools)) card.remove();
-  for (const name of names) show(name, stats.pools[name], stats.time);
+  for (const each of stats.processes) each.start = stats.time - each.age - each.uptime;
+  const last = comparable(stats);
+  for (const name of names) {
+    const before = last && last.pools[name];
+    show(name, stats.pools[name], stats.time, before && { time: last.time, pool: before });
+  }
   byId("processes").replaceChildren(...stats.processes.map((each) =>
     row([each.pid, seconds(each.age) + " ago", seconds(each.uptime)])));
-  const count = stats.processes.length;
-  byId("summary").textContent = stats.scope === "process" ? "this process only" : `${count} ${count === 1 ? "process" : "processes"}`;
+  byId("summary").textContent = summary(stats);
+  byId("alone").hidden = stats.scope !== "process";
+  earlier.unshift(stats);
+  earlier.splice(REMEMBERED);
 }
 
 async function refresh() {
