@@ -129,8 +129,10 @@ class Checkin(Life[CT]):
                 insist_on_idle(conn, "reset")
         except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
             why = describe(ex, conn)
-            logger.warning("pool %r: discarding returned connection: %s", self.name, why)
-            self._close_connection(conn)
+        else:
+            return
+        logger.warning("pool %r: discarding returned connection: %s", self.name, why)
+        self._close_connection(conn)
 
     def _return_connection(self, conn: Any, from_getconn: bool) -> None:
         """Make a returned connection fit for the next holder, or give it up."""

@@ -240,13 +240,14 @@ class Checkout(Checkin[CT]):
                 conn.commit()
         except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
             why = describe(ex, conn)
-            logger.info("connection failed check: %s", why)
-            self._discard(conn, "dead")
-            return False
         except BaseException:
             self._return_connection(conn, from_getconn=False)
             raise
-        return True
+        else:
+            return True
+        logger.info("connection failed check: %s", why)  # out here, where no frame has the error
+        self._discard(conn, "dead")
+        return False
 
 
 def _bounded(seconds: float) -> float:

@@ -93,7 +93,7 @@ def _problem(params: Mapping[str, Any], *, is_url: bool) -> str:
 def mask_conninfo(conninfo: str) -> str:
     """Return *conninfo* as key=value with its secrets replaced; never fails."""
     try:
-        params = {key: mask_value(value, key) for key, value in parse(conninfo).items()}
+        params = {key: mask_value(value, key) for key, value in parse(str(conninfo)).items()}
         return make_conninfo("", **params)
     except (ConfigError, psycopg.Error):
         return "(malformed)"

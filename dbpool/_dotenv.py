@@ -96,8 +96,9 @@ def parse(file: BinaryIO, environ: Mapping[str, str] | None = None) -> Mapping[s
     if problem := _fill(found, file.read(), os.environ if environ is None else environ):
         found.clear()
         raise ConfigError(f"cannot read {file.name}: {problem}")
+    found = conceal(found)
     logger.info("settings are read from %s", file.name)
-    return conceal(found)  # type: ignore[no-any-return]
+    return found
 
 
 def _fill(found: dict[str, str], content: bytes, environ: Mapping[str, str]) -> str:

@@ -129,9 +129,9 @@ def mask(text: str, secrets: Collection[str] = ()) -> str:
     return _mask_forms(text)
 
 
-def mask_value(value: str, key: str = "") -> str:
+def mask_value(value: object, key: str = "") -> str:
     """Return a value for a view: of a free parameter of libpq masked text, else what is harmless."""
-    return MASK if key in SECRET or is_doubtful(value, key) else mask(value)
+    return MASK if key in SECRET or is_doubtful(value, key) else mask(str(value))
 
 
 def _mask_forms(text: str) -> str:

@@ -48,7 +48,10 @@ def words(value: Any, name: str) -> tuple[str, ...]:
     if not isinstance(value, Iterable):
         raise ConfigError(f"{name} must hold names, not {shown(value)}")
     parts = value.split(",") if isinstance(value, str) else value
-    return tuple(word for word in (str(part).strip() for part in parts) if word)
+    found = (str(part).strip() for part in parts)
+    return tuple(
+        word if word.isidentifier() and word.islower() else Secret(word) for word in found if word
+    )
 
 
 def flag(value: Any, name: str) -> bool:

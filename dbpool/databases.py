@@ -169,4 +169,5 @@ def _check_name(name: str, taken: Mapping[str, object]) -> None:
 
 def shown_name(name: str) -> str:
     """Return a name for a message if it is a plain word: it may be a secret in the wrong place."""
-    return repr(str(name)) if len(name) < 16 and name.isalpha() else shown(name)
+    is_word = len(name) < 16 and name.isalpha() and name.islower()
+    return repr(str(name)) if is_word else shown(name)

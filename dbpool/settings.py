@@ -98,7 +98,7 @@ class Settings:
                 self._set(f.name, value is not None and flag(value, self._known_as(f.name)))
             elif kind is str and not isinstance(value, str):
                 raise ConfigError(f"{f.name} must be a string, not of type {type(value).__name__}")
-            elif f.name in ("name", "pooler", "application_name"):
+            elif f.name in ("name", "application_name"):
                 self._set(f.name, str(value))
         self._set("conninfo", _conninfo.normalise(self.conninfo, self._known_as("conninfo")))
         if self.min_size > self.max_size and "max_size" not in self.explicit:

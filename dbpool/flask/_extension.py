@@ -20,6 +20,7 @@ from flask import (
 
 from dbpool import holders
 from dbpool._options import Options
+from dbpool._secrets import conceal
 from dbpool.app_settings import AppSettings, find_dotenv
 from dbpool.databases import Databases, settings_from_config
 from dbpool.errors import describe
@@ -61,7 +62,8 @@ class DBPool:
         self, app: Flask | None = None, *, listeners: Iterable[Any] = (), **options: Unpack[Options]
     ) -> None:
         self._listeners = checked(listeners)
-        self._options = options
+        self._options: Options = conceal(options)
+        del options  # as they came they would show a password to whoever looks at this frame
         if app is not None:
             self.init_app(app)
 

@@ -1,0 +1,403 @@
+"""No secret is shown while connects fail or callbacks raise, wherever the secret came from."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+import pytest
+
+from dbpool import Pool, Settings
+from dbpool.__main__ import is_exposed, main
+from dbpool.events import LoggingListener
+
+from .frames import Frames, leaks, of_error
+from .postgres import Server, until
+
+PASSWORD = "zq7 Horse/Battery@Staple:9%"
+URL = f"postgresql://other:{quote(PASSWORD, safe='')}@db.example/d"
+
+
+@pytest.fixture
+def frames() -> Iterator[Frames]:
+    """Watch what anybody logs."""
+    handler, logger = Frames(), logging.getLogger()
+    loggers = [logging.getLogger(name) for name in ("dbpool", "psycopg.pool")]
+    logger.addHandler(handler)
+    for each in loggers:
+        each.setLevel(logging.DEBUG)
+    yield handler
+    logger.removeHandler(handler)
+    for each in loggers:
+        each.setLevel(logging.NOTSET)
+
+
+def error_of(pool: Pool[Any]) -> BaseException:
+    with pytest.raises(psycopg.Error) as caught:
+        pool.getconn()
+    return caught.value
+
+
+def told_by(pool: Pool[Any], error: BaseException) -> list[str]:
+    """What callers, views and the wire are told."""
+    return [*of_error(error), json.dumps(pool.stats().to_json()), repr(pool), repr(pool.breaker)]
+
+
+# Where the password in effect came from
+
+
+def by_url(port: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    url = f"postgresql://app:{quote(PASSWORD, safe='')}@127.0.0.1:{port}/missing"
+    return {"conninfo": url}
+
+
+def by_kwargs(port: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    kwargs = {"host": "127.0.0.1", "port": port, "user": "app", "password": PASSWORD}
+    return {"kwargs": kwargs}
+
+
+def by_callables(port: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {
+        "conninfo": lambda: f"host=127.0.0.1 port={port} user=app",
+        "kwargs": lambda: {"password": PASSWORD},
+    }
+
+
+def by_variable(port: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    return {"conninfo": f"host=127.0.0.1 port={port} user=app"}
+
+
+def by_secret_file(port: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    (home / "password").write_text(PASSWORD)
+    return {
+        "conninfo": f"host=127.0.0.1 port={port} user=app",
+        "password_file": str(home / "password"),
+    }
+
+
+def by_password_file(port: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    escaped = PASSWORD.replace("\\", "\\\\").replace(":", "\\:")
+    (home / "pgpass").write_text(f"127.0.0.1:{port}:*:app:{escaped}\n")
+    (home / "pgpass").chmod(0o600)
+    monkeypatch.setenv("PGPASSFILE", str(home / "pgpass"))
+    return {"conninfo": f"host=127.0.0.1 port={port} user=app"}
+
+
+def by_service(port: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    (home / "service").write_text(f"[mine]\nhost=127.0.0.1\nport={port}\npassword={PASSWORD}\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(home / "service"))
+    return {"conninfo": "service=mine user=app"}
+
+
+WAYS = [by_url, by_kwargs, by_callables, by_variable, by_secret_file, by_password_file, by_service]
+Way = Callable[[int, Path, pytest.MonkeyPatch], dict[str, Any]]
+
+
+@contextmanager
+def hostile(text: str) -> Iterator[int]:
+    """A server that asks for the password in clear, and refuses everybody with a *text*."""
+
+    def refuse(client: socket.socket) -> None:
+        with client:
+            client.settimeout(5)
+            length = int.from_bytes(client.recv(4), "big")
+            if client.recv(length - 4)[:4] == (80877103).to_bytes(4, "big"):  # TLS?
+                client.sendall(b"N")
+                client.recv(4096)
+            client.sendall(b"R" + (8).to_bytes(4, "big") + (3).to_bytes(4, "big"))
+            client.recv(4096)
+            body = b"SFATAL\0VFATAL\0C28P01\0M" + text.encode() + b"\0\0"
+            client.sendall(b"E" + (len(body) + 4).to_bytes(4, "big") + body)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            try:
+                refuse(client)
+            except OSError:
+                pass
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_server_that_repeats_the_password_is_not_quoted(
+    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: Frames
+) -> None:
+    with hostile(f"no, {PASSWORD} (or {quote(PASSWORD)}) is wrong") as port:
+        options = way(port, tmp_path, monkeypatch)
+        with Pool(**options, timeout=2, outage_grace=0.01, listeners=[LoggingListener()]) as pool:
+            texts = told_by(pool, error_of(pool))
+    assert any("is wrong" in text for text in texts), "it is masked, and the rest is told"
+    assert not leaks(texts, PASSWORD)
+    assert not leaks(frames.shown, PASSWORD)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_frame_in_an_outage_shows_the_password(
+    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: Frames
+) -> None:
+    options = way(1, tmp_path, monkeypatch)  # where nobody listens
+    with Pool(**options, timeout=0.2, outage_grace=0.05, min_size=2) as pool:
+        texts = told_by(pool, error_of(pool))
+        until(lambda: pool.stats().counters.connect_failures >= 3)
+        texts += told_by(pool, error_of(pool))
+    assert any("unavailable" in message for message in frames.messages)
+    assert not leaks(texts, PASSWORD)
+    assert not leaks(frames.shown, PASSWORD)
+
+
+def test_no_frame_under_a_lost_server_shows_the_password(
+    own_server: Server, frames: Frames
+) -> None:
+    own_server.execute(f"create role app login password '{PASSWORD}'")
+    conninfo = own_server.conninfo_for(user="app", password=PASSWORD)
+    with Pool(conninfo, timeout=1, outage_grace=0.1, max_size=2) as pool:
+        with pool.connection() as held:
+            assert pool.fetch_value("select 1") == 1
+            own_server.stop("immediate")
+            with pytest.raises(psycopg.OperationalError) as caught:
+                held.execute("select 1")
+            texts = list(of_error(caught.value))
+        with pytest.raises(psycopg.OperationalError) as caught:
+            pool.run(lambda conn: conn.execute("select 1"))
+        texts += told_by(pool, caught.value)
+        own_server.start()
+        until(lambda: pool.state == "up", 30.0)
+        assert pool.fetch_value("select 1") == 1
+    assert any("is back" in message for message in frames.messages)
+    assert not leaks(texts, PASSWORD)
+    assert not leaks(frames.shown, PASSWORD)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"user": "app", "password": "zq7 wrong password"},
+        {"user": "app", "password": "zq7 wrong password", "dbname": URL},
+        {"user": "nobody_here", "password": "zq7 wrong password"},
+        {"user": "postgres", "password": "zq7 wrong password", "dbname": "missing"},
+        {"user": "postgres", "password": "zq7 wrong password", "options": "-c nosuch.thing"},
+        {"user": "postgres", "password": "zq7 wrong password", "sslmode": "require"},
+        {"user": "postgres", "password": "zq7 wrong password", "host": "no-such-host.invalid"},
+        {"user": "postgres", "password": "zq7 wrong password", "dbname": URL},
+        {"user": "postgres", "password": "zq7 wrong password", "scram_client_key": PASSWORD},
+    ],
+)
+def test_no_kind_of_failure_shows_the_password(
+    params: dict[str, Any], server: Server, frames: Frames
+) -> None:
+    with Pool(
+        kwargs={"host": "127.0.0.1", "port": server.port, **params}, timeout=1, outage_grace=0.01
+    ) as pool:
+        texts = told_by(pool, error_of(pool))
+        texts.append(repr(pool.settings))
+    assert not leaks(texts, PASSWORD, "zq7 wrong password")
+    assert not leaks(frames.shown, PASSWORD, "zq7 wrong password")
+
+
+# Callbacks
+
+
+class Failure(Exception):
+    """An exception of the application's, which keeps what it was told in several places."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.detail = {"url": text}
+        self.add_note(f"while using {text}")
+
+
+def fail(text: str, *_: Any) -> Any:
+    raise Failure(text)
+
+
+def fail_with_the_password(conn: Any) -> None:
+    raise ValueError(f"cannot use {conn.pgconn.password.decode()}")
+
+
+@pytest.mark.parametrize("role", ["conninfo", "kwargs", "configure", "connection_class"])
+def test_of_what_a_callback_raises_views_and_logs_tell_the_type(
+    role: str, server: Server, frames: Frames, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"the vault said tk-zq7-4711 and {URL}"
+
+    class Broken(psycopg.Connection[Any]):
+        @classmethod
+        def connect(cls, *args: Any, **kwargs: Any) -> Any:
+            raise Failure(text)
+
+    callback: Any = Broken if role == "connection_class" else functools.partial(fail, text)
+    options = {"conninfo": server.conninfo, role: callback}
+    with Pool(**options, timeout=0.5, outage_grace=0.01, listeners=[LoggingListener()]) as pool:
+        error = error_of(pool)
+        stats = pool.stats().to_json()
+    assert stats["breaker"]["last_error"] == "Failure"
+    assert "Failure" in str(error)
+    assert type(error.__cause__).__name__ == "Failure"
+    views = [str(error), json.dumps(stats), *frames.messages]
+    assert not leaks(views, "tk-zq7-4711", PASSWORD)
+    ours = [text for text in of_error(error) if "tests/" not in text]
+    assert not leaks([*ours, *frames.shown], PASSWORD)
+
+
+@pytest.mark.parametrize("role", ["configure", "check", "reset"])
+def test_a_callback_that_tells_the_password_in_effect_is_masked(
+    role: str, own_server: Server, frames: Frames
+) -> None:
+    own_server.execute(f"create role app login password '{PASSWORD}'")
+    conninfo = own_server.conninfo_for(user="app", password=PASSWORD)
+    callback: dict[str, Any] = {role: fail_with_the_password}
+    with Pool(conninfo, timeout=0.5, outage_grace=0.01, **callback) as pool:
+        texts = []
+        if role == "reset":
+            conn = pool.getconn()
+            pool.putconn(conn)
+            until(lambda: pool.stats().counters.discarded["broken"] == 1)
+        else:
+            texts += told_by(pool, error_of(pool))
+    assert not leaks([*texts, *frames.shown], PASSWORD)
+    assert any("ValueError" in message for message in frames.messages)
+
+
+def test_a_callback_that_leaves_a_transaction_open_is_told_without_its_arguments(
+    server: Server, frames: Frames
+) -> None:
+    def begin(token: str, conn: Any) -> None:
+        conn.execute("select 1")
+
+    for role in ("configure", "reset"):
+        callback = functools.partial(begin, "tk-zq7-4711")
+        options: dict[str, Any] = {role: callback, "timeout": 0.3, "outage_grace": 0.01}
+        with Pool(server.conninfo, **options) as pool:
+            if role == "configure":
+                assert "INTRANS" in str(error_of(pool))
+            else:
+                pool.putconn(pool.getconn())
+                until(lambda p=pool: p.stats().counters.discarded["broken"])  # type: ignore[misc]
+    assert any("INTRANS" in message for message in frames.messages)
+    assert not leaks(frames.messages, "tk-zq7-4711")
+
+
+# Hostile and short texts
+
+
+def test_nothing_that_is_told_holds_control_characters(
+    frames: Frames, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "\x1b[2J\x1b]0;title\x07no\nERROR 2026 forged line\r\x9b31m \u202eevil\u2028x \x7f\u200b"
+    with hostile(text) as port:
+        conninfo = f"host=127.0.0.1 port={port} user=app password=zq7-and-more"
+        with Pool(conninfo, timeout=2, outage_grace=0.01) as pool:
+            error = error_of(pool)
+            last_error = pool.stats().breaker.last_error
+        monkeypatch.setenv("DATABASE_URL", conninfo)
+        monkeypatch.setenv("DBPOOL_OUTAGE_GRACE", "10ms")
+        assert main(["check"]) == 1
+        assert main(["check", "--json"]) == 1
+        assert main(["wait", "--timeout", "100ms"]) == 1
+        out, err = capsys.readouterr()
+    assert "forged line" in str(last_error)
+    for told in (str(last_error), str(error), str(error.__cause__), *frames.messages):
+        assert told.isprintable(), repr(told)
+    for line in (out + err).split("\n"):
+        assert line.isprintable(), repr(line)
+
+
+def test_holders_are_told_without_control_characters(dsn: str, frames: Frames) -> None:
+    with Pool(dsn, max_size=1, timeout=0.05) as pool:
+        got, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with pool.connection():
+                got.set()
+                done.wait(10)
+
+        thread = threading.Thread(target=hold, name="\x1b[31mworker\n7")
+        thread.start()
+        try:
+            got.wait(10)
+            error = error_of(pool)
+            assert pool.holders()[0].thread == "[31mworker 7"
+            assert str(error).isprintable()
+        finally:
+            done.set()
+            thread.join()
+
+
+@pytest.mark.parametrize("password", ["e", "no", "app"])
+def test_with_a_short_password_the_text_is_left_out(password: str, frames: Frames) -> None:
+    with hostile("no such app here") as port:
+        conninfo = f"host=127.0.0.1 port={port} user=x password={password}"
+        with Pool(conninfo, timeout=2, outage_grace=0.01) as pool:
+            error = error_of(pool)
+            told = [str(pool.stats().breaker.last_error), str(error.__cause__)]
+    assert str(error.__cause__) in str(error)
+    for text in told:
+        assert "such" not in text
+        assert "***" not in text
+
+
+# What is left of a pool that could not be made
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 0}, {"max_size": "x"}, {"nosuch": 1}])
+def test_a_pool_that_could_not_be_made_has_a_repr(options: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError)) as caught:
+        Pool("host=h password=zq7-and-more", **options)
+    texts = list(of_error(caught.value))
+    assert any("dbpool.Pool" in text for text in texts)
+    assert not leaks(texts, "zq7-and-more")
+
+
+@pytest.mark.parametrize("made", [Pool, Settings])
+def test_even_an_empty_one_has_a_repr(made: Any) -> None:
+    assert made.__name__ in repr(made.__new__(made))
+
+
+# Whom the sign of a remote server is for
+
+
+@pytest.mark.parametrize(
+    ("host", "is_remote"),
+    [
+        ("127.0.0.1", False),
+        ("127.8.9.10", False),
+        ("::1", False),
+        ("0:0:0:0:0:0:0:1", False),
+        ("localhost", False),
+        ("LOCALHOST", False),
+        ("/run/postgresql", False),
+        ("@abstract", False),
+        ("127.evil.example", True),
+        ("127.0.0.1.evil.example", True),
+        ("localhost.evil.example", True),
+        ("::1.evil.example", True),
+        ("10.0.0.1", True),
+        ("127.0.0.1,127.evil.example", True),
+    ],
+)
+def test_what_only_looks_local_is_remote(host: str, is_remote: bool) -> None:
+    assert is_exposed({"host": host}, {}) is is_remote
