@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from itertools import count
 from time import monotonic, sleep
 from types import FrameType
@@ -12,17 +12,19 @@ from typing import Any, TypeVar
 
 import psycopg
 from psycopg import IsolationLevel
-from psycopg.pq import TransactionStatus
+from psycopg.errors import error_from_result
+from psycopg.generators import fetch, send
+from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg_pool.abc import CT
 
 from dbpool import events
+from dbpool._outcomes import is_lost_unanswered
 from dbpool._upkeep import Upkeep
 from dbpool.errors import CommitUncertain, DatabaseMisconfigured, DatabaseUnavailable, describe
 from dbpool.liveness import Look, look
 from dbpool.retry import Budget, delays, is_conflict
 
 T = TypeVar("T")
-Block = AbstractContextManager[psycopg.Transaction]
 
 _IDLE, _INERROR = TransactionStatus.IDLE, TransactionStatus.INERROR
 
@@ -107,7 +109,7 @@ class Runner(Upkeep[CT]):
         block = self._begin(conn)
         try:
             result = fn(conn, *args)
-            _insist_on_commit(conn)
+            _check_alive(conn)
         except BaseException as ex:
             if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):
                 self._moved(conn)
@@ -118,15 +120,16 @@ class Runner(Upkeep[CT]):
             if isinstance(ex, psycopg.Rollback) and ex.transaction in (None, block):
                 return None  # type: ignore[return-value]
             raise
-        self._commit(conn, block)
+        self._end(conn, block)
         return result
 
-    def _begin(self, conn: Any) -> Block:
+    def _begin(self, conn: Any) -> Any:
         """Begin before the function does: a block of its own is then a savepoint.
 
         Its `commit()` and `rollback()` are refused by psycopg.
         """
-        block: Block = conn.transaction()
+        is_stock = conn._slot.has_stock_blocks
+        block: Any = psycopg.Transaction(conn) if is_stock else conn.transaction()
         try:
             if not conn._slot.has_stock_class and not conn.autocommit:
                 conn.execute("")  # begins: the block does not end what the class is to end
@@ -137,21 +140,56 @@ class Runner(Upkeep[CT]):
             raise
         return block
 
-    def _commit(self, conn: Any, block: Block) -> None:
-        """Commit, and say so if the connection is lost meanwhile."""
+    def _end(self, conn: Any, block: Any) -> None:
+        if conn._slot.has_stock_blocks and not conn._pipeline:
+            if misnested := block._pop_savepoint("commit"):
+                raise misnested
+            self._commit(conn)
+            return
         try:
             block.__exit__(None, None, None)
             if conn.pgconn.transaction_status != _IDLE:
                 conn.commit()
         except psycopg.Error as ex:
-            if not conn.closed:
+            self._check_certain(conn, ex)
+            raise
+
+    def _commit(self, conn: Any) -> None:
+        """Commit as `conn.commit()` does; sending COMMIT without its three generators saves 5 us.
+
+        Raises `CommitUncertain` if all was sent and no answer came.
+        """
+        if conn._num_transactions or conn._tpc or conn._pipeline:
+            conn.commit()  # which says what is wrong with that
+            return
+        pgconn = conn.pgconn
+        if conn._slot.readable(0):
+            _check_alive(conn)
+        with conn.lock:
+            pgconn.send_query(b"COMMIT")
+            if pgconn.flush():
+                conn.wait(send(pgconn))
+            try:
+                result = conn.wait(fetch(pgconn))
+            except psycopg.OperationalError as ex:
+                self._check_certain(conn, ex)
                 raise
+            with suppress(psycopg.OperationalError):  # of what may be lost now nothing depends
+                conn.wait(fetch(pgconn))
+        if result.status != ExecStatus.COMMAND_OK:
+            error = error_from_result(result, encoding=pgconn._encoding)
+            self._check_certain(conn, error)
+            raise error
+
+    def _check_certain(self, conn: Any, error: psycopg.Error, what: str = "COMMIT") -> None:
+        """Raise `CommitUncertain` if the connection was lost while *what* had no answer."""
+        if is_lost_unanswered(conn, error):
             raise CommitUncertain(
-                f"pool {self.name!r}: the connection was lost during COMMIT;"
-                " the transaction may or may not have been committed",
+                f"pool {self.name!r}: the connection was lost during {what};"
+                " it may or may not have been done",
                 pool=self.name,
                 snapshot=self.stats(),
-            ) from ex
+            ) from error
 
     def _may_retry(self, ex: psycopg.Error, conn: Any, idempotent: bool) -> bool:
         if is_conflict(ex):
@@ -166,8 +204,8 @@ class Runner(Upkeep[CT]):
             self.listeners.emit(events.Retried(self.name, attempt, error, pause))
 
 
-def _insist_on_commit(conn: Any) -> None:
-    """Raise where COMMIT would do nothing, or could not be sent."""
+def _check_alive(conn: Any) -> None:
+    """Raise if COMMIT would do nothing, or what the server said last if it is known to be gone."""
     if conn.pgconn.transaction_status == _INERROR:
         raise psycopg.errors.InFailedSqlTransaction(
             "the transaction is in error, nothing was committed"

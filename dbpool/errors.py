@@ -139,7 +139,10 @@ class DatabaseMisconfigured(DatabaseUnavailable):
 
 
 class CommitUncertain(PoolError):
-    """The connection died while COMMIT was in flight: it may or may not have happened."""
+    """The connection was lost before the answer to COMMIT came: it may or may not have been done.
+
+    The same holds for a statement in autocommit. `__cause__` is the connection's error.
+    """
 
     __module__ = "dbpool"
 

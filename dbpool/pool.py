@@ -19,10 +19,11 @@ from psycopg_pool.abc import CT, ConninfoParam
 
 from dbpool import _fork, events, holders
 from dbpool._fork import close_all
-from dbpool._parts import HARMLESS, KeptCursor, commit
+from dbpool._outcomes import forget_if_refused, is_reading, is_stale_plan
+from dbpool._parts import HARMLESS, KeptCursor
 from dbpool._run import Runner
 from dbpool._secrets import conceal
-from dbpool.errors import ConfigError
+from dbpool.errors import CommitUncertain, ConfigError
 from dbpool.events import Emitter
 from dbpool.holders import Holder, Slot
 from dbpool.settings import Settings
@@ -40,6 +41,7 @@ _IDLE, _INTRANS = TransactionStatus.IDLE, TransactionStatus.INTRANS
 # What a single statement gives; a cursor class may have its own idea of it.
 _fetch_all, _fetch_one = methodcaller("fetchall"), methodcaller("fetchone")
 _row_count: Callable[[Cursor[Any]], int] = attrgetter("rowcount")
+_SINGLE: Final = "a statement in autocommit"
 
 _SETTINGS: Final = frozenset(field.name for field in fields(Settings)) - {"explicit"}
 # Those that are the parent's parameters too, and then its parameters that are no settings.
@@ -136,9 +138,13 @@ class Pool(Runner[CT]):
         """Run one statement in one round trip and return its rows.
 
         It runs in autocommit, or in a transaction if the connection is set up with an
-        isolation level, read only or deferrable. It is never sent twice. A statement that
-        returns no rows is done all the same, and raises `psycopg.ProgrammingError`: that is
-        what `execute` is for.
+        isolation level, read only or deferrable. It is never sent twice, but for a prepared
+        plan that the server refused before doing anything because a table has changed. A
+        statement that returns no rows is done all the same, and raises
+        `psycopg.ProgrammingError`: that is what `execute` is for.
+
+        If the connection is lost before the whole answer came, it raises `CommitUncertain`;
+        of a statement that begins with SELECT, SHOW, TABLE or VALUES, `execute` alone does.
         """
         return self._single(query, params, row_factory, _fetch_all, sys._getframe())
 
@@ -176,12 +182,15 @@ class Pool(Runner[CT]):
     ) -> T:
         conn: Any = self._acquire(None, frame)
         slot: Slot = conn._slot
+        cursor: Any = None
         kept: KeptCursor | None = None
+        sent = ""  # what may have been done although its answer does not come
         try:
             row_factory = row_factory or conn.row_factory
-            if row_factory in HARMLESS and slot.has_stock_cursors:
-                cursor: Any = slot.cursor or KeptCursor(conn)
-                kept = cursor
+            if slot.has_stock_cursors:
+                is_harmless = row_factory in HARMLESS
+                cursor = (is_harmless and slot.cursor) or KeptCursor(conn)
+                kept = cursor if is_harmless else None
                 cursor.attach(conn, row_factory)
             else:
                 cursor = conn.cursor(row_factory=row_factory)  # so that a tracer sees it
@@ -191,12 +200,30 @@ class Pool(Runner[CT]):
                 and conn._isolation_level is conn._read_only is conn._deferrable is None
             ):
                 conn._autocommit = True
-                return result(cursor.execute(query, params))
+                sent = _SINGLE
+                try:
+                    return result(cursor.execute(query, params))
+                except psycopg.errors.FeatureNotSupported as ex:
+                    forget_if_refused(ex, conn, cursor._convert_query(query, params))
+                return result(cursor.execute(query, params, prepare=False))
             with conn:
-                return result(cursor.execute(query, params))
+                value = result(cursor.execute(query, params))
+                sent = "COMMIT"
+                if slot.has_stock_blocks:
+                    self._commit(conn)
+                return value
         except psycopg.errors.ReadOnlySqlTransaction:
             self._moved(conn)
             raise
+        except psycopg.OperationalError as ex:
+            if sent is _SINGLE and conn.closed and cursor.pgresult:
+                return result(cursor)  # it was lost over what psycopg tidies up afterwards
+            error: Any = ex.__cause__ if isinstance(ex, CommitUncertain) else ex
+            was_sent = sent and getattr(cursor, "is_sent", True)
+            is_fetch = result is not _row_count
+            if was_sent and not (is_fetch and is_reading(cursor._convert_query(query).query)):
+                self._check_certain(conn, error, sent)
+            raise error from error.__cause__
         finally:
             conn._autocommit = slot.manners[0]
             if kept is not None:
@@ -263,13 +290,19 @@ class Lease(Generic[CT]):
         try:
             if exc_type is psycopg.errors.ReadOnlySqlTransaction:
                 pool._moved(conn)
+            elif exc_type is not None and is_stale_plan(exc):
+                conn._prepared.clear()  # a rollback does so too, but not in autocommit
             status = conn.pgconn.transaction_status
             is_stock = conn._slot.has_stock_blocks  # type: ignore[attr-defined]
             if exc_type is None and status == _INTRANS and is_stock:
-                commit(conn)
+                pool._commit(conn)
             # With nothing begun there is nothing to end: saves a lock and two calls.
             elif status != _IDLE or not is_stock:
                 conn.__exit__(exc_type, exc, tb)
+        except psycopg.OperationalError as ex:
+            if exc_type is None and status == _INTRANS and not is_stock:
+                pool._check_certain(conn, ex)
+            raise
         finally:
             pool._release(conn)
 

@@ -56,7 +56,7 @@ class Proxy:
         self._tls = tls
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._cuts: list[tuple[bytes, Cut]] = []
+        self._cuts: list[tuple[bytes, Cut, int]] = []
         self._listener: socket.socket | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
@@ -99,9 +99,12 @@ class Proxy:
         for link in list(self._links):
             link.dark = True
 
-    def cut(self, pattern: bytes, when: Cut) -> None:
-        """Cut a connection over the next message in which the client says *pattern*."""
-        self._cuts.append((pattern, when))
+    def cut(self, pattern: bytes, when: Cut, *, messages: int = 0) -> None:
+        """Cut a connection over the next message in which the client says *pattern*.
+
+        With `Cut.DURING` the client hears that many whole messages of the server's answer.
+        """
+        self._cuts.append((pattern, when, messages))
 
     @property
     def is_armed(self) -> bool:
@@ -188,6 +191,7 @@ class _Link:
         self._writer = writer
         self._upstream: asyncio.StreamWriter | None = None
         self._armed: Cut | None = None
+        self._heard = 0
         self._ended = asyncio.Event()
         # Nothing else holds on to a task that waits in the dark.
         self._task = asyncio.current_task()
@@ -261,15 +265,19 @@ class _Link:
             await self._ended.wait()
 
     def _from_client(self, chunk: bytes) -> bytes:
-        for pattern, when in self._proxy._cuts:
+        for cut in self._proxy._cuts:
+            pattern, when, messages = cut
             if pattern in chunk:
-                self._proxy._cuts.remove((pattern, when))
-                self._armed = when
+                self._proxy._cuts.remove(cut)
+                self._armed, self._heard = when, messages
                 return b"" if when is Cut.BEFORE else chunk
         return chunk
 
     def _from_server(self, chunk: bytes) -> bytes:
         if self._armed is Cut.DURING:
-            return b""
+            self._armed, end = Cut.AFTER, 0
+            for _ in range(self._heard):
+                end += 1 + int.from_bytes(chunk[end + 1 : end + 5])
+            return chunk[:end]
         translate = self._proxy.translate
         return chunk if translate is None else translate(chunk)

@@ -24,6 +24,7 @@ FLOORS = {
         "_options",
         "_fork",
         "_pipelining",
+        "_outcomes",
         "_parts",
         "_books",
         "_supply",

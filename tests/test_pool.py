@@ -701,7 +701,8 @@ def test_a_row_factory_of_the_users_has_a_cursor_of_its_own(dsn: str) -> None:
         pool.fetch_one("select 2", row_factory=spy)
         assert pool.fetch_one("select 3") == (3,)
     assert seen[0].fetchone() is None
-    assert type(seen[0]) is psycopg.Cursor
+    assert isinstance(seen[0], psycopg.Cursor)
+    assert seen[0].connection is not None  # the one that is kept has let go of it
 
 
 @pytest.mark.parametrize(("name", "expected"), [("check", "aAa"), ("reset", "aaa")])

@@ -169,6 +169,20 @@ def test_psycopg_commits_as_the_short_cut_does() -> None:
     }
 
 
+def test_psycopg_ends_a_transaction_block_as_run_does() -> None:
+    assert _used(psycopg.Transaction.__mro__[1], "_commit_gen", "_get_commit_commands") == {
+        "_commit_gen": {"_pop_savepoint", "status", "Status", "_conn", "_get_commit_commands"},
+        "_get_commit_commands": {"_savepoint_name", "_outer_transaction", "_conn"},
+    }
+
+
+def test_psycopg_sends_a_statement_where_the_kept_cursor_sees_it() -> None:
+    sending = inspect.getsource(psycopg.Cursor._maybe_prepare_gen)
+    assert set(re.findall(r"self\.(_\w*send\w*)\(", sending)) == {
+        "_execute_send", "_send_prepare", "_send_query_prepared",
+    }  # fmt: skip
+
+
 def test_psycopg_executes_as_the_pipelining_cursor_does() -> None:
     """Another attribute may be another step that it has to take too."""
     assert _used(psycopg.Cursor, "_execute_gen", "_start_query", "_maybe_prepare_gen") == {

@@ -1,0 +1,170 @@
+"""After a schema change: a prepared plan that the server refuses does not fail for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.errors import FeatureNotSupported
+from psycopg.rows import class_row, dict_row
+
+from dbpool import Pool
+
+SELECT = "select * from t where id = %s"
+
+
+class Row:
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+
+@pytest.fixture
+def other(dsn: str) -> Iterator[psycopg.Connection[Any]]:
+    """Another client, who changes the schema."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute("create table t (id int primary key, a int)")
+        conn.execute("insert into t values (1, 10), (2, 20)")
+        conn.execute("create schema other create table t (id text, a int)")
+        yield conn
+
+
+CHANGES = {
+    "add": "alter table t add column b int",
+    "drop": "alter table t drop column a",
+    "type": "alter table t alter column a type text",
+    "again": "begin; drop table t; create table t (x int, id int); insert into t values (9, 1); commit",
+}
+
+CALLS: dict[str, Callable[[Pool[Any]], Any]] = {
+    "fetch_all": lambda pool: pool.fetch_all(SELECT, [1]),
+    "fetch_one": lambda pool: pool.fetch_one(SELECT, [1]),
+    "fetch_one dict": lambda pool: pool.fetch_one(SELECT, [1], row_factory=dict_row),
+    "fetch_one class": lambda pool: pool.fetch_one(SELECT, [1], row_factory=class_row(Row)),
+    "fetch_value": lambda pool: pool.fetch_value(SELECT, [1]),
+    "execute": lambda pool: pool.execute(SELECT, [1]),
+}
+
+
+@pytest.mark.parametrize("pipeline_begin", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_single_statement_does_not_fail_at_all(
+    dsn: str, other: psycopg.Connection[Any], name: str, change: str, pipeline_begin: bool
+) -> None:
+    call = CALLS[name]
+    with Pool(dsn, max_size=1, pipeline_begin=pipeline_begin) as pool:
+        for _ in range(8):
+            call(pool)
+        other.execute(CHANGES[change])
+        for _ in range(8):
+            assert call(pool)
+        assert pool.fetch_one(SELECT, [1]) == other.execute(SELECT, [1]).fetchone()
+        assert pool.stats().counters.connects == 1
+
+
+def test_what_writes_is_done_once(dsn: str, other: psycopg.Connection[Any]) -> None:
+    query = "insert into t (id) values (%s) returning *"
+    with Pool(dsn, max_size=1) as pool:
+        for number in range(10, 18):
+            pool.fetch_one(query, [number])
+        other.execute("alter table t add column b int default 5")
+        for number in range(18, 26):
+            assert pool.fetch_one(query, [number]) == (number, None, 5)
+    assert other.execute("select count(*) from t").fetchone() == (18,)
+
+
+def test_another_search_path_is_a_change_too(dsn: str, other: psycopg.Connection[Any]) -> None:
+    with Pool(dsn, max_size=1) as pool:
+        for _ in range(8):
+            assert pool.fetch_one("select * from t where a = %s", [10]) == (1, 10)
+        pool.execute("set search_path = other")
+        assert pool.fetch_one("select * from t where a = %s", [10]) is None
+
+
+def prepared(pool: Pool[Any]) -> list[Any]:
+    """What is prepared on the pool's one connection."""
+    return pool.fetch_all("select name from pg_prepared_statements where statement like '%% t %%'")
+
+
+def in_block(pool: Pool[Any]) -> Any:
+    with pool.connection() as conn:
+        return conn.execute(SELECT, [1]).fetchone()
+
+
+def in_pipeline(pool: Pool[Any]) -> Any:
+    with pool.connection() as conn, conn.pipeline():
+        return conn.execute(SELECT, [1]).fetchone()
+
+
+def in_run(pool: Pool[Any]) -> Any:
+    return pool.run(lambda conn: conn.execute(SELECT, [1]).fetchone())
+
+
+@pytest.mark.parametrize("autocommit", [False, True])
+@pytest.mark.parametrize("call", [in_block, in_pipeline, in_run])
+def test_in_a_block_it_fails_once(
+    dsn: str, other: psycopg.Connection[Any], call: Callable[[Pool[Any]], Any], autocommit: bool
+) -> None:
+    with Pool(dsn, max_size=1, kwargs={"autocommit": autocommit}) as pool:
+        for _ in range(8):
+            call(pool)
+        assert prepared(pool)
+        other.execute(CHANGES["add"])
+        with pytest.raises(FeatureNotSupported):
+            call(pool)
+        for _ in range(8):
+            assert call(pool) == (1, 10, None)
+
+
+def test_in_a_transaction_a_single_statement_fails_once(
+    dsn: str, other: psycopg.Connection[Any]
+) -> None:
+    def configure(conn: psycopg.Connection[Any]) -> None:
+        conn.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+
+    with Pool(dsn, max_size=1, configure=configure) as pool:
+        for _ in range(8):
+            pool.fetch_one(SELECT, [1])
+        other.execute(CHANGES["add"])
+        with pytest.raises(FeatureNotSupported):
+            pool.fetch_one(SELECT, [1])
+        assert pool.fetch_one(SELECT, [1]) == (1, 10, None)
+
+
+def test_what_a_user_prepared_is_not_sent_again(dsn: str, other: psycopg.Connection[Any]) -> None:
+    with Pool(dsn, max_size=1, kwargs={"prepare_threshold": None}) as pool:
+        pool.execute("prepare mine as select * from t")
+        assert pool.fetch_all("execute mine") == [(1, 10), (2, 20)]
+        other.execute(CHANGES["add"])
+        for _ in range(2):
+            with pytest.raises(FeatureNotSupported):
+                pool.fetch_all("execute mine")
+
+
+def test_a_procedure_that_has_committed_something_is_not_called_again(
+    dsn: str, other: psycopg.Connection[Any]
+) -> None:
+    other.execute("create table log (n int)")
+    other.execute(
+        "create procedure work(n int) language plpgsql as $$ begin"
+        " insert into log values (n); commit; execute 'execute mine'; end $$"
+    )
+    with Pool(dsn, max_size=1) as pool:
+        pool.execute("prepare mine as select * from t")
+        for number in range(8):
+            pool.execute("call work(%s)", [number])
+        other.execute(CHANGES["add"])
+        with pytest.raises(FeatureNotSupported):
+            pool.execute("call work(%s)", [8])
+    assert other.execute("select count(*) from log").fetchone() == (9,)
+
+
+def test_what_else_is_not_supported_is_raised(dsn: str, other: psycopg.Connection[Any]) -> None:
+    with Pool(dsn, max_size=1) as pool:
+        for _ in range(2):
+            with pytest.raises(FeatureNotSupported):
+                pool.fetch_all("select * from t full join t as u on t.a < u.a")
+            with pytest.raises(FeatureNotSupported):
+                pool.execute("select * from t where id = %s union select * from t for update", [1])
