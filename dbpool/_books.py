@@ -9,7 +9,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from math import inf
 from os import getpid
 from time import monotonic, time
 from typing import Any, Final
@@ -31,7 +30,7 @@ from dbpool.settings import Settings
 logger = logging.getLogger("dbpool")
 
 _QUIET = 10.0  # seconds at least without another of its kind that end an episode
-REPLACED: Final = "connections that the server closed"
+REPLACED: Final = "replaced %d connections that the server closed"
 
 
 class Books(ConnectionPool[CT]):
@@ -187,48 +186,36 @@ class Books(ConnectionPool[CT]):
         if self.listeners.active:
             self.listeners.emit(events.CircuitClosed(self.name, seconds))
 
-    def _warn(
-        self,
-        event: str,
-        cause: str,
-        message: str,
-        count: int = 1,
-        after: float = 0.0,
-        **fields: Any,
-    ) -> None:
+    def _warn(self, event: str, cause: str, message: str, count: int = 1, **fields: Any) -> None:
         """Log the first of what happens for one *cause*; count the rest of the episode.
 
-        With *after* the warning comes once the episode has lasted that many seconds. *cause* is a
-        noun in the plural, for the line that ends the episode.
+        *cause* has a `%d` for the number of times, which the line that ends the episode gives.
         """
-        if self._count(cause, count, after):
+        if self._count(cause, count) == count:
+            message = message.removeprefix(f"pool {self.name!r}: ")  # as errors begin
             logger.warning("pool %r: %s", self.name, message, extra=self._extra(event, **fields))
 
-    def _count(self, cause: str, count: int, after: float = inf) -> bool:
-        """Count what happens for one *cause*; return whether it is to be logged now."""
-        now = monotonic()
+    def _count(self, cause: str, count: int) -> int:
+        """Count what happens for one *cause*; return how often it did in this episode."""
         with self._lock:
-            return self._episodes.setdefault(cause, Episode(now)).add(now, count, after)
+            episode = self._episodes.setdefault(cause, Episode())
+            episode.last, episode.count = monotonic(), episode.count + count
+            return episode.count
 
     def _end_episodes(self, quiet: float | None = None) -> None:
         """Log what the episodes came to that have been *quiet*, by default for some seconds."""
         now, quiet = monotonic(), max(_QUIET, 2.0 * self.timeout) if quiet is None else quiet
         with self._lock:
-            over = [
-                (cause, self._episodes.pop(cause))
+            over = {
+                cause: self._episodes.pop(cause).count
                 for cause, episode in list(self._episodes.items())
                 if now - episode.last >= (min(quiet, 1.0) if cause == REPLACED else quiet)
-            ]
-        for cause, episode in over:
-            count, text = episode.count, f"{episode.count} {cause}"
-            if cause == REPLACED:
-                text = f"replaced {text if count > 1 else text.replace('s', '', 1)}"
-            elif not episode.is_logged or count == 1:
-                continue
-            else:
-                text += f" within {episode.last - episode.began:.1f} s, none since"
-            extra = self._extra("episode_ended", cause=cause, count=count)
-            logger.info("pool %r: %s", self.name, text, extra=extra)
+            }
+        for cause, count in over.items():
+            if count > 1 or cause == REPLACED:
+                text = cause % count if count > 1 else cause.replace("s ", " ", 1) % count
+                extra = self._extra("episode_ended", cause=cause, count=count)
+                logger.info("pool %r: %s", self.name, text, extra=extra)
 
     # Numbers
 

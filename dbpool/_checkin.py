@@ -106,7 +106,7 @@ class Checkin(Life[CT]):
         where = slot.where()
         self._warn(
             "returned_late",
-            f"connections returned late, from {where}",
+            f"%d connections returned late, from {where}",
             f"a connection reported as held for too long came back after {seconds:.1f} s;"
             f" it was checked out at {where}",
             seconds=seconds,
@@ -142,13 +142,13 @@ class Checkin(Life[CT]):
         self._reset_connection(conn)
         slot: Slot = conn._slot
         if conn.pgconn.transaction_status == _UNKNOWN:
-            self._discard(conn, "broken")
+            self._discard(conn, "broken", by_server=conn.broken)
         elif monotonic() >= slot.expires_at and not self.breaker.is_failing:
             self._discard(conn, "expired")
         elif not self._mend_manners(conn, slot):
             self._discard(conn, "broken")
         elif (seen := look(conn, slot.readable)) is Look.DEAD:
-            self._discard(conn, "dead")
+            self._discard(conn, "dead", by_server=True)
         else:
             slot.idle_since = monotonic()
             if seen is Look.ALIVE:
@@ -218,7 +218,7 @@ class Checkin(Life[CT]):
             with _fork.telling:
                 self._warn(
                     "leaked",
-                    f"connections forgotten, from {holder.where}",
+                    f"%d connections forgotten, from {holder.where}",
                     "a connection was never returned and has been garbage-collected;"
                     f" it was checked out at {holder.where}",
                     holder=asdict(holder),

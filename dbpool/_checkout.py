@@ -25,7 +25,7 @@ from dbpool._checkin import Checkin
 from dbpool._parts import Waiter
 from dbpool.errors import PoolError, PoolExhausted, describe
 from dbpool.holders import Slot
-from dbpool.liveness import Look, PingTimeout, look, ping
+from dbpool.liveness import Look, PingTimeout, is_active, lacks_acknowledgement, look, ping
 
 _here = holders.here
 _application_files = holders.application_files
@@ -132,7 +132,8 @@ class Checkout(Checkin[CT]):
             return self._unavailable()
         if self.max_waiting and len(self._waiting) >= self.max_waiting:
             return TooManyRequests(
-                f"the pool {self.name!r} has already {len(self._waiting)} requests waiting"
+                f"pool {self.name!r}: {len(self._waiting)} callers wait already, max_waiting is"
+                f" {self.max_waiting}; {self._active()} of {self._max_size} connections checked out"
             )
         return None
 
@@ -146,6 +147,8 @@ class Checkout(Checkin[CT]):
         if not in_time:
             self._expire(waiter, monotonic() - started)
         if waiter.error is not None:
+            if isinstance(waiter.error, TooManyRequests):
+                self._warn("rejected", "%d callers refused (TooManyRequests)", str(waiter.error))
             if waiter.is_refused and self.listeners.active:
                 self.listeners.emit(events.Rejected(self.name))
             raise waiter.take_error()
@@ -160,7 +163,9 @@ class Checkout(Checkin[CT]):
                 self._waiting.remove(waiter)
             self._metrics.timeouts += 1
             self._in_vain += seconds
-            waiter.error = self._timed_out(seconds)
+            error = waiter.error = self._timed_out(seconds)
+        cause = f"%d callers timed out ({type(error).__name__})"
+        self._warn("wait_timed_out", cause, str(error))
         if self.listeners.active:
             self.listeners.emit(events.WaitTimedOut(self.name, seconds))
 
@@ -180,7 +185,6 @@ class Checkout(Checkin[CT]):
         held = holders.report(self._slots, now)
         if not held and self._last_seen < now - seconds:  # all are asked whether they live
             return self._unavailable(silent_since=self._last_seen)
-        longest = "; ".join(f"{h.thread} {h.seconds:.1f} s at {h.where}" for h in held[:5])
         me = _here.who
         mine = sum(slot.since > 0.0 and slot.who is me for slot in self._slots)
         nested = (
@@ -189,11 +193,21 @@ class Checkout(Checkin[CT]):
         )
         return PoolExhausted(
             f"pool {self.name!r}: no connection within {seconds:.2f} s: {busy} of"
-            f" {self._max_size} checked out, {len(self._pool)} idle, {len(self._waiting)} others"
-            f" waiting; held longest: {longest or 'unknown'}{nested if mine else ''}",
+            f" {self._max_size} checked out, {len(self._pool)} idle, {len(self._waiting)} more"
+            f" waiting; held longest: {holders.grouped(held) or 'unknown'}"
+            f"{nested if mine else self._why_none_came_back(seconds)}",
             pool=self.name,
             snapshot=self.stats(),
         )
+
+    def _why_none_came_back(self, seconds: float) -> str:
+        """What to suspect if none came back in that time and some run statements. Lock held."""
+        conns = [slot.ref() for slot in self._slots if slot.ref and slot.since]
+        if self._last_seen >= monotonic() - seconds or not any(map(is_active, conns)):
+            return ""
+        number = sum(lacks_acknowledgement(conn._slot.fd) for conn in conns if conn)
+        silent = f": {number} of {len(conns)} sockets wait for acknowledgements" if number else ""
+        return f"; none came back in that time: slow statements or a silent network{silent}"
 
     def _usable(self, conn: Any, deadline: float) -> bool:
         """Whether a connection may be handed out; one that may not is given up."""
@@ -204,7 +218,7 @@ class Checkout(Checkin[CT]):
             return False
         seen = look(conn, slot.readable)
         if seen is Look.DEAD:
-            self._discard(conn, "dead")
+            self._discard(conn, "dead", by_server=True)
             self._discard_hung_up()
             return False
         is_doubtful = seen is Look.DOUBTFUL or now - slot.idle_since >= self.settings.ping_after
@@ -222,7 +236,7 @@ class Checkout(Checkin[CT]):
         try:
             ping(conn, timeout)
         except psycopg.Error as ex:
-            self._discard(conn, "dead")
+            self._discard(conn, "dead", by_server=not isinstance(ex, PingTimeout))
             if isinstance(ex, PingTimeout) and timeout >= self.settings.ping_timeout:
                 oldest = monotonic() - self.settings.ping_after
                 self._retire("dead", lambda s: s.idle_since <= oldest and s not in others)

@@ -151,17 +151,8 @@ class KeptCursor(Cursor[Any]):
 class Episode:
     """Trouble of one cause: logged when it begins, then counted until it has been quiet."""
 
-    began: float
     last: float = 0.0
     count: int = 0
-    is_logged: bool = False
-
-    def add(self, now: float, count: int, after: float) -> bool:
-        """Count; return whether it is to be logged now, *after* so many seconds."""
-        self.last, self.count = now, self.count + count
-        is_due = not self.is_logged and now - self.began >= after
-        self.is_logged |= is_due
-        return is_due
 
 
 class Probe:

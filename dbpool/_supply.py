@@ -17,12 +17,12 @@ from psycopg import Connection, Cursor
 from psycopg_pool.abc import CT
 from psycopg_pool.pool import AddConnection
 
-from dbpool import events
-from dbpool._books import Books, logger, unanswered
+from dbpool import _fork, events
+from dbpool._books import REPLACED, Books, logger, unanswered
 from dbpool._conninfo import already_set
 from dbpool._parts import BLOCKS, Call, Probe, insist_on_idle, is_stock, remember
 from dbpool._secrets import conceal, conceal_params, secrets_of
-from dbpool.errors import UNSUPPORTED, classify, detached, is_permanent
+from dbpool.errors import SATURATED, UNSUPPORTED, classify, detached, is_permanent
 from dbpool.holders import Slot
 from dbpool.liveness import hung_up, readability
 
@@ -225,7 +225,16 @@ class Supply(Books[CT]):
             lasts = self.breaker.failing_for >= self.reconnect_timeout and not self._outage_told
             self._outage_told |= lasts
             self._changed.notify_all()
+            exist = self._nconns - self._connecting
         logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, failed.error)
+        # Else the breaker tells of it, once it opens.
+        if exist and not self.breaker.is_open and (kind == SATURATED or is_permanent(kind)):
+            text = (
+                f"no new connection ({kind}): {failed.error}; {exist} of at most {self._max_size} exist,"
+                f" {len(self._waiting)} callers wait"
+            )
+            with _fork.telling:
+                self._warn("connect_failed", f"%d failed connects ({kind})", text, kind=kind)
         if self.listeners.active:
             self.listeners.emit(failed)
         if opened is not None:
@@ -260,11 +269,13 @@ class Supply(Books[CT]):
 
     # Giving up
 
-    def _discard(self, conn: Any, reason: str) -> None:
+    def _discard(self, conn: Any, reason: str, *, by_server: bool = False) -> None:
         """Close a connection that is out; replace it if it is missed."""
         with self._lock:
             self._remove(conn._slot, reason)
             self._refill()
+        if by_server:
+            self._count(REPLACED, 1)
         self._dispose([conn], reason)
 
     def _retire(
@@ -305,6 +316,7 @@ class Supply(Books[CT]):
         """Give up all idle ones whose server is gone."""
         if lost := hung_up(conn._slot.fd for conn in list(self._pool)):
             gone = self._take_out("dead", lambda slot: slot.fd in lost)
+            self._count(REPLACED, len(gone))
             # Somebody may be waiting: closing many is not their business.
             self._later(lambda pool: pool._dispose(gone, "dead"))
 

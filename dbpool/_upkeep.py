@@ -78,14 +78,14 @@ class Upkeep(Checkout[CT]):
                 self.listeners.emit(events.HeldLong(self.name, holder, stack))
         held.sort(key=lambda each: each[1].seconds)
         for where, (who, longest) in {holder.where: (who, holder) for who, holder in held}.items():
-            others = sum(holder.where == where for _, holder in held) - 1
+            number = sum(holder.where == where for _, holder in held)
             self._warn(
                 "held_long",
-                f"connections held for more than {self.settings.leak_after:g} s, from {where}",
-                f"{f'{others + 1} connections have' if others else 'a connection has'} been held for"
-                f" {longest.seconds:.1f} s by {longest.thread}{f' and {others} more' if others else ''},"
-                f" checked out at {where}; now at {holders.frames_of(who.thread) if who else '?'}",
-                count=others + 1,
+                f"%d connections held for more than {self.settings.leak_after:g} s, from {where}",
+                f"a connection has been held for {longest.seconds:.1f} s by {longest.thread},"
+                f"{f' and {number - 1} more,' if number > 1 else ''} checked out at {where};"
+                f" now at {holders.frames_of(who.thread) if who else '?'}",
+                number,
                 holder=asdict(longest),
             )
 

@@ -196,24 +196,21 @@ def checked(listeners: Iterable[Any]) -> tuple[Callable[[Any], object], ...]:
 
 def _why_deaf(listener: Any) -> str | None:
     """Why a listener would never hear an event, None if it may."""
+    cls = type(listener)
     if isinstance(listener, type):
         return f"is a class: pass an instance, {listener.__name__}()"
-    cls = type(listener)
     if not isinstance(listener, Listener) or cls.__call__ is not Listener.__call__:
         return None if _takes_event(listener) else "cannot be called with an event"
     names = {_snake_case(event.__name__) for event in Event.__subclasses__()}
-    own = {
-        name for name in dir(cls) if not hasattr(Listener, name) and callable(getattr(cls, name))
-    }
-    for name in sorted(own):
-        is_handler = _takes_event(getattr(listener, name))
-        if name in names and not is_handler:
-            return f"has a method {name!r} that cannot be called with an event"
+    for name in sorted(set(dir(cls)) - set(dir(Listener))):
+        takes_event = _takes_event(getattr(cls, name, None) and getattr(listener, name))
         nearest = get_close_matches(_snake_case(name).removeprefix("on_"), names, 1, cutoff=0.8)
+        if name in names and not takes_event:
+            return f"has a method {name!r} that cannot be called with an event"
         # A helper may be called anything that looks like no event.
-        if is_handler and nearest and name not in names and not name.startswith("_"):
+        if takes_event and nearest and name not in names and not name.startswith("_"):
             return f"has a method {name!r}: is that {nearest[0]!r}? Else begin its name with _"
-    heard = any(getattr(listener, name, None) is not None for name in names)
+    heard = any(hasattr(listener, name) for name in names)
     return None if heard else "has no method named after an event"
 
 

@@ -25,7 +25,7 @@ from dbpool._secrets import printable
 from dbpool.metrics import HolderSnapshot as Holder
 
 __all__ = [
-    "Holder", "Slot", "Who", "application_files", "caller", "frames_of", "here", "report",
+    "Holder", "Slot", "Who", "application_files", "caller", "frames_of", "grouped", "here", "report",
     "stack_of", "unwatch", "watch",
 ]  # fmt: skip
 
@@ -136,6 +136,17 @@ def report(slots: Iterable[Slot], now: float) -> tuple[Holder, ...]:
         )
         for slot in held
         if slot.who is not None
+    )
+
+
+def grouped(held: Iterable[Holder]) -> str:
+    """Return on one line who holds connections, those of one place together; five at most."""
+    places: dict[str, list[Holder]] = {}
+    for holder in held:
+        places.setdefault(holder.where, []).append(holder)
+    return "; ".join(
+        f"{first.thread}{f' and {len(others)} more' if others else ''} {first.seconds:.1f} s at {where}"
+        for where, (first, *others) in list(places.items())[:5]
     )
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 import select
+import socket
 from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any
@@ -15,13 +17,14 @@ from typing import Any
 import psycopg
 from psycopg import Connection
 from psycopg.errors import Diagnostic
-from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
 logger = logging.getLogger("dbpool")
 
 _DEADLY = frozenset({"FATAL", "PANIC"})
 _OK = ConnStatus.OK
+_TCP_INFO = getattr(socket, "TCP_INFO", -1)  # bytes 2 to 4: retransmits, probes, back-off
 _MAX_READS = 8  # in one look, of some 16 kB each
 
 
@@ -68,6 +71,20 @@ def hung_up(fds: Iterable[int]) -> set[int]:
     for fd in fds:
         poller.register(fd, getattr(select, "POLLRDHUP", 0))
     return {fd for fd, _ in poller.poll(0)}
+
+
+def is_active(conn: Connection[Any] | None) -> bool:
+    """Whether *conn* waits for the answer to a statement."""
+    return conn is not None and conn.pgconn.transaction_status == TransactionStatus.ACTIVE
+
+
+def lacks_acknowledgement(fd: int) -> bool:
+    """Whether TCP sends again what the peer of *fd* has not acknowledged. Linux alone can tell."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as copy:
+            return any(copy.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 5)[2:5])
+    except OSError:
+        return False
 
 
 def look(

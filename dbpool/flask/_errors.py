@@ -16,6 +16,7 @@ from dbpool.errors import (
     DatabaseUnavailable,
     PoolClosed,
     PoolError,
+    PoolExhausted,
     TooManyRequests,
 )
 
@@ -84,10 +85,10 @@ def _wrapped(exc: object, depth: int = 0) -> Exception | None:
 
 
 def _answer(exc: Exception) -> Response:
-    # The client learns no more than it needs: hosts, roles and holders stay in the log. Of an
-    # outage and of a full queue the pool's own log and counters tell, not every request.
+    # The client learns no more than it needs: hosts, roles and holders stay in the log. What befalls
+    # many requests at once is told by the pool, once per episode, and not for each of them.
     status = 500 if isinstance(exc, CommitUncertain) else 503
-    if not isinstance(exc, (DatabaseUnavailable, TooManyRequests)):
+    if not isinstance(exc, (DatabaseUnavailable, PoolExhausted, TooManyRequests)):
         name = type(exc).__name__
         logger.warning("endpoint %s answers %d: %s: %s", request.endpoint, status, name, exc)
     if isinstance(exc, CommitUncertain):

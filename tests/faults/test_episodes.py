@@ -1,0 +1,263 @@
+"""What the log says of trouble: one warning when it begins, with numbers; not one for each call."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from ctypes import addressof, create_string_buffer
+from typing import Any
+
+import psycopg
+import pytest
+from flask import Flask
+
+from dbpool import Pool, PoolExhausted, TooManyRequests
+from dbpool.flask import DBPool
+from tests.postgres import Server, until
+
+from .steps import fill, terminate
+from .support import MakePool
+from .test_saturation import ROOM, Crowd, crowd, small  # noqa: F401  # fixtures
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="dbpool")
+    return caplog
+
+
+def lines(log: pytest.LogCaptureFixture, level: int) -> list[str]:
+    return [r.message for r in log.records if r.levelno == level and r.name == "dbpool"]
+
+
+def give_up(pool: Pool[Any], number: int, timeout: float = 0.05) -> None:
+    def call() -> None:
+        with suppress(PoolExhausted, TooManyRequests):
+            pool.putconn(pool.getconn(timeout=timeout))
+
+    with ThreadPoolExecutor(number) as threads:
+        for _ in range(number):
+            threads.submit(call)
+
+
+def test_exhaustion_is_one_warning_with_numbers_and_one_line_with_a_count(
+    dsn: str, log: pytest.LogCaptureFixture
+) -> None:
+    with Pool(dsn, max_size=3) as pool:
+        held = [pool.getconn() for _ in range(3)]
+        give_up(pool, 10)
+        give_up(pool, 10)
+        (warning,) = lines(log, logging.WARNING)
+        assert warning.startswith("pool 'default': no connection within 0.0")
+        assert "3 of 3 checked out" in warning
+        assert warning.count("test_episodes.py") == 1, "equal holders are grouped"
+        assert "MainThread and 2 more" in warning
+        for conn in held:
+            pool.putconn(conn)
+    assert lines(log, logging.INFO) == ["pool 'default': 20 callers timed out (PoolExhausted)"]
+
+
+def test_a_full_queue_is_one_warning_with_numbers(dsn: str, log: pytest.LogCaptureFixture) -> None:
+    with Pool(dsn, max_size=1, max_waiting=1) as pool:
+        conn = pool.getconn()
+        waiter = threading.Thread(target=give_up, args=(pool, 1, 10.0))
+        waiter.start()
+        until(lambda: pool.stats().waiting == 1)
+        for _ in range(20):
+            with pytest.raises(TooManyRequests):
+                pool.getconn()
+        (warning,) = lines(log, logging.WARNING)
+        assert "1 callers wait already, max_waiting is 1" in warning
+        assert "1 of 1 connections checked out" in warning
+        pool.putconn(conn)
+        waiter.join(10)
+    assert lines(log, logging.INFO) == ["pool 'default': 20 callers refused (TooManyRequests)"]
+
+
+def test_a_server_without_room_is_one_warning_with_numbers(
+    small: Server,  # noqa: F811
+    crowd: Crowd,  # noqa: F811
+    make_pool: MakePool,
+    log: pytest.LogCaptureFixture,
+) -> None:
+    pool = make_pool(small.conninfo_for(user="app"), server=small, min_size=1, max_size=4)
+    fill(pool)
+    crowd.take(ROOM - 1)
+    with pool.connection():
+        caller = threading.Thread(target=give_up, args=(pool, 1, 30.0))
+        caller.start()
+        until(lambda: pool.stats().counters.connect_failures >= 4)
+        (warning,) = lines(log, logging.WARNING)
+    caller.join(20)
+    assert "no new connection (saturated)" in warning
+    assert "1 of at most 4 exist, 1 callers wait" in warning
+    crowd.leave()
+    until(lambda: not pool.breaker.is_failing)
+
+
+def test_a_password_that_is_wrong_by_now_is_told_while_connections_serve(
+    own_server: Server, make_pool: MakePool, log: pytest.LogCaptureFixture
+) -> None:
+    own_server.execute("create role app login password 'right'")
+    pool = make_pool(own_server.conninfo_for(user="app", password="right"), max_size=2)
+    with pool.connection() as conn:
+        own_server.execute("alter role app password 'new'")
+        caller = threading.Thread(target=give_up, args=(pool, 1, 1.5))
+        caller.start()
+        until(lambda: lines(log, logging.WARNING))
+        assert conn.execute("select 1").fetchone() == (1,)
+        own_server.execute("alter role app password 'right'")
+    caller.join(20)
+    assert "no new connection (password)" in lines(log, logging.WARNING)[0]
+    until(lambda: not pool.breaker.is_failing)
+
+
+def test_a_restart_that_replaced_idle_connections_is_one_line(
+    own_server: Server, make_pool: MakePool, log: pytest.LogCaptureFixture
+) -> None:
+    pool = make_pool(min_size=4, max_size=4)
+    fill(pool)
+    own_server.restart()
+    assert pool.fetch_value("select 1") == 1
+    until(lambda: "replaced" in log.text)
+    told = [line for line in lines(log, logging.INFO) if "replaced" in line]
+    assert told == ["pool 'faults': replaced 4 connections that the server closed"]
+    assert not lines(log, logging.WARNING)
+
+
+def test_one_that_was_terminated_is_told_in_the_singular(
+    own_server: Server, make_pool: MakePool, log: pytest.LogCaptureFixture
+) -> None:
+    pool = make_pool(max_size=1)
+    terminate(own_server, fill(pool))
+    assert pool.fetch_value("select 1") == 1
+    until(lambda: "replaced 1 connection that the server closed" in log.text)
+
+
+def test_one_that_its_holder_closed_is_none_that_the_server_closed(
+    dsn: str, log: pytest.LogCaptureFixture
+) -> None:
+    with Pool(dsn) as pool:
+        with pool.connection() as conn:
+            conn.close()
+        assert pool.fetch_value("select 1") == 1
+    assert "replaced" not in log.text
+
+
+def test_an_error_handler_logs_nothing_for_each_refused_request(
+    dsn: str, log: pytest.LogCaptureFixture
+) -> None:
+    db, app = DBPool(), Flask("app")
+    app.config |= {"TESTING": True, "DATABASE_URL": dsn}
+    app.config |= {"DBPOOL_MAX_SIZE": 1, "DBPOOL_TIMEOUT": "20ms"}
+    db.init_app(app)
+    app.add_url_rule("/", view_func=lambda: str(db.pool.fetch_value("select 1")))
+    pool = app.extensions["dbpool"].databases.default
+    with pool, pool.connection():
+        for _ in range(10):
+            assert app.test_client().get("/").status_code == 503
+    assert len(lines(log, logging.WARNING)) == 1
+
+
+# Why no connection came back
+
+
+def drop_all_packets(receiver: socket.socket) -> None:
+    """Have the kernel drop what comes for that socket, unacknowledged: a network gone silent."""
+    code = create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF: return 0 bytes
+    receiver.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HL", 1, addressof(code)))
+
+
+def detach_filter(receiver: socket.socket) -> None:
+    with suppress(OSError):
+        receiver.setsockopt(socket.SOL_SOCKET, 27, 0)
+
+
+class Relay:
+    """Passes bytes on for one client, until its network goes silent."""
+
+    def __init__(self, port: int) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._server = socket.create_connection(("127.0.0.1", port))
+        self._threads = [threading.Thread(target=self._serve)]
+        self._threads[0].start()
+
+    def _serve(self) -> None:
+        self.client = self._listener.accept()[0]
+        for pair in ((self.client, self._server), (self._server, self.client)):
+            self._threads.append(threading.Thread(target=self._pass, args=pair))
+            self._threads[-1].start()
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+
+    def close(self) -> None:
+        detach_filter(self.client)
+        for each in (self.client, self._server, self._listener):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        for thread in self._threads:
+            thread.join(10)
+
+
+@pytest.fixture
+def relay(server: Server) -> Iterator[Relay]:
+    relay = Relay(server.port)
+    yield relay
+    relay.close()
+
+
+def refused(pool: Pool[Any]) -> str:
+    with pytest.raises(PoolExhausted) as caught:
+        pool.getconn()
+    return str(caught.value)
+
+
+def test_slow_statements_are_named_where_no_connection_came_back(dsn: str) -> None:
+    with Pool(dsn, max_size=2, timeout=0.3) as pool:
+        with ThreadPoolExecutor(2) as threads:
+            slow = [threads.submit(pool.fetch_value, "select pg_sleep(1.5)") for _ in range(2)]
+            until(lambda: pool.stats().active == 2)
+            text = refused(pool)
+            assert "none came back in that time: slow statements or a silent network" in text
+            assert "acknowledgements" not in text
+        assert [each.result() for each in slow] == ["", ""]
+
+
+def test_holders_without_a_statement_are_no_slow_statements(dsn: str) -> None:
+    with Pool(dsn, max_size=1, timeout=0.1) as pool:
+        with pool.connection(), ThreadPoolExecutor(1) as threads:
+            text = threads.submit(refused, pool).result()
+    assert "slow statements" not in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells what TCP knows")
+def test_a_silent_network_is_told_by_what_tcp_knows(server: Server, relay: Relay) -> None:
+    conninfo = server.conninfo_for(port=relay.port)
+    with Pool(conninfo, max_size=1, timeout=1.0) as pool:
+        conn = pool.getconn()
+        drop_all_packets(relay.client)
+        holder = threading.Thread(target=suppressed, args=(conn.execute, "select 1"))
+        holder.start()
+        until(lambda: conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.ACTIVE)
+        with ThreadPoolExecutor(1) as threads:
+            text = threads.submit(refused, pool).result()
+        relay.close()
+        holder.join(10)
+        pool.putconn(conn)
+    assert "a silent network: 1 of 1 sockets wait for acknowledgements" in text
+
+
+def suppressed(fn: Callable[..., object], *args: object) -> None:
+    with suppress(psycopg.Error):
+        fn(*args)
