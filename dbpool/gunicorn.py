@@ -122,7 +122,8 @@ def on_exit(server: Any) -> None:
     if _made is not None and _made.pid == os.getpid():
         with suppress(OSError), _opened(_made.path) as fd:
             if samestat(os.stat(_LIFE_SIGN, dir_fd=fd), os.fstat(_made.sign.fd)):
-                _remove(_made.path, fd)
+                _empty(fd)
+                _made.path.rmdir()
         _made.sign.close()
 
 
@@ -156,8 +157,11 @@ def _sweep(parent: Path, uid: int) -> None:
     """Remove what dead masters of this user left: directories with a life sign that nobody holds."""
     for path in _named(parent):
         with suppress(OSError), _opened(path) as fd:
-            if os.fstat(fd).st_uid == uid and is_held(_LIFE_SIGN, dir_fd=fd) is False:
-                _remove(path, fd)
+            held = is_held(_LIFE_SIGN, dir_fd=fd)
+            if os.fstat(fd).st_uid == uid and not held:
+                if held is False:  # what has none is no master's, or empty
+                    _empty(fd)
+                path.rmdir()
 
 
 def _make(parent: Path, uid: int, gid: int) -> _Directory:
@@ -174,7 +178,8 @@ def _make(parent: Path, uid: int, gid: int) -> _Directory:
             path = new.rename(parent / f"dbpool-stats-{os.getpid()}-{os.urandom(6).hex()}")
         except OSError:
             with suppress(OSError):
-                _remove(new, fd)
+                _empty(fd)
+                new.rmdir()
             raise
     return _Directory(path, os.getpid(), sign)
 
@@ -193,11 +198,10 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _remove(path: Path, fd: int) -> None:
-    """Remove a directory, which holds files alone; the life sign last, by which it is swept."""
+def _empty(fd: int) -> None:
+    """Remove the files of a directory, the life sign last: by that it is swept."""
     for name in sorted(os.listdir(fd), key=_LIFE_SIGN.__eq__):
         os.unlink(name, dir_fd=fd)
-    path.rmdir()
 
 
 def _size(max_size: int) -> None:
