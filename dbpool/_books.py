@@ -52,6 +52,7 @@ class Books(ConnectionPool[CT]):
         self.settings = settings
         self.listeners = listeners
         self._lazy = True
+        self._resets = self._reset or settings.session_reset != "none"
         self._warned: set[str] = set()
         self._cursors: type[Cursor[Any]] = Cursor  # of connections for which nothing else is asked
         if settings.pipeline_begin:

@@ -5,7 +5,7 @@ Part of the one place that touches protected members of psycopg_pool, see `_supp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from time import monotonic
@@ -20,6 +20,7 @@ from dbpool import _fork, events, holders
 from dbpool._books import logger
 from dbpool._life import Life
 from dbpool._parts import KeptCursor, insist_on_idle, manners
+from dbpool._session import reset
 from dbpool.errors import describe
 from dbpool.holders import Holder, Slot
 from dbpool.liveness import Look, look
@@ -58,7 +59,7 @@ class Checkin(Life[CT]):
             conn.pgconn.transaction_status == _IDLE
             and now < slot.expires_at
             and not slot.reported
-            and not self._reset
+            and not self._resets
             and self.breaker.error is None  # else connects fail: is this one alive?
             # One tuple comparison covers all that a user may have changed on the connection.
             and (cursor is not None or manners(conn) == slot.manners)
@@ -94,6 +95,8 @@ class Checkin(Life[CT]):
 
     def _mend(self, conn: Any) -> None:
         """Make a connection that came back unfit idle again, or give it up."""
+        if (message := conn._slot.reset_message) and not self._closed:
+            self._tidy(conn, lambda conn: reset(conn, message, self.settings.ping_timeout))
         with self._lock:
             if self._reset and not self._closed:  # workers told to stop come to it before that
                 self._later(lambda pool: pool._return_connection(conn, from_getconn=False))
@@ -116,7 +119,10 @@ class Checkin(Life[CT]):
             self.listeners.emit(events.ReturnedLate(self.name, seconds, where))
 
     def _reset_connection(self, conn: CT) -> None:
-        """Roll back and call the user's `reset`: the parent would log the texts of errors."""
+        self._tidy(conn, self._reset)
+
+    def _tidy(self, conn: CT, reset: Callable[[CT], None] | None) -> None:
+        """Roll back and call *reset*: the parent would log the texts of errors."""
         status = conn.pgconn.transaction_status
         try:
             if status == TransactionStatus.ACTIVE:
@@ -124,11 +130,14 @@ class Checkin(Life[CT]):
             if status not in (_IDLE, _UNKNOWN):
                 logger.warning("pool %r: rolling back returned connection: %s", self.name, conn)
                 conn.rollback()
-            if self._reset and status != _UNKNOWN:
-                self._reset(conn)
+            if reset and status != _UNKNOWN:
+                reset(conn)
                 insist_on_idle(conn, "reset")
         except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
             why = describe(ex, conn)
+        except BaseException:
+            self._discard(conn, "broken")
+            raise
         else:
             return
         logger.warning("pool %r: discarding returned connection: %s", self.name, why)

@@ -23,9 +23,10 @@ from dbpool import events, holders
 from dbpool._books import logger
 from dbpool._checkin import Checkin
 from dbpool._parts import Waiter
+from dbpool._session import ping_between
 from dbpool.errors import PoolError, PoolExhausted, describe
 from dbpool.holders import Slot
-from dbpool.liveness import Look, PingTimeout, is_active, lacks_acknowledgement, look, ping
+from dbpool.liveness import Look, PingTimeout, is_active, lacks_acknowledgement, look
 
 _here = holders.here
 _application_files = holders.application_files
@@ -234,7 +235,7 @@ class Checkout(Checkin[CT]):
         where one ping times out, its equals will not answer either.
         """
         try:
-            ping(conn, timeout)
+            ping_between(conn, timeout)
         except psycopg.Error as ex:
             self._discard(conn, "dead", by_server=not isinstance(ex, PingTimeout))
             if isinstance(ex, PingTimeout) and timeout >= self.settings.ping_timeout:

@@ -37,6 +37,7 @@ class Options(TypedDict, total=False):
     ping_timeout: Seconds
     outage_grace: Seconds
     leak_after: Seconds
+    session_reset: str
     pooler: str
     pipeline_begin: bool
     application_name: str

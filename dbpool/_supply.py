@@ -22,6 +22,7 @@ from dbpool._books import REPLACED, Books, logger, unanswered
 from dbpool._conninfo import already_set
 from dbpool._parts import BLOCKS, Call, Probe, insist_on_idle, is_stock, remember
 from dbpool._secrets import conceal, conceal_params, secrets_of
+from dbpool._session import reset_message
 from dbpool.errors import SATURATED, UNSUPPORTED, classify, detached, is_permanent
 from dbpool.holders import Slot
 from dbpool.liveness import hung_up, readability
@@ -164,10 +165,13 @@ class Supply(Books[CT]):
         if self._configure:
             self._configure(conn)
             insist_on_idle(conn, "configure")
+        message = b""
+        if self.settings.session_reset == "session":
+            message = reset_message(conn, float(self.settings.connect_timeout))
         self._set_connection_expiry_date(conn)
         standby = conn.pgconn.parameter_status(b"in_hot_standby")
         slot = Slot(conn.fileno(), standby, readability(conn.fileno()), *remember(conn))
-        slot.has_stock_class = has_stock_class
+        slot.reset_message, slot.has_stock_class = message, has_stock_class
         slot.has_stock_blocks = is_stock(type(conn), *BLOCKS)
         has_stock_cursor = conn.cursor_factory is self._cursors
         slot.has_stock_cursors = has_stock_cursor and is_stock(type(conn), "cursor")

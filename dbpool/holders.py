@@ -83,6 +83,7 @@ class Slot:
     readable: Callable[[float], object]
     manners: tuple[object, ...]  # the attributes a user may change, as they were at first
     adapters: Any = None  # the connection's adapters as they were at first
+    reset_message: bytes = b""  # what resets the session, if that is wanted
     has_stock_blocks: bool = False  # whether blocks begin and end by psycopg's own methods
     has_stock_class: bool = False  # the same of the class that a tracer's wrapper stands for
     has_stock_cursors: bool = False  # whether nobody else sees a cursor made or run

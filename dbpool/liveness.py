@@ -153,7 +153,7 @@ def ping(conn: Connection[Any], timeout: float) -> None:
 
 
 def ask(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
-    """Send one *query* and return its result, an error included; for the rest see `ping`."""
+    """Send one *query* and return its first result, or its error; for the rest see `ping`."""
     deadline = monotonic() + timeout
     pgconn = conn.pgconn
     pgconn.send_query(query)
@@ -161,7 +161,8 @@ def ask(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
         _await(readability(pgconn.socket, events=4), deadline)
     answer: PGresult | None = None
     while (result := _result(pgconn, deadline)) is not None:
-        answer = answer or result
+        if answer is None or result.status == ExecStatus.FATAL_ERROR:
+            answer = result
     _deliver_notifies(pgconn)
     if answer is None:
         raise psycopg.OperationalError("the server gave no answer")

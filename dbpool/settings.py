@@ -81,6 +81,7 @@ class Settings:
     ping_timeout: float = 1.0
     outage_grace: float = 2.0
     leak_after: float = 60.0
+    session_reset: str = "none"
     pooler: str = "none"
     pipeline_begin: bool = False
     application_name: str = ""
@@ -133,7 +134,15 @@ class Settings:
         if self.pooler not in _POOLERS:
             self._refuse("pooler", "must be none or transaction")
         self._set("pooler", _POOLERS[self.pooler])
+        if self.session_reset not in ("none", "session"):
+            self._refuse("session_reset", "must be none or session")
+        self._set("session_reset", str(self.session_reset))
+        self._check_pooler()
+
+    def _check_pooler(self) -> None:
         if self.pooler == "transaction":
+            if self.session_reset == "session":
+                self._refuse("session_reset", "cannot work through a transaction pooler")
             for name in sorted(self.explicit & SERVER_SIDE.keys()):
                 self._refuse(
                     name,
@@ -236,6 +245,7 @@ def variable(name: str, database: str = "default") -> str:
     """Return the environment variable of a field."""
     if name == "conninfo":
         return "DATABASE_URL" if database == "default" else variable("url", database)
+    name = {"session_reset": "reset"}.get(name, name)
     return f"DBPOOL_{'' if database == 'default' else f'{database}_'}{name}".upper()
 
 

@@ -25,6 +25,7 @@ FLOORS = {
         "_fork",
         "_pipelining",
         "_outcomes",
+        "_session",
         "_parts",
         "_books",
         "_supply",
