@@ -14,13 +14,13 @@ from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import psycopg
 
 from dbpool._conninfo import already_set
 from dbpool._dotenv import SKIPPED, Source
-from dbpool._secrets import MASK, printable
+from dbpool._secrets import MASK, mask, printable
 from dbpool._values import did_you_mean, number, shown
 from dbpool.app_settings import AppSettings, find_dotenv
 from dbpool.databases import Databases, databases_from_env
@@ -73,10 +73,14 @@ def _line(text: object) -> str:
     return printable(str(text))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Quote no password: somebody may have given a URL as an argument."""
+        super().error(mask(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dbpool", description="Try and watch the configured databases."
-    )
+    parser = _Parser(prog="python -m dbpool", description="Try and watch the configured databases.")
     parser.set_defaults(json=False)
     commands = parser.add_subparsers(required=True, metavar="check | wait | stats")
     check = commands.add_parser("check", help="connect, and report what was found")

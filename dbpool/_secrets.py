@@ -6,10 +6,11 @@ local variables of a frame, which error trackers and debuggers collect, show not
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Final, NoReturn, Self, TypeVar
 from urllib.parse import quote, quote_plus
 
@@ -30,18 +31,19 @@ _OMITTED: Final = "(text left out: a secret is too short to be masked in it)"
 # Parameters of libpq whose value is anybody's to choose. Another's may be a secret in the wrong
 # place, unless it is harmless: a number, one of libpq's words, or a path of plain words.
 _FREE: Final = re.compile(
-    "host|hostaddr|port|dbname|user|options|service|client_encoding|(?:fallback_)?application_name"
+    "host|dbname|user|options|service|client_encoding|(?:fallback_)?application_name"
     "|gsslib|krbsrvname|requirepeer|oauth_(?:issuer|client_id|scope)"
 )
 _HARMLESS: Final = re.compile(
-    r"[+-]?\d{0,6}[.,]?\d{0,6} *(?:[num]?s|m|h|d|secs?|mins?|(?:second|minute|hour|day)s?|%)?"
+    r"[\d,]*|[\da-fA-F]*[.:][\da-fA-F.:,]*|[+-]?\d{0,6}[.,]?\d{0,6} *(?:[num]?s|m|h|d|secs?|mins?|(?:second|minute|hour|day)s?|%)?"
     r"|disable|allow|prefer|require|verify-(?:ca|full)|any|read-(?:write|only)|primary|standby"
     r"|prefer-standby|random|direct|postgres|TLSv1(?:\.\d)?|system|true|false|database|on|off"
     r"|(?:!?(?:password|md5|gss|sspi|scram-sha-256|creds|none|oauth),?)+"
     r"|(?:~|\.\.?)(?:/[\w. -]{1,64})+/?|(?:/[\w. -]{1,64}){2,}/?|[\w-]{1,32}\.(?:crt|crl|pem|key)"
 )
 
-_USER: Final = re.compile(r"://[^:/]*:")
+_USER: Final = re.compile(r"://[^:/\[]*:")
+_PORT: Final = re.compile(r"\d*(?:[^\w%].*)?$")
 _ASSIGNED: Final = re.compile(
     rf"\b({'|'.join(sorted(SECRET))})(['\"]\s*:\s*|\s*=\s*)"
     r"('(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|(?:\\.|[^\s&\\])+)",
@@ -73,9 +75,11 @@ class Secret(str):
 
 
 def conceal(value: Any) -> Any:
-    """Return a string as a `Secret`, a mapping as a dict of such; anything else as it is."""
+    """Return a string as a `Secret`, and so what a mapping or list holds; else *value* itself."""
     if isinstance(value, Mapping):
-        return {key: conceal(each) for key, each in value.items()}
+        return {k: conceal(str(v) if k in SECRET and v else v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [conceal(each) for each in value]
     return Secret(value) if value and isinstance(value, str) else value
 
 
@@ -123,7 +127,8 @@ def mask(text: str, secrets: Collection[str] = ()) -> str:
     if any(0 < len(secret) < _SHORT for secret in secrets):
         return _OMITTED
     text = printable(text)
-    forms = {f for s in secrets for f in (s, quote(s, safe=""), quote_plus(s), quote(s))}
+    quoted = (quote, quote_plus, partial(quote, safe=""), lambda s: repr(str(s))[1:-1], json.dumps)
+    forms = {form(secret).strip('"') for secret in secrets for form in (str, *quoted)}
     for form in sorted(filter(None, map(printable, forms)), key=len, reverse=True):
         text = text.replace(form, MASK)
     return _mask_forms(text)
@@ -135,15 +140,17 @@ def mask_value(value: object, key: str = "") -> str:
 
 
 def _mask_forms(text: str) -> str:
-    """Replace the passwords of URLs and after keywords, in time linear in the text's length."""
+    """Replace passwords in URLs, cut off ones too, and after keywords; in linear time."""
     words = (_mask_url(word) if "://" in word else word for word in text.split(" "))
     return _ASSIGNED.sub(rf"\1\2{MASK}", " ".join(words))
 
 
 def _mask_url(word: str) -> str:
     head, at, tail = word.rpartition("@")
-    user = _USER.search(head)
-    return word if user is None else f"{head[: user.end()]}{MASK}{at}{tail}"
+    user = _USER.search(head or word)
+    if user is None or (not at and _PORT.match(word, user.end())):
+        return word
+    return f"{word[: user.end()]}{MASK}{at}{tail if at else ''}"
 
 
 def secrets_of(params: Mapping[str, Any], pgconn: Any = None) -> set[str]:

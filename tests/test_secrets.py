@@ -19,6 +19,7 @@ from psycopg.conninfo import make_conninfo
 from dbpool import ConfigError, Databases, Pool, PoolError, Settings
 from dbpool.__main__ import main
 from dbpool.app_settings import AppSettings
+from dbpool.databases import settings_from_config
 from dbpool.flask import DBPool, create_blueprint
 from dbpool.health import Health
 from dbpool.settings import unknown_variables
@@ -332,3 +333,25 @@ def test_what_is_harmless_is_shown() -> None:
         assert part in repr(settings)
     with pytest.raises(ConfigError, match="not '-1s'"):
         Settings(timeout="-1s")  # type: ignore[arg-type]
+
+
+def test_a_list_with_a_url_in_it_is_not_shown(frames: Frames) -> None:
+    shapes: list[Any] = [[URL], (URL,), {URL: {}}, f"a,{URL}"]
+    for names in shapes:
+        config: dict[str, Any] = {"DATABASE_URL": URL, "DBPOOL_DATABASES": names}
+        error = raised(lambda c=config: settings_from_config(c, environ={}))  # type: ignore[misc]
+        assert isinstance(error, ConfigError)
+        assert PASSWORD not in str(error)
+        assert not leaks([str(error), repr(error)], PASSWORD)
+    assert not leaks(frames.messages, PASSWORD)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[URL], ["check", URL], ["wait", "--timeout", URL], ["check", f"--url={URL}"]]
+)
+def test_a_url_as_an_argument_is_not_quoted(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert not leaks(capsys.readouterr(), PASSWORD)
