@@ -30,7 +30,7 @@ def main(venv, *lock_files):
     if read(stamp) == wanted:
         return
     if not os.access(str(venv if venv.exists() else venv.parent), os.W_OK):
-        fail("cannot write %s: choose another place: make VENV=DIRECTORY ..." % venv)
+        fail("cannot write %s: choose another place, such as make run VENV=~/dbpool-venv" % venv)
     # Two at once, in two terminals, wait for each other. A file that is there stays as it is.
     with venv.with_name(venv.name + ".lock").open("a") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
