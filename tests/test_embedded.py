@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -513,3 +514,13 @@ def test_a_checkout_with_a_line_break_in_its_path_has_its_data_elsewhere(new_hom
     checkout = new_home.parent / "a\nb"
     checkout.mkdir(mode=0o755)
     assert checkout not in embedded.home(checkout).parents
+
+
+def test_a_full_disk_is_told_in_one_line(new_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new_home))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(EmbeddedError, match="No space left on device") as caught, server(new_home):
+        pass
+    assert "\n" not in str(caught.value)

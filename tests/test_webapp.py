@@ -19,6 +19,7 @@ import psycopg
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from psycopg.conninfo import make_conninfo
 from werkzeug.test import TestResponse
 
 from dbpool import ConfigError
@@ -585,3 +586,44 @@ def test_retries_of_what_the_database_broke_off_are_spread(app: Flask) -> None:
 
     client = app.test_client()
     assert len({client.get("/broken").headers["Retry-After"] for _ in range(50)}) > 1
+
+
+# The role that makes the tables
+
+
+@pytest.fixture
+def role(server: Any, dsn: str) -> Iterator[str]:
+    """The URL of a role without any right of its own."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute("create role notes_app login password 'secret'")
+        yield make_conninfo(dsn, user="notes_app", password="secret")
+        conn.execute("reassign owned by notes_app to postgres")
+        conn.execute("drop role notes_app")
+
+
+def test_an_owner_that_is_no_superuser_makes_the_tables_and_serves(role: str, dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute(f"alter database {conn.info.dbname} owner to notes_app")
+    app = make(DATABASE_URL=role)
+    try:
+        with app.app_context():
+            schema.create(db.pool)
+            schema.create(db.pool)
+        assert created(app.test_client())["version"] == 1
+    finally:
+        app.extensions["dbpool"].databases.close()
+
+
+def test_a_role_that_may_make_no_tables_is_told_so_in_one_line(role: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "webapp.schema"],
+        cwd=ROOT,
+        env={**os.environ, "DATABASE_URL": role},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("webapp: permission denied for schema public")
+    assert len(done.stderr.splitlines()) == 1

@@ -117,7 +117,10 @@ def server(home: Path, stopping: Callable[[], bool] = lambda: False) -> Iterator
     """
     held = Server(home, stopping)
     try:
-        held.join()
+        try:
+            held.join()
+        except OSError as exc:  # a full disk, say
+            raise EmbeddedError(f"cannot serve from {home}: {exc}") from None
         yield held
     finally:
         held.leave()

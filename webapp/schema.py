@@ -45,4 +45,4 @@ if __name__ == "__main__":
     try:
         create_configured()
     except (ConfigError, psycopg.Error) as exc:
-        sys.exit(f"webapp: {exc}")
+        sys.exit(f"webapp: {' '.join(str(exc).split())}")
