@@ -100,10 +100,11 @@ def post_worker_init(worker: Any) -> None:
     # Said once, not by each worker.
     if "gunicorn.workers.ggevent" in modules and worker.age == 1 and _is_patched_too_late():
         worker.log.warning(
-            "dbpool: psycopg was imported before gevent patched the standard library, so that each"
-            " query stops a whole worker. Import the application in the workers alone (no"
-            " preload_app), or call gevent.monkey.patch_all() at the top of gunicorn's"
-            " configuration, before every other import"
+            "dbpool: psycopg or dbpool was imported before gevent patched the standard library: a"
+            " query stops a whole worker, and requests take connections from one another. Import"
+            " the application in the workers alone (no preload_app), or call"
+            " gevent.monkey.patch_all() at the top of gunicorn's configuration, before every"
+            " other import"
         )
     processes.publish_from_the_start()
 

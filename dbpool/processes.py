@@ -343,8 +343,8 @@ class Processes:
 def _report(records: list[_Record], pools: dict[str, Snapshot], scope: str) -> dict[str, Any]:
     """Merge what processes say of themselves with the archive's *pools*."""
     now = time.monotonic()
-    aged = ({n: _aged(s, now - r.written) for n, s in r.pools.items()} for r in records)
-    pools = _merged(pools, *aged)
+    records = [_aged(record, max(0.0, now - record.written)) for record in records]
+    pools = _merged(pools, *(record.pools for record in records))
     # A process is as young as the youngest of its parts: one may be closed.
     latest = {(r.pid, r.start): r for r in sorted(records, key=attrgetter("written"))}
     return {
@@ -359,17 +359,17 @@ def _report(records: list[_Record], pools: dict[str, Snapshot], scope: str) -> d
     }
 
 
-def _aged(snapshot: Snapshot, seconds: float) -> Snapshot:
-    """The same *seconds* later: what is held has been held for that much longer."""
-    seconds = max(0.0, seconds)
-    left, holders = snapshot.breaker.retry_after, snapshot.holders
-    return replace(
-        snapshot,
-        holders=tuple(replace(holder, seconds=holder.seconds + seconds) for holder in holders),
-        breaker=replace(
-            snapshot.breaker, retry_after=None if left is None else max(0.0, left - seconds)
-        ),
-    )
+def _aged(record: _Record, seconds: float) -> _Record:
+    """The same *seconds* later: what it held then, it has held for that much longer."""
+
+    def later(pool: Snapshot) -> Snapshot:
+        left = pool.breaker.retry_after
+        breaker = replace(pool.breaker, retry_after=left and max(0.0, left - seconds))
+        holders = (replace(holder, seconds=holder.seconds + seconds) for holder in pool.holders)
+        return replace(pool, breaker=breaker, holders=tuple(holders))
+
+    pools = {name: later(pool) for name, pool in record.pools.items()}
+    return replace(record, uptime=record.uptime + seconds, pools=pools)
 
 
 def _ended(snapshot: Snapshot) -> Snapshot:

@@ -340,13 +340,18 @@ def test_what_others_hold_grows_older_between_their_snapshots(directory: Path) -
         found: dict[str, Any] = processes.report()["pools"]["default"]
         return found
 
+    def uptime() -> float:
+        found = {p["pid"]: p["uptime"] for p in processes.report()["processes"]}
+        return float(found[worker.pid])
+
     def ages() -> dict[str, float]:
         return {holder["thread"]: holder["seconds"] for holder in pool()["holders"]}
 
     try:
-        first, left = ages(), pool()["breaker"]["retry_after"]
+        first, left, up = ages(), pool()["breaker"]["retry_after"], uptime()
         until(lambda: ages()["theirs"] > first["theirs"] + 0.1)
         assert pool()["breaker"]["retry_after"] < left < 30.0
+        assert uptime() > up
         assert ages()["ours"] < 6.5  # what is said now is of now
         until(lambda: ages()["theirs"] > ages()["ours"])
         assert [holder["thread"] for holder in pool()["holders"]] == ["theirs", "ours"]
