@@ -59,9 +59,9 @@ class Runner(Upkeep[CT]):
         """
         deadline = None if timeout is None else monotonic() + timeout
         pauses = delays(first=0.05, cap=1.0)
-        frame = sys._getframe()
         for attempt in count(1):
-            conn = self._acquire_patiently(deadline, frame)
+            # Not kept in a variable: a frame that holds itself holds the connection as well.
+            conn = self._acquire_patiently(deadline, sys._getframe())
             try:
                 result = self._transact(conn, fn, args, isolation, read_only)
             except psycopg.Error as ex:
