@@ -349,8 +349,13 @@ def _of_this_process() -> dict[str, Any]:
         return Processes(databases).report("process")
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Run a command and exit, as `python -m dbpool` and the installed `dbpool` do."""
     # What goes wrong is in the report; the pools' own log lines would only repeat it.
     logging.getLogger("dbpool").addHandler(logging.NullHandler())
     logging.getLogger("dbpool").propagate = False
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    script()

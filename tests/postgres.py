@@ -21,7 +21,12 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from dbpool.errors import classify
-from webapp.embedded import binaries, server_user
+from webapp import embedded
+from webapp.embedded import server_user
+
+# The server to test with, if not the newest that comes with the tests: Debian's for example, as
+# TEST_POSTGRES_BIN=/usr/lib/postgresql/15/bin. The sample application keeps its own.
+CHOSEN_BIN = os.environ.get("TEST_POSTGRES_BIN")
 
 # The superuser needs no password; everybody else does, over TCP.
 _HBA = """\
@@ -61,6 +66,11 @@ for directory, pid in servers.items():
                 pass
     shutil.rmtree(directory, ignore_errors=True)
 """
+
+
+def binaries() -> Path:
+    """Return the folder of PostgreSQL's programs."""
+    return Path(CHOSEN_BIN) if CHOSEN_BIN else embedded.binaries()
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0, pause: float = 0.005) -> None:
@@ -168,6 +178,11 @@ class Server:
         }
         merged: dict[str, Any] = {**defaults, **params}
         return make_conninfo("", **merged)
+
+    @property
+    def version(self) -> int:
+        """Its major version."""
+        return int((self.data / "PG_VERSION").read_text())
 
     # Its life
 

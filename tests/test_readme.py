@@ -38,3 +38,12 @@ def test_every_example_is_python(block: str) -> None:
 
 def test_every_variable_is_told_of() -> None:
     assert {name for name in COMMON if f"`{name}`" not in README} == set()
+
+
+def test_no_link_of_the_readme_is_relative() -> None:
+    """An index shows this page without the files beside it."""
+    links = re.findall(r"\]\(([^)\s]+)\)", README) + re.findall(
+        r"^\[[^\]]+\]: *(\S+)", README, re.MULTILINE
+    )
+    assert links
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
