@@ -328,8 +328,6 @@ def test_a_query_that_cannot_be_read_is_no_error_of_ours(app: Flask, query: str)
     ("name", "value"),
     [
         ("host", "\xff"),
-        ("host", "a:b:c"),
-        ("host", "[::1"),
         ("host", ""),
         ("range", "bytes=junk"),
         ("range", "bytes=9999999-"),

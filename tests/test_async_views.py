@@ -208,6 +208,57 @@ def test_requests_that_share_an_event_loop_take_nothing_from_each_other(
     assert pool.stats().active == 0
 
 
+def test_requests_that_share_a_loop_of_the_application_take_nothing_from_each_other(
+    make_app: MakeApp, dsn: str
+) -> None:
+    loop = asyncio.new_event_loop()
+    serving = threading.Thread(target=loop.run_forever)
+    serving.start()
+
+    class Own(Flask):
+        def async_to_sync(self, func: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return asyncio.run_coroutine_threadsafe(func(*args, **kwargs), loop).result(10)
+
+            return call
+
+    app = make_app(dsn, app=Own("own"))
+    pool = app.extensions["dbpool"].databases.default
+    first, held = threading.Event(), threading.Event()
+
+    async def pause_until(event: threading.Event) -> None:
+        while not event.is_set():
+            await asyncio.sleep(0.001)
+
+    @app.get("/first")
+    async def view_first() -> str:
+        first.set()
+        await pause_until(held)
+        return "done"
+
+    @app.get("/second")
+    async def view_second() -> str:
+        with pool.connection() as conn:
+            held.set()
+            await pause_until(ended)
+            return str(conn.execute("select 1").fetchone())
+
+    ended = threading.Event()
+    answers: list[str] = []
+    one = threading.Thread(target=lambda: answers.append(app.test_client().get("/first").text))
+    two = threading.Thread(target=lambda: answers.append(app.test_client().get("/second").text))
+    one.start()
+    first.wait(10)
+    two.start()
+    one.join(10)
+    ended.set()
+    two.join(10)
+    loop.call_soon_threadsafe(loop.stop)
+    serving.join(10)
+    loop.close()
+    assert answers == ["done", "(1,)"]
+
+
 def test_nested_checkouts_in_an_async_view_are_told_as_such(make_app: MakeApp, dsn: str) -> None:
     app = make_app(dsn, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="50ms", DBPOOL_ERROR_HANDLERS=False)
     pool = app.extensions["dbpool"].databases.default

@@ -24,8 +24,11 @@ AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
 def follow_async_views(app: Flask) -> None:
     """Make the threads of asynchronous functions hold connections for the request's thread.
 
-    `Flask.async_to_sync` is the place that Flask names for changing how those are run.
+    `Flask.async_to_sync` is the place that Flask names for changing how those are run. Where the
+    application did so, nothing is known of its threads, and they are left alone.
     """
+    if type(app).async_to_sync is not Flask.async_to_sync or "async_to_sync" in vars(app):
+        return
     convert = app.async_to_sync
 
     def async_to_sync(func: AsyncFunction) -> Callable[..., Any]:
@@ -67,8 +70,8 @@ def _holding_for(who: holders.Who) -> Iterator[None]:
 
 
 def _is_alone() -> bool:
-    """Whether the loop serves this call alone; under an ASGI server all requests share one."""
-    try:
-        return len(asyncio.all_tasks()) == 1
-    except RuntimeError:  # the application's own way of running them is not asyncio
-        return False
+    """Whether the loop, and so its thread, was made for this call.
+
+    Under an ASGI server the server's own loop runs the call, which that of the request awaits.
+    """
+    return len(asyncio.all_tasks()) == 1
