@@ -115,21 +115,25 @@ def _close_inherited() -> None:
 os.register_at_fork(after_in_child=_close_inherited)
 
 
+class NoLocks(OSError):
+    """The file system keeps no locks."""
+
+
 class LifeSign(_LockFile):
     """A new file, locked for as long as this process lives.
 
     Every process that sees the file sees by `is_held` whether its maker lives, also from another
-    pid namespace. Raises `OSError` where the file system keeps no locks.
+    pid namespace. Raises `NoLocks`, or another `OSError` where no file can be made.
     """
 
     def __init__(self, path: str | Path, dir_fd: int | None = None) -> None:
         super().__init__(path, os.O_EXCL, dir_fd)
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as ex:
             os.unlink(path, dir_fd=dir_fd)
             self.close()
-            raise
+            raise NoLocks(ex.errno, ex.strerror) from ex
 
 
 def is_held(path: str | Path, dir_fd: int | None = None) -> bool | None:

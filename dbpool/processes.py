@@ -17,12 +17,13 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from dbpool._files import STATS_DIR, LifeSign, is_held, locked, read, start_time, write
+from dbpool._files import STATS_DIR, LifeSign, NoLocks, is_held, locked, read, start_time, write
 from dbpool._values import shown
 from dbpool.metrics import Snapshot, count, seconds, text
 
@@ -237,10 +238,8 @@ class Processes:
             for inherited in self._lives.values():  # of uWSGI, which runs no hooks at a fork
                 if inherited.sign is not None:
                     inherited.sign.close()
-            try:
+            with suppress(NoLocks):  # then the pid has to do
                 life.sign = LifeSign(path)
-            except OSError:
-                return  # the file system keeps no locks: then the pid has to do
 
     def _own(self) -> _Record:
         now = time.monotonic()

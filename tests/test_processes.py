@@ -305,6 +305,64 @@ def test_a_process_whose_life_sign_was_removed_is_told_by_its_pid(
     assert checkouts(processes.report()) == 35
 
 
+LOCKLESS = """
+import errno, os, sys
+
+def hook(event, args):  # as a file system that keeps no locks
+    if event == "fcntl.flock":
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+sys.addaudithook(hook)
+"""
+
+
+def test_where_no_locks_are_kept_a_process_is_told_by_its_pid(directory: Path) -> None:
+    report = """
+import json
+print(json.dumps(Processes({}, directory=sys.argv[1]).survey()), flush=True)
+"""
+    first = LOCKLESS + WORKER
+    second = first.replace("time.sleep(60)", report)
+    command = [sys.executable, "-c", first, str(directory), "10"]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+        command = [sys.executable, "-c", second, str(directory), "20"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+        worker.kill()
+    found = json.loads(done.stdout.splitlines()[1])
+    assert checkouts(found) == 30
+    assert len(found["processes"]) == 2
+    assert list(directory.glob("*.alive")) == []
+    assert "statistics" not in done.stderr
+
+
+def test_a_file_that_cannot_be_opened_now_is_tried_again(directory: Path) -> None:
+    script = """
+import os, resource, sys
+from tests.test_processes import Counting
+from dbpool.processes import Processes
+
+processes = Processes({"default": Counting(5)}, directory=sys.argv[1])
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+assert not processes.publish()
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+assert processes.publish()
+print(*os.listdir(sys.argv[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(directory)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    endings = {Path(name).suffix for name in done.stdout.split()}
+    assert endings == {".alive", ".json"}
+
+
 HOLDING = WORKER.replace(
     "idle=1)",
     'idle=1, holders=(HolderSnapshot("theirs", 5.0, "a.py:1 f"),),'
