@@ -21,7 +21,14 @@ from psycopg_pool.abc import CT
 from dbpool import _fork, events, holders
 from dbpool._parts import Call, Episode, Probe, Waiter
 from dbpool.breaker import Breaker
-from dbpool.errors import DatabaseMisconfigured, DatabaseUnavailable, describe, is_permanent
+from dbpool.errors import (
+    DatabaseMisconfigured,
+    DatabaseUnavailable,
+    classify,
+    describe,
+    detached,
+    is_permanent,
+)
 from dbpool.events import Emitter
 from dbpool.holders import Slot
 from dbpool.metrics import BreakerSnapshot, Metrics, Snapshot
@@ -79,6 +86,7 @@ class Books(ConnectionPool[CT]):
         self._slots: set[Slot] = set()  # of all connections there are
         self._lost: deque[Slot] = deque()  # collected while out; filled without any lock
         self._attempts: list[float] = []  # when those under way began
+        self._pinging: set[float] = set()  # those that have connected, to a pooler
         self._probe: Probe | None = None
         self._outage_told = False
         self._metrics = Metrics()
@@ -125,14 +133,19 @@ class Books(ConnectionPool[CT]):
         waiter.refuse(reason)
 
     def _unavailable(
-        self, snapshot: Snapshot | None = None, *, silent_since: float = 0.0
+        self,
+        snapshot: Snapshot | None = None,
+        *,
+        silent_since: float = 0.0,
+        cause: BaseException | None = None,
     ) -> DatabaseUnavailable:
         """Say that the database is to blame; where no connect failed, for its silence.
 
-        The lock is held.
+        The lock is held. A *cause* of the caller's counts instead of the last failed connect.
         """
         breaker = self.breaker
-        cause, kind, seconds = breaker.error, breaker.kind, breaker.failing_for
+        seconds, kind = breaker.failing_for, classify(cause) if cause else breaker.kind
+        cause = detached(cause) if cause else breaker.error
         silent_since = min(self._attempts, default=silent_since)
         if cause is None and silent_since:
             seconds, kind = monotonic() - silent_since, "timeout"

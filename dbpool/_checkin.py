@@ -23,7 +23,7 @@ from dbpool._parts import KeptCursor, insist_on_idle, manners
 from dbpool._session import reset
 from dbpool.errors import describe
 from dbpool.holders import Holder, Slot
-from dbpool.liveness import Look, look
+from dbpool.liveness import Look, look, ping
 from dbpool.metrics import Metrics
 
 _IDLE = TransactionStatus.IDLE
@@ -156,7 +156,7 @@ class Checkin(Life[CT]):
             self._discard(conn, "expired")
         elif not self._mend_manners(conn, slot):
             self._discard(conn, "broken")
-        elif (seen := look(conn, slot.readable)) is Look.DEAD:
+        elif (seen := self._look(conn)) is Look.DEAD:
             self._discard(conn, "dead", by_server=True)
         else:
             slot.idle_since = monotonic()
@@ -164,6 +164,16 @@ class Checkin(Life[CT]):
                 with self._lock:
                     self._last_seen = slot.idle_since
             self._add_to_pool(conn, is_fresh=seen is Look.ALIVE)
+
+    def _look(self, conn: Any) -> Look:
+        """Look at a connection; where connects fail, silence behind a pooler proves nothing."""
+        seen = look(conn, conn._slot.readable)
+        if seen is Look.ALIVE and self.breaker.is_failing and self.settings.pooler == "transaction":
+            try:
+                ping(conn, self.settings.ping_timeout)
+            except psycopg.Error:
+                return Look.DEAD
+        return seen
 
     def _mend_manners(self, conn: Any, slot: Slot) -> bool:
         """Put back what a user changed; false if that cannot be done."""

@@ -238,7 +238,9 @@ class Checkout(Checkin[CT]):
             ping_between(conn, timeout)
         except psycopg.Error as ex:
             self._discard(conn, "dead", by_server=not isinstance(ex, PingTimeout))
-            if isinstance(ex, PingTimeout) and timeout >= self.settings.ping_timeout:
+            if self.settings.pooler == "transaction":  # a ping without an answer is saturation
+                self._unavailable_behind_pooler(ex)
+            elif isinstance(ex, PingTimeout) and timeout >= self.settings.ping_timeout:
                 oldest = monotonic() - self.settings.ping_after
                 self._retire("dead", lambda s: s.idle_since <= oldest and s not in others)
             return False

@@ -68,7 +68,8 @@ class Runner(Upkeep[CT]):
                 pause = next(pauses)
                 late = deadline is not None and monotonic() + pause >= deadline
                 if late or attempt >= attempts or not self._may_retry(ex, conn, idempotent):
-                    raise
+                    failed: psycopg.Error = self._unavailable_behind_pooler(ex) or ex
+                    raise failed from failed.__cause__
                 error = describe(ex, conn)  # itself it would hold this frame, and so the connection
             else:
                 self._budget.refund()

@@ -23,9 +23,17 @@ from dbpool._conninfo import already_set
 from dbpool._parts import BLOCKS, Call, Probe, insist_on_idle, is_stock, remember
 from dbpool._secrets import conceal, conceal_params, secrets_of
 from dbpool._session import reset_message
-from dbpool.errors import SATURATED, UNSUPPORTED, classify, detached, is_permanent
+from dbpool.errors import (
+    LOGIN_FAILING,
+    SATURATED,
+    UNSUPPORTED,
+    DatabaseUnavailable,
+    classify,
+    detached,
+    is_permanent,
+)  # fmt: skip
 from dbpool.holders import Slot
-from dbpool.liveness import hung_up, readability
+from dbpool.liveness import PingTimeout, hung_up, ping, readability
 
 _LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
 _LOOK_AGAIN = 0.1  # seconds at least between two looks at an attempt without an answer
@@ -64,7 +72,7 @@ class Supply(Books[CT]):
         self._attempt_begins(started)
         try:
             params = self._params()
-            conn = self._make(params, secrets)
+            conn = self._make(params, secrets, started)
         except BaseException as ex:  # noqa: BLE001  # whatever it is, the slot must not be lost
             secrets |= secrets_of(already_set(params, os.environ), getattr(ex, "pgconn", None))
             kind, error = classify(ex), _advised(detached(ex, secrets))
@@ -138,7 +146,7 @@ class Supply(Books[CT]):
         except BaseException:  # noqa: BLE001  # a user's callback may raise anything
             return {}
 
-    def _make(self, params: dict[str, Any], secrets: set[str]) -> CT:
+    def _make(self, params: dict[str, Any], secrets: set[str], started: float) -> CT:
         """Connect and configure; close again what cannot be configured.
 
         The *secrets* that it was made with are added then.
@@ -148,12 +156,38 @@ class Supply(Books[CT]):
             params = {"cursor_factory": self._cursors, **params}  # a tracer builds upon it
         conn: CT = cls.connect("", **params)  # as the parent does: by position
         try:
+            if self.settings.pooler == "transaction":  # which answers the login itself
+                self._ping_server(conn, float(params["connect_timeout"]), started)
             self._furnish(conn)
         except BaseException:
             secrets |= secrets_of(params, conn.pgconn)
             self._close_connection(conn)
             raise
         return conn
+
+    def _ping_server(self, conn: CT, timeout: float, started: float) -> None:
+        """Make one round trip to the server behind a pooler; without an answer it is saturated."""
+        with self._lock:
+            self._pinging.add(started)
+        try:
+            ping(conn, timeout)
+        except PingTimeout:
+            text = f"the pooler gave no server connection within {timeout:g} s"
+            raise psycopg.OperationalError(text) from None
+        finally:
+            with self._lock:
+                self._pinging.discard(started)
+
+    def _unavailable_behind_pooler(self, ex: BaseException | None) -> DatabaseUnavailable | None:
+        """What to raise for *ex* if a pooler says by it that it reaches no server.
+
+        Then no idle connection does: they are replaced, which each new connection's ping decides.
+        """
+        if self.settings.pooler != "transaction" or LOGIN_FAILING not in str(ex):
+            return None
+        self._retire("dead", lambda slot: True)
+        with self._lock:
+            return self._unavailable(cause=ex)
 
     def _furnish(self, conn: Any) -> None:
         conn._pool = self
@@ -264,7 +298,8 @@ class Supply(Books[CT]):
             if started not in self._attempts or self._closed:
                 return
             error = unanswered(monotonic() - started)
-            self.breaker.overdue(started, error, last_seen=self._last_seen)
+            kind = SATURATED if started in self._pinging else "timeout"
+            self.breaker.overdue(started, error, kind, last_seen=self._last_seen)
             opened = self._judge()
             due = max(started, self._last_seen) + self.breaker.patience
             self._await_answer(started, max(due - monotonic(), _LOOK_AGAIN))

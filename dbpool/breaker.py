@@ -98,13 +98,16 @@ class Breaker:
         self.error, self.kind = error, kind
         self._fails_since(started, last_seen)
 
-    def overdue(self, started: float, error: BaseException, *, last_seen: float) -> None:
+    def overdue(
+        self, started: float, error: BaseException, kind: str = "timeout", *, last_seen: float
+    ) -> None:
         """The attempt begun at *started* is still without an answer: count that as failing.
 
         Not yet if a connection came back healthy less than the patience ago: say it again.
         """
         if self._clock() - max(started, last_seen) >= self.patience:
-            self.error, self.kind = error, "timeout"
+            if not (self.is_failing and kind == SATURATED):  # why it fails is known
+                self.error, self.kind = error, kind
             self._fails_since(started, last_seen)
 
     def judge(self, *, last_seen: float, idle: int, out: int) -> bool:

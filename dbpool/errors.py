@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 SATURATED: Final = "saturated"
+LOGIN_FAILING: Final = "server login has been failing"  # PgBouncer's word for a dead server
 UNSUPPORTED: Final = "unsupported startup parameter"  # PgBouncer's word for our timeouts
 
 # The kinds that waiting will hardly cure.
@@ -47,7 +48,10 @@ _TEXTS: Final = (
     ("conninfo", r"resolve host '(?:[^':]*:\d*'|[^']*[][/@\s])|could not translate host name \"\["),
     ("dns", r"failed to resolve host|could not translate host name"),
     ("timeout", r"timeout expired|timed out|query_wait_timeout"),
-    (SATURATED, r"too many (clients|connections)|slots are reserved|no more connections"),
+    (
+        SATURATED,
+        r"no server connection within|too many (clients|connections)|slots are reserved|no more connections",
+    ),
     ("starting", r"database system is|not yet accepting connections|recovery mode"),
     ("shutdown", r"terminating connection due to administrator command"),
     ("standby", r"session is (not )?read-only|server is (not )?in hot standby"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import psycopg
 from psycopg import Connection
-from psycopg.errors import Diagnostic
+from psycopg.errors import Diagnostic, error_from_result
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
@@ -145,11 +145,12 @@ def _error(notice: Diagnostic) -> psycopg.Error:
 def ping(conn: Connection[Any], timeout: float) -> None:
     """Make one round trip with an empty query, outside any transaction, in *timeout* seconds.
 
-    Raise `PingTimeout` if no answer came, another `psycopg.OperationalError` if the
-    connection is dead; after either it is good for closing only.
+    Raise `PingTimeout` if no answer came, another `psycopg.Error` if the connection is dead
+    or the server answers with an error; after either it is good for closing only.
     """
-    if ask(conn, b"", timeout).status != ExecStatus.EMPTY_QUERY:
-        raise psycopg.OperationalError("the server refused a ping")
+    answer = ask(conn, b"", timeout)
+    if answer.status != ExecStatus.EMPTY_QUERY:
+        raise error_from_result(answer, encoding=conn.info.encoding)
 
 
 def ask(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
@@ -160,9 +161,13 @@ def ask(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
     while pgconn.flush():
         _await(readability(pgconn.socket, events=4), deadline)
     answer: PGresult | None = None
-    while (result := _result(pgconn, deadline)) is not None:
-        if answer is None or result.status == ExecStatus.FATAL_ERROR:
-            answer = result
+    try:
+        while (result := _result(pgconn, deadline)) is not None:
+            if answer is None or result.status == ExecStatus.FATAL_ERROR:
+                answer = result
+    except psycopg.OperationalError:  # what it said before it hung up tells more
+        if answer is None or answer.status != ExecStatus.FATAL_ERROR:
+            raise
     _deliver_notifies(pgconn)
     if answer is None:
         raise psycopg.OperationalError("the server gave no answer")

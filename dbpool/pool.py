@@ -223,6 +223,7 @@ class Pool(Runner[CT]):
             is_fetch = result is not _row_count
             if was_sent and not (is_fetch and is_reading(cursor._convert_query(query).query)):
                 self._check_certain(conn, error, sent)
+            error = self._unavailable_behind_pooler(ex) or error
             raise error from error.__cause__
         finally:
             conn._autocommit = slot.manners[0]
@@ -290,6 +291,10 @@ class Lease(Generic[CT]):
         try:
             if exc_type is psycopg.errors.ReadOnlySqlTransaction:
                 pool._moved(conn)
+            elif exc_type is psycopg.errors.ProtocolViolation and (
+                unavailable := pool._unavailable_behind_pooler(exc)
+            ):
+                raise unavailable
             elif exc_type is not None and is_stale_plan(exc):
                 conn._prepared.clear()  # a rollback does so too, but not in autocommit
             status = conn.pgconn.transaction_status

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 
-from dbpool import DatabaseMisconfigured, DatabaseUnavailable
+from dbpool import DatabaseMisconfigured, Databases, DatabaseUnavailable, Pool, Settings
 from dbpool.errors import classify
+from dbpool.health import Health
 from tests.postgres import Server, free_port, spawn, until
 from webapp.embedded import server_user
 
@@ -37,7 +41,8 @@ auth_type = scram-sha-256
 auth_file = {directory}/users
 pool_mode = transaction
 max_client_conn = {most_clients}
-query_wait_timeout = 1
+query_wait_timeout = {patience}
+default_pool_size = {size}
 server_login_retry = 0.1
 server_idle_timeout = 0.5
 logfile = {directory}/log
@@ -47,7 +52,7 @@ logfile = {directory}/log
 class Bouncer:
     """PgBouncer in front of *server*, in transaction mode."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, size: int = 20, patience: float = 1.0) -> None:
         self._server = server
         self.port = free_port()
         self._directory = server.directory / "bouncer"
@@ -59,6 +64,8 @@ class Bouncer:
             port=self.port,
             directory=self._directory,
             most_clients=MOST_CLIENTS,
+            size=size,
+            patience=patience,
         )
         self._config = self._write("ini", config)
         self._log = self._write("log", "")
@@ -100,6 +107,16 @@ class Bouncer:
 def bouncer(own_server: Server) -> Iterator[Bouncer]:
     own_server.execute("create role app login password 'right'")
     bouncer = Bouncer(own_server)
+    bouncer.start()
+    yield bouncer
+    bouncer.kill()
+
+
+@pytest.fixture
+def crowded(own_server: Server) -> Iterator[Bouncer]:
+    """With a single connection to its server, for which clients wait long."""
+    own_server.execute("create role app login password 'right'")
+    bouncer = Bouncer(own_server, size=1, patience=30.0)
     bouncer.start()
     yield bouncer
     bouncer.kill()
@@ -195,10 +212,142 @@ def test_full_it_is_no_outage_while_connections_live(bouncer: Bouncer, make_pool
     assert waiter.result() == 1
 
 
+def dead_behind(pool: Pool[Any], server: Server, mode: str = "fast") -> None:
+    """Stop the server and wait until PgBouncer has noticed: its logins fail from then on."""
+    server.stop(mode)
+    until(lambda: _login_fails(pool))
+
+
+def _login_fails(pool: Pool[Any]) -> bool:
+    try:
+        pool.fetch_value("select 1")
+    except psycopg.OperationalError as ex:
+        return "login has been failing" in str(ex) or isinstance(ex, DatabaseUnavailable)
+    return False
+
+
+@pytest.mark.parametrize("min_size", [0, 1, 4])
+def test_a_dead_server_behind_it_is_an_outage(
+    own_server: Server, bouncer: Bouncer, make_pool: MakePool, min_size: int
+) -> None:
+    pool = make_pool(
+        bouncer.conninfo_for(),
+        pooler="transaction",
+        min_size=min_size,
+        max_size=4,
+        outage_grace=GRACE,
+        timeout=3,
+    )
+    fill(pool)
+    connects = pool.stats().counters.connects
+    dead_behind(pool, own_server)
+    errors = []
+    began = time.monotonic()
+    while pool.state != "down":
+        with pytest.raises(psycopg.OperationalError) as caught:
+            pool.fetch_value("select 1")
+        errors.append(caught.value)
+        assert time.monotonic() - began < 10.0
+    assert pool.stats().counters.connects - connects <= 4, "a login that proves nothing is none"
+    until(lambda: pool.breaker.kind == "refused")
+    for _ in range(50):
+        with pytest.raises(DatabaseUnavailable) as refused:
+            pool.fetch_value("select 1")
+        assert refused.value.kind == "refused"
+    assert {type(error) for error in errors} <= {DatabaseUnavailable}, "503 by themselves"
+    own_server.start()
+    await_up(pool, 5.0)
+    assert pool.fetch_value("select 1") == 1
+
+
+@pytest.mark.parametrize("use", ["fetch", "block", "statement in a block", "run"])
+def test_its_word_for_a_failing_login_is_a_failed_connect(
+    own_server: Server, bouncer: Bouncer, make_pool: MakePool, use: str
+) -> None:
+    pool = make_pool(
+        bouncer.conninfo_for(), pooler="transaction", min_size=3, max_size=3, outage_grace=GRACE
+    )
+    fill(pool)
+    spare = make_pool(
+        bouncer.conninfo_for(), pooler="transaction", max_size=1, outage_grace=GRACE, timeout=1
+    )
+    fill(spare)
+    dead_behind(spare, own_server)
+    spare.close()
+    with pytest.raises(DatabaseUnavailable) as caught:
+        if use == "fetch":
+            pool.fetch_value("select 1")
+        elif use == "run":
+            pool.run(lambda conn: conn.execute("select 1"), attempts=1)
+        else:
+            with pool.connection() as conn:
+                conn.execute("select %s", [1]) if use == "block" else conn.execute("select 1")
+    assert caught.value.kind == "refused"
+    assert "right" not in f"{caught.value} {caught.value.__cause__}"
+    assert pool.stats().idle == 0, "no other reaches the server either"
+    own_server.start()
+    until(lambda: _serves(pool.fetch_value))
+
+
+def test_readiness_tells_of_a_dead_server_behind_it_by_itself(
+    own_server: Server, bouncer: Bouncer, make_pool: MakePool
+) -> None:
+    """Nobody asks but the probe, and all connections to PgBouncer are well."""
+    settings = Settings(
+        conninfo=bouncer.conninfo_for(),
+        pooler="transaction",
+        min_size=3,
+        max_size=3,
+        outage_grace=GRACE,
+    )
+    with Databases({"default": settings}) as databases:
+        health = Health(databases)
+        databases.default.wait()
+        assert health.ready().status == "up"
+        own_server.stop()
+        until(lambda: health.ready().status == "down", 20.0, pause=0.1)
+        own_server.start()
+        until(lambda: health.ready().status == "up", 20.0, pause=0.1)
+
+
+def test_a_crowded_server_behind_it_is_no_outage(
+    own_server: Server, crowded: Bouncer, make_pool: MakePool
+) -> None:
+    """All its server connections are busy: pings get no answer in time."""
+    pool = make_pool(
+        crowded.conninfo_for(),
+        pooler="transaction",
+        max_size=3,
+        outage_grace=GRACE,
+        ping_after=0.0,
+        ping_timeout=0.2,
+    )
+    with ThreadPoolExecutor(3) as threads:
+        conns = [pool.getconn() for _ in range(3)]
+        for conn in conns[1:]:
+            pool.putconn(conn)
+        busy = threads.submit(conns[0].execute, "select pg_sleep(2)")
+        until(lambda: own_server.execute(
+            "select 1 from pg_stat_activity where query = 'select pg_sleep(2)' and state = 'active'"
+        ))  # fmt: skip
+        with pytest.raises(DatabaseUnavailable) as caught:
+            pool.getconn(timeout=0.5)  # its ping, and the one of a new connection, wait
+        assert caught.value.kind in {"saturated", "timeout", "unknown"}
+        assert pool.state == "up"
+        assert pool.stats().counters.discarded["dead"] <= 2
+        busy.result()
+        conns[0].rollback()
+        pool.putconn(conns[0])
+        assert pool.stats().counters.circuit_opened == 0
+        until(lambda: _serves(pool.fetch_value))
+
+
 def test_a_server_that_restarts_behind_it_is_met_by_its_own_word(
     own_server: Server, bouncer: Bouncer, make_pool: MakePool
 ) -> None:
-    pool = make_pool(bouncer.conninfo_for(), pooler="transaction", min_size=2, max_size=2)
+    pool = make_pool(
+        bouncer.conninfo_for(), pooler="transaction", min_size=2, max_size=2, timeout=1
+    )
     fill(pool)
     own_server.stop()
     errors = []
