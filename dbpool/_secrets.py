@@ -24,6 +24,8 @@ SECRET: Final = frozenset(
     {option.keyword.decode() for option in pq.Conninfo.parse(b"") if option.dispchar == b"*"}
     | {"password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"}
 )
+# Keys of what may hold a secret and yet be no string, such as a number or a URL of pydantic's.
+_TEXTS: Final = re.compile(rf"(?i:url)$|^(?:{'|'.join(sorted(SECRET))})$")
 MASK: Final = "***"
 _SHORT: Final = 4  # characters: where a shorter secret is masked, the gaps would show it
 _OMITTED: Final = "(text left out: a secret is too short to be masked in it)"
@@ -77,7 +79,7 @@ class Secret(str):
 def conceal(value: Any) -> Any:
     """Return a string as a `Secret`, and so what a mapping or list holds; else *value* itself."""
     if isinstance(value, Mapping):
-        return {k: conceal(str(v) if k in SECRET and v else v) for k, v in value.items()}
+        return {k: conceal(str(v) if v and _TEXTS.search(str(k)) else v) for k, v in value.items()}
     if isinstance(value, list):
         return [conceal(each) for each in value]
     return Secret(value) if value and isinstance(value, str) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from time import monotonic
 from types import TracebackType
@@ -40,10 +41,10 @@ class Databases(Mapping[str, Pool[Any]]):
     def __init__(
         self, settings: Mapping[str, Settings], listeners: Iterable[Any] = (), **options: Any
     ) -> None:
-        heard, options = checked(listeners), conceal(options)
-        self._pools: dict[str, Pool[Any]] = {
-            name: Pool(settings=each, listeners=heard, **options) for name, each in settings.items()
-        }
+        settings, options, heard = conceal(settings), conceal(options), checked(listeners)
+        self._pools: dict[str, Pool[Any]] = {}
+        for name, each in settings.items():
+            self._pools[name] = Pool(settings=each, listeners=heard, **options)
 
     @classmethod
     def from_env(
@@ -80,7 +81,9 @@ class Databases(Mapping[str, Pool[Any]]):
         try:
             return self._pools[name]
         except KeyError:
-            raise KeyError(f"no database {name!r}, only {', '.join(self._pools)}") from None
+            name = conceal(name)
+            known = ", ".join(self._pools)
+            raise KeyError(f"no database {shown_name(name)}, only {known}") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._pools
@@ -167,7 +170,7 @@ def _check_name(name: str, taken: Mapping[str, object]) -> None:
         raise ConfigError(f"DBPOOL_DATABASES: {name!r} would make {collision[0]} ambiguous")
 
 
-def shown_name(name: str) -> str:
+def shown_name(name: object) -> str:
     """Return a name for a message if it is a plain word: it may be a secret in the wrong place."""
-    is_word = len(name) < 16 and name.isalpha() and name.islower()
+    is_word = re.fullmatch("[a-z]{1,15}", str(name)) is not None
     return repr(str(name)) if is_word else shown(name)

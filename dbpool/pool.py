@@ -96,7 +96,7 @@ class Pool(Runner[CT]):
         listeners: Iterable[Any] = (),
         **options: Unpack[Options],
     ) -> None:
-        conninfo, rest = conceal(conninfo), conceal(options)
+        conninfo, settings, rest = conceal(conninfo), conceal(settings), conceal(options)
         del options  # as they came they would show a password to whoever looks at this frame
         chosen = {name: rest.pop(name) for name in _SETTINGS & rest.keys()}
         if unknown := sorted(rest.keys() - _OPTIONS):

@@ -90,6 +90,7 @@ class Settings:
     def __post_init__(self) -> None:
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         self._set("explicit", self.explicit | (changed - {"name", "explicit"}))
+        _name_only(self.name)
         for f in fields(self):
             value, kind = getattr(self, f.name), type(f.default)
             if kind in (int, float):
@@ -226,7 +227,8 @@ class Settings:
 
         *environ* is the process's environment by default, *dotenv* the path of a `.env`.
         """
-        environ, overrides = conceal(environ), conceal(overrides)
+        name, environ, overrides = map(conceal, (name, environ, overrides))
+        name = _name_only(name)
         layers = read_layers(environ, dotenv)
         warn_of_unknown(layers, tuple({*names_in(layers), name} - {"default"}))
         return build(name, layers, overrides)
@@ -239,6 +241,13 @@ def unknown_variables(
     environ = conceal(environ)
     layers = read_layers(environ, dotenv)
     return list(unknown(layers, names_in(layers)))
+
+
+def _name_only(name: str) -> str:
+    """Return the name of a database; raise `ConfigError` for a connection string in its place."""
+    if re.search(r"://|=", str(name)):
+        raise ConfigError("name looks like a connection string, which belongs into conninfo")
+    return f"{name}"
 
 
 def variable(name: str, database: str = "default") -> str:

@@ -355,3 +355,39 @@ def test_a_url_as_an_argument_is_not_quoted(
     with pytest.raises(SystemExit):
         main(arguments)
     assert not leaks(capsys.readouterr(), PASSWORD)
+
+
+class Dsn:
+    """A connection string that is no `str`, as pydantic's."""
+
+    def __str__(self) -> str:
+        return URL
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda: Settings(URL),
+        lambda: Settings.from_env(URL),
+        lambda: Settings.from_env(f"host=h password={PASSWORD}"),
+        lambda: Pool("host=h", name=URL),
+        lambda: Pool(settings=URL),  # type: ignore[arg-type]
+        lambda: Pool(settings={"password": PASSWORD}),  # type: ignore[arg-type]
+        lambda: Pool("host=h", password=PASSWORD),  # type: ignore[call-arg]
+        lambda: Databases(URL),  # type: ignore[arg-type]
+        lambda: Databases({"default": URL}),  # type: ignore[dict-item]
+        lambda: Databases.from_env(URL),  # type: ignore[arg-type]
+        lambda: DBPool(URL),  # type: ignore[arg-type]
+        lambda: create_blueprint(authorize=URL),  # type: ignore[arg-type]
+        lambda: settings_from_config({"DATABASE_URL": Dsn(), "DBPOOL_MAX_SIZE": "x"}, environ={}),
+        lambda: settings_from_config({"DBPOOL_DATABASES": {"a": {"url": [URL]}}}, environ={}),
+        lambda: settings_from_config({"DBPOOL_DATABASES": {"A": URL}}, environ={}),
+        lambda: AppSettings(token=PASSWORD, details="x"),
+    ],
+)
+def test_a_mistake_shows_nothing(mistake: Callable[[], Any], frames: Frames) -> None:
+    error = raised(mistake)
+    assert error is not None
+    assert not leaks([*of_error(error), *frames.shown], PASSWORD)

@@ -13,6 +13,8 @@ from flask import Blueprint, Response, abort, jsonify, render_template, request
 from flask.blueprints import BlueprintSetupState
 from werkzeug import Response as AnyResponse
 
+from dbpool._secrets import conceal
+from dbpool.databases import shown_name
 from dbpool.errors import ConfigError
 from dbpool.flask._access import Rule, refusal
 from dbpool.flask._errors import retry_after
@@ -52,8 +54,9 @@ def create_blueprint(name: str = "dbpool", authorize: Rule | None = None) -> Blu
     tuple, or an `HTTPException`, returned or raised, is the answer instead. Anything else is an
     error: it is logged, answered with 500, and shows nothing.
     """
+    authorize = conceal(authorize)
     if authorize is not None and not callable(authorize):
-        raise TypeError(f"authorize must be callable, not {authorize!r}")
+        raise TypeError(f"authorize must be callable, not {shown_name(authorize)}")
     blueprint = _Blueprint(name, __name__, template_folder="templates", static_folder="static")
     blueprint.record_once(_prepare)
     blueprint.record(_protect_errors)

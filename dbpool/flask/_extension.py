@@ -61,7 +61,7 @@ class DBPool:
     def __init__(
         self, app: Flask | None = None, *, listeners: Iterable[Any] = (), **options: Unpack[Options]
     ) -> None:
-        self._listeners = checked(listeners)
+        app, self._listeners = conceal(app), checked(listeners)
         self._options: Options = conceal(options)
         del options  # as they came they would show a password to whoever looks at this frame
         if app is not None:
