@@ -67,14 +67,23 @@ def test_an_error_brings_no_pool() -> None:
     )
 
 
-@pytest.mark.parametrize("name", dbpool.__all__)
-def test_each_public_name_can_be_the_first(name: str) -> None:
-    assert fresh(f"import dbpool; print(dbpool.{name}.__name__)") == name
+FIRST = """
+import sys
+for name in {names}:
+    for module in [m for m in sys.modules if m.partition(".")[0] == "dbpool"]:
+        del sys.modules[module]
+    import dbpool
+    print(getattr(dbpool, name).__name__)
+"""
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_each_module_is_an_attribute(name: str) -> None:
-    assert fresh(f"import dbpool; print(dbpool.{name}.__name__)") == f"dbpool.{name}"
+def test_each_public_name_can_be_the_first() -> None:
+    assert fresh(FIRST.format(names=dbpool.__all__)).split() == dbpool.__all__
+
+
+def test_each_module_is_an_attribute() -> None:
+    said = fresh(FIRST.format(names=MODULES)).split()
+    assert said == [f"dbpool.{name}" for name in MODULES]
 
 
 def test_a_star_brings_all_public_names() -> None:
@@ -105,11 +114,17 @@ def test_a_misspelt_name_cannot_be_imported() -> None:
         exec("from dbpool import Poool")
 
 
-@pytest.mark.parametrize("name", ERRORS)
-def test_an_error_is_unpickled_where_nothing_is_imported_yet(name: str) -> None:
-    data = pickle.dumps(getattr(dbpool, name)("why"))
-    script = f"import pickle; ex = pickle.loads({data!r}); print(type(ex).__name__, ex)"
-    assert fresh(script) == f"{name} why"
+def test_an_error_is_unpickled_where_nothing_is_imported_yet() -> None:
+    pickles = [pickle.dumps(getattr(dbpool, name)("why")) for name in ERRORS]
+    script = f"""
+import pickle, sys
+for data in {pickles}:
+    for module in [m for m in sys.modules if m.partition(".")[0] == "dbpool"]:
+        del sys.modules[module]
+    ex = pickle.loads(data)
+    print(type(ex).__name__, ex)
+"""
+    assert fresh(script).splitlines() == [f"{name} why" for name in ERRORS]
 
 
 def test_a_name_may_first_be_used_by_many_threads_at_once() -> None:
