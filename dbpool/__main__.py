@@ -182,7 +182,7 @@ def _report(settings: Settings) -> dict[str, Any]:
             }
     except (PoolError, ConfigError) as ex:
         report["error"] = describe(ex.__cause__ or ex)
-        report["kind"] = getattr(ex, "kind", "config")
+        report["kind"] = getattr(ex, "kind", "conninfo")
     except psycopg.Error as ex:  # it served, and then broke off
         report |= {"ok": False, "error": describe(ex, conn)}
     finally:

@@ -151,8 +151,10 @@ class Books(ConnectionPool[CT]):
             seconds, kind = monotonic() - silent_since, "timeout"
             cause = unanswered(seconds)
         cls = DatabaseMisconfigured if is_permanent(kind) else DatabaseUnavailable
+        span = f" for {seconds:.1f} s" if seconds >= 0.1 else ""
+        shown = "" if kind == "unknown" else f" ({kind})"
         error = cls(
-            f"pool {self.name!r}: no connection to the database for {seconds:.1f} s ({kind}):"
+            f"pool {self.name!r}: no connection to the database{span}{shown}:"
             f" {'none was made in time' if cause is None else describe(cause)}",
             pool=self.name,
             snapshot=snapshot or self.stats(),
@@ -180,8 +182,9 @@ class Books(ConnectionPool[CT]):
     def _tell_down(self, opened: events.CircuitOpened) -> None:
         with _fork.telling:
             logger.error(
-                "pool %r: the database is unavailable (%s): %s",
+                "pool %r: the database %s (%s): %s",
                 self.name,
+                "cannot be used as configured" if is_permanent(opened.kind) else "is unavailable",
                 opened.kind,
                 opened.error,
                 extra=self._extra("circuit_opened", kind=opened.kind),

@@ -19,11 +19,10 @@ from dbpool.errors import ConfigError
 
 logger = logging.getLogger("dbpool")
 
-_REFERENCE: Final = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}", re.ASCII)
+_REFERENCE: Final = re.compile(r"\$\{([A-Za-z_]\w*)((?::-[^}]*)?)\}", re.ASCII)
 _SINGLE_QUOTED: Final = re.compile(r"[^=]*=\s*'")
 # The other lines are for other programs; what is wrong with them does not concern us.
 _OURS: Final = re.compile(r"\s*(export\s+)?(DATABASE_URL|DBPOOL_|PG)")
-
 
 # Not the name of a variable: under it stands which file was not read, and why.
 SKIPPED: Final = "(skipped)"
@@ -105,11 +104,8 @@ def _fill(found: dict[str, str], content: bytes, environ: Mapping[str, str]) -> 
     """Put the variables of a `.env` into *found*; return what is wrong with it, "" if nothing."""
     from dotenv.parser import parse_stream
 
-    try:
-        text = content.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError:
-        return "it is not UTF-8"
-    if "\0" in text:  # as UTF-16 without a mark has
+    text = content.decode(errors="replace").removeprefix("\ufeff")
+    if "\0" in text or "\ufffd" in text:  # UTF-16 without a mark is valid UTF-8, full of NUL
         return "it is not UTF-8"
     known = ChainMap({**environ}, found)
     for key, value, original, is_broken in parse_stream(io.StringIO(text)):
@@ -118,23 +114,12 @@ def _fill(found: dict[str, str], content: bytes, environ: Mapping[str, str]) -> 
             return f"line {original.line} cannot be parsed"
         if key is None or value is None:
             continue
-        is_literal = _SINGLE_QUOTED.match(original.string) is not None
-        expanded, missing = (value, None) if is_literal else _expand(value, known)
-        if missing is None:
-            found[key] = expanded
-        elif is_ours and not environ.get(key):
-            return f"{key} uses ${{{missing}}}, which is not set"
+        references = [] if _SINGLE_QUOTED.match(original.string) else _REFERENCE.findall(value)
+        missing = [name for name, default in references if not default and name not in known]
+        if missing and is_ours and not environ.get(key):
+            return f"{key} uses ${{{missing[0]}}}, which is not set"
+        if references and not missing:
+            found[key] = _REFERENCE.sub(lambda m: known.get(m[1]) or m[2][2:], value)
+        elif not missing:
+            found[key] = value
     return ""
-
-
-def _expand(text: str, variables: Mapping[str, str]) -> tuple[str, str | None]:
-    """Replace each `${X}` and `${X:-default}`; return also the first X that is not set."""
-    missing: list[str] = []
-
-    def value(match: re.Match[str]) -> str:
-        name, default = match.groups()
-        if name not in variables and default is None:
-            missing.append(name)
-        return variables.get(name) or default or ""
-
-    return _REFERENCE.sub(value, text), next(iter(missing), None)

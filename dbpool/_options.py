@@ -41,6 +41,7 @@ class Options(TypedDict, total=False):
     pooler: str
     pipeline_begin: bool
     application_name: str
+    libpq: str
 
     kwargs: KwargsParam | None
     open: bool | None

@@ -36,6 +36,7 @@ from dbpool.holders import Slot
 from dbpool.liveness import PingTimeout, hung_up, ping, readability
 
 _LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
+_NAMES_A_DATABASE = {"host", "hostaddr", "port", "dbname", "service", "DATABASE_URL"}
 _LOOK_AGAIN = 0.1  # seconds at least between two looks at an attempt without an answer
 
 
@@ -75,7 +76,7 @@ class Supply(Books[CT]):
             conn = self._make(params, secrets, started)
         except BaseException as ex:  # noqa: BLE001  # whatever it is, the slot must not be lost
             secrets |= secrets_of(already_set(params, os.environ), getattr(ex, "pgconn", None))
-            kind, error = classify(ex), _advised(detached(ex, secrets))
+            kind, error = classify(ex), _advised(detached(ex, secrets), params)
         else:
             self._attempt_succeeded(conn, started)
             return
@@ -360,8 +361,15 @@ class Supply(Books[CT]):
             self._later(lambda pool: pool._dispose(gone, "dead"))
 
 
-def _advised(error: BaseException) -> BaseException:
+def _advised(error: BaseException, params: dict[str, Any]) -> BaseException:
     """Add what to do about it to an error's text, where that is known."""
-    if isinstance(error, psycopg.Error) and UNSUPPORTED in str(error):
-        error.args = (f"{error}; a transaction pooler needs DBPOOL_POOLER=transaction",)
+    known = {**already_set(params, os.environ), **os.environ}
+    if UNSUPPORTED in str(error):
+        advice = "a transaction pooler needs DBPOOL_POOLER=transaction"
+    elif params and not known.keys() & _NAMES_A_DATABASE:
+        advice = "DATABASE_URL is not set: libpq's defaults are used"
+    else:
+        return error
+    if isinstance(error, psycopg.Error):
+        error.args = (f"{error}; {advice}",)
     return error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +14,12 @@ from dbpool._secrets import Secret, is_doubtful
 from dbpool.errors import ConfigError
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
-_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|m|h|)\s*", re.ASCII)
+_DURATION: Final = re.compile(r"(-?(?:\d+(?:\.\d*)?|\.\d+))\s*(ms|s|m|h|)", re.ASCII)
+
+# What is called so here, and what SQLAlchemy, Django, asyncpg, pgxpool, HikariCP, Npgsql, Prisma and
+# others call it, in small letters and without underscores.
+_TABLE: Final = Path(__file__).with_name("names.txt").read_text("utf-8")
+NAMES: Final = dict(line.split(": ") for line in _TABLE.splitlines())
 
 
 def find(layers: list[Mapping[str, Any]], *names: str) -> Any:
@@ -37,7 +44,7 @@ def secret_of(layers: list[Mapping[str, Any]], name: str) -> tuple[str | None, s
 def secret(path: str, name: str) -> str:
     """Return what a secret file holds; *name* is the variable that gave its *path*."""
     try:
-        return Secret(Path(path).read_text("utf-8").strip("\r\n"))
+        return Secret(Path(path).read_text("utf-8-sig").strip("\r\n"))
     except (OSError, UnicodeDecodeError) as ex:
         reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
     raise ConfigError(f"{name}: cannot read {shown(path)}: {reason}")
@@ -67,18 +74,19 @@ def flag(value: Any, name: str) -> bool:
 
 def number(value: Any, known_as: str, *, whole: bool = False, is_time: bool = True) -> float | int:
     """Convert a number; one that *is_time* may be text with a unit. The error names *known_as*."""
+    wanted = 'a number of seconds or a time such as "500ms"' if is_time else "a whole number"
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ConfigError(f"{known_as} must be a number, not {shown(value)}")
+        raise ConfigError(f"{known_as} must be {wanted}, not {shown(value)}")
+    given = value
     if isinstance(value, str):
-        match = _DURATION.fullmatch(value)
-        if match is None or not (is_time or value.strip().isdecimal()):
-            hint = 'a time such as "500ms" or "30s"' if is_time else "a whole number"
-            raise ConfigError(f"{known_as} must be {hint}, not {shown(value)}")
+        match = _DURATION.fullmatch(value.strip())
+        if match is None or not (is_time or match[0].lstrip("-").isdecimal()):
+            raise ConfigError(f"{known_as} must be {wanted}, not {shown(value)}")
         value = float(match[1]) * _UNITS[match[2]]
     if not math.isfinite(value) or value < 0:
-        raise ConfigError(f"{known_as} must be 0 or more, not {value!r}")
+        raise ConfigError(f"{known_as} must be 0 or more, not {shown(given)}")
     if whole and value != int(value):
-        raise ConfigError(f"{known_as} must be a whole number, not {value!r}")
+        raise ConfigError(f"{known_as} must be a whole number, not {shown(given)}")
     return int(value) if whole else float(value)
 
 
@@ -90,11 +98,24 @@ def shown(value: object) -> str:
     return repr(value) if is_plain else f"a {type(value).__name__}"
 
 
-def nearest(word: str, known: set[str] | frozenset[str]) -> str | None:
-    """Return the known word that *word* looks most like, if any does."""
-    from difflib import get_close_matches
+def nearest(word: str, known: AbstractSet[str]) -> str | None:
+    """Return what *word* is called here, else the known name that looks most like it, if any.
 
-    return next(iter(get_close_matches(word, sorted(known), 1)), None)
+    What looks like a password's name is never taken for another secret's.
+    """
+    plain, names = _plain(word), {_plain(name): name for name in known}
+    for name, others in NAMES.items():
+        for other in filter(plain.endswith, (_plain(name), *others.split())):
+            if found := names.get(plain.removesuffix(other) + _plain(name)):
+                return found
+    if re.search("pass|pwd|secret|key|cred", plain):
+        ending = "passfile" if plain.endswith("file") else "password"
+        names = {key: name for key, name in names.items() if key.endswith(ending)}
+    return next((names[key] for key in get_close_matches(plain, sorted(names), 1)), None)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "")
 
 
 def did_you_mean(suggestion: str | None) -> str:

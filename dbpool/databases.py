@@ -160,14 +160,21 @@ def _databases(
 def _check_name(name: str, taken: Mapping[str, object]) -> None:
     if not NAME.fullmatch(name):
         raise ConfigError(
-            f"DBPOOL_DATABASES: {shown_name(name)} is no name: small letters, digits and _ make one"
+            f"DBPOOL_DATABASES: {shown_name(name)} is no name for a database: it must begin with a"
+            " small letter and hold only small letters, digits and _"
+        )
+    if name == "default":
+        raise ConfigError(
+            "DBPOOL_DATABASES names 'default' twice: leave it out, it is the database of DATABASE_URL"
         )
     if name in taken:
         raise ConfigError(f"DBPOOL_DATABASES names {name!r} twice")
     theirs = variables_of(name)
     others = COMMON.union(*(variables_of(other) for other in taken if other != "default"))
     if collision := sorted(theirs & others):
-        raise ConfigError(f"DBPOOL_DATABASES: {name!r} would make {collision[0]} ambiguous")
+        raise ConfigError(
+            f"DBPOOL_DATABASES: {name!r} would make {collision[0]} ambiguous; choose another name"
+        )
 
 
 def shown_name(name: object) -> str:

@@ -18,20 +18,10 @@ if TYPE_CHECKING:
     from dbpool.metrics import Snapshot
 
 __all__ = [
-    "CommitUncertain",
-    "ConfigError",
-    "DatabaseMisconfigured",
-    "DatabaseUnavailable",
-    "PoolClosed",
-    "PoolError",
-    "PoolExhausted",
-    "PoolTimeout",
-    "TooManyRequests",
-    "classify",
-    "describe",
-    "detached",
-    "is_permanent",
-]
+    "CommitUncertain", "ConfigError", "DatabaseMisconfigured", "DatabaseUnavailable", "PoolClosed",
+    "PoolError", "PoolExhausted", "PoolTimeout", "TooManyRequests", "classify", "describe",
+    "detached", "is_permanent",
+]  # fmt: skip
 
 SATURATED: Final = "saturated"
 LOGIN_FAILING: Final = "server login has been failing"  # PgBouncer's word for a dead server
@@ -58,25 +48,21 @@ _TEXTS: Final = (
     ("conninfo", r"authentication method|channel binding|GSSAPI encryption|OAuth"),
     ("password", r"authentication failed for|no password supplied|SASL auth"),
     ("role", r'role "[^"]*" does not exist|not permitted to log in|no such user'),
-    ("database", r'database "[^"]*" does not exist|no such database'),
-    ("database", r"not currently accepting connections"),
+    ("database", r'database "[^"]*" does not exist|no such database|not currently accepting'),
     ("conninfo", r"could not access file|permission denied to set|requires a value"),
-    ("access", r"failed: Permission denied"),  # on a socket
-    ("access", r"no pg_hba\.conf entry|pg_hba\.conf rejects|permission denied for database"),
-    ("closed", r"unexpected eof|EOF detected"),  # in the middle of a TLS handshake, say
     (
-        "tls",
-        r"certificate|private key file|SSL engine|server does not support SSL|SSL error|sslmode",
+        "access",
+        r"failed: Permission denied|pg_hba\.conf (entry|rej)|permission denied for database",
     ),
+    ("closed", r"unexpected eof|EOF detected"),  # in the middle of a TLS handshake, say
+    ("tls", r"certificate|private key file|SSL engine|not support SSL|SSL error|sslmode"),
     ("refused", r"Connection refused|No such file or directory|login has been failing"),
     ("closed", r"server closed the connection|Connection reset"),
-    ("conninfo", r"(valid range|invalid value) for parameter|unrecognized configuration parameter"),
-    ("conninfo", r'parameter "[^"]*" cannot be|command-line argument|WAL sender|walsender'),
-    ("conninfo", r"protocol_version|protocol (version|negotiation)|peer user name|requirepeer"),
-    ("conninfo", r"received invalid response|expected authentication request"),  # no PostgreSQL
-    ("conninfo", UNSUPPORTED),
-    ("conninfo", r"invalid (port number|connection option|integer value)|could not match \d"),
-    ("conninfo", r"failed: (Not a directory|Invalid argument)|setsockopt|path .* is too long"),
+    ("conninfo", r"for parameter|configuration parameter|\" cannot be|command-line|wal ?sender"),
+    ("conninfo", r"protocol_version|protocol (version|negot)|peer user name|could not match \d"),
+    ("conninfo", rf"Not a directory|Invalid argument|setsockopt|path .* is too long|{UNSUPPORTED}"),
+    # The second and third: the port is that of another service.
+    ("conninfo", r"invalid (port|connection opt|integer)|received invalid|expected authentication"),
     # What libpq refuses without asking a server. Its own text may be localised.
     ("conninfo", r"^connection is bad: (?!.*(\.s\.PGSQL\.|, \w+ \d+ |memory))"),
 )

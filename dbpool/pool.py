@@ -23,6 +23,7 @@ from dbpool._outcomes import forget_if_refused, is_reading, is_stale_plan
 from dbpool._parts import HARMLESS, KeptCursor
 from dbpool._run import Runner
 from dbpool._secrets import conceal
+from dbpool._values import did_you_mean, nearest
 from dbpool.errors import CommitUncertain, ConfigError
 from dbpool.events import Emitter
 from dbpool.holders import Holder, Slot
@@ -100,7 +101,8 @@ class Pool(Runner[CT]):
         del options  # as they came they would show a password to whoever looks at this frame
         chosen = {name: rest.pop(name) for name in _SETTINGS & rest.keys()}
         if unknown := sorted(rest.keys() - _OPTIONS):
-            raise ConfigError(f"Pool() has no option {unknown[0]!r}")
+            meant = did_you_mean(nearest(unknown[0], _SETTINGS | _OPTIONS))
+            raise ConfigError(f"Pool() has no option {unknown[0]!r}{meant}")
         opening = rest.pop("open", None)
         settings = _settings(conninfo, settings, chosen, rest.get("kwargs"))
         rest |= {name: getattr(settings, name) for name in _SHARED}
@@ -315,6 +317,8 @@ class Lease(Generic[CT]):
 def _settings(
     conninfo: ConninfoParam, settings: Settings | None, chosen: dict[str, Any], kwargs: Any
 ) -> Settings:
+    if not isinstance(settings, Settings | None):
+        raise ConfigError(f"settings must be a dbpool.Settings, not a {type(settings).__name__}")
     if chosen.get("max_size", 0) is None:  # the parent's "as min_size"
         del chosen["max_size"]
         built = _settings(conninfo, settings, chosen, kwargs)

@@ -9,19 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
+from psycopg.conninfo import make_conninfo
+
 from dbpool import _conninfo, _secrets
 from dbpool._dotenv import SKIPPED, Source, read_layers
 from dbpool._secrets import conceal
-from dbpool._values import (
-    did_you_mean,
-    find,
-    flag,
-    nearest,
-    number,
-    secret,
-    secret_of,
-    words,
-)
+from dbpool._values import did_you_mean, find, flag, nearest, number, secret, secret_of, words
 from dbpool.errors import ConfigError
 
 __all__ = ["Settings", "unknown_variables"]
@@ -34,17 +27,28 @@ _URL: Final = re.compile(r"DBPOOL_(?:([A-Z][A-Z0-9_]*)_)?URL(_FILE)?")
 _POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
 # Numbers that are no times.
 _SIZES: Final = frozenset({"min_size", "max_size", "max_waiting", "keepalives_count"})
+# Seconds from which on a number without a unit is probably one of milliseconds: 1000, but for these.
+_LONG: Final = {"max_lifetime": 200_000, "max_idle": 200_000}
 # Our fields that the server enforces, with their names there.
 SERVER_SIDE: Final = {
     "statement_timeout": "statement_timeout",
     "lock_timeout": "lock_timeout",
     "idle_in_transaction_timeout": "idle_in_transaction_session_timeout",
 }
+# The least values; a time below a millisecond would be sent as 0, which turns these off.
+_OFF_AT_0: Final = dict.fromkeys((*SERVER_SIDE, "tcp_user_timeout"), 0.001)
+_LEAST: Final = {"max_size": 1, "connect_timeout": 2, **_OFF_AT_0} | dict.fromkeys(
+    ("max_lifetime", "max_idle", "ping_timeout"), 0.001
+)
 # libpq's variables that say which database is meant.
 _NAMES_A_DATABASE: Final = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE")
+# What others call DATABASE_URL.
+_MEANT: Final = (
+    "DATABASE_URI SQLALCHEMY_DATABASE_URI DB_URL DB_URI DATABASE_DSN POSTGRES_URL PG_URL"
+)
 # Fields without a variable: nobody was seen to need one.
 _UNNAMED: Final = frozenset(
-    {"name", "conninfo", "conninfo_file", "password_file", "explicit"}
+    {"name", "conninfo", "conninfo_file", "password_file", "libpq", "explicit"}
     | {"keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"}
 )
 
@@ -56,7 +60,8 @@ class Settings:
 
     Raises `ConfigError` for a value that does not parse, is out of range, or contradicts
     another. `explicit` names the fields that were set on purpose: those win over what the
-    connection string sets, which wins over the defaults.
+    connection string sets, which wins over the defaults. `libpq` are parameters as key=value
+    that `PG*` variables set where libpq does not see them, such as in a `.env`.
     """
 
     name: str = "default"
@@ -85,6 +90,7 @@ class Settings:
     pooler: str = "none"
     pipeline_begin: bool = False
     application_name: str = ""
+    libpq: str = ""
     explicit: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +102,10 @@ class Settings:
             if kind in (int, float):
                 known_as, is_time = self._known_as(f.name), f.name not in _SIZES
                 self._set(f.name, number(value, known_as, whole=kind is int, is_time=is_time))
+                is_bare = isinstance(value, int) or str(value).strip().isdecimal()
+                if is_bare and kind is float and int(value) >= _LONG.get(f.name, 1000):
+                    text = "%s is %d seconds (%.1f hours); for milliseconds write %dms"
+                    logger.warning(text, known_as, int(value), int(value) / 3600, int(value))
             elif isinstance(f.default, bool):
                 self._set(f.name, value is not None and flag(value, self._known_as(f.name)))
             elif kind is str and not isinstance(value, str):
@@ -123,15 +133,12 @@ class Settings:
     def _check(self) -> None:
         if not self.name:
             raise ConfigError("name must not be empty")
-        if self.max_size < 1:
-            self._refuse("max_size", "must be at least 1")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value < least and not (value == 0 and name in _OFF_AT_0):
+                self._refuse(name, f"must be at least {least:g}{'' if name in _SIZES else ' s'}")
         if self.min_size > self.max_size:
             self._refuse("min_size", f"is {self.min_size}, more than max_size {self.max_size}")
-        if self.connect_timeout < 2:
-            self._refuse("connect_timeout", "must be at least 2 whole seconds")
-        for name in ("max_lifetime", "max_idle", "ping_timeout"):
-            if getattr(self, name) <= 0:
-                self._refuse(name, "must be more than 0")
         if self.pooler not in _POOLERS:
             self._refuse("pooler", "must be none or transaction")
         self._set("pooler", _POOLERS[self.pooler])
@@ -160,14 +167,17 @@ class Settings:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "explicit"}
         for key in ("conninfo_file", "password_file", "application_name"):
             values[key] = values[key] and _secrets.mask_value(values[key])
-        return values | {"conninfo": _conninfo.mask_conninfo(self.conninfo)}
+        masked = {key: _conninfo.mask_conninfo(getattr(self, key)) for key in ("conninfo", "libpq")}
+        return values | masked
 
     def resolve(self) -> str:
         """Return the connection string as it is now; its secret file is read again."""
         if self.conninfo or self.conninfo_file is None:
             return self.conninfo
         name = f"{variable('conninfo', self.name)}_FILE"
-        return _conninfo.normalise(secret(self.conninfo_file, name), name)
+        if not (found := _conninfo.normalise(secret(self.conninfo_file, name), name)):
+            raise ConfigError(f"{name}: the file is empty")
+        return found
 
     def connect_params(
         self, conninfo: str | None = None, kwargs: Mapping[str, Any] | None = None
@@ -180,7 +190,10 @@ class Settings:
         given = _secrets.conceal_params(kwargs or {})
         own = {key: given.pop(key) for key in _conninfo.PSYCOPG & given.keys()}
         params = _conninfo.parse(self.resolve() if conninfo is None else conninfo) | given
-        known = _conninfo.already_set(params, os.environ)
+        unseen = _conninfo.parse(self.libpq)
+        variables = {_conninfo.VARIABLES[key]: value for key, value in unseen.items()}
+        known = _conninfo.already_set(params, {**os.environ, **variables})
+        params |= {key: known[key] for key in unseen}
         for key, value in self._wishes():
             if key not in known:
                 params[key] = value
@@ -188,6 +201,8 @@ class Settings:
             params["connect_timeout"] = self.connect_timeout
         if self.password_file and "password" not in known:
             params["password"] = secret(self.password_file, "PGPASSWORD_FILE")
+        if cut := [key for key, value in params.items() if "\0" in str(value)]:
+            raise ConfigError(f"{cut[0]} must not hold a NUL character")
         if self.pooler == "transaction":
             own.setdefault("prepare_threshold", None)
         elif options := self._options(str(known.get("options", ""))):
@@ -259,16 +274,9 @@ def variable(name: str, database: str = "default") -> str:
 
 
 _FIELDS: Final = tuple(f.name for f in fields(Settings) if f.name not in _UNNAMED)
-COMMON: Final = frozenset(variable(name) for name in _FIELDS) | {
-    "DBPOOL_DATABASES",
-    "DBPOOL_REQUIRED",
-    "DBPOOL_TOKEN",
-    "DBPOOL_TOKEN_FILE",
-    "DBPOOL_DETAILS",
-    "DBPOOL_DOTENV",
-    "DBPOOL_STATS_DIR",
-    "DBPOOL_ERROR_HANDLERS",
-}
+# Those of an application, beside its pools.
+_OTHERS: Final = "DATABASES REQUIRED TOKEN TOKEN_FILE DETAILS DOTENV STATS_DIR ERROR_HANDLERS"
+COMMON: Final = frozenset(map(variable, [*_FIELDS, *_OTHERS.lower().split()]))
 
 
 def variables_of(database: str) -> set[str]:
@@ -286,6 +294,9 @@ def build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, An
     url = variable("conninfo", name)
     found["conninfo"], found["conninfo_file"] = secret_of(layers, url)
     found["password_file"] = find(layers, "PGPASSWORD_FILE")
+    variables = {key: find(layers, name) for key, name in _conninfo.VARIABLES.items() if name}
+    unseen = {k: v for k, v in variables.items() if v != os.environ.get(_conninfo.VARIABLES[k])}
+    found["libpq"] = make_conninfo("", **unseen) or None
     given = {key: value for key, value in overrides.items() if value is not None}
     values = {key: value for key, value in found.items() if value is not None} | given
     if name != "default" and not (values.get("conninfo") or values.get("conninfo_file")):
@@ -301,9 +312,12 @@ def _check_that_nothing_was_meant(layers: list[Mapping[str, Any]]) -> None:
         return
     if skipped := find(layers, SKIPPED):
         raise ConfigError(
-            f"DATABASE_URL is not set, and {skipped}; if you trust that file, name it in"
-            " DBPOOL_DOTENV"
+            f"DATABASE_URL is not set, and {skipped}; DBPOOL_DOTENV names a trusted one"
         )
+    if any(layer.get("DATABASE_URL_FILE") == "" for layer in layers):
+        raise ConfigError("DATABASE_URL_FILE is empty, and DATABASE_URL is not set")
+    if meant := [key for key in _MEANT.split() if find(layers, key)]:
+        raise ConfigError(f"DATABASE_URL is not set; did you mean it by {meant[0]}?")
 
 
 def names_in(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -319,8 +333,11 @@ def unknown(
     given = {key for layer in layers for key in layer if key.startswith("DBPOOL_")}
     for key in sorted(given - known):
         url = _URL.fullmatch(key)
-        if url is None:
-            yield key, nearest(key, known)
+        libpq = key.replace("DBPOOL_", "PG")
+        if libpq in _conninfo.VARIABLES.values():
+            yield key, libpq
+        elif url is None:
+            yield key, nearest(key, known | {"PGPASSWORD_FILE"})
         elif url[1] in (None, "DATABASE", "DEFAULT"):
             yield key, f"DATABASE_URL{url[2] or ''}"
         else:

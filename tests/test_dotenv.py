@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -244,15 +245,11 @@ with app.app_context():
 
 
 @pytest.fixture
-def below_root(tmp_path: Path) -> Iterator[Path]:
+def below_root() -> Iterator[Path]:
     """A directory that a user other than root can reach."""
-    reached = [tmp_path, *tmp_path.parents[:2]]
-    modes = [(path, path.stat().st_mode) for path in reached]
-    for path in reached:
-        path.chmod(0o755)
-    yield tmp_path
-    for path, mode in modes:
-        path.chmod(mode)
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
 
 
 @as_root

@@ -146,6 +146,10 @@ def _database(listener: socket.socket, stop: Stop) -> Iterator[Server | None]:
         for name in [name for name in os.environ if name.startswith("PG")]:
             del os.environ[name]
         os.environ["DATABASE_URL"] = embedded.conninfo
+        # Of a .env nothing else counts: its PG variables are meant for another server.
+        ours = {key: value for key, value in configured.items() if key.startswith("DBPOOL_")}
+        os.environ.update({key: value for key, value in ours.items() if value})
+        os.environ["DBPOOL_DOTENV"] = "off"
         closed = any(map(configured.get, ("DBPOOL_DETAILS", "DBPOOL_TOKEN", "DBPOOL_TOKEN_FILE")))
         if not closed:
             os.environ["DBPOOL_DETAILS"] = "always"

@@ -1,0 +1,511 @@
+"""What wrong settings say: the cause, by name, in words of the user's, and nothing of a secret."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+from flask import Flask
+from hypothesis import example, given
+from hypothesis import strategies as st
+from psycopg.pq import Conninfo
+
+from dbpool import ConfigError, DatabaseUnavailable, Pool, Settings
+from dbpool.databases import databases_from_env, settings_from_config
+from dbpool.flask import DBPool
+from dbpool.settings import unknown_variables
+
+SECRET = "hunter2"
+
+
+def refusal(conninfo: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        databases_from_env({"DATABASE_URL": conninfo})
+    text = str(caught.value)
+    assert text.startswith("conninfo (DATABASE_URL) is malformed: ")
+    assert SECRET not in text
+    return text
+
+
+# Connection strings
+
+
+@pytest.mark.parametrize(
+    ("url", "scheme"),
+    [
+        (f"mysql://u:{SECRET}@h/d", "mysql"),
+        (f"mysql+pymysql://u:{SECRET}@h/d", "mysql+pymysql"),
+        ("sqlite:///d.sqlite", "sqlite"),
+        ("mongodb://h", "mongodb"),
+        (f"postgresql+asyncpg://u:{SECRET}@h/d", "postgresql+asyncpg"),
+        ("postgresql+psycopg_async://h/d", "postgresql+psycopg_async"),
+        (f"postgres//u:{SECRET}@h/d", "postgres"),
+        (f"postgres:/u:{SECRET}@h/d", "postgres"),
+        ("POSTGRES://h/d", "POSTGRES"),
+        (f"postgis://u:{SECRET}@h/d", "postgis"),
+        ("psql://h/d", "psql"),
+        (f"jdbc:postgresql://h/d?user=u&password={SECRET}", "jdbc:postgresql"),
+    ],
+)
+def test_another_scheme_is_named(url: str, scheme: str) -> None:
+    text = refusal(url)
+    assert f"its scheme is {scheme}:" in text
+    assert "write postgresql://" in text
+    assert "percent-encode" not in text
+
+
+@pytest.mark.parametrize("url", [f"{SECRET}://h", f"https://u:{SECRET}@h"])
+def test_what_may_not_be_a_scheme_at_all_is_not_quoted(url: str) -> None:
+    assert "its scheme is not postgresql://" in refusal(url)
+
+
+@pytest.mark.parametrize(
+    ("query", "name", "meant"),
+    [
+        ("sslmod=require", "sslmod", "sslmode"),
+        ("connect_timout=3", "connect_timout", "connect_timeout"),
+        ("application-name=x", "application-name", "application_name"),
+        ("sslmode=require&username=u", "username", "user"),
+        ("database=d", "database", "dbname"),
+        ("ssl=require", "ssl", "sslmode"),
+        # Prisma
+        ("schema=public", "schema", "options=-csearch_path"),
+        ("pgbouncer=true&connection_limit=1", "pgbouncer", "DBPOOL_POOLER"),
+        ("connection_limit=1", "connection_limit", "DBPOOL_MAX_SIZE"),
+        ("pool_timeout=3", "pool_timeout", "DBPOOL_TIMEOUT"),
+        # JDBC, pgxpool, node-postgres, SQLAlchemy
+        ("currentSchema=x", "currentSchema", "options=-csearch_path"),
+        ("pool_max_conns=3", "pool_max_conns", "DBPOOL_MAX_SIZE"),
+        ("idleTimeoutMillis=3", "idleTimeoutMillis", "DBPOOL_MAX_IDLE"),
+        ("pool_pre_ping=1", "pool_pre_ping", "DBPOOL_PING_AFTER"),
+        ("statement_timeout=3", "statement_timeout", "DBPOOL_STATEMENT_TIMEOUT"),
+    ],
+)
+def test_an_unknown_parameter_is_named_with_what_was_meant(
+    query: str, name: str, meant: str
+) -> None:
+    text = refusal(f"postgresql://u:{SECRET}@h/d?{query}")
+    assert f"the parameter {name};" in text
+    assert f"did you mean {meant}" in text
+    assert "percent-encode" not in text
+
+
+def test_the_same_for_key_and_value() -> None:
+    text = refusal(f"host=h sslmod=require password={SECRET}")
+    assert "the parameter sslmod; did you mean sslmode?" in text
+    assert "did you mean max_size" not in text
+    # After a password it may be the rest of one that holds a blank.
+    text = refusal("host=h password=an sslmod=require")
+    assert "sslmod;" not in text
+    assert "did you mean sslmode?" in text
+
+
+@pytest.mark.parametrize(
+    ("string", "said"),
+    [
+        (f"'postgresql://u:{SECRET}@h/d'", "in quotes"),
+        (f'"host=h password={SECRET}"', "in quotes"),
+        (f"psql 'postgresql://u:{SECRET}@h/d'", "psql command"),
+        (f"psql -h h -W {SECRET}", "psql command"),
+        (f"DATABASE_URL=postgresql://u:{SECRET}@h/d", "name of a variable"),
+        (f"export DATABASE_URL='postgresql://u:{SECRET}@h/d'", "name of a variable"),
+        (f"postgresql://u:{SECRET}@h/d\npostgresql://u@h2/d", "line break"),
+        (f"postgresql://u:{SECRET} x@h/d", "blank"),
+        (f"postgresql://u:{SECRET}\0x@h/d", "NUL"),
+        (f"host=h password={SECRET}\0", "NUL"),
+        (f"Host=h;Username=u;Password={SECRET}", "semicolons"),
+        (f"u:{SECRET}@h/d", "neither a URL"),
+        ("localhost:5432/d", "neither a URL"),
+        (f"{{'NAME': '{SECRET}'}}", "neither a URL"),
+        (f"postgresql://u:{SECRET}@x@h/d", "percent-encode"),
+        (f"postgresql://u:{SECRET}/x@h/d", "percent-encode"),
+        (f"postgresql://u:{SECRET}%@h/d", "percent-encode"),
+        (f"postgresql://u:{SECRET}@h/d?sslmode=require&sslmode=disable", "sslmode twice"),
+        (f"host=h password={SECRET} 2", "quote values"),
+        (f"host=h password='{SECRET}", "quote values"),
+        ("host=localhost:5432", "its host holds a port"),
+        ("host=h;port=1", "its host holds ;"),
+    ],
+)
+def test_what_is_wrong_with_a_string_is_said(string: str, said: str) -> None:
+    assert said in refusal(string)
+
+
+@pytest.mark.parametrize(
+    "query", ["host=h1:5432&host=h2:5433", "host=h1&host=h2", "host=h1:5432", "host=h1,h2:5433"]
+)
+def test_hosts_as_sqlalchemy_has_them_are_not_taken_for_one(query: str) -> None:
+    text = refusal(f"postgresql://u:{SECRET}@/d?{query}")
+    assert "host twice" in text or "its host holds a port" in text
+
+
+@pytest.mark.parametrize(
+    "string",
+    [
+        "postgresql://u:p@h1:1,h2:2/d",
+        "postgresql://u:p@/d?host=h1,h2&port=1,2",
+        "postgresql://u:p@[::1]:5432/d?ssl=true",
+        "postgresql://u:p%40%20x@h/d?options=-c%20search_path%3Dx",
+        "postgresql+psycopg2://h/d",
+        "postgres://",
+        "host=::1",
+        "host=fe80::1%eth0 port=1",
+        "host=/var/run/postgresql",
+        "host='@abstract' user='a b'\n dbname = d",
+        "",
+    ],
+)
+def test_what_is_right_is_taken(string: str) -> None:
+    assert Settings(conninfo=string).conninfo.strip() == string.replace("+psycopg2", "")
+
+
+PIECES = st.sampled_from(["@", "/", ":", "?", "&", "=", "#", "%", " ", "'", "\\", ";", "x", "ssl"])
+
+
+@given(st.lists(PIECES, max_size=6), st.lists(PIECES, max_size=6))
+@example(["&"], ["=x"])
+@example([" "], ["="])
+def test_no_part_of_a_password_is_quoted(before: list[str], after: list[str]) -> None:
+    password = f"{''.join(before)}zQ7q{''.join(after)}"
+    for string in (
+        f"postgresql://u:{password}@h/d",
+        f"postgresql://u@h/d?password={password}",
+        f"postgresql+asyncpg://u:{password}@h/d",
+        f"host=h password={password} dbname=d",
+        f"Host=h;Password={password}",
+    ):
+        try:
+            Settings(conninfo=string)
+        except ConfigError as ex:
+            assert "zQ7q" not in str(ex)  # noqa: PT017  # some of them are well-formed
+
+
+class Dsn:
+    def __str__(self) -> str:
+        return "postgresql://u:***@h/d"
+
+
+def test_a_url_that_hides_its_password_is_told() -> None:
+    """SQLAlchemy's, say, which shows *** in place of it."""
+    with pytest.raises(ConfigError, match=r"DATABASE_URL.*its password is [*]{3}"):
+        settings_from_config({"DATABASE_URL": Dsn()}, environ={})
+    assert "its password is ***" in refusal(str(Dsn()))
+
+
+@pytest.mark.parametrize("value", [5, b"postgresql://h", ["host=h"], {"NAME": SECRET}])
+def test_what_is_no_string_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"DATABASE_URL.*is malformed") as caught:
+        settings_from_config({"DATABASE_URL": value}, environ={})
+    assert SECRET not in str(caught.value)
+
+
+# Where nothing names a database
+
+
+def test_an_empty_secret_file_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    for content in ("", "\n", "  \n"):
+        file.write_text(content)
+        settings = Settings.from_env(environ={"DATABASE_URL_FILE": str(file)})
+        with pytest.raises(ConfigError, match=r"^DATABASE_URL_FILE: the file is empty"):
+            settings.connect_params()
+
+
+def test_an_empty_variable_for_the_file_is_an_error_where_nothing_else_is_set() -> None:
+    with pytest.raises(ConfigError, match="DATABASE_URL_FILE is empty"):
+        databases_from_env({"DATABASE_URL_FILE": ""})
+    environ = {"DATABASE_URL_FILE": "", "DATABASE_URL": "host=h"}
+    assert databases_from_env(environ)["default"].resolve() == "host=h"
+    assert databases_from_env({"DATABASE_URL_FILE": "", "PGHOST": "h"})["default"].resolve() == ""
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URI", "SQLALCHEMY_DATABASE_URI", "POSTGRES_URL"])
+def test_another_name_for_the_url_is_told(name: str) -> None:
+    with pytest.raises(ConfigError, match="DATABASE_URL is not set") as caught:
+        settings_from_config({name: f"postgresql://u:{SECRET}@h/d"}, environ={})
+    assert name in str(caught.value)
+    assert SECRET not in str(caught.value)
+    both = {name: "sqlite://", "DATABASE_URL": "host=h"}
+    assert settings_from_config(both, environ={})["default"].resolve() == "host=h"
+
+
+def test_that_nothing_is_set_is_in_the_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = "DATABASE_URL is not set: libpq's defaults are used"
+    app, db = Flask("app"), DBPool()
+    app.config.update(DBPOOL_OUTAGE_GRACE="0s", DBPOOL_DOTENV="off")
+    db.init_app(app)
+    with app.app_context(), pytest.raises(DatabaseUnavailable, match=said):
+        db.pool.fetch_value("select 1")
+    with Pool(outage_grace=0) as pool, pytest.raises(DatabaseUnavailable, match=said):
+        pool.getconn()
+    for conninfo in ("host=127.0.0.1 port=1", "host=/nowhere"):
+        with (
+            Pool(conninfo, outage_grace=0) as pool,
+            pytest.raises(DatabaseUnavailable) as caught,
+        ):
+            pool.getconn()
+        assert said not in str(caught.value)
+
+
+# libpq's variables where libpq does not see them
+
+
+def test_pg_variables_of_a_dotenv_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / ".env"
+    file.write_text(f"PGHOST=of-the-file\nPGUSER=u\nPGPASSWORD={SECRET}\nPGOPTIONS='-c geqo=off'\n")
+    settings = Settings.from_env(dotenv=file)
+    params = settings.connect_params()
+    assert (params["host"], params["user"], params["password"]) == ("of-the-file", "u", SECRET)
+    assert params["options"].endswith("-c geqo=off")
+    assert SECRET not in repr(settings)
+    assert SECRET not in str(settings.masked())
+    # What is set closer to the connection wins, as with libpq.
+    assert settings.connect_params("host=h user=v")["host"] == "h"
+    assert settings.connect_params("host=h")["password"] == SECRET
+    monkeypatch.setenv("PGHOST", "of-the-environment")
+    params = Settings.from_env(dotenv=file).connect_params()
+    assert "host" not in params, "libpq reads that by itself"
+    (tmp_path / "services").write_text("[mine]\nuser=of-the-service\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    assert settings.connect_params("service=mine")["user"] == "of-the-service"
+
+
+def test_pg_variables_of_a_given_environment_and_configuration_count() -> None:
+    settings = Settings.from_env(environ={"PGHOST": "h", "PGCONNECT_TIMEOUT": "9"})
+    assert settings.connect_params()["host"] == "h"
+    assert settings.connect_params()["connect_timeout"] == "9"
+    databases = settings_from_config(
+        {"PGUSER": "u", "DBPOOL_DATABASES": {"b": "host=b"}}, environ={"PGUSER": "v"}
+    )
+    assert [each.connect_params()["user"] for each in databases.values()] == ["u", "u"]
+
+
+PG_VARIABLES = {
+    option.envvar.decode(): option.keyword.decode()
+    for option in Conninfo.get_defaults()
+    if option.envvar
+}
+
+
+@pytest.mark.parametrize(("variable", "keyword"), PG_VARIABLES.items())
+def test_every_pg_variable_counts(variable: str, keyword: str) -> None:
+    params = Settings.from_env(environ={variable: "7"}).connect_params()
+    assert "7" in str(params[keyword])
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("name", ["DBPOOL_TIMEOUT", "DBPOOL_MAX_SIZE", "DBPOOL_STATEMENT_TIMEOUT"])
+@pytest.mark.parametrize("value", ["-1", "-0.5", -1])
+def test_a_negative_number_is_told_as_such(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}\) must be (0 or more|a whole number), not"):
+        settings_from_config({name: value}, environ={})
+
+
+@pytest.mark.parametrize("value", [timedelta(seconds=3), b"3", [3], {"s": 3}])
+def test_another_type_is_named(value: Any) -> None:
+    with pytest.raises(ConfigError, match="must be a number of seconds or a time") as caught:
+        Settings(timeout=value)
+    assert type(value).__name__ in str(caught.value)
+    assert "connection string" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["statement_timeout", "lock_timeout", "idle_in_transaction_timeout", "tcp_user_timeout"]
+)
+@pytest.mark.parametrize("value", ["0.4ms", "0.9ms", 0.0001])
+def test_a_time_that_would_be_sent_as_zero_is_refused(name: str, value: Any) -> None:
+    given: dict[str, Any] = {name: value}
+    with pytest.raises(ConfigError, match=f"^{name}.*must be at least 0.001 s"):
+        Settings(**given)
+    for right in (0, 0.001):
+        given[name] = right
+        assert getattr(Settings(**given), name) == right
+
+
+def test_a_long_text_is_refused_at_once() -> None:
+    began = monotonic()
+    for text in ("1" + " " * 100_000 + "x", " " * 100_000 + "x", "1" * 100_000 + "x"):
+        with pytest.raises(ConfigError) as caught:
+            Settings(timeout=text)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 300
+    assert monotonic() - began < 1.0
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_told"),
+    [
+        ({"DBPOOL_STATEMENT_TIMEOUT": "30000"}, True),
+        ({"DBPOOL_LOCK_TIMEOUT": " 5000 "}, True),
+        ({"DBPOOL_TIMEOUT": "1000"}, True),
+        ({"DBPOOL_MAX_IDLE": "600000"}, True),
+        ({"DBPOOL_MAX_LIFETIME": "86400"}, False),
+        ({"DBPOOL_STATEMENT_TIMEOUT": "30000s"}, False),
+        ({"DBPOOL_STATEMENT_TIMEOUT": "30000ms"}, False),
+        ({"DBPOOL_STATEMENT_TIMEOUT": "999"}, False),
+        ({"DBPOOL_MAX_SIZE": "2000"}, False),
+    ],
+)
+def test_seconds_that_look_like_milliseconds_are_one_warning(
+    environ: dict[str, str], is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    databases_from_env(environ)
+    assert len(caplog.messages) == is_told
+    for text in caplog.messages:
+        assert next(iter(environ)) in text
+        assert "hours" in text
+
+
+@pytest.mark.parametrize("key", ["password", "user", "dbname"])
+def test_a_nul_is_refused_and_not_cut(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{key} must not hold a NUL"):
+        Settings().connect_params("host=h", {key: "a\0b"})
+    file = tmp_path / "password"
+    file.write_text("a\0b")
+    with pytest.raises(ConfigError, match="password must not hold a NUL"):
+        Settings(password_file=str(file)).connect_params("host=h")
+
+
+def test_a_secret_file_may_begin_with_a_mark(tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    file.write_bytes("host=h".encode("utf-8-sig"))
+    assert Settings(conninfo_file=str(file)).resolve() == "host=h"
+
+
+# Names
+
+# What other pools call it: SQLAlchemy, psycopg2, HikariCP, Django, pgxpool, asyncpg, Npgsql,
+# node-postgres, Druid.
+ELSEWHERE = {
+    "pool_size": "max_size",
+    "maxsize": "max_size",
+    "max_overflow": "max_size",
+    "maxconn": "max_size",
+    "minconn": "min_size",
+    "maximumPoolSize": "max_size",
+    "minimumIdle": "min_size",
+    "connectionTimeout": "timeout",
+    "idleTimeout": "max_idle",
+    "maxLifetime": "max_lifetime",
+    "leakDetectionThreshold": "leak_after",
+    "validationTimeout": "ping_timeout",
+    "CONN_MAX_AGE": "max_lifetime",
+    "CONN_HEALTH_CHECKS": "ping_after",
+    "pool_max_conns": "max_size",
+    "pool_min_conns": "min_size",
+    "pool_max_conn_lifetime": "max_lifetime",
+    "pool_max_conn_idle_time": "max_idle",
+    "command_timeout": "statement_timeout",
+    "max_inactive_connection_lifetime": "max_idle",
+    "MaxPoolSize": "max_size",
+    "MinPoolSize": "min_size",
+    "ConnectionIdleLifetime": "max_idle",
+    "max": "max_size",
+    "min": "min_size",
+    "idleTimeoutMillis": "max_idle",
+    "connectionTimeoutMillis": "timeout",
+    "maxActive": "max_size",
+    "initialSize": "min_size",
+    "maxWait": "timeout",
+    "pool_recycle": "max_lifetime",
+    "pool_pre_ping": "ping_after",
+    "pool_timeout": "timeout",
+    "max_sise": "max_size",
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours"), ELSEWHERE.items())
+def test_what_other_pools_call_it_is_known_by_keyword_variable_and_key(
+    theirs: str, ours: str
+) -> None:
+    keyword: dict[str, Any] = {theirs: 3}
+    with pytest.raises(ConfigError, match=f"did you mean {ours}[?]"):
+        Pool("host=h", **keyword)
+    with pytest.raises(ConfigError, match=f"did you mean {ours}[?]"):
+        Settings.from_env(environ={}, **keyword)
+    name = f"DBPOOL_{theirs}".upper()
+    variable = f"DBPOOL_{ours}".upper()
+    assert unknown_variables({name: "3"}) == [(name, variable)]
+    with pytest.raises(ConfigError, match=f"did you mean {variable}[?]"):
+        settings_from_config({name: 3}, environ={})
+    environ = {"DBPOOL_DATABASES": "b", "DBPOOL_B_URL": "host=b"}
+    environ[name.replace("DBPOOL_", "DBPOOL_B_")] = "3"
+    assert unknown_variables(environ)[0][1] == variable.replace("DBPOOL_", "DBPOOL_B_")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("DBPOOL_PASSWORD_FILE", "PGPASSWORD_FILE"),
+        ("DBPOOL_PASSWORD", "PGPASSWORD"),
+        ("DBPOOL_USER", "PGUSER"),
+        ("DBPOOL_HOST", "PGHOST"),
+        ("DBPOOL_SSLMODE", "PGSSLMODE"),
+        ("DBPOOL_TOKEN_FIEL", "DBPOOL_TOKEN_FILE"),
+    ],
+)
+def test_variables_of_libpq_by_our_prefix(name: str, meant: str) -> None:
+    assert unknown_variables({name: "x"}) == [(name, meant)]
+
+
+@pytest.mark.parametrize(
+    "word", ["PASSWORD", "PASSWD", "PWD", "PASS", "SECRET", "SECRET_KEY", "DB_PASSWORD", "CRED"]
+)
+@pytest.mark.parametrize("ending", ["", "_FILE"])
+@pytest.mark.parametrize("database", ["", "B_"])
+def test_a_password_is_never_taken_for_another_secret(
+    word: str, ending: str, database: str
+) -> None:
+    name = f"DBPOOL_{database}{word}{ending}"
+    environ = {"DBPOOL_DATABASES": "b", "DBPOOL_B_URL": "host=b", name: "x"}
+    ((_, meant),) = unknown_variables(environ)
+    assert meant in (None, "PGPASSWORD", "PGPASSWORD_FILE")
+    assert meant is None or meant.endswith("_FILE") is (ending == "_FILE")
+
+
+@pytest.mark.parametrize("option", ["password", "host", "user", "dbname", "connect_args"])
+def test_parameters_of_a_connection_belong_into_kwargs(option: str) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean kwargs\?"):
+        Pool(**{option: SECRET})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{}, "host=h", 5, Settings])
+def test_settings_of_another_type_are_refused(settings: Any) -> None:
+    with pytest.raises(ConfigError, match=r"settings must be a dbpool\.Settings, not a"):
+        Pool(settings=settings)
+
+
+def test_the_default_database_is_not_listed() -> None:
+    with pytest.raises(ConfigError, match="leave it out, it is the database of DATABASE_URL"):
+        databases_from_env({"DBPOOL_DATABASES": "default,a", "DBPOOL_A_URL": "host=a"})
+
+
+# What a pool says
+
+
+def test_a_first_failure_is_told_without_a_span() -> None:
+    with Pool("host=127.0.0.1 port=1", timeout=0) as pool:
+        with pytest.raises(DatabaseUnavailable) as caught:
+            pool.getconn()
+        assert "0.0 s" not in str(caught.value)
+        assert "unknown" not in str(caught.value)
+
+
+def test_the_log_does_not_call_a_wrong_setting_unavailable(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="dbpool")
+    with Pool("host=127.0.0.1 port=1 sslmode=never") as pool:
+        with pytest.raises(DatabaseUnavailable) as caught:
+            pool.getconn()
+        assert "0.0 s" not in str(caught.value)
+    assert "cannot be used as configured" in caplog.text
+    assert "unavailable" not in caplog.text
