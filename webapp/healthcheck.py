@@ -14,7 +14,7 @@ REQUEST = b"GET /db/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close
 
 def main() -> str | None:
     """Return what is wrong, or None."""
-    port = os.environ.get("PORT") or "8000"
+    port = os.environ.get("PORT", "").strip() or "8000"
     try:
         with socket.create_connection(("127.0.0.1", int(port)), TIMEOUT) as conn:
             conn.sendall(REQUEST)
