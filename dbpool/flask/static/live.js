@@ -103,7 +103,7 @@ function summary(stats) {
 function showAll(stats) {
   const names = Object.keys(stats.pools).sort((a, b) => (b === "default") - (a === "default"));
   for (const card of [...byId("pools").children]) if (!(card.dataset.pool in stats.pools)) card.remove();
-  for (const each of stats.processes) each.start = stats.time - each.age - each.uptime;
+  for (const each of stats.processes) each.start = stats.time - each.uptime;
   const last = comparable(stats);
   for (const name of names) {
     const before = last && last.pools[name];
