@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from dbpool import gunicorn as hooks
+from dbpool._files import is_held
 
 from .namespaces import own_pids, read_only, unshared
 from .postgres import until
@@ -122,11 +123,15 @@ def test_masters_in_other_containers_are_left_alone_while_they_run(
     inside.append(start(tmp_path, *own_pids()))
     masters = [*inside, *outside]
     assert named(tmp_path) == {master.directory for master in masters}
-    inside[0].kill()
-    outside[0].kill()
+    for killed in (inside[0], outside[0]):
+        assert killed.directory is not None
+        sign = killed.directory / ".master"
+        assert is_held(sign)
+        killed.kill()
+        until(lambda sign=sign: not is_held(sign))  # type: ignore[misc]  # a namespace takes time
     inside.append(start(tmp_path, *own_pids()))
     left = {master.directory for master in (*inside[1:], *outside[1:])}
-    until(lambda: named(tmp_path) == left)  # a killed namespace takes a moment to end
+    assert named(tmp_path) == left
 
 
 @pytest.mark.parametrize(
