@@ -36,6 +36,7 @@ from dbpool.settings import Settings
 
 logger = logging.getLogger("dbpool")
 
+_MAX_CANCELS = 100  # requests that wait to be sent; beyond them the oldest is dropped
 _QUIET = 10.0  # seconds at least without another of its kind that end an episode
 REPLACED: Final = "replaced %d connections that the server closed"
 
@@ -93,6 +94,7 @@ class Books(ConnectionPool[CT]):
         self._queued = 0
         self._in_vain = 0.0  # seconds waited by those whose time ran out
         self._popped: dict[str, int] = {}
+        self._cancels: deque[Any] = deque(maxlen=_MAX_CANCELS)  # requests to be sent
         self._episodes: dict[str, Episode] = {}  # by cause
         self._last_seen = 0.0
         self._moved_at = float("-inf")

@@ -95,6 +95,7 @@ class Checkin(Life[CT]):
 
     def _mend(self, conn: Any) -> None:
         """Make a connection that came back unfit idle again, or give it up."""
+        self._cancel_later(conn)
         if (message := conn._slot.reset_message) and not self._closed:
             self._tidy(conn, lambda conn: reset(conn, message, self.settings.ping_timeout))
         with self._lock:
@@ -128,7 +129,9 @@ class Checkin(Life[CT]):
             if status == TransactionStatus.ACTIVE:
                 raise psycopg.ProgrammingError("it was returned in the middle of an operation")
             if status not in (_IDLE, _UNKNOWN):
-                logger.warning("pool %r: rolling back returned connection: %s", self.name, conn)
+                where = conn._slot.where()  # type: ignore[attr-defined]
+                cause = f"%d connections returned in a transaction, from {where}"
+                self._warn("rolled_back", cause, f"rolling back returned connection: {conn}")
                 conn.rollback()
             if reset and status != _UNKNOWN:
                 reset(conn)

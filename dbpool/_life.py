@@ -58,6 +58,7 @@ class Life(Supply[CT]):
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - monotonic()))
+        self._send_cancels()
         self._end_episodes(quiet=0.0)
         if self.listeners.active:
             self.listeners.emit(events.Closed(self.name))

@@ -54,6 +54,7 @@ class Upkeep(Checkout[CT]):
 
     def patrol(self, now: float) -> None:
         """Free what was collected, retire what is old, report what is held for too long."""
+        self._send_cancels()
         with _fork.telling:
             self._end_episodes()
             with self._lock:

@@ -17,8 +17,8 @@ from typing import Any
 import psycopg
 from psycopg import Connection
 from psycopg.errors import Diagnostic, error_from_result
-from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
-from psycopg.pq.abc import PGconn, PGresult
+from psycopg.pq import ConnStatus, ExecStatus, PollingStatus, TransactionStatus
+from psycopg.pq.abc import PGcancelConn, PGconn, PGresult
 
 logger = logging.getLogger("dbpool")
 
@@ -172,6 +172,15 @@ def ask(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
     if answer is None:
         raise psycopg.OperationalError("the server gave no answer")
     return answer
+
+
+def cancel(request: PGcancelConn, timeout: float) -> None:
+    """Send a cancel request and wait until the server has taken it, *timeout* seconds at most."""
+    deadline = monotonic() + timeout
+    request.start()
+    while (status := request.poll()) not in (PollingStatus.OK, PollingStatus.FAILED):
+        events = 1 if status == PollingStatus.READING else 4
+        _await(readability(request.socket, events), deadline)
 
 
 def _result(pgconn: PGconn, deadline: float) -> PGresult | None:

@@ -257,6 +257,7 @@ class Pool(Runner[CT]):
             for holder in reports:
                 self.listeners.emit(events.Leaked(self.name, holder))
         for conn in held.values():
+            self._cancel_later(conn)
             conn.pgconn.finish()
             self.putconn(conn)
         return reports
