@@ -13,7 +13,8 @@ RUN python -m venv /venv \
 FROM ${BASE} AS sources
 COPY dbpool /app/dbpool
 COPY webapp /app/webapp
-RUN find /app -type f ! -name '*.py' ! -name py.typed ! -path '*/templates/*' ! -path '*/static/*' -delete \
+RUN find /app -type f ! -name '*.py' ! -name py.typed ! -name names.txt \
+    ! -path '*/templates/*' ! -path '*/static/*' -delete \
  && python -m compileall -q --invalidation-mode unchecked-hash /app \
  && chmod -R u=rwX,go=rX /app
 

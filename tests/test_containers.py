@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -101,17 +102,25 @@ def test_secrets_and_editors_files_stay_out_of_the_image(folder: str, name: str)
     assert is_left_out(folder + name)
 
 
+def tracked() -> list[str]:
+    """The files of the two folders that the image is made of; caches apart, without git too."""
+    command = ["git", "ls-files", "dbpool", "webapp"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = [path for name in ("dbpool", "webapp") for path in (ROOT / name).rglob("*.py")]
+    return done.stdout.split() or [str(path.relative_to(ROOT)) for path in found]
+
+
 def test_the_sources_get_into_the_image() -> None:
-    done = subprocess.run(
-        ["git", "ls-files", "dbpool", "webapp"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    paths = done.stdout.split() or ["dbpool/__init__.py", "webapp/__init__.py"]
-    assert [path for path in paths if is_left_out(path)] == []
+    assert [path for path in tracked() if is_left_out(path)] == []
     assert all(is_left_out(path) for path in ("README.md", "tests/postgres.py", "pyproject.toml"))
+
+
+def test_files_of_every_kind_that_the_sources_hold_stay_in_the_image() -> None:
+    """A stage deletes all others: a new kind of file has to be named there."""
+    (deleting,) = [step for step in steps("RUN") if "find" in step]
+    kept = re.findall(r"! -(?:name|path) '?([^ ']+)'?", deleting)
+    lost = {path for path in tracked() if not any(fnmatch(path, f"*{kind}") for kind in kept)}
+    assert lost <= {"webapp/requirements.txt"}
 
 
 # -- compose ---------------------------------------------------------------------------------
