@@ -42,6 +42,6 @@ def _undefined_table(exc: psycopg.errors.UndefinedTable) -> Response:
 def _unavailable(reason: str) -> Response:
     answer = jsonify(error=reason)
     answer.status_code = 503
-    # Not all at once, please.
+    # Spread, so that clients do not come back all at once.
     answer.headers["Retry-After"] = str(random.randint(1, 3))  # noqa: S311  # no secret
     return answer

@@ -16,10 +16,10 @@ from dbpool.app_settings import AppSettings
 
 logger = logging.getLogger("dbpool")
 
-Rule = Callable[[], object]
+Authorize = Callable[[], object]
 
 
-def refusal(settings: AppSettings, authorize: Rule | None) -> AnyResponse | None:
+def access_denied(settings: AppSettings, authorize: Authorize | None) -> AnyResponse | None:
     """Return the response for a client that may not see details, None for one that may.
 
     *authorize*, the application's own rule, decides if there is one, else the token: 401 where
@@ -43,7 +43,7 @@ def refusal(settings: AppSettings, authorize: Rule | None) -> AnyResponse | None
     return answer
 
 
-def _apply(authorize: Rule) -> AnyResponse | None:
+def _apply(authorize: Authorize) -> AnyResponse | None:
     """Call the application's rule. Only True opens: a mistake in a rule must not."""
     verdict = current_app.ensure_sync(authorize)()
     if verdict is True:

@@ -16,7 +16,7 @@ from werkzeug import Response as AnyResponse
 from dbpool._secrets import conceal
 from dbpool.databases import shown_name
 from dbpool.errors import ConfigError
-from dbpool.flask._access import Rule, refusal
+from dbpool.flask._access import Authorize, access_denied
 from dbpool.flask._errors import retry_after
 from dbpool.flask._extension import KEY, state
 from dbpool.health import DEGRADED, UP
@@ -46,7 +46,7 @@ class _Blueprint(Blueprint):
             _refuse(503, "no file can be opened: too many are open")
 
 
-def create_blueprint(name: str = "dbpool", authorize: Rule | None = None) -> Blueprint:
+def create_blueprint(name: str = "dbpool", authorize: Authorize | None = None) -> Blueprint:
     """Make the blueprint, to be registered after `DBPool.init_app`.
 
     *authorize* takes the place of the token: it is called in the request. Only True shows the
@@ -65,14 +65,14 @@ def create_blueprint(name: str = "dbpool", authorize: Rule | None = None) -> Blu
     def trusted(view: View) -> View:
         @wraps(view)
         def guarded() -> AnyResponse:
-            refused = refusal(state().settings, authorize)
+            refused = access_denied(state().settings, authorize)
             return view() if refused is None else refused
 
         return guarded
 
     def health() -> AnyResponse:
         try:
-            is_stranger = refusal(state().settings, authorize) is not None
+            is_stranger = access_denied(state().settings, authorize) is not None
         except Exception as ex:  # noqa: BLE001  # a rule may abort, or need the database that is down
             logger.info("health is told in words only: %s", type(ex).__name__)
             is_stranger = True
