@@ -316,7 +316,7 @@ def _directory(given: str | None) -> str | Path | None:
     found = directories()
     if len(found) > 1:
         names = ", ".join(map(str, found))
-        raise ConfigError(f"several applications run here: choose one by --dir of {names}")
+        raise ConfigError(f"several applications run here: choose one with --dir: {names}")
     return found[0] if found else None
 
 
@@ -325,12 +325,14 @@ def _survey(directory: Path, app: str | None) -> dict[str, Any]:
     matches = [pattern.fullmatch(path.name) for path in directory.glob("*")]
     apps = sorted({match[1] or match[2] for match in matches if match})
     if app is None and len(apps) > 1:
-        raise ConfigError(f"several applications share {place}: --app {' or '.join(apps)}")
+        raise ConfigError(
+            f"several applications share {place}: choose one with --app {' or '.join(apps)}"
+        )
     if not apps or (app is not None and app not in apps):
         raise ConfigError(f"{place} holds no statistics{f' of {app}' if app else ''}")
     report = Processes({}, directory, app or apps[0]).survey()
     if report is None:
-        raise ConfigError(f"{place} is no directory private to this user")
+        raise ConfigError(f"{place} is not a directory that is private to this user")
     return report
 
 

@@ -133,7 +133,7 @@ class Checkout(Checkin[CT]):
             return self._unavailable()
         if self.max_waiting and len(self._waiting) >= self.max_waiting:
             return TooManyRequests(
-                f"pool {self.name!r}: {len(self._waiting)} callers wait already, max_waiting is"
+                f"pool {self.name!r}: {len(self._waiting)} waiting already, max_waiting is"
                 f" {self.max_waiting}; {self._active()} of {self._max_size} connections checked out"
             )
         return None

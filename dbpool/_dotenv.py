@@ -6,10 +6,12 @@ import grp
 import io
 import logging
 import os
+import pwd
 import re
 import stat
 from collections import ChainMap
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -79,6 +81,9 @@ def _writer(name: str, found: os.stat_result) -> str:
 
 
 def _is_own_group(gid: int) -> bool:
+    with suppress(KeyError):  # the user's own, whatever `newgrp` has made of it
+        if gid == pwd.getpwuid(os.geteuid()).pw_gid:
+            return True
     if gid in (0, os.getegid()):
         return True
     try:

@@ -271,7 +271,7 @@ class Supply(Books[CT]):
         if exist and not self.breaker.is_open and (kind == SATURATED or is_permanent(kind)):
             text = (
                 f"no new connection ({kind}): {failed.error}; {exist} of at most {self._max_size} exist,"
-                f" {len(self._waiting)} callers wait"
+                f" {len(self._waiting)} waiting"
             )
             with _fork.telling:
                 self._warn("connect_failed", f"%d failed connects ({kind})", text, kind=kind)

@@ -103,6 +103,8 @@ def find_dotenv(config: Mapping[str, Any] | None = None) -> Mapping[str, str]:
     """
     config = conceal(config or {})
     named = config.get("DBPOOL_DOTENV") or os.environ.get("DBPOOL_DOTENV")
+    if config.get("DBPOOL_DOTENV") is False:
+        return {}
     if named:
         return read_dotenv(named)
     passed: list[Path] = []

@@ -23,7 +23,7 @@ from dbpool._outcomes import forget_if_refused, is_reading, is_stale_plan
 from dbpool._parts import HARMLESS, KeptCursor
 from dbpool._run import Runner
 from dbpool._secrets import conceal
-from dbpool._values import did_you_mean, nearest
+from dbpool._values import did_you_mean, nearest, shown
 from dbpool.errors import CommitUncertain, ConfigError
 from dbpool.events import Emitter
 from dbpool.holders import Holder, Slot
@@ -319,7 +319,7 @@ def _settings(
     conninfo: ConninfoParam, settings: Settings | None, chosen: dict[str, Any], kwargs: Any
 ) -> Settings:
     if not isinstance(settings, Settings | None):
-        raise ConfigError(f"settings must be a dbpool.Settings, not a {type(settings).__name__}")
+        raise ConfigError(f"settings must be a dbpool.Settings, not {shown(settings)}")
     if chosen.get("max_size", 0) is None:  # the parent's "as min_size"
         del chosen["max_size"]
         built = _settings(conninfo, settings, chosen, kwargs)

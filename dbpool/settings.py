@@ -138,7 +138,7 @@ class Settings:
             if value < least and not (value == 0 and name in _OFF_AT_0):
                 self._refuse(name, f"must be at least {least:g}{'' if name in _SIZES else ' s'}")
         if self.min_size > self.max_size:
-            self._refuse("min_size", f"is {self.min_size}, more than max_size {self.max_size}")
+            self._refuse("min_size", f"is {self.min_size}, but max_size is {self.max_size}")
         if self.pooler not in _POOLERS:
             self._refuse("pooler", "must be none or transaction")
         self._set("pooler", _POOLERS[self.pooler])
@@ -261,7 +261,7 @@ def unknown_variables(
 def _name_only(name: str) -> str:
     """Return the name of a database; raise `ConfigError` for a connection string in its place."""
     if re.search(r"://|=", str(name)):
-        raise ConfigError("name looks like a connection string, which belongs into conninfo")
+        raise ConfigError("name looks like a connection string, which belongs in conninfo")
     return f"{name}"
 
 
@@ -312,12 +312,14 @@ def _check_that_nothing_was_meant(layers: list[Mapping[str, Any]]) -> None:
         return
     if skipped := find(layers, SKIPPED):
         raise ConfigError(
-            f"DATABASE_URL is not set, and {skipped}; DBPOOL_DOTENV names a trusted one"
+            f"DATABASE_URL is not set, and {skipped}; to read it all the same, name it in DBPOOL_DOTENV"
         )
     if any(layer.get("DATABASE_URL_FILE") == "" for layer in layers):
         raise ConfigError("DATABASE_URL_FILE is empty, and DATABASE_URL is not set")
     if meant := [key for key in _MEANT.split() if find(layers, key)]:
-        raise ConfigError(f"DATABASE_URL is not set; did you mean it by {meant[0]}?")
+        raise ConfigError(
+            f"DATABASE_URL is not set, but {meant[0]} is, which is not read: rename it"
+        )
 
 
 def names_in(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:

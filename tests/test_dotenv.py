@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pwd
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from webapp import create_app
 
 ROOT = Path(__file__).parent.parent
 STRANGER = 54321  # a user and a group that nobody here is
+
+NOBODY = pwd.getpwnam("nobody")
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 
@@ -234,9 +237,10 @@ import dbpool.flask, dotenv.parser, flask
 app = flask.Flask("root")
 app.testing = True
 dbpool.flask.DBPool(app)  # what it imports may be out of the reach of the user
-os.setgroups([int(group) for group in sys.argv[1:]])
-os.setgid(1234)
-os.setuid(1234)
+user, group, *groups = map(int, sys.argv[1:])
+os.setgroups(groups)
+os.setgid(group)
+os.setuid(user)
 app = flask.Flask("app")
 db = dbpool.flask.DBPool(app)
 with app.app_context():
@@ -254,25 +258,26 @@ def below_root() -> Iterator[Path]:
 
 @as_root
 @pytest.mark.parametrize(
-    ("owner", "group", "mode", "groups", "is_read"),
+    ("who", "owner", "group", "mode", "is_read"),
     [
-        (0, 0, 0o644, [], True),  # baked into an image, or mounted
-        (0, 0, 0o664, [], True),
-        (STRANGER, 7, 0o644, [], False),
-        (1234, 1234, 0o664, [], True),  # umask 002
-        (0, 4321, 0o664, [4321], True),  # Kubernetes' fsGroup: a group that has no name
-        (0, 4321, 0o664, [], False),
-        (0, 100, 0o664, [100], False),  # "users": all are in it
+        ((1234, 1234), 0, 0, 0o644, True),  # baked into an image, or mounted
+        ((1234, 1234), 0, 0, 0o664, True),
+        ((1234, 1234), STRANGER, 7, 0o644, False),
+        ((1234, 1234), 1234, 1234, 0o664, True),  # umask 002
+        ((1234, 1234, 4321), 0, 4321, 0o664, True),  # fsGroup: a group that has no name
+        ((1234, 1234), 0, 4321, 0o664, False),
+        ((1234, 1234, 100), 0, 100, 0o664, False),  # "users": all are in it
+        ((NOBODY.pw_uid, 100), NOBODY.pw_uid, NOBODY.pw_gid, 0o664, True),  # after `newgrp users`
     ],
 )
 def test_as_an_ordinary_user(
-    below_root: Path, owner: int, group: int, mode: int, groups: list[int], is_read: bool
+    below_root: Path, who: tuple[int, ...], owner: int, group: int, mode: int, is_read: bool
 ) -> None:
     file = write(below_root)
     os.chown(file, owner, group)
     file.chmod(mode)
     done = subprocess.run(
-        [sys.executable, "-c", AS_A_USER, *map(str, groups)],
+        [sys.executable, "-c", AS_A_USER, *map(str, who)],
         cwd=below_root,
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -316,6 +321,7 @@ def test_a_named_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
 def test_off_reads_none(above: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(above)
     assert chosen(DBPOOL_DOTENV="off") == ""
+    assert chosen(DBPOOL_DOTENV=False) == ""
     monkeypatch.setenv("DBPOOL_DOTENV", "off")
     assert chosen() == ""
     assert Settings.from_env().resolve() == ""

@@ -479,7 +479,7 @@ def test_parameters_of_a_connection_belong_into_kwargs(option: str) -> None:
 
 @pytest.mark.parametrize("settings", [{}, "host=h", 5, Settings])
 def test_settings_of_another_type_are_refused(settings: Any) -> None:
-    with pytest.raises(ConfigError, match=r"settings must be a dbpool\.Settings, not a"):
+    with pytest.raises(ConfigError, match=r"settings must be a dbpool\.Settings, not"):
         Pool(settings=settings)
 
 

@@ -85,7 +85,8 @@ class Health:
         self._logged_failures: dict[tuple[str, str], str] = {}
         if unknown := sorted(self._required - databases.keys()):
             raise ConfigError(
-                f"DBPOOL_REQUIRED names {shown_name(unknown[0])}, which is no database"
+                f"DBPOOL_REQUIRED names {shown_name(unknown[0])}, which is not among the databases:"
+                f" {', '.join(databases)}"
             )
 
     def add(
@@ -105,7 +106,7 @@ class Health:
         if name in self._databases or name in self._checks:
             raise ConfigError(f"there is a check called {name!r} already")
         if not name or not callable(check):
-            raise ConfigError(f"check {name!r} needs a name and something to call")
+            raise ConfigError("a check needs a name, and a function that can be called")
         if not 0.0 < timeout < math.inf:
             raise ConfigError(f"check {name!r} needs a timeout of more than 0 s, not {timeout!r}")
         self._checks[name] = _Check(check, required, timeout)

@@ -73,7 +73,7 @@ def test_a_full_queue_is_one_warning_with_numbers(dsn: str, log: pytest.LogCaptu
             with pytest.raises(TooManyRequests):
                 pool.getconn()
         (warning,) = lines(log, logging.WARNING)
-        assert "1 callers wait already, max_waiting is 1" in warning
+        assert "1 waiting already, max_waiting is 1" in warning
         assert "1 of 1 connections checked out" in warning
         pool.putconn(conn)
         waiter.join(10)
@@ -96,7 +96,7 @@ def test_a_server_without_room_is_one_warning_with_numbers(
         (warning,) = lines(log, logging.WARNING)
     caller.join(20)
     assert "no new connection (saturated)" in warning
-    assert "1 of at most 4 exist, 1 callers wait" in warning
+    assert "1 of at most 4 exist, 1 waiting" in warning
     crowd.leave()
     until(lambda: not pool.breaker.is_failing)
 
