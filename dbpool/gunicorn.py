@@ -23,7 +23,7 @@ from os.path import samestat
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from dbpool._files import STATS_DIR, LifeSign, is_held
+from dbpool._files import STATS_DIR, LifeSign, is_held, start_time
 
 __all__ = ["on_exit", "on_starting", "post_fork", "post_worker_init", "worker_exit"]
 
@@ -129,10 +129,14 @@ def on_exit(server: Any) -> None:
 
 
 def directories() -> list[Path]:
-    """Return the directories for statistics of the masters that run now, and are this user's."""
+    """Return the directories for statistics of the masters that run now, and are this user's.
+
+    Those of masters in other containers only where none runs in this one.
+    """
     parents = dict.fromkeys(_parents(None))
-    found = [path for parent in parents for path in _named(parent)]
-    return [path for path in found if is_held(path / _LIFE_SIGN) and os.access(path, os.R_OK)]
+    paths = [path for parent in parents for path in _named(parent)]
+    found = [path for path in paths if is_held(path / _LIFE_SIGN) and os.access(path, os.R_OK)]
+    return [path for path in found if _is_of_a_process_here(path)] or found
 
 
 def _parents(worker_tmp_dir: str | None) -> Iterator[Path]:
@@ -154,6 +158,14 @@ def _named(parent: Path) -> list[Path]:
         return []
 
 
+def _is_of_a_process_here(path: Path) -> bool:
+    pid = int(path.name.split("-")[2])
+    try:
+        return (path / _LIFE_SIGN).read_text() == start_time(pid)
+    except OSError:
+        return False
+
+
 def _sweep(parent: Path, uid: int) -> None:
     """Remove what dead masters of this user left: directories with a life sign that nobody holds."""
     for path in _named(parent):
@@ -173,6 +185,7 @@ def _make(parent: Path, uid: int, gid: int) -> _Directory:
             raise PermissionError(errno.EPERM, "somebody else replaces files in it")
         try:
             sign = LifeSign(_LIFE_SIGN, dir_fd=fd)
+            os.write(sign.fd, (start_time(os.getpid()) or "").encode())
             if (uid, gid) != (os.geteuid(), os.getegid()):
                 os.fchown(sign.fd, uid, gid)
                 os.fchown(fd, uid, gid)

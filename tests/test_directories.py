@@ -154,6 +154,40 @@ def test_a_directory_that_was_being_removed_is_swept(
     assert named(tmp_path) == {master.directory}
 
 
+def test_a_command_in_a_container_finds_the_master_that_runs_there(
+    start: Callable[..., Master], tmp_path: Path
+) -> None:
+    outside = [start(tmp_path), start(tmp_path, *own_pids())]
+    finding = "from dbpool.gunicorn import directories; print(*directories())"
+    script = MASTER.replace(
+        "if sys.stdin.readline():",
+        f"import subprocess; subprocess.run([sys.executable, '-c', {finding!r}])\n"
+        "if sys.stdin.readline():",
+    )
+    done = subprocess.run(
+        [*own_pids(), sys.executable, "-c", script, str(tmp_path)],
+        input="stop\n",
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        check=True,
+    )
+    made, found = done.stdout.splitlines()
+    assert made.partition(" ")[2] == found
+    assert named(tmp_path) == {master.directory for master in outside}
+    # Where none runs, there may be several.
+    done = subprocess.run(
+        [*own_pids(), sys.executable, "-c", finding],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        check=True,
+    )
+    assert set(done.stdout.split()) >= {str(master.directory) for master in outside}
+
+
 @only_root
 def test_only_the_directories_of_the_same_user_are_swept(
     start: Callable[..., Master], tmp_path: Path
