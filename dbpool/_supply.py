@@ -34,7 +34,15 @@ from dbpool.errors import (
     is_permanent,
 )  # fmt: skip
 from dbpool.holders import Slot
-from dbpool.liveness import PingTimeout, cancel, hung_up, is_active, ping, readability
+from dbpool.liveness import (
+    PingTimeout,
+    cancel,
+    hung_up,
+    is_active,
+    lack_of_descriptors,
+    ping,
+    readability,
+)
 
 _LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
 _NAMES_A_DATABASE = {"host", "hostaddr", "port", "dbname", "service", "DATABASE_URL"}
@@ -78,6 +86,9 @@ class Supply(Books[CT]):
         except BaseException as ex:  # noqa: BLE001  # whatever it is, the slot must not be lost
             secrets |= secrets_of(already_set(params, os.environ), getattr(ex, "pgconn", None))
             kind, error = classify(ex), _advised(detached(ex, secrets), params)
+            # libpq and psycopg give no reason then, or another.
+            if "FATAL" not in str(error) and (lack := lack_of_descriptors()):
+                kind, error = "descriptors", psycopg.OperationalError(f"{error}: {lack}")
         else:
             self._attempt_succeeded(conn, started)
             return

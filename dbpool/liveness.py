@@ -25,6 +25,7 @@ logger = logging.getLogger("dbpool")
 _DEADLY = frozenset({"FATAL", "PANIC"})
 _OK = ConnStatus.OK
 _TCP_INFO = getattr(socket, "TCP_INFO", -1)  # bytes 2 to 4: retransmits, probes, back-off
+_FOR_A_CONNECT = 4  # descriptors that connecting may need at once
 _MAX_READS = 8  # in one look, of some 16 kB each
 
 
@@ -71,6 +72,19 @@ def hung_up(fds: Iterable[int]) -> set[int]:
     for fd in fds:
         poller.register(fd, getattr(select, "POLLRDHUP", 0))
     return {fd for fd, _ in poller.poll(0)}
+
+
+def lack_of_descriptors() -> str | None:
+    """What the system says where this process may open no more files, None if it may."""
+    spare: list[int] = []
+    try:
+        spare += (os.open(os.devnull, os.O_RDONLY) for _ in range(_FOR_A_CONNECT))
+    except OSError as ex:
+        return ex.strerror
+    finally:
+        for fd in spare:
+            os.close(fd)
+    return None
 
 
 def is_active(conn: Connection[Any] | None) -> bool:
