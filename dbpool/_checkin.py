@@ -6,12 +6,15 @@ Part of the one place that touches protected members of psycopg_pool, see `_supp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from os import getpid
 from time import monotonic
 from typing import Any
 
 import psycopg
+from psycopg import capabilities
 from psycopg.adapt import AdaptersMap
 from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
@@ -23,7 +26,7 @@ from dbpool._parts import KeptCursor, insist_on_idle, manners
 from dbpool._session import reset
 from dbpool.errors import describe
 from dbpool.holders import Holder, Slot
-from dbpool.liveness import Look, look, ping
+from dbpool.liveness import Look, is_active, look, ping
 from dbpool.metrics import Metrics
 
 _IDLE = TransactionStatus.IDLE
@@ -103,6 +106,18 @@ class Checkin(Life[CT]):
                 self._later(lambda pool: pool._return_connection(conn, from_getconn=False))
                 return
         self._return_connection(conn, from_getconn=False)
+
+    def _cancel_later(self, conn: Any) -> None:
+        """Have the statement cancelled that still runs on a connection, which is closed next.
+
+        Only in the process that made it: a request goes over a socket of its own, and would end a
+        statement of the parent's.
+        """
+        slot: Slot | None = getattr(conn, "_slot", None)
+        is_ours = slot is not None and slot.fd >= 0 and self._pid == getpid()
+        if is_ours and is_active(conn) and capabilities.has_cancel_safe():
+            with suppress(psycopg.Error):
+                self._cancels.append(conn.pgconn.cancel_conn())
 
     def _tell_late(self, slot: Slot, seconds: float) -> None:
         with self._lock:

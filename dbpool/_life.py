@@ -6,15 +6,18 @@ Part of the one place that touches protected members of psycopg_pool, see `_supp
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from os import getpid
 from time import monotonic
 
+import psycopg
 from psycopg_pool import PoolClosed
 from psycopg_pool.abc import CT
 
 from dbpool import _fork, events, holders
 from dbpool._supply import Supply
 from dbpool.errors import is_permanent
+from dbpool.liveness import cancel
 
 
 class Life(Supply[CT]):
@@ -63,6 +66,16 @@ class Life(Supply[CT]):
         if self.listeners.active:
             self.listeners.emit(events.Closed(self.name))
             self.listeners.end(max(0.0, deadline - monotonic()))
+
+    def _send_cancels(self) -> None:
+        """Send the cancel requests, one after the other, for a second at most."""
+        deadline = monotonic() + 1.0
+        with suppress(IndexError):  # there are no more
+            while (remaining := deadline - monotonic()) > 0.0:
+                request = self._cancels.popleft()
+                if not self.breaker.is_failing:
+                    with suppress(psycopg.Error):
+                        cancel(request, remaining)
 
     def __del__(self) -> None:
         # Nobody waits for the threads here: this may be one of them, or the process's end.

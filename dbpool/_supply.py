@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from time import monotonic
 from typing import Any, get_origin
 
 import psycopg
-from psycopg import Connection, Cursor, capabilities
+from psycopg import Connection, Cursor
 from psycopg_pool.abc import CT
 from psycopg_pool.pool import AddConnection
 
@@ -36,9 +35,7 @@ from dbpool.errors import (
 from dbpool.holders import Slot
 from dbpool.liveness import (
     PingTimeout,
-    cancel,
     hung_up,
-    is_active,
     lack_of_descriptors,
     ping,
     readability,
@@ -320,28 +317,6 @@ class Supply(Books[CT]):
             self._tell_down(opened)
 
     # Giving up
-
-    def _cancel_later(self, conn: Any) -> None:
-        """Have the statement cancelled that still runs on a connection, which is closed next.
-
-        Only in the process that made it: a request goes over a socket of its own, and would end a
-        statement of the parent's.
-        """
-        slot: Slot | None = getattr(conn, "_slot", None)
-        is_ours = slot is not None and slot.fd >= 0 and self._pid == os.getpid()
-        if is_ours and is_active(conn) and capabilities.has_cancel_safe():
-            with suppress(psycopg.Error):
-                self._cancels.append(conn.pgconn.cancel_conn())
-
-    def _send_cancels(self) -> None:
-        """Send the cancel requests, one after the other, for a second at most."""
-        deadline = monotonic() + 1.0
-        with suppress(IndexError):  # there are no more
-            while (remaining := deadline - monotonic()) > 0.0:
-                request = self._cancels.popleft()
-                if not self.breaker.is_failing:
-                    with suppress(psycopg.Error):
-                        cancel(request, remaining)
 
     def _discard(self, conn: Any, reason: str, *, by_server: bool = False) -> None:
         """Close a connection that is out; replace it if it is missed."""
