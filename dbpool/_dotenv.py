@@ -59,7 +59,8 @@ def read_dotenv(
             return parse(file, environ)
     except OSError as ex:
         problem = ex.strerror
-    raise ConfigError(f"cannot read {shown(os.fspath(path))}: {problem}")
+    where = f"that dotenv= or DBPOOL_DOTENV names: {shown(os.fspath(path))}"
+    raise ConfigError(f"cannot read the .env {where}: {problem}")
 
 
 def distrust(file: BinaryIO, passed: list[Path]) -> str:

@@ -296,7 +296,7 @@ def build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, An
     found["password_file"] = find(layers, "PGPASSWORD_FILE")
     variables = {key: find(layers, name) for key, name in _conninfo.VARIABLES.items() if name}
     unseen = {k: v for k, v in variables.items() if v != os.environ.get(_conninfo.VARIABLES[k])}
-    found["libpq"] = make_conninfo("", **unseen) or None
+    found["libpq"] = conceal(make_conninfo("", **unseen)) or None
     given = {key: value for key, value in overrides.items() if value is not None}
     values = {key: value for key, value in found.items() if value is not None} | given
     if name != "default" and not (values.get("conninfo") or values.get("conninfo_file")):

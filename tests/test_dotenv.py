@@ -8,6 +8,7 @@ import pwd
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -433,3 +434,29 @@ def test_utf_8_may_have_its_mark(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_bytes("DATABASE_URL=host=é\n".encode("utf-8-sig"))
     assert Settings.from_env(environ={}, dotenv=file).resolve() == "host=é"
+
+
+WRONG = {
+    "a wrong setting": "DBPOOL_MAX_SIZE=x\n",
+    "a reference": "DATABASE_URL=postgresql://u:hunter2@${MISSING}/d\n",
+    "a broken line": "DATABASE_URL='postgresql://u:hunter2@h\n",
+    "a malformed string": "DATABASE_URL=mysql://u:hunter2@h/d\n",
+    "a wrong time": "DBPOOL_CONNECT_TIMEOUT=0\n",
+    "another name": "DATABASE_URI=postgresql://u:hunter2@h/d\n",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_no_frame_of_an_error_shows_what_the_file_says(above: Path, wrong: str) -> None:
+    secret = "PGPASSWORD=hunter2\nOTHER=hunter2\nDBPOOL_TOKEN=hunter2-and-so-on\n"
+    write(above, secret + WRONG[wrong])
+    for read in (chosen, lambda: Settings.from_env(dotenv=above / ".env")):
+        with pytest.raises(ConfigError) as caught:
+            read()
+        assert "hunter2" not in str(caught.value)
+        frames = [frame for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
+        ours = [frame for frame in frames if "/dbpool/" in frame.f_code.co_filename]
+        assert ours
+        for frame in ours:
+            for name, value in frame.f_locals.items():
+                assert "hunter2" not in repr(value), f"{name} in {frame.f_code.co_qualname}"
