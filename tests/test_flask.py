@@ -129,6 +129,31 @@ def test_a_connection_held_at_the_end_of_a_request_is_returned_and_reported(
     assert pool.fetch_value("select to_regclass('t')") is None, "nothing may be committed"
 
 
+def test_a_place_that_forgets_at_each_request_is_logged_once(
+    make_app: MakeApp, dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    db = DBPool()
+    app = make_app(dsn, db=db)
+    kept = []
+
+    @app.get("/forgetful")
+    def forgetful() -> str:
+        kept.append(db.pool.getconn())
+        return "done"
+
+    @app.get("/also")
+    def also() -> str:
+        kept.append(db.pool.getconn())
+        return "done"
+
+    for path in ["/forgetful"] * 5 + ["/also"] * 5:
+        app.test_client().get(path)
+    lines = [each.getMessage() for each in caplog.records if "still held" in each.getMessage()]
+    assert [re.findall(r"endpoint (\w+)", line) for line in lines] == [["forgetful"], ["also"]]
+    counters = app.extensions["dbpool"].databases.default.stats().counters
+    assert counters.leaks == 10, "each is counted"
+
+
 def test_a_connection_held_around_a_request_stays_out(make_app: MakeApp, dsn: str) -> None:
     app = make_app(dsn)
     pool = app.extensions["dbpool"].databases.default

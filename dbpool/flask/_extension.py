@@ -38,6 +38,27 @@ _BEGUN: Final = "_dbpool_begun"
 _ENDPOINT: Final = "_dbpool_endpoint"
 _OUTER: Final = "dbpool.outer_endpoint"
 
+_LOG_INTERVAL: Final = 60.0  # seconds between two lines about connections forgotten at one place
+_MAX_REPEATS: Final = 256  # places that are remembered
+
+
+class _Repeats:
+    """Counts what happens again and again, so that it is logged once a minute."""
+
+    def __init__(self) -> None:
+        self._counts: dict[object, tuple[float, int]] = {}  # when it was logged, how often since
+
+    def count(self, key: object) -> int:
+        """Count it once more; return how often since it was logged, 0 if that is not due yet."""
+        # Without a lock, which a fork could leave locked: the worst is a line too many.
+        now = monotonic()
+        logged, count = self._counts.get(key, (-math.inf, 0))
+        is_due = now - logged >= _LOG_INTERVAL
+        if len(self._counts) >= _MAX_REPEATS:
+            self._counts.clear()
+        self._counts[key] = (now, 0) if is_due else (logged, count + 1)
+        return count + 1 if is_due else 0
+
 
 @dataclass(frozen=True)
 class State:
@@ -48,6 +69,7 @@ class State:
     processes: Processes
     settings: AppSettings
     warned: set[str] = field(default_factory=set)  # of what, so that it is said once
+    forgotten: _Repeats = field(default_factory=_Repeats)
 
 
 class DBPool:
@@ -175,11 +197,14 @@ def _end(app: Flask, **extra: Any) -> None:
 
 def _take_back(pool: Pool[Any], since: float, endpoint: str | None) -> None:
     for holder in pool.return_held(since):
-        logger.error(
-            "pool %r: a connection checked out at %s was still held when the request ended"
-            " (endpoint %s): it was rolled back and closed; a response that is streamed takes its"
-            " connection inside its generator",
-            pool.name,
-            holder.where,
-            endpoint,
-        )
+        count = state().forgotten.count((pool.name, holder.where, endpoint))
+        if count:
+            logger.error(
+                "pool %r: a connection checked out at %s was still held when the request ended"
+                " (endpoint %s): it was rolled back and closed; a response that is streamed takes"
+                " its connection inside its generator%s",
+                pool.name,
+                holder.where,
+                endpoint,
+                f" ({count} times since it was logged last)" if count > 1 else "",
+            )
