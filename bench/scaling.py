@@ -11,6 +11,7 @@ import tracemalloc
 from functools import partial
 from statistics import median
 from typing import Any
+from weakref import ref
 
 from psycopg_pool import ConnectionPool
 
@@ -112,7 +113,8 @@ def _memory(server: Server, table: Table) -> None:
         for row, size in (("memory of a pool", pool_bytes), ("of a connection", connection_bytes)):
             table.put(row, name, Cell(f"{size / 1024:.1f} KiB", {"bytes": size}))
     tracemalloc.start()
-    waiters = [Waiter() for _ in range(1000)]
+    owner = ref(table)
+    waiters = [Waiter(owner, 0.0, 0.0) for _ in range(1000)]
     size = tracemalloc.get_traced_memory()[0] / len(waiters)
     tracemalloc.stop()
     table.put("of a waiter", Dbpool.name, Cell(f"{size:.0f} B", {"bytes": size}))

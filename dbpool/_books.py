@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from os import getpid
 from time import monotonic, time
 from typing import Any, Final
@@ -19,7 +20,7 @@ from psycopg_pool import ConnectionPool
 from psycopg_pool.abc import CT
 
 from dbpool import _fork, events, holders
-from dbpool._parts import Call, Episode, Probe, Waiter
+from dbpool._parts import Attempt, Call, Episode, Waiter
 from dbpool.breaker import Breaker
 from dbpool.errors import (
     DatabaseMisconfigured,
@@ -42,12 +43,16 @@ REPLACED: Final = "replaced %d connections that the server closed"
 
 
 class Books(ConnectionPool[CT]):
-    """What there is, is out, is wanted, and failed.
+    """The pool's shared state: connections, waiters, connects under way and failed.
 
-    Invariant under `_lock` while open: `_nconns == len(_slots) + _connecting`. A connection is
-    idle in `_pool`, held if its slot says since when, and else in the hands of a caller who is
-    about to have it, or of a maintenance thread. `_probe` is the one that tries again while
-    connects fail; no other attempt begins beside it.
+    Under `_lock` while open: `_slots` has a record of every connection, `_connects` one of every
+    place where one is to be made; sizes are counted from these. A connection is idle in `_pool`,
+    held if its slot says since when, and else on its way, in the hands of the slot's `owner`.
+    `_probe` is the attempt that tries again while connects fail; no other begins beside it.
+
+    A signal handler may raise in a caller's thread after any call. So what belongs together is
+    changed without a call between, what is to be done outside the lock is put on `_todo` or
+    `_closing` first, and `heal`, which the watchdog calls, ends what was begun.
     """
 
     _pool: deque[Any]
@@ -77,18 +82,17 @@ class Books(ConnectionPool[CT]):
     def _clear(self) -> None:
         """Start from nothing, as in a new process."""
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)  # supply came, went, or failed
         self._pool = deque()
         self._waiting = deque()
         self._workers = []
         self._sched_runner = None
-        self._nconns = 0
-        self._connecting = 0
         self._slots: set[Slot] = set()  # of all connections there are
-        self._lost: deque[Slot] = deque()  # collected while out; filled without any lock
-        self._attempts: list[float] = []  # when those under way began
-        self._pinging: set[float] = set()  # those that have connected, to a pooler
-        self._probe: Probe | None = None
+        self._connects: set[Attempt] = set()  # of all that are to be made
+        self._pinging: set[float] = set()  # when those began that have connected, to a pooler
+        self._probe: Attempt | None = None
+        self._lost: deque[Any] = deque()  # says that one was collected; filled without any lock
+        self._todo: deque[Callable[[Any], None]] = deque()  # for a worker
+        self._closing: deque[Any] = deque()  # connections that are given up, to be closed
         self._outage_told = False
         self._metrics = Metrics()
         self._queued = 0
@@ -97,42 +101,79 @@ class Books(ConnectionPool[CT]):
         self._cancels: deque[Any] = deque(maxlen=_MAX_CANCELS)  # requests to be sent
         self._episodes: dict[str, Episode] = {}  # by cause
         self._last_seen = 0.0
-        self._moved_at = float("-inf")
+        self._moved_at = self._heeded_at = float("-inf")
         self.breaker = Breaker(self.settings.outage_grace)
 
-    def _later(self, fn: Callable[[Any], None]) -> None:
-        """Have a worker call *fn* with this pool: for what may not happen under the lock."""
-        self.run_task(Call(self, fn))
+    @property
+    def _nconns(self) -> int:
+        return len(self._slots) + len(self._connects)
+
+    @_nconns.setter
+    def _nconns(self, _: int) -> None:
+        """Nothing is counted: the parent's constructor sets it."""
+
+    @property
+    def _connecting(self) -> int:
+        return len(self._connects)
+
+    @property
+    def _attempts(self) -> list[float]:
+        """When the attempts under way began."""
+        return [attempt.started for attempt in list(self._connects) if attempt.started]
+
+    def _wake(self) -> None:
+        """Have a worker do what may not happen under the lock, or in a caller's thread."""
+        self.run_task(Call(self, Books._catch_up))
+
+    def _catch_up(self) -> None:
+        """Do what was put on `_todo`, and close what was given up."""
+        self._close_evicted()
+        while self._todo:
+            with suppress(IndexError):  # another thread may be quicker
+                self._todo.popleft()(self)
+
+    def _close_evicted(self) -> None:
+        for conn in list(self._closing):  # to close one twice does no harm
+            self._close_connection(conn)
+            with suppress(ValueError):
+                self._closing.remove(conn)
 
     def _heed_life(self) -> None:
         """Close the breaker if a connection came back healthy since it opened. The lock is held."""
         if (outage := self.breaker.seen_alive(self._last_seen)) is not None:
-            self._later(lambda pool: pool._tell_back(outage))
+            self._todo.append(lambda pool: pool._tell_back(outage))
+            self._wake()
 
-    def _judge(self) -> events.CircuitOpened | None:
-        """Open the breaker if it is time to: then nobody waits any longer. The lock is held.
-
-        Returns what is to be told of that.
-        """
+    def _judge(self) -> None:
+        """Open the breaker if it is time to: then nobody waits any longer. The lock is held."""
         breaker = self.breaker
+        if not breaker.is_failing:
+            return
+        opened = events.CircuitOpened(self.name, breaker.last_error or "", breaker.kind)
         idle, out = len(self._pool), self._active()
-        if not breaker.judge(last_seen=self._last_seen, idle=idle, out=out):
-            return None
-        self._metrics.circuit_opened += 1
+        if breaker.judge(last_seen=self._last_seen, idle=idle, out=out):
+            self._todo.append(lambda pool: pool._tell_down(opened))
+            self._metrics.circuit_opened += 1
+            self._refuse_as_unavailable()
+            self._wake()
+
+    def _refuse_as_unavailable(self) -> None:
+        """Refuse all who wait while the breaker is open. The lock is held."""
         snapshot = self.stats()
         self._refuse_waiters(lambda: self._unavailable(snapshot))
-        return events.CircuitOpened(self.name, breaker.last_error or "", breaker.kind)
 
     def _refuse_waiters(self, reason: Callable[[], Exception]) -> None:
         """Refuse all who wait, each for a *reason* of its own. The lock is held."""
         while self._waiting:  # what a garbage collection ends in here may take part
-            self._refuse(self._waiting.popleft(), reason())
-        self._changed.notify_all()
+            error, waiter = reason(), self._waiting[0]
+            del self._waiting[0]
+            self._refuse(waiter, error)
 
     def _refuse(self, waiter: Waiter, reason: Exception) -> None:
         """Have *reason* raised where it waits. The lock is held."""
-        self._metrics.rejected += 1
-        waiter.refuse(reason)
+        if waiter.conn is None and not waiter.is_over:
+            self._metrics.rejected += 1
+            waiter.refuse(reason)
 
     def _unavailable(
         self,
@@ -256,7 +297,7 @@ class Books(ConnectionPool[CT]):
         """Return a consistent snapshot of the state and of all counters since opening."""
         with self._lock:
             now = monotonic()
-            held = [slot for slot in self._slots if slot.since]
+            held = [slot for slot in list(self._slots) if slot.since]
             return self._metrics.snapshot(
                 state=self.state,
                 size=0 if self._closed else self._nconns,
@@ -292,7 +333,7 @@ class Books(ConnectionPool[CT]):
         """The parent's counts and sums beyond those of *since*. The lock is held."""
         m = self._metrics
         m.count_ended()
-        pending = [slot.wait for slot in self._slots if slot.since]
+        pending = [slot.wait for slot in list(self._slots) if slot.since]
         failed = m.timeouts + m.rejected
         totals = {
             self._REQUESTS_NUM: m.checkouts + len(pending) + failed,

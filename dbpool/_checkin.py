@@ -12,6 +12,7 @@ from functools import partial
 from os import getpid
 from time import monotonic
 from typing import Any
+from weakref import ref
 
 import psycopg
 from psycopg import capabilities
@@ -22,10 +23,11 @@ from psycopg_pool.abc import CT
 from dbpool import _fork, events, holders
 from dbpool._books import logger
 from dbpool._life import Life
-from dbpool._parts import KeptCursor, insist_on_idle, manners
+from dbpool._parts import Call, KeptCursor, insist_on_idle, manners
 from dbpool._session import reset
+from dbpool._supply import NOBODY
 from dbpool.errors import describe
-from dbpool.holders import Holder, Slot
+from dbpool.holders import Holder, Owner, Slot
 from dbpool.liveness import Look, is_active, look, ping
 from dbpool.metrics import Metrics
 
@@ -45,10 +47,20 @@ class Checkin(Life[CT]):
 
         Raise `ValueError` if it is not this pool's, or not out.
         """
+        slot: Slot | None = getattr(conn, "_slot", None)
+        if slot is not None and slot.is_reaped:
+            return
         self._check_pool_putconn(conn)
-        slot: Slot = conn._slot  # type: ignore[attr-defined]
-        # Where a tracer wraps connections, what its wrapper holds comes back by `close()`.
-        self._release((slot.ref and slot.ref()) or conn)
+        step = Owner()
+        owner = ref(step)
+        if slot is not None and slot.since:
+            slot.owner = owner  # from here on it is this step that answers for it
+        try:
+            # Where a tracer wraps connections, what its wrapper holds comes back by `close()`.
+            self._release((slot and slot.ref and slot.ref()) or conn)
+        except BaseException:
+            self._recover(owner)
+            raise
 
     def _release(self, conn: Any, cursor: KeptCursor | None = None) -> None:
         """Pass a healthy connection on to who waits longest, else make it idle.
@@ -58,7 +70,7 @@ class Checkin(Life[CT]):
         slot: Slot = conn._slot
         now = monotonic()
         use = now - slot.since
-        is_fit = (
+        if not (
             conn.pgconn.transaction_status == _IDLE
             and now < slot.expires_at
             and not slot.reported
@@ -66,46 +78,103 @@ class Checkin(Life[CT]):
             and self.breaker.error is None  # else connects fail: is this one alive?
             # One tuple comparison covers all that a user may have changed on the connection.
             and (cursor is not None or manners(conn) == slot.manners)
-        )
-        slot.cursor = cursor if is_fit else None
-        if not is_fit and slot.fd < 0:  # inherited by a fork: its session is the parent's
-            self._close_connection(conn)
+        ):
+            self._release_unfit(conn)
             return
-        is_orphan = False
+        slot.cursor = cursor
         with self._lock:
             if not slot.since:
-                raise ValueError(f"can't return connection to pool {self.name!r}, it is not out")
-            slot.since = 0.0
-            is_late, slot.reported = slot.reported, False
-            self._metrics.ended.append((slot.wait, use))
+                self._insist_on_reaped(slot)
+                return
+            wait = slot.wait
+            self._last_seen = slot.idle_since = now
+            if self._waiting or self._closed:
+                self._place(conn, is_fresh=use < _BRIEF)
+            else:  # without a call in between
+                slot.since, slot.owner, conn._pool = 0.0, None, None
+                self._pool.append(conn)
+            self._metrics.ended += [(wait, use)]
             if len(self._metrics.ended) >= Metrics.BATCH:
                 self._metrics.count_ended()
-            if is_fit:
-                conn._pool = None
-                self._last_seen = slot.idle_since = now
-                if self._waiting or self._closed:
-                    is_orphan = self._place(conn, is_fresh=use < _BRIEF)
-                else:
-                    self._pool.append(conn)
-        if is_orphan:
-            self._close_connection(conn)
-        if is_late:
-            self._tell_late(slot, use)
+        if self._closing:
+            self._close_evicted()
         if self.listeners.active:
             self.listeners.emit(events.CheckedIn(self.name, use))
-        if not is_fit:
-            self._mend(conn)
 
-    def _mend(self, conn: Any) -> None:
-        """Make a connection that came back unfit idle again, or give it up."""
-        self._cancel_later(conn)
-        if (message := conn._slot.reset_message) and not self._closed:
-            self._tidy(conn, lambda conn: reset(conn, message, self.settings.ping_timeout))
+    def _insist_on_reaped(self, slot: Slot) -> None:
+        """Raise `ValueError` for what is returned twice, not for what was taken from its holder."""
+        if not slot.is_reaped:
+            raise ValueError(f"can't return connection to pool {self.name!r}, it is not out")
+
+    def _release_unfit(self, conn: Any) -> None:
+        """Take back a connection that is not as it was set up, or too old: mend it, or give it up.
+
+        With a user's `reset` a worker does that.
+        """
+        slot: Slot = conn._slot
+        slot.cursor = None
+        if slot.fd < 0:  # inherited by a fork: its session is the parent's
+            self._close_connection(conn)
+            return
+        step = Owner()
+        owner = ref(step)
+        task = Call(self, lambda pool: pool._return_connection(conn, from_getconn=False))
+        given = ref(task)
+        now = monotonic()
         with self._lock:
-            if self._reset and not self._closed:  # workers told to stop come to it before that
-                self._later(lambda pool: pool._return_connection(conn, from_getconn=False))
+            if not slot.since:
+                self._insist_on_reaped(slot)
                 return
-        self._return_connection(conn, from_getconn=False)
+            use = now - slot.since
+            self._metrics.ended += [(slot.wait, use)]
+            slot.since, slot.owner = 0.0, owner
+            is_late, slot.reported = slot.reported, False
+        try:
+            if is_late:
+                self._tell_late(slot, use)
+            if self.listeners.active:
+                self.listeners.emit(events.CheckedIn(self.name, use))
+            self._cancel_later(conn)
+            if (message := slot.reset_message) and not self._closed:
+                self._tidy(conn, lambda conn: reset(conn, message, self.settings.ping_timeout))
+            with self._lock:
+                if self._reset and not self._closed:  # workers told to stop come to it before that
+                    slot.owner = given
+                    self._tasks.put(task)
+                    return
+            self._return_connection(conn, from_getconn=False)
+        except BaseException:
+            self._recover(owner)
+            raise
+
+    def _recover(self, owner: ref[Any]) -> None:
+        """Take back what *owner* has or waits for: an exception has ended its step."""
+        step = Owner()
+        conns = []
+        with self._lock:
+            for waiter in [waiter for waiter in list(self._waiting) if waiter.owner is owner]:
+                with suppress(ValueError):
+                    self._waiting.remove(waiter)
+            for slot in [slot for slot in list(self._slots) if slot.owner is owner]:
+                conn = None if slot.since or slot.ref is None else slot.ref()
+                if conn is None:  # it is out: its user's code may still have it
+                    self._give_up(slot, "broken")
+                else:
+                    slot.owner = ref(step)
+                    conns.append(conn)
+            self._refill()
+        self._close_evicted()
+        for conn in conns:
+            self._return_connection(conn, from_getconn=False)
+
+    def _give_up(self, slot: Slot, reason: str) -> None:
+        """Take a connection from who has it. The lock is held."""
+        if slot.since:
+            self._metrics.ended += [(slot.wait, monotonic() - slot.since)]
+        slot.since, slot.is_reaped, slot.owner = 0.0, True, NOBODY
+        if slot.ref is not None and (conn := slot.ref()) is not None:
+            self._cancel_later(conn)
+        self._remove(slot, reason)
 
     def _cancel_later(self, conn: Any) -> None:
         """Have the statement cancelled that still runs on a connection, which is closed next.
@@ -197,7 +266,7 @@ class Checkin(Life[CT]):
         """Put back what a user changed; false if that cannot be done."""
         if manners(conn) == slot.manners:
             return True
-        if conn._tpc is not None or conn._pipeline is not None:
+        if conn._tpc is not None or conn._pipeline is not None or conn._num_transactions:
             logger.warning("discarding connection returned in a two-phase commit or a pipeline")
             return False
         (conn._autocommit, conn.row_factory, conn.cursor_factory, conn.server_cursor_factory,
@@ -208,47 +277,57 @@ class Checkin(Life[CT]):
         conn._begin_statement = b""
         return True
 
-    def _place(self, conn: Any, *, is_fresh: bool) -> bool:
+    def _place(self, conn: Any, *, is_fresh: bool) -> None:
         """Hand a connection over or queue it, last in first out. The lock is held.
 
-        *is_fresh* says that its server spoke just now: who gets it need not look. True if the
-        pool is closed: then the connection is to be closed too.
+        *is_fresh* says that its server spoke just now: who gets it need not look. Of a closed
+        pool it is to be closed by `_close_evicted`.
         """
-        if self._waiting:
-            waiter = self._waiting.popleft()
-            waiter.conn, waiter.is_fresh = conn, is_fresh and self._trusted >= 0.0
+        slot: Slot = conn._slot
+        if self._closed:
+            slot.since, slot.owner, conn._pool = 0.0, NOBODY, None
+            self._closing.append(conn)
+            self._slots.discard(slot)
+            return
+        is_fresh = is_fresh and self._trusted >= 0.0
+        while self._waiting:
+            waiter = self._waiting[0]
+            if waiter.conn is not None or waiter.is_over:  # whoever ended it was interrupted
+                del self._waiting[0]
+                continue
+            slot.since, slot.owner, conn._pool = 0.0, waiter.owner, None  # without a call between
+            waiter.conn, waiter.is_fresh = conn, is_fresh
+            del self._waiting[0]
             waiter.latch.release()
-        elif self._closed:
-            self._slots.discard(conn._slot)
-        else:
-            self._pool.append(conn)
-        return self._closed
+            return
+        slot.since, slot.owner, conn._pool = 0.0, None, None
+        self._pool.append(conn)
 
     def _add_to_pool(self, conn: Any, *, is_fresh: bool = True) -> None:
-        conn._pool = None
         with self._lock:
-            conn._slot.since = 0.0
-            is_orphan = self._place(conn, is_fresh=is_fresh)
-        if is_orphan:
-            self._close_connection(conn)
+            self._place(conn, is_fresh=is_fresh)
+        self._close_evicted()
 
     def _reclaim(self) -> None:
-        """Free the slots of connections that were collected while out. The lock is held."""
-        while self._lost:
-            slot = self._lost.popleft()
-            if slot in self._slots:
-                now, forgotten = monotonic(), holders.report([slot], monotonic())
-                if slot.since:
-                    self._metrics.ended.append((slot.wait, now - slot.since))
-                    self._metrics.leaks += 1
-                    slot.since = 0.0
-                self._remove(slot, "collected")
-                self._refill()
-                self._later(partial(Checkin._tell_collected, forgotten=forgotten))
+        """Give up the connections whose owner is gone. The lock is held.
+
+        With `close_returns` those too that their user closed: psycopg returns none whose server
+        went away.
+        """
+        self._lost.clear()
+        for slot in list(self._slots):
+            if slot.is_lost:
+                forgotten = holders.report([slot], monotonic())
+                self._metrics.leaks += bool(slot.since)
+                self._todo.append(partial(Checkin._tell_collected, forgotten=forgotten))
+                self._give_up(slot, "collected")
+                self._wake()
+            elif self.close_returns and slot.since and not slot.is_open:
+                self._give_up(slot, "broken")
+                self._wake()
+        self._refill()
 
     def _tell_collected(self, forgotten: Sequence[Holder]) -> None:
-        if self.listeners.active:
-            self.listeners.emit(events.Discarded(self.name, "collected"))
         for holder in forgotten:
             if self.listeners.active:
                 self.listeners.emit(events.Leaked(self.name, holder))

@@ -8,25 +8,29 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
+from itertools import takewhile
 from time import monotonic, sleep
 from types import FrameType
 from typing import Any
+from weakref import ref
 
 import psycopg
 from psycopg.pq import TransactionStatus
-from psycopg_pool import TooManyRequests
+from psycopg_pool import PoolClosed, TooManyRequests
 from psycopg_pool.abc import CT
 
 from dbpool import events, holders
 from dbpool._books import logger
 from dbpool._checkin import Checkin
-from dbpool._parts import Waiter
+from dbpool._parts import Waiter, bounded
 from dbpool._session import ping_between
 from dbpool.errors import PoolError, PoolExhausted, describe
-from dbpool.holders import Slot
+from dbpool.holders import Owner, Slot
 from dbpool.liveness import Look, PingTimeout, is_active, lacks_acknowledgement, look
+from dbpool.metrics import Snapshot
 
 _here = holders.here
 _application_files = holders.application_files
@@ -45,10 +49,16 @@ class Checkout(Checkin[CT]):
 
     def getconn(self, timeout: float | None = None) -> CT:
         """Obtain a connection; it *must* be given back by `putconn`. See `connection`."""
-        return self._acquire(timeout, sys._getframe())
+        step = Owner()
+        conn = self._acquire(timeout, sys._getframe(), ref(step))
+        slot: Slot = conn._slot  # type: ignore[attr-defined]
+        slot.owner = slot.ref  # from here on it is lost once it is collected
+        return conn
 
-    def _acquire(self, timeout: float | None, frame: FrameType) -> CT:
+    def _acquire(self, timeout: float | None, frame: FrameType, owner: ref[Any]) -> CT:
         """Hand out a connection that is alive, to the code that called *frame*.
+
+        *owner*, one of its own for each call, is who answers for the connection.
 
         A frame gives its code and offset only, so that no local variable is kept. The stack is
         walked only where an installed package calls, not where the application does. Called from
@@ -59,59 +69,71 @@ class Checkout(Checkin[CT]):
                 self.after_fork()
         started = monotonic()
         waiter: Waiter | None = None
-        with self._lock:
-            if self._pool:
-                conn = self._pool.pop()
+        try:
+            with self._lock:
+                if self._pool:
+                    conn = self._pool[-1]
+                    slot: Slot = conn._slot
+                    slot.owner = owner  # before it is taken: an exception may come in between
+                    self._pool.pop()
+                else:
+                    waiter = self._queue_up(owner, started, timeout)
+            if waiter is not None:
+                conn = self._await(waiter)
+                is_good = waiter.is_fresh
             else:
-                waiter = self._queue_up()
-        if waiter is not None:
-            conn = self._await(waiter, started, timeout)
-            is_good = waiter.is_fresh
-        else:
-            slot: Slot = conn._slot
-            is_good = (
-                started < slot.expires_at
-                and started - slot.idle_since < self._trusted
-                and not slot.readable(0)
-            )
-        if not is_good:
-            conn = self._acquire_slowly(conn, started, timeout)
-        slot = conn._slot
-        frame = frame.f_back or frame
-        if frame.f_code.co_filename not in _application_files:
-            frame = holders.caller(frame)
-        slot.who, slot.code, slot.lasti = _here.who, frame.f_code, frame.f_lasti
-        conn._pool = self
-        slot.since = now = monotonic()
-        slot.wait = now - started
-        if self.listeners.active:
-            self.listeners.emit(events.CheckedOut(self.name, slot.wait))
+                is_good = (
+                    started < slot.expires_at
+                    and started - slot.idle_since < self._trusted
+                    and not slot.readable(0)
+                )
+            if not is_good:
+                conn = self._acquire_slowly(conn, started, timeout, owner)
+            slot = conn._slot
+            frame = frame.f_back or frame
+            if frame.f_code.co_filename not in _application_files:
+                frame = holders.caller(frame)
+            slot.who, slot.code, slot.lasti = _here.who, frame.f_code, frame.f_lasti
+            conn._pool = self
+            slot.since = now = monotonic()
+            slot.wait = now - started
+            if self.listeners.active:
+                self.listeners.emit(events.CheckedOut(self.name, slot.wait))
+        except (PoolError, PoolClosed, TooManyRequests):  # it has nothing, and waits no more
+            raise
+        except BaseException:  # of a signal handler, say, or gevent.Timeout: leave no hole
+            self._recover(owner)
+            raise
         return conn  # type: ignore[no-any-return]
 
-    def _acquire_slowly(self, conn: Any, started: float, timeout: float | None) -> Any:
+    def _acquire_slowly(
+        self, conn: Any, started: float, timeout: float | None, owner: ref[Any]
+    ) -> Any:
         """Hand out *conn* if it is usable, else the next that is."""
         deadline = started + (self.timeout if timeout is None else timeout)
         while not self._usable(conn, deadline):
             if self._trusted < 0.0 and conn._created_at >= started:
-                sleep(_bounded(min(_CHECK_PAUSE, deadline - monotonic())))
+                sleep(bounded(min(_CHECK_PAUSE, deadline - monotonic())))
             # One ping that took all the time is enough; without time nothing was pinged.
             is_late = started < deadline <= monotonic()
             with self._lock:
                 if self._pool and not is_late:
-                    conn = self._pool.pop()
+                    conn = self._pool[-1]
+                    conn._slot.owner = owner
+                    self._pool.pop()
                     continue
-                waiter = self._queue_up()
-            conn = self._await(waiter, started, timeout)
+                waiter = self._queue_up(owner, started, timeout)
+            conn = self._await(waiter)
         return conn
 
-    def _queue_up(self) -> Waiter:
+    def _queue_up(self, owner: ref[Any], started: float, timeout: float | None) -> Waiter:
         """Join those who wait; one who may not finds itself refused. The lock is held."""
-        if self._lost:
+        if self._lost or (self.close_returns and self._nconns >= self._max_size):
             self._reclaim()
         if self._closed:
             self._open_on_use()
         idle = len(self._pool)
-        waiter = Waiter()
+        waiter = Waiter(owner, started, started + (self.timeout if timeout is None else timeout))
         refusal = self._refusal() if self.breaker.is_failing or self.max_waiting else None
         if refusal is not None:
             self._refuse(waiter, refusal)
@@ -127,8 +149,7 @@ class Checkout(Checkin[CT]):
     def _refusal(self) -> Exception | None:
         """Why a newcomer may not wait, if so. The lock is held."""
         self._heed_life()
-        if (opened := self._judge()) is not None:
-            self._later(lambda pool: pool._tell_down(opened))
+        self._judge()
         if self.breaker.is_open:
             return self._unavailable()
         if self.max_waiting and len(self._waiting) >= self.max_waiting:
@@ -138,72 +159,73 @@ class Checkout(Checkin[CT]):
             )
         return None
 
-    def _await(self, waiter: Waiter, started: float, timeout: float | None) -> Any:
-        remaining = started + (self.timeout if timeout is None else timeout) - monotonic()
-        try:
-            in_time = waiter.latch.acquire(timeout=_bounded(remaining))
-        except BaseException:  # KeyboardInterrupt, SystemExit, gevent.Timeout: leave no hole
-            self._leave(waiter)
-            raise
-        if not in_time:
-            self._expire(waiter, monotonic() - started)
-        if waiter.error is not None:
+    def _await(self, waiter: Waiter) -> Any:
+        in_time = waiter.latch.acquire(timeout=bounded(waiter.deadline - monotonic()))
+        if not in_time and waiter.conn is None and not waiter.is_over:
+            self._expire(waiter)
+        if waiter.is_over:
             if isinstance(waiter.error, TooManyRequests):
                 self._warn("rejected", "%d callers refused (TooManyRequests)", str(waiter.error))
-            if waiter.is_refused and self.listeners.active:
-                self.listeners.emit(events.Rejected(self.name))
+            if self.listeners.active:
+                self.listeners.emit(
+                    events.Rejected(self.name)
+                    if waiter.is_refused
+                    else events.WaitTimedOut(self.name, monotonic() - waiter.started)
+                )
             raise waiter.take_error()
         return waiter.conn
 
-    def _expire(self, waiter: Waiter, seconds: float) -> None:
-        """Tell a waiter that its time is over, unless it was served this very moment."""
-        with self._lock:
-            if waiter.conn is not None or waiter.error is not None:
-                return
-            with suppress(ValueError):  # an exception may have torn its giver away from it
-                self._waiting.remove(waiter)
-            self._metrics.timeouts += 1
-            self._in_vain += seconds
-            error = waiter.error = self._timed_out(seconds)
-        cause = f"%d callers timed out ({type(error).__name__})"
-        self._warn("wait_timed_out", cause, str(error))
-        if self.listeners.active:
-            self.listeners.emit(events.WaitTimedOut(self.name, seconds))
+    def _expire(self, waiter: Waiter) -> None:
+        """Refuse a waiter whose time is over, and those behind it for whom that holds too.
 
-    def _leave(self, waiter: Waiter) -> None:
-        with self._lock:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
-        if waiter.conn is not None:
-            self._add_to_pool(waiter.conn, is_fresh=waiter.is_fresh)
 
-    def _timed_out(self, seconds: float) -> PoolError:
-        """Say why there was no connection in time. The lock is held."""
-        busy = self._active()
-        if self.breaker.is_failing or self._connecting or busy < self._max_size:
-            return self._unavailable()
-        now = monotonic()
-        held = holders.report(self._slots, now)
-        if not held and self._last_seen < now - seconds:  # all are asked whether they live
-            return self._unavailable(silent_since=self._last_seen)
-        me = _here.who
-        mine = sum(slot.since > 0.0 and slot.who is me for slot in self._slots)
+        One snapshot serves all of them. One that was served this very moment is left alone.
+        """
+        with self._lock:
+            now, snapshot = monotonic(), self.stats()
+            held = Counter(slot.who for slot in list(self._slots) if slot.since)
+            behind = takewhile(lambda each: each.deadline <= now, list(self._waiting))
+            late = [w for w in dict.fromkeys([waiter, *behind]) if w.conn is None and not w.is_over]
+            why = self._why_none_came_back(now - waiter.started)
+            for each in late:
+                seconds = now - each.started
+                error = self._timed_out(seconds, snapshot, held[each.who], why)
+                with suppress(ValueError):
+                    self._waiting.remove(each)
+                self._metrics.timeouts += 1
+                self._in_vain += seconds
+                each.refuse(error, is_late=True)
+        if late:
+            cause = f"%d callers timed out ({type(error).__name__})"
+            self._warn("wait_timed_out", cause, str(error), count=len(late))
+
+    def _timed_out(self, seconds: float, snapshot: Snapshot, mine: int, why: str) -> PoolError:
+        """Say why there was no connection in time to a thread that holds *mine*.
+
+        The lock is held.
+        """
+        busy = snapshot.active
+        if self.breaker.is_failing or snapshot.connecting or busy < self._max_size:
+            return self._unavailable(snapshot)
+        held = snapshot.holders
+        if not held and self._last_seen < monotonic() - seconds:  # all are asked whether they live
+            return self._unavailable(snapshot, silent_since=self._last_seen)
         nested = (
             f"; nested: this thread itself holds {mine}, and n threads that hold {mine + 1} at once"
             f" need a max_size of at least n * {mine} + 1"
         )
         return PoolExhausted(
             f"pool {self.name!r}: no connection within {seconds:.2f} s: {busy} of"
-            f" {self._max_size} checked out, {len(self._pool)} idle, {len(self._waiting)} more"
+            f" {self._max_size} checked out, {snapshot.idle} idle, {len(self._waiting) - 1} more"
             f" waiting; held longest: {holders.grouped(held) or 'unknown'}"
-            f"{nested if mine else self._why_none_came_back(seconds)}",
+            f"{nested if mine else why}",
             pool=self.name,
-            snapshot=self.stats(),
+            snapshot=snapshot,
         )
 
     def _why_none_came_back(self, seconds: float) -> str:
         """What to suspect if none came back in that time and some run statements. Lock held."""
-        conns = [slot.ref() for slot in self._slots if slot.ref and slot.since]
+        conns = [slot.ref() for slot in list(self._slots) if slot.ref and slot.since]
         if self._last_seen >= monotonic() - seconds or not any(map(is_active, conns)):
             return ""
         number = sum(lacks_acknowledgement(conn._slot.fd) for conn in conns if conn)
@@ -257,16 +279,8 @@ class Checkout(Checkin[CT]):
                 conn.commit()
         except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
             why = describe(ex, conn)
-        except BaseException:
-            self._return_connection(conn, from_getconn=False)
-            raise
         else:
             return True
         logger.info("connection failed check: %s", why)  # out here, where no frame has the error
         self._discard(conn, "dead")
         return False
-
-
-def _bounded(seconds: float) -> float:
-    """A lock's timeout: -1 would wait for ever, too large a one would overflow."""
-    return min(max(seconds, 0.0), threading.TIMEOUT_MAX)

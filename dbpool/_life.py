@@ -5,19 +5,26 @@ Part of the one place that touches protected members of psycopg_pool, see `_supp
 
 from __future__ import annotations
 
+import queue
 import threading
 from contextlib import suppress
+from functools import partial
 from os import getpid
-from time import monotonic
+from time import monotonic, sleep
+from types import SimpleNamespace
 
 import psycopg
 from psycopg_pool import PoolClosed
 from psycopg_pool.abc import CT
+from psycopg_pool.pool import StopWorker
 
 from dbpool import _fork, events, holders
 from dbpool._supply import Supply
+from dbpool._threads import in_a_thread
 from dbpool.errors import is_permanent
 from dbpool.liveness import cancel
+
+_LOOK = 0.005  # seconds between two looks of `wait`
 
 
 class Life(Supply[CT]):
@@ -32,6 +39,23 @@ class Life(Supply[CT]):
         else:
             self._check_open_getconn()
 
+    def _open(self) -> None:
+        if self._closed and not self._opened:
+            # First: what is interrupted from here on is healed.
+            holders.watch(self)  # type: ignore[arg-type]
+        super()._open()
+
+    def _start_workers(self) -> None:
+        self._tasks = queue.SimpleQueue()  # type: ignore[assignment]  # made in C, unlike Queue
+        self._workers = []
+        try:
+            in_a_thread(super()._start_workers)
+        except BaseException:  # no threads to be had, say: who uses it next tries again
+            self._signal_stop_worker()
+            self._closed, self._opened = True, False
+            holders.unwatch(self)
+            raise
+
     def _start_initial_tasks(self) -> None:
         self._refill()
         if self.listeners.active:
@@ -45,27 +69,46 @@ class Life(Supply[CT]):
         by itself.
         """
         deadline = monotonic() + timeout
-        holders.unwatch(self)
         with self._lock:
-            if self._closed:
-                self._opened = self._opened or self._lazy
-                return
-            self._closed = True
-            idle = list(self._pool)
-            self._pool.clear()
-            self._slots.difference_update(conn._slot for conn in idle)
-            self._refuse_waiters(lambda: PoolClosed(f"the pool {self.name!r} is closed"))
-            threads = self._signal_stop_worker()
-        for conn in idle:
-            self._close_connection(conn)
+            was_open, self._closed = not self._closed, True
+            self._opened = self._opened or self._lazy
+            threads = self._stop()
+        self._close_evicted()
         for thread in threads:
-            if thread is not threading.current_thread():
+            if thread is not threading.current_thread() and thread.is_alive():
                 thread.join(max(0.0, deadline - monotonic()))
-        self._send_cancels()
-        self._end_episodes(quiet=0.0)
-        if self.listeners.active:
-            self.listeners.emit(events.Closed(self.name))
-            self.listeners.end(max(0.0, deadline - monotonic()))
+        if was_open:
+            self._send_cancels()
+            self._end_episodes(quiet=0.0)
+            if self.listeners.active:
+                self.listeners.emit(events.Closed(self.name))
+                self.listeners.end(max(0.0, deadline - monotonic()))
+        holders.unwatch(self)  # last: the watchdog ends what is interrupted before
+
+    def _stop(self) -> list[threading.Thread]:
+        """Give up what is idle, refuse who waits, tell the threads to end. The lock is held.
+
+        Of a closed pool; to be called again if it was interrupted. Returns the threads.
+        """
+        while self._pool:
+            conn = self._pool[-1]
+            self._closing.append(conn)
+            self._slots.discard(conn._slot)
+            self._pool.pop()
+        self._refuse_waiters(lambda: PoolClosed(f"the pool {self.name!r} is closed"))
+        return self._signal_stop_worker()
+
+    def _signal_stop_worker(self) -> list[threading.Thread]:
+        """As the parent does, but to be called again if it was interrupted."""
+        if self._sched_runner is None:
+            return []
+        threads = [self._sched_runner, *self._workers]
+        # The scheduler is woken by an Event: a worker does that.
+        self._tasks.put(SimpleNamespace(run=partial(self._sched.enter, 0.0, None)))  # type: ignore[arg-type]
+        for _ in self._workers:
+            self._tasks.put(StopWorker(self))
+        self._workers, self._sched_runner = [], None
+        return threads
 
     def _send_cancels(self) -> None:
         """Send the cancel requests, one after the other, for a second at most."""
@@ -84,24 +127,24 @@ class Life(Supply[CT]):
             self.listeners.end()
 
     def wait(self, timeout: float = 30.0) -> None:
-        """Wait until min_size connections are made.
+        """Wait until min_size connections are made, and none of them is still being reset.
 
-        If that takes longer than *timeout* seconds, or cannot succeed, close the pool and
-        raise `DatabaseUnavailable`.
+        Those that are out count. If that takes longer than *timeout* seconds, or cannot
+        succeed, close the pool and raise `DatabaseUnavailable`.
         """
         deadline = monotonic() + timeout
-        error: Exception | None = None
-        with self._lock:
-            self._open_on_use()
-            while self._nconns - self._connecting < self._min_size and error is None:
-                self._changed.wait(max(0.0, deadline - monotonic()))
-                self._check_open_getconn()
+        while True:
+            with self._lock:
+                self._open_on_use()
+                if sum(s.owner is None or s.since > 0.0 for s in self._slots) >= self._min_size:
+                    return
                 is_hopeless = self.breaker.is_open and is_permanent(self.breaker.kind)
                 if monotonic() >= deadline or is_hopeless:
                     error = self._unavailable()
-        if error is not None:
-            self.close()
-            raise error
+                    break
+            sleep(_LOOK)  # an exception may keep from telling whoever should
+        self.close()
+        raise error
 
     # Forks
 

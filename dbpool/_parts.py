@@ -1,4 +1,4 @@
-"""The small parts of a pool: waiters, probes, tasks, a connection's manners, kept cursors."""
+"""The small parts of a pool: waiters, attempts, tasks, a connection's manners, kept cursors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from operator import attrgetter
 from time import monotonic
 from types import FunctionType
 from typing import Any, Final, cast
+from weakref import ref
 
 import psycopg
 from psycopg import Connection, Cursor
@@ -20,6 +21,7 @@ from psycopg_pool import ConnectionPool
 from psycopg_pool.pool import MaintenanceTask
 
 from dbpool.errors import is_permanent
+from dbpool.holders import here
 from dbpool.retry import delays
 
 # How a block begins and ends.
@@ -48,6 +50,7 @@ manners: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(
     "_adapters._dumpers_by_oid",
     "_adapters._loaders",
     "_adapters.types._registry",
+    "_num_transactions",  # not 0 once an exception tore a block's end
 )
 
 # Row factories that look at a cursor's result alone.
@@ -57,6 +60,11 @@ HARMLESS: Final = (tuple_row, dict_row, namedtuple_row, scalar_row)
 # a short restart is met again soon.
 _FIRST, _CAP, _BASE = 0.05, 1.0, 1.3
 _PERMANENT_FIRST, _PERMANENT_CAP = 1.0, 15.0
+
+
+def bounded(seconds: float) -> float:
+    """A lock's timeout: -1 would wait for ever, too large a one would overflow."""
+    return min(max(seconds, 0.0), threading.TIMEOUT_MAX)
 
 
 def remember(conn: Any) -> tuple[tuple[object, ...], AdaptersMap]:
@@ -85,15 +93,21 @@ def insist_on_idle(conn: Any, callback: str) -> None:
 
 
 class Waiter:
-    """One caller waiting for a connection; all but the wait itself happens under the lock."""
+    """One caller waiting for a connection; all but the wait itself happens under the lock.
 
-    __slots__ = ("conn", "error", "is_fresh", "is_refused", "latch")
+    It has either a connection, or is over; *owner* is who answers for the connection then.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("conn", "deadline", "error", "is_fresh", "is_over", "is_refused", "latch",
+                 "owner", "started", "who")  # fmt: skip
+
+    def __init__(self, owner: ref[Any], started: float, deadline: float) -> None:
+        self.owner, self.started, self.deadline = owner, started, deadline
+        self.who = here.who
         self.conn: Any = None
         self.error: BaseException | None = None
         self.is_fresh = False  # whether `conn` needs no look: its server spoke just now
-        self.is_refused = False
+        self.is_over = self.is_refused = False
         self.latch = threading.Lock()
         self.latch.acquire()
 
@@ -107,9 +121,9 @@ class Waiter:
         assert error is not None
         return error
 
-    def refuse(self, error: BaseException) -> None:
-        """Have *error* raised where it waits."""
-        self.error, self.is_refused = error, True
+    def refuse(self, error: BaseException, *, is_late: bool = False) -> None:
+        """Have *error* raised where it waits; *is_late* says that its time is over."""
+        self.error, self.is_refused, self.is_over = error, not is_late, True
         self.latch.release()
 
 
@@ -155,12 +169,14 @@ class Episode:
     count: int = 0
 
 
-class Probe:
-    """A slot whose connection could not be made, trying again until it can."""
+class Attempt:
+    """The place of a connection that is to be made, and is tried until it can."""
 
     def __init__(self) -> None:
         self.params: dict[str, Any] = {}  # those of the last failed attempt
-        self.due = 0.0
+        self.due = monotonic()
+        self.started = 0.0  # while one is under way
+        self.is_retry = False
         self.watching = False  # whether a change of params makes it due at once
         self._fast = delays(_FIRST, _CAP, _BASE)
         self._slow = delays(_PERMANENT_FIRST, _PERMANENT_CAP)

@@ -9,6 +9,7 @@ from itertools import count
 from time import monotonic, sleep
 from types import FrameType
 from typing import Any, TypeVar
+from weakref import ref
 
 import psycopg
 from psycopg import IsolationLevel
@@ -21,12 +22,16 @@ from dbpool import events
 from dbpool._outcomes import is_lost_unanswered
 from dbpool._upkeep import Upkeep
 from dbpool.errors import CommitUncertain, DatabaseMisconfigured, DatabaseUnavailable, describe
+from dbpool.holders import Owner
 from dbpool.liveness import Look, look
 from dbpool.retry import Budget, delays, is_conflict
 
 T = TypeVar("T")
 
 _IDLE, _INERROR = TransactionStatus.IDLE, TransactionStatus.INERROR
+
+
+_LOOK = 0.02  # seconds between two looks whether an outage is over
 
 
 class Runner(Upkeep[CT]):
@@ -60,40 +65,46 @@ class Runner(Upkeep[CT]):
         deadline = None if timeout is None else monotonic() + timeout
         pauses = delays(first=0.05, cap=1.0)
         for attempt in count(1):
+            step = Owner()
+            owner = ref(step)
             # Not kept in a variable: a frame that holds itself holds the connection as well.
-            conn = self._acquire_patiently(deadline, sys._getframe())
+            conn = self._acquire_patiently(deadline, sys._getframe(), owner)
             try:
-                result = self._transact(conn, fn, args, isolation, read_only)
-            except psycopg.Error as ex:
-                pause = next(pauses)
-                late = deadline is not None and monotonic() + pause >= deadline
-                if late or attempt >= attempts or not self._may_retry(ex, conn, idempotent):
-                    failed: psycopg.Error = self._unavailable_behind_pooler(ex) or ex
-                    raise failed from failed.__cause__
-                error = describe(ex, conn)  # itself it would hold this frame, and so the connection
-            else:
-                self._budget.refund()
-                return result
-            finally:
-                self._release(conn)
+                try:
+                    result = self._transact(conn, fn, args, isolation, read_only)
+                except psycopg.Error as ex:
+                    pause = next(pauses)
+                    late = deadline is not None and monotonic() + pause >= deadline
+                    if late or attempt >= attempts or not self._may_retry(ex, conn, idempotent):
+                        failed: psycopg.Error = self._unavailable_behind_pooler(ex) or ex
+                        raise failed from failed.__cause__
+                    # Itself it would hold this frame, and so the connection.
+                    error = describe(ex, conn)
+                else:
+                    self._budget.refund()
+                    return result
+                finally:
+                    self._release(conn)
+            except BaseException:  # where it was given back this does nothing
+                self._recover(owner)
+                raise
             self._tell_retry(attempt, error, pause)
             sleep(pause)
         raise AssertionError("unreachable")
 
-    def _acquire_patiently(self, deadline: float | None, frame: FrameType) -> CT:
+    def _acquire_patiently(self, deadline: float | None, frame: FrameType, owner: ref[Any]) -> CT:
         """Acquire; with a deadline, wait out an outage that waiting may cure."""
         if deadline is None:
-            return self._acquire(None, frame)
+            return self._acquire(None, frame, owner)
         while True:
             remaining = deadline - monotonic()
             try:
-                return self._acquire(max(0.0, remaining), frame)
+                return self._acquire(max(0.0, remaining), frame, owner)
             except DatabaseUnavailable as ex:
                 if remaining <= 0.0 or isinstance(ex, DatabaseMisconfigured):
                     raise
-            with self._lock:
-                if self.breaker.is_open:
-                    self._changed.wait(min(max(0.0, deadline - monotonic()), 1.0))
+            while self.state == "down" and (left := deadline - monotonic()) > 0.0:
+                sleep(min(left, _LOOK))
 
     def _transact(
         self,
@@ -114,6 +125,8 @@ class Runner(Upkeep[CT]):
         except BaseException as ex:
             if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):
                 self._moved(conn)
+            if conn.pgconn.pipeline_status:  # left by what interrupted it
+                conn.pgconn.finish()
             with suppress(psycopg.Error):  # what cannot be rolled back is left to the return
                 block.__exit__(type(ex), ex, ex.__traceback__)
                 if conn.pgconn.transaction_status != _IDLE:

@@ -8,9 +8,10 @@ of psycopg_pool and of psycopg; `tests/test_seam.py` fails when those change.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import monotonic
-from typing import Any, get_origin
+from typing import Any, Final, get_origin
+from weakref import ref
 
 import psycopg
 from psycopg import Connection, Cursor
@@ -20,7 +21,7 @@ from psycopg_pool.pool import AddConnection
 from dbpool import _fork, events
 from dbpool._books import REPLACED, Books, logger, unanswered
 from dbpool._conninfo import already_set
-from dbpool._parts import BLOCKS, Call, Probe, insist_on_idle, is_stock, remember
+from dbpool._parts import BLOCKS, Attempt, Call, insist_on_idle, is_stock, remember
 from dbpool._secrets import conceal, conceal_params, secrets_of
 from dbpool._session import reset_message
 from dbpool.errors import (
@@ -32,7 +33,7 @@ from dbpool.errors import (
     detached,
     is_permanent,
 )  # fmt: skip
-from dbpool.holders import Slot
+from dbpool.holders import Owner, Slot
 from dbpool.liveness import (
     PingTimeout,
     hung_up,
@@ -44,6 +45,10 @@ from dbpool.liveness import (
 _LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
 _NAMES_A_DATABASE = {"host", "hostaddr", "port", "dbname", "service", "DATABASE_URL"}
 _LOOK_AGAIN = 0.1  # seconds at least between two looks at an attempt without an answer
+_LATE = 0.2  # seconds after which an attempt that no worker has begun may have been lost
+
+# An owner that is gone: what it has is given up, see `heal`.
+NOBODY: Final = ref(Owner())
 
 
 class Supply(Books[CT]):
@@ -65,18 +70,22 @@ class Supply(Books[CT]):
         if self._waiting and not self._connecting and self._nconns < self._max_size:
             missing = max(1, missing)
         for _ in range(missing):
-            self._nconns += 1
-            self._connecting += 1
-            self.run_task(AddConnection(self))
+            attempt = Attempt()
+            self._connects.add(attempt)
+            self._enqueue(attempt)
+
+    def _enqueue(self, attempt: Attempt) -> None:
+        """Have a worker make that attempt; twice does no harm."""
+        self.run_task(AddConnection(self, attempt))  # type: ignore[arg-type]
 
     def _add_connection(self, attempt: Any, growing: bool = False) -> None:
-        """Make one attempt; a worker calls it. *attempt* is a `Probe` if it is a repeated one."""
-        if self._is_needless(attempt) or (attempt is not None and self._put_off(attempt)):
+        """Make one attempt; a worker calls it."""
+        if self._is_needless(attempt) or self._put_off(attempt):
             return
         started = monotonic()
         params: dict[str, Any] = {}
         secrets: set[str] = set()
-        self._attempt_begins(started)
+        self._attempt_begins(attempt, started)
         try:
             params = self._params()
             conn = self._make(params, secrets, started)
@@ -87,15 +96,17 @@ class Supply(Books[CT]):
             if "FATAL" not in str(error) and (lack := lack_of_descriptors()):
                 kind, error = "descriptors", psycopg.OperationalError(f"{error}: {lack}")
         else:
-            self._attempt_succeeded(conn, started)
+            self._attempt_succeeded(conn, attempt)
             return
         # Out here, where no traceback leads to what the error says and to where it was raised.
-        self._attempt_failed(kind, error, started, params, attempt)
+        self._attempt_failed(kind, error, params, attempt)
 
-    def _is_needless(self, probe: Probe | None) -> bool:
-        """Give the slot up if nobody needs it any more, or if another tries in an outage."""
+    def _is_needless(self, attempt: Attempt) -> bool:
+        """Give the place up if nobody needs it any more, or if another tries in an outage."""
         with self._lock:
-            if probe is not None:
+            if attempt not in self._connects or attempt.started:  # another worker was quicker
+                return True
+            if attempt.is_retry:
                 # While nothing is there at all, who comes next is to be told at once.
                 is_alone = self._nconns == self._connecting
                 is_missed = self._nconns <= self._min_size or bool(self._waiting)
@@ -104,11 +115,11 @@ class Supply(Books[CT]):
                 needed = self._probe is None and not (self.breaker.is_open and self._attempts)
             # In an outage the probe stays, however small the pool has been made.
             if not needed or (self._nconns > self._max_size and not self.breaker.is_open):
-                self._drop_slot(probe)
+                self._drop_place(attempt)
                 return True
             return False
 
-    def _put_off(self, probe: Probe) -> bool:
+    def _put_off(self, probe: Attempt) -> bool:
         """Whether it is too early for that probe."""
         early = probe.due - monotonic()
         if early <= 0 or (probe.watching and self._params_now() != probe.params):
@@ -116,28 +127,34 @@ class Supply(Books[CT]):
         self._schedule(probe)
         return True
 
-    def _schedule(self, probe: Probe) -> None:
+    def _schedule(self, probe: Attempt) -> None:
         delay = max(0.0, probe.due - monotonic())
         if probe.watching:
             delay = min(delay, _LOOK_FOR_CHANGE)
         self.schedule_task(AddConnection(self, probe), delay)  # type: ignore[arg-type]
 
-    def _drop_slot(self, probe: Probe | None) -> None:
-        """Give a slot up whose connection was not made. The lock is held."""
-        self._nconns -= 1
-        self._connecting -= 1
-        if probe is not None and self._probe is probe:
+    def _drop_place(self, attempt: Attempt) -> None:
+        """Give a place up whose connection was not made. The lock is held."""
+        self._connects.discard(attempt)
+        if self._probe is attempt:
             self._probe = None
             self.breaker.reset()
 
-    def _attempt_begins(self, started: float) -> None:
+    def _attempt_begins(self, attempt: Attempt, started: float) -> None:
         with self._lock:
-            self._attempts.append(started)
+            attempt.started = started
             self.breaker.attempt()
-        self._await_answer(started, self.breaker.patience)
+        self._await_answer(attempt, started, self.breaker.patience)
 
-    def _await_answer(self, started: float, delay: float) -> None:
-        self.schedule_task(Call(self, lambda pool: pool._attempt_overdue(started)), delay)
+    def _await_answer(self, attempt: Attempt, started: float, delay: float) -> None:
+        self.schedule_task(Call(self, lambda pool: pool._attempt_overdue(attempt, started)), delay)
+
+    def _resume_attempts(self) -> None:
+        """Enqueue the attempts that an exception kept from it. The lock is held."""
+        late = monotonic() - _LATE
+        for attempt in list(self._connects):
+            if not attempt.started and attempt.due < late and self._tasks.empty():
+                self._enqueue(attempt)
 
     def _resolve_conninfo(self) -> str:
         found: str = conceal(super()._resolve_conninfo() or self.settings.resolve())
@@ -231,36 +248,35 @@ class Supply(Books[CT]):
         slot.idle_since = conn._created_at
         conn._slot = slot
 
-    def _attempt_succeeded(self, conn: CT, started: float) -> None:
+    def _attempt_succeeded(self, conn: CT, attempt: Attempt) -> None:
         now = monotonic()
+        seconds = now - attempt.started
         with self._lock:
-            self._attempts.remove(started)
-            self._connecting -= 1
             self._slots.add(conn._slot)  # type: ignore[attr-defined]
+            self._connects.discard(attempt)
             self._probe = None
             self._outage_told = False
             outage = self.breaker.succeeded()
             self._metrics.connects += 1
-            self._metrics.connect.add(now - started)
+            self._metrics.connect.add(seconds)
             self._last_seen = now
             if self._nconns > self._max_size:  # it was made smaller meanwhile
                 conn._slot.expires_at = 0.0  # type: ignore[attr-defined]
         self._add_to_pool(conn)
         with self._lock:
             self._refill()
-            self._changed.notify_all()
         if outage is not None:
             self._tell_back(outage)
         if self.listeners.active:
-            self.listeners.emit(events.Connected(self.name, now - started))
+            self.listeners.emit(events.Connected(self.name, seconds))
 
     def _attempt_failed(
-        self, kind: str, error: BaseException, started: float, params: Any, probe: Probe | None
+        self, kind: str, error: BaseException, params: Any, attempt: Attempt
     ) -> None:
         is_lasting = is_permanent(kind) and self._params_now() == params
         self._discard_hung_up()  # what is idle keeps the breaker closed, if it is alive
         with self._lock:
-            self._attempts.remove(started)
+            started, attempt.started = attempt.started, 0.0
             self._metrics.connect_failures += 1
             if self._closed:
                 return
@@ -268,11 +284,10 @@ class Supply(Books[CT]):
             failed = events.ConnectFailed(
                 self.name, monotonic() - started, self.breaker.last_error or "", kind
             )
-            self._try_again(probe or Probe(), params, kind, is_lasting=is_lasting)
-            opened = self._judge()
+            self._try_again(attempt, params, kind, is_lasting=is_lasting)
+            self._judge()
             lasts = self.breaker.failing_for >= self.reconnect_timeout and not self._outage_told
             self._outage_told |= lasts
-            self._changed.notify_all()
             exist = self._nconns - self._connecting
         logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, failed.error)
         # Else the breaker tells of it, once it opens.
@@ -285,36 +300,34 @@ class Supply(Books[CT]):
                 self._warn("connect_failed", f"%d failed connects ({kind})", text, kind=kind)
         if self.listeners.active:
             self.listeners.emit(failed)
-        if opened is not None:
-            self._tell_down(opened)
+        self._catch_up()
         if lasts:
             self.reconnect_failed()
 
     def _try_again(
-        self, probe: Probe, params: dict[str, Any], kind: str, *, is_lasting: bool
+        self, attempt: Attempt, params: dict[str, Any], kind: str, *, is_lasting: bool
     ) -> None:
-        """Have *probe* try again later, unless another does. The lock is held."""
-        if self._probe not in (None, probe):
-            self._drop_slot(None)
+        """Have *attempt* try again later, unless another does. The lock is held."""
+        if self._probe not in (None, attempt):
+            self._drop_place(attempt)
             return
-        self._probe = probe
-        probe.params, probe.watching = params, is_lasting
-        probe.postpone(kind)
-        self.breaker.retry_at = probe.due
-        self._schedule(probe)
+        self._probe = attempt
+        attempt.params, attempt.watching, attempt.is_retry = params, is_lasting, True
+        attempt.postpone(kind)
+        self.breaker.retry_at = attempt.due
+        self._schedule(attempt)
 
-    def _attempt_overdue(self, started: float) -> None:
+    def _attempt_overdue(self, attempt: Attempt, started: float) -> None:
         with self._lock:
-            if started not in self._attempts or self._closed:
+            if attempt not in self._connects or attempt.started != started or self._closed:
                 return
             error = unanswered(monotonic() - started)
             kind = SATURATED if started in self._pinging else "timeout"
             self.breaker.overdue(started, error, kind, last_seen=self._last_seen)
-            opened = self._judge()
+            self._judge()
             due = max(started, self._last_seen) + self.breaker.patience
-            self._await_answer(started, max(due - monotonic(), _LOOK_AGAIN))
-        if opened is not None:
-            self._tell_down(opened)
+            self._await_answer(attempt, started, max(due - monotonic(), _LOOK_AGAIN))
+        self._catch_up()
 
     # Giving up
 
@@ -325,49 +338,46 @@ class Supply(Books[CT]):
             self._refill()
         if by_server:
             self._count(REPLACED, 1)
-        self._dispose([conn], reason)
+        self._close_evicted()
 
     def _retire(
         self, reason: str, condition: Callable[[Slot], bool], most: int | None = None
     ) -> int:
         """Close idle connections for whose slot *condition* holds, coldest first; how many?"""
-        gone = self._take_out(reason, condition, most)
-        self._dispose(gone, reason)
-        return len(gone)
+        count = self._take_out(reason, condition, most)
+        self._close_evicted()
+        return count
 
     def _take_out(
         self, reason: str, condition: Callable[[Slot], bool], most: int | None = None
-    ) -> list[Any]:
+    ) -> int:
         """Give idle connections up like `_retire`, and leave closing them to the caller."""
         with self._lock:
             gone = [conn for conn in self._pool if condition(conn._slot)][:most]
             for conn in gone:
+                conn._slot.owner = NOBODY  # should this be interrupted
                 self._pool.remove(conn)
                 self._remove(conn._slot, reason)
             self._refill()
-        return gone
+        return len(gone)
 
     def _remove(self, slot: Slot, reason: str) -> None:
-        """Take a connection out of the books. The lock is held."""
-        slot.ref = None  # its collection means nothing any more
+        """Forget a connection; `_close_evicted` closes it. The lock is held."""
+        conn = None if slot.ref is None else slot.ref()
+        if conn is not None:
+            self._closing.append(conn)
         self._slots.discard(slot)
-        self._nconns -= 1
+        slot.ref = slot.owner = None  # its collection means nothing any more
         metrics = self._metrics
         setattr(metrics, reason, getattr(metrics, reason) + 1)
-
-    def _dispose(self, conns: Sequence[Any], reason: str) -> None:
-        for conn in conns:
-            self._close_connection(conn)
-            if self.listeners.active:
-                self.listeners.emit(events.Discarded(self.name, reason))
+        if self.listeners.active:
+            self.listeners.emit(events.Discarded(self.name, reason))
 
     def _discard_hung_up(self) -> None:
         """Give up all idle ones whose server is gone."""
         if lost := hung_up(conn._slot.fd for conn in list(self._pool)):
-            gone = self._take_out("dead", lambda slot: slot.fd in lost)
-            self._count(REPLACED, len(gone))
-            # Somebody may be waiting: closing many is not their business.
-            self._later(lambda pool: pool._dispose(gone, "dead"))
+            self._count(REPLACED, self._take_out("dead", lambda slot: slot.fd in lost))
+            self._wake()  # somebody may be waiting: closing many is not their business
 
 
 def _advised(error: BaseException, params: dict[str, Any]) -> BaseException:

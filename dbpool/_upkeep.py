@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from time import monotonic
 from typing import Any
+from weakref import ref
 
 from psycopg_pool._acompat import Queue
 from psycopg_pool.abc import CT
@@ -16,10 +17,15 @@ from psycopg_pool.pool import MaintenanceTask
 from dbpool import _fork, events, holders
 from dbpool._books import logger
 from dbpool._checkout import Checkout
-from dbpool.holders import Slot
+from dbpool.holders import Owner, Slot
 
 # A primary that moved may make many statements fail at once; one drain is enough.
 _MOVED_PAUSE = 5.0
+
+# Seconds between two looks for a breaker that a healthy return may close, where nobody asks.
+_HEED = 1.0
+
+_PATROL = 0.5  # seconds between two patrols at most: twice that heals what was interrupted
 
 
 class Upkeep(Checkout[CT]):
@@ -38,28 +44,41 @@ class Upkeep(Checkout[CT]):
 
     # Patrols
 
-    def _start_workers(self) -> None:
-        try:
-            super()._start_workers()
-            holders.watch(self)
-        except BaseException:  # no threads to be had, say: who uses it next tries again
-            self._signal_stop_worker()
-            self._closed, self._opened = True, False
-            raise
-
     @property
     def patrol_every(self) -> float:
         """Seconds between two patrols of the watchdog."""
-        return min(1.0, self.settings.leak_after / 4.0 or 1.0)
+        return min(_PATROL, self.settings.leak_after / 4.0 or _PATROL)
+
+    def heal(self) -> None:
+        """End what an exception kept a caller's thread from: the books are right afterwards.
+
+        Does nothing that is not due.
+        """
+        with self._lock:
+            if not self._opened:  # its opening was given up
+                return
+            if self._closed:
+                self._stop()
+                self.listeners.end()
+                holders.unwatch(self)
+            elif not any(thread.is_alive() for thread in self._workers):
+                self._start_workers()
+            self._reclaim()
+            self._resume_attempts()
+            if (now := monotonic()) >= self._heeded_at + _HEED:
+                self._heeded_at = now
+                self._heed_life()
+            if self.breaker.is_open and self._waiting:
+                self._refuse_as_unavailable()
+            self._trim()
+        self._catch_up()
 
     def patrol(self, now: float) -> None:
         """Free what was collected, retire what is old, report what is held for too long."""
         self._send_cancels()
         with _fork.telling:
             self._end_episodes()
-            with self._lock:
-                self._reclaim()
-                self._heed_life()
+            self.heal()
             self._shrink_pool()
             if self.settings.leak_after:
                 self._report_held_long(now)
@@ -105,7 +124,7 @@ class Upkeep(Checkout[CT]):
     def drain(self) -> None:
         """Replace all connections: the idle ones now, those that are out when they return."""
         with self._lock:
-            for slot in self._slots:
+            for slot in list(self._slots):
                 slot.expires_at = 0.0
         self._retire("expired", lambda slot: not slot.expires_at)
 
@@ -133,25 +152,39 @@ class Upkeep(Checkout[CT]):
         Once a ping has timed out, the others that have been idle for long go with it.
         """
         answered: set[Slot] = set()
-        for conn in list(self._pool):
-            with self._lock:
-                if conn not in self._pool:  # lent meanwhile, or gone
-                    continue
-                self._pool.remove(conn)
-            if self._answers(conn, self.settings.ping_timeout, answered):
-                answered.add(conn._slot)
-                self._add_to_pool(conn)
+        step = Owner()
+        owner = ref(step)
+        try:
+            for conn in list(self._pool):
+                with self._lock:
+                    if conn not in self._pool:  # lent meanwhile, or gone
+                        continue
+                    conn._slot.owner = owner
+                    self._pool.remove(conn)
+                if self._answers(conn, self.settings.ping_timeout, answered):
+                    answered.add(conn._slot)
+                    self._add_to_pool(conn)
+        except BaseException:
+            self._recover(owner)
+            raise
 
     def resize(self, min_size: int, max_size: int | None = None) -> None:
         """Change the size; what is too many goes at once if idle, else when it returns."""
         min_size, max_size = self._check_size(min_size, max_size)
         with self._lock:
             self._min_size, self._max_size = min_size, max_size
-            excess = self._nconns - self._connecting - max_size
+            self._trim()
             self._refill()
-            self._changed.notify_all()
-            gone = self._take_out("idle", lambda slot: True, max(0, excess))
-            out = self._slots.difference(conn._slot for conn in self._pool)
-            for slot in list(out)[: max(0, excess - len(gone))]:
+        self._close_evicted()
+
+    def _trim(self) -> None:
+        """Give up what is beyond max_size: at once if idle, else when it returns.
+
+        The lock is held.
+        """
+        excess = len(self._slots) - self._max_size
+        if excess > 0:
+            excess -= self._take_out("idle", lambda slot: True, excess)
+            out = [slot for slot in list(self._slots) if slot.owner is not None]
+            for slot in sorted(out, key=lambda slot: slot.expires_at)[:excess]:
                 slot.expires_at = 0.0
-        self._dispose(gone, "idle")

@@ -7,15 +7,16 @@ checkout. No event is built when nobody listens.
 from __future__ import annotations
 
 import logging
+import queue
 import re
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from inspect import iscoroutinefunction, signature
 from typing import TYPE_CHECKING, Any
 
+from dbpool._threads import in_a_thread
 from dbpool.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -243,57 +244,58 @@ class Emitter:
     def reset(self) -> None:
         """Start from nothing, as in a new process."""
         self.calling = threading.RLock()  # held while listeners are called: a fork waits for it
-        self._changed = threading.Condition()
-        self._events: deque[Event] = deque()
+        self._lock = threading.Lock()
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None wakes the thread
         self._thread: threading.Thread | None = None
-        self._ends = self._is_overrun = False
+        self._ends = self._is_overrun = self._is_overrun_told = False
         self._complained: set[tuple[int, str]] = set()
 
     def emit(self, event: Event) -> None:
         """Have every listener told."""
-        with self._changed:
-            if len(self._events) < self.MOST:
-                self._events.append(event)
-                self._changed.notify()
-                if self._thread is None:
-                    self._start()
-                return
-            was_overrun, self._is_overrun = self._is_overrun, True
-        if not was_overrun:
-            logger.error("pool %r: its listeners are too slow, events are dropped", event.pool)
+        if self._events.qsize() < self.MOST:
+            self._events.put(event)
+        else:
+            self._is_overrun = True
+        if self._thread is None:
+            self._start()
 
     def end(self, timeout: float = 0.0) -> None:
         """End the thread once all is told; wait for that for *timeout* seconds."""
-        with self._changed:
-            self._ends, thread = True, self._thread
-            self._changed.notify()
+        self._ends, thread = True, self._thread
+        self._events.put(None)
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
 
     def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="dbpool-listeners", daemon=True)
         try:
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="dbpool-listeners", daemon=True)
+            in_a_thread(thread.start)
         except RuntimeError:  # out of threads, or the interpreter is ending
-            self._thread = None
+            return
 
     def _run(self) -> None:
         me, calling = threading.current_thread(), self.calling
+        with self._lock:
+            if self._thread is not None:  # another was quicker
+                return
+            self._thread = me
         # A listener may fork: its child has this thread, but it is nobody's there.
-        while self._thread is me and (event := self._next()) is not None:
+        while self._thread is me:
+            try:
+                event = self._events.get(block=not self._ends)
+            except queue.Empty:
+                self._thread = None
+                if not self._events.empty():  # it came just now, and found a thread
+                    self._start()
+                return
             with calling:
-                self._tell(event)
-
-    def _next(self) -> Event | None:
-        with self._changed:
-            while not self._events:
-                if self._ends:
-                    self._thread = None
-                    return None
-                self._changed.wait()
-            return self._events.popleft()
+                if event is not None:
+                    self._tell(event)
 
     def _tell(self, event: Event) -> None:
+        if self._is_overrun and not self._is_overrun_told:
+            self._is_overrun_told = True
+            logger.error("pool %r: its listeners are too slow, events are dropped", event.pool)
         for listener in self._listeners:
             try:
                 listener(event)

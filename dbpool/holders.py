@@ -6,8 +6,10 @@ a connection which its holder lost can be told and replaced.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import queue
 import sys
 import threading
 import traceback
@@ -22,10 +24,12 @@ from types import CodeType, FrameType
 from typing import Any, Protocol
 
 from dbpool._secrets import printable
+from dbpool._threads import in_a_thread
 from dbpool.metrics import HolderSnapshot as Holder
 
 __all__ = [
-    "Holder", "Slot", "Who", "application_files", "caller", "frames_of", "grouped", "here", "report",
+    "Holder", "Owner", "Slot", "Who", "application_files", "caller", "frames_of", "grouped", "here",
+    "report",
     "stack_of", "unwatch", "watch",
 ]  # fmt: skip
 
@@ -44,6 +48,12 @@ _STANDARD = ("<frozen ", *(f"{Path(x).parent}{os.sep}" for x in (os.__file__, sy
 
 # Code in these files is the application's: a checkout compares its caller's with them alone.
 application_files: set[str] = set()
+
+
+class Owner:
+    """Who answers for a connection on its way: it is lost once this is gone."""
+
+    __slots__ = ("__weakref__",)
 
 
 class Who:
@@ -75,7 +85,9 @@ here = _Here()  # `here.who` is the calling thread
 class Slot:
     """What a pool remembers of one connection; all times are monotonic.
 
-    `since` is 0 while nobody holds it: idle, or being handed over.
+    `owner` is None while it is idle. Else it refers to who answers for it: a `Lease`, the step
+    of a caller or of a worker, or the connection itself, which a user got by `getconn`. `since`
+    is 0 while nobody holds it: idle, or on its way.
     """
 
     fd: int
@@ -88,6 +100,8 @@ class Slot:
     has_stock_class: bool = False  # the same of the class that a tracer's wrapper stands for
     has_stock_cursors: bool = False  # whether nobody else sees a cursor made or run
     ref: weakref.ref[Any] | None = None
+    owner: weakref.ref[Any] | None = None
+    is_reaped: bool = False  # taken from its holder, whose return of it then does nothing
     read_write: bool = False  # whether the conninfo asked for a server that can write
     expires_at: float = 0.0
     idle_since: float = 0.0
@@ -99,9 +113,15 @@ class Slot:
     cursor: Any = None  # kept from one `fetch_*` to the next
     reported: bool = False
 
-    def watch(self, conn: Any, collected: Callable[[Slot], None]) -> None:
-        """Have *collected* called when *conn* is collected while it counts."""
-        self.ref = weakref.ref(conn, lambda _: collected(self))
+    def watch(self, conn: Any, lost: Callable[[weakref.ref[Any]], None]) -> None:
+        """Have *lost* called when *conn* is collected; made in C, it cannot be interrupted."""
+        self.ref = self.owner = weakref.ref(conn, lost)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether who answers for the connection is gone, or while it is idle, itself."""
+        owner = self.owner or self.ref
+        return owner is None or owner() is None
 
     @property
     def is_open(self) -> bool:
@@ -219,27 +239,31 @@ class _Watchdog:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._changed = threading.Event()
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def watch(self, pool: Watched) -> None:
         with self._lock:
             self._pools.add(pool)
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="dbpool-watchdog", daemon=True)
-                thread.start()
-                self._thread = thread
-        self._changed.set()
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="dbpool-watchdog", daemon=True)
+            in_a_thread(thread.start)
+        self._wakes.put(None)
 
     def unwatch(self, pool: object) -> None:
         with self._lock:
             self._pools.discard(pool)
-        self._changed.set()
+        self._wakes.put(None)
 
     def _run(self) -> None:
-        while pause := self._patrol():
-            self._changed.wait(pause)
-            self._changed.clear()
+        me = threading.current_thread()
+        with self._lock:
+            if self._thread is not None:  # another was quicker
+                return
+            self._thread = me
+        while self._thread is me and (pause := self._patrol()):
+            with contextlib.suppress(queue.Empty):
+                self._wakes.get(timeout=pause)
 
     def _patrol(self) -> float:
         """Patrol every pool; return the seconds until the next time, 0 to end the thread."""

@@ -328,9 +328,10 @@ class Metrics:
 
     def count_ended(self) -> None:
         """Count the checkouts that ended."""
-        ended, self.ended = self.ended, []
-        self.checkouts += len(ended)
-        for wait, use in ended:
+        while self.ended:  # one by one: an exception of a signal handler may come between
+            wait, use = self.ended[-1]
+            del self.ended[-1]
+            self.checkouts += 1
             self.wait.add(wait)
             self.use.add(use)
 

@@ -9,6 +9,7 @@ from operator import attrgetter, methodcaller
 from time import monotonic
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, Unpack, overload
+from weakref import ref
 
 import psycopg
 from psycopg import Connection, Cursor
@@ -26,7 +27,7 @@ from dbpool._secrets import conceal
 from dbpool._values import did_you_mean, nearest, shown
 from dbpool.errors import CommitUncertain, ConfigError
 from dbpool.events import Emitter
-from dbpool.holders import Holder, Slot
+from dbpool.holders import Holder, Owner, Slot
 from dbpool.settings import Settings
 
 if TYPE_CHECKING:  # half a per cent of what importing this takes
@@ -174,7 +175,7 @@ class Pool(Runner[CT]):
         """
         return self._single(query, params, None, _row_count, sys._getframe())
 
-    def _single(
+    def _single(  # noqa: C901  # one statement, and all that its loss may mean
         self,
         query: Query,
         params: Params | None,
@@ -182,56 +183,62 @@ class Pool(Runner[CT]):
         result: Callable[[Cursor[Any]], T],
         frame: FrameType,
     ) -> T:
-        conn: Any = self._acquire(None, frame)
+        step = Owner()
+        owner = ref(step)
+        conn: Any = self._acquire(None, frame, owner)
         slot: Slot = conn._slot
         cursor: Any = None
         kept: KeptCursor | None = None
         sent = ""  # what may have been done although its answer does not come
         try:
-            row_factory = row_factory or conn.row_factory
-            if slot.has_stock_cursors:
-                is_harmless = row_factory in HARMLESS
-                cursor = (is_harmless and slot.cursor) or KeptCursor(conn)
-                kept = cursor if is_harmless else None
-                cursor.attach(conn, row_factory)
-            else:
-                cursor = conn.cursor(row_factory=row_factory)  # so that a tracer sees it
-            # A connection from the pool is as it was set up, so these are the set-up's.
-            if (
-                slot.has_stock_class
-                and conn._isolation_level is conn._read_only is conn._deferrable is None
-            ):
-                conn._autocommit = True
-                sent = _SINGLE
-                try:
-                    return result(cursor.execute(query, params))
-                except psycopg.errors.FeatureNotSupported as ex:
-                    forget_if_refused(ex, conn, cursor._convert_query(query, params))
-                return result(cursor.execute(query, params, prepare=False))
-            with conn:
-                value = result(cursor.execute(query, params))
-                sent = "COMMIT"
-                if slot.has_stock_blocks:
-                    self._commit(conn)
-                return value
-        except psycopg.errors.ReadOnlySqlTransaction:
-            self._moved(conn)
+            try:
+                row_factory = row_factory or conn.row_factory
+                if slot.has_stock_cursors:
+                    is_harmless = row_factory in HARMLESS
+                    cursor = (is_harmless and slot.cursor) or KeptCursor(conn)
+                    kept, slot.cursor = cursor if is_harmless else None, None
+                    cursor.attach(conn, row_factory)
+                else:
+                    cursor = conn.cursor(row_factory=row_factory)  # so that a tracer sees it
+                # A connection from the pool is as it was set up, so these are the set-up's.
+                if (
+                    slot.has_stock_class
+                    and conn._isolation_level is conn._read_only is conn._deferrable is None
+                ):
+                    conn._autocommit = True
+                    sent = _SINGLE
+                    try:
+                        return result(cursor.execute(query, params))
+                    except psycopg.errors.FeatureNotSupported as ex:
+                        forget_if_refused(ex, conn, cursor._convert_query(query, params))
+                    return result(cursor.execute(query, params, prepare=False))
+                with conn:
+                    value = result(cursor.execute(query, params))
+                    sent = "COMMIT"
+                    if slot.has_stock_blocks:
+                        self._commit(conn)
+                    return value
+            except psycopg.errors.ReadOnlySqlTransaction:
+                self._moved(conn)
+                raise
+            except psycopg.OperationalError as ex:
+                if sent is _SINGLE and conn.closed and cursor.pgresult:
+                    return result(cursor)  # it was lost over what psycopg tidies up afterwards
+                error: Any = ex.__cause__ if isinstance(ex, CommitUncertain) else ex
+                was_sent = sent and getattr(cursor, "is_sent", True)
+                is_fetch = result is not _row_count
+                if was_sent and not (is_fetch and is_reading(cursor._convert_query(query).query)):
+                    self._check_certain(conn, error, sent)
+                error = self._unavailable_behind_pooler(ex) or error
+                raise error from error.__cause__
+            finally:
+                conn._autocommit = slot.manners[0]
+                if kept is not None:
+                    kept.detach()
+                self._release(conn, kept if self._trusted >= 0.0 else None)  # else a check saw it
+        except BaseException:  # where it was given back this does nothing
+            self._recover(owner)
             raise
-        except psycopg.OperationalError as ex:
-            if sent is _SINGLE and conn.closed and cursor.pgresult:
-                return result(cursor)  # it was lost over what psycopg tidies up afterwards
-            error: Any = ex.__cause__ if isinstance(ex, CommitUncertain) else ex
-            was_sent = sent and getattr(cursor, "is_sent", True)
-            is_fetch = result is not _row_count
-            if was_sent and not (is_fetch and is_reading(cursor._convert_query(query).query)):
-                self._check_certain(conn, error, sent)
-            error = self._unavailable_behind_pooler(ex) or error
-            raise error from error.__cause__
-        finally:
-            conn._autocommit = slot.manners[0]
-            if kept is not None:
-                kept.detach()
-            self._release(conn, kept if self._trusted >= 0.0 else None)  # else a check saw it
 
     def holders(self) -> list[Holder]:
         """Return who holds connections, longest first, at most 20."""
@@ -260,6 +267,7 @@ class Pool(Runner[CT]):
             self._cancel_later(conn)
             conn.pgconn.finish()
             self.putconn(conn)
+            conn._slot.is_reaped = True  # who held it may still return it
         return reports
 
 
@@ -267,7 +275,7 @@ class Lease(Generic[CT]):
     """Lends a connection for the length of a `with` block. Made by `Pool.connection`."""
 
     # A plain class: a generator-based context manager costs a microsecond more.
-    __slots__ = ("_conn", "_pool", "_timeout")
+    __slots__ = ("__weakref__", "_conn", "_pool", "_timeout")
 
     def __init__(self, pool: Pool[CT], timeout: float | None) -> None:
         self._pool = pool
@@ -275,7 +283,7 @@ class Lease(Generic[CT]):
 
     def __enter__(self) -> CT:
         pool = self._pool
-        conn = self._conn = pool._acquire(self._timeout, sys._getframe())
+        conn = self._conn = pool._acquire(self._timeout, sys._getframe(), ref(self))
         if conn._slot.has_stock_blocks:  # type: ignore[attr-defined]
             return conn
         try:
@@ -292,27 +300,33 @@ class Lease(Generic[CT]):
     ) -> None:
         pool, conn = self._pool, self._conn
         try:
-            if exc_type is psycopg.errors.ReadOnlySqlTransaction:
-                pool._moved(conn)
-            elif exc_type is psycopg.errors.ProtocolViolation and (
-                unavailable := pool._unavailable_behind_pooler(exc)
-            ):
-                raise unavailable
-            elif exc_type is not None and is_stale_plan(exc):
-                conn._prepared.clear()  # a rollback does so too, but not in autocommit
-            status = conn.pgconn.transaction_status
-            is_stock = conn._slot.has_stock_blocks  # type: ignore[attr-defined]
-            if exc_type is None and status == _INTRANS and is_stock:
-                pool._commit(conn)
-            # With nothing begun there is nothing to end: saves a lock and two calls.
-            elif status != _IDLE or not is_stock:
-                conn.__exit__(exc_type, exc, tb)
-        except psycopg.OperationalError as ex:
-            if exc_type is None and status == _INTRANS and not is_stock:
-                pool._check_certain(conn, ex)
+            try:
+                if exc_type is psycopg.errors.ReadOnlySqlTransaction:
+                    pool._moved(conn)
+                elif exc_type is psycopg.errors.ProtocolViolation and (
+                    unavailable := pool._unavailable_behind_pooler(exc)
+                ):
+                    raise unavailable
+                elif exc_type is not None and is_stale_plan(exc):
+                    conn._prepared.clear()  # a rollback does so too, but not in autocommit
+                if exc_type is not None and conn.pgconn.pipeline_status and not conn._pipeline:
+                    conn.pgconn.finish()  # an exception tore the end of a pipeline
+                status = conn.pgconn.transaction_status
+                is_stock = conn._slot.has_stock_blocks  # type: ignore[attr-defined]
+                if exc_type is None and status == _INTRANS and is_stock:
+                    pool._commit(conn)
+                # With nothing begun there is nothing to end: saves a lock and two calls.
+                elif status != _IDLE or not is_stock:
+                    conn.__exit__(exc_type, exc, tb)
+            except psycopg.OperationalError as ex:
+                if exc_type is None and status == _INTRANS and not is_stock:
+                    pool._check_certain(conn, ex)
+                raise
+            finally:
+                pool._release(conn)
+        except BaseException:  # where it was given back this does nothing
+            pool._recover(ref(self))
             raise
-        finally:
-            pool._release(conn)
 
 
 def _settings(

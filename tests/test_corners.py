@@ -167,9 +167,9 @@ def test_a_connection_that_comes_back_while_one_queues_is_handed_over(
     with Pool(dsn, max_size=1, timeout=5) as pool:
         conn = pool.getconn()
 
-        def returning() -> Waiter:  # stands for the collection of what held it
+        def returning(*what: Any) -> Waiter:  # stands for the collection of what held it
             pool.putconn(conn)
-            return Waiter()
+            return Waiter(*what)
 
         monkeypatch.setattr(dbpool._checkout, "Waiter", returning)
         assert pool.getconn(timeout=1) is conn

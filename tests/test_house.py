@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dbpool"
 
 FLOORS = {
-    0: ["_secrets", "errors", "liveness", "events", "metrics"],
+    0: ["_threads", "_secrets", "errors", "liveness", "events", "metrics"],
     1: ["_values", "_dotenv", "_conninfo", "settings", "retry", "breaker", "holders"],
     2: [
         "_options",

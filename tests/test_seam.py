@@ -136,7 +136,7 @@ def test_the_parents_tasks_call_what_is_overridden() -> None:
 def test_connections_have_the_attributes_that_are_put_back(dsn: str) -> None:
     with psycopg.connect(dsn) as conn:
         assert conn.adapters is conn._adapters
-        assert len(manners(conn)) == 17
+        assert len(manners(conn)) == 18
         assert conn._begin_statement == b""
         assert conn._notifies_backlog is not None
         assert manners(conn)[0] is False

@@ -177,8 +177,10 @@ def test_a_pool_whose_opening_was_interrupted_opens_again(own_server: Server, sc
     body = """
     import signal
 
-    def interrupt(frame, event, arg):   # as the second of its threads is started
-        if event == "call" and frame.f_code is threading.Thread.start.__code__:
+    import _thread
+
+    def interrupt(frame, event, arg):   # the first starts the watchdog, the second its threads
+        if event == "c_call" and arg is _thread.start_new_thread:
             starts.append(frame)
             if len(starts) == 2:
                 sys.setprofile(None)

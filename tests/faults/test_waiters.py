@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from weakref import ref
 
 import pytest
 from psycopg_pool import PoolClosed
 
 from dbpool import DatabaseUnavailable, PoolExhausted
+from dbpool.holders import Owner
 from tests.postgres import Server, until
 from tests.proxy import Mode, Proxy
 
@@ -71,15 +74,14 @@ def test_torn_away_while_a_connection_is_made(
 def test_served_in_the_moment_in_which_it_gives_up(make_pool: MakePool, torn: bool) -> None:
     pool = make_pool(max_size=1)
     conn = pool.getconn()
+    step = Owner()
     with pool._lock:
-        waiter = pool._queue_up()
+        waiter = pool._queue_up(ref(step), time.monotonic(), 0.0)
     pool.putconn(conn)
-    if torn:
-        pool._leave(waiter)
-    else:
-        pool._expire(waiter, 0.0)
+    if not torn:
+        pool._expire(waiter)
         assert (waiter.conn, waiter.error) == (conn, None)
-        pool._add_to_pool(conn)
+    pool._recover(ref(step))
     assert pool.stats().counters.timeouts == 0
     assert_serves_all(pool)
 

@@ -1,0 +1,266 @@
+"""Exceptions that a signal handler raises at any point: the pool is whole again within a second."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from dbpool import Pool, PoolError
+from tests.fake import FakeConnection
+from tests.interrupts import Interrupt, every_point
+from tests.postgres import until
+
+Act = Callable[[Pool], object]
+
+SECOND = 1.0
+SLACK = 0.5  # of a busy machine
+
+# What is raised while a generator is closed, Python itself can but report.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+# The watchdog looks four times in `leak_after`, and twice a second at least.
+def make(**options: Any) -> Pool:
+    how = {"min_size": 1, "max_size": 2, "timeout": 5.0, "leak_after": 0.4} | options
+    return Pool(connection_class=FakeConnection, kwargs={"host": "nowhere"}, **how)
+
+
+def is_at_rest(pool: Pool) -> bool:
+    stats = pool.stats()
+    return (stats.active, stats.connecting, stats.waiting) == (
+        0,
+        0,
+        0,
+    ) and stats.idle == stats.size <= stats.max_size
+
+
+def assert_whole(pool: Pool) -> None:
+    """Within a second nothing is out or on its way, and all max_size connections can be had."""
+    until(lambda: is_at_rest(pool), SECOND + SLACK)
+    conns = [pool.getconn(timeout=SECOND + SLACK) for _ in range(pool.max_size)]
+    assert len(set(map(id, conns))) == pool.max_size
+    assert (pool.stats().active, pool.stats().size) == (pool.max_size, pool.max_size)
+    for conn in conns:
+        conn.execute("select 1")
+        pool.putconn(conn)
+    until(lambda: is_at_rest(pool), SECOND + SLACK)
+
+
+def sweep(
+    act: Act, prepare: Act = lambda pool: None, *, afresh: bool = False, **options: Any
+) -> int:
+    """Interrupt *act* at every point; return how many there are."""
+    pools = [make(**options)]
+
+    def attempt() -> None:
+        act(pools[-1])
+
+    prepare(pools[-1])
+    points = 0
+    try:
+        for points in every_point(attempt):  # noqa: B007  # the last is their number
+            assert_whole(pools[-1])
+            if afresh:
+                pools[-1].close()
+                pools.append(make(**options))
+            prepare(pools[-1])
+    finally:
+        for pool in pools:
+            pool.close()
+    return points
+
+
+def block(pool: Pool) -> None:
+    with pool.connection() as conn:
+        conn.execute("select 1")
+
+
+def door(pool: Pool) -> None:
+    conn = pool.getconn()
+    pool.putconn(conn)
+
+
+def nested(pool: Pool) -> None:
+    with pool.connection(), pool.connection():
+        pass
+
+
+def changed(pool: Pool) -> None:
+    with pool.connection() as conn:
+        conn.prepare_threshold = 7
+
+
+def broken(pool: Pool) -> None:
+    with pool.connection() as conn:
+        conn.pgconn.finish()
+
+
+def hang_up(pool: Pool) -> None:
+    """Let the server of every connection go away."""
+    conns = [pool.getconn() for _ in range(pool.max_size)]
+    for conn in conns:
+        pool.putconn(conn)
+    for conn in conns:
+        conn.pgconn.hang_up()  # type: ignore[attr-defined]
+
+
+def lend_for(seconds: float) -> Act:
+    """Have all connections held elsewhere for that long."""
+
+    def lend(pool: Pool) -> None:
+        conns = [pool.getconn() for _ in range(pool.max_size)]
+
+        def give_back() -> None:
+            time.sleep(seconds)
+            for conn in conns:
+                pool.putconn(conn)
+            conns.clear()
+
+        threading.Thread(target=give_back).start()
+
+    return lend
+
+
+def run_out_of_time(pool: Pool) -> None:
+    with pytest.raises(PoolError):
+        pool.getconn(timeout=0.001)
+
+
+def resize(pool: Pool) -> None:
+    pool.resize(2, 2)
+    pool.resize(0, 1)
+    pool.resize(1, 2)
+
+
+QUICK: list[Any] = [
+    pytest.param(block, {}, id="connection"),
+    pytest.param(door, {}, id="getconn and putconn"),
+    pytest.param(changed, {}, id="a connection to be mended"),
+    pytest.param(broken, {}, id="a connection that breaks"),
+    pytest.param(block, {"reset": lambda conn: None}, id="with a reset"),
+    pytest.param(block, {"check": lambda conn: None}, id="with a check"),
+    pytest.param(lambda pool: pool.fetch_all("select 1"), {}, id="fetch_all"),
+    pytest.param(lambda pool: pool.fetch_one("select 1"), {}, id="fetch_one"),
+    pytest.param(lambda pool: pool.fetch_value("select 1"), {}, id="fetch_value"),
+    pytest.param(lambda pool: pool.execute("select 1"), {}, id="execute"),
+    pytest.param(lambda pool: pool.run(lambda conn: None), {}, id="run"),
+    pytest.param(lambda pool: pool.check(), {}, id="check"),
+    pytest.param(lambda pool: pool.drain(), {}, id="drain"),
+    pytest.param(lambda pool: pool.stats(), {}, id="stats"),
+    pytest.param(lambda pool: pool.pop_stats(), {}, id="pop_stats"),
+    pytest.param(lambda pool: pool.wait(2.0), {}, id="wait"),
+]
+
+
+@pytest.mark.parametrize(("act", "options"), QUICK)
+def test_whatever_is_interrupted_nothing_is_lost(act: Act, options: dict[str, Any]) -> None:
+    assert sweep(act, **options) > 1
+
+
+def test_a_resize_that_is_interrupted_is_made_good_by_the_next() -> None:
+    def restore(pool: Pool) -> None:
+        pool.resize(1, 2)
+
+    pool = make()
+    for _ in every_point(lambda: resize(pool)):
+        restore(pool)
+        assert_whole(pool)
+    pool.close()
+
+
+def test_a_close_that_is_interrupted_is_ended_by_the_watchdog() -> None:
+    for point, pool in _closing():
+        until(lambda: not _threads(pool), SECOND + SLACK)  # noqa: B023  # at once
+        assert pool.stats().size == 0, point
+
+
+def _closing() -> Iterator[tuple[int, Pool]]:
+    pools: list[Pool] = []
+
+    def fresh() -> None:
+        pools.append(make(name=f"closing{len(pools)}"))
+        pools[-1].wait()
+
+    fresh()
+    for point in every_point(lambda: pools[-1].close()):  # noqa: PLW0108  # another each time
+        if pools[-1].state == "stopped":
+            yield point, pools[-1]
+        else:
+            pools[-1].close()
+        fresh()
+    pools[-1].close()
+
+
+def _threads(pool: Pool) -> list[str]:
+    return [x.name for x in threading.enumerate() if x.name.startswith(f"{pool.name}-")]
+
+
+@pytest.mark.slow
+def test_a_first_use_that_is_interrupted_loses_nothing() -> None:
+    assert sweep(nested, afresh=True) > 100
+
+
+@pytest.mark.slow
+def test_an_opening_that_is_interrupted_opens_or_leaves_it_to_the_next() -> None:
+    assert sweep(lambda pool: pool.open(), afresh=True) > 20
+
+
+@pytest.mark.slow
+def test_one_who_meets_dead_connections_loses_none() -> None:
+    assert sweep(block, hang_up) > 50
+
+
+@pytest.mark.slow
+def test_one_who_waits_loses_nothing() -> None:
+    assert sweep(block, lend_for(0.02)) > 20
+
+
+@pytest.mark.slow
+def test_one_whose_time_is_over_loses_nothing() -> None:
+    assert sweep(run_out_of_time, lend_for(0.1)) > 50
+
+
+def test_growth_whose_task_was_never_queued_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make(min_size=0)
+    pool.open()
+    queue, asked = pool.run_task, []
+
+    def run_task(task: Any) -> None:
+        asked.append(task)
+        if len(asked) == 1:
+            raise Interrupt
+        queue(task)
+
+    monkeypatch.setattr(pool, "run_task", run_task)
+    with pytest.raises(Interrupt):
+        pool.getconn()
+    assert_whole(pool)
+    pool.close()
+
+
+def test_no_thread_waits_for_a_lock_that_was_left_behind() -> None:
+    """Others go on using the pool while one thread of it is interrupted again and again."""
+    pool, stop, calls = make(max_size=4), threading.Event(), []
+
+    def work() -> None:
+        while not stop.is_set():
+            with pool.connection(timeout=SECOND + SLACK):
+                calls.append(1)
+            time.sleep(0.001)
+
+    others = [threading.Thread(target=work) for _ in range(3)]
+    for thread in others:
+        thread.start()
+    for _ in every_point(lambda: block(pool)):
+        seen = len(calls)
+        until(lambda: len(calls) > seen)  # noqa: B023  # at once
+    stop.set()
+    for thread in others:
+        thread.join(5.0)
+        assert not thread.is_alive()
+    assert_whole(pool)
+    pool.close()

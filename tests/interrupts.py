@@ -1,0 +1,99 @@
+"""Raises in the calling thread where CPython may run a signal handler, one point after the other."""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import psycopg_pool
+
+import dbpool
+
+_FOLDERS = tuple(str(Path(package.__path__[0])) for package in (dbpool, psycopg_pool))
+
+# CPython looks for signals when a function begins, when a loop goes back, and after a call; what
+# a `with` statement enters may wait, and is then interrupted without having been entered.
+_CALLS = {"CALL", "CALL_FUNCTION_EX", "CALL_KW"}
+_BEFORE = {"JUMP_BACKWARD", "BEFORE_WITH"}
+
+
+class Interrupt(BaseException):
+    """Stands for what a signal handler raises."""
+
+
+@cache
+def _names(code: CodeType) -> dict[int, str]:
+    return {each.offset: each.opname for each in dis.get_instructions(code)}
+
+
+class _Points:
+    def __init__(self, fatal: int, raising: type[BaseException]) -> None:
+        self._left = fatal
+        self._raising = raising
+
+    def meet(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            sys.settrace(None)
+            raise self._raising
+
+    @property
+    def is_met(self) -> bool:
+        return self._left <= 0
+
+    def trace(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(_FOLDERS):
+            return None
+        names = _names(frame.f_code)
+        is_after_call = False
+
+        def step(frame: FrameType, event: str, arg: Any) -> Any:
+            nonlocal is_after_call
+            if event == "opcode":
+                name = names[frame.f_lasti]
+                is_point = is_after_call or name in _BEFORE
+                is_after_call = name in _CALLS
+                if is_point:
+                    self.meet()
+            return step
+
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        self.meet()
+        return step
+
+
+@contextmanager
+def interrupted(point: int, raising: type[BaseException] = Interrupt) -> Iterator[_Points]:
+    """Raise at that point, counted from 1, of what the pool does in this block."""
+    points, before = _Points(point, raising), sys.gettrace()
+    sys.settrace(points.trace)
+    try:
+        yield points
+    finally:
+        sys.settrace(before)
+
+
+def every_point(
+    act: Callable[[], object], raising: type[BaseException] = Interrupt
+) -> Iterator[int]:
+    """Call *act* and interrupt it, at one point after the other, until it ends undisturbed.
+
+    Yields after each time.
+    """
+    point = 0
+    is_met = True
+    while is_met:
+        point += 1
+        try:
+            with interrupted(point, raising) as points:
+                act()
+        except raising:
+            pass
+        is_met = points.is_met
+        yield point
