@@ -9,7 +9,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Final, NoReturn
 import psycopg
 
 from dbpool._conninfo import already_set
-from dbpool._dotenv import SKIPPED, Source
+from dbpool._dotenv import Source
 from dbpool._secrets import MASK, mask, printable
 from dbpool._values import did_you_mean, number, shown
 from dbpool.app_settings import AppSettings, find_dotenv
@@ -114,19 +115,43 @@ def _seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(str(ex)) from None
 
 
-def _configured(dotenv: Mapping[str, str]) -> dict[str, Settings]:
-    databases = databases_from_env(dotenv=dotenv)
-    if skipped := dotenv.get(SKIPPED):
-        print(f"dbpool: warning: {skipped}", file=sys.stderr)
-    return databases
+class _Heard(logging.Handler):
+    """Keeps what is warned of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Print on standard error what is warned of in the block; an error alone if it fails."""
+    heard, logger = _Heard(), logging.getLogger("dbpool")
+    logger.addHandler(heard)
+    try:
+        yield
+    finally:
+        logger.removeHandler(heard)
+    for text in heard.texts:
+        if not text.startswith("unknown variable"):  # `check` reports those
+            print(f"dbpool: warning: {text}", file=sys.stderr)
+
+
+def _configured() -> tuple[dict[str, Settings], Mapping[str, str]]:
+    """Return the settings of all databases, and the variables of the `.env`."""
+    with _warnings_shown():
+        dotenv = find_dotenv()
+        return databases_from_env(dotenv=dotenv), dotenv
 
 
 # check
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    dotenv = find_dotenv()
-    databases = _configured(dotenv)
+    databases, dotenv = _configured()
     unknown = unknown_variables(dotenv=dotenv)
     error = _error_beside(databases, dotenv)
     reports = {name: _report(settings) for name, settings in databases.items()}
@@ -149,7 +174,8 @@ def _check(arguments: argparse.Namespace) -> int:
 def _error_beside(databases: Mapping[str, Settings], dotenv: Source) -> str | None:
     """What is wrong with the settings of an application, beside those of its databases."""
     try:
-        Health(Databases(databases), AppSettings.from_env(dotenv=dotenv).required)
+        with _warnings_shown():
+            Health(Databases(databases), AppSettings.from_env(dotenv=dotenv).required)
     except ConfigError as ex:
         return str(ex)
     return None
@@ -253,7 +279,7 @@ def _as_text(name: str, report: Mapping[str, Any]) -> str:
 def _wait(arguments: argparse.Namespace) -> int:
     progress = _Progress()
     deadline = monotonic() + arguments.timeout
-    for name, settings in _configured(find_dotenv()).items():
+    for name, settings in _configured()[0].items():
         error = _wait_for(settings, deadline, progress)
         progress.clear()
         if error is not None:
@@ -340,7 +366,7 @@ def _of_this_process() -> dict[str, Any]:
     """What a pool says after one connection: where no application runs, that is all there is."""
     small = {
         name: replace(settings, min_size=0, max_size=1, leak_after=0)
-        for name, settings in _configured(find_dotenv()).items()
+        for name, settings in _configured()[0].items()
     }
     with Databases(small) as databases:
         for pool in databases.values():

@@ -36,7 +36,7 @@ VARIABLES: Final = {
 _ENCODE: Final = "percent-encode special characters in user and password"
 # How a string begins that is none, and what is wrong with it.
 _MISTAKES: Final = (
-    (r"['\"`]", "it is still in quotes"),
+    (r"['\"`<\u201c\u2018]", "it is still in quotes"),
     (r"(export |set )?[A-Z_]+=", "it begins with the name of a variable"),
     (r"psql\s", "it is a psql command; give the URL alone"),
     (r"(?i)((?:post|mysql|maria|sqlite|mongo|redis|psql|pgsql|jdbc:)[a-z0-9]*(?:\+\w+)?):?/", ""),
@@ -81,6 +81,8 @@ def _problem(text: str, params: Mapping[str, Any]) -> str:
     is_url, is_refused = text.startswith(("postgresql://", "postgres://")), "" in params
     if "\0" in text or (is_url and re.search(r"\s", text)):
         return "it holds a blank, a line break or a NUL character"
+    if is_url and text.endswith(("'", '"', "`", ">", "\u201d", "\u2019")):
+        return "it is still in quotes"
     if is_url and ":***@" in text:
         return "its password is ***, which SQLAlchemy's URLs show in place of the real one"
     for pattern, problem in _MISTAKES if is_refused and not is_url else ():
@@ -99,6 +101,8 @@ def _unknown(text: str, query: str, *, is_url: bool) -> str:
     """Say which parameter libpq does not know, or has twice; "" if none."""
     pattern, where = (r"(?:^|&)([^=&]+)", query) if is_url else (r"(?:^|\s)(\w+)\s*=", text)
     names = list(map(unquote, re.findall(pattern, re.sub(r"'(\\.|[^'\\])*'", "", where))))
+    if (found := re.search(r"(?:^|&)(\w+)=[^&]*=", query)) and found[1] in VARIABLES:
+        return f"the value of {found[1]} holds an = (percent-encode it as %3D)"
     for before, name in enumerate(names):
         is_secret = "pass" in "".join(names[:before])  # then it may be a part of that
         shown = "a parameter" if is_secret else f"the parameter {name}"
@@ -125,8 +129,8 @@ def _misplaced(params: Mapping[str, Any], *, is_url: bool) -> str:
     ports = str(params.get("port", "")).split(",")
     if not all(port == "" or (port.isdecimal() and 0 < int(port) < 65536) for port in ports):
         return "its port is not a number from 1 to 65535"
-    if is_url and "@" in str(params.get("dbname", "")):
-        return "its database holds an @"
+    if is_url and (found := re.search("[@;]", str(params.get("dbname", "")))):
+        return f"its database holds {found[0]}"
     return ""
 
 

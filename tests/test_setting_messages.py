@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from psycopg.pq import Conninfo
 
 from dbpool import ConfigError, DatabaseUnavailable, Pool, Settings
+from dbpool.__main__ import main
 from dbpool.databases import databases_from_env, settings_from_config
 from dbpool.flask import DBPool
 from dbpool.settings import unknown_variables
@@ -109,6 +110,11 @@ def test_the_same_for_key_and_value() -> None:
     [
         (f"'postgresql://u:{SECRET}@h/d'", "in quotes"),
         (f'"host=h password={SECRET}"', "in quotes"),
+        (f"postgresql://u:{SECRET}@h/d'", "in quotes"),
+        (f"<postgresql://u:{SECRET}@h/d>", "in quotes"),
+        (f"“postgresql://u:{SECRET}@h/d”", "in quotes"),
+        (f"postgresql://u:{SECRET}@h/d;ssl=true", "its database holds ;"),
+        (f"postgresql://u:{SECRET}@h/d?options=-csearch_path=x", "%3D"),
         (f"psql 'postgresql://u:{SECRET}@h/d'", "psql command"),
         (f"psql -h h -W {SECRET}", "psql command"),
         (f"DATABASE_URL=postgresql://u:{SECRET}@h/d", "name of a variable"),
@@ -509,3 +515,25 @@ def test_the_log_does_not_call_a_wrong_setting_unavailable(
         assert "0.0 s" not in str(caught.value)
     assert "cannot be used as configured" in caplog.text
     assert "unavailable" not in caplog.text
+
+
+def test_the_command_line_shows_what_is_warned_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in {
+        "DATABASE_URL": "host=127.0.0.1 port=1",
+        "DBPOOL_OUTAGE_GRACE": "0s",
+        "DBPOOL_STATEMENT_TIMEOUT": "30000",
+        "DBPOOL_TOKEN": "short",
+        "DBPOOL_POOL_SIZE": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert main(["check"]) == 1
+    out, err = capsys.readouterr()
+    assert [line.partition("warning: ")[2].partition(" ")[0] for line in err.splitlines()] == [
+        "statement_timeout",
+        "DBPOOL_TOKEN",
+    ]
+    assert out.count("DBPOOL_POOL_SIZE; did you mean DBPOOL_MAX_SIZE?") == 1
+    assert not logging.getLogger("dbpool").handlers
