@@ -21,6 +21,7 @@ from psycopg_pool.abc import CT
 
 from dbpool import _fork, events, holders
 from dbpool._parts import Attempt, Call, Episode, Waiter
+from dbpool._timeouts import Timeouts
 from dbpool.breaker import Breaker
 from dbpool.errors import (
     DatabaseMisconfigured,
@@ -82,6 +83,7 @@ class Books(ConnectionPool[CT]):
     def _clear(self) -> None:
         """Start from nothing, as in a new process."""
         self._lock = threading.RLock()
+        self._timeouts = Timeouts(self.settings)
         self._pool = deque()
         self._waiting = deque()
         self._workers = []

@@ -21,7 +21,8 @@ from psycopg_pool import ConnectionPool
 from psycopg_pool.pool import MaintenanceTask
 
 from dbpool.errors import is_permanent
-from dbpool.holders import here
+from dbpool.holders import Slot, here
+from dbpool.liveness import readability
 from dbpool.retry import delays
 
 # How a block begins and ends.
@@ -73,6 +74,19 @@ def remember(conn: Any) -> tuple[tuple[object, ...], AdaptersMap]:
     state = manners(conn)
     conn._adapters = AdaptersMap(adapters)
     return (*state[:11], *(list(cast("Any", part)) for part in state[11:13]), *state[13:]), adapters
+
+
+def new_slot(conn: Any, cursors: type[Cursor[Any]]) -> Slot:
+    """Return what a pool remembers of a new connection whose cursors are to be *cursors*."""
+    standby = conn.pgconn.parameter_status(b"in_hot_standby")
+    slot = Slot(conn.fileno(), standby, readability(conn.fileno()), *remember(conn))
+    slot.has_stock_blocks = is_stock(type(conn), *BLOCKS)
+    slot.has_stock_cursors = conn.cursor_factory is cursors and is_stock(type(conn), "cursor")
+    # As libpq understood it: it may be set by a service file or PGTARGETSESSIONATTRS.
+    options = {option.keyword: option.val for option in conn.pgconn.info}
+    slot.read_write = options.get(b"target_session_attrs") in {b"read-write", b"primary"}
+    slot.expires_at, slot.idle_since = conn._expire_at, conn._created_at
+    return slot
 
 
 def is_stock(cls: type, *names: str) -> bool:

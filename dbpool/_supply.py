@@ -21,7 +21,7 @@ from psycopg_pool.pool import AddConnection
 from dbpool import _fork, events
 from dbpool._books import REPLACED, Books, logger, unanswered
 from dbpool._conninfo import already_set
-from dbpool._parts import BLOCKS, Attempt, Call, insist_on_idle, is_stock, remember
+from dbpool._parts import BLOCKS, Attempt, Call, insist_on_idle, is_stock, new_slot
 from dbpool._secrets import conceal, conceal_params, secrets_of
 from dbpool._session import reset_message
 from dbpool.errors import (
@@ -39,7 +39,6 @@ from dbpool.liveness import (
     hung_up,
     lack_of_descriptors,
     ping,
-    readability,
 )
 
 _LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
@@ -164,7 +163,9 @@ class Supply(Books[CT]):
         return conceal_params(super()._resolve_kwargs())
 
     def _params(self) -> dict[str, Any]:
-        return self.settings.connect_params(self._resolve_conninfo(), self._resolve_kwargs())
+        return self.settings.connect_params(
+            self._resolve_conninfo(), self._resolve_kwargs(), defaults=False
+        )
 
     def _params_now(self) -> dict[str, Any]:
         """The parameters of an attempt made now, {} if they cannot be had."""
@@ -178,10 +179,7 @@ class Supply(Books[CT]):
 
         The *secrets* that it was made with are added then.
         """
-        cls: Any = self.connection_class
-        if self._cursors is not Cursor and (get_origin(cls) or cls) is Connection:
-            params = {"cursor_factory": self._cursors, **params}  # a tracer builds upon it
-        conn: CT = cls.connect("", **params)  # as the parent does: by position
+        conn: CT = self._timeouts.connect(self._connect_to, params, self._warn_once)
         try:
             if self.settings.pooler == "transaction":  # which answers the login itself
                 self._ping_server(conn, float(params["connect_timeout"]), started)
@@ -216,6 +214,13 @@ class Supply(Books[CT]):
         with self._lock:
             return self._unavailable(cause=ex)
 
+    def _connect_to(self, params: dict[str, Any]) -> CT:
+        cls: Any = self.connection_class
+        if self._cursors is not Cursor and (get_origin(cls) or cls) is Connection:
+            params = {"cursor_factory": self._cursors, **params}  # a tracer builds upon it
+        conn: CT = cls.connect("", **params)  # as the parent does: by position
+        return conn
+
     def _furnish(self, conn: Any) -> None:
         conn._pool = self
         # A class with its own idea of how a block begins or ends is always asked for it. Judged
@@ -230,22 +235,13 @@ class Supply(Books[CT]):
         if self.settings.session_reset == "session":
             message = reset_message(conn, float(self.settings.connect_timeout))
         self._set_connection_expiry_date(conn)
-        standby = conn.pgconn.parameter_status(b"in_hot_standby")
-        slot = Slot(conn.fileno(), standby, readability(conn.fileno()), *remember(conn))
+        slot = new_slot(conn, self._cursors)
         slot.reset_message, slot.has_stock_class = message, has_stock_class
-        slot.has_stock_blocks = is_stock(type(conn), *BLOCKS)
-        has_stock_cursor = conn.cursor_factory is self._cursors
-        slot.has_stock_cursors = has_stock_cursor and is_stock(type(conn), "cursor")
         if self._cursors is not Cursor and not issubclass(conn.cursor_factory, self._cursors):
             self._warn_once(
                 "pipeline_begin has no effect: the connections have cursors of their own"
             )
         slot.watch(conn, self._lost.append)
-        # As libpq understood it: it may be set by a service file or PGTARGETSESSIONATTRS.
-        options = {option.keyword: option.val for option in conn.pgconn.info}
-        slot.read_write = options.get(b"target_session_attrs") in {b"read-write", b"primary"}
-        slot.expires_at = conn._expire_at
-        slot.idle_since = conn._created_at
         conn._slot = slot
 
     def _attempt_succeeded(self, conn: CT, attempt: Attempt) -> None:
@@ -260,6 +256,7 @@ class Supply(Books[CT]):
             self._metrics.connects += 1
             self._metrics.connect.add(seconds)
             self._last_seen = now
+            troubles = self._metrics.dead + self._metrics.connect_failures
             if self._nconns > self._max_size:  # it was made smaller meanwhile
                 conn._slot.expires_at = 0.0  # type: ignore[attr-defined]
         self._add_to_pool(conn)
@@ -267,6 +264,8 @@ class Supply(Books[CT]):
             self._refill()
         if outage is not None:
             self._tell_back(outage)
+        if self._timeouts.is_due(self.max_lifetime, troubles):
+            self.run_task(Call(self, lambda pool: pool._ask_again()))
         if self.listeners.active:
             self.listeners.emit(events.Connected(self.name, seconds))
 

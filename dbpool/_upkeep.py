@@ -119,6 +119,20 @@ class Upkeep(Checkout[CT]):
         if not self.breaker.is_failing:
             self._retire("expired", lambda slot: slot.expires_at <= now)
 
+    def _ask_again(self) -> None:
+        """Ask for the server's timeouts again, and replace connections if they have changed."""
+        if self._closed or self.breaker.is_failing:
+            return
+        try:
+            has_changed = self._timeouts.ask_again(self._connect_to, self._params())
+        except Exception as ex:  # noqa: BLE001  # whatever it is, the next connect asks again
+            self._timeouts.troubles = -1
+            logger.debug("pool %r: asking for timeouts failed: %s", self.name, type(ex).__name__)
+            return
+        if has_changed:
+            logger.info("pool %r: the server's timeouts have changed", self.name)
+            self.drain()
+
     # Draining, checking, resizing
 
     def drain(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
@@ -40,6 +40,7 @@ _OFF_AT_0: Final = dict.fromkeys((*SERVER_SIDE, "tcp_user_timeout"), 0.001)
 _LEAST: Final = {"max_size": 1, "connect_timeout": 2, **_OFF_AT_0} | dict.fromkeys(
     ("max_lifetime", "max_idle", "ping_timeout"), 0.001
 )
+LEFT_TO_SERVER: Final = "server"  # a value of theirs: what role, database or configuration say
 # libpq's variables that say which database is meant.
 _NAMES_A_DATABASE: Final = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE")
 # What others call DATABASE_URL.
@@ -75,9 +76,9 @@ class Settings:
     max_lifetime: float = 1800.0
     max_idle: float = 600.0
     connect_timeout: int = 5
-    statement_timeout: float = 30.0
-    lock_timeout: float = 0.0
-    idle_in_transaction_timeout: float = 60.0
+    statement_timeout: float | str = 30.0
+    lock_timeout: float | str = 0.0
+    idle_in_transaction_timeout: float | str = 60.0
     keepalives_idle: int = 30
     keepalives_interval: int = 10
     keepalives_count: int = 3
@@ -99,7 +100,9 @@ class Settings:
         _name_only(self.name)
         for f in fields(self):
             value, kind = getattr(self, f.name), type(f.default)
-            if kind in (int, float):
+            if f.name in SERVER_SIDE and str(value).strip().lower() == LEFT_TO_SERVER:
+                self._set(f.name, LEFT_TO_SERVER)
+            elif kind in (int, float):
                 known_as, is_time = self._known_as(f.name), f.name not in _SIZES
                 self._set(f.name, number(value, known_as, whole=kind is int, is_time=is_time))
                 is_bare = isinstance(value, int) or str(value).strip().isdecimal()
@@ -135,7 +138,8 @@ class Settings:
             raise ConfigError("name must not be empty")
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value < least and not (value == 0 and name in _OFF_AT_0):
+            is_word = value == LEFT_TO_SERVER or (value == 0 and name in _OFF_AT_0)
+            if not is_word and value < least:
                 self._refuse(name, f"must be at least {least:g}{'' if name in _SIZES else ' s'}")
         if self.min_size > self.max_size:
             self._refuse("min_size", f"is {self.min_size}, but max_size is {self.max_size}")
@@ -151,7 +155,8 @@ class Settings:
         if self.pooler == "transaction":
             if self.session_reset == "session":
                 self._refuse("session_reset", "cannot work through a transaction pooler")
-            for name in sorted(self.explicit & SERVER_SIDE.keys()):
+            explicit = sorted(self.explicit & SERVER_SIDE.keys())
+            for name in (name for name in explicit if getattr(self, name) != LEFT_TO_SERVER):
                 self._refuse(
                     name,
                     "cannot be set through a transaction pooler: use"
@@ -180,11 +185,16 @@ class Settings:
         return found
 
     def connect_params(
-        self, conninfo: str | None = None, kwargs: Mapping[str, Any] | None = None
+        self,
+        conninfo: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        defaults: bool = True,
     ) -> dict[str, Any]:
         """Return the keywords to connect with: the string's, the user's, and what is missing.
 
-        *kwargs* are the user's own and win; those that are psycopg's pass through.
+        *kwargs* are the user's own and win; those that are psycopg's pass through. Without
+        *defaults* the `default_options` are left out.
         """
         conninfo, kwargs = conceal(conninfo), conceal(kwargs)
         given = _secrets.conceal_params(kwargs or {})
@@ -205,7 +215,7 @@ class Settings:
             raise ConfigError(f"{cut[0]} must not hold a NUL character")
         if self.pooler == "transaction":
             own.setdefault("prepare_threshold", None)
-        elif options := self._options(str(known.get("options", ""))):
+        elif options := self._options(str(known.get("options", "")), defaults=defaults):
             params["options"] = options
         return params | own
 
@@ -218,17 +228,25 @@ class Settings:
         yield "tcp_user_timeout", round(self.tcp_user_timeout * 1000)
         yield "fallback_application_name", self.application_name or f"dbpool:{self.name}"
 
-    def _options(self, theirs: str) -> str:
+    def default_options(self) -> dict[str, str]:
+        """Return the startup options of timeouts that nobody set on purpose, by their names."""
+        return self._server_side(SERVER_SIDE.keys() - self.explicit)
+
+    def _options(self, theirs: str, *, defaults: bool) -> str:
         """Merge: of two the server takes the last, so defaults go before, wishes after."""
-        before, after = [], []
-        for name, parameter in SERVER_SIDE.items():
-            value = getattr(self, name)
-            option = f"-c {parameter}={round(value * 1000)}"
-            if name in self.explicit:
-                after.append(option)
-            elif value:
-                before.append(option)
+        before = self.default_options().values() if defaults else ()
+        after = self._server_side(self.explicit).values()
         return " ".join(filter(None, (*before, theirs, *after)))
+
+    def _server_side(self, fields: Collection[str]) -> dict[str, str]:
+        return {
+            parameter: f"-c {parameter}={round(value * 1000)}"
+            for name, parameter in SERVER_SIDE.items()
+            if name in fields
+            and (value := getattr(self, name)) != LEFT_TO_SERVER
+            and (value or name in self.explicit)
+            and self.pooler != "transaction"
+        }
 
     @classmethod
     def from_env(

@@ -26,6 +26,7 @@ FLOORS = {
         "_pipelining",
         "_outcomes",
         "_session",
+        "_timeouts",
         "_parts",
         "_books",
         "_supply",

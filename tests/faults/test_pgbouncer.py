@@ -46,13 +46,16 @@ default_pool_size = {size}
 server_login_retry = 0.1
 server_idle_timeout = 0.5
 logfile = {directory}/log
+{extra}
 """
 
 
 class Bouncer:
     """PgBouncer in front of *server*, in transaction mode."""
 
-    def __init__(self, server: Server, size: int = 20, patience: float = 1.0) -> None:
+    def __init__(
+        self, server: Server, size: int = 20, patience: float = 1.0, extra: str = ""
+    ) -> None:
         self._server = server
         self.port = free_port()
         self._directory = server.directory / "bouncer"
@@ -66,6 +69,7 @@ class Bouncer:
             most_clients=MOST_CLIENTS,
             size=size,
             patience=patience,
+            extra=extra,
         )
         self._config = self._write("ini", config)
         self._log = self._write("log", "")
@@ -365,3 +369,45 @@ def _serves(fetch: Callable[[str], object]) -> bool:
         return fetch("select 1") == 1
     except psycopg.OperationalError:
         return False
+
+
+@pytest.fixture
+def ignoring(own_server: Server) -> Iterator[Bouncer]:
+    """One that lets clients send what it does not pass on."""
+    own_server.execute("create role app login password 'right'")
+    bouncer = Bouncer(own_server, extra="ignore_startup_parameters = options")
+    bouncer.start()
+    yield bouncer
+    bouncer.kill()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"statement_timeout": 5, "idle_in_transaction_timeout": 6},
+        {"kwargs": {"options": "-c work_mem=5MB"}, "statement_timeout": "server"},
+    ],
+)
+def test_one_that_ignores_options_is_noticed_and_told_once(
+    ignoring: Bouncer,
+    make_pool: MakePool,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, object],
+) -> None:
+    pool = make_pool(ignoring.conninfo_for(), min_size=3, max_size=3, **options)
+    fill(pool)
+    pool.fetch_one("select 1")
+    pool.drain()
+    fill(pool)
+    (text,) = [r.getMessage() for r in caplog.records if "ignored" in r.getMessage()]
+    assert "DBPOOL_POOLER=transaction" in text
+    assert ("work_mem" if "kwargs" in options else "statement_timeout") in text
+
+
+def test_nothing_is_told_where_the_pooler_is_declared(
+    ignoring: Bouncer, make_pool: MakePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = make_pool(ignoring.conninfo_for(), pooler="transaction")
+    pool.fetch_one("select 1")
+    assert "ignored" not in caplog.text

@@ -1,0 +1,148 @@
+"""Which of the default timeouts a server leaves to the pool: it is asked, and told at startup only."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping
+from time import monotonic
+from typing import Any, Final
+
+from psycopg import Connection
+from psycopg.pq import ExecStatus
+
+from dbpool.liveness import ask, readability
+from dbpool.settings import Settings
+
+Names = frozenset[str]
+Connect = Callable[[dict[str, Any]], Any]
+
+_UNSET: Final = b"select string_agg(name, ',') from pg_settings where source = 'default'"
+_HONOURED: Final = (
+    b"select string_agg(name, ',') from pg_settings where source in ('client', 'session')"
+)
+_PATIENCE: Final = 0.5  # seconds to wait for the answer to another thread
+_FAREWELL: Final = 200.0  # milliseconds that a server is given to free a connection's place
+
+
+class Timeouts:
+    """What servers answered, by host, port, database and role. Used by workers alone.
+
+    A default is sent as a startup option only where nothing on the server sets that timeout. A
+    connection made with it cannot tell, and so the first one is made without.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._defaults = settings.default_options()
+        self._answers: dict[tuple[object, ...], Names] = {}
+        self._verified: set[tuple[object, ...]] = set()
+        self._last: Names | None = None
+        self._first = threading.Lock()  # held by who asks first: the others go by the answer
+        self.asked_at = monotonic()
+        self.troubles = 0
+
+    def connect(self, connect: Connect, params: dict[str, Any], warn: Callable[[str], None]) -> Any:
+        """Connect, with the defaults that the server reached leaves to us; *warn* if it ignores any."""
+        is_first = self._last is None and self._first.acquire(timeout=_PATIENCE)
+        if is_first and self._last is not None:  # another thread was: nobody else need wait
+            self._first.release()
+            is_first = False
+        try:
+            return self._connect(connect, params, warn)
+        finally:
+            if is_first:
+                self._first.release()
+
+    def is_due(self, max_age: float, troubles: int) -> bool:
+        """Whether to ask again: after that many seconds, or as the count of *troubles* has grown."""
+        if not self._defaults or (
+            monotonic() < self.asked_at + max_age and troubles == self.troubles
+        ):
+            return False
+        self.asked_at, self.troubles = monotonic(), troubles
+        return True
+
+    def ask_again(self, connect: Connect, params: dict[str, Any]) -> bool:
+        """Ask on a connection made for that; return whether the answer has changed."""
+        conn = connect(params)
+        try:
+            key, names = _place(conn), self._ask(conn)
+        finally:
+            conn.close()
+        has_changed = self._answers.get(key, names) != names
+        self._answers[key] = self._last = names
+        return has_changed
+
+    def _connect(
+        self, connect: Connect, params: dict[str, Any], warn: Callable[[str], None]
+    ) -> Any:
+        sent = self._last or Names()
+        conn = connect(self._with(params, sent))
+        if not isinstance(conn, Connection):
+            return conn
+        try:
+            key = _place(conn)
+            names = self._answers.get(key)
+            if names is None:
+                if sent:
+                    conn, sent = connect(_leave(conn, params)), Names()
+                names = self._answers[key] = self._ask(conn)
+            if names != sent:
+                conn = connect(self._with(_leave(conn, params), names))
+            self._last = names
+            if key not in self._verified:
+                self._verify(conn, self._with(params, names), warn)
+                self._verified.add(key)
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+    def _with(self, params: dict[str, Any], names: Names) -> dict[str, Any]:
+        options = [self._defaults[name] for name in sorted(names)]
+        if not options:
+            return params
+        return params | {"options": " ".join([*options, params.get("options", "")]).strip()}
+
+    def _ask(self, conn: Any) -> Names:
+        """Return the names of the defaults that nothing on the server sets."""
+        answer, self.asked_at = self._names(conn, _UNSET), monotonic()
+        return Names(self._defaults) if answer is None else answer & self._defaults.keys()
+
+    def _verify(self, conn: Any, params: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+        # Names with a dot, and `role`, are not in pg_settings.
+        sent = re.findall(r"(?:-c\s*|--)([\w-]+)\s*=", str(params.get("options", "")))
+        names = {name.replace("-", "_") for name in sent} - {"role"}
+        if not names or (honoured := self._names(conn, _HONOURED)) is None:
+            return
+        if ignored := names - honoured:
+            warn(
+                f"the options of a connection are ignored ({', '.join(sorted(ignored))}): a"
+                " transaction pooler in between needs DBPOOL_POOLER=transaction"
+            )
+
+    def _names(self, conn: Any, query: bytes) -> Names | None:
+        result = ask(conn, query, float(self._settings.connect_timeout))
+        if result.status != ExecStatus.TUPLES_OK:  # no PostgreSQL, or not allowed to look
+            return None
+        return Names((result.get_value(0, 0) or b"").decode().split(","))
+
+
+def _place(conn: Any) -> tuple[object, ...]:
+    info = conn.info
+    return info.host, info.port, info.dbname, info.user
+
+
+def _leave(conn: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """Close a connection, and wait until its place is free; return how to reach the same server."""
+    info = conn.info
+    same = {"host": info.host, "port": info.port, "hostaddr": info.hostaddr or None}
+    fd = os.dup(conn.fileno())
+    try:
+        conn.close()
+        readability(fd)(_FAREWELL)
+    finally:
+        os.close(fd)
+    return {k: v for k, v in (params | same).items() if v is not None}
