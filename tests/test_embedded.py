@@ -483,6 +483,7 @@ def test_a_checkout_may_have_any_name(
         with server(embedded.home(checkout)) as running:
             assert running.home == checkout / ".data"
             assert query(running, "select 1") == [(1,)]
+        running._socket_folder().rmdir()  # in /tmp: postgres takes no quotes in its path
     finally:
         embedded.binaries.cache_clear()
 
