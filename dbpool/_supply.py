@@ -30,6 +30,7 @@ from dbpool.errors import (
     UNSUPPORTED,
     DatabaseUnavailable,
     classify,
+    describe,
     detached,
     is_permanent,
 )  # fmt: skip
@@ -382,7 +383,7 @@ class Supply(Books[CT]):
 def _advised(error: BaseException, params: dict[str, Any]) -> BaseException:
     """Add what to do about it to an error's text, where that is known."""
     known = {**already_set(params, os.environ), **os.environ}
-    if UNSUPPORTED in str(error):
+    if UNSUPPORTED in describe(error):
         advice = "a transaction pooler needs DBPOOL_POOLER=transaction"
     elif params and not known.keys() & _NAMES_A_DATABASE:
         advice = "DATABASE_URL is not set: libpq's defaults are used"

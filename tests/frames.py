@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +23,8 @@ def forms(secret: str) -> set[str]:
 
 def shown(value: object, depth: int = 4) -> Iterator[str]:
     """What a tool shows of a local variable: its repr, and that of what it holds."""
-    yield repr(value)
+    with suppress(Exception):  # some cannot be shown
+        yield repr(value)
     if depth and isinstance(value, Mapping):
         for key, item in list(value.items()):
             yield from shown(key, depth - 1)
@@ -52,7 +54,8 @@ def of_error(error: BaseException | None) -> Iterator[str]:
             continue
         seen.add(id(ex))
         left += [ex.__cause__, ex.__context__]
-        yield f"{ex!r} {ex} {ex.args!r} {vars(ex)!r}"
+        with suppress(Exception):
+            yield f"{ex!r} {ex} {ex.args!r} {vars(ex)!r}"
         yield getattr(getattr(ex, "pgconn", None), "password", b"").decode()
         for frame, _ in traceback.walk_tb(ex.__traceback__):
             yield from of_frame(frame)

@@ -259,6 +259,31 @@ class Failure(Exception):
         self.add_note(f"while using {text}")
 
 
+class Unspeakable(Exception):
+    """An exception that cannot be told."""
+
+    def __str__(self) -> str:
+        raise RuntimeError(f"no text, but {URL}")
+
+    __repr__ = __str__
+
+
+def test_a_callback_may_raise_what_cannot_be_told(server: Server, frames: Frames) -> None:
+    wrong = [True]
+
+    def configure(conn: Any) -> None:
+        if wrong:
+            raise Unspeakable
+
+    with Pool(server.conninfo, configure=configure, timeout=0.5, outage_grace=0.01) as pool:
+        assert "Unspeakable" in str(error_with(pool, "Unspeakable"))
+        wrong.clear()
+        until(lambda: pool.state == "up")
+        assert pool.fetch_value("select 1") == 1
+        assert pool.stats().connecting == 0
+    assert not leaks(frames.messages, PASSWORD)
+
+
 def fail(text: str, *_: Any) -> Any:
     raise Failure(text)
 
