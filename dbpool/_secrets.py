@@ -28,7 +28,6 @@ SECRET: Final = frozenset(
 _TEXTS: Final = re.compile(rf"(?i:url)$|^(?:{'|'.join(sorted(SECRET))})$")
 MASK: Final = "***"
 _SHORT: Final = 4  # characters: where a shorter secret is masked, the gaps would show it
-_OMITTED: Final = "(text left out: a secret is too short to be masked in it)"
 
 # Parameters of libpq whose value is anybody's to choose. Another's may be a secret in the wrong
 # place, unless it is harmless: a number, one of libpq's words, or a path of plain words.
@@ -127,7 +126,7 @@ def mask(text: str, secrets: Collection[str] = ()) -> str:
     characters nothing of the text is returned.
     """
     if any(0 < len(secret) < _SHORT for secret in secrets):
-        return _OMITTED
+        return "(text left out: a secret is too short to be masked in it)"
     text = printable(text)
     quoted = (quote, quote_plus, partial(quote, safe=""), lambda s: repr(str(s))[1:-1], json.dumps)
     forms = {form(secret).strip('"') for secret in secrets for form in (str, *quoted)}
@@ -162,6 +161,4 @@ def secrets_of(params: Mapping[str, Any], pgconn: Any = None) -> set[str]:
         used = [(o.keyword.decode(), o.val) for o in pgconn.info if o.val]
         used.append(("password", pgconn.password))  # a password file's too
         found += [(key, value.decode(errors="replace")) for key, value in used]
-    return {
-        Secret(v) for key, v in found if key in SECRET or (len(v) >= _SHORT and is_doubtful(v, key))
-    }
+    return {Secret(v) for k, v in found if k in SECRET or (is_doubtful(v, k) and v[_SHORT - 1 :])}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
@@ -23,6 +24,7 @@ __all__ = [
     "detached", "is_permanent",
 ]  # fmt: skip
 
+_NO_TEXT: Final = "(no text)"
 SATURATED: Final = "saturated"
 LOGIN_FAILING: Final = "server login has been failing"  # PgBouncer's word for a dead server
 UNSUPPORTED: Final = "unsupported startup parameter"  # PgBouncer's word for our timeouts
@@ -149,7 +151,7 @@ def classify(exc: BaseException) -> str:
         return "timeout"
     if not isinstance(exc, psycopg.Error):  # a host's name may be none that can be encoded
         return "conninfo" if isinstance(exc, UnicodeError) and "idna" in str(exc) else "unknown"
-    line = str(exc).partition("\n")[0]
+    line = _text_of(exc).partition("\n")[0]
     for kind, pattern in _TEXTS:  # compiled, and kept by `re`, with the first failure
         if re.search(pattern, line, re.IGNORECASE):
             return kind
@@ -183,12 +185,13 @@ def detached(exc: BaseException, secrets: Collection[str] = ()) -> BaseException
     """
     name, text = type(exc).__name__, mask(_text_of(exc), secrets)
     if isinstance(exc, psycopg.Error):
-        try:
-            return type(exc)(text)
-        except Exception:  # noqa: BLE001  # a user's class may want other arguments
-            return psycopg.OperationalError(f"{name}: {text}")
+        with suppress(Exception):  # a user's class may want other arguments, or have no text
+            if str(bare := type(exc)(text)) == text:
+                return bare
+        return psycopg.OperationalError(f"{name}: {text}")
     everything = _text_of(exc, "{0} {0!r} {0.__dict__}")
-    if mask(everything, secrets) != printable(everything) or isinstance(exc, BaseExceptionGroup):
+    is_harmless = mask(everything, secrets) == printable(everything) != _NO_TEXT
+    if not is_harmless or isinstance(exc, BaseExceptionGroup):
         stand_in = type(name, (Exception,), {"__module__": type(exc).__module__})
         return Exception.__new__(stand_in, text)
     exc.__cause__ = exc.__context__ = None
@@ -199,4 +202,4 @@ def _text_of(exc: BaseException, template: str = "{}") -> str:
     try:
         return template.format(exc)
     except Exception:  # noqa: BLE001  # a user's exception may fail at anything
-        return "(no text)"
+        return _NO_TEXT

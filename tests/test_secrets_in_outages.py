@@ -268,12 +268,19 @@ class Unspeakable(Exception):
     __repr__ = __str__
 
 
-def test_a_callback_may_raise_what_cannot_be_told(server: Server, frames: Frames) -> None:
+class UnspeakableError(Unspeakable, psycopg.OperationalError):
+    """One of psycopg's that cannot be told."""
+
+
+@pytest.mark.parametrize("error", [Unspeakable, UnspeakableError])
+def test_a_callback_may_raise_what_cannot_be_told(
+    error: type[Exception], server: Server, frames: Frames
+) -> None:
     wrong = [True]
 
     def configure(conn: Any) -> None:
         if wrong:
-            raise Unspeakable
+            raise error
 
     with Pool(server.conninfo, configure=configure, timeout=0.5, outage_grace=0.01) as pool:
         assert "Unspeakable" in str(error_with(pool, "Unspeakable"))
