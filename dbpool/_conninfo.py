@@ -100,7 +100,7 @@ def _problem(text: str, params: Mapping[str, Any]) -> str:
 def _unknown(text: str, query: str, *, is_url: bool) -> str:
     """Say which parameter libpq does not know, or has twice; "" if none."""
     pattern, where = (r"(?:^|&)([^=&]+)", query) if is_url else (r"(?:^|\s)(\w+)\s*=", text)
-    names = list(map(unquote, re.findall(pattern, re.sub(r"'(\\.|[^'\\])*'", "", where))))
+    names = list(map(unquote, re.findall(pattern, re.sub(r"'(\\.|[^'\\])*('|$)", "", where))))
     if (found := re.search(r"(?:^|&)(\w+)=[^&]*=", query)) and found[1] in VARIABLES:
         return f"the value of {found[1]} holds an = (percent-encode it as %3D)"
     for before, name in enumerate(names):

@@ -28,11 +28,12 @@ _OURS: Final = re.compile(r"\s*(export\s+)?(DATABASE_URL|DBPOOL_|PG)")
 
 # Not the name of a variable: under it stands which file was not read, and why.
 SKIPPED: Final = "(skipped)"
+Environ = Mapping[str, str] | None  # None stands for the process's own
 # A path, or the variables that were read already; None stands for no file.
 Source = str | os.PathLike[str] | Mapping[str, str] | None
 
 
-def read_layers(environ: Mapping[str, str] | None, dotenv: Source) -> list[Mapping[str, Any]]:
+def read_layers(environ: Environ, dotenv: Source) -> list[Mapping[str, Any]]:
     """Return where to look, first things first: the environment, then the `.env` if any.
 
     `DBPOOL_DOTENV` counts where *dotenv* is None. Both are concealed.
@@ -43,9 +44,7 @@ def read_layers(environ: Mapping[str, str] | None, dotenv: Source) -> list[Mappi
     return [outer, conceal(dotenv if isinstance(dotenv, Mapping) else read_dotenv(dotenv, outer))]
 
 
-def read_dotenv(
-    path: str | os.PathLike[str], environ: Mapping[str, str] | None = None
-) -> Mapping[str, str]:
+def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mapping[str, str]:
     """Read a `.env` that the user named; warn if somebody else could have written it.
 
     Raises `ConfigError` if it is missing, is not UTF-8, or refers to a variable that is not set.
@@ -59,8 +58,7 @@ def read_dotenv(
             return parse(file, environ)
     except OSError as ex:
         problem = ex.strerror
-    where = f"that dotenv= or DBPOOL_DOTENV names: {shown(os.fspath(path))}"
-    raise ConfigError(f"cannot read the .env {where}: {problem}")
+    raise ConfigError(f"cannot read {shown(os.fspath(path))} (dotenv, DBPOOL_DOTENV): {problem}")
 
 
 def distrust(file: BinaryIO, passed: list[Path]) -> str:
@@ -94,7 +92,7 @@ def _is_own_group(gid: int) -> bool:
     return False
 
 
-def parse(file: BinaryIO, environ: Mapping[str, str] | None = None) -> Mapping[str, str]:
+def parse(file: BinaryIO, environ: Environ = None) -> Mapping[str, str]:
     """Return the variables of an open `.env`. Raises `ConfigError` as `read_dotenv` does."""
     found: dict[str, str] = {}
     # Raised out here, where no local variable holds what the file says.

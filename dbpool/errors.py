@@ -70,6 +70,10 @@ _TEXTS: Final = (
 )
 
 
+# How psycopg lists the attempts on several addresses: the host with its port, and the error.
+_ATTEMPT: Final = re.compile(r"^- (host: .*), hostaddr: (?:'[^']*'|None): (.*)$", re.MULTILINE)
+
+
 class ConfigError(ValueError):
     """Settings are wrong; the message names the variable or keyword, never a secret."""
 
@@ -151,15 +155,24 @@ def classify(exc: BaseException) -> str:
         return "timeout"
     if not isinstance(exc, psycopg.Error):  # a host's name may be none that can be encoded
         return "conninfo" if isinstance(exc, UnicodeError) and "idna" in str(exc) else "unknown"
-    line = _text_of(exc).partition("\n")[0]
-    for kind, pattern in _TEXTS:  # compiled, and kept by `re`, with the first failure
-        if re.search(pattern, line, re.IGNORECASE):
-            return kind
+    # Of each host and port the last attempt: psycopg tries every address of a name. The settings
+    # are wrong only if they are for all of them.
+    text = _text_of(exc)
+    attempts = dict(_ATTEMPT.findall(text)) or {"": text.partition("\n")[0]}
+    kinds = [_kind_of(line) for line in attempts.values()]
+    kind = next((kind for kind in kinds if not is_permanent(kind)), kinds[-1])
+    if kind != "unknown":
+        return kind
     if isinstance(exc, psycopg.ProgrammingError) and exc.sqlstate is None:
         return "conninfo"  # with one, it is a statement of `configure` that failed
     if exc.pgconn is not None and exc.pgconn.needs_password:
         return "password"
     return "unknown"
+
+
+def _kind_of(line: str) -> str:
+    matching = (kind for kind, pattern in _TEXTS if re.search(pattern, line, re.IGNORECASE))
+    return next(matching, "unknown")  # the patterns are compiled, and kept, when first used
 
 
 def is_permanent(kind: str) -> bool:

@@ -44,9 +44,7 @@ LEFT_TO_SERVER: Final = "server"  # a value of theirs: what role, database or co
 # libpq's variables that say which database is meant.
 _NAMES_A_DATABASE: Final = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE")
 # What others call DATABASE_URL.
-_MEANT: Final = (
-    "DATABASE_URI SQLALCHEMY_DATABASE_URI DB_URL DB_URI DATABASE_DSN POSTGRES_URL PG_URL"
-)
+_MEANT: Final = "DATABASE_URI SQLALCHEMY_DATABASE_URI DB_URL DATABASE_DSN POSTGRES_URL PG_URL"
 # Fields without a variable: nobody was seen to need one.
 _UNNAMED: Final = frozenset(
     {"name", "conninfo", "conninfo_file", "password_file", "libpq", "explicit"}
@@ -157,11 +155,8 @@ class Settings:
                 self._refuse("session_reset", "cannot work through a transaction pooler")
             explicit = sorted(self.explicit & SERVER_SIDE.keys())
             for name in (name for name in explicit if getattr(self, name) != LEFT_TO_SERVER):
-                self._refuse(
-                    name,
-                    "cannot be set through a transaction pooler: use"
-                    f" ALTER ROLE … SET {SERVER_SIDE[name]} on the server",
-                )
+                advice = f"use ALTER ROLE … SET {SERVER_SIDE[name]} on the server"
+                self._refuse(name, f"cannot be set through a transaction pooler: {advice}")
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{key}={value!r}" for key, value in self.masked().items())
@@ -329,15 +324,11 @@ def _check_that_nothing_was_meant(layers: list[Mapping[str, Any]]) -> None:
     if find([*layers, os.environ], *_NAMES_A_DATABASE):
         return
     if skipped := find(layers, SKIPPED):
-        raise ConfigError(
-            f"DATABASE_URL is not set, and {skipped}; to read it all the same, name it in DBPOOL_DOTENV"
-        )
+        raise ConfigError(f"DATABASE_URL is not set, and {skipped}; DBPOOL_DOTENV can name it")
     if any(layer.get("DATABASE_URL_FILE") == "" for layer in layers):
         raise ConfigError("DATABASE_URL_FILE is empty, and DATABASE_URL is not set")
     if meant := [key for key in _MEANT.split() if find(layers, key)]:
-        raise ConfigError(
-            f"DATABASE_URL is not set, but {meant[0]} is, which is not read: rename it"
-        )
+        raise ConfigError(f"DATABASE_URL is not set, but {meant[0]} is: rename it")
 
 
 def names_in(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:

@@ -240,6 +240,35 @@ def test_a_socket_that_one_may_not_use(make_pool: MakePool, tmp_path: Path) -> N
         assert refused(make_pool, f"host={tmp_path} user=u").kind == "access"
 
 
+# Several hosts
+
+
+@pytest.mark.parametrize("ports", ["1,{}", "{},1", "1,1,{}"])
+def test_a_host_that_is_down_is_waited_for_whatever_the_others_say(
+    server: Server, make_pool: MakePool, ports: str
+) -> None:
+    hosts = ",".join(["127.0.0.1"] * (ports.count(",") + 1))
+    conninfo = f"host={hosts} port={ports.format(server.port)} user=postgres dbname=nowhere"
+    pool = make_pool(conninfo, outage_grace=0.1)
+    error = Task(pool.getconn).error()
+    assert type(error) is DatabaseUnavailable
+    assert error.kind == "refused"
+
+
+def test_where_all_hosts_say_so_the_settings_are_wrong(server: Server, make_pool: MakePool) -> None:
+    both = f"host=127.0.0.1,127.0.0.1 port={server.port},{server.port} user=postgres"
+    assert refused(make_pool, f"{both} dbname=nowhere").kind == "database"
+
+
+def test_an_address_of_a_host_that_is_not_listened_on_is_no_outage() -> None:
+    """Such as that of `localhost` for a server on 127.0.0.1 alone."""
+    wrong = 'connection failed: FATAL:  password authentication failed for user "u"'
+    host = "- host: 'localhost', port: '5432', hostaddr"
+    text = f"{wrong}\nMultiple connection attempts failed. All failures were:\n"
+    text += f"{host}: '::1': connection failed: Connection refused\n{host}: '127.0.0.1': {wrong}"
+    assert classify(psycopg.OperationalError(text)) == "password"
+
+
 # Texts of what cannot be had here, and of what is transient.
 
 
