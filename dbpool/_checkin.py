@@ -16,14 +16,13 @@ from weakref import ref
 
 import psycopg
 from psycopg import capabilities
-from psycopg.adapt import AdaptersMap
 from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
 
 from dbpool import _fork, events, holders
 from dbpool._books import logger
 from dbpool._life import Life
-from dbpool._parts import Call, KeptCursor, insist_on_idle, manners
+from dbpool._parts import Call, KeptCursor, WatchedAdapters, insist_on_idle, manners
 from dbpool._session import reset
 from dbpool._supply import NOBODY
 from dbpool.errors import describe
@@ -273,7 +272,7 @@ class Checkin(Life[CT]):
          conn._isolation_level, conn._read_only, conn._deferrable,
          conn._prepared.prepare_threshold, conn._prepared.prepared_max) = slot.manners[:9]  # fmt: skip
         conn._notice_handlers[:], conn._notify_handlers[:] = slot.manners[11:13]
-        conn._adapters = AdaptersMap(slot.adapters)
+        conn._adapters = WatchedAdapters(slot.adapters)
         conn._begin_statement = b""
         return True
 

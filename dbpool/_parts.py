@@ -31,8 +31,7 @@ BLOCKS: Final = (
     "_get_tx_start_command",
 )  # fmt: skip
 
-# What a user may change on a connection and would not want to find changed by another. What
-# registers an adapter or a type copies the table first, so that other tables mean a change.
+# What a user may change on a connection and would not want to find changed by another.
 manners: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(
     "_autocommit",
     "row_factory",
@@ -47,10 +46,8 @@ manners: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(
     "_pipeline",
     "_notice_handlers",
     "_notify_handlers",
-    "_adapters._dumpers",
-    "_adapters._dumpers_by_oid",
-    "_adapters._loaders",
-    "_adapters.types._registry",
+    "_adapters.changes",
+    "_adapters.types._registry",  # what registers a type copies it first
     "_num_transactions",  # not 0 once an exception tore a block's end
 )
 
@@ -68,11 +65,26 @@ def bounded(seconds: float) -> float:
     return min(max(seconds, 0.0), threading.TIMEOUT_MAX)
 
 
+class WatchedAdapters(AdaptersMap):
+    """A connection's adapters, which count what is registered."""
+
+    changes = 0
+
+    def register_dumper(self, *args: Any) -> None:
+        """Register it, as psycopg does."""
+        self.changes += 1
+        super().register_dumper(*args)
+
+    def register_loader(self, *args: Any) -> None:
+        """Register it, as psycopg does."""
+        self.changes += 1
+        super().register_loader(*args)
+
+
 def remember(conn: Any) -> tuple[tuple[object, ...], AdaptersMap]:
     """Return a new connection's state, and its adapters to begin from again."""
-    adapters = conn.adapters
+    adapters, conn._adapters = conn.adapters, WatchedAdapters(conn.adapters)
     state = manners(conn)
-    conn._adapters = AdaptersMap(adapters)
     return (*state[:11], *(list(cast("Any", part)) for part in state[11:13]), *state[13:]), adapters
 
 
@@ -155,13 +167,15 @@ class KeptCursor(Cursor[Any]):
         self._conn, self._pgconn, self._row_factory = conn, conn.pgconn, row_factory
         self.is_sent = False
 
-    def _execute_send(self, *args: Any, **how: Any) -> None:
-        self.is_sent = False
-        super()._execute_send(*args, **how)
+    # Written out, as each of these costs every statement.
+    def _execute_send(
+        self, query: Any, *, force_extended: bool = False, binary: bool | None = None
+    ) -> None:
+        Cursor._execute_send(self, query, force_extended=force_extended, binary=binary)
         self.is_sent = not self._pgconn.flush() or self._send_rest()
 
-    def _send_query_prepared(self, *args: Any, **how: Any) -> None:
-        super()._send_query_prepared(*args, **how)
+    def _send_query_prepared(self, name: bytes, pgq: Any, *, binary: bool | None = None) -> None:
+        Cursor._send_query_prepared(self, name, pgq, binary=binary)
         self.is_sent = not self._pgconn.flush() or self._send_rest()
 
     def _send_rest(self) -> bool:
