@@ -63,9 +63,8 @@ def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mappin
 
 def distrust(file: BinaryIO, passed: list[Path]) -> str:
     """Say how somebody else could have written or placed an open file; "" if nobody could."""
-    found = {"it": os.fstat(file.fileno())}
-    for directory in (*passed, Path(os.path.realpath(file.name)).parent):
-        found[str(directory)] = directory.stat()
+    directories = (*passed, Path(os.path.realpath(file.name)).parent)
+    found = {"it": os.fstat(file.fileno())} | {str(each): each.stat() for each in directories}
     return next(filter(None, map(_writer, found.keys(), found.values())), "")
 
 

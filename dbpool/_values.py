@@ -77,16 +77,15 @@ def number(value: Any, known_as: str, *, whole: bool = False, is_time: bool = Tr
     wanted = 'a number of seconds or a time such as "500ms"' if is_time else "a whole number"
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ConfigError(f"{known_as} must be {wanted}, not {shown(value)}")
-    given = value
     if isinstance(value, str):
         match = _DURATION.fullmatch(value.strip())
         if match is None or not (is_time or match[0].lstrip("-").isdecimal()):
             raise ConfigError(f"{known_as} must be {wanted}, not {shown(value)}")
         value = float(match[1]) * _UNITS[match[2]]
     if not math.isfinite(value) or value < 0:
-        raise ConfigError(f"{known_as} must be 0 or more, not {shown(given)}")
+        raise ConfigError(f"{known_as} must be 0 or more, not {shown(value)}")
     if whole and value != int(value):
-        raise ConfigError(f"{known_as} must be a whole number, not {shown(given)}")
+        raise ConfigError(f"{known_as} must be a whole number, not {shown(value)}")
     return int(value) if whole else float(value)
 
 

@@ -22,7 +22,7 @@ __all__ = ["Settings", "unknown_variables"]
 logger = logging.getLogger("dbpool")
 
 NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
-_URL: Final = re.compile(r"DBPOOL_(?:([A-Z][A-Z0-9_]*)_)?URL(_FILE)?")
+_URL: Final = re.compile(r"DBPOOL_(?:([A-Z][A-Z0-9_]*)_)?(?:URL|URI|DSN|CONNINFO)(_FILE)?")
 
 _POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
 # Numbers that are no times.
@@ -351,6 +351,8 @@ def unknown(
             yield key, nearest(key, known | {"PGPASSWORD_FILE"})
         elif url[1] in (None, "DATABASE", "DEFAULT"):
             yield key, f"DATABASE_URL{url[2] or ''}"
+        elif url[1].lower() in databases:
+            yield key, f"DBPOOL_{url[1]}_URL{url[2] or ''}"
         else:
             yield key, f"DBPOOL_DATABASES={','.join((*databases, url[1].lower()))}"
 

@@ -457,12 +457,21 @@ def test_what_other_pools_call_it_is_known_by_keyword_variable_and_key(
         ("DBPOOL_PASSWORD", "PGPASSWORD"),
         ("DBPOOL_USER", "PGUSER"),
         ("DBPOOL_HOST", "PGHOST"),
+        ("DBPOOL_DSN", "DATABASE_URL"),
+        ("DBPOOL_URI_FILE", "DATABASE_URL_FILE"),
+        ("DBPOOL_CONNINFO", "DATABASE_URL"),
+        ("DBPOOL_B_DSN", "DBPOOL_DATABASES=b"),
         ("DBPOOL_SSLMODE", "PGSSLMODE"),
         ("DBPOOL_TOKEN_FIEL", "DBPOOL_TOKEN_FILE"),
     ],
 )
 def test_variables_of_libpq_by_our_prefix(name: str, meant: str) -> None:
     assert unknown_variables({name: "x"}) == [(name, meant)]
+
+
+def test_the_url_of_a_named_database_by_another_name_is_told() -> None:
+    environ = {"DBPOOL_DATABASES": "b", "DBPOOL_B_DSN": "host=b"}
+    assert unknown_variables(environ) == [("DBPOOL_B_DSN", "DBPOOL_B_URL")]
 
 
 @pytest.mark.parametrize(
