@@ -34,6 +34,7 @@ from dbpool.errors import (
 from dbpool.events import Emitter
 from dbpool.holders import Slot
 from dbpool.metrics import BreakerSnapshot, Metrics, Snapshot
+from dbpool.retry import delays
 from dbpool.settings import Settings
 
 logger = logging.getLogger("dbpool")
@@ -104,6 +105,8 @@ class Books(ConnectionPool[CT]):
         self._episodes: dict[str, Episode] = {}  # by cause
         self._last_seen = 0.0
         self._moved_at = self._heeded_at = float("-inf")
+        self._standby_due = 0.0  # when to look again whether one is back
+        self._standby_pauses = delays(first=1.0, cap=15.0)
         self.breaker = Breaker(self.settings.outage_grace)
 
     @property

@@ -180,16 +180,20 @@ class Supply(Books[CT]):
 
         The *secrets* that it was made with are added then.
         """
-        conn: CT = self._timeouts.connect(self._connect_to, params, self._warn_once)
+        conn: Any = self._timeouts.connect(self._connect_to, params, self._warn_once)
         try:
+            known = already_set(params, os.environ)
             if self.settings.pooler == "transaction":  # which answers the login itself
-                self._ping_server(conn, float(params["connect_timeout"]), started)
+                patience = float(known["connect_timeout"]) or self.settings.connect_timeout
+                self._ping_server(conn, patience, started)
             self._furnish(conn)
+            # psycopg tries twice then, and never tells libpq of the preference.
+            conn._slot.prefers_standby = known.get("target_session_attrs") == "prefer-standby"
         except BaseException:
             secrets |= secrets_of(params, conn.pgconn)
             self._close_connection(conn)
             raise
-        return conn
+        return conn  # type: ignore[no-any-return]
 
     def _ping_server(self, conn: CT, timeout: float, started: float) -> None:
         """Make one round trip to the server behind a pooler; without an answer it is saturated."""

@@ -17,7 +17,9 @@ from psycopg_pool.pool import MaintenanceTask
 from dbpool import _fork, events, holders
 from dbpool._books import logger
 from dbpool._checkout import Checkout
+from dbpool._parts import Call
 from dbpool.holders import Owner, Slot
+from dbpool.retry import delays
 
 # A primary that moved may make many statements fail at once; one drain is enough.
 _MOVED_PAUSE = 5.0
@@ -80,6 +82,7 @@ class Upkeep(Checkout[CT]):
             self._end_episodes()
             self.heal()
             self._shrink_pool()
+            self._seek_standby(now)
             if self.settings.leak_after:
                 self._report_held_long(now)
 
@@ -141,6 +144,40 @@ class Upkeep(Checkout[CT]):
             for slot in list(self._slots):
                 slot.expires_at = 0.0
         self._retire("expired", lambda slot: not slot.expires_at)
+
+    def _on_primary(self) -> list[Slot]:
+        """Connections that would rather be to a standby. The lock is held."""
+        # What an idle one says now may be read, of those that are out what they said at first.
+        slots = [slot for slot in self._slots if slot.prefers_standby]
+        idle = {c._slot: c.pgconn.parameter_status(b"in_hot_standby") for c in self._pool if slots}
+        return [slot for slot in slots if idle.get(slot, slot.standby) == b"off"]
+
+    def _seek_standby(self, now: float) -> None:
+        """Have a worker look now and then whether a standby is back, while the primary serves."""
+        with self._lock:
+            if not self._on_primary():
+                if self._standby_due:
+                    self._standby_due, self._standby_pauses = 0.0, delays(first=1.0, cap=15.0)
+            elif now >= self._standby_due and not (self._closed or self.breaker.is_failing):
+                self._standby_due = now + next(self._standby_pauses)
+                self.run_task(Call(self, Upkeep._return_to_standby))
+
+    def _return_to_standby(self) -> None:
+        """Replace the connections to a primary if a new one would be to a standby."""
+        try:
+            conn = self._connect_to(self._params())
+        except Exception:  # noqa: BLE001  # whatever it is, the connections in use are better
+            return
+        standby = conn.pgconn.parameter_status(b"in_hot_standby")
+        conn.close()
+        if standby == b"on":
+            with self._lock:
+                slots = self._on_primary()
+                for slot in slots:
+                    slot.expires_at = 0.0
+            logger.info("pool %r: a standby is back, replacing %d connections to the primary",
+                        self.name, len(slots), extra=self._extra("standby_back"))  # fmt: skip
+            self._retire("expired", lambda slot: not slot.expires_at)
 
     def _moved(self, conn: Any) -> None:
         """A statement failed because the server takes no writes: drain if that is news.

@@ -103,6 +103,7 @@ class Slot:
     owner: weakref.ref[Any] | None = None
     is_reaped: bool = False  # taken from its holder, whose return of it then does nothing
     read_write: bool = False  # whether the conninfo asked for a server that can write
+    prefers_standby: bool = False
     expires_at: float = 0.0
     idle_since: float = 0.0
     since: float = 0.0

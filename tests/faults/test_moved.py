@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import psycopg
@@ -225,3 +226,85 @@ def test_a_transaction_that_cannot_begin_is_not_run_again(
     assert calls == []
     counters = pool.stats().counters
     assert (counters.retries, counters.connects) == (0, 1), "the connection is as good as before"
+
+
+# prefer-standby
+
+
+def preferring_standby(*servers: Server) -> str:
+    ports = ",".join(str(server.port) for server in servers)
+    hosts = ",".join(["127.0.0.1"] * len(servers))
+    return servers[0].conninfo_for(host=hosts, port=ports, target_session_attrs="prefer-standby")
+
+
+def await_all_on(pool: Pool[Any], server: Server, seconds: float = 20.0) -> None:
+    """Wait until all its connections are those of that server."""
+
+    def are_there() -> bool:
+        return set(fill(pool)) <= set(server.backends("dbpool:faults")) and pool.stats().size > 0
+
+    until(are_there, seconds, pause=0.05)
+
+
+def test_a_pool_that_prefers_a_standby_goes_back_to_it(
+    primary: Server, standby: Server, make_pool: MakePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="dbpool")
+    pool = make_pool(preferring_standby(primary, standby), min_size=3, max_size=3)
+    assert set(fill(pool)) == set(standby.backends("dbpool:faults"))
+    standby.stop()
+    assert pool.fetch_value("select pg_is_in_recovery()") is False
+    fill(pool)
+    with pool.connection() as held:  # it is out, and is replaced when it returns
+        standby.start()
+        until(lambda: "a standby is back" in caplog.text, 20.0)
+        assert held.execute("select 1").fetchone() == (1,), "and nobody is torn away"
+    await_all_on(pool, standby)
+    assert pool.fetch_value("select pg_is_in_recovery()") is True
+    until(lambda: not primary.backends("dbpool:faults"))
+    assert pool.stats().counters.circuit_opened == 0
+
+
+def test_a_pool_that_prefers_a_standby_leaves_one_that_was_promoted(
+    primary: Server, standby: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(preferring_standby(primary, standby), min_size=2, max_size=2)
+    assert set(fill(pool)) == set(standby.backends("dbpool:faults"))
+    standby.promote()
+    for _ in range(2):
+        assert pool.fetch_value("select pg_is_in_recovery()") is False
+    primary.stop()
+    primary.demote()
+    primary.start()
+    conns = [pool.getconn() for _ in range(2)]
+    for conn in conns:  # each hears with an answer that its server was promoted
+        conn.execute("select 1")
+        conn.rollback()
+        pool.putconn(conn)
+    await_all_on(pool, primary)
+
+
+@pytest.mark.parametrize("wanted", ["prefer-standby", "any", "primary"])
+def test_without_a_standby_to_go_to_nothing_is_replaced(
+    primary: Server, make_pool: MakePool, wanted: str
+) -> None:
+    conninfo = primary.conninfo_for(target_session_attrs=wanted)
+    pool = make_pool(conninfo, min_size=2, max_size=2)
+    pids = fill(pool)
+    for _ in range(5):
+        pool.patrol(monotonic())
+    until(lambda: len(primary.backends("dbpool:faults")) == 2)
+    assert set(fill(pool)) == set(pids)
+    assert pool.stats().counters.connects == 2
+
+
+def test_a_preference_that_the_environment_sets_counts_too(
+    primary: Server, standby: Server, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGTARGETSESSIONATTRS", "prefer-standby")
+    hosts, ports = "127.0.0.1,127.0.0.1", f"{primary.port},{standby.port}"
+    pool = make_pool(primary.conninfo_for(host=hosts, port=ports))
+    standby.stop()
+    fill(pool)
+    standby.start()
+    await_all_on(pool, standby)

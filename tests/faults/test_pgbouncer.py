@@ -164,6 +164,14 @@ def test_a_pool_works_through_it(bouncer: Bouncer, make_pool: MakePool) -> None:
     assert pool.stats().counters.discarded["dead"] == 0
 
 
+def test_a_pool_works_through_it_with_a_connect_timeout_of_the_environment(
+    bouncer: Bouncer, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGCONNECT_TIMEOUT", "3")
+    pool = make_pool(bouncer.conninfo_for(), pooler="transaction")
+    assert pool.fetch_value("select 1") == 1
+
+
 def test_begin_goes_through_it_with_the_first_statement(
     bouncer: Bouncer, make_pool: MakePool
 ) -> None:
