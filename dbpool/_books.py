@@ -20,7 +20,7 @@ from psycopg_pool import ConnectionPool
 from psycopg_pool.abc import CT
 
 from dbpool import _fork, events, holders
-from dbpool._parts import Attempt, Call, Episode, Waiter
+from dbpool._parts import Attempt, Call, Waiter
 from dbpool._timeouts import Timeouts
 from dbpool.breaker import Breaker
 from dbpool.errors import (
@@ -34,7 +34,6 @@ from dbpool.errors import (
 from dbpool.events import Emitter
 from dbpool.holders import Slot
 from dbpool.metrics import BreakerSnapshot, Metrics, Snapshot
-from dbpool.retry import delays
 from dbpool.settings import Settings
 
 logger = logging.getLogger("dbpool")
@@ -102,11 +101,10 @@ class Books(ConnectionPool[CT]):
         self._in_vain = 0.0  # seconds waited by those whose time ran out
         self._popped: dict[str, int] = {}
         self._cancels: deque[Any] = deque(maxlen=_MAX_CANCELS)  # requests to be sent
-        self._episodes: dict[str, Episode] = {}  # by cause
+        self._episodes: dict[str, tuple[int, float]] = {}  # by cause: how often, and when last
         self._last_seen = 0.0
         self._moved_at = self._heeded_at = float("-inf")
         self._standby_due = 0.0  # when to look again whether one is back
-        self._standby_pauses = delays(first=1.0, cap=15.0)
         self.breaker = Breaker(self.settings.outage_grace)
 
     @property
@@ -181,11 +179,7 @@ class Books(ConnectionPool[CT]):
             waiter.refuse(reason)
 
     def _unavailable(
-        self,
-        snapshot: Snapshot | None = None,
-        *,
-        silent_since: float = 0.0,
-        cause: BaseException | None = None,
+        self, snapshot: Snapshot | None = None, silent: float = 0.0, cause: Any = None
     ) -> DatabaseUnavailable:
         """Say that the database is to blame; where no connect failed, for its silence.
 
@@ -194,9 +188,9 @@ class Books(ConnectionPool[CT]):
         breaker = self.breaker
         seconds, kind = breaker.failing_for, classify(cause) if cause else breaker.kind
         cause = detached(cause) if cause else breaker.error
-        silent_since = min(self._attempts, default=silent_since)
-        if cause is None and silent_since:
-            seconds, kind = monotonic() - silent_since, "timeout"
+        silent = min(self._attempts, default=silent)
+        if cause is None and silent:
+            seconds, kind = monotonic() - silent, "timeout"
             cause = unanswered(seconds)
         cls = DatabaseMisconfigured if is_permanent(kind) else DatabaseUnavailable
         span = f" for {seconds:.1f} s" if seconds >= 0.1 else ""
@@ -263,22 +257,23 @@ class Books(ConnectionPool[CT]):
     def _count(self, cause: str, count: int) -> int:
         """Count what happens for one *cause*; return how often it did in this episode."""
         with self._lock:
-            episode = self._episodes.setdefault(cause, Episode())
-            episode.last, episode.count = monotonic(), episode.count + count
-            return episode.count
+            count += self._episodes.get(cause, (0, 0.0))[0]
+            self._episodes[cause] = count, monotonic()
+            return count
 
     def _end_episodes(self, quiet: float | None = None) -> None:
         """Log what the episodes came to that have been *quiet*, by default for some seconds."""
         now, quiet = monotonic(), max(_QUIET, 2.0 * self.timeout) if quiet is None else quiet
         with self._lock:
             over = {
-                cause: self._episodes.pop(cause).count
-                for cause, episode in list(self._episodes.items())
-                if now - episode.last >= (min(quiet, 1.0) if cause == REPLACED else quiet)
+                cause: self._episodes.pop(cause)[0]
+                for cause, (_, last) in list(self._episodes.items())
+                if now - last >= (min(quiet, 1.0) if cause == REPLACED else quiet)
             }
         for cause, count in over.items():
             if count > 1 or cause == REPLACED:
-                text = cause % count if count > 1 else cause.replace("s ", " ", 1) % count
+                text = cause if count > 1 else cause.replace("s ", " ", 1)
+                text = text.replace("%d", str(count), 1)
                 extra = self._extra("episode_ended", cause=cause, count=count)
                 logger.info("pool %r: %s", self.name, text, extra=extra)
 

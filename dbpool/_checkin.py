@@ -191,14 +191,10 @@ class Checkin(Life[CT]):
         with self._lock:
             self._metrics.returned_late += 1
         where = slot.where()
-        self._warn(
-            "returned_late",
-            f"%d connections returned late, from {where}",
-            f"a connection reported as held for too long came back after {seconds:.1f} s;"
-            f" it was checked out at {where}",
-            seconds=seconds,
-            where=where,
-        )
+        cause = f"%d connections returned late, from {where}"
+        text = f"a connection reported as held for too long came back after {seconds:.1f} s;"
+        text += f" it was checked out at {where}"
+        self._warn("returned_late", cause, text, seconds=seconds, where=where)
         if self.listeners.active:
             self.listeners.emit(events.ReturnedLate(self.name, seconds, where))
 
@@ -331,10 +327,7 @@ class Checkin(Life[CT]):
             if self.listeners.active:
                 self.listeners.emit(events.Leaked(self.name, holder))
             with _fork.telling:
-                self._warn(
-                    "leaked",
-                    f"%d connections forgotten, from {holder.where}",
-                    "a connection was never returned and has been garbage-collected;"
-                    f" it was checked out at {holder.where}",
-                    holder=asdict(holder),
-                )
+                cause = f"%d connections forgotten, from {holder.where}"
+                text = "a connection was never returned and has been garbage-collected; it was"
+                text += f" checked out at {holder.where}"
+                self._warn("leaked", cause, text, holder=asdict(holder))

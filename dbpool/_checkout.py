@@ -209,7 +209,7 @@ class Checkout(Checkin[CT]):
             return self._unavailable(snapshot)
         held = snapshot.holders
         if not held and self._last_seen < monotonic() - seconds:  # all are asked whether they live
-            return self._unavailable(snapshot, silent_since=self._last_seen)
+            return self._unavailable(snapshot, silent=self._last_seen)
         nested = (
             f"; nested: this thread itself holds {mine}, and n threads that hold {mine + 1} at once"
             f" need a max_size of at least n * {mine} + 1"
@@ -261,7 +261,7 @@ class Checkout(Checkin[CT]):
         except psycopg.Error as ex:
             self._discard(conn, "dead", by_server=not isinstance(ex, PingTimeout))
             if self.settings.pooler == "transaction":  # a ping without an answer is saturation
-                self._unavailable_behind_pooler(ex)
+                self._lost_server(ex)
             elif isinstance(ex, PingTimeout) and timeout >= self.settings.ping_timeout:
                 oldest = monotonic() - self.settings.ping_after
                 self._retire("dead", lambda s: s.idle_since <= oldest and s not in others)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import attrgetter
 from time import monotonic
 from types import FunctionType
@@ -187,14 +186,6 @@ class KeptCursor(Cursor[Any]):
         gone: Any = None  # `execute` sets them all anew
         self._conn = self._pgconn = self._tx = gone
         self._query = self._last_query = self._results = self.pgresult = gone
-
-
-@dataclass(slots=True)
-class Episode:
-    """Trouble of one cause: logged when it begins, then counted until it has been quiet."""
-
-    last: float = 0.0
-    count: int = 0
 
 
 class Attempt:

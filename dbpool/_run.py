@@ -76,7 +76,7 @@ class Runner(Upkeep[CT]):
                     pause = next(pauses)
                     late = deadline is not None and monotonic() + pause >= deadline
                     if late or attempt >= attempts or not self._may_retry(ex, conn, idempotent):
-                        failed: psycopg.Error = self._unavailable_behind_pooler(ex) or ex
+                        failed: psycopg.Error = self._lost_server(ex) or ex
                         raise failed from failed.__cause__
                     # Itself it would hold this frame, and so the connection.
                     error = describe(ex, conn)

@@ -18,29 +18,14 @@ from psycopg import Connection, Cursor
 from psycopg_pool.abc import CT
 from psycopg_pool.pool import AddConnection
 
-from dbpool import _fork, events
+from dbpool import _fork, errors, events
 from dbpool._books import REPLACED, Books, logger, unanswered
 from dbpool._conninfo import already_set
 from dbpool._parts import BLOCKS, Attempt, Call, insist_on_idle, is_stock, new_slot
 from dbpool._secrets import conceal, conceal_params, secrets_of
 from dbpool._session import reset_message
-from dbpool.errors import (
-    LOGIN_FAILING,
-    SATURATED,
-    UNSUPPORTED,
-    DatabaseUnavailable,
-    classify,
-    describe,
-    detached,
-    is_permanent,
-)  # fmt: skip
 from dbpool.holders import Owner, Slot
-from dbpool.liveness import (
-    PingTimeout,
-    hung_up,
-    lack_of_descriptors,
-    ping,
-)
+from dbpool.liveness import PingTimeout, hung_up, lack_of_descriptors, ping
 
 _LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
 _NAMES_A_DATABASE = {"host", "hostaddr", "port", "dbname", "service", "DATABASE_URL"}
@@ -91,7 +76,7 @@ class Supply(Books[CT]):
             conn = self._make(params, secrets, started)
         except BaseException as ex:  # noqa: BLE001  # whatever it is, the slot must not be lost
             secrets |= secrets_of(already_set(params, os.environ), getattr(ex, "pgconn", None))
-            kind, error = classify(ex), _advised(detached(ex, secrets), params)
+            kind, error = errors.classify(ex), _advised(errors.detached(ex, secrets), params)
             # libpq and psycopg give no reason then, or another.
             if "FATAL" not in str(error) and (lack := lack_of_descriptors()):
                 kind, error = "descriptors", psycopg.OperationalError(f"{error}: {lack}")
@@ -197,23 +182,21 @@ class Supply(Books[CT]):
 
     def _ping_server(self, conn: CT, timeout: float, started: float) -> None:
         """Make one round trip to the server behind a pooler; without an answer it is saturated."""
-        with self._lock:
-            self._pinging.add(started)
+        self._pinging.add(started)
         try:
             ping(conn, timeout)
         except PingTimeout:
             text = f"the pooler gave no server connection within {timeout:g} s"
             raise psycopg.OperationalError(text) from None
         finally:
-            with self._lock:
-                self._pinging.discard(started)
+            self._pinging.discard(started)
 
-    def _unavailable_behind_pooler(self, ex: BaseException | None) -> DatabaseUnavailable | None:
+    def _lost_server(self, ex: BaseException | None) -> errors.DatabaseUnavailable | None:
         """What to raise for *ex* if a pooler says by it that it reaches no server.
 
         Then no idle connection does: they are replaced, which each new connection's ping decides.
         """
-        if self.settings.pooler != "transaction" or LOGIN_FAILING not in str(ex):
+        if self.settings.pooler != "transaction" or errors.LOGIN_FAILING not in str(ex):
             return None
         self._retire("dead", lambda slot: True)
         with self._lock:
@@ -277,7 +260,7 @@ class Supply(Books[CT]):
     def _attempt_failed(
         self, kind: str, error: BaseException, params: Any, attempt: Attempt
     ) -> None:
-        is_lasting = is_permanent(kind) and self._params_now() == params
+        is_lasting = errors.is_permanent(kind) and self._params_now() == params
         self._discard_hung_up()  # what is idle keeps the breaker closed, if it is alive
         with self._lock:
             started, attempt.started = attempt.started, 0.0
@@ -295,11 +278,15 @@ class Supply(Books[CT]):
             exist = self._nconns - self._connecting
         logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, failed.error)
         # Else the breaker tells of it, once it opens.
-        if exist and not self.breaker.is_open and (kind == SATURATED or is_permanent(kind)):
+        if (
+            exist
+            and not self.breaker.is_open
+            and (kind == errors.SATURATED or errors.is_permanent(kind))
+        ):
             text = (
-                f"no new connection ({kind}): {failed.error}; {exist} of at most {self._max_size} exist,"
-                f" {len(self._waiting)} waiting"
+                f"no new connection ({kind}): {failed.error}; {exist} of at most {self._max_size}"
             )
+            text += f" exist, {len(self._waiting)} callers wait"
             with _fork.telling:
                 self._warn("connect_failed", f"%d failed connects ({kind})", text, kind=kind)
         if self.listeners.active:
@@ -326,7 +313,7 @@ class Supply(Books[CT]):
             if attempt not in self._connects or attempt.started != started or self._closed:
                 return
             error = unanswered(monotonic() - started)
-            kind = SATURATED if started in self._pinging else "timeout"
+            kind = errors.SATURATED if started in self._pinging else "timeout"
             self.breaker.overdue(started, error, kind, last_seen=self._last_seen)
             self._judge()
             due = max(started, self._last_seen) + self.breaker.patience
@@ -387,7 +374,7 @@ class Supply(Books[CT]):
 def _advised(error: BaseException, params: dict[str, Any]) -> BaseException:
     """Add what to do about it to an error's text, where that is known."""
     known = {**already_set(params, os.environ), **os.environ}
-    if UNSUPPORTED in describe(error):
+    if errors.UNSUPPORTED in errors.describe(error):
         advice = "a transaction pooler needs DBPOOL_POOLER=transaction"
     elif params and not known.keys() & _NAMES_A_DATABASE:
         advice = "DATABASE_URL is not set: libpq's defaults are used"

@@ -19,10 +19,10 @@ from dbpool._books import logger
 from dbpool._checkout import Checkout
 from dbpool._parts import Call
 from dbpool.holders import Owner, Slot
-from dbpool.retry import delays
 
 # A primary that moved may make many statements fail at once; one drain is enough.
 _MOVED_PAUSE = 5.0
+_STANDBY_PAUSE = 5.0  # seconds between two looks for a standby that is preferred
 
 # Seconds between two looks for a breaker that a healthy return may close, where nobody asks.
 _HEED = 1.0
@@ -102,15 +102,17 @@ class Upkeep(Checkout[CT]):
         held.sort(key=lambda each: each[1].seconds)
         for where, (who, longest) in {holder.where: (who, holder) for who, holder in held}.items():
             number = sum(holder.where == where for _, holder in held)
-            self._warn(
-                "held_long",
-                f"%d connections held for more than {self.settings.leak_after:g} s, from {where}",
-                f"a connection has been held for {longest.seconds:.1f} s by {longest.thread},"
-                f"{f' and {number - 1} more,' if number > 1 else ''} checked out at {where};"
-                f" now at {holders.frames_of(who.thread) if who else '?'}",
-                number,
-                holder=asdict(longest),
+            cause = (
+                f"%d connections held for more than {self.settings.leak_after:g} s, from {where}"
             )
+            more = f" and {number - 1} more" if number > 1 else ""
+            text = (
+                f"a connection has been held for {longest.seconds:.1f} s by {longest.thread}{more},"
+            )
+            text += (
+                f" checked out at {where}; now at {holders.frames_of(who.thread) if who else '?'}"
+            )
+            self._warn("held_long", cause, text, number, holder=asdict(longest))
 
     def _shrink_pool(self) -> None:
         """Close what has been idle for max_idle beyond min_size, or is past its lifetime."""
@@ -155,11 +157,9 @@ class Upkeep(Checkout[CT]):
     def _seek_standby(self, now: float) -> None:
         """Have a worker look now and then whether a standby is back, while the primary serves."""
         with self._lock:
-            if not self._on_primary():
-                if self._standby_due:
-                    self._standby_due, self._standby_pauses = 0.0, delays(first=1.0, cap=15.0)
-            elif now >= self._standby_due and not (self._closed or self.breaker.is_failing):
-                self._standby_due = now + next(self._standby_pauses)
+            is_due = now >= self._standby_due and not (self._closed or self.breaker.is_failing)
+            if is_due and self._on_primary():
+                self._standby_due = now + _STANDBY_PAUSE
                 self.run_task(Call(self, Upkeep._return_to_standby))
 
     def _return_to_standby(self) -> None:

@@ -11,6 +11,8 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -76,14 +78,12 @@ def hung_up(fds: Iterable[int]) -> set[int]:
 
 def lack_of_descriptors() -> str | None:
     """What the system says where this process may open no more files, None if it may."""
-    spare: list[int] = []
-    try:
-        spare += (os.open(os.devnull, os.O_RDONLY) for _ in range(_FOR_A_CONNECT))
-    except OSError as ex:
-        return ex.strerror
-    finally:
-        for fd in spare:
-            os.close(fd)
+    with ExitStack() as spare:
+        try:
+            for _ in range(_FOR_A_CONNECT):
+                spare.enter_context(Path(os.devnull).open())
+        except OSError as ex:
+            return ex.strerror
     return None
 
 

@@ -229,7 +229,7 @@ class Pool(Runner[CT]):
                 is_fetch = result is not _row_count
                 if was_sent and not (is_fetch and is_reading(cursor._convert_query(query).query)):
                     self._check_certain(conn, error, sent)
-                error = self._unavailable_behind_pooler(ex) or error
+                error = self._lost_server(ex) or error
                 raise error from error.__cause__
             finally:
                 conn._autocommit = slot.manners[0]
@@ -304,7 +304,7 @@ class Lease(Generic[CT]):
                 if exc_type is psycopg.errors.ReadOnlySqlTransaction:
                     pool._moved(conn)
                 elif exc_type is psycopg.errors.ProtocolViolation and (
-                    unavailable := pool._unavailable_behind_pooler(exc)
+                    unavailable := pool._lost_server(exc)
                 ):
                     raise unavailable
                 elif exc_type is not None and is_stale_plan(exc):
