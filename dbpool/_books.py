@@ -272,8 +272,9 @@ class Books(ConnectionPool[CT]):
             }
         for cause, count in over.items():
             if count > 1 or cause == REPLACED:
-                text = cause if count > 1 else cause.replace("s ", " ", 1)
-                text = text.replace("%d", str(count), 1)
+                text = (cause if count > 1 else cause.replace("s ", " ", 1)).replace(
+                    "%d", str(count)
+                )
                 extra = self._extra("episode_ended", cause=cause, count=count)
                 logger.info("pool %r: %s", self.name, text, extra=extra)
 

@@ -196,7 +196,7 @@ class Supply(Books[CT]):
 
         Then no idle connection does: they are replaced, which each new connection's ping decides.
         """
-        if self.settings.pooler != "transaction" or errors.LOGIN_FAILING not in str(ex):
+        if self.settings.pooler != "transaction" or "login has been failing" not in str(ex):
             return None
         self._retire("dead", lambda slot: True)
         with self._lock:
@@ -275,18 +275,12 @@ class Supply(Books[CT]):
             self._judge()
             lasts = self.breaker.failing_for >= self.reconnect_timeout and not self._outage_told
             self._outage_told |= lasts
-            exist = self._nconns - self._connecting
         logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, failed.error)
-        # Else the breaker tells of it, once it opens.
-        if (
-            exist
-            and not self.breaker.is_open
-            and (kind == errors.SATURATED or errors.is_permanent(kind))
-        ):
-            text = (
-                f"no new connection ({kind}): {failed.error}; {exist} of at most {self._max_size}"
-            )
-            text += f" exist, {len(self._waiting)} callers wait"
+        is_lasting = kind == errors.SATURATED or errors.is_permanent(kind)
+        # Where none exists the breaker tells of it, once it opens.
+        if is_lasting and not self.breaker.is_open and (exist := len(self._slots)):
+            text = f"no new connection ({kind}): {failed.error}; {exist} of at most"
+            text += f" {self._max_size} exist, {len(self._waiting)} waiting"
             with _fork.telling:
                 self._warn("connect_failed", f"%d failed connects ({kind})", text, kind=kind)
         if self.listeners.active:

@@ -20,9 +20,9 @@ from dbpool._checkout import Checkout
 from dbpool._parts import Call
 from dbpool.holders import Owner, Slot
 
-# A primary that moved may make many statements fail at once; one drain is enough.
+# A primary that moved may make many statements fail at once; one drain is enough. And how long it
+# is between two looks for a standby that is preferred.
 _MOVED_PAUSE = 5.0
-_STANDBY_PAUSE = 5.0  # seconds between two looks for a standby that is preferred
 
 # Seconds between two looks for a breaker that a healthy return may close, where nobody asks.
 _HEED = 1.0
@@ -159,7 +159,7 @@ class Upkeep(Checkout[CT]):
         with self._lock:
             is_due = now >= self._standby_due and not (self._closed or self.breaker.is_failing)
             if is_due and self._on_primary():
-                self._standby_due = now + _STANDBY_PAUSE
+                self._standby_due = now + _MOVED_PAUSE
                 self.run_task(Call(self, Upkeep._return_to_standby))
 
     def _return_to_standby(self) -> None:

@@ -26,7 +26,6 @@ __all__ = [
 
 _NO_TEXT: Final = "(no text)"
 SATURATED: Final = "saturated"
-LOGIN_FAILING: Final = "server login has been failing"  # PgBouncer's word for a dead server
 UNSUPPORTED: Final = "unsupported startup parameter"  # PgBouncer's word for our timeouts
 
 # The kinds that waiting will hardly cure.

@@ -26,8 +26,6 @@ logger = logging.getLogger("dbpool")
 
 _DEADLY = frozenset({"FATAL", "PANIC"})
 _OK = ConnStatus.OK
-_TCP_INFO = getattr(socket, "TCP_INFO", -1)  # bytes 2 to 4: retransmits, probes, back-off
-_FOR_A_CONNECT = 4  # descriptors that connecting may need at once
 _MAX_READS = 8  # in one look, of some 16 kB each
 
 
@@ -80,7 +78,7 @@ def lack_of_descriptors() -> str | None:
     """What the system says where this process may open no more files, None if it may."""
     with ExitStack() as spare:
         try:
-            for _ in range(_FOR_A_CONNECT):
+            for _ in range(4):  # as many as connecting may need at once
                 spare.enter_context(Path(os.devnull).open())
         except OSError as ex:
             return ex.strerror
@@ -96,7 +94,8 @@ def lacks_acknowledgement(fd: int) -> bool:
     """Whether TCP sends again what the peer of *fd* has not acknowledged. Linux alone can tell."""
     try:
         with socket.socket(fileno=os.dup(fd)) as copy:
-            return any(copy.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 5)[2:5])
+            # Retransmits, unanswered probes, and back-off.
+            return any(copy.getsockopt(socket.IPPROTO_TCP, getattr(socket, "TCP_INFO", -1), 5)[2:5])
     except OSError:
         return False
 
@@ -140,12 +139,11 @@ def look(
 
 def _deliver_notifies(pgconn: PGconn) -> None:
     """Pass on the notifications that libpq has read: nothing else would before more arrives."""
-    while (notify := pgconn.notifies()) is not None:
-        if pgconn.notify_handler is not None:
-            try:
-                pgconn.notify_handler(notify)
-            except Exception as ex:  # noqa: BLE001  # a handler of the user's may raise anything
-                logger.warning("a notify handler failed: %s", type(ex).__name__)
+    while pgconn.notify_handler is not None and (notify := pgconn.notifies()) is not None:
+        try:
+            pgconn.notify_handler(notify)
+        except Exception as ex:  # noqa: BLE001  # a handler of the user's may raise anything
+            logger.warning("a notify handler failed: %s", type(ex).__name__)
 
 
 def _error(notice: Diagnostic) -> psycopg.Error:
@@ -193,8 +191,7 @@ def cancel(request: PGcancelConn, timeout: float) -> None:
     deadline = monotonic() + timeout
     request.start()
     while (status := request.poll()) not in (PollingStatus.OK, PollingStatus.FAILED):
-        events = 1 if status == PollingStatus.READING else 4
-        _await(readability(request.socket, events), deadline)
+        _await(readability(request.socket, 1 if status == PollingStatus.READING else 4), deadline)
 
 
 def _result(pgconn: PGconn, deadline: float) -> PGresult | None:

@@ -14,6 +14,7 @@ from weakref import ref
 import psycopg
 from psycopg import Connection, Cursor
 from psycopg.abc import Params, Query
+from psycopg.errors import ProtocolViolation
 from psycopg.pq import TransactionStatus
 from psycopg.rows import RowFactory, tuple_row
 from psycopg_pool.abc import CT, ConninfoParam
@@ -303,10 +304,8 @@ class Lease(Generic[CT]):
             try:
                 if exc_type is psycopg.errors.ReadOnlySqlTransaction:
                     pool._moved(conn)
-                elif exc_type is psycopg.errors.ProtocolViolation and (
-                    unavailable := pool._lost_server(exc)
-                ):
-                    raise unavailable
+                elif exc_type is ProtocolViolation and (lost := pool._lost_server(exc)):
+                    raise lost
                 elif exc_type is not None and is_stale_plan(exc):
                     conn._prepared.clear()  # a rollback does so too, but not in autocommit
                 if exc_type is not None and conn.pgconn.pipeline_status and not conn._pipeline:
