@@ -180,29 +180,46 @@ def detach_filter(receiver: socket.socket) -> None:
 
 
 class Relay:
-    """Passes bytes on for one client, until its network goes silent."""
+    """Passes bytes on until its network goes silent."""
 
     def __init__(self, port: int) -> None:
+        self._server_port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        self._server = socket.create_connection(("127.0.0.1", port))
-        self._threads = [threading.Thread(target=self._serve)]
-        self._threads[0].start()
+        self.clients: list[socket.socket] = []
+        self._servers: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._start(self._serve)
+
+    def _start(self, fn: Callable[..., None], *args: Any) -> None:
+        self._threads.append(threading.Thread(target=fn, args=args))
+        self._threads[-1].start()
 
     def _serve(self) -> None:
-        self.client = self._listener.accept()[0]
-        for pair in ((self.client, self._server), (self._server, self.client)):
-            self._threads.append(threading.Thread(target=self._pass, args=pair))
-            self._threads[-1].start()
+        with suppress(OSError):
+            while True:
+                client = self._listener.accept()[0]
+                server = socket.create_connection(("127.0.0.1", self._server_port))
+                self.clients.append(client)
+                self._servers.append(server)
+                self._start(self._pass, client, server)
+                self._start(self._pass, server, client)
 
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
                 target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+    def go_silent(self) -> None:
+        for client in self.clients:
+            with suppress(OSError):  # one that has gone already
+                drop_all_packets(client)
 
     def close(self) -> None:
-        detach_filter(self.client)
-        for each in (self.client, self._server, self._listener):
+        for client in self.clients:
+            detach_filter(client)
+        for each in (self._listener, *self.clients, *self._servers):
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
@@ -246,7 +263,7 @@ def test_a_silent_network_is_told_by_what_tcp_knows(server: Server, relay: Relay
     conninfo = server.conninfo_for(port=relay.port)
     with Pool(conninfo, max_size=1, timeout=1.0) as pool:
         conn = pool.getconn()
-        drop_all_packets(relay.client)
+        relay.go_silent()
         holder = threading.Thread(target=suppressed, args=(conn.execute, "select 1"))
         holder.start()
         until(lambda: conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.ACTIVE)
