@@ -104,7 +104,8 @@ def _unknown(text: str, query: str, *, is_url: bool) -> str:
     if (found := re.search(r"(?:^|&)(\w+)=[^&]*=", query)) and found[1] in VARIABLES:
         return f"the value of {found[1]} holds an = (percent-encode it as %3D)"
     for before, name in enumerate(names):
-        is_secret = "pass" in "".join(names[:before])  # then it may be a part of that
+        # It may be a part of a password then, or a token in the wrong place.
+        is_secret = "pass" in "".join(names[:before]) or not re.fullmatch("[A-Za-z_-]{1,24}", name)
         shown = "a parameter" if is_secret else f"the parameter {name}"
         if is_url and name in names[:before]:
             return f"it has {shown} twice; several hosts are written postgresql://h1,h2:5433/d"
