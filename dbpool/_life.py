@@ -12,6 +12,7 @@ from functools import partial
 from os import getpid
 from time import monotonic, sleep
 from types import SimpleNamespace
+from typing import Any
 
 import psycopg
 from psycopg_pool import PoolClosed
@@ -103,8 +104,11 @@ class Life(Supply[CT]):
         if self._sched_runner is None:
             return []
         threads = [self._sched_runner, *self._workers]
-        # The scheduler is woken by an Event: a worker does that.
-        self._tasks.put(SimpleNamespace(run=partial(self._sched.enter, 0.0, None)))  # type: ignore[arg-type]
+        stop: Any = SimpleNamespace(run=partial(self._sched.enter, 0.0, None))
+        if self._workers:  # what wakes the scheduler is an Event: not in this thread
+            self._tasks.put(stop)
+        else:  # they could not be started
+            stop.run()
         for _ in self._workers:
             self._tasks.put(StopWorker(self))
         self._workers, self._sched_runner = [], None

@@ -19,6 +19,7 @@ class FakePGconn:
     pipeline_status = 0
     used_password = needs_password = False
     password = error_message = b""
+    host = db = user = port = b"fake"
     _encoding = "utf-8"
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
@@ -33,15 +33,15 @@ def _names(code: CodeType) -> dict[int, str]:
 
 
 class _Points:
-    def __init__(self, fatal: int, raising: type[BaseException]) -> None:
+    def __init__(self, fatal: int, call: Callable[[], object]) -> None:
         self._left = fatal
-        self._raising = raising
+        self._call = call
 
     def meet(self) -> None:
         self._left -= 1
         if self._left == 0:
             sys.settrace(None)
-            raise self._raising
+            self._call()
 
     @property
     def is_met(self) -> bool:
@@ -68,10 +68,15 @@ class _Points:
         return step
 
 
+def interrupt() -> None:
+    """Raise as a signal handler does."""
+    raise Interrupt
+
+
 @contextmanager
-def interrupted(point: int, raising: type[BaseException] = Interrupt) -> Iterator[_Points]:
-    """Raise at that point, counted from 1, of what the pool does in this block."""
-    points, before = _Points(point, raising), sys.gettrace()
+def interrupted(point: int, call: Callable[[], object] = interrupt) -> Iterator[_Points]:
+    """Raise, or *call*, at that point, counted from 1, of what the pool does in this block."""
+    points, before = _Points(point, call), sys.gettrace()
     sys.settrace(points.trace)
     try:
         yield points
@@ -79,9 +84,7 @@ def interrupted(point: int, raising: type[BaseException] = Interrupt) -> Iterato
         sys.settrace(before)
 
 
-def every_point(
-    act: Callable[[], object], raising: type[BaseException] = Interrupt
-) -> Iterator[int]:
+def every_point(act: Callable[[], object]) -> Iterator[int]:
     """Call *act* and interrupt it, at one point after the other, until it ends undisturbed.
 
     Yields after each time.
@@ -90,10 +93,7 @@ def every_point(
     is_met = True
     while is_met:
         point += 1
-        try:
-            with interrupted(point, raising) as points:
-                act()
-        except raising:
-            pass
+        with suppress(Interrupt), interrupted(point) as points:
+            act()
         is_met = points.is_met
         yield point

@@ -1,0 +1,126 @@
+"""Real signals: an alarm that raises wherever the main thread is, thousands of times."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import Pool
+from tests.postgres import until
+
+from .steps import assert_serves_all
+
+# What is raised in a finalizer or a callback of C, Python itself can but report.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore:.*was deleted while still open:ResourceWarning",
+)
+
+Act = Callable[[Pool], object]
+
+
+class Alarm(Exception):  # as Celery's soft time limit: what catches `Exception` catches it
+    pass
+
+
+rung: list[int] = []
+
+
+@contextmanager
+def alarms() -> Iterator[Callable[[float], object]]:
+    """Have a function that sets an alarm, to be raised in this thread after that many seconds."""
+
+    def ring(number: int, frame: object) -> None:
+        rung.append(number)
+        raise Alarm
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    try:
+        yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def block(pool: Pool) -> None:
+    with pool.connection() as conn:
+        conn.execute("insert into kept values (1)")
+
+
+def transaction(pool: Pool) -> None:
+    def work(conn: Any) -> None:
+        with conn.transaction():
+            conn.execute("insert into kept values (%s)", [2])
+
+    pool.run(work)
+
+
+def pipeline(pool: Pool) -> None:
+    with pool.connection() as conn, conn.pipeline():
+        conn.execute("select 1")
+        conn.execute("select 2")
+
+
+def single(pool: Pool) -> None:
+    pool.fetch_all("select n from kept limit %s", [1])
+
+
+def door(pool: Pool) -> None:
+    conn = pool.getconn()
+    try:
+        conn.execute("select 1")
+    finally:
+        pool.putconn(conn)
+
+
+ACTS: list[Act] = [block, transaction, pipeline, single, door]
+
+
+def _interrupt(pool: Pool, wanted: int, seconds: float) -> int:
+    """Interrupt calls of all kinds; return how many were."""
+    rng, interrupted = random.Random(7), 0
+    deadline = time.monotonic() + seconds
+    with alarms() as ring:
+        while interrupted < wanted and time.monotonic() < deadline:
+            act = rng.choice(ACTS)
+            rung.clear()
+            try:
+                try:
+                    ring(rng.uniform(1e-5, 1.5e-3))
+                    while not rung:  # it may have been swallowed
+                        act(pool)
+                finally:
+                    ring(0)
+            except (Alarm, psycopg.Error):  # psycopg may have put an error of its own before it
+                assert rung, "a call failed that was not interrupted"
+                interrupted += 1
+    return interrupted
+
+
+def _survives(dsn: str, wanted: int, seconds: float) -> int:
+    with Pool(dsn, min_size=1, max_size=3, timeout=5) as pool:
+        pool.execute("create table kept (n int)")
+        interrupted = _interrupt(pool, wanted, seconds)
+        until(lambda: pool.stats().active == 0, 2.0)
+        assert_serves_all(pool)
+        for act in ACTS * 5:  # no later call fails
+            act(pool)
+        stats = pool.stats()
+        assert stats.active + stats.idle + stats.connecting == stats.size <= 3
+    return interrupted
+
+
+def test_hundreds_of_alarms_lose_nothing(dsn: str) -> None:
+    assert _survives(dsn, 400, 20.0) > 50
+
+
+@pytest.mark.slow
+def test_25_000_alarms_lose_nothing(dsn: str) -> None:
+    assert _survives(dsn, 25_000, 600.0) == 25_000

@@ -1,0 +1,141 @@
+"""Connections that come back dead, late or twice, and pools that are waited for or closed meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+from psycopg_pool import PoolClosed
+
+from dbpool import Pool, PoolExhausted
+from tests.fake import FakeConnection
+from tests.interrupts import interrupted
+from tests.postgres import until
+
+from .steps import Task
+
+
+def make(**options: Any) -> Pool:
+    how: dict[str, Any] = {"min_size": 1, "max_size": 1, "timeout": 5.0} | options
+    return Pool(connection_class=FakeConnection, kwargs={"host": "nowhere"}, **how)
+
+
+def test_a_dead_connection_that_is_closed_comes_back_at_once() -> None:
+    with make(close_returns=True) as pool:
+        conns = []
+        for _ in range(3):
+            conn = pool.getconn(timeout=1.0)
+            conns.append(conn)  # as what an exception's traceback keeps
+            conn.pgconn.finish()  # as psycopg does once the server is gone
+            conn.close()  # which psycopg leaves at that
+        assert pool.getconn(timeout=1.0) not in conns
+        assert pool.stats().size == 1
+
+
+def test_a_dead_connection_that_is_closed_is_counted_as_back_without_another_caller() -> None:
+    with make(close_returns=True) as pool:
+        conn = pool.getconn()
+        conn.pgconn.finish()
+        conn.close()
+        until(lambda: pool.stats().active == 0, 1.5)
+        assert pool.stats().counters.discarded["broken"] == 1
+
+
+def test_to_return_what_was_taken_back_does_nothing() -> None:
+    with make(close_returns=True, max_size=2) as pool:
+        conn = pool.getconn()
+        conn.pgconn.finish()
+        until(lambda: pool.stats().active == 0, 1.5)
+        before = pool.stats().counters
+        pool.putconn(conn)
+        pool.putconn(conn)
+        assert pool.stats().counters == before
+        with pool.connection() as held:
+            held.pgconn.finish()
+            until(lambda: pool.stats().active == 0, 1.5)
+        since = time.monotonic()
+        conn = pool.getconn()
+        assert pool.return_held(since)
+        pool.putconn(conn)  # in somebody's `finally`
+
+
+def test_to_return_twice_is_still_an_error() -> None:
+    with make() as pool:
+        conn = pool.getconn()
+        pool.putconn(conn)
+        with pytest.raises(ValueError, match="return"):
+            pool.putconn(conn)
+
+
+def test_waiting_for_the_pool_waits_for_resets() -> None:
+    resetting, go_on = threading.Event(), threading.Event()
+
+    def reset(conn: object) -> None:
+        resetting.set()
+        assert go_on.wait(10.0)
+
+    with make(reset=reset) as pool:
+        pool.putconn(pool.getconn())
+        assert resetting.wait(5.0)
+        waiting = Task(pool.wait)
+        time.sleep(0.1)  # it would have returned
+        assert not waiting.ended
+        go_on.set()
+        waiting.result()
+
+
+def test_connections_that_are_out_count_for_who_waits_for_the_pool() -> None:
+    with make(min_size=2, max_size=2) as pool, pool.connection(), pool.connection():
+        pool.wait(timeout=1.0)
+
+
+def test_nothing_is_handed_over_by_a_pool_that_closes() -> None:
+    """Wherever in `close` a connection comes back, as what a collection ends may do."""
+    for point in range(1, 200):
+        pool = make()
+        conn = pool.getconn()
+        waiting = Task(pool.getconn)
+        until(lambda: pool.stats().waiting == 1)  # noqa: B023  # at once
+        returned = _close_and_return(pool, conn, point)
+        got = None
+        try:
+            got = waiting.result(5.0)
+        except PoolClosed:
+            pass
+        if got is not None:
+            assert not got.closed, point
+        if not returned:
+            return
+
+
+def _close_and_return(pool: Pool, conn: Any, point: int) -> bool:
+    """Close, and give *conn* back at that point of it; false if there was no such point."""
+    with interrupted(point, call=lambda: pool.putconn(conn)) as points:
+        pool.close()
+    return points.is_met
+
+
+def test_all_whose_time_is_over_at_once_are_told_with_one_snapshot() -> None:
+    count = 250
+    with make() as pool, pool.connection():
+        due = time.monotonic() + 1.5
+        late: list[float] = []
+        snapshots = []
+
+        def wait() -> None:
+            with pytest.raises(PoolExhausted) as caught:
+                pool.getconn(timeout=due - time.monotonic())
+            late.append(time.monotonic() - due)
+            snapshots.append(caught.value.snapshot)
+
+        threads = [threading.Thread(target=wait) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10.0)
+        assert len(late) == count
+        assert len(set(map(id, snapshots))) <= count / 5
+        assert pool.stats().counters.timeouts == count
+        assert pool.stats().waiting == 0
