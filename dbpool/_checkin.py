@@ -171,7 +171,7 @@ class Checkin(Life[CT]):
         if slot.since:
             self._metrics.ended += [(slot.wait, monotonic() - slot.since)]
         slot.since, slot.is_reaped, slot.owner = 0.0, True, NOBODY
-        if slot.ref is not None and (conn := slot.ref()) is not None:
+        if conn := slot.ref and slot.ref():
             self._cancel_later(conn)
         self._remove(slot, reason)
 
@@ -316,10 +316,10 @@ class Checkin(Life[CT]):
                 self._metrics.leaks += bool(slot.since)
                 self._todo.append(partial(Checkin._tell_collected, forgotten=forgotten))
                 self._give_up(slot, "collected")
-                self._wake()
             elif self.close_returns and slot.since and not slot.is_open:
                 self._give_up(slot, "broken")
-                self._wake()
+        if self._closing or self._todo:
+            self._wake()
         self._refill()
 
     def _tell_collected(self, forgotten: Sequence[Holder]) -> None:

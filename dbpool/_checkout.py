@@ -167,11 +167,8 @@ class Checkout(Checkin[CT]):
             if isinstance(waiter.error, TooManyRequests):
                 self._warn("rejected", "%d callers refused (TooManyRequests)", str(waiter.error))
             if self.listeners.active:
-                self.listeners.emit(
-                    events.Rejected(self.name)
-                    if waiter.is_refused
-                    else events.WaitTimedOut(self.name, monotonic() - waiter.started)
-                )
+                timed_out = events.WaitTimedOut(self.name, monotonic() - waiter.started)
+                self.listeners.emit(events.Rejected(self.name) if waiter.is_refused else timed_out)
             raise waiter.take_error()
         return waiter.conn
 

@@ -105,10 +105,8 @@ class Life(Supply[CT]):
             return []
         threads = [self._sched_runner, *self._workers]
         stop: Any = SimpleNamespace(run=partial(self._sched.enter, 0.0, None))
-        if self._workers:  # what wakes the scheduler is an Event: not in this thread
-            self._tasks.put(stop)
-        else:  # they could not be started
-            stop.run()
+        # What wakes the scheduler is an Event: not in this thread, unless none could be started.
+        (self._tasks.put(stop) if self._workers else stop.run())
         for _ in self._workers:
             self._tasks.put(StopWorker(self))
         self._workers, self._sched_runner = [], None

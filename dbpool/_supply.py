@@ -327,11 +327,10 @@ class Supply(Books[CT]):
 
     def _retire(
         self, reason: str, condition: Callable[[Slot], bool], most: int | None = None
-    ) -> int:
-        """Close idle connections for whose slot *condition* holds, coldest first; how many?"""
-        count = self._take_out(reason, condition, most)
+    ) -> None:
+        """Close idle connections for whose slot *condition* holds, coldest first."""
+        self._take_out(reason, condition, most)
         self._close_evicted()
-        return count
 
     def _take_out(
         self, reason: str, condition: Callable[[Slot], bool], most: int | None = None

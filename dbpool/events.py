@@ -11,6 +11,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from inspect import iscoroutinefunction, signature
@@ -267,11 +268,9 @@ class Emitter:
             thread.join(timeout)
 
     def _start(self) -> None:
-        try:
-            thread = threading.Thread(target=self._run, name="dbpool-listeners", daemon=True)
+        thread = threading.Thread(target=self._run, name="dbpool-listeners", daemon=True)
+        with suppress(RuntimeError):  # out of threads, or the interpreter is ending
             in_a_thread(thread.start)
-        except RuntimeError:  # out of threads, or the interpreter is ending
-            return
 
     def _run(self) -> None:
         me, calling = threading.current_thread(), self.calling

@@ -19,7 +19,8 @@ class FakePGconn:
     pipeline_status = 0
     used_password = needs_password = False
     password = error_message = b""
-    host = db = user = port = b"fake"
+    host = hostaddr = db = user = b""
+    port = b"1"
     _encoding = "utf-8"
 
     def __init__(self) -> None:
