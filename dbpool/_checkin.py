@@ -222,7 +222,8 @@ class Checkin(Life[CT]):
             raise
         else:
             return
-        logger.warning("pool %r: discarding returned connection: %s", self.name, why)
+        cause = f"%d returned connections discarded, from {conn._slot.where()}"  # type: ignore[attr-defined]
+        self._warn("discarded", cause, f"discarding returned connection: {why}")
         self._close_connection(conn)
 
     def _return_connection(self, conn: Any, from_getconn: bool) -> None:

@@ -179,17 +179,25 @@ def caller(frame: FrameType) -> FrameType:
     """
     found, origin, outer = frame, _PYTHON, frame
     for _ in range(_DEEPEST):
-        here = _origin(outer.f_code.co_filename)
+        here = _origin(_file_of(outer))
         if here < origin:
             found, origin = outer, here
         if origin == _APPLICATION or outer.f_back is None:
             break
         outer = outer.f_back
-    if found is frame and origin == _APPLICATION:
+    if found is frame and origin == _APPLICATION and not frame.f_code.co_filename.startswith("<"):
         if len(application_files) >= _FILES:
             application_files.clear()
         application_files.add(frame.f_code.co_filename)
     return found
+
+
+def _file_of(frame: FrameType) -> str:
+    """Where the code of a frame is from; generated code is of the module whose names it uses."""
+    name, module = frame.f_code.co_filename, frame.f_globals
+    if not name.startswith("<") or module.get("__name__") == "__main__":
+        return name
+    return str(module.get("__file__", "<frozen "))
 
 
 @lru_cache(maxsize=_FILES)
@@ -217,9 +225,10 @@ def frames_of(thread: threading.Thread) -> str:
     frame = _frame_of(thread)
     if frame is None:
         return "(its thread has ended)"
-    stack = [(f.f_code, line) for f, line in islice(traceback.walk_stack(frame), _DEEPEST)]
-    own = [pair for pair in stack if _origin(pair[0].co_filename) == _APPLICATION] or stack[:1]
-    return ", ".join(f"{_shortened(code)}:{line} in {code.co_name}" for code, line in own[:_FRAMES])
+    stack = list(islice(traceback.walk_stack(frame), _DEEPEST))
+    own = [pair for pair in stack if _origin(_file_of(pair[0])) == _APPLICATION] or stack[:1]
+    codes = [(f.f_code, line) for f, line in own[:_FRAMES]]
+    return ", ".join(f"{_shortened(code)}:{line} in {code.co_name}" for code, line in codes)
 
 
 class Watched(Protocol):

@@ -57,6 +57,32 @@ def test_the_first_frame_outside_installed_packages_is_named(
     assert "<lambda>" in holder.where
 
 
+@pytest.mark.parametrize("names", [{}, {"__name__": "orm", "__file__": "/x/site-packages/orm.py"}])
+def test_generated_code_is_the_line_of_nobody(dsn: str, names: dict[str, str]) -> None:
+    """Libraries make code of their own, as SQLAlchemy and attrs do."""
+    scope: dict[str, Any] = dict(names)
+    exec(compile("def call(fn): return fn()", "<orm generated call>", "exec"), scope)
+    with Pool(dsn) as pool:
+        conn = scope["call"](pool.getconn)
+        (holder,) = pool.holders()
+        pool.putconn(conn)
+    assert holder.where.endswith("test_generated_code_is_the_line_of_nobody")
+
+
+def test_a_script_that_has_no_file_is_named(dsn: str) -> None:
+    source = f"""
+import dbpool
+def lend():
+    with dbpool.Pool({dsn!r}) as pool, pool.connection():
+        print(pool.holders()[0].where)
+lend()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "<string>:4 lend"
+
+
 def test_a_line_is_named_behind_the_standard_library_too(dsn: str) -> None:
     with Pool(dsn) as pool, ExitStack() as stack:
         stack.enter_context(pool.connection())
