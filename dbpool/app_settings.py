@@ -77,7 +77,9 @@ class AppSettings:
         dotenv: Source = None,
     ) -> AppSettings:
         """Read them from an application's configuration, else from the environment."""
-        config, environ = conceal(config), conceal(environ)
+        ours = {key: value for key, value in config.items() if str(key).startswith("DBPOOL_")}
+        config, environ = conceal(ours), conceal(environ)
+        del ours
         layers = [config, *read_layers(environ, dotenv)]
         required = find(layers, "DBPOOL_REQUIRED")
         token, token_file = secret_of(layers, "DBPOOL_TOKEN")
@@ -101,10 +103,11 @@ def find_dotenv(config: Mapping[str, Any] | None = None) -> Mapping[str, str]:
     `DBPOOL_DOTENV`, in *config* or in the environment, names another file, or is `off`. A file
     that somebody else could have written is skipped with a warning, unless it was named.
     """
-    config = conceal(config or {})
-    named = config.get("DBPOOL_DOTENV") or os.environ.get("DBPOOL_DOTENV")
-    if config.get("DBPOOL_DOTENV") is False:
+    chosen = (config or {}).get("DBPOOL_DOTENV")
+    del config  # as it came it would show a password to whoever looks at this frame
+    if chosen is False:
         return {}
+    named = chosen or os.environ.get("DBPOOL_DOTENV")
     if named:
         return read_dotenv(named)
     passed: list[Path] = []

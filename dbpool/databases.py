@@ -131,6 +131,8 @@ def settings_from_config(
     `DBPOOL_DATABASES` may be a dict of URLs, or of dicts with `url` and fields. An unknown
     `DBPOOL_` key raises `ConfigError`.
     """
+    # What other extensions keep in there is theirs, and may refer to itself.
+    config = {k: v for k, v in config.items() if _is_plain(v) or str(k).startswith("DBPOOL_")}
     config, environ = conceal(config), conceal(environ)
     outside = read_layers(environ, dotenv)
     layers = [config, *outside]
@@ -155,6 +157,10 @@ def _databases(
             overrides["conninfo"] = overrides.pop("url")
         databases[name] = build(name, layers, overrides)
     return databases
+
+
+def _is_plain(value: object) -> bool:
+    return not isinstance(value, (Mapping, list))
 
 
 def _check_name(name: str, taken: Mapping[str, object]) -> None:

@@ -393,3 +393,12 @@ def test_a_mistake_shows_nothing(mistake: Callable[[], Any], frames: Frames) -> 
     error = raised(mistake)
     assert error is not None
     assert not leaks([*of_error(error), *frames.shown], PASSWORD)
+
+
+def test_a_configuration_may_refer_to_itself(frames: Frames) -> None:
+    app = Flask("app")
+    app.config.update(DATABASE_URL=URL, ITSELF=app.config, LIST=[app.config], DBPOOL_TOKEN=TOKEN)
+    app.config["DBPOOL_DATABASES"] = {"replica": {"url": URL}}
+    DBPool(app)
+    assert list(app.extensions["dbpool"].databases) == ["default", "replica"]
+    assert not leaks(frames.shown, PASSWORD, TOKEN)
