@@ -97,7 +97,10 @@ class PoolError(psycopg.OperationalError):
 
 
 class PoolExhausted(PoolError, PoolTimeout):
-    """Every connection stayed checked out until the deadline; the database is not at fault."""
+    """Every connection stayed checked out until the deadline; the text says by whom.
+
+    Where none came back for that long, it also says whether the network may be to blame.
+    """
 
     __module__ = "dbpool"
 

@@ -227,8 +227,8 @@ def frames_of(thread: threading.Thread) -> str:
         return "(its thread has ended)"
     stack = list(islice(traceback.walk_stack(frame), _DEEPEST))
     own = [pair for pair in stack if _origin(_file_of(pair[0])) == _APPLICATION] or stack[:1]
-    codes = [(f.f_code, line) for f, line in own[:_FRAMES]]
-    return ", ".join(f"{_shortened(code)}:{line} in {code.co_name}" for code, line in codes)
+    lines = (f"{_shortened(f.f_code)}:{n} in {f.f_code.co_name}" for f, n in own[:_FRAMES])
+    return printable(", ".join(lines))
 
 
 class Watched(Protocol):
