@@ -18,10 +18,7 @@ from dbpool.settings import Settings
 Names = frozenset[str]
 Connect = Callable[[dict[str, Any]], Any]
 
-_UNSET: Final = b"select string_agg(name, ',') from pg_settings where source = 'default'"
-_HONOURED: Final = (
-    b"select string_agg(name, ',') from pg_settings where source in ('client', 'session')"
-)
+_NAMES: Final = b"select string_agg(name, ',') from pg_settings where source in "
 _PATIENCE: Final = 0.5  # seconds to wait for the answer to another thread
 _FAREWELL: Final = 200.0  # milliseconds that a server is given to free a connection's place
 
@@ -46,9 +43,6 @@ class Timeouts:
     def connect(self, connect: Connect, params: dict[str, Any], warn: Callable[[str], None]) -> Any:
         """Connect, with the defaults that the server reached leaves to us; *warn* if it ignores any."""
         is_first = self._last is None and self._first.acquire(timeout=_PATIENCE)
-        if is_first and self._last is not None:  # another thread was: nobody else need wait
-            self._first.release()
-            is_first = False
         try:
             return self._connect(connect, params, warn)
         finally:
@@ -80,7 +74,8 @@ class Timeouts:
     ) -> Any:
         sent = self._last or Names()
         conn = connect(self._with(params, sent))
-        if not isinstance(conn, Connection):
+        if not isinstance(conn, Connection) or self._settings.pooler == "transaction":
+            self._last = sent
             return conn
         try:
             key = _place(conn)
@@ -101,21 +96,21 @@ class Timeouts:
         return conn
 
     def _with(self, params: dict[str, Any], names: Names) -> dict[str, Any]:
-        options = [self._defaults[name] for name in sorted(names)]
-        if not options:
-            return params
-        return params | {"options": " ".join([*options, params.get("options", "")]).strip()}
+        options = [*map(self._defaults.get, sorted(names)), params.get("options")]
+        return params | ({"options": " ".join(filter(None, options))} if names else {})
 
     def _ask(self, conn: Any) -> Names:
         """Return the names of the defaults that nothing on the server sets."""
-        answer, self.asked_at = self._names(conn, _UNSET), monotonic()
+        if not self._defaults:
+            return Names()
+        answer, self.asked_at = self._names(conn, b"('default')"), monotonic()
         return Names(self._defaults) if answer is None else answer & self._defaults.keys()
 
     def _verify(self, conn: Any, params: Mapping[str, Any], warn: Callable[[str], None]) -> None:
         # Names with a dot, and `role`, are not in pg_settings.
         sent = re.findall(r"(?:-c\s*|--)([\w-]+)\s*=", str(params.get("options", "")))
         names = {name.replace("-", "_") for name in sent} - {"role"}
-        if not names or (honoured := self._names(conn, _HONOURED)) is None:
+        if not names or (honoured := self._names(conn, b"('client', 'session')")) is None:
             return
         if ignored := names - honoured:
             warn(
@@ -123,26 +118,26 @@ class Timeouts:
                 " transaction pooler in between needs DBPOOL_POOLER=transaction"
             )
 
-    def _names(self, conn: Any, query: bytes) -> Names | None:
-        result = ask(conn, query, float(self._settings.connect_timeout))
+    def _names(self, conn: Any, sources: bytes) -> Names | None:
+        result = ask(conn, _NAMES + sources, float(self._settings.connect_timeout))
         if result.status != ExecStatus.TUPLES_OK:  # no PostgreSQL, or not allowed to look
             return None
         return Names((result.get_value(0, 0) or b"").decode().split(","))
 
 
 def _place(conn: Any) -> tuple[object, ...]:
-    info = conn.info
-    return info.host, info.port, info.dbname, info.user
+    """Return host, address, port, database and role of a connection, as libpq understood them."""
+    found = {option.keyword: option.val for option in conn.pgconn.info}
+    return tuple(map(found.get, (b"host", b"hostaddr", b"port", b"dbname", b"user")))
 
 
 def _leave(conn: Any, params: dict[str, Any]) -> dict[str, Any]:
     """Close a connection, and wait until its place is free; return how to reach the same server."""
-    info = conn.info
-    same = {"host": info.host, "port": info.port, "hostaddr": info.hostaddr or None}
+    same = zip(("host", "hostaddr", "port"), _place(conn), strict=False)
     fd = os.dup(conn.fileno())
     try:
         conn.close()
         readability(fd)(_FAREWELL)
     finally:
         os.close(fd)
-    return {k: v for k, v in (params | same).items() if v is not None}
+    return params | {key: value.decode() for key, value in same if isinstance(value, bytes)}

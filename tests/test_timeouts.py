@@ -246,3 +246,17 @@ def test_options_that_are_honoured_are_not_warned_of(
     shown(make_conninfo(role, options=options))
     shown(role, statement_timeout=4, lock_timeout=5)
     assert "ignored" not in caplog.text
+
+
+def test_nothing_is_asked_through_a_declared_pooler(role: str, proxy: Proxy) -> None:
+    conninfo = make_conninfo(role, port=proxy.port, options="-c work_mem=5MB")
+    said: list[bytes] = []
+
+    def hear(chunk: bytes) -> bytes:
+        said.append(chunk)
+        return chunk
+
+    proxy.translate = hear
+    with Pool(conninfo, max_size=1, pooler="transaction") as pool:
+        pool.fetch_one("select 1")
+    assert not any(b"string_agg" in chunk for chunk in said)

@@ -261,7 +261,9 @@ def test_holders_without_a_statement_are_no_slow_statements(dsn: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells what TCP knows")
 def test_a_silent_network_is_told_by_what_tcp_knows(server: Server, relay: Relay) -> None:
     conninfo = server.conninfo_for(port=relay.port)
-    with Pool(conninfo, max_size=1, timeout=1.0) as pool:
+    # The relay takes one connection: with these the server is not asked on another.
+    how: Any = {"statement_timeout": "server", "idle_in_transaction_timeout": "server"}
+    with Pool(conninfo, max_size=1, timeout=1.0, **how) as pool:
         conn = pool.getconn()
         relay.go_silent()
         holder = threading.Thread(target=suppressed, args=(conn.execute, "select 1"))
