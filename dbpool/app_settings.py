@@ -103,11 +103,11 @@ def find_dotenv(config: Mapping[str, Any] | None = None) -> Mapping[str, str]:
     `DBPOOL_DOTENV`, in *config* or in the environment, names another file, or is `off`. A file
     that somebody else could have written is skipped with a warning, unless it was named.
     """
-    chosen = (config or {}).get("DBPOOL_DOTENV")
+    chosen = conceal((config or {}).get("DBPOOL_DOTENV"))
     del config  # as it came it would show a password to whoever looks at this frame
     if chosen is False:
         return {}
-    named = chosen or os.environ.get("DBPOOL_DOTENV")
+    named = chosen or conceal(os.environ.get("DBPOOL_DOTENV"))
     if named:
         return read_dotenv(named)
     passed: list[Path] = []
