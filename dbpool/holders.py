@@ -203,7 +203,8 @@ def _file_of(frame: FrameType) -> str:
 @lru_cache(maxsize=_FILES)
 def _origin(filename: str) -> int:
     """Whose code a source file is: the application's, an installed package's, or Python's."""
-    if filename.startswith(_OWN):
+    # SQLAlchemy says as little of who asked, where the application is installed beside it.
+    if filename.startswith(_OWN) or f"-packages{os.sep}sqlalchemy{os.sep}" in filename:
         return _PYTHON
     if not {"site-packages", "dist-packages"}.isdisjoint(PurePath(filename).parts):
         return _PACKAGE

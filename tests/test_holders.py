@@ -57,6 +57,26 @@ def test_the_first_frame_outside_installed_packages_is_named(
     assert "<lambda>" in holder.where
 
 
+def test_an_installed_application_is_named_behind_sqlalchemy(dsn: str, tmp_path: Path) -> None:
+    packages = tmp_path / "site-packages"
+    orm = load(packages / "sqlalchemy" / "base.py", "def connect(creator): return creator()")
+    app = load(
+        packages / "shop" / "views.py",
+        """
+        def view(connect, pool, held):
+            conn = connect(pool.getconn)
+            held.extend(pool.holders())
+            pool.putconn(conn)
+        """,
+    )
+    held: list[Any] = []
+    with Pool(dsn) as pool:
+        thread = threading.Thread(target=app.view, args=(orm.connect, pool, held))
+        thread.start()
+        thread.join(10)
+    assert held[0].where == "shop/views.py:3 view"
+
+
 @pytest.mark.parametrize("names", [{}, {"__name__": "orm", "__file__": "/x/site-packages/orm.py"}])
 def test_generated_code_is_the_line_of_nobody(dsn: str, names: dict[str, str]) -> None:
     """Libraries make code of their own, as SQLAlchemy and attrs do."""
