@@ -231,7 +231,7 @@ def test_through_sqlalchemy_a_busy_pool_is_a_503(make_app: MakeApp, dsn: str) ->
         with engine.connect() as conn:
             return str(conn.execute(sqlalchemy.text("select 1")).scalar())
 
-    with pool.connection():
+    with pool.connection(timeout=10):  # to connect takes longer than 50 ms at times
         answer = app.test_client().get("/")
     assert (answer.status_code, answer.get_json()["error"]) == (503, "the service is busy")
 
