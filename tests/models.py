@@ -1,0 +1,194 @@
+"""Models of what threads do to a pool at once, explored by frontrun: `python -m tests.models NAME`.
+
+Run in a process of its own, as frontrun replaces locks and queues. No server and no thread but the
+model's own: connections are fake, and tasks for a worker are done by the thread that plays it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import queue
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import frontrun
+from psycopg_pool import PoolClosed
+
+from dbpool import Pool, PoolError
+from tests.fake import FakeConnection
+
+
+class State:
+    """A pool of which all connections are made, and what the threads saw."""
+
+    def __init__(self, size: int, *, made: bool = True, is_locked: bool = True) -> None:
+        self.tasks: queue.Queue[Any] = queue.Queue()
+        self.held: set[int] = set()  # by id: nobody else may have one of these
+        self.faults: list[str] = []
+        self.ended: list[str] = []
+        self.pool: Any = Pool(
+            connection_class=FakeConnection, kwargs={"host": "nowhere"}, min_size=0, max_size=size
+        )
+        seams = {
+            "run_task": self.tasks.put,
+            "schedule_task": lambda task, delay: None,
+            "_start_workers": lambda: None,
+        }
+        vars(self.pool).update(seams)
+        self.pool._open()
+        if made:
+            self.pool.resize(size, size)
+            self.tasks.put(None)
+            self.work()
+        if not is_locked:  # to see that a model finds what the lock is there for
+            vars(self.pool)["_lock"] = nullcontext()
+
+    def work(self) -> None:
+        """Be a worker until told to stop."""
+        while (task := self.tasks.get()) is not None:
+            task.run()
+
+    def take(self, timeout: float | None = None) -> Any:
+        conn = self.pool.getconn(timeout)
+        if id(conn) in self.held:
+            self.faults.append("two have the same connection")
+        if conn.closed:
+            self.faults.append("a closed connection was handed out")
+        self.held.add(id(conn))
+        return conn
+
+    def give(self, conn: Any) -> None:
+        self.held.discard(id(conn))
+        self.pool.putconn(conn)
+
+    def use(self) -> None:
+        self.give(self.take())
+        self.ended.append("served")
+
+    def is_whole(self, idle: int) -> bool:
+        stats = self.pool.stats()
+        sizes = (stats.active, stats.idle, stats.connecting, stats.waiting)
+        return not self.faults and sizes == (0, idle, 0, 0)
+
+
+Threads = list[Callable[[State], object]]
+Model = tuple[Callable[[bool], State], Threads, Callable[[State], bool]]
+
+
+def checkout() -> Model:
+    """Three threads use two connections."""
+    return (
+        lambda is_locked: State(2, is_locked=is_locked),
+        [State.use] * 3,
+        lambda state: len(state.ended) == 3 and state.is_whole(2),
+    )
+
+
+def hand_over() -> Model:
+    """Two threads use one connection twice each: one of them waits for the other."""
+
+    def use(state: State) -> None:
+        state.use()
+        state.use()
+
+    return (
+        lambda is_locked: State(1, is_locked=is_locked),
+        [use, use],
+        lambda state: len(state.ended) == 4 and state.is_whole(1),
+    )
+
+
+def time_out() -> Model:
+    """One's time is over while another returns the connection."""
+
+    def give_up(state: State) -> None:
+        try:
+            conn = state.take(timeout=0.0)
+        except PoolError:
+            state.ended.append("refused")
+        else:
+            state.give(conn)
+
+    return (
+        lambda is_locked: State(1, is_locked=is_locked),
+        [State.use, give_up],
+        lambda state: state.is_whole(1),
+    )
+
+
+def close() -> Model:
+    """The pool is closed while two use it."""
+
+    def use(state: State) -> None:
+        try:
+            state.use()
+        except PoolClosed:
+            state.ended.append("refused")
+
+    def is_closed(state: State) -> bool:
+        pool = state.pool
+        nothing = not pool._pool and not pool._closing and not pool._waiting
+        return nothing and not state.faults and len(state.ended) == 2
+
+    return (
+        lambda is_locked: State(1, is_locked=is_locked),
+        [use, use, lambda state: state.pool.close(0.0)],
+        is_closed,
+    )
+
+
+def growth() -> Model:
+    """Three want the one connection that a pool may have and has not yet."""
+
+    def ask(state: State) -> None:
+        try:
+            state.take(timeout=0.0)
+        except PoolError:
+            state.ended.append("refused")
+
+    def has_grown_once(state: State) -> bool:
+        connecting = state.pool.stats().connecting
+        state.tasks.put(None)
+        state.work()
+        return len(state.ended) == 3 and connecting == 1 and state.is_whole(1)
+
+    return lambda is_locked: State(1, made=False, is_locked=is_locked), [ask] * 3, has_grown_once
+
+
+MODELS = {model.__name__: model for model in (checkout, hand_over, time_out, close, growth)}
+
+
+def explore(name: str, schedules: int, *, is_locked: bool = True, seed: int = 1) -> Any:
+    """Run the model by that many schedules, until one ends wrong."""
+    make, threads, invariant = MODELS[name]()
+    return frontrun.explore(
+        setup=lambda: make(is_locked),
+        workers=threads,
+        invariant=invariant,
+        strategy="random",
+        max_attempts=schedules,
+        max_ops=20_000,  # more than a schedule needs
+        seed=seed,
+        detect_io=False,
+        reproduce_on_failure=0,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=MODELS)
+    parser.add_argument("schedules", type=int)
+    parser.add_argument("--unlocked", action="store_true")
+    chosen = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    result = explore(chosen.name, chosen.schedules, is_locked=not chosen.unlocked)
+    if not result.property_holds:
+        print(result.explanation)  # noqa: T201  # what a command says is its output
+    return 0 if result.property_holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
