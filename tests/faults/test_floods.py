@@ -60,6 +60,8 @@ class Flooding:
                 with self._locks[target]:  # a message is not to be torn
                     target.sendall(data)
             target.shutdown(socket.SHUT_WR)
+        if source in self._clients:  # it has gone: the pool asks a server on one of its own
+            self._clients.remove(source)
 
     def flood(self) -> None:
         """Send notices from now on to the clients that there are; for ever."""
