@@ -103,6 +103,7 @@ class Books(ConnectionPool[CT]):
         self._cancels: deque[Any] = deque(maxlen=_MAX_CANCELS)  # requests to be sent
         self._episodes: dict[str, tuple[int, float]] = {}  # by cause: how often, and when last
         self._last_seen = 0.0
+        self._silent_since = -1.0  # what TCP knows of an outage before connects fail
         self._moved_at = self._heeded_at = float("-inf")
         self._standby_due = 0.0  # when to look again whether one is back
         self.breaker = Breaker(self.settings.outage_grace)

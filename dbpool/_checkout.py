@@ -226,6 +226,8 @@ class Checkout(Checkin[CT]):
         if self._last_seen >= monotonic() - seconds or not any(map(is_active, conns)):
             return ""
         number = sum(lacks_acknowledgement(conn._slot.fd) for conn in conns if conn)
+        if number and self._silent_since < self._last_seen:
+            self._silent_since = monotonic() - seconds
         silent = f": {number} of {len(conns)} sockets wait for acknowledgements" if number else ""
         return f"; none came back in that time: slow statements or a silent network{silent}"
 

@@ -241,6 +241,8 @@ class Supply(Books[CT]):
             self._probe = None
             self._outage_told = False
             outage = self.breaker.succeeded()
+            if outage is not None and self._silent_since >= self._last_seen:
+                outage = max(outage, now - self._silent_since)
             self._metrics.connects += 1
             self._metrics.connect.add(seconds)
             self._last_seen = now

@@ -7,6 +7,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,7 +22,7 @@ from dbpool import Pool, PoolExhausted, TooManyRequests
 from dbpool.flask import DBPool
 from tests.postgres import Server, until
 
-from .steps import fill, terminate
+from .steps import GRACE, fill, terminate
 from .support import MakePool
 from .test_saturation import ROOM, Crowd, crowd, small  # noqa: F401  # fixtures
 
@@ -182,9 +183,9 @@ def detach_filter(receiver: socket.socket) -> None:
 class Relay:
     """Passes bytes on until its network goes silent."""
 
-    def __init__(self, port: int) -> None:
-        self._server_port = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, server_port: int, port: int = 0) -> None:
+        self._server_port = server_port
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.port = self._listener.getsockname()[1]
         self.clients: list[socket.socket] = []
         self._servers: list[socket.socket] = []
@@ -275,6 +276,33 @@ def test_a_silent_network_is_told_by_what_tcp_knows(server: Server, relay: Relay
         holder.join(10)
         pool.putconn(conn)
     assert "a silent network: 1 of 1 sockets wait for acknowledgements" in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells what TCP knows")
+def test_an_outage_that_began_as_a_silent_network_is_told_in_its_whole_length(
+    server: Server, relay: Relay, log: pytest.LogCaptureFixture
+) -> None:
+    conninfo = server.conninfo_for(port=relay.port)
+    with Pool(conninfo, max_size=1, timeout=1.0, outage_grace=GRACE) as pool:
+        conn = pool.getconn()
+        relay.go_silent()
+        began = time.monotonic()
+        holder = threading.Thread(target=suppressed, args=(conn.execute, "select 1"))
+        holder.start()
+        until(lambda: conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.ACTIVE)
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(refused, pool).result()
+        relay.close()
+        holder.join(10)
+        pool.putconn(conn)
+        until(lambda: pool.state == "down")
+        back = Relay(server.port, relay.port)
+        until(lambda: "is back after" in log.text)
+        seconds = float(log.text.partition("is back after ")[2].split()[0])
+        pool.close()
+        back.close()
+    assert 1.0 < seconds <= time.monotonic() - began
+    assert seconds > time.monotonic() - began - 1.5
 
 
 def suppressed(fn: Callable[..., object], *args: object) -> None:
