@@ -312,7 +312,8 @@ class Checkin(Life[CT]):
         """
         self._lost.clear()
         for slot in list(self._slots):
-            if slot.is_lost:
+            answering = slot.owner or slot.ref  # an idle one answers for itself
+            if answering is None or answering() is None:
                 forgotten = holders.report([slot], monotonic())
                 self._metrics.leaks += bool(slot.since)
                 self._todo.append(partial(Checkin._tell_collected, forgotten=forgotten))

@@ -105,8 +105,10 @@ class Life(Supply[CT]):
             return []
         threads = [self._sched_runner, *self._workers]
         stop: Any = SimpleNamespace(run=partial(self._sched.enter, 0.0, None))
-        # What wakes the scheduler is an Event: not in this thread, unless none could be started.
-        (self._tasks.put(stop) if self._workers else stop.run())
+        if self._workers:
+            self._tasks.put(stop)  # what wakes the scheduler is an Event: not in this thread
+        else:
+            stop.run()
         for _ in self._workers:
             self._tasks.put(StopWorker(self))
         self._workers, self._sched_runner = [], None

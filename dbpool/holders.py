@@ -119,12 +119,6 @@ class Slot:
         self.ref = self.owner = weakref.ref(conn, lost)
 
     @property
-    def is_lost(self) -> bool:
-        """Whether who answers for the connection is gone, or while it is idle, itself."""
-        owner = self.owner or self.ref
-        return owner is None or owner() is None
-
-    @property
     def is_open(self) -> bool:
         """Whether `fd` is still the connection's: closed, it may be anything's."""
         conn = None if self.ref is None else self.ref()
