@@ -105,10 +105,9 @@ class Life(Supply[CT]):
             return []
         threads = [self._sched_runner, *self._workers]
         stop: Any = SimpleNamespace(run=partial(self._sched.enter, 0.0, None))
-        if self._workers:
-            self._tasks.put(stop)  # what wakes the scheduler is an Event: not in this thread
-        else:
-            stop.run()
+        # What wakes the scheduler is an Event: a worker does that, where there is one.
+        give: Any = self._tasks.put if self._workers else lambda task: task.run()
+        give(stop)
         for _ in self._workers:
             self._tasks.put(StopWorker(self))
         self._workers, self._sched_runner = [], None

@@ -7,7 +7,7 @@ A signal handler may raise between any two steps of the main thread. A lock that
 from __future__ import annotations
 
 import _thread
-import queue
+import threading
 from collections.abc import Callable
 
 
@@ -17,21 +17,26 @@ def in_a_thread(fn: Callable[[], object]) -> None:
     So are threads started: `Thread.start` waits on an Event, and interrupted in there it may
     leave the new thread waiting for a lock.
     """
-    done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    errors: list[BaseException] = []
+    running = threading.Lock()
+    running.acquire()
 
     def call() -> None:
         try:
             fn()
         except BaseException as ex:  # noqa: BLE001  # the caller raises it
-            done.put(ex)
-        else:
-            done.put(None)
+            errors.append(ex)
+        finally:
+            running.release()
 
-    _thread.start_new_thread(call, ())
     try:
-        error = done.get()
-    except BaseException:
-        done.get()  # nobody goes on beside what is half done
+        _thread.start_new_thread(call, ())
+        with running:
+            pass
+    except RuntimeError:  # there is no thread to be had
         raise
-    if error is not None:
-        raise error
+    except BaseException:
+        with running:  # nobody goes on beside what is half done
+            raise
+    if errors:
+        raise errors[0]

@@ -24,9 +24,6 @@ from dbpool.holders import Owner, Slot
 # is between two looks for a standby that is preferred.
 _MOVED_PAUSE = 5.0
 
-# Seconds between two looks for a breaker that a healthy return may close, where nobody asks.
-_HEED = 1.0
-
 _PATROL = 0.5  # seconds between two patrols at most: twice that heals what was interrupted
 
 
@@ -67,7 +64,7 @@ class Upkeep(Checkout[CT]):
                 self._start_workers()
             self._reclaim()
             self._resume_attempts()
-            if (now := monotonic()) >= self._heeded_at + _HEED:
+            if (now := monotonic()) >= self._heeded_at + 1.0:  # a healthy return may close it
                 self._heeded_at = now
                 self._heed_life()
             if self.breaker.is_open and self._waiting:

@@ -53,8 +53,6 @@ application_files: set[str] = set()
 class Owner:
     """Who answers for a connection on its way: it is lost once this is gone."""
 
-    __slots__ = ("__weakref__",)
-
 
 class Who:
     """A thread as a holder, and what it serves: kept up by the web framework's adapter.

@@ -204,7 +204,6 @@ def test_a_first_use_that_is_interrupted_loses_nothing() -> None:
     assert sweep(nested, afresh=True) > 100
 
 
-@pytest.mark.slow
 def test_an_opening_that_is_interrupted_opens_or_leaves_it_to_the_next() -> None:
     assert sweep(lambda pool: pool.open(), afresh=True) > 20
 
