@@ -25,7 +25,7 @@ from dbpool._outcomes import forget_if_refused, is_reading, is_stale_plan
 from dbpool._parts import HARMLESS, KeptCursor
 from dbpool._run import Runner
 from dbpool._secrets import conceal
-from dbpool._values import did_you_mean, nearest, shown
+from dbpool._values import did_you_mean, nearest, number, shown
 from dbpool.errors import CommitUncertain, ConfigError
 from dbpool.events import Emitter
 from dbpool.holders import Holder, Owner, Slot
@@ -106,6 +106,7 @@ class Pool(Runner[CT]):
             meant = did_you_mean(nearest(unknown[0], _SETTINGS | _OPTIONS))
             raise ConfigError(f"Pool() has no option {unknown[0]!r}{meant}")
         opening = rest.pop("open", None)
+        _check_options(connection_class, rest)
         settings = _settings(conninfo, settings, chosen, rest.get("kwargs"))
         rest |= {name: getattr(settings, name) for name in _SHARED}
         rest["connection_class"] = connection_class
@@ -326,6 +327,19 @@ class Lease(Generic[CT]):
         except BaseException:  # where it was given back this does nothing
             pool._recover(ref(self))
             raise
+
+
+def _check_options(connection_class: Any, options: dict[str, Any]) -> None:
+    """Raise `ConfigError` for a parameter of the parent's that would fail only once it is used."""
+    if not hasattr(connection_class, "connect"):
+        raise ConfigError("connection_class must be a subclass of psycopg.Connection")
+    for name in ("configure", "check", "reset", "reconnect_failed"):
+        if not callable(options.get(name) or print):
+            hint = ' (session_reset="session" resets the session)' if name == "reset" else ""
+            raise ConfigError(f"{name} must be callable{hint}, not {shown(options[name])}")
+    for name in options.keys() & {"reconnect_timeout", "num_workers"}:
+        whole = name == "num_workers"
+        options[name] = number(options[name], name, whole=whole, is_time=not whole)
 
 
 def _settings(

@@ -1,0 +1,59 @@
+"""The parent's parameters: a value that could not work is refused where it is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import ConfigError, Pool
+
+NOWHERE = "host=127.0.0.1 port=1"
+CALLABLES = ("configure", "check", "reset", "reconnect_failed")
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+@pytest.mark.parametrize("value", ["session", True, 1, ["x"], {"a": 1}])
+def test_a_callback_that_cannot_be_called_is_refused(name: str, value: Any) -> None:
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(ConfigError, match=f"^{name} must be callable"):
+        Pool(NOWHERE, **options)
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_no_callback_is_none(name: str) -> None:
+    options: dict[str, Any] = {name: None}
+    assert Pool(NOWHERE, **options).state == "starting"
+
+
+def test_the_setting_that_a_reset_of_the_session_needs_is_named() -> None:
+    with pytest.raises(ConfigError, match='session_reset="session"'):
+        Pool(NOWHERE, reset="session")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [dict, "psycopg.Connection", None, 3])
+def test_a_class_that_cannot_connect_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^connection_class must be"):
+        Pool(NOWHERE, connection_class=value)
+
+
+def test_a_generic_class_is_taken() -> None:
+    pool = Pool(NOWHERE, connection_class=psycopg.Connection[tuple[int]])
+    assert pool.state == "starting"
+
+
+def test_the_parents_numbers_are_read_as_ours_are() -> None:
+    options: dict[str, Any] = {"reconnect_timeout": "5m", "num_workers": "3"}
+    pool = Pool(NOWHERE, **options)
+    assert (pool.reconnect_timeout, pool.num_workers) == (300.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("reconnect_timeout", "soon"), ("reconnect_timeout", -1), ("num_workers", "two")],
+)
+def test_a_number_that_is_none_is_refused(name: str, value: Any) -> None:
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(ConfigError, match=f"^{name} must be"):
+        Pool(NOWHERE, **options)
