@@ -30,6 +30,8 @@ __all__ = ["Databases", "databases_from_env", "settings_from_config"]
 
 logger = logging.getLogger("dbpool")
 
+_PREFIXES = ("DBPOOL_", "DATABASE_URL")  # of our keys in an application's configuration
+
 
 class Databases(Mapping[str, Pool[Any]]):
     """The pools of an application by name, the default one first.
@@ -132,7 +134,7 @@ def settings_from_config(
     `DBPOOL_` key raises `ConfigError`.
     """
     # What other extensions keep in there is theirs, and may refer to itself.
-    config = {k: v for k, v in config.items() if _is_plain(v) or str(k).startswith("DBPOOL_")}
+    config = {k: v for k, v in config.items() if _is_plain(v) or str(k).startswith(_PREFIXES)}
     config, environ = conceal(config), conceal(environ)
     outside = read_layers(environ, dotenv)
     layers = [config, *outside]
