@@ -28,8 +28,13 @@ class Interrupt(BaseException):
 
 
 @cache
-def _names(code: CodeType) -> dict[int, str]:
-    return {each.offset: each.opname for each in dis.get_instructions(code)}
+def _steps(code: CodeType) -> dict[int, tuple[str, int | None]]:
+    """The name of each instruction of *code*, and which handler would catch what it raises."""
+    table = dis.Bytecode(code).exception_entries  # type: ignore[attr-defined]
+    handlers = {
+        offset: entry.target for entry in table for offset in range(entry.start, entry.end, 2)
+    }
+    return {x.offset: (x.opname, handlers.get(x.offset)) for x in dis.get_instructions(code)}
 
 
 class _Points:
@@ -50,15 +55,17 @@ class _Points:
     def trace(self, frame: FrameType, event: str, arg: Any) -> Any:
         if not frame.f_code.co_filename.startswith(_FOLDERS):
             return None
-        names = _names(frame.f_code)
-        is_after_call = False
+        steps = _steps(frame.f_code)
+        called: int | None = -1  # the handler around the call just made, -1 without one
 
         def step(frame: FrameType, event: str, arg: Any) -> Any:
-            nonlocal is_after_call
+            nonlocal called
             if event == "opcode":
-                name = names[frame.f_lasti]
-                is_point = is_after_call or name in _BEFORE
-                is_after_call = name in _CALLS
+                name, handler = steps[frame.f_lasti]
+                # CPython looks while it still is at the call: where the handler has changed
+                # since, as after the last call of a `with` block, it is too late to raise.
+                is_point = called == handler or name in _BEFORE
+                called = handler if name in _CALLS else -1
                 if is_point:
                     self.meet()
             return step
