@@ -99,7 +99,7 @@ WRONG: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("listeners", WRONG, ids=repr)
+@pytest.mark.parametrize("listeners", WRONG)
 def test_what_cannot_hear_is_refused(listeners: Any) -> None:
     with pytest.raises(ConfigError, match="listener"):
         Pool("host=nowhere", listeners=listeners)
@@ -160,7 +160,6 @@ class Overridden(Listener):
         print, [].append, Alarm(), Counting(), Dynamic(), Assigned(), Overridden(), Mock(), repr,
         LoggingListener(), functools.partial(print, "event"), lambda *args: None, Counting().opened,
     ],
-    ids=repr,
 )  # fmt: skip
 def test_what_can_hear_is_taken(listener: Any) -> None:
     Pool("host=nowhere", listeners=[listener]).close()
