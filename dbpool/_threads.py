@@ -9,6 +9,9 @@ from __future__ import annotations
 import _thread
 import threading
 from collections.abc import Callable
+from typing import Final
+
+_START_SECONDS: Final = 1.0  # a thread that was started runs by then
 
 
 def in_a_thread(fn: Callable[[], object]) -> None:
@@ -18,10 +21,12 @@ def in_a_thread(fn: Callable[[], object]) -> None:
     leave the new thread waiting for a lock.
     """
     errors: list[BaseException] = []
-    running = threading.Lock()
+    starting, running = threading.Lock(), threading.Lock()
+    starting.acquire()
     running.acquire()
 
     def call() -> None:
+        starting.release()
         try:
             fn()
         except BaseException as ex:  # noqa: BLE001  # the caller raises it
@@ -36,7 +41,11 @@ def in_a_thread(fn: Callable[[], object]) -> None:
     except RuntimeError:  # there is no thread to be had
         raise
     except BaseException:
-        with running:  # nobody goes on beside what is half done
-            raise
+        # The call may have been interrupted before or after it started the thread. Once that
+        # runs, nobody goes on beside what is half done.
+        if starting.acquire(timeout=_START_SECONDS):
+            with running:
+                raise
+        raise
     if errors:
         raise errors[0]
