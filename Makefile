@@ -21,8 +21,8 @@ help: ## show this list
 run: venv ## serve the sample application on PORT (8000), with a PostgreSQL of its own
 	@PORT=$(PORT) exec $(python) -m webapp
 
-test: venv ## run the tests
-	@$(python) -m pytest
+test: venv ## run the tests, two files at a time
+	@$(python) -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: venv ## run the tests that take their time
 	@$(python) -m pytest -m slow
