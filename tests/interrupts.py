@@ -41,6 +41,8 @@ class _Points:
     def __init__(self, fatal: int, call: Callable[[], object]) -> None:
         self._left = fatal
         self._call = call
+        # CPython 3.11 may call a trace function that was let go while it ran.
+        self._kept: list[Any] = []
 
     def meet(self) -> None:
         self._left -= 1
@@ -71,6 +73,7 @@ class _Points:
             return step
 
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        self._kept.append(step)
         self.meet()
         return step
 
@@ -84,7 +87,8 @@ def interrupt() -> None:
 def interrupted(point: int, call: Callable[[], object] = interrupt) -> Iterator[_Points]:
     """Raise, or *call*, at that point, counted from 1, of what the pool does in this block."""
     points, before = _Points(point, call), sys.gettrace()
-    sys.settrace(points.trace)
+    trace = points.trace
+    sys.settrace(trace)
     try:
         yield points
     finally:
