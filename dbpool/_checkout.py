@@ -50,19 +50,22 @@ class Checkout(Checkin[CT]):
     def getconn(self, timeout: float | None = None) -> CT:
         """Obtain a connection; it *must* be given back by `putconn`. See `connection`."""
         step = Owner()
-        conn = self._acquire(timeout, sys._getframe(), ref(step))
+        try:
+            caller = sys._getframe(1)
+        except ValueError:  # called from C
+            caller = None
+        conn = self._acquire(timeout, caller or sys._getframe(), ref(step))
         slot: Slot = conn._slot  # type: ignore[attr-defined]
         slot.owner = slot.ref  # from here on it is lost once it is collected
         return conn
 
     def _acquire(self, timeout: float | None, frame: FrameType, owner: ref[Any]) -> CT:
-        """Hand out a connection that is alive, to the code that called *frame*.
+        """Hand out a connection that is alive, to the code of *frame*.
 
         *owner*, one of its own for each call, is who answers for the connection.
 
         A frame gives its code and offset only, so that no local variable is kept. The stack is
-        walked only where an installed package calls, not where the application does. Called from
-        C, as by `atexit` or gevent, *frame* has no caller.
+        walked only where an installed package calls, not where the application does.
         """
         if _FORKS_UNSEEN and os.getpid() != self._pid:
             with _noticing.setdefault(os.getpid(), threading.Lock()):
@@ -90,7 +93,6 @@ class Checkout(Checkin[CT]):
             if not is_good:
                 conn = self._acquire_slowly(conn, started, timeout, owner)
             slot = conn._slot
-            frame = frame.f_back or frame
             if frame.f_code.co_filename not in _application_files:
                 frame = holders.caller(frame)
             slot.who, slot.code, slot.lasti = _here.who, frame.f_code, frame.f_lasti

@@ -68,7 +68,8 @@ class Runner(Upkeep[CT]):
             step = Owner()
             owner = ref(step)
             # Not kept in a variable: a frame that holds itself holds the connection as well.
-            conn = self._acquire_patiently(deadline, sys._getframe(), owner)
+            caller = sys._getframe().f_back
+            conn = self._acquire_patiently(deadline, caller or sys._getframe(), owner)
             try:
                 try:
                     result = self._transact(conn, fn, args, isolation, read_only)

@@ -187,7 +187,7 @@ class Pool(Runner[CT]):
     ) -> T:
         step = Owner()
         owner = ref(step)
-        conn: Any = self._acquire(None, frame, owner)
+        conn: Any = self._acquire(None, frame.f_back or frame, owner)
         slot: Slot = conn._slot
         cursor: Any = None
         kept: KeptCursor | None = None
@@ -242,6 +242,17 @@ class Pool(Runner[CT]):
             self._recover(owner)
             raise
 
+    def _inspect_error(self, conn: Any, error: BaseException) -> None:
+        """Do what the error that leaves a block says about its connection or its server."""
+        if type(error) is psycopg.errors.ReadOnlySqlTransaction:
+            self._moved(conn)
+        elif type(error) is ProtocolViolation and (lost := self._lost_server(error)):
+            raise lost
+        elif is_stale_plan(error):
+            conn._prepared.clear()  # a rollback does so too, but not in autocommit
+        if conn.pgconn.pipeline_status and not conn._pipeline:
+            conn.pgconn.finish()  # the error tore the end of a pipeline
+
     def holders(self) -> list[Holder]:
         """Return who holds connections, longest first, at most 20."""
         return list(self.stats().holders)
@@ -285,7 +296,12 @@ class Lease(Generic[CT]):
 
     def __enter__(self) -> CT:
         pool = self._pool
-        conn = self._conn = pool._acquire(self._timeout, sys._getframe(), ref(self))
+        try:
+            caller = sys._getframe(1)
+        except ValueError:  # called from C, as by `atexit` or gevent
+            caller = None
+        # Our own frame is not kept in a variable: it would hold itself, and so the connection.
+        conn = self._conn = pool._acquire(self._timeout, caller or sys._getframe(), ref(self))
         if conn._slot.has_stock_blocks:  # type: ignore[attr-defined]
             return conn
         try:
@@ -303,17 +319,11 @@ class Lease(Generic[CT]):
         pool, conn = self._pool, self._conn
         try:
             try:
-                if exc_type is psycopg.errors.ReadOnlySqlTransaction:
-                    pool._moved(conn)
-                elif exc_type is ProtocolViolation and (lost := pool._lost_server(exc)):
-                    raise lost
-                elif exc_type is not None and is_stale_plan(exc):
-                    conn._prepared.clear()  # a rollback does so too, but not in autocommit
-                if exc_type is not None and conn.pgconn.pipeline_status and not conn._pipeline:
-                    conn.pgconn.finish()  # an exception tore the end of a pipeline
+                if exc is not None:
+                    pool._inspect_error(conn, exc)
                 status = conn.pgconn.transaction_status
                 is_stock = conn._slot.has_stock_blocks  # type: ignore[attr-defined]
-                if exc_type is None and status == _INTRANS and is_stock:
+                if exc is None and status == _INTRANS and is_stock:
                     pool._commit(conn)
                 # With nothing begun there is nothing to end: saves a lock and two calls.
                 elif status != _IDLE or not is_stock:
