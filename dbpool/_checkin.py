@@ -92,8 +92,9 @@ class Checkin(Life[CT]):
             else:  # without a call in between
                 slot.since, slot.owner, conn._pool = 0.0, None, None
                 self._pool.append(conn)
-            self._metrics.ended += [(wait, use)]
-            if len(self._metrics.ended) >= Metrics.BATCH:
+            ended = self._metrics.ended
+            ended += [(wait, use)]
+            if len(ended) >= Metrics.BATCH:
                 self._metrics.count_ended()
         if self._closing:
             self._close_evicted()

@@ -83,7 +83,7 @@ class Checkout(Checkin[CT]):
                     waiter = self._queue_up(owner, started, timeout)
             if waiter is not None:
                 conn = self._await(waiter)
-                is_good = waiter.is_fresh
+                slot, is_good = conn._slot, waiter.is_fresh
             else:
                 is_good = (
                     started < slot.expires_at
@@ -92,10 +92,12 @@ class Checkout(Checkin[CT]):
                 )
             if not is_good:
                 conn = self._acquire_slowly(conn, started, timeout, owner)
-            slot = conn._slot
-            if frame.f_code.co_filename not in _application_files:
+                slot = conn._slot
+            code = frame.f_code
+            if code.co_filename not in _application_files:
                 frame = holders.caller(frame)
-            slot.who, slot.code, slot.lasti = _here.who, frame.f_code, frame.f_lasti
+                code = frame.f_code
+            slot.who, slot.code, slot.lasti = _here.who, code, frame.f_lasti
             conn._pool = self
             slot.since = now = monotonic()
             slot.wait = now - started
