@@ -396,8 +396,12 @@ def test_a_reload_is_one_of_the_whole_library(
         more=f"{conf_of('gthread')}\nreload = {is_watched}", app=MARKED, PYTHONPATH=str(tmp_path)
     )
     assert site.get("/marks") == "0"
-    for path in (tmp_path / "dbpool").rglob("*.py"):
+    # All files at once: a worker that starts in between would watch what it has not imported.
+    changed = shutil.copytree(tmp_path / "dbpool", tmp_path / "changed")
+    for path in changed.rglob("*.py"):
         path.write_text(path.read_text() + "\nMARK = 1\n")
+    (tmp_path / "dbpool").rename(tmp_path / "before")
+    changed.rename(tmp_path / "dbpool")
     if not is_watched:
         site.process.send_signal(signal.SIGHUP)
 
