@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from dbpool import Databases, Settings
-from dbpool.__main__ import is_exposed, main
 from dbpool._conninfo import parse
+from dbpool.cli import main
+from dbpool.cli._probe import is_exposed
 from dbpool.processes import Processes
 
 from .postgres import Server

@@ -39,7 +39,7 @@ FLOORS = {
     ],
     3: ["databases", "app_settings"],
     4: ["health", "_files", "processes"],
-    5: ["prometheus", "gunicorn", "flask", "__main__"],
+    5: ["prometheus", "gunicorn", "flask", "cli", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 # A floor's private modules come before those that are made of them.

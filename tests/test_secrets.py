@@ -17,8 +17,8 @@ from flask import Flask
 from psycopg.conninfo import make_conninfo
 
 from dbpool import ConfigError, Databases, Pool, PoolError, Settings
-from dbpool.__main__ import main
 from dbpool.app_settings import AppSettings
+from dbpool.cli import main
 from dbpool.databases import settings_from_config
 from dbpool.flask import DBPool, create_blueprint
 from dbpool.health import Health

@@ -18,7 +18,8 @@ import pytest
 from psycopg import pq
 
 from dbpool import Pool, Settings
-from dbpool.__main__ import is_exposed, main
+from dbpool.cli import main
+from dbpool.cli._probe import is_exposed
 from dbpool.events import LoggingListener
 
 from .frames import Frames, leaks, of_error

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from psycopg.pq import Conninfo
 
 from dbpool import ConfigError, DatabaseUnavailable, Pool, Settings
-from dbpool.__main__ import main
+from dbpool.cli import main
 from dbpool.databases import databases_from_env, settings_from_config
 from dbpool.flask import DBPool
 from dbpool.settings import unknown_variables

@@ -1,0 +1,83 @@
+"""The commands of `python -m dbpool`: one module each, found by its name.
+
+To add a command, add a module: its name is the command's, `HELP` the line that `--help` shows,
+`add_arguments` declares its options, `run` does it and returns the exit status. Modules that
+begin with an underscore are no commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn, Protocol, cast
+
+from dbpool._secrets import mask
+from dbpool.cli._output import fail
+from dbpool.errors import ConfigError
+
+__all__ = ["main", "script"]
+
+
+class Command(Protocol):
+    """What a command's module offers."""
+
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None: ...
+    def run(self, arguments: argparse.Namespace, /) -> int: ...
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Quote no password: a user may have passed a URL as an argument."""
+        super().error(mask(message))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0 if all is well, 1 if not. Wrong usage exits with 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+    except ConfigError as ex:
+        return fail(ex, as_json=arguments.json)
+    except KeyboardInterrupt:
+        return 1
+    except BrokenPipeError:  # the reader had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m dbpool", description="Try and watch the configured databases.")
+    parser.set_defaults(json=False)
+    commands = _commands()
+    choices = parser.add_subparsers(required=True, metavar=" | ".join(commands))
+    for name, command in commands.items():
+        chosen = choices.add_parser(name, help=command.HELP, description=command.HELP)
+        command.add_arguments(chosen)
+        chosen.set_defaults(run=command.run)
+    return parser
+
+
+def _commands() -> dict[str, Command]:
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return {
+        name: cast("Command", import_module(f"{__name__}.{name}"))
+        for name in sorted(names)
+        if not name.startswith("_")
+    }
+
+
+def script() -> None:
+    """Run a command and exit, as `python -m dbpool` and the installed `dbpool` do."""
+    # What goes wrong is in the report; the pools' own log lines would only repeat it.
+    logging.getLogger("dbpool").addHandler(logging.NullHandler())
+    logging.getLogger("dbpool").propagate = False
+    sys.exit(main())
