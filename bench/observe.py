@@ -109,9 +109,9 @@ def _memory() -> Cell:
     metrics = Metrics()
     for n in range(100_000):
         metrics.connect.add(n / 1000)
-        metrics.ended.append((n / 1000, n / 100))
-        if len(metrics.ended) >= metrics.BATCH:
-            metrics.count_ended()
+        metrics.finished.append((n / 1000, n / 100))
+        if len(metrics.finished) >= metrics.BATCH:
+            metrics.count_finished()
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return Cell(f"{size / 1024:.1f} KiB", {"bytes": size})

@@ -28,8 +28,8 @@ from dbpool.errors import (
     DatabaseUnavailable,
     classify,
     describe,
-    detached,
     is_permanent,
+    sanitize,
 )
 from dbpool.events import Emitter
 from dbpool.holders import Slot
@@ -188,7 +188,7 @@ class Books(ConnectionPool[CT]):
         """
         breaker = self.breaker
         seconds, kind = breaker.failing_for, classify(cause) if cause else breaker.kind
-        cause = detached(cause) if cause else breaker.error
+        cause = sanitize(cause) if cause else breaker.error
         silent = min(self._attempts, default=silent)
         if cause is None and silent:
             seconds, kind = monotonic() - silent, "timeout"
@@ -334,7 +334,7 @@ class Books(ConnectionPool[CT]):
     def _totals(self, since: dict[str, int]) -> dict[str, int]:
         """The parent's counts and sums beyond those of *since*. The lock is held."""
         m = self._metrics
-        m.count_ended()
+        m.count_finished()
         pending = [slot.wait for slot in list(self._slots) if slot.since]
         failed = m.timeouts + m.rejected
         totals = {

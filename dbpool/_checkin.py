@@ -27,7 +27,7 @@ from dbpool._session import reset
 from dbpool._supply import NOBODY
 from dbpool.errors import describe
 from dbpool.holders import Holder, Owner, Slot
-from dbpool.liveness import Look, is_active, look, ping
+from dbpool.liveness import Liveness, check_socket, is_active, ping
 from dbpool.metrics import Metrics
 
 _IDLE = TransactionStatus.IDLE
@@ -92,10 +92,10 @@ class Checkin(Life[CT]):
             else:  # without a call in between
                 slot.since, slot.owner, conn._pool = 0.0, None, None
                 self._pool.append(conn)
-            ended = self._metrics.ended
+            ended = self._metrics.finished
             ended += [(wait, use)]
             if len(ended) >= Metrics.BATCH:
-                self._metrics.count_ended()
+                self._metrics.count_finished()
         if self._closing:
             self._close_evicted()
         if self.listeners.active:
@@ -126,7 +126,7 @@ class Checkin(Life[CT]):
                 self._insist_on_reaped(slot)
                 return
             use = now - slot.since
-            self._metrics.ended += [(slot.wait, use)]
+            self._metrics.finished += [(slot.wait, use)]
             slot.since, slot.owner = 0.0, owner
             is_late, slot.reported = slot.reported, False
         try:
@@ -170,7 +170,7 @@ class Checkin(Life[CT]):
     def _give_up(self, slot: Slot, reason: str) -> None:
         """Take a connection from who has it. The lock is held."""
         if slot.since:
-            self._metrics.ended += [(slot.wait, monotonic() - slot.since)]
+            self._metrics.finished += [(slot.wait, monotonic() - slot.since)]
         slot.since, slot.is_reaped, slot.owner = 0.0, True, NOBODY
         if conn := slot.ref and slot.ref():
             self._cancel_later(conn)
@@ -240,23 +240,24 @@ class Checkin(Life[CT]):
             self._discard(conn, "expired")
         elif not self._mend_manners(conn, slot):
             self._discard(conn, "broken")
-        elif (seen := self._look(conn)) is Look.DEAD:
+        elif (seen := self._look(conn)) is Liveness.DEAD:
             self._discard(conn, "dead", by_server=True)
         else:
             slot.idle_since = monotonic()
-            if seen is Look.ALIVE:
+            if seen is Liveness.ALIVE:
                 with self._lock:
                     self._last_seen = slot.idle_since
-            self._add_to_pool(conn, is_fresh=seen is Look.ALIVE)
+            self._add_to_pool(conn, is_fresh=seen is Liveness.ALIVE)
 
-    def _look(self, conn: Any) -> Look:
+    def _look(self, conn: Any) -> Liveness:
         """Look at a connection; where connects fail, silence behind a pooler proves nothing."""
-        seen = look(conn, conn._slot.readable)
-        if seen is Look.ALIVE and self.breaker.is_failing and self.settings.pooler == "transaction":
+        seen = check_socket(conn, conn._slot.readable)
+        is_proof = not self.breaker.is_failing or self.settings.pooler != "transaction"
+        if seen is Liveness.ALIVE and not is_proof:
             try:
                 ping(conn, self.settings.ping_timeout)
             except psycopg.Error:
-                return Look.DEAD
+                return Liveness.DEAD
         return seen
 
     def _mend_manners(self, conn: Any, slot: Slot) -> bool:

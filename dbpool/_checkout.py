@@ -29,7 +29,7 @@ from dbpool._parts import Waiter, bounded
 from dbpool._session import ping_between
 from dbpool.errors import PoolError, PoolExhausted, describe
 from dbpool.holders import Owner, Slot
-from dbpool.liveness import Look, PingTimeout, is_active, lacks_acknowledgement, look
+from dbpool.liveness import Liveness, PingTimeout, check_socket, is_active, is_retransmitting
 from dbpool.metrics import Snapshot
 
 _here = holders.here
@@ -229,7 +229,7 @@ class Checkout(Checkin[CT]):
         conns = [slot.ref() for slot in list(self._slots) if slot.ref and slot.since]
         if self._last_seen >= monotonic() - seconds or not any(map(is_active, conns)):
             return ""
-        number = sum(lacks_acknowledgement(conn._slot.fd) for conn in conns if conn)
+        number = sum(is_retransmitting(conn._slot.fd) for conn in conns if conn)
         if number and self._silent_since < self._last_seen:
             self._silent_since = monotonic() - seconds
         silent = f": {number} of {len(conns)} sockets wait for acknowledgements" if number else ""
@@ -242,12 +242,12 @@ class Checkout(Checkin[CT]):
         if now >= slot.expires_at and not self.breaker.is_failing:
             self._discard(conn, "expired")
             return False
-        seen = look(conn, slot.readable)
-        if seen is Look.DEAD:
+        seen = check_socket(conn, slot.readable)
+        if seen is Liveness.DEAD:
             self._discard(conn, "dead", by_server=True)
-            self._discard_hung_up()
+            self._discard_closed()
             return False
-        is_doubtful = seen is Look.DOUBTFUL or now - slot.idle_since >= self.settings.ping_after
+        is_doubtful = seen is Liveness.UNKNOWN or now - slot.idle_since >= self.settings.ping_after
         bound = min(self.settings.ping_timeout, deadline - now)
         if is_doubtful and bound > 0.0 and not self._answers(conn, bound):
             return False

@@ -62,7 +62,7 @@ def silence(slots: list[Slot]) -> None:
 def _before_fork() -> None:
     deadline = monotonic() + _PATIENCE
     ours = list(pools)
-    locks = [telling, *(pool.listeners.calling for pool in ours)]
+    locks = [telling, *(pool.listeners.call_lock for pool in ours)]
     _held.locks = [x for x in locks if x.acquire(timeout=max(0.0, deadline - monotonic()))]
 
 

@@ -21,7 +21,7 @@ from psycopg_pool.pool import StopWorker
 
 from dbpool import _fork, events, holders
 from dbpool._supply import Supply
-from dbpool._threads import in_a_thread
+from dbpool._threads import run_in_thread
 from dbpool.errors import is_permanent
 from dbpool.liveness import cancel
 
@@ -50,7 +50,7 @@ class Life(Supply[CT]):
         self._tasks = queue.SimpleQueue()  # type: ignore[assignment]  # made in C, unlike Queue
         self._workers = []
         try:
-            in_a_thread(super()._start_workers)
+            run_in_thread(super()._start_workers)
         except BaseException:  # no threads to be had, say: who uses it next tries again
             self._signal_stop_worker()
             self._closed, self._opened = True, False
@@ -83,7 +83,7 @@ class Life(Supply[CT]):
             self._end_episodes(quiet=0.0)
             if self.listeners.active:
                 self.listeners.emit(events.Closed(self.name))
-                self.listeners.end(max(0.0, deadline - monotonic()))
+                self.listeners.close(max(0.0, deadline - monotonic()))
         holders.unwatch(self)  # last: the watchdog ends what is interrupted before
 
     def _stop(self) -> list[threading.Thread]:
@@ -127,7 +127,7 @@ class Life(Supply[CT]):
         # Nobody waits for the threads here: this may be one of them, or the process's end.
         if not getattr(self, "_closed", True):
             self._signal_stop_worker()
-            self.listeners.end()
+            self.listeners.close()
 
     def wait(self, timeout: float = 30.0) -> None:
         """Wait until min_size connections are made, and none of them is still being reset.

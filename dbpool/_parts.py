@@ -21,7 +21,7 @@ from psycopg_pool.pool import MaintenanceTask
 
 from dbpool.errors import is_permanent
 from dbpool.holders import Slot, here
-from dbpool.liveness import readability
+from dbpool.liveness import poller
 from dbpool.retry import delays
 
 # How a block begins and ends.
@@ -90,7 +90,7 @@ def remember(conn: Any) -> tuple[tuple[object, ...], AdaptersMap]:
 def new_slot(conn: Any, cursors: type[Cursor[Any]]) -> Slot:
     """Return what a pool remembers of a new connection whose cursors are to be *cursors*."""
     standby = conn.pgconn.parameter_status(b"in_hot_standby")
-    slot = Slot(conn.fileno(), standby, readability(conn.fileno()), *remember(conn))
+    slot = Slot(conn.fileno(), standby, poller(conn.fileno()), *remember(conn))
     slot.has_stock_blocks = is_stock(type(conn), *BLOCKS)
     slot.has_stock_cursors = conn.cursor_factory is cursors and is_stock(type(conn), "cursor")
     # As libpq understood it: it may be set by a service file or PGTARGETSESSIONATTRS.

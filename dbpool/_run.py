@@ -23,7 +23,7 @@ from dbpool._outcomes import is_lost_unanswered
 from dbpool._upkeep import Upkeep
 from dbpool.errors import CommitUncertain, DatabaseMisconfigured, DatabaseUnavailable, describe
 from dbpool.holders import Owner
-from dbpool.liveness import Look, look
+from dbpool.liveness import Liveness, check_socket
 from dbpool.retry import Budget, delays, is_conflict
 
 T = TypeVar("T")
@@ -225,8 +225,8 @@ def _check_alive(conn: Any) -> None:
         raise psycopg.errors.InFailedSqlTransaction(
             "the transaction is in error, nothing was committed"
         )
-    last_words: list[psycopg.Error] = []
-    if look(conn, conn._slot.readable, last_words) is Look.DEAD:
+    fatal_errors: list[psycopg.Error] = []
+    if check_socket(conn, conn._slot.readable, fatal_errors) is Liveness.DEAD:
         conn.pgconn.finish()
-        last_words.append(psycopg.OperationalError("the connection was lost before COMMIT"))
-        raise last_words[0]
+        fatal_errors.append(psycopg.OperationalError("the connection was lost before COMMIT"))
+        raise fatal_errors[0]

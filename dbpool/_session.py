@@ -15,7 +15,7 @@ from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 
 from dbpool.errors import ConfigError
-from dbpool.liveness import ask, ping
+from dbpool.liveness import ping, run_query
 
 # DISCARD ALL but for the prepared statements. One message is one transaction: all or nothing.
 _RESET: Final = (
@@ -85,7 +85,7 @@ def _mark(conn: Any) -> None:
 
 
 def _ask(conn: Any, statements: bytes, timeout: float) -> bytes:
-    result = ask(conn, statements, timeout)
+    result = run_query(conn, statements, timeout)
     if result.status == ExecStatus.FATAL_ERROR:
         raise error_from_result(result, encoding=conn.pgconn._encoding)
     return result.get_value(0, 0) or b""

@@ -25,7 +25,7 @@ from dbpool._parts import BLOCKS, Attempt, Call, insist_on_idle, is_stock, new_s
 from dbpool._secrets import conceal, conceal_params, secrets_of
 from dbpool._session import reset_message
 from dbpool.holders import Owner, Slot
-from dbpool.liveness import PingTimeout, hung_up, lack_of_descriptors, ping
+from dbpool.liveness import PingTimeout, closed_by_peer, file_limit_error, ping
 
 _LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
 _NAMES_A_DATABASE = {"host", "hostaddr", "port", "dbname", "service", "DATABASE_URL"}
@@ -76,9 +76,9 @@ class Supply(Books[CT]):
             conn = self._make(params, secrets, started)
         except BaseException as ex:  # noqa: BLE001  # whatever it is, the slot must not be lost
             secrets |= secrets_of(already_set(params, os.environ), getattr(ex, "pgconn", None))
-            kind, error = errors.classify(ex), _advised(errors.detached(ex, secrets), params)
+            kind, error = errors.classify(ex), _advised(errors.sanitize(ex, secrets), params)
             # libpq and psycopg give no reason then, or another.
-            if "FATAL" not in str(error) and (lack := lack_of_descriptors()):
+            if "FATAL" not in str(error) and (lack := file_limit_error()):
                 kind, error = "descriptors", psycopg.OperationalError(f"{error}: {lack}")
         else:
             self._attempt_succeeded(conn, attempt)
@@ -263,7 +263,7 @@ class Supply(Books[CT]):
         self, kind: str, error: BaseException, params: Any, attempt: Attempt
     ) -> None:
         is_lasting = errors.is_permanent(kind) and self._params_now() == params
-        self._discard_hung_up()  # what is idle keeps the breaker closed, if it is alive
+        self._discard_closed()  # what is idle keeps the breaker closed, if it is alive
         with self._lock:
             started, attempt.started = attempt.started, 0.0
             self._metrics.connect_failures += 1
@@ -359,9 +359,9 @@ class Supply(Books[CT]):
         if self.listeners.active:
             self.listeners.emit(events.Discarded(self.name, reason))
 
-    def _discard_hung_up(self) -> None:
+    def _discard_closed(self) -> None:
         """Give up all idle ones whose server is gone."""
-        if lost := hung_up(conn._slot.fd for conn in list(self._pool)):
+        if lost := closed_by_peer(conn._slot.fd for conn in list(self._pool)):
             self._count(REPLACED, self._take_out("dead", lambda slot: slot.fd in lost))
             self._wake()  # somebody may be waiting: closing many is not their business
 
@@ -369,7 +369,7 @@ class Supply(Books[CT]):
 def _advised(error: BaseException, params: dict[str, Any]) -> BaseException:
     """Add what to do about it to an error's text, where that is known."""
     known = {**already_set(params, os.environ), **os.environ}
-    if errors.UNSUPPORTED in errors.describe(error):
+    if errors.UNSUPPORTED_PARAMETER in errors.describe(error):
         advice = "a transaction pooler needs DBPOOL_POOLER=transaction"
     elif params and not known.keys() & _NAMES_A_DATABASE:
         advice = "DATABASE_URL is not set: libpq's defaults are used"

@@ -14,7 +14,7 @@ from typing import Final
 _START_SECONDS: Final = 1.0  # a thread that was started runs by then
 
 
-def in_a_thread(fn: Callable[[], object]) -> None:
+def run_in_thread(fn: Callable[[], object]) -> None:
     """Call *fn* in a thread of its own, wait until it is done, and raise what it raises.
 
     So are threads started: `Thread.start` waits on an Event, and interrupted in there it may

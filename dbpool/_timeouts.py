@@ -12,7 +12,7 @@ from typing import Any, Final
 from psycopg import Connection
 from psycopg.pq import ExecStatus
 
-from dbpool.liveness import ask, readability
+from dbpool.liveness import poller, run_query
 from dbpool.settings import Settings
 
 Names = frozenset[str]
@@ -119,7 +119,7 @@ class Timeouts:
             )
 
     def _names(self, conn: Any, sources: bytes) -> Names | None:
-        result = ask(conn, _NAMES + sources, float(self._settings.connect_timeout))
+        result = run_query(conn, _NAMES + sources, float(self._settings.connect_timeout))
         if result.status != ExecStatus.TUPLES_OK:  # no PostgreSQL, or not allowed to look
             return None
         return Names((result.get_value(0, 0) or b"").decode().split(","))
@@ -137,7 +137,7 @@ def _leave(conn: Any, params: dict[str, Any]) -> dict[str, Any]:
     fd = os.dup(conn.fileno())
     try:
         conn.close()
-        readability(fd)(_FAREWELL)
+        poller(fd)(_FAREWELL)
     finally:
         os.close(fd)
     return params | {key: value.decode() for key, value in same if isinstance(value, bytes)}

@@ -58,7 +58,7 @@ class Upkeep(Checkout[CT]):
                 return
             if self._closed:
                 self._stop()
-                self.listeners.end()
+                self.listeners.close()
                 holders.unwatch(self)
             elif not any(thread.is_alive() for thread in self._workers):
                 self._start_workers()

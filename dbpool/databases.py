@@ -13,7 +13,7 @@ from dbpool._dotenv import Source, read_layers
 from dbpool._secrets import conceal
 from dbpool._values import did_you_mean, find, shown
 from dbpool.errors import ConfigError
-from dbpool.events import checked
+from dbpool.events import validate_listeners
 from dbpool.pool import Pool
 from dbpool.settings import (
     COMMON,
@@ -43,7 +43,8 @@ class Databases(Mapping[str, Pool[Any]]):
     def __init__(
         self, settings: Mapping[str, Settings], listeners: Iterable[Any] = (), **options: Any
     ) -> None:
-        settings, options, heard = conceal(settings), conceal(options), checked(listeners)
+        settings, options = conceal(settings), conceal(options)
+        heard = validate_listeners(listeners)
         self._pools: dict[str, Pool[Any]] = {}
         for name, each in settings.items():
             self._pools[name] = Pool(settings=each, listeners=heard, **options)

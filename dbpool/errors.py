@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 __all__ = [
     "CommitUncertain", "ConfigError", "DatabaseMisconfigured", "DatabaseUnavailable", "PoolClosed",
     "PoolError", "PoolExhausted", "PoolTimeout", "TooManyRequests", "classify", "describe",
-    "detached", "is_permanent",
+    "is_permanent", "sanitize",
 ]  # fmt: skip
 
 _NO_TEXT: Final = "(no text)"
 SATURATED: Final = "saturated"
-UNSUPPORTED: Final = "unsupported startup parameter"  # PgBouncer's word for our timeouts
+UNSUPPORTED_PARAMETER: Final = "unsupported startup parameter"  # PgBouncer, of our timeouts
 
 # The kinds that waiting will hardly cure.
 _PERMANENT: Final = frozenset({"password", "role", "database", "access", "tls", "conninfo"})
@@ -61,7 +61,8 @@ _TEXTS: Final = (
     ("closed", r"server closed the connection|Connection reset"),
     ("conninfo", r"for parameter|configuration parameter|\" cannot be|command-line|wal ?sender"),
     ("conninfo", r"protocol_version|protocol (version|negot)|peer user name|could not match \d"),
-    ("conninfo", rf"Not a directory|Invalid argument|setsockopt|path .* is too long|{UNSUPPORTED}"),
+    ("conninfo", r"Not a directory|Invalid argument|setsockopt|path .* is too long"),
+    ("conninfo", UNSUPPORTED_PARAMETER),
     # The second and third: the port is that of another service.
     ("conninfo", r"invalid (port|connection opt|integer)|received invalid|expected authentication"),
     # What libpq refuses without asking a server. Its own text may be localised.
@@ -173,8 +174,8 @@ def classify(exc: BaseException) -> str:
 
 
 def _kind_of(line: str) -> str:
-    matching = (kind for kind, pattern in _TEXTS if re.search(pattern, line, re.IGNORECASE))
-    return next(matching, "unknown")  # the patterns are compiled, and kept, when first used
+    # `re` compiles the patterns at their first use, and keeps them.
+    return next((kind for kind, text in _TEXTS if re.search(text, line, re.IGNORECASE)), "unknown")
 
 
 def is_permanent(kind: str) -> bool:
@@ -193,7 +194,7 @@ def describe(exc: BaseException, conn: Any = None) -> str:
     return mask(_text_of(exc), secrets_of({}, getattr(conn, "pgconn", None)))
 
 
-def detached(exc: BaseException, secrets: Collection[str] = ()) -> BaseException:
+def sanitize(exc: BaseException, secrets: Collection[str] = ()) -> BaseException:
     """Return *exc* without connection, traceback, causes and secrets, to be kept and chained.
 
     `psycopg.Error.pgconn` of a failed connect still knows the password.
@@ -205,8 +206,8 @@ def detached(exc: BaseException, secrets: Collection[str] = ()) -> BaseException
                 return bare
         return psycopg.OperationalError(f"{name}: {text}")
     everything = _text_of(exc, "{0} {0!r} {0.__dict__}")
-    is_harmless = mask(everything, secrets) == printable(everything) != _NO_TEXT
-    if not is_harmless or isinstance(exc, BaseExceptionGroup):
+    has_secrets = not mask(everything, secrets) == printable(everything) != _NO_TEXT
+    if has_secrets or isinstance(exc, BaseExceptionGroup):
         stand_in = type(name, (Exception,), {"__module__": type(exc).__module__})
         return Exception.__new__(stand_in, text)
     exc.__cause__ = exc.__context__ = None

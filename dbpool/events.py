@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from inspect import iscoroutinefunction, signature
 from typing import TYPE_CHECKING, Any
 
-from dbpool._threads import in_a_thread
+from dbpool._threads import run_in_thread
 from dbpool.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
-def checked(listeners: Iterable[Any]) -> tuple[Callable[[Any], object], ...]:
+def validate_listeners(listeners: Iterable[Any]) -> tuple[Callable[[Any], object], ...]:
     """Return the listeners; raise `ConfigError` for one that would never hear an event."""
     try:
         found = tuple(listeners)
@@ -235,16 +235,16 @@ class Emitter:
     kept; what comes beyond them is dropped, and that is told once.
     """
 
-    MOST = 10_000
+    MAX_QUEUED = 10_000
 
     def __init__(self, listeners: Iterable[Callable[[Any], object]] = ()) -> None:
-        self._listeners = checked(listeners)
+        self._listeners = validate_listeners(listeners)
         self.active = bool(self._listeners)
         self.reset()
 
     def reset(self) -> None:
         """Start from nothing, as in a new process."""
-        self.calling = threading.RLock()  # held while listeners are called: a fork waits for it
+        self.call_lock = threading.RLock()  # held while listeners are called: a fork waits for it
         self._lock = threading.Lock()
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None wakes the thread
         self._thread: threading.Thread | None = None
@@ -253,14 +253,14 @@ class Emitter:
 
     def emit(self, event: Event) -> None:
         """Have every listener told."""
-        if self._events.qsize() < self.MOST:
+        if self._events.qsize() < self.MAX_QUEUED:
             self._events.put(event)
         else:
             self._is_overrun = True
         if self._thread is None:
             self._start()
 
-    def end(self, timeout: float = 0.0) -> None:
+    def close(self, timeout: float = 0.0) -> None:
         """End the thread once all is told; wait for that for *timeout* seconds."""
         self._ends, thread = True, self._thread
         self._events.put(None)
@@ -270,10 +270,10 @@ class Emitter:
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="dbpool-listeners", daemon=True)
         with suppress(RuntimeError):  # out of threads, or the interpreter is ending
-            in_a_thread(thread.start)
+            run_in_thread(thread.start)
 
     def _run(self) -> None:
-        me, calling = threading.current_thread(), self.calling
+        me, call_lock = threading.current_thread(), self.call_lock
         with self._lock:
             if self._thread is not None:  # another was quicker
                 return
@@ -287,7 +287,7 @@ class Emitter:
                 if not self._events.empty():  # it came just now, and found a thread
                     self._start()
                 return
-            with calling:
+            with call_lock:
                 if event is not None:
                     self._tell(event)
 

@@ -24,7 +24,7 @@ from types import CodeType, FrameType
 from typing import Any, Protocol
 
 from dbpool._secrets import printable
-from dbpool._threads import in_a_thread
+from dbpool._threads import run_in_thread
 from dbpool.metrics import HolderSnapshot as Holder
 
 __all__ = [
@@ -250,7 +250,7 @@ class _Watchdog:
             self._pools.add(pool)
         if self._thread is None:
             thread = threading.Thread(target=self._run, name="dbpool-watchdog", daemon=True)
-            in_a_thread(thread.start)
+            run_in_thread(thread.start)
         self._wakes.put(None)
 
     def unwatch(self, pool: object) -> None:

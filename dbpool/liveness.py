@@ -24,24 +24,23 @@ from psycopg.pq.abc import PGcancelConn, PGconn, PGresult
 
 logger = logging.getLogger("dbpool")
 
-_DEADLY = frozenset({"FATAL", "PANIC"})
 _OK = ConnStatus.OK
 _MAX_READS = 8  # in one look, of some 16 kB each
 
 
-class Look(enum.Enum):
-    """What a look at an idle connection's socket says."""
+class Liveness(enum.Enum):
+    """What `check_socket` found out about a connection."""
 
     ALIVE = "alive"
     DEAD = "dead"
-    DOUBTFUL = "doubtful"  # it said something that proves nothing: only a ping can tell
+    UNKNOWN = "unknown"  # what the server sent proves nothing: only a ping can tell
 
 
 class PingTimeout(psycopg.OperationalError):
     """The server did not answer a ping in time."""
 
 
-def readability(fd: int, events: int = 1) -> Callable[[float], object]:
+def poller(fd: int, events: int = 1) -> Callable[[float], object]:
     """Return a callable that waits that many *milliseconds* until *fd* can be read.
 
     Its answer is true if there is something to read, end of file included. Made once for a
@@ -54,13 +53,13 @@ def readability(fd: int, events: int = 1) -> Callable[[float], object]:
         return poller.poll
 
     def wait(milliseconds: float) -> bool:
-        reading, writing = ([fd], []) if events == 1 else ([], [fd])
-        return any(select.select(reading, writing, [], milliseconds / 1000.0))
+        fds = ([fd], []) if events == 1 else ([], [fd])
+        return any(select.select(*fds, [], milliseconds / 1000.0))
 
     return wait
 
 
-def hung_up(fds: Iterable[int]) -> set[int]:
+def closed_by_peer(fds: Iterable[int]) -> set[int]:
     """Return those of *fds* whose peer has closed, in one system call.
 
     Best effort: empty where the system has no `poll`, and only what is closed both ways
@@ -74,14 +73,14 @@ def hung_up(fds: Iterable[int]) -> set[int]:
     return {fd for fd, _ in poller.poll(0)}
 
 
-def lack_of_descriptors() -> str | None:
+def file_limit_error() -> str | None:
     """What the system says where this process may open no more files, None if it may."""
-    with ExitStack() as spare:
-        try:
+    try:
+        with ExitStack() as spare:
             for _ in range(4):  # as many as connecting may need at once
                 spare.enter_context(Path(os.devnull).open())
-        except OSError as ex:
-            return ex.strerror
+    except OSError as ex:
+        return ex.strerror
     return None
 
 
@@ -90,7 +89,7 @@ def is_active(conn: Connection[Any] | None) -> bool:
     return conn is not None and conn.pgconn.transaction_status == TransactionStatus.ACTIVE
 
 
-def lacks_acknowledgement(fd: int) -> bool:
+def is_retransmitting(fd: int) -> bool:
     """Whether TCP sends again what the peer of *fd* has not acknowledged. Linux alone can tell."""
     try:
         with socket.socket(fileno=os.dup(fd)) as copy:
@@ -100,41 +99,41 @@ def lacks_acknowledgement(fd: int) -> bool:
         return False
 
 
-def look(
+def check_socket(
     conn: Connection[Any],
     readable: Callable[[float], object],
-    last_words: list[psycopg.Error] | None = None,
-) -> Look:
+    fatal_errors: list[psycopg.Error] | None = None,
+) -> Liveness:
     """Read what an idle connection's server has said meanwhile, without asking it.
 
-    What it died of, if it said so, is added to *last_words*. Reads until the socket is quiet, but
+    What it died of, if it said so, is added to *fatal_errors*. Reads until the socket is quiet, but
     no more than some times: a server may send notices faster than they are read. A FATAL is the
     end, also where the end of file is not there yet: after `pg_terminate_backend` it may come half
     a millisecond later.
     """
     if not readable(0):
-        return Look.ALIVE if conn.pgconn.status == _OK else Look.DEAD
-    fatal = [] if last_words is None else last_words
+        return Liveness.ALIVE if conn.pgconn.status == _OK else Liveness.DEAD
+    fatal = [] if fatal_errors is None else fatal_errors
 
-    def heed(notice: Diagnostic) -> None:  # the notice is empty once this returns
-        if notice.severity_nonlocalized in _DEADLY:
-            fatal.append(_error(notice))
+    def collect_fatal(notice: Diagnostic) -> None:  # the notice is empty once this returns
+        if notice.severity_nonlocalized in ("FATAL", "PANIC"):
+            fatal.append(_notice_error(notice))
 
-    conn.add_notice_handler(heed)
+    conn.add_notice_handler(collect_fatal)
     try:
         for _ in range(_MAX_READS):
             conn.pgconn.consume_input()
             conn.pgconn.is_busy()  # parses what was read; notices go to the handler
             if conn.pgconn.status != _OK or fatal:
-                return Look.DEAD
+                return Liveness.DEAD
             if not readable(0):
                 break
     except psycopg.OperationalError:
-        return Look.DEAD
+        return Liveness.DEAD
     finally:
-        conn.remove_notice_handler(heed)
+        conn.remove_notice_handler(collect_fatal)
     _deliver_notifies(conn.pgconn)
-    return Look.DOUBTFUL
+    return Liveness.UNKNOWN
 
 
 def _deliver_notifies(pgconn: PGconn) -> None:
@@ -146,7 +145,7 @@ def _deliver_notifies(pgconn: PGconn) -> None:
             logger.warning("a notify handler failed: %s", type(ex).__name__)
 
 
-def _error(notice: Diagnostic) -> psycopg.Error:
+def _notice_error(notice: Diagnostic) -> psycopg.Error:
     try:
         cls: type[psycopg.Error] = psycopg.errors.lookup(notice.sqlstate or "")
     except KeyError:
@@ -160,21 +159,21 @@ def ping(conn: Connection[Any], timeout: float) -> None:
     Raise `PingTimeout` if no answer came, another `psycopg.Error` if the connection is dead
     or the server answers with an error; after either it is good for closing only.
     """
-    answer = ask(conn, b"", timeout)
+    answer = run_query(conn, b"", timeout)
     if answer.status != ExecStatus.EMPTY_QUERY:
         raise error_from_result(answer, encoding=conn.info.encoding)
 
 
-def ask(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
+def run_query(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
     """Send one *query* and return its first result, or its error; for the rest see `ping`."""
     deadline = monotonic() + timeout
     pgconn = conn.pgconn
     pgconn.send_query(query)
     while pgconn.flush():
-        _await(readability(pgconn.socket, events=4), deadline)
-    answer: PGresult | None = None
+        _wait_ready(poller(pgconn.socket, events=4), deadline)
+    answer = None
     try:
-        while (result := _result(pgconn, deadline)) is not None:
+        while (result := _next_result(pgconn, deadline)) is not None:
             if answer is None or result.status == ExecStatus.FATAL_ERROR:
                 answer = result
     except psycopg.OperationalError:  # what it said before it hung up tells more
@@ -191,19 +190,19 @@ def cancel(request: PGcancelConn, timeout: float) -> None:
     deadline = monotonic() + timeout
     request.start()
     while (status := request.poll()) not in (PollingStatus.OK, PollingStatus.FAILED):
-        _await(readability(request.socket, 1 if status == PollingStatus.READING else 4), deadline)
+        _wait_ready(poller(request.socket, 1 if status == PollingStatus.READING else 4), deadline)
 
 
-def _result(pgconn: PGconn, deadline: float) -> PGresult | None:
+def _next_result(pgconn: PGconn, deadline: float) -> PGresult | None:
     """Return the next result, None when there are no more; never waits beyond *deadline*."""
-    readable = readability(pgconn.socket)
+    readable = poller(pgconn.socket)
     while pgconn.is_busy():
-        _await(readable, deadline)
+        _wait_ready(readable, deadline)
         pgconn.consume_input()
     return pgconn.get_result()
 
 
-def _await(ready: Callable[[float], object], deadline: float) -> None:
+def _wait_ready(ready: Callable[[float], object], deadline: float) -> None:
     remaining = deadline - monotonic()
     if remaining <= 0 or not ready(remaining * 1000.0):
         raise PingTimeout("the server did not answer a ping in time")

@@ -311,7 +311,7 @@ _SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", 
 class Metrics:
     """One pool's counters and histograms. The caller holds the pool's lock.
 
-    A checkout that ends leaves its wait and use in `ended`. They are counted `BATCH` at a time,
+    A checkout that ends leaves its wait and use in `finished`. They are counted `BATCH` at a time,
     or when somebody asks: between two queries nothing of this is in the processor's caches, and
     counting one costs then as much as counting four in a row.
     """
@@ -319,18 +319,18 @@ class Metrics:
     BATCH = 64
 
     def __init__(self) -> None:
-        self.ended: list[tuple[float, float]] = []
+        self.finished: list[tuple[float, float]] = []
         self.checkouts = self.timeouts = self.rejected = 0
         self.connects = self.connect_failures = 0
         self.dead = self.expired = self.broken = self.idle = self.collected = 0
         self.retries = self.leaks = self.held_long = self.returned_late = self.circuit_opened = 0
         self.wait, self.use, self.connect = Histogram(), Histogram(), Histogram()
 
-    def count_ended(self) -> None:
+    def count_finished(self) -> None:
         """Count the checkouts that ended."""
-        while self.ended:  # one by one: an exception of a signal handler may come between
-            wait, use = self.ended[-1]
-            del self.ended[-1]
+        while self.finished:  # one by one: an exception of a signal handler may come between
+            wait, use = self.finished[-1]
+            del self.finished[-1]
             self.checkouts += 1
             self.wait.add(wait)
             self.use.add(use)
@@ -346,7 +346,7 @@ class Metrics:
 
         *pending* are the waits of the checkouts that have not ended.
         """
-        self.count_ended()
+        self.count_finished()
         return Snapshot(
             counters=self.counters(len(pending)),
             wait=self.wait.snapshot(pending),

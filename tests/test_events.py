@@ -95,7 +95,7 @@ def test_every_listener_is_told_also_after_one_that_raises(
     emitter = Emitter([broken, heard.append])
     for event in (Opened("p"), Opened("p"), Closed("p")):
         emitter.emit(event)
-    emitter.end(5)
+    emitter.close(5)
     assert heard == [Opened("p"), Opened("p"), Closed("p")]
     complaints = [r.message for r in caplog.records if "a listener failed" in r.message]
     assert [c.split()[4] for c in complaints] == ["opened:", "closed:"]
@@ -142,13 +142,13 @@ def test_what_listeners_are_too_slow_for_is_dropped_and_that_is_told_once(
         heard.append(event)
 
     emitter = Emitter([slow])
-    emitted = [CheckedOut("p", float(n)) for n in range(Emitter.MOST + 100)]
+    emitted = [CheckedOut("p", float(n)) for n in range(Emitter.MAX_QUEUED + 100)]
     for event in emitted:
         emitter.emit(event)
     stuck.set()
-    emitter.end(10)
+    emitter.close(10)
     # One may have left the queue already, to be told.
-    assert len(heard) in (Emitter.MOST, Emitter.MOST + 1)
+    assert len(heard) in (Emitter.MAX_QUEUED, Emitter.MAX_QUEUED + 1)
     assert heard == emitted[: len(heard)]
     assert [r.message for r in caplog.records] == [
         "pool 'p': its listeners are too slow, events are dropped"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from dbpool import Pool
-from dbpool.liveness import PingTimeout, hung_up, ping, readability
+from dbpool.liveness import PingTimeout, closed_by_peer, ping, poller
 
 
 @pytest.fixture(params=["poll", "select"])
@@ -30,7 +30,7 @@ def test_what_was_said_can_be_read_and_so_can_the_end(
     system: str, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     ours, theirs = pair
-    readable = readability(ours.fileno())
+    readable = poller(ours.fileno())
     assert not readable(0)
     assert not readable(1)
     theirs.send(b"x")
@@ -45,7 +45,7 @@ def test_a_socket_that_takes_more_can_be_written_to(
     system: str, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     ours, _ = pair
-    writable = readability(ours.fileno(), events=4)
+    writable = poller(ours.fileno(), events=4)
     assert writable(0)
     ours.setblocking(False)
     with pytest.raises(BlockingIOError):
@@ -61,7 +61,7 @@ def test_who_hung_up_is_found_among_many_where_there_is_poll(
     other, its_peer = socket.socketpair()
     with other, its_peer:
         theirs.close()
-        found = hung_up([ours.fileno(), other.fileno()])
+        found = closed_by_peer([ours.fileno(), other.fileno()])
     assert found == ({ours.fileno()} if system == "poll" else set())
 
 

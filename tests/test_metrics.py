@@ -107,7 +107,7 @@ def test_a_sum_does_not_fall_when_what_was_pending_ends(
 ) -> None:
     metrics = Metrics()
     before = metrics.snapshot(waits).wait
-    metrics.ended = [(wait, 0.0) for wait in data.draw(st.permutations(waits))]
+    metrics.finished = [(wait, 0.0) for wait in data.draw(st.permutations(waits))]
     assert metrics.snapshot([]).wait == before
     assert before.sum == pytest.approx(sum(waits), rel=1e-12, abs=1e-8)
 
@@ -162,9 +162,9 @@ def test_a_pools_metrics_are_small() -> None:
     metrics = Metrics()
     for n in range(100_000):
         metrics.wait.add(n / 1000)
-    metrics.ended = [(n / 1000, n / 100) for n in range(Metrics.BATCH)]
-    size = sys.getsizeof(metrics.ended) + sum(
-        sys.getsizeof(each) + sum(map(sys.getsizeof, each)) for each in metrics.ended
+    metrics.finished = [(n / 1000, n / 100) for n in range(Metrics.BATCH)]
+    size = sys.getsizeof(metrics.finished) + sum(
+        sys.getsizeof(each) + sum(map(sys.getsizeof, each)) for each in metrics.finished
     )
     size += sum(
         sys.getsizeof(h.counts) + sum(map(sys.getsizeof, h.counts))

@@ -24,7 +24,7 @@ from dbpool._secrets import conceal
 from dbpool.app_settings import AppSettings, find_dotenv
 from dbpool.databases import Databases, settings_from_config
 from dbpool.errors import describe
-from dbpool.events import checked
+from dbpool.events import validate_listeners
 from dbpool.flask._async_views import follow_async_views
 from dbpool.flask._errors import register_error_handlers
 from dbpool.health import Health
@@ -83,7 +83,7 @@ class DBPool:
     def __init__(
         self, app: Flask | None = None, *, listeners: Iterable[Any] = (), **options: Unpack[Options]
     ) -> None:
-        app, self._listeners = conceal(app), checked(listeners)
+        app, self._listeners = conceal(app), validate_listeners(listeners)
         self._options: Options = conceal(options)
         del options  # as they came they would show a password to whoever looks at this frame
         if app is not None:

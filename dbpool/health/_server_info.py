@@ -10,7 +10,7 @@ import psycopg
 from psycopg import Connection
 from psycopg.pq import ExecStatus
 
-from dbpool.liveness import ask, ping
+from dbpool.liveness import ping, run_query
 from dbpool.pool import Pool
 
 # An ordinary role does not see the backend_type of other users' sessions. It sees their database,
@@ -68,7 +68,7 @@ def ping_database(pool: Pool[Any], timeout: float) -> None:
 
 
 def _ask(conn: Connection[Any], timeout: float) -> dict[str, Any]:
-    result = ask(conn, _STATEMENT, timeout)
+    result = run_query(conn, _STATEMENT, timeout)
     if result.status != ExecStatus.TUPLES_OK:
         raise psycopg.DatabaseError(result.get_error_message())
     info: dict[str, Any] = json.loads(result.get_value(0, 0) or b"")
