@@ -15,9 +15,9 @@ from psycopg_pool import PoolClosed
 import dbpool._checkout
 from dbpool import Pool, Settings
 from dbpool._parts import Waiter
+from tests.threads import Task
 
 from .postgres import until
-from .test_pool import in_thread
 
 
 @pytest.mark.parametrize("reset", [None, lambda conn: None])
@@ -50,10 +50,10 @@ def test_close_closes_what_still_waits_to_be_reset(dsn: str) -> None:
     for conn in conns:
         pool.putconn(conn)
     reached.wait(10)
-    closing, _ = in_thread(pool.close)
+    closing = Task(pool.close)
     until(lambda: pool.closed)
     go_on.set()
-    closing.join(10)
+    closing.result(10)
     until(lambda: all(conn.closed for conn in conns))
     assert not pool._slots
 
@@ -67,9 +67,9 @@ def test_pop_stats_loses_no_request(dsn: str) -> None:
                 pass
 
     with Pool(dsn, max_size=4) as pool:
-        working = [in_thread(work)[0] for _ in range(threads)]
+        working = [Task(work) for _ in range(threads)]
         counted = 0
-        while any(thread.is_alive() for thread in working):
+        while any(task.is_running for task in working):
             counted += pool.pop_stats()["requests_num"]
         assert counted + pool.pop_stats()["requests_num"] == calls * threads
 
@@ -108,15 +108,14 @@ def test_a_leak_that_comes_back_while_another_is_told_is_told_of_its_own_holder(
     with Pool(dsn, max_size=2, leak_after=0.3) as pool:
         first = pool.getconn()
         second = pool.getconn()
-        innocent: list[threading.Thread] = []
+        innocent: list[Task] = []
 
         class Swap(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
                 if "has been held" in record.getMessage() and not innocent:
                     for conn in (first, second):
                         pool.putconn(conn)
-                    innocent.append(threading.Thread(target=lend, name="innocent"))
-                    innocent[0].start()
+                    innocent.append(Task(lend, name="innocent"))
                     lent.wait(10)
 
         lent, done = threading.Event(), threading.Event()
@@ -133,7 +132,7 @@ def test_a_leak_that_comes_back_while_another_is_told_is_told_of_its_own_holder(
         finally:
             logging.getLogger("dbpool").removeHandler(handler)
             done.set()
-        innocent[0].join(10)
+        innocent[0].result(10)
     held = [r.getMessage() for r in caplog.records if "has been held" in r.getMessage()]
     assert not any("by innocent" in text.partition("\n")[0] for text in held[:2])
 
@@ -143,7 +142,7 @@ def test_a_connection_that_comes_back_while_waiters_are_refused_goes_to_one_of_t
 ) -> None:
     with Pool(dsn, max_size=1) as pool:
         conn = pool.getconn()
-        waiting = [in_thread(pool.getconn) for _ in range(3)]
+        waiting = [Task(pool.getconn) for _ in range(3)]
         until(lambda: pool.stats().waiting == 3)
 
         def reason() -> Exception:  # stands for the collection of what held it
@@ -153,9 +152,7 @@ def test_a_connection_that_comes_back_while_waiters_are_refused_goes_to_one_of_t
 
         with pool._lock:
             pool._refuse_waiters(reason)
-        for thread, _ in waiting:
-            thread.join(10)
-        outcomes = [outcome for _, (outcome,) in waiting]
+        outcomes = [task.outcome(10) for task in waiting]
         assert sum(isinstance(outcome, PoolClosed) for outcome in outcomes) == 2
         assert sum(outcome is conn for outcome in outcomes) == 1
         pool.putconn(conn)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import select
-import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -18,90 +16,6 @@ from tests.postgres import Server, until
 SLACK = 1.0
 # Where an outage is to be told soon; elsewhere a machine that stalls is not to look like one.
 GRACE = 0.3
-
-
-class Task:
-    """A call in a thread of its own."""
-
-    def __init__(self, fn: Callable[..., Any], *args: Any) -> None:
-        self._fn, self._args = fn, args
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self.began = time.monotonic()
-        self.ended = 0.0
-        self._thread = threading.Thread(target=self._run, name="task")
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._value = self._fn(*self._args)
-        except BaseException as ex:  # noqa: BLE001  # whatever it is, the test looks at it
-            self._error = ex
-        self.ended = time.monotonic()
-
-    def _join(self, seconds: float) -> None:
-        self._thread.join(seconds)
-        assert not self._thread.is_alive(), "a thread is stuck"
-
-    def result(self, seconds: float = 30.0) -> Any:
-        """What it returned, or raise what it raised."""
-        self._join(seconds)
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def error(self, seconds: float = 30.0) -> BaseException:
-        """What it raised."""
-        self._join(seconds)
-        assert self._error is not None, f"it returned {self._value!r}"
-        return self._error
-
-    @property
-    def seconds(self) -> float:
-        """How long it took."""
-        self._join(30.0)
-        return self.ended - self.began
-
-
-class Load:
-    """Threads that call *fn* over and over until stopped."""
-
-    def __init__(self, fn: Callable[[], Any], threads: int = 6) -> None:
-        self.calls = 0
-        self.errors: list[BaseException] = []
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._fn = fn
-        self._tasks = [Task(self._work) for _ in range(threads)]
-
-    def _work(self) -> None:
-        while not self._stop.wait(0.001):  # without a pause some kernels starve all others
-            try:
-                self._fn()
-            except Exception as ex:  # noqa: BLE001  # the test judges it
-                _forget_frames(ex)
-                with self._lock:
-                    self.errors.append(ex)
-            with self._lock:
-                self.calls += 1
-
-    def await_calls(self, more: int = 50) -> None:
-        """Wait until that many more were made."""
-        wanted = self.calls + more
-        until(lambda: self.calls >= wanted, 30.0)
-
-    def stop(self) -> None:
-        """Let every thread end its call."""
-        self._stop.set()
-        for task in self._tasks:
-            task.result()
-
-
-def _forget_frames(ex: BaseException | None) -> None:
-    """Let go of what the frames of a traceback hold: connections, perhaps."""
-    while ex is not None:
-        ex.__traceback__ = None
-        ex = ex.__cause__ or ex.__context__
 
 
 def fill(pool: Pool) -> list[int]:

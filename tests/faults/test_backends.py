@@ -15,12 +15,11 @@ import pytest
 from dbpool import DatabaseUnavailable, Pool
 from dbpool._checkin import _BRIEF
 from tests.postgres import Server, until
+from tests.threads import Load, Task
 
 from .steps import (
     GRACE,
     SLACK,
-    Load,
-    Task,
     assert_serves_all,
     await_farewells,
     await_gone,

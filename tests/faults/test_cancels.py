@@ -12,8 +12,8 @@ import pytest
 
 from dbpool import Pool
 from tests.postgres import Server, until
+from tests.threads import Task
 
-from .steps import Task
 from .support import MakePool
 from .test_waiters import alarm
 

@@ -17,8 +17,9 @@ from psycopg_pool import PoolTimeout
 from dbpool import DatabaseUnavailable, Pool
 from tests.postgres import Server, until
 from tests.proxy import Mode, Proxy
+from tests.threads import Load, Task
 
-from .steps import Load, Task, assert_adds_up, assert_serves_all, await_server
+from .steps import assert_adds_up, assert_serves_all, await_server
 
 MakePool = Callable[..., Pool[Any]]
 

@@ -20,8 +20,9 @@ from dbpool.errors import classify
 from dbpool.events import ConnectFailed
 from tests.postgres import Server, until
 from tests.proxy import Proxy
+from tests.threads import Task
 
-from .steps import GRACE, SLACK, Task, assert_serves_all, await_farewells, await_up, fill, terminate
+from .steps import GRACE, SLACK, assert_serves_all, await_farewells, await_up, fill, terminate
 from .support import Recorder
 
 MakePool = Callable[..., Pool[Any]]

@@ -16,8 +16,9 @@ from psycopg.rows import dict_row
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Pool
 from tests.postgres import Server, free_port, until
 from tests.proxy import Mode, Proxy
+from tests.threads import Load, Task
 
-from .steps import GRACE, SLACK, Load, Task, assert_serves_all, await_up, fill, terminate
+from .steps import GRACE, SLACK, assert_serves_all, await_up, fill, terminate
 
 MakePool = Callable[..., Pool[Any]]
 PID = "select pg_backend_pid()"

@@ -11,10 +11,11 @@ import psycopg
 import pytest
 
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable, events
-from tests.faults.steps import GRACE, Task, assert_serves_all, await_up
+from tests.faults.steps import GRACE, assert_serves_all, await_up
 from tests.faults.support import MakePool, Recorder, within
 from tests.postgres import Server, free_port, until
 from tests.proxy import Mode, Proxy
+from tests.threads import Task
 
 MODES = pytest.mark.parametrize("mode", ["fast", "immediate"])
 

@@ -17,9 +17,10 @@ from dbpool import DatabaseMisconfigured, Databases, DatabaseUnavailable, Pool, 
 from dbpool.errors import classify
 from dbpool.health import Health
 from tests.postgres import Server, free_port, spawn, until
+from tests.threads import Task
 from webapp.embedded import server_user
 
-from .steps import GRACE, Task, await_up, fill
+from .steps import GRACE, await_up, fill
 from .support import MakePool
 
 PROGRAM = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")

@@ -13,8 +13,7 @@ from dbpool import Pool, PoolExhausted
 from tests.fake import FakeConnection
 from tests.interrupts import interrupted
 from tests.postgres import until
-
-from .steps import Task
+from tests.threads import Task
 
 
 def make(**options: Any) -> Pool:

@@ -12,8 +12,9 @@ import pytest
 
 from dbpool import DatabaseUnavailable, Pool
 from tests.postgres import Server, until
+from tests.threads import Load, Task
 
-from .steps import GRACE, SLACK, Load, Task, assert_serves_all, await_gone, await_up, fill
+from .steps import GRACE, SLACK, assert_serves_all, await_gone, await_up, fill
 
 MakePool = Callable[..., Pool[Any]]
 ROOM = 8  # for those who are no superusers

@@ -17,8 +17,9 @@ from psycopg.pq import TransactionStatus
 from dbpool import DatabaseMisconfigured, Pool
 from tests.postgres import Server, until
 from tests.proxy import Proxy
+from tests.threads import Load, Task
 
-from .steps import SLACK, Load, Task, assert_serves_all, await_farewells, fill, terminate
+from .steps import SLACK, assert_serves_all, await_farewells, fill, terminate
 from .support import MakePool
 
 PID = "select pg_backend_pid()"

@@ -13,8 +13,9 @@ from psycopg.rows import class_row, dict_row, tuple_row
 from dbpool import CommitUncertain, Pool
 from tests.postgres import Server, until
 from tests.proxy import Cut, Proxy
+from tests.threads import Task
 
-from .steps import Task, assert_serves_all, fill, terminate
+from .steps import assert_serves_all, fill, terminate
 from .support import MakePool
 
 COMMIT = b"COMMIT"

@@ -17,8 +17,9 @@ from dbpool import DatabaseUnavailable, PoolExhausted
 from dbpool.holders import Owner
 from tests.postgres import Server, until
 from tests.proxy import Mode, Proxy
+from tests.threads import Task
 
-from .steps import GRACE, Task, assert_adds_up, assert_serves_all, fill
+from .steps import GRACE, assert_adds_up, assert_serves_all, fill
 from .support import MakePool, within
 
 

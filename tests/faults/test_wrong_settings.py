@@ -21,8 +21,9 @@ from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Pool
 from dbpool.errors import classify, is_permanent
 from tests.postgres import Server
 from tests.proxy import Proxy
+from tests.threads import Task
 
-from .steps import SLACK, Task
+from .steps import SLACK
 
 MakePool = Callable[..., Pool[Any]]
 

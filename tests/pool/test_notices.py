@@ -1,0 +1,76 @@
+"""What the pool logs of holders that keep or lose their connection."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from time import monotonic
+
+import pytest
+
+from dbpool import Pool
+from tests.postgres import until
+from tests.threads import Task
+
+
+def test_a_log_handler_may_use_the_pool(dsn: str) -> None:
+    inside, go = threading.Event(), threading.Event()
+
+    class Counting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.msg == "mine":
+                inside.set()
+                go.wait(10)
+                own.stats()
+
+    handler, logger = Counting(), logging.getLogger("dbpool")
+    logger.addHandler(handler)
+    try:
+        with Pool(dsn, max_size=1) as own:
+            logging_one = Task(logger.error, "mine")
+            assert inside.wait(10)
+            own.getconn()
+            gc.collect()
+            patrolling = Task(own.patrol, monotonic())
+            time.sleep(0.2)  # it may have something to log
+            go.set()
+            logging_one.result(10)
+            patrolling.result(10)
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_what_is_held_long_is_reported_once_with_the_holders_stack(
+    dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def held() -> list[str]:
+        return [r.message for r in caplog.records if "has been held" in r.message]
+
+    with Pool(dsn, leak_after=0.1) as pool:
+        conn = pool.getconn()
+        until(held)
+        assert "test_what_is_held_long_is_reported_once" in held()[0]
+        assert "in until" in held()[0]
+        pool.putconn(conn)
+        assert "came back after" in caplog.messages[-1]
+        counters = pool.stats().counters
+        assert (counters.leaks, counters.held_long, counters.returned_late) == (0, 1, 1)
+    assert len(held()) == 1
+    extras = [vars(record)["dbpool"] for record in caplog.records if "dbpool" in vars(record)]
+    assert [extra["event"] for extra in extras] == ["held_long", "returned_late"]
+    assert extras[0]["pool"] == "default"
+    assert extras[0]["holder"]["thread"] == "MainThread"
+
+
+def test_a_leak_is_told_of_the_thread_that_left_it_not_of_its_successor(pool: Pool) -> None:
+    held = Task(pool.getconn, name="culprit").result()
+    done = threading.Event()
+    # One of them gets the culprit's ident.
+    innocent = [Task(done.wait, name=f"innocent-{number}") for number in range(20)]
+    assert [holder.thread for holder in pool.holders()] == ["culprit (ended)"]
+    done.set()
+    for task in innocent:
+        task.result()
+    pool.putconn(held)

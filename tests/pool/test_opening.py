@@ -1,0 +1,134 @@
+"""Opening and closing: a pool opens itself once, and a closed one stays closed."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+from psycopg.rows import dict_row
+from psycopg_pool import ConnectionPool, PoolClosed
+
+import dbpool
+from dbpool import Pool
+from tests.postgres import until
+from tests.threads import Task
+
+
+def test_is_a_connection_pool(pool: Pool) -> None:
+    assert isinstance(pool, ConnectionPool)
+
+
+def test_opens_itself_on_first_use(dsn: str) -> None:
+    pool: Pool = Pool(dsn)
+    try:
+        assert pool.closed
+        assert pool.state == "starting"
+        assert pool.fetch_value("select 1") == 1
+        assert not pool.closed
+        assert pool.state == "up"
+    finally:
+        pool.close()
+
+
+def test_open_false_insists_on_open(dsn: str) -> None:
+    pool: Pool = Pool(dsn, open=False)
+    with pytest.raises(PoolClosed, match="not open yet"):
+        pool.getconn()
+    pool.open(wait=True, timeout=10)
+    assert pool.fetch_value("select 1") == 1
+    pool.close()
+
+
+def test_open_true_opens_now(dsn: str) -> None:
+    with Pool(dsn, open=True) as pool:
+        assert not pool.closed
+        until(lambda: pool.stats().idle == 1)
+
+
+def test_wait_waits_for_min_size(dsn: str) -> None:
+    with Pool(dsn, min_size=3) as pool:
+        pool.wait(timeout=10)
+        assert pool.stats().idle == 3
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_closed_pool_never_opens_itself_again(dsn: str, used: bool) -> None:
+    pool: Pool = Pool(dsn)
+    if used:
+        pool.fetch_value("select 1")
+    pool.close()
+    assert pool.state == "stopped"
+    with pytest.raises(PoolClosed):
+        pool.fetch_value("select 1")
+    with pytest.raises(PoolClosed):
+        pool.open()
+
+
+def test_close_fails_waiters_and_closes_what_is_out_on_return(dsn: str) -> None:
+    pool: Pool = Pool(dsn, max_size=1)
+    conn = pool.getconn()
+    waiter = Task(pool.getconn)
+    until(lambda: pool.stats().waiting == 1)
+    pool.close()
+    assert isinstance(waiter.error(5), PoolClosed)
+    assert not conn.closed
+    pool.putconn(conn)
+    assert conn.closed
+    stats = pool.stats()
+    assert (stats.size, stats.active, stats.idle, stats.connecting, stats.waiting) == (0,) * 5
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_closed_pool_closes_what_comes_back(pool: Pool, changed: bool) -> None:
+    with pool.connection() as conn:
+        if changed:
+            conn.row_factory = dict_row  # type: ignore[assignment]
+        conn.execute("select 1")
+        pool.close()
+    assert conn.closed
+    assert pool.stats().active == 0
+
+
+def test_waiters_of_a_pool_that_closes_are_counted(dsn: str) -> None:
+    pool = Pool(dsn, max_size=1)
+    conn = pool.getconn()
+    waiter = Task(pool.getconn)
+    until(lambda: pool.stats().waiting == 1)
+    pool.close()
+    assert isinstance(waiter.error(), PoolClosed)
+    assert pool.stats().counters.rejected == 1
+    assert pool.get_stats()["requests_errors"] == 1
+    pool.putconn(conn)
+
+
+def test_an_open_pool_that_is_collected_leaves_no_thread_behind(dsn: str) -> None:
+    before = set(threading.enumerate())
+    pool: Pool = Pool(dsn, name="forgotten")
+    pool.fetch_value("select 1")
+    del pool
+    gc.collect()
+    until(lambda: set(threading.enumerate()) <= before)
+
+
+def test_one_thread_watches_over_all_pools(dsn: str) -> None:
+    with Pool(dsn, name="one") as one, Pool(dsn, name="two") as two:
+        one.open()
+        two.open()
+        names = [thread.name for thread in threading.enumerate()]
+        assert names.count("dbpool-watchdog") == 1
+
+
+def test_repr_tells_the_state_and_no_secret(dsn: str) -> None:
+    pool: Pool = Pool(dsn + " password=hunter2", name="main")
+    assert repr(pool) == "<dbpool.Pool 'main' starting size=0 idle=0>"
+    pool.fetch_value("select 1")
+    assert repr(pool) == "<dbpool.Pool 'main' up size=1 idle=1>"
+    assert "hunter2" not in repr(pool.settings)
+    pool.close()
+    assert repr(pool) == "<dbpool.Pool 'main' stopped size=0 idle=0>"
+
+
+def test_public_names_are_importable() -> None:
+    for name in dbpool.__all__:
+        assert getattr(dbpool, name)

@@ -1,0 +1,80 @@
+"""The options of a pool: the parent's, the settings', and what contradicts them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from psycopg import Connection
+
+from dbpool import ConfigError, Pool, Settings
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(ConfigError, match="max_sise"):
+        Pool("host=localhost", max_sise=3)  # type: ignore[call-arg]
+
+
+def test_the_parents_name_is_taken(dsn: str) -> None:
+    with Pool(dsn, name=None) as pool:
+        assert pool.fetch_value("select 1") == 1
+
+
+def test_a_class_may_want_its_conninfo_by_position(dsn: str) -> None:
+    class Strict(Connection[Any]):
+        @classmethod
+        def connect(cls, conninfo: str, **kwargs: Any) -> Any:  # type: ignore[override]
+            return super().connect(conninfo, **kwargs)
+
+    with Pool(dsn, connection_class=Strict) as pool:
+        assert pool.fetch_value("select 1") == 1
+
+
+def test_min_size_alone_implies_a_max_size(dsn: str) -> None:
+    assert Pool(dsn, min_size=20).max_size == 20
+    assert Pool(dsn, min_size=2).max_size == 10
+    assert Pool(dsn, min_size=2, max_size=None).max_size == 2
+
+
+def test_settings_and_keywords_combine(dsn: str) -> None:
+    pool: Pool = Pool(settings=Settings(conninfo=dsn, max_size=3), timeout=1.5)
+    assert (pool.max_size, pool.timeout) == (3, 1.5)
+    assert pool.fetch_value("select 1") == 1
+    pool.close()
+
+
+def test_conninfo_and_kwargs_may_be_callables(dsn: str) -> None:
+    with Pool(lambda: dsn, kwargs=lambda: {"autocommit": True}) as pool:
+        with pool.connection() as conn:
+            assert conn.autocommit
+
+
+def test_configure_reset_and_check_are_called(dsn: str) -> None:
+    calls: list[str] = []
+    with Pool(
+        dsn,
+        max_size=1,
+        configure=lambda conn: calls.append("configure"),
+        check=lambda conn: calls.append("check"),
+        reset=lambda conn: calls.append("reset"),
+    ) as pool:
+        for _ in range(2):
+            with pool.connection():
+                pass
+    assert calls[:3] == ["configure", "check", "reset"]
+    assert calls.count("check") == 2
+
+
+def test_close_returns_gives_back_instead_of_closing(dsn: str) -> None:
+    with Pool(dsn, max_size=1, close_returns=True) as pool:
+        conn = pool.getconn()
+        conn.close()
+        assert not conn.closed
+        assert pool.stats().idle == 1
+
+
+def test_server_side_timeouts_are_set_without_asking_the_user(dsn: str) -> None:
+    with Pool(dsn, statement_timeout=7) as pool:
+        assert pool.fetch_value("show statement_timeout") == "7s"
+        assert pool.fetch_value("show idle_in_transaction_session_timeout") == "1min"
+        assert pool.fetch_value("show application_name") == "dbpool:default"

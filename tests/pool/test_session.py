@@ -1,0 +1,62 @@
+"""What a holder changes on a connection, and what is put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psycopg import Connection, IsolationLevel
+from psycopg.rows import dict_row, tuple_row
+from psycopg.types.string import TextLoader
+
+from dbpool import Pool
+
+
+class Loud(TextLoader):
+    def load(self, data: Any) -> str:
+        return str(super().load(data)).upper()
+
+
+def test_manners_are_put_back(pool: Pool) -> None:
+    with pool.connection() as conn:
+        conn.autocommit = True
+        conn.row_factory = dict_row  # type: ignore[assignment]
+        conn.isolation_level = IsolationLevel.SERIALIZABLE
+        conn.read_only = True
+        conn.deferrable = True
+        conn.prepare_threshold = None
+        conn.prepared_max = 3
+        conn.execute("select 1")
+    with pool.connection() as again:
+        assert again is conn
+        assert again.autocommit is False
+        assert again.row_factory is tuple_row
+        assert again.isolation_level is None
+        assert again.read_only is None
+        assert again.deferrable is None
+        assert (again.prepare_threshold, again.prepared_max) == (5, 100)
+        assert again.execute("show transaction_isolation").fetchone() == ("read committed",)
+
+
+def test_what_a_holder_registers_is_gone_with_it_and_what_configure_registers_stays(
+    dsn: str,
+) -> None:
+    def configure(conn: Connection[Any]) -> None:
+        conn.adapters.register_loader("varchar", Loud)
+
+    def told(conn: Connection[Any]) -> list[Any]:
+        query = "select 'a'::text, 'b'::varchar, 'c'::name"
+        return list(conn.execute(query).fetchone() or ())
+
+    with Pool(dsn, max_size=1, configure=configure) as pool:
+        for name in ("text", "varchar", "name"):
+            assert list(pool.fetch_one("select 'a'::text, 'b'::varchar") or ()) == ["a", "B"]
+            with pool.connection() as conn:
+                conn.adapters.register_loader(name, TextLoader if name == "varchar" else Loud)
+                assert told(conn) == [
+                    "A" if name == "text" else "a",
+                    "b" if name == "varchar" else "B",
+                    "C" if name == "name" else "c",
+                ]
+            conn = pool.getconn()
+            assert told(conn) == ["a", "B", "c"]
+            pool.putconn(conn)  # in a transaction, to be rolled back

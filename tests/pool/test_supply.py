@@ -1,0 +1,87 @@
+"""Making connections: for those who wait, and as min_size and max_size say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import pytest
+from psycopg import Connection
+
+from dbpool import DatabaseUnavailable, Pool, PoolExhausted
+from tests.postgres import Server, until
+from tests.threads import Task, run_in_threads
+
+
+def test_grows_for_waiters_and_shrinks_when_idle(dsn: str) -> None:
+    with Pool(dsn, max_size=4, max_idle=0.2, leak_after=0.2) as pool:
+        conns = [pool.getconn() for _ in range(4)]
+        assert pool.stats().size == 4
+        for conn in conns:
+            pool.putconn(conn)
+        until(lambda: pool.stats().size == 1)
+        assert pool.stats().counters.discarded["idle"] == 3
+
+
+def test_grows_for_every_one_who_waits_and_gives_nothing_back(dsn: str) -> None:
+    with Pool(dsn, max_size=6, timeout=20) as pool:
+        started = monotonic()
+        conns = run_in_threads(6, pool.getconn)
+        assert pool.stats().active == 6
+        assert monotonic() - started < 3.0, "it grew by patrols, one in a second"
+        for conn in conns:
+            pool.putconn(conn)
+
+
+def test_a_connection_left_in_transaction_by_configure_is_refused(dsn: str) -> None:
+    def configure(conn: Connection[Any]) -> None:
+        conn.execute("select 1")
+
+    with Pool(dsn, configure=configure, timeout=1, outage_grace=0.1) as pool:
+        with pytest.raises(DatabaseUnavailable) as caught:
+            pool.getconn()
+    assert "configure" in str(caught.value)
+
+
+def test_resize_grows_and_shrinks(dsn: str) -> None:
+    with Pool(dsn, min_size=1, max_size=4) as pool:
+        pool.resize(3, 4)
+        until(lambda: pool.stats().idle == 3)
+        pool.resize(1, 1)
+        until(lambda: pool.stats().size == 1)
+        assert pool.fetch_value("select 1") == 1
+
+
+def test_resize_is_kept_while_connections_are_made(make_server: Callable[..., Server]) -> None:
+    with Pool(make_server().conninfo, min_size=1, max_size=20) as pool:
+        pool.wait()
+        pool.resize(20, 20)
+        pool.resize(1, 2)
+        until(lambda: pool.stats().connecting == 0)
+        for _ in range(3):
+            assert pool.fetch_value("select 1") == 1
+        conns = [pool.getconn(), pool.getconn()]
+        with pytest.raises(PoolExhausted):
+            pool.getconn(timeout=0.05)
+        for conn in conns:
+            pool.putconn(conn)
+
+
+def test_resize_takes_what_is_out_when_it_returns(pool: Pool) -> None:
+    out = [pool.getconn() for _ in range(4)]
+    pool.resize(1, 2)
+    for conn in out:
+        pool.putconn(conn)
+    until(lambda: pool.stats().size == 2)
+    assert sum(conn.closed for conn in out) == 2
+
+
+def test_resizing_may_be_what_a_wait_is_for(dsn: str) -> None:
+    with Pool(dsn, min_size=1, max_size=9) as pool:
+        pool.wait(10)
+        pool._min_size = 9  # more than it has, and none begun: nothing else would end the wait
+        waiter = Task(pool.wait, 20.0)
+        pool.resize(1, 9)
+        waiter.result(10.0)
+        assert not pool.closed
