@@ -101,6 +101,14 @@ def is_doubtful(value: object, key: str = "") -> bool:
     return not is_free and not _HARMLESS.fullmatch(str(value))
 
 
+def safe_repr(value: object) -> str:
+    """Return *value* for a message if it cannot be a secret, else only what it is."""
+    if isinstance(value, str):
+        return "a text (hidden, as it may be a secret)" if is_doubtful(value) else repr(str(value))
+    is_plain = value is None or isinstance(value, (bool, int, float))
+    return repr(value) if is_plain else f"a {type(value).__name__}"
+
+
 def conceals_fields(cls: type[T]) -> type[T]:
     """Have a dataclass made of concealed strings: its generated `__init__` has them as locals."""
     made: Callable[..., None] = cls.__init__

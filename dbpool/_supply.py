@@ -20,12 +20,12 @@ from psycopg_pool.pool import AddConnection
 
 from dbpool import _fork, errors, events
 from dbpool._books import REPLACED, Books, logger, unanswered
-from dbpool._conninfo import already_set
 from dbpool._parts import BLOCKS, Attempt, Call, insist_on_idle, is_stock, new_slot
 from dbpool._secrets import conceal, conceal_params, secrets_of
 from dbpool._session import reset_message
 from dbpool.holders import Owner, Slot
 from dbpool.liveness import PingTimeout, closed_by_peer, file_limit_error, ping
+from dbpool.settings._conninfo import already_set
 
 _LOOK_FOR_CHANGE = 1.0  # seconds between two looks at a conninfo that was refused
 _NAMES_A_DATABASE = {"host", "hostaddr", "port", "dbname", "service", "DATABASE_URL"}

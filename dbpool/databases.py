@@ -9,9 +9,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-from dbpool._dotenv import Source, read_layers
-from dbpool._secrets import conceal
-from dbpool._values import did_you_mean, find, shown
+from dbpool._secrets import conceal, safe_repr
 from dbpool.errors import ConfigError
 from dbpool.events import validate_listeners
 from dbpool.pool import Pool
@@ -25,6 +23,8 @@ from dbpool.settings import (
     variables_of,
     warn_of_unknown,
 )
+from dbpool.settings._parsing import did_you_mean
+from dbpool.settings._sources import Source, find, read_layers
 
 __all__ = ["Databases", "databases_from_env", "settings_from_config"]
 
@@ -189,4 +189,4 @@ def _check_name(name: str, taken: Mapping[str, object]) -> None:
 def shown_name(name: object) -> str:
     """Return a name for a message if it is a plain word: it may be a secret in the wrong place."""
     is_word = re.fullmatch("[a-z]{1,15}", str(name)) is not None
-    return repr(str(name)) if is_word else shown(name)
+    return repr(str(name)) if is_word else safe_repr(name)

@@ -24,12 +24,12 @@ from dbpool._fork import close_all
 from dbpool._outcomes import forget_if_refused, is_reading, is_stale_plan
 from dbpool._parts import HARMLESS, KeptCursor
 from dbpool._run import Runner
-from dbpool._secrets import conceal
-from dbpool._values import did_you_mean, nearest, number, shown
+from dbpool._secrets import conceal, safe_repr
 from dbpool.errors import CommitUncertain, ConfigError
 from dbpool.events import Emitter
 from dbpool.holders import Holder, Owner, Slot
 from dbpool.settings import Settings
+from dbpool.settings._parsing import did_you_mean, nearest, parse_number
 
 if TYPE_CHECKING:  # half a per cent of what importing this takes
     from dbpool._options import Options
@@ -346,17 +346,17 @@ def _check_options(connection_class: Any, options: dict[str, Any]) -> None:
     for name in ("configure", "check", "reset", "reconnect_failed"):
         if not callable(options.get(name) or print):
             hint = ' (session_reset="session" resets the session)' if name == "reset" else ""
-            raise ConfigError(f"{name} must be callable{hint}, not {shown(options[name])}")
+            raise ConfigError(f"{name} must be callable{hint}, not {safe_repr(options[name])}")
     for name in options.keys() & {"reconnect_timeout", "num_workers"}:
         whole = name == "num_workers"
-        options[name] = number(options[name], name, whole=whole, is_time=not whole)
+        options[name] = parse_number(options[name], name, whole=whole, is_time=not whole)
 
 
 def _settings(
     conninfo: ConninfoParam, settings: Settings | None, chosen: dict[str, Any], kwargs: Any
 ) -> Settings:
     if not isinstance(settings, Settings | None):
-        raise ConfigError(f"settings must be a dbpool.Settings, not {shown(settings)}")
+        raise ConfigError(f"settings must be a dbpool.Settings, not {safe_repr(settings)}")
     if chosen.get("max_size", 0) is None:  # the parent's "as min_size"
         del chosen["max_size"]
         built = _settings(conninfo, settings, chosen, kwargs)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from dbpool._files import STATS_DIR, LifeSign, NoLocks, is_held, locked, read, start_time, write
-from dbpool._values import shown
+from dbpool._secrets import safe_repr
 from dbpool.metrics import Snapshot, count, seconds, text
 
 __all__ = ["SCHEMA", "Processes"]
@@ -261,11 +261,12 @@ class Processes:
         try:
             found = path.lstat()
         except OSError as ex:
-            self._complain("directory", f"cannot use {shown(str(path))}: {ex.strerror}")
+            self._complain("directory", f"cannot use {safe_repr(str(path))}: {ex.strerror}")
             return None
         private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
         if not private or found.st_uid != os.geteuid():
-            self._complain("directory", f"{shown(str(path))} is no directory private to this user")
+            named = safe_repr(str(path))
+            self._complain("directory", f"{named} is no directory private to this user")
             return None
         return path
 

@@ -9,8 +9,8 @@ import pytest
 from flask import Flask
 
 from dbpool import ConfigError
-from dbpool.app_settings import AppSettings
 from dbpool.flask import DBPool, create_blueprint
+from dbpool.settings.app import AppSettings
 
 PRINTABLE = [chr(i) for i in range(32, 127)]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from dbpool import Databases, Settings
-from dbpool._conninfo import parse
 from dbpool.cli import main
 from dbpool.cli._probe import is_exposed
 from dbpool.processes import Processes
+from dbpool.settings._conninfo import parse
 
 from .postgres import Server
 

@@ -17,12 +17,12 @@ from flask import Flask
 from psycopg.conninfo import make_conninfo
 
 from dbpool import ConfigError, Databases, Pool, PoolError, Settings
-from dbpool.app_settings import AppSettings
 from dbpool.cli import main
 from dbpool.databases import settings_from_config
 from dbpool.flask import DBPool, create_blueprint
 from dbpool.health import Health
 from dbpool.settings import unknown_variables
+from dbpool.settings.app import AppSettings
 
 from .frames import Frames, leaks, of_error
 from .postgres import Server

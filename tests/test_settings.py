@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from psycopg.conninfo import make_conninfo
 
 from dbpool import ConfigError, Pool, Settings
-from dbpool._conninfo import already_set, mask_conninfo, parse
 from dbpool._secrets import mask
-from dbpool.app_settings import AppSettings
 from dbpool.databases import databases_from_env, settings_from_config
 from dbpool.settings import (
     unknown_variables,
     variable,
 )
+from dbpool.settings._conninfo import already_set, mask_conninfo, parse
+from dbpool.settings.app import AppSettings
 
 
 def from_env(**environ: str) -> Settings:

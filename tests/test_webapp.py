@@ -23,7 +23,7 @@ from psycopg.conninfo import make_conninfo
 from werkzeug.test import TestResponse
 
 from dbpool import ConfigError
-from dbpool.app_settings import AppSettings
+from dbpool.settings.app import AppSettings
 from webapp import ROOT, create_app, dotenv, schema
 from webapp import __main__ as supervisor
 from webapp.notes import db

@@ -29,7 +29,7 @@ from webapp import ROOT, dotenv
 from webapp.embedded import EmbeddedError, Interrupted, Server, binaries, home, server
 
 if TYPE_CHECKING:
-    from dbpool.app_settings import AppSettings
+    from dbpool.settings.app import AppSettings
 
 TICK_SECONDS = 0.1
 # What a predecessor that was killed leaves needs up to a second to notice it.

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from dbpool._values import number
-from dbpool.app_settings import find_dotenv
 from dbpool.databases import databases_from_env
 from dbpool.errors import ConfigError
 from dbpool.settings import Settings
+from dbpool.settings._parsing import parse_number
+from dbpool.settings.app import find_dotenv
 
 
 def configured() -> tuple[dict[str, Settings], Mapping[str, str]]:
@@ -50,6 +50,6 @@ class _Collector(logging.Handler):
 def seconds(text: str) -> float:
     """Parse an argument such as `500ms` or `30s`."""
     try:
-        return float(number(text, "it"))
+        return float(parse_number(text, "it"))
     except ConfigError as ex:
         raise argparse.ArgumentTypeError(str(ex)) from None

@@ -11,11 +11,11 @@ from typing import Any, Final
 
 import psycopg
 
-from dbpool._conninfo import already_set
 from dbpool._secrets import MASK
 from dbpool.errors import ConfigError, PoolError, describe
 from dbpool.pool import Pool
 from dbpool.settings import SERVER_SIDE, Settings
+from dbpool.settings._conninfo import already_set
 
 _EXPOSED: Final = (
     "the server is remote and sslmode is below verify-full: its identity is not checked"

@@ -7,9 +7,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dbpool._dotenv import Source
-from dbpool._values import did_you_mean
-from dbpool.app_settings import AppSettings
 from dbpool.cli._configured import configured, warnings_printed
 from dbpool.cli._output import line
 from dbpool.cli._probe import probe
@@ -17,6 +14,9 @@ from dbpool.databases import Databases
 from dbpool.errors import ConfigError
 from dbpool.health import Health
 from dbpool.settings import Settings, unknown_variables
+from dbpool.settings._parsing import did_you_mean
+from dbpool.settings._sources import Source
+from dbpool.settings.app import AppSettings
 
 HELP = "connect, and report what was found"
 

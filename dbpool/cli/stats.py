@@ -12,13 +12,13 @@ from typing import Any
 
 import psycopg
 
-from dbpool._values import shown
-from dbpool.app_settings import AppSettings, find_dotenv
+from dbpool._secrets import safe_repr
 from dbpool.cli._configured import configured
 from dbpool.databases import Databases
 from dbpool.errors import ConfigError
 from dbpool.gunicorn import directories
 from dbpool.processes import Processes
+from dbpool.settings.app import AppSettings, find_dotenv
 
 HELP = "print the statistics of the application that runs here, as JSON"
 
@@ -53,7 +53,10 @@ def _directory(given: str | None) -> str | Path | None:
 
 
 def _survey(directory: Path, app: str | None) -> dict[str, Any]:
-    pattern, place = re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive"), shown(os.fspath(directory))
+    pattern, place = (
+        re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive"),
+        safe_repr(os.fspath(directory)),
+    )
     matches = [pattern.fullmatch(path.name) for path in directory.glob("*")]
     apps = sorted({match[1] or match[2] for match in matches if match})
     if app is None and len(apps) > 1:

@@ -12,7 +12,7 @@ from flask import Response, current_app, jsonify, request
 from werkzeug import Response as AnyResponse
 from werkzeug.exceptions import HTTPException
 
-from dbpool.app_settings import AppSettings
+from dbpool.settings.app import AppSettings
 
 logger = logging.getLogger("dbpool")
 

@@ -21,7 +21,6 @@ from flask import (
 from dbpool import holders
 from dbpool._options import Options
 from dbpool._secrets import conceal
-from dbpool.app_settings import AppSettings, find_dotenv
 from dbpool.databases import Databases, settings_from_config
 from dbpool.errors import describe
 from dbpool.events import validate_listeners
@@ -30,6 +29,7 @@ from dbpool.flask._errors import register_error_handlers
 from dbpool.health import Health
 from dbpool.pool import Pool
 from dbpool.processes import Processes
+from dbpool.settings.app import AppSettings, find_dotenv
 
 logger = logging.getLogger("dbpool")
 

@@ -11,11 +11,12 @@ from typing import Any, Final
 
 from psycopg.conninfo import make_conninfo
 
-from dbpool import _conninfo, _secrets
-from dbpool._dotenv import SKIPPED, Source, read_layers
+from dbpool import _secrets
 from dbpool._secrets import conceal
-from dbpool._values import did_you_mean, find, flag, nearest, number, secret, secret_of, words
 from dbpool.errors import ConfigError
+from dbpool.settings import _conninfo
+from dbpool.settings._parsing import did_you_mean, nearest, parse_bool, parse_list, parse_number
+from dbpool.settings._sources import SKIPPED, Source, find, read_layers, secret, secret_of
 
 __all__ = ["Settings", "unknown_variables"]
 
@@ -102,13 +103,13 @@ class Settings:
                 self._set(f.name, LEFT_TO_SERVER)
             elif kind in (int, float):
                 known_as, is_time = self._known_as(f.name), f.name not in _SIZES
-                self._set(f.name, number(value, known_as, whole=kind is int, is_time=is_time))
+                self._set(f.name, parse_number(value, known_as, whole=kind is int, is_time=is_time))
                 is_bare = isinstance(value, int) or str(value).strip().isdecimal()
                 if is_bare and kind is float and int(value) >= _LONG.get(f.name, 1000):
                     text = "%s is %d seconds (%.1f hours); for milliseconds write %dms"
                     logger.warning(text, known_as, int(value), int(value) / 3600, int(value))
             elif isinstance(f.default, bool):
-                self._set(f.name, value is not None and flag(value, self._known_as(f.name)))
+                self._set(f.name, value is not None and parse_bool(value, self._known_as(f.name)))
             elif kind is str and not isinstance(value, str):
                 raise ConfigError(f"{f.name} must be a string, not of type {type(value).__name__}")
             elif f.name in ("name", "application_name"):
@@ -118,8 +119,7 @@ class Settings:
             self._set("max_size", self.min_size)
         self._check()
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+    _set = object.__setattr__  # the class is frozen for everybody else
 
     def _known_as(self, name: str) -> str:
         if not NAME.fullmatch(self.name):  # no variable could be called so
@@ -132,8 +132,6 @@ class Settings:
         raise ConfigError(f"{self._known_as(name)} {reason}")
 
     def _check(self) -> None:
-        if not self.name:
-            raise ConfigError("name must not be empty")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             is_word = value == LEFT_TO_SERVER or (value == 0 and name in _OFF_AT_0)
@@ -165,9 +163,9 @@ class Settings:
     def masked(self) -> dict[str, object]:
         """Return all fields, without secrets."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "explicit"}
-        for key in ("conninfo_file", "password_file", "application_name"):
-            values[key] = values[key] and _secrets.mask_value(values[key])
-        masked = {key: _conninfo.mask_conninfo(getattr(self, key)) for key in ("conninfo", "libpq")}
+        paths = ("conninfo_file", "password_file", "application_name")
+        masked = {key: _secrets.mask_value(values[key]) for key in paths if values[key]}
+        masked |= {key: _conninfo.mask_conninfo(values[key]) for key in ("conninfo", "libpq")}
         return values | masked
 
     def resolve(self) -> str:
@@ -199,9 +197,7 @@ class Settings:
         variables = {_conninfo.VARIABLES[key]: value for key, value in unseen.items()}
         known = _conninfo.already_set(params, {**os.environ, **variables})
         params |= {key: known[key] for key in unseen}
-        for key, value in self._wishes():
-            if key not in known:
-                params[key] = value
+        params |= {key: v for key, v in self._defaults().items() if key not in known}
         if "connect_timeout" in self.explicit and "connect_timeout" not in given:
             params["connect_timeout"] = self.connect_timeout
         if self.password_file and "password" not in known:
@@ -214,24 +210,25 @@ class Settings:
             params["options"] = options
         return params | own
 
-    def _wishes(self) -> Iterator[tuple[str, object]]:
-        """What is set where nothing else sets it."""
-        yield "connect_timeout", self.connect_timeout
-        yield "keepalives_idle", self.keepalives_idle
-        yield "keepalives_interval", self.keepalives_interval
-        yield "keepalives_count", self.keepalives_count
-        yield "tcp_user_timeout", round(self.tcp_user_timeout * 1000)
-        yield "fallback_application_name", self.application_name or f"dbpool:{self.name}"
+    def _defaults(self) -> dict[str, object]:
+        return {
+            "connect_timeout": self.connect_timeout,
+            "keepalives_idle": self.keepalives_idle,
+            "keepalives_interval": self.keepalives_interval,
+            "keepalives_count": self.keepalives_count,
+            "tcp_user_timeout": round(self.tcp_user_timeout * 1000),
+            "fallback_application_name": self.application_name or f"dbpool:{self.name}",
+        }
 
     def default_options(self) -> dict[str, str]:
         """Return the startup options of timeouts that nobody set on purpose, by their names."""
         return self._server_side(SERVER_SIDE.keys() - self.explicit)
 
-    def _options(self, theirs: str, *, defaults: bool) -> str:
-        """Merge: of two the server takes the last, so defaults go before, wishes after."""
+    def _options(self, given: str, *, defaults: bool) -> str:
+        """Merge the options: the server takes the last of two, so defaults go first."""
         before = self.default_options().values() if defaults else ()
         after = self._server_side(self.explicit).values()
-        return " ".join(filter(None, (*before, theirs, *after)))
+        return " ".join(filter(None, (*before, given, *after)))
 
     def _server_side(self, fields: Collection[str]) -> dict[str, str]:
         return {
@@ -275,6 +272,8 @@ def _name_only(name: str) -> str:
     """Return the name of a database; raise `ConfigError` for a connection string in its place."""
     if re.search(r"://|=", str(name)):
         raise ConfigError("name looks like a connection string, which belongs in conninfo")
+    if name == "":
+        raise ConfigError("name must not be empty")
     return f"{name}"
 
 
@@ -294,8 +293,7 @@ COMMON: Final = frozenset(map(variable, [*_FIELDS, *_OTHERS.lower().split()]))
 
 def variables_of(database: str) -> set[str]:
     """Return the variables of a database that is not the default one."""
-    names = {*_FIELDS, "url", "url_file"}
-    return {variable(name, database) for name in names}
+    return {variable(name, database) for name in (*_FIELDS, "url", "url_file")}
 
 
 def build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, Any]) -> Settings:
@@ -310,8 +308,8 @@ def build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, An
     variables = {key: find(layers, name) for key, name in _conninfo.VARIABLES.items() if name}
     unseen = {k: v for k, v in variables.items() if v != os.environ.get(_conninfo.VARIABLES[k])}
     found["libpq"] = conceal(make_conninfo("", **unseen)) or None
-    given = {key: value for key, value in overrides.items() if value is not None}
-    values = {key: value for key, value in found.items() if value is not None} | given
+    given = found | {key: value for key, value in overrides.items() if value is not None}
+    values = {key: value for key, value in given.items() if value is not None}
     if name != "default" and not (values.get("conninfo") or values.get("conninfo_file")):
         raise ConfigError(f"database {name!r} needs {url} or {url}_FILE")
     if not (values.get("conninfo") or values.get("conninfo_file")):
@@ -333,7 +331,7 @@ def _check_that_nothing_was_meant(layers: list[Mapping[str, Any]]) -> None:
 
 def names_in(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:
     """Return the names of the databases beside the default one."""
-    return words(find(layers, "DBPOOL_DATABASES") or "", "DBPOOL_DATABASES")
+    return parse_list(find(layers, "DBPOOL_DATABASES") or "", "DBPOOL_DATABASES")
 
 
 def unknown(

@@ -10,10 +10,20 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
-from dbpool._dotenv import SKIPPED, Source, distrust, parse, read_dotenv, read_layers
 from dbpool._secrets import conceal, conceals_fields
-from dbpool._values import find, flag, secret, secret_of, words
 from dbpool.errors import ConfigError
+from dbpool.settings._parsing import parse_bool, parse_list
+from dbpool.settings._sources import (
+    SKIPPED,
+    Source,
+    distrust,
+    find,
+    parse,
+    read_dotenv,
+    read_layers,
+    secret,
+    secret_of,
+)
 
 __all__ = ["AppSettings", "find_dotenv"]
 
@@ -84,11 +94,13 @@ class AppSettings:
         required = find(layers, "DBPOOL_REQUIRED")
         token, token_file = secret_of(layers, "DBPOOL_TOKEN")
         return cls(
-            required=("default",) if required is None else words(required, "DBPOOL_REQUIRED"),
+            required=("default",) if required is None else parse_list(required, "DBPOOL_REQUIRED"),
             token=secret(token_file, "DBPOOL_TOKEN_FILE") if token_file else token,
             details=str(find(layers, "DBPOOL_DETAILS") or "token"),
             stats_dir=find(layers, "DBPOOL_STATS_DIR"),
-            error_handlers=flag(find(layers, "DBPOOL_ERROR_HANDLERS"), "DBPOOL_ERROR_HANDLERS"),
+            error_handlers=parse_bool(
+                find(layers, "DBPOOL_ERROR_HANDLERS"), "DBPOOL_ERROR_HANDLERS"
+            ),
         )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-from dbpool._secrets import Secret, is_doubtful
+from dbpool._secrets import Secret, safe_repr
 from dbpool.errors import ConfigError
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
@@ -22,38 +22,10 @@ _TABLE: Final = Path(__file__).with_name("names.txt").read_text("utf-8")
 NAMES: Final = dict(line.split(": ") for line in _TABLE.splitlines())
 
 
-def find(layers: list[Mapping[str, Any]], *names: str) -> Any:
-    """Return the first value that is set, looking for the first name everywhere first."""
-    for name in names:
-        for layer in layers:
-            if layer.get(name) not in (None, ""):
-                return layer[name]
-    return None
-
-
-def secret_of(layers: list[Mapping[str, Any]], name: str) -> tuple[str | None, str | None]:
-    """Return a secret's value or the path of its file, from the first layer that has one."""
-    for layer in layers:
-        if value := layer.get(name):
-            return Secret(value), None
-        if path := layer.get(f"{name}_FILE"):
-            return None, Secret(path)
-    return None, None
-
-
-def secret(path: str, name: str) -> str:
-    """Return what a secret file holds; *name* is the variable that gave its *path*."""
-    try:
-        return Secret(Path(path).read_text("utf-8-sig").strip("\r\n"))
-    except (OSError, UnicodeDecodeError) as ex:
-        reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
-    raise ConfigError(f"{name}: cannot read {shown(path)}: {reason}")
-
-
-def words(value: Any, name: str) -> tuple[str, ...]:
+def parse_list(value: Any, name: str) -> tuple[str, ...]:
     """Return the words of the list called *name*: one that commas separate, or any other."""
     if not isinstance(value, Iterable):
-        raise ConfigError(f"{name} must hold names, not {shown(value)}")
+        raise ConfigError(f"{name} must hold names, not {safe_repr(value)}")
     parts = value.split(",") if isinstance(value, str) else value
     found = (str(part).strip() for part in parts)
     return tuple(
@@ -61,7 +33,7 @@ def words(value: Any, name: str) -> tuple[str, ...]:
     )
 
 
-def flag(value: Any, name: str) -> bool:
+def parse_bool(value: Any, name: str) -> bool:
     """Return the switch called *name*, which is on unless it is set off."""
     if value is None or isinstance(value, bool):
         return value is not False
@@ -69,32 +41,26 @@ def flag(value: Any, name: str) -> bool:
         return True
     if str(value).lower() in ("0", "false", "no", "off"):
         return False
-    raise ConfigError(f"{name} must be true or false, not {shown(value)}")
+    raise ConfigError(f"{name} must be true or false, not {safe_repr(value)}")
 
 
-def number(value: Any, known_as: str, *, whole: bool = False, is_time: bool = True) -> float | int:
+def parse_number(
+    value: Any, known_as: str, *, whole: bool = False, is_time: bool = True
+) -> float | int:
     """Convert a number; one that *is_time* may be text with a unit. The error names *known_as*."""
     wanted = 'a number of seconds or a time such as "500ms"' if is_time else "a whole number"
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ConfigError(f"{known_as} must be {wanted}, not {shown(value)}")
+        raise ConfigError(f"{known_as} must be {wanted}, not {safe_repr(value)}")
     if isinstance(value, str):
         match = _DURATION.fullmatch(value.strip())
         if match is None or not (is_time or match[0].lstrip("-").isdecimal()):
-            raise ConfigError(f"{known_as} must be {wanted}, not {shown(value)}")
+            raise ConfigError(f"{known_as} must be {wanted}, not {safe_repr(value)}")
         value = float(match[1]) * _UNITS[match[2]]
     if not math.isfinite(value) or value < 0:
-        raise ConfigError(f"{known_as} must be 0 or more, not {shown(value)}")
+        raise ConfigError(f"{known_as} must be 0 or more, not {safe_repr(value)}")
     if whole and value != int(value):
-        raise ConfigError(f"{known_as} must be a whole number, not {shown(value)}")
+        raise ConfigError(f"{known_as} must be a whole number, not {safe_repr(value)}")
     return int(value) if whole else float(value)
-
-
-def shown(value: object) -> str:
-    """Return *value* for a message if it cannot be a secret, else only what it is."""
-    if isinstance(value, str):
-        return "a text (hidden, as it may be a secret)" if is_doubtful(value) else repr(str(value))
-    is_plain = value is None or isinstance(value, (bool, int, float))
-    return repr(value) if is_plain else f"a {type(value).__name__}"
 
 
 def nearest(word: str, known: AbstractSet[str]) -> str | None:

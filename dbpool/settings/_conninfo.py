@@ -19,8 +19,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Conninfo
 
 from dbpool._secrets import conceal, conceal_params, mask_value
-from dbpool._values import NAMES, did_you_mean, nearest
 from dbpool.errors import ConfigError
+from dbpool.settings._parsing import NAMES, did_you_mean, nearest
 
 # SQLAlchemy's spelling of the driver, which libpq does not know.
 _DRIVER: Final = re.compile(r"^postgres(?:ql)?\+psycopg(?:2|3)?://", re.IGNORECASE)
@@ -138,8 +138,8 @@ def _misplaced(params: Mapping[str, Any], *, is_url: bool) -> str:
 def mask_conninfo(conninfo: str) -> str:
     """Return *conninfo* as key=value with its secrets replaced; never fails."""
     try:
-        params = {key: mask_value(value, key) for key, value in parse(str(conninfo)).items()}
-        return make_conninfo("", **params)
+        params = parse(str(conninfo)).items()
+        return make_conninfo("", **{key: mask_value(value, key) for key, value in params})
     except (ConfigError, psycopg.Error):
         return "(malformed)"
 

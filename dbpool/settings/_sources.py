@@ -15,8 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from dbpool._secrets import conceal
-from dbpool._values import shown
+from dbpool._secrets import Secret, conceal, safe_repr
 from dbpool.errors import ConfigError
 
 logger = logging.getLogger("dbpool")
@@ -58,7 +57,34 @@ def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mappin
             return parse(file, environ)
     except OSError as ex:
         problem = ex.strerror
-    raise ConfigError(f"cannot read {shown(os.fspath(path))} (dotenv, DBPOOL_DOTENV): {problem}")
+    raise ConfigError(
+        f"cannot read {safe_repr(os.fspath(path))} (dotenv, DBPOOL_DOTENV): {problem}"
+    )
+
+
+def find(layers: list[Mapping[str, Any]], *names: str) -> Any:
+    """Return the first value that is set, looking for the first name everywhere first."""
+    values = (layer.get(name) for name in names for layer in layers)
+    return next((value for value in values if value not in (None, "")), None)
+
+
+def secret_of(layers: list[Mapping[str, Any]], name: str) -> tuple[str | None, str | None]:
+    """Return a secret's value or the path of its file, from the first layer that has one."""
+    for layer in layers:
+        if value := layer.get(name):
+            return Secret(value), None
+        if path := layer.get(f"{name}_FILE"):
+            return None, Secret(path)
+    return None, None
+
+
+def secret(path: str, name: str) -> str:
+    """Return what a secret file holds; *name* is the variable that gave its *path*."""
+    try:
+        return Secret(Path(path).read_text("utf-8-sig").strip("\r\n"))
+    except (OSError, UnicodeDecodeError) as ex:
+        reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
+    raise ConfigError(f"{name}: cannot read {safe_repr(path)}: {reason}")
 
 
 def distrust(file: BinaryIO, passed: list[Path]) -> str:
