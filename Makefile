@@ -6,6 +6,7 @@ PORT   ?= 8000
 
 python := $(VENV)/bin/python
 peers  := $(VENV)-bench/bin/python
+sphinx := $(VENV)-docs/bin/python -m sphinx
 
 # One lock for every supported Python and machine. Without UPGRADE what is pinned stays pinned.
 compile    := $(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
@@ -13,7 +14,8 @@ compile    := $(VENV)-lock/bin/uv pip compile --quiet --universal --python-versi
 consistent := --constraint requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow check bench bench-quick lock clean venv venv-bench venv-lock
+.PHONY: help run test test-slow check docs bench bench-quick lock clean \
+    venv venv-bench venv-docs venv-lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -32,6 +34,9 @@ check: venv ## lint, check the format and the types
 	@$(python) -m ruff format --check
 	@$(python) -m mypy
 
+docs: venv-docs ## build the documentation into docs/_build/html; a warning is an error
+	@$(sphinx) --fail-on-warning --keep-going --nitpicky --quiet --builder html docs docs/_build/html
+
 bench: venv-bench ## compare with the peers, ONLY=recovery for one: results under bench/results
 	@$(peers) -m bench $(ONLY)
 
@@ -43,16 +48,21 @@ lock: venv-lock ## write the requirements.txt files anew, UPGRADE=--upgrade for 
 	@$(compile) pyproject.toml --all-extras $(consistent) --output-file webapp/requirements.txt
 	@$(compile) pyproject.toml --all-extras --group embedded --group bench $(consistent) \
 	    --output-file bench/requirements.txt
+	@$(compile) pyproject.toml --all-extras --group docs $(consistent) \
+	    --output-file docs/requirements.txt
 	@$(compile) --group lock --output-file tools/requirements.txt
 
 clean: ## remove the environments and the sample data in .data
-	@rm -rf .venv* .data .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv* .data docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 venv:
 	@$(PYTHON) tools/make_venv.py $(VENV) requirements.txt
 
 venv-bench:
 	@$(PYTHON) tools/make_venv.py $(VENV)-bench bench/requirements.txt
+
+venv-docs:
+	@$(PYTHON) tools/make_venv.py $(VENV)-docs docs/requirements.txt
 
 venv-lock:
 	@$(PYTHON) tools/make_venv.py $(VENV)-lock tools/requirements.txt

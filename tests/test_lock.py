@@ -18,7 +18,12 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 GROUPS = PROJECT["dependency-groups"]
-LOCKS = ["requirements.txt", "webapp/requirements.txt", "bench/requirements.txt"]
+LOCKS = [
+    "requirements.txt",
+    "webapp/requirements.txt",
+    "bench/requirements.txt",
+    "docs/requirements.txt",
+]
 FILES = [*LOCKS, "tools/requirements.txt"]
 
 
@@ -74,6 +79,7 @@ def test_the_header_says_how_it_is_made_and_no_index_is_named(path: str) -> None
         ("requirements.txt", bounds("dev")),
         ("webapp/requirements.txt", bounds()),
         ("bench/requirements.txt", bounds("embedded", "bench")),
+        ("docs/requirements.txt", bounds("docs")),
         ("tools/requirements.txt", bounds("lock", package=False)),
     ],
     ids=FILES,
