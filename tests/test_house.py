@@ -48,7 +48,7 @@ FLOORS = {
     ],
     3: ["databases", "settings.app"],
     4: ["health", "_files", "processes"],
-    5: ["prometheus", "gunicorn", "flask", "cli", "__main__"],
+    5: ["prometheus", "gunicorn", "codes", "flask", "cli", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 # A floor's private modules come before those that are made of them.

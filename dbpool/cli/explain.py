@@ -1,0 +1,29 @@
+"""`python -m dbpool explain`: what an error or a diagnosis means, without a network."""
+
+from __future__ import annotations
+
+import argparse
+
+from dbpool.cli._output import fail
+from dbpool.codes import as_text, find, pages, title
+
+HELP = "say what an error or a diagnosis means and what to do, such as DB04"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take a code, or words of a title."""
+    parser.add_argument(
+        "code", nargs="?", help="DB04, or words such as PoolExhausted; without it all are listed"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print one page; the titles of several, where the words fit several."""
+    found = list(pages()) if arguments.code is None else find(arguments.code)
+    if not found:
+        return fail("no page has that code or those words; without a code all are listed")
+    if len(found) == 1:
+        print(as_text(pages()[found[0]]))
+    else:
+        print("\n".join(title(pages()[code]) for code in found))
+    return 0

@@ -1,0 +1,218 @@
+"""The pages of the codes: one for each, shown offline, and true to what the code says."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+import dbpool
+from dbpool import Pool
+from dbpool.cli import main
+from dbpool.codes import as_text, find, pages, title
+from dbpool.settings import Settings
+
+from .postgres import Server, until
+from .proxy import Cut, Proxy
+from .threads import Task
+
+ERRORS = {
+    "DBE01": "PoolExhausted",
+    "DBE02": "DatabaseUnavailable",
+    "DBE03": "DatabaseMisconfigured",
+    "DBE04": "CommitUncertain",
+    "DBE05": "TooManyRequests",
+    "DBE06": "PoolClosed",
+    "DBE07": "ConfigError",
+}
+
+
+def quotes(code: str) -> list[str]:
+    """What a page quotes of logs and errors, line by line."""
+    blocks = re.findall(r"```text\n(.*?)```", pages()[code], re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def shape(text: object) -> str:
+    """A text whose numbers are all the same."""
+    return re.sub(r"\d+(\.\d+)?", "0", str(text)).replace("\n\t", " ")
+
+
+def run_as(filename: str, source: str, **names: Any) -> None:
+    """Run *source* as if it stood in that file."""
+    exec(compile(source, filename, "exec"), names)
+
+
+# The pages
+
+
+def test_every_error_and_every_diagnosis_has_a_page() -> None:
+    assert list(pages()) == [*ERRORS, *(f"DB{number:02}" for number in range(19))]
+
+
+@pytest.mark.parametrize("code", pages())
+def test_a_page_begins_with_its_code_and_says_what_to_do(code: str) -> None:
+    page = pages()[code]
+    assert page.startswith(f"## {code} ")
+    for part in ("**What it means.**", "**Look at**", "**Do**"):
+        assert page.count(part) == 1, part
+    assert "**Reported**" in page or quotes(code)
+
+
+@pytest.mark.parametrize(("code", "name"), ERRORS.items())
+def test_an_errors_page_is_titled_with_its_class(code: str, name: str) -> None:
+    assert title(pages()[code]).startswith(f"{code} {name}: ")
+    assert issubclass(getattr(dbpool, name), Exception)
+
+
+# What they quote
+
+
+def test_an_exhausted_pool_says_what_its_page_quotes(dsn: str) -> None:
+    source = (
+        "def list_orders():\n"
+        "    with pool.connection(), pool.connection(): held.set(); done.wait(30)\n"
+        "list_orders()"
+    )
+    held, done = threading.Event(), threading.Event()
+    with Pool(dsn, max_size=2, timeout=0.05) as pool:
+        task = partial(run_as, "app/views.py", source, pool=pool, held=held, done=done)
+        holder = Task(task, name="ThreadPoolExecutor-0_3")
+        assert held.wait(30)
+        with pytest.raises(dbpool.PoolExhausted) as caught:
+            pool.fetch_one("select 1")
+        done.set()
+        holder.result()
+    assert [shape(caught.value)] == [shape(line) for line in quotes("DBE01")]
+
+
+def test_a_nested_checkout_and_slow_statements_are_told_as_its_page_says(dsn: str) -> None:
+    with Pool(dsn, max_size=1, timeout=0.05) as pool:
+        with pool.connection(), pytest.raises(dbpool.PoolExhausted) as nested:
+            pool.fetch_one("select 1")
+        asleep = Task(pool.fetch_one, "select pg_sleep(0.5)")
+        until(lambda: pool.stats().active == 1)
+        with pytest.raises(dbpool.PoolExhausted) as slow:
+            pool.fetch_one("select 1")
+        asleep.result()
+    italics = re.findall(r"^- \*(.*?)\*", pages()["DBE01"], re.MULTILINE)
+    assert italics[1] in shape(nested.value).replace("holds 0", "holds 1")
+    assert italics[2] in str(slow.value)
+
+
+def test_an_outage_says_what_its_page_quotes() -> None:
+    with (
+        Pool("host=127.0.0.1 port=1 dbname=app", outage_grace=0.3) as pool,
+        pytest.raises(dbpool.DatabaseUnavailable) as caught,
+    ):
+        pool.fetch_one("select 1")
+    assert [shape(caught.value)] == [shape(line) for line in quotes("DBE02")]
+    assert caught.value.kind == "refused"
+
+
+def test_the_end_of_an_outage_is_logged_as_its_page_says(
+    own_server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    own_server.stop("immediate")
+    with Pool(own_server.conninfo, outage_grace=0.05) as pool:
+        with pytest.raises(dbpool.DatabaseUnavailable):
+            pool.fetch_one("select 1")
+        own_server.start()
+        assert pool.run(lambda conn: 1, timeout=30) == 1
+    (quoted,) = re.findall(r'says "(.*?)"', pages()["DBE02"])
+    assert quoted in caplog.text
+
+
+def test_a_wrong_password_says_what_its_page_quotes(server: Server) -> None:
+    conninfo = server.conninfo_for(user="app", password="wrong")
+    with Pool(conninfo) as pool, pytest.raises(dbpool.DatabaseMisconfigured) as caught:
+        pool.fetch_one("select 1")
+    assert [shape(caught.value)] == [shape(line) for line in quotes("DBE03")]
+
+
+def test_a_lost_commit_says_what_its_page_quotes(proxy: Proxy) -> None:
+    with Pool(proxy.conninfo) as pool:
+        pool.execute("create table t (id int)")
+        proxy.cut(b"COMMIT", Cut.DURING)
+        with pytest.raises(dbpool.CommitUncertain) as caught:
+            pool.run(lambda conn: conn.execute("insert into t values (1)"), attempts=1)
+    assert [str(caught.value)] == quotes("DBE04")
+
+
+def test_a_full_queue_says_what_its_page_quotes(dsn: str) -> None:
+    with Pool(dsn, max_size=1, max_waiting=1, timeout=5) as pool:
+        with pool.connection():
+            waiting = Task(pool.fetch_one, "select 1")
+            until(lambda: pool.stats().waiting == 1)
+            with pytest.raises(dbpool.TooManyRequests) as caught:
+                pool.fetch_one("select 1")
+        waiting.result()
+    assert [shape(caught.value)] == [shape(line) for line in quotes("DBE05")]
+
+
+def test_a_closed_pool_says_what_its_page_quotes(dsn: str) -> None:
+    with Pool(dsn) as pool:
+        pass
+    with pytest.raises(dbpool.PoolClosed) as caught:
+        pool.fetch_one("select 1")
+    assert [str(caught.value)] == quotes("DBE06")
+
+
+WRONG: list[Callable[[], object]] = [
+    lambda: Settings.from_env(environ={"DBPOOL_MAX_SIZE": "0"}),
+    lambda: Settings.from_env(environ={"DBPOOL_MIN_SIZE": "8", "DBPOOL_MAX_SIZE": "4"}),
+    lambda: Settings.from_env(environ={"DATABASE_URL": "mysql://db/app"}),
+    lambda: Settings.from_env(environ={"DATABASE_URI": "postgresql://db/app"}),
+    lambda: Pool("dbname=app", maxsize=3),  # type: ignore[call-arg]
+]
+
+
+@pytest.mark.parametrize(("wrong", "quote"), [*zip(WRONG, quotes("DBE07"), strict=True)])
+def test_wrong_settings_say_what_their_page_quotes(wrong: Callable[[], object], quote: str) -> None:
+    with pytest.raises(dbpool.ConfigError) as caught:
+        wrong()
+    assert str(caught.value) == quote
+
+
+# The command
+
+
+def test_explain_shows_the_page_of_a_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "db04"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("DB04 Waiting for a lock\n")
+    assert "pg_blocking_pids" in said
+
+
+@pytest.mark.parametrize("code", pages())
+def test_a_terminal_shows_a_page_without_marks(code: str) -> None:
+    text = as_text(pages()[code])
+    prose = [line for line in text.splitlines() if not line.startswith("    ")]
+    assert not re.search(r"\*\*|`|\]\(|^#", "\n".join(prose), re.MULTILINE)
+    quoted = [f"    {line}" for line in quotes(code)]
+    assert [line for line in text.splitlines() if line in quoted] == quoted
+
+
+def test_explain_finds_words_of_a_title(capsys: pytest.CaptureFixture[str]) -> None:
+    assert find("PoolExhausted") == ["DBE01"]
+    assert find("too many clients") == ["DB03"]
+    assert main(["explain", "lock"]) == 0
+    assert capsys.readouterr().out.splitlines() == [title(pages()[c]) for c in ("DB04", "DB14")]
+
+
+def test_explain_without_a_code_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain"]) == 0
+    assert capsys.readouterr().out.splitlines() == [title(page) for page in pages().values()]
+
+
+def test_explain_of_an_unknown_code_fails_and_says_what_there_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["explain", "DB99"]) == 1
+    assert capsys.readouterr().err == (
+        "dbpool: no page has that code or those words; without a code all are listed\n"
+    )
