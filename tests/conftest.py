@@ -18,6 +18,7 @@ from pytest_postgresql.janitor import DatabaseJanitor
 
 from dbpool.flask import DBPool, create_blueprint
 
+from .fake import FakeServer
 from .postgres import Copies, Server, dismiss_reaper, until
 from .proxy import Proxy
 
@@ -138,6 +139,14 @@ def proxy(own_server: Server) -> Iterator[Proxy]:
     proxy = Proxy(own_server.port)
     yield proxy
     proxy.close()
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    """A server that is not there, for tests of what a pool does around its connections."""
+    server = FakeServer()
+    yield server
+    server.accept()  # those who hang
 
 
 @pytest.fixture

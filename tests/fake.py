@@ -1,35 +1,175 @@
-"""Connections without a server, for tests of what a pool does around them."""
+"""A server that is not there: connections without PostgreSQL, for tests of what a pool does around them.
+
+`FakeServer` accepts, refuses, hangs, answers slowly, falls silent and dies as a test tells it to.
+A pool reaches it by the `connection_class` of that server:
+
+    fake = FakeServer()
+    with fake.pool(max_size=1) as pool:
+        assert pool.fetch_value("select 1") == 1
+        fake.refuse("FATAL:  the database system is starting up")
+
+It knows no SQL beyond a few constants and no transactions: each statement is one in autocommit.
+What PostgreSQL or libpq does with a statement, a login or a commit is tested on real ones.
+"""
 
 from __future__ import annotations
 
+import itertools
+import re
 import socket
-from collections.abc import Generator
-from contextlib import closing
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
+from weakref import WeakValueDictionary
 
 import psycopg
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
+
+from dbpool import Pool
+
+Rows = Sequence[tuple[Any, ...]]
+# The rows of an answer, an error to raise, or a function of the parameters that returns rows.
+Answer = Rows | BaseException | Callable[..., Rows]
+
+REFUSED = 'connection to server at "127.0.0.1", port 1 failed: Connection refused'
+LOST = "server closed the connection unexpectedly"
+
+
+class FakeServer:
+    """What fake connections connect to.
+
+    `answers` are by the text of the statement; without one, constants (`select 1`) and
+    `select pg_backend_pid()` are answered. `attempts` are the parameters of each attempt to
+    connect, `statements` the texts that were received.
+    """
+
+    conninfo = "host=127.0.0.1 port=1 dbname=shop user=app"  # where nobody listens
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.attempts: list[dict[str, Any]] = []
+        self.statements: list[str] = []
+        self.delay = 0.0  # seconds that a login takes
+        self.room: int | None = None  # how many connections it takes; None for any number
+        self.connection_class: type[FakeConnection] = type(
+            "FakeConnection", (FakeConnection,), {"server": self}
+        )
+        self._refusal = ""
+        self._hangs = self.is_silent = False
+        self._changed = threading.Condition()
+        self._pids = itertools.count(1001)
+        self._backends: WeakValueDictionary[int, FakePGconn] = WeakValueDictionary()
+
+    def pool(self, conninfo: Any = conninfo, **options: Any) -> Pool[Any]:
+        """Return a pool of connections to it, for a `with` statement."""
+        return Pool(conninfo, **{"connection_class": self.connection_class, **options})
+
+    # What it does
+
+    def accept(self) -> None:
+        """Accept connections, and answer what waits for an answer."""
+        self._become()
+
+    def refuse(self, text: str = REFUSED) -> None:
+        """Refuse those who connect with that text, libpq's or the server's; keep who is there."""
+        self._become(refusal=text)
+
+    def hang(self) -> None:
+        """Give those who connect no answer."""
+        self._become(hangs=True)
+
+    def fall_silent(self) -> None:
+        """Give no answer to those who connect, to pings and to statements."""
+        self._become(hangs=True, is_silent=True)
+
+    def stop(self, text: str = REFUSED) -> None:
+        """Go away, and refuse those who connect."""
+        self.refuse(text)
+        self.kill()
+
+    def kill(self, *pids: int) -> None:
+        """End these backends, or all."""
+        for pid in pids or self.backends():
+            self._backends[pid].hang_up()
+        with self._changed:
+            self._changed.notify_all()
+
+    def backends(self) -> list[int]:
+        """Return the pids of those whose connection is open."""
+        return [pid for pid, pgconn in list(self._backends.items()) if pgconn.is_open]
+
+    def say_something(self, pid: int) -> None:
+        """Send a backend's client what proves nothing, as a notice does."""
+        self._backends[pid].receive()
+
+    def _become(self, refusal: str = "", *, hangs: bool = False, is_silent: bool = False) -> None:
+        with self._changed:
+            self._refusal, self._hangs, self.is_silent = refusal, hangs, is_silent
+            self._changed.notify_all()
+
+    # What a connection asks of it
+
+    def log_in(self, params: dict[str, Any]) -> FakePGconn:
+        """Accept or refuse an attempt to connect."""
+        self.attempts.append(params)
+        seconds = float(params.get("connect_timeout") or 60)
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._hangs, seconds):
+                raise psycopg.errors.ConnectionTimeout("connection timeout expired")
+        time.sleep(self.delay)
+        if self._refusal:
+            raise psycopg.OperationalError(self._refusal)
+        if self.room is not None and len(self.backends()) >= self.room:
+            raise psycopg.OperationalError("FATAL:  sorry, too many clients already")
+        pgconn = FakePGconn(self, next(self._pids))
+        self._backends[pgconn.backend_pid] = pgconn
+        return pgconn
+
+    def answer(self, pgconn: FakePGconn, query: Any, params: Sequence[Any]) -> Rows:
+        """Return the rows of a statement, or raise its error."""
+        text = query.decode() if isinstance(query, bytes) else str(query)
+        self.statements.append(text)
+        with self._changed:
+            self._changed.wait_for(lambda: not (self.is_silent and pgconn.is_open))
+        pgconn.insist_on_open()
+        found = self.answers.get(text)
+        if callable(found):
+            found = pgconn.while_active(found, *params)
+        if isinstance(found, BaseException):
+            raise found
+        return _constant(text, pgconn.backend_pid) if found is None else found
+
+
+def _constant(text: str, pid: int) -> Rows:
+    if text == "select pg_backend_pid()":
+        return [(pid,)]
+    if match := re.fullmatch(r"select ('?)(\w+)\1", text):
+        return [(match[2] if match[1] else int(match[2]),)]
+    raise NotImplementedError(f"the fake server has no answer to {text!r}")
 
 
 class FakePGconn:
     """What a pool and psycopg ask of libpq's connection."""
 
-    backend_pid = 1
     pipeline_status = 0
-    used_password = needs_password = False
+    used_password = needs_password = ssl_in_use = False
     password = error_message = b""
     host = hostaddr = db = user = b""
     port = b"1"
     _encoding = "utf-8"
 
-    def __init__(self) -> None:
+    def __init__(self, server: FakeServer, backend_pid: int) -> None:
+        self._server, self.backend_pid = server, backend_pid
         self._ours, self._theirs = socket.socketpair()
         self.socket = self._ours.fileno()
         self.status = ConnStatus.OK
         self.transaction_status = TransactionStatus.IDLE
         self.notice_handler = self.notify_handler = None
         self.info: list[Any] = []
+        self._answers: list[Any] = []
 
     def parameter_status(self, name: bytes) -> bytes:
         return b"off"
@@ -42,17 +182,46 @@ class FakePGconn:
     def __del__(self) -> None:
         self.finish()
 
+    # What happens to it
+
+    @property
+    def is_open(self) -> bool:
+        """Whether neither side has closed it."""
+        return self._ours.fileno() >= 0 and self._theirs.fileno() >= 0
+
     def hang_up(self) -> None:
         """Be a server that goes away."""
         self._theirs.close()
 
+    def receive(self) -> None:
+        """Get a byte from the server."""
+        self._theirs.send(b"N")
+
+    def insist_on_open(self) -> None:
+        """Raise what libpq says on a connection that is lost."""
+        if not self.is_open:
+            self.status, self.transaction_status = ConnStatus.BAD, TransactionStatus.UNKNOWN
+            raise psycopg.OperationalError(LOST)
+
+    def while_active(self, fn: Callable[..., Rows], *args: Any) -> Rows:
+        """Run a statement that takes time."""
+        self.transaction_status = TransactionStatus.ACTIVE
+        try:
+            return fn(*args)
+        finally:
+            self.insist_on_open()
+            self.transaction_status = TransactionStatus.IDLE
+
+    # Questions without psycopg's cursors, as a ping
+
     def consume_input(self) -> None:
         if not self._ours.recv(1):
             self.status = ConnStatus.BAD
-            raise psycopg.OperationalError("the server is gone")
+            raise psycopg.OperationalError(LOST)
 
     def send_query(self, query: bytes) -> None:
-        self._answers = [SimpleNamespace(status=ExecStatus.EMPTY_QUERY), None]
+        self.insist_on_open()
+        self._answers = [_result(self, query), None]
 
     def flush(self) -> int:
         return 0
@@ -61,41 +230,77 @@ class FakePGconn:
         return self._answers.pop(0)
 
     def is_busy(self) -> bool:
-        return False
+        return self._server.is_silent and bool(self._answers)
 
     def notifies(self) -> None:
         return None
 
 
-class FakeCursor:
-    """Answers every statement with one row."""
+def _result(pgconn: FakePGconn, query: bytes) -> Any:
+    if not query:
+        return SimpleNamespace(status=ExecStatus.EMPTY_QUERY)
+    with suppress(NotImplementedError):
+        ((value, *_), *_) = pgconn._server.answer(pgconn, query, ())
+        return SimpleNamespace(
+            status=ExecStatus.TUPLES_OK, get_value=lambda row, column: str(value).encode()
+        )
+    return SimpleNamespace(
+        status=ExecStatus.FATAL_ERROR, get_error_message=lambda: "ERROR:  this server is a fake"
+    )
 
-    rowcount = 1
+
+class FakeCursor:
+    """Answers a statement with what the server says, whatever the row factory."""
 
     def __init__(self, connection: Any, **how: Any) -> None:
-        pass
+        self.connection = connection
+        self._rows: list[tuple[Any, ...]] = []
 
-    def execute(self, *what: Any, **how: Any) -> Self:
+    def execute(self, query: Any, params: Sequence[Any] | None = None, **how: Any) -> Self:
+        pgconn = self.connection.pgconn
+        self._rows = list(self.connection.server.answer(pgconn, query, params or ()))
         return self
 
-    def fetchone(self) -> tuple[int]:
-        return (1,)
+    @property
+    def rowcount(self) -> int:
+        return len(self._rows)
 
-    def fetchall(self) -> list[tuple[int]]:
-        return [(1,)]
+    @property
+    def pgresult(self) -> Any:
+        return self._rows or None
+
+    def fetchone(self) -> tuple[Any, ...] | None:
+        return self._rows.pop(0) if self._rows else None
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        rows, self._rows = self._rows, []
+        return rows
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return iter(self.fetchall())
+
+    def _convert_query(self, query: str, params: Any = None) -> Any:
+        return SimpleNamespace(query=query.encode())
 
 
 class FakeConnection(psycopg.Connection[Any]):
-    """Connects to nothing, at once."""
+    """A connection to a fake server; that of this class itself accepts everybody."""
 
-    def __init__(self) -> None:
-        super().__init__(FakePGconn())  # type: ignore[arg-type]
+    server: ClassVar[FakeServer]
+
+    def __init__(self, pgconn: FakePGconn) -> None:
+        super().__init__(pgconn)  # type: ignore[arg-type]
         self.cursor_factory = FakeCursor  # type: ignore[assignment]
 
     @classmethod
-    def connect(cls, *where: Any, **how: Any) -> Self:
-        return cls()
+    def connect(cls, conninfo: str = "", *, autocommit: bool = False, **params: Any) -> Self:
+        conn = cls(cls.server.log_in(params))
+        conn._autocommit = autocommit
+        return conn
 
     def wait(self, gen: Generator[Any, Any, Any], *how: Any, **more: Any) -> Any:
         with closing(gen):
             self.pgconn.transaction_status = TransactionStatus.IDLE  # type: ignore[misc]
+
+
+FakeConnection.server = FakeServer()

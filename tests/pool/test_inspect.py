@@ -10,10 +10,11 @@ from psycopg import Connection
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from dbpool import Pool
+from tests.fake import FakeServer
 from tests.postgres import until
 
 
-def test_a_connection_that_fails_the_users_check_is_replaced(dsn: str) -> None:
+def test_a_connection_that_fails_the_users_check_is_replaced(fake: FakeServer) -> None:
     refused: list[int] = []
 
     def check(conn: Connection[Any]) -> None:
@@ -21,21 +22,21 @@ def test_a_connection_that_fails_the_users_check_is_replaced(dsn: str) -> None:
             refused.append(conn.info.backend_pid)
             raise psycopg.OperationalError("I don't like it")
 
-    with Pool(dsn, max_size=1, check=check) as pool:
+    with fake.pool(max_size=1, check=check) as pool:
         assert pool.fetch_value("select pg_backend_pid()") != refused[0]
         assert pool.stats().counters.discarded["dead"] == 1
 
 
-def test_the_parents_own_check_costs_no_round_trip(dsn: str) -> None:
-    with Pool(dsn, max_size=1, check=ConnectionPool.check_connection) as pool:
+def test_the_parents_own_check_costs_no_round_trip(fake: FakeServer) -> None:
+    with fake.pool(max_size=1, check=ConnectionPool.check_connection) as pool:
         assert pool.fetch_value("select 1") == 1
 
 
-def test_a_check_that_always_fails_is_no_storm_of_connects(dsn: str) -> None:
+def test_a_check_that_always_fails_is_no_storm_of_connects(fake: FakeServer) -> None:
     def check(conn: Connection[Any]) -> None:
         raise psycopg.OperationalError("never")
 
-    with Pool(dsn, max_size=1, check=check) as pool:
+    with fake.pool(max_size=1, check=check) as pool:
         with pytest.raises(PoolTimeout):
             pool.getconn(timeout=0.6)
         assert pool.stats().counters.connects <= 5
@@ -69,8 +70,8 @@ def test_a_check_may_leave_its_transaction_open(dsn: str) -> None:
         assert pool.fetch_all("select id from t") == [(1,), (2,), (3,), (4,)]
 
 
-def test_check_pings_the_idle(dsn: str) -> None:
-    with Pool(dsn, min_size=3, max_size=3) as pool:
+def test_check_pings_the_idle(fake: FakeServer) -> None:
+    with fake.pool(min_size=3, max_size=3) as pool:
         pool.wait()
         pool._pool[0].pgconn.finish()
         pool.check()

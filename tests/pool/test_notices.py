@@ -11,11 +11,12 @@ from time import monotonic
 import pytest
 
 from dbpool import Pool
+from tests.fake import FakeServer
 from tests.postgres import until
 from tests.threads import Task
 
 
-def test_a_log_handler_may_use_the_pool(dsn: str) -> None:
+def test_a_log_handler_may_use_the_pool(fake: FakeServer) -> None:
     inside, go = threading.Event(), threading.Event()
 
     class Counting(logging.Handler):
@@ -28,7 +29,7 @@ def test_a_log_handler_may_use_the_pool(dsn: str) -> None:
     handler, logger = Counting(), logging.getLogger("dbpool")
     logger.addHandler(handler)
     try:
-        with Pool(dsn, max_size=1) as own:
+        with fake.pool(max_size=1) as own:
             logging_one = Task(logger.error, "mine")
             assert inside.wait(10)
             own.getconn()
@@ -43,12 +44,12 @@ def test_a_log_handler_may_use_the_pool(dsn: str) -> None:
 
 
 def test_what_is_held_long_is_reported_once_with_the_holders_stack(
-    dsn: str, caplog: pytest.LogCaptureFixture
+    fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     def held() -> list[str]:
         return [r.message for r in caplog.records if "has been held" in r.message]
 
-    with Pool(dsn, leak_after=0.1) as pool:
+    with fake.pool(leak_after=0.1) as pool:
         conn = pool.getconn()
         until(held)
         assert "test_what_is_held_long_is_reported_once" in held()[0]

@@ -11,6 +11,7 @@ from psycopg_pool import ConnectionPool, PoolClosed
 
 import dbpool
 from dbpool import Pool
+from tests.fake import FakeServer
 from tests.postgres import until
 from tests.threads import Task
 
@@ -19,8 +20,8 @@ def test_is_a_connection_pool(pool: Pool) -> None:
     assert isinstance(pool, ConnectionPool)
 
 
-def test_opens_itself_on_first_use(dsn: str) -> None:
-    pool: Pool = Pool(dsn)
+def test_opens_itself_on_first_use(fake: FakeServer) -> None:
+    pool: Pool = fake.pool()
     try:
         assert pool.closed
         assert pool.state == "starting"
@@ -31,8 +32,8 @@ def test_opens_itself_on_first_use(dsn: str) -> None:
         pool.close()
 
 
-def test_open_false_insists_on_open(dsn: str) -> None:
-    pool: Pool = Pool(dsn, open=False)
+def test_open_false_insists_on_open(fake: FakeServer) -> None:
+    pool: Pool = fake.pool(open=False)
     with pytest.raises(PoolClosed, match="not open yet"):
         pool.getconn()
     pool.open(wait=True, timeout=10)
@@ -40,21 +41,21 @@ def test_open_false_insists_on_open(dsn: str) -> None:
     pool.close()
 
 
-def test_open_true_opens_now(dsn: str) -> None:
-    with Pool(dsn, open=True) as pool:
+def test_open_true_opens_now(fake: FakeServer) -> None:
+    with fake.pool(open=True) as pool:
         assert not pool.closed
         until(lambda: pool.stats().idle == 1)
 
 
-def test_wait_waits_for_min_size(dsn: str) -> None:
-    with Pool(dsn, min_size=3) as pool:
+def test_wait_waits_for_min_size(fake: FakeServer) -> None:
+    with fake.pool(min_size=3) as pool:
         pool.wait(timeout=10)
         assert pool.stats().idle == 3
 
 
 @pytest.mark.parametrize("used", [True, False])
-def test_a_closed_pool_never_opens_itself_again(dsn: str, used: bool) -> None:
-    pool: Pool = Pool(dsn)
+def test_a_closed_pool_never_opens_itself_again(fake: FakeServer, used: bool) -> None:
+    pool: Pool = fake.pool()
     if used:
         pool.fetch_value("select 1")
     pool.close()
@@ -65,8 +66,8 @@ def test_a_closed_pool_never_opens_itself_again(dsn: str, used: bool) -> None:
         pool.open()
 
 
-def test_close_fails_waiters_and_closes_what_is_out_on_return(dsn: str) -> None:
-    pool: Pool = Pool(dsn, max_size=1)
+def test_close_fails_waiters_and_closes_what_is_out_on_return(fake: FakeServer) -> None:
+    pool: Pool = fake.pool(max_size=1)
     conn = pool.getconn()
     waiter = Task(pool.getconn)
     until(lambda: pool.stats().waiting == 1)
@@ -90,8 +91,8 @@ def test_a_closed_pool_closes_what_comes_back(pool: Pool, changed: bool) -> None
     assert pool.stats().active == 0
 
 
-def test_waiters_of_a_pool_that_closes_are_counted(dsn: str) -> None:
-    pool = Pool(dsn, max_size=1)
+def test_waiters_of_a_pool_that_closes_are_counted(fake: FakeServer) -> None:
+    pool = fake.pool(max_size=1)
     conn = pool.getconn()
     waiter = Task(pool.getconn)
     until(lambda: pool.stats().waiting == 1)
@@ -102,25 +103,25 @@ def test_waiters_of_a_pool_that_closes_are_counted(dsn: str) -> None:
     pool.putconn(conn)
 
 
-def test_an_open_pool_that_is_collected_leaves_no_thread_behind(dsn: str) -> None:
+def test_an_open_pool_that_is_collected_leaves_no_thread_behind(fake: FakeServer) -> None:
     before = set(threading.enumerate())
-    pool: Pool = Pool(dsn, name="forgotten")
+    pool: Pool = fake.pool(name="forgotten")
     pool.fetch_value("select 1")
     del pool
     gc.collect()
     until(lambda: set(threading.enumerate()) <= before)
 
 
-def test_one_thread_watches_over_all_pools(dsn: str) -> None:
-    with Pool(dsn, name="one") as one, Pool(dsn, name="two") as two:
+def test_one_thread_watches_over_all_pools(fake: FakeServer) -> None:
+    with fake.pool(name="one") as one, fake.pool(name="two") as two:
         one.open()
         two.open()
         names = [thread.name for thread in threading.enumerate()]
         assert names.count("dbpool-watchdog") == 1
 
 
-def test_repr_tells_the_state_and_no_secret(dsn: str) -> None:
-    pool: Pool = Pool(dsn + " password=hunter2", name="main")
+def test_repr_tells_the_state_and_no_secret(fake: FakeServer) -> None:
+    pool: Pool = fake.pool(fake.conninfo + " password=hunter2", name="main")
     assert repr(pool) == "<dbpool.Pool 'main' starting size=0 idle=0>"
     pool.fetch_value("select 1")
     assert repr(pool) == "<dbpool.Pool 'main' up size=1 idle=1>"

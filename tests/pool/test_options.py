@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from psycopg import Connection
 
 from dbpool import ConfigError, Pool, Settings
+from tests.fake import FakeConnection, FakeServer
 
 
 def test_unknown_options_are_refused() -> None:
@@ -15,44 +15,43 @@ def test_unknown_options_are_refused() -> None:
         Pool("host=localhost", max_sise=3)  # type: ignore[call-arg]
 
 
-def test_the_parents_name_is_taken(dsn: str) -> None:
-    with Pool(dsn, name=None) as pool:
+def test_the_parents_name_is_taken(fake: FakeServer) -> None:
+    with fake.pool(name=None) as pool:
         assert pool.fetch_value("select 1") == 1
 
 
-def test_a_class_may_want_its_conninfo_by_position(dsn: str) -> None:
-    class Strict(Connection[Any]):
+def test_a_class_may_want_its_conninfo_by_position(fake: FakeServer) -> None:
+    class Strict(FakeConnection):
         @classmethod
         def connect(cls, conninfo: str, **kwargs: Any) -> Any:  # type: ignore[override]
             return super().connect(conninfo, **kwargs)
 
-    with Pool(dsn, connection_class=Strict) as pool:
+    with fake.pool(connection_class=Strict) as pool:
         assert pool.fetch_value("select 1") == 1
 
 
-def test_min_size_alone_implies_a_max_size(dsn: str) -> None:
-    assert Pool(dsn, min_size=20).max_size == 20
-    assert Pool(dsn, min_size=2).max_size == 10
-    assert Pool(dsn, min_size=2, max_size=None).max_size == 2
+def test_min_size_alone_implies_a_max_size(fake: FakeServer) -> None:
+    assert fake.pool(min_size=20).max_size == 20
+    assert fake.pool(min_size=2).max_size == 10
+    assert fake.pool(min_size=2, max_size=None).max_size == 2
 
 
-def test_settings_and_keywords_combine(dsn: str) -> None:
-    pool: Pool = Pool(settings=Settings(conninfo=dsn, max_size=3), timeout=1.5)
+def test_settings_and_keywords_combine(fake: FakeServer) -> None:
+    pool: Pool = fake.pool("", settings=Settings(conninfo=fake.conninfo, max_size=3), timeout=1.5)
     assert (pool.max_size, pool.timeout) == (3, 1.5)
     assert pool.fetch_value("select 1") == 1
     pool.close()
 
 
-def test_conninfo_and_kwargs_may_be_callables(dsn: str) -> None:
-    with Pool(lambda: dsn, kwargs=lambda: {"autocommit": True}) as pool:
+def test_conninfo_and_kwargs_may_be_callables(fake: FakeServer) -> None:
+    with fake.pool(lambda: fake.conninfo, kwargs=lambda: {"autocommit": True}) as pool:
         with pool.connection() as conn:
             assert conn.autocommit
 
 
-def test_configure_reset_and_check_are_called(dsn: str) -> None:
+def test_configure_reset_and_check_are_called(fake: FakeServer) -> None:
     calls: list[str] = []
-    with Pool(
-        dsn,
+    with fake.pool(
         max_size=1,
         configure=lambda conn: calls.append("configure"),
         check=lambda conn: calls.append("check"),
@@ -65,8 +64,8 @@ def test_configure_reset_and_check_are_called(dsn: str) -> None:
     assert calls.count("check") == 2
 
 
-def test_close_returns_gives_back_instead_of_closing(dsn: str) -> None:
-    with Pool(dsn, max_size=1, close_returns=True) as pool:
+def test_close_returns_gives_back_instead_of_closing(fake: FakeServer) -> None:
+    with fake.pool(max_size=1, close_returns=True) as pool:
         conn = pool.getconn()
         conn.close()
         assert not conn.closed

@@ -9,13 +9,14 @@ import psycopg
 import pytest
 
 from dbpool import Pool
+from tests.fake import FakeServer
 from tests.postgres import Server
 
 
 @pytest.mark.parametrize("foreign", [True, False])
-def test_what_is_not_out_cannot_be_returned(pool: Pool, dsn: str, foreign: bool) -> None:
+def test_what_is_not_out_cannot_be_returned(pool: Pool, fake: FakeServer, foreign: bool) -> None:
     pool.wait()
-    conn = psycopg.connect(dsn) if foreign else pool.getconn()
+    conn = fake.connection_class.connect() if foreign else pool.getconn()
     if not foreign:
         pool.putconn(conn)
     with pytest.raises(ValueError, match="can't return connection"):
@@ -33,8 +34,8 @@ def test_what_was_returned_inside_its_block_is_not_returned_again(pool: Pool) ->
     assert pool.fetch_value("select 1") == 1
 
 
-def test_a_collected_connection_frees_its_slot(dsn: str) -> None:
-    with Pool(dsn, max_size=1) as pool:
+def test_a_collected_connection_frees_its_slot(fake: FakeServer) -> None:
+    with fake.pool(max_size=1) as pool:
         pool.getconn()
         gc.collect()
         assert pool.fetch_value("select 1") == 1
@@ -44,16 +45,16 @@ def test_a_collected_connection_frees_its_slot(dsn: str) -> None:
 
 
 @pytest.mark.parametrize("statement", ["select 1", "select 1/0"])
-def test_an_open_transaction_is_rolled_back_on_return(pool: Pool, statement: str) -> None:
-    conn = pool.getconn()
+def test_an_open_transaction_is_rolled_back_on_return(server_pool: Pool, statement: str) -> None:
+    conn = server_pool.getconn()
     try:
         conn.execute(statement)
     except psycopg.Error:
         pass
-    pool.putconn(conn)
-    assert pool.getconn() is conn
+    server_pool.putconn(conn)
+    assert server_pool.getconn() is conn
     assert conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
-    pool.putconn(conn)
+    server_pool.putconn(conn)
 
 
 def test_a_connection_returned_closed_is_replaced(pool: Pool) -> None:
@@ -63,23 +64,23 @@ def test_a_connection_returned_closed_is_replaced(pool: Pool) -> None:
     assert pool.stats().counters.discarded["broken"] == 1
 
 
-def test_a_connection_returned_in_copy_is_replaced(pool: Pool) -> None:
-    pool.execute("create table t (id int)")
-    conn = pool.getconn()
+def test_a_connection_returned_in_copy_is_replaced(server_pool: Pool) -> None:
+    server_pool.execute("create table t (id int)")
+    conn = server_pool.getconn()
     copying = conn.cursor().copy("copy t from stdin")
     copying.__enter__()
-    pool.putconn(conn)
+    server_pool.putconn(conn)
     assert conn.closed
-    assert pool.fetch_value("select 1") == 1
+    assert server_pool.fetch_value("select 1") == 1
 
 
-def test_a_connection_returned_in_a_pipeline_is_replaced(pool: Pool) -> None:
-    conn = pool.getconn()
+def test_a_connection_returned_in_a_pipeline_is_replaced(server_pool: Pool) -> None:
+    conn = server_pool.getconn()
     pipeline = conn.pipeline()
     pipeline.__enter__()
-    pool.putconn(conn)
+    server_pool.putconn(conn)
     assert conn.closed
-    assert pool.fetch_value("select 1") == 1
+    assert server_pool.fetch_value("select 1") == 1
 
 
 def test_a_connection_returned_in_a_two_phase_commit_is_replaced(
@@ -97,8 +98,8 @@ def test_a_connection_returned_in_a_two_phase_commit_is_replaced(
             other.tpc_rollback(prepared)
 
 
-def test_drain_replaces_idle_and_returned_connections(dsn: str) -> None:
-    with Pool(dsn, min_size=2, max_size=2) as pool:
+def test_drain_replaces_idle_and_returned_connections(fake: FakeServer) -> None:
+    with fake.pool(min_size=2, max_size=2) as pool:
         pool.wait()
         out = pool.getconn()
         (idle,) = pool._pool

@@ -16,8 +16,8 @@ class Loud(TextLoader):
         return str(super().load(data)).upper()
 
 
-def test_manners_are_put_back(pool: Pool) -> None:
-    with pool.connection() as conn:
+def test_manners_are_put_back(server_pool: Pool) -> None:
+    with server_pool.connection() as conn:
         conn.autocommit = True
         conn.row_factory = dict_row  # type: ignore[assignment]
         conn.isolation_level = IsolationLevel.SERIALIZABLE
@@ -26,7 +26,7 @@ def test_manners_are_put_back(pool: Pool) -> None:
         conn.prepare_threshold = None
         conn.prepared_max = 3
         conn.execute("select 1")
-    with pool.connection() as again:
+    with server_pool.connection() as again:
         assert again is conn
         assert again.autocommit is False
         assert again.row_factory is tuple_row

@@ -32,15 +32,19 @@ def test_fetches_ask_the_connections_cursor_class(dsn: str) -> None:
         assert pool.fetch_all("select 'a'") == [("A",)]
 
 
-def test_fetches(pool: Pool) -> None:
-    assert pool.fetch_all("select * from generate_series(1, %s) as n", [3]) == [(1,), (2,), (3,)]
-    assert pool.fetch_one("select 1 as a, 2 as b", row_factory=dict_row) == {"a": 1, "b": 2}
-    assert pool.fetch_one("select 1 where false") is None
-    assert pool.fetch_value("select %(x)s::text", {"x": "y"}) == "y"
-    assert pool.fetch_value("select 1 where false") is None
-    pool.execute("create table t (id int)")
-    assert pool.execute("insert into t select generate_series(1, 5)") == 5
-    assert pool.fetch_value("select count(*) from t") == 5
+def test_fetches(server_pool: Pool) -> None:
+    assert server_pool.fetch_all("select * from generate_series(1, %s) as n", [3]) == [
+        (1,),
+        (2,),
+        (3,),
+    ]
+    assert server_pool.fetch_one("select 1 as a, 2 as b", row_factory=dict_row) == {"a": 1, "b": 2}
+    assert server_pool.fetch_one("select 1 where false") is None
+    assert server_pool.fetch_value("select %(x)s::text", {"x": "y"}) == "y"
+    assert server_pool.fetch_value("select 1 where false") is None
+    server_pool.execute("create table t (id int)")
+    assert server_pool.execute("insert into t select generate_series(1, 5)") == 5
+    assert server_pool.fetch_value("select count(*) from t") == 5
 
 
 def test_a_single_statement_takes_one_round_trip(dsn: str, tmp_path: Path) -> None:
@@ -105,13 +109,13 @@ def test_a_single_statement_adapts_as_a_check_wants_it_until_the_connection_is_b
     assert "".join(seen) == expected
 
 
-def test_a_failing_statement_leaves_the_connection_fit(pool: Pool) -> None:
+def test_a_failing_statement_leaves_the_connection_fit(server_pool: Pool) -> None:
     with pytest.raises(psycopg.errors.DivisionByZero):
-        pool.fetch_one("select 1/0")
+        server_pool.fetch_one("select 1/0")
     with pytest.raises(psycopg.errors.UndefinedTable):
-        pool.execute("insert into nowhere values (1)")
-    assert pool.fetch_value("select 1") == 1
-    assert pool.stats().counters.connects == 1
+        server_pool.execute("insert into nowhere values (1)")
+    assert server_pool.fetch_value("select 1") == 1
+    assert server_pool.stats().counters.connects == 1
 
 
 def test_a_statement_obeys_the_set_up_of_the_connection(dsn: str) -> None:

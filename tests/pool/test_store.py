@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dbpool import Pool
+from tests.fake import FakeServer
 from tests.postgres import until
 from tests.threads import Task, run_in_threads
 
@@ -37,9 +38,9 @@ class Guarded(set[Any]):
 
 @pytest.mark.parametrize("reset", [None, lambda conn: conn.execute("reset all") and conn.commit()])
 def test_the_books_are_changed_under_the_lock_alone(
-    dsn: str, reset: Callable[[Any], Any] | None
+    fake: FakeServer, reset: Callable[[Any], Any] | None
 ) -> None:
-    pool: Pool = Pool(dsn, max_size=6, reset=reset)
+    pool: Pool = fake.pool(max_size=6, reset=reset)
     with pool.connection():
         pool._slots = Guarded(pool)
     fit, changed, broken, lost, late, late_changed = (pool.getconn() for _ in range(6))
@@ -76,8 +77,8 @@ def test_get_stats_has_the_parents_keys_and_pop_stats_resets(pool: Pool) -> None
     assert pool.get_stats()["pool_size"] == 1
 
 
-def test_counts_add_up_and_are_exact_under_threads(dsn: str) -> None:
-    with Pool(dsn, max_size=4, timeout=30) as pool:
+def test_counts_add_up_and_are_exact_under_threads(fake: FakeServer) -> None:
+    with fake.pool(max_size=4, timeout=30) as pool:
         wrong: list[Any] = []
         done = threading.Event()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -10,12 +9,13 @@ import pytest
 from psycopg import Connection
 
 from dbpool import DatabaseUnavailable, Pool, PoolExhausted
-from tests.postgres import Server, until
+from tests.fake import FakeServer
+from tests.postgres import until
 from tests.threads import Task, run_in_threads
 
 
-def test_grows_for_waiters_and_shrinks_when_idle(dsn: str) -> None:
-    with Pool(dsn, max_size=4, max_idle=0.2, leak_after=0.2) as pool:
+def test_grows_for_waiters_and_shrinks_when_idle(fake: FakeServer) -> None:
+    with fake.pool(max_size=4, max_idle=0.2, leak_after=0.2) as pool:
         conns = [pool.getconn() for _ in range(4)]
         assert pool.stats().size == 4
         for conn in conns:
@@ -24,8 +24,8 @@ def test_grows_for_waiters_and_shrinks_when_idle(dsn: str) -> None:
         assert pool.stats().counters.discarded["idle"] == 3
 
 
-def test_grows_for_every_one_who_waits_and_gives_nothing_back(dsn: str) -> None:
-    with Pool(dsn, max_size=6, timeout=20) as pool:
+def test_grows_for_every_one_who_waits_and_gives_nothing_back(fake: FakeServer) -> None:
+    with fake.pool(max_size=6, timeout=20) as pool:
         started = monotonic()
         conns = run_in_threads(6, pool.getconn)
         assert pool.stats().active == 6
@@ -44,8 +44,8 @@ def test_a_connection_left_in_transaction_by_configure_is_refused(dsn: str) -> N
     assert "configure" in str(caught.value)
 
 
-def test_resize_grows_and_shrinks(dsn: str) -> None:
-    with Pool(dsn, min_size=1, max_size=4) as pool:
+def test_resize_grows_and_shrinks(fake: FakeServer) -> None:
+    with fake.pool(min_size=1, max_size=4) as pool:
         pool.resize(3, 4)
         until(lambda: pool.stats().idle == 3)
         pool.resize(1, 1)
@@ -53,9 +53,10 @@ def test_resize_grows_and_shrinks(dsn: str) -> None:
         assert pool.fetch_value("select 1") == 1
 
 
-def test_resize_is_kept_while_connections_are_made(make_server: Callable[..., Server]) -> None:
-    with Pool(make_server().conninfo, min_size=1, max_size=20) as pool:
+def test_resize_is_kept_while_connections_are_made(fake: FakeServer) -> None:
+    with fake.pool(min_size=1, max_size=20) as pool:
         pool.wait()
+        fake.delay = 0.02
         pool.resize(20, 20)
         pool.resize(1, 2)
         until(lambda: pool.stats().connecting == 0)
@@ -77,8 +78,8 @@ def test_resize_takes_what_is_out_when_it_returns(pool: Pool) -> None:
     assert sum(conn.closed for conn in out) == 2
 
 
-def test_resizing_may_be_what_a_wait_is_for(dsn: str) -> None:
-    with Pool(dsn, min_size=1, max_size=9) as pool:
+def test_resizing_may_be_what_a_wait_is_for(fake: FakeServer) -> None:
+    with fake.pool(min_size=1, max_size=9) as pool:
         pool.wait(10)
         pool._min_size = 9  # more than it has, and none begun: nothing else would end the wait
         waiter = Task(pool.wait, 20.0)

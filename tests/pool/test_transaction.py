@@ -11,17 +11,17 @@ from psycopg import Connection, IsolationLevel
 from dbpool import Pool
 
 
-def test_run_commits_and_returns_the_result(pool: Pool) -> None:
-    pool.execute("create table t (id int)")
+def test_run_commits_and_returns_the_result(server_pool: Pool) -> None:
+    server_pool.execute("create table t (id int)")
 
     def insert(conn: Connection[Any], value: int) -> int:
         return conn.execute("insert into t values (%s)", [value]).rowcount
 
-    assert pool.run(insert, 7) == 1
-    assert pool.fetch_all("select * from t") == [(7,)]
+    assert server_pool.run(insert, 7) == 1
+    assert server_pool.fetch_all("select * from t") == [(7,)]
 
 
-def test_run_sets_isolation_and_read_only_for_its_transaction_alone(pool: Pool) -> None:
+def test_run_sets_isolation_and_read_only_for_its_transaction_alone(server_pool: Pool) -> None:
     def show(conn: Connection[Any]) -> Any:
         return conn.execute(
             "select current_setting('transaction_isolation'),"
@@ -29,8 +29,8 @@ def test_run_sets_isolation_and_read_only_for_its_transaction_alone(pool: Pool) 
         ).fetchone()
 
     serializable = IsolationLevel.SERIALIZABLE
-    assert pool.run(show, isolation=serializable, read_only=True) == ("serializable", "on")
-    assert pool.run(show) == ("read committed", "off")
+    assert server_pool.run(show, isolation=serializable, read_only=True) == ("serializable", "on")
+    assert server_pool.run(show) == ("read committed", "off")
 
 
 def test_run_makes_a_transaction_where_autocommit_is_the_rule(dsn: str) -> None:
@@ -48,7 +48,7 @@ def test_run_makes_a_transaction_where_autocommit_is_the_rule(dsn: str) -> None:
             assert conn.autocommit
 
 
-def test_run_raises_instead_of_committing_nothing(pool: Pool) -> None:
+def test_run_raises_instead_of_committing_nothing(server_pool: Pool) -> None:
     def swallow(conn: Connection[Any]) -> None:
         try:
             conn.execute("select 1/0")
@@ -56,29 +56,29 @@ def test_run_raises_instead_of_committing_nothing(pool: Pool) -> None:
             pass
 
     with pytest.raises(psycopg.errors.InFailedSqlTransaction):
-        pool.run(swallow)
-    assert pool.fetch_value("select 1") == 1
+        server_pool.run(swallow)
+    assert server_pool.fetch_value("select 1") == 1
 
 
-def test_run_retries_a_serialization_failure(pool: Pool) -> None:
-    pool.execute("create table t (id int primary key, n int)")
-    pool.execute("insert into t values (1, 0)")
+def test_run_retries_a_serialization_failure(server_pool: Pool) -> None:
+    server_pool.execute("create table t (id int primary key, n int)")
+    server_pool.execute("insert into t values (1, 0)")
     tries: list[int] = []
 
     def increment(conn: Connection[Any]) -> None:
         tries.append(1)
         (n,) = conn.execute("select n from t where id = 1").fetchone() or (0,)
         if len(tries) == 1:
-            pool.execute("update t set n = n + 10 where id = 1")
+            server_pool.execute("update t set n = n + 10 where id = 1")
         conn.execute("update t set n = %s where id = 1", [n + 1])
 
-    pool.run(increment, isolation=IsolationLevel.REPEATABLE_READ)
+    server_pool.run(increment, isolation=IsolationLevel.REPEATABLE_READ)
     assert len(tries) == 2
-    assert pool.fetch_value("select n from t") == 11
-    assert pool.stats().counters.retries == 1
+    assert server_pool.fetch_value("select n from t") == 11
+    assert server_pool.stats().counters.retries == 1
 
 
-def test_run_gives_up_after_its_attempts(pool: Pool) -> None:
+def test_run_gives_up_after_its_attempts(server_pool: Pool) -> None:
     tries: list[int] = []
 
     def fail(conn: Connection[Any]) -> None:
@@ -86,11 +86,11 @@ def test_run_gives_up_after_its_attempts(pool: Pool) -> None:
         conn.execute("do $$ begin raise sqlstate '40001'; end $$")
 
     with pytest.raises(psycopg.errors.SerializationFailure):
-        pool.run(fail, attempts=2)
+        server_pool.run(fail, attempts=2)
     assert len(tries) == 2
 
 
-def test_run_retries_no_other_error(pool: Pool) -> None:
+def test_run_retries_no_other_error(server_pool: Pool) -> None:
     tries: list[int] = []
 
     def fail(conn: Connection[Any]) -> None:
@@ -98,5 +98,5 @@ def test_run_retries_no_other_error(pool: Pool) -> None:
         conn.execute("select 1/0")
 
     with pytest.raises(psycopg.errors.DivisionByZero):
-        pool.run(fail)
+        server_pool.run(fail)
     assert len(tries) == 1

@@ -7,13 +7,14 @@ from functools import partial
 import pytest
 from psycopg_pool import PoolTimeout, TooManyRequests
 
-from dbpool import Pool, PoolExhausted
+from dbpool import PoolExhausted
+from tests.fake import FakeServer
 from tests.postgres import until
 from tests.threads import Task
 
 
-def test_waiters_are_served_in_order(dsn: str) -> None:
-    with Pool(dsn, max_size=1, timeout=10) as pool:
+def test_waiters_are_served_in_order(fake: FakeServer) -> None:
+    with fake.pool(max_size=1, timeout=10) as pool:
         served: list[int] = []
         conn = pool.getconn()
         takers = []
@@ -31,8 +32,8 @@ def test_waiters_are_served_in_order(dsn: str) -> None:
     assert served == [0, 1, 2, 3, 4]
 
 
-def test_exhaustion_names_the_holder_and_its_line(dsn: str) -> None:
-    with Pool(dsn, max_size=1) as pool:
+def test_exhaustion_names_the_holder_and_its_line(fake: FakeServer) -> None:
+    with fake.pool(max_size=1) as pool:
         with pool.connection():
             error = Task(pool.getconn, 0.05).error(5)
     assert isinstance(error, PoolExhausted)
@@ -45,14 +46,14 @@ def test_exhaustion_names_the_holder_and_its_line(dsn: str) -> None:
     assert error.snapshot.active == 1
 
 
-def test_exhaustion_tells_a_nested_checkout(dsn: str) -> None:
-    with Pool(dsn, max_size=1) as pool, pool.connection():
+def test_exhaustion_tells_a_nested_checkout(fake: FakeServer) -> None:
+    with fake.pool(max_size=1) as pool, pool.connection():
         with pytest.raises(PoolExhausted, match=r"holds 1, .* hold 2 at once .* n \* 1 \+ 1"):
             pool.getconn(timeout=0.05)
 
 
-def test_a_timed_out_waiter_no_longer_counts(dsn: str) -> None:
-    with Pool(dsn, max_size=1, max_waiting=1) as pool:
+def test_a_timed_out_waiter_no_longer_counts(fake: FakeServer) -> None:
+    with fake.pool(max_size=1, max_waiting=1) as pool:
         conn = pool.getconn()
         for _ in range(3):
             with pytest.raises(PoolExhausted):
@@ -67,8 +68,8 @@ def test_a_timed_out_waiter_no_longer_counts(dsn: str) -> None:
         assert pool.stats().counters.rejected == 1
 
 
-def test_the_time_waited_in_vain_is_counted_as_the_parent_does(dsn: str) -> None:
-    with Pool(dsn, max_size=1) as pool, pool.connection():
+def test_the_time_waited_in_vain_is_counted_as_the_parent_does(fake: FakeServer) -> None:
+    with fake.pool(max_size=1) as pool, pool.connection():
         before = pool.get_stats()["requests_wait_ms"]
         with pytest.raises(PoolExhausted):
             pool.getconn(timeout=0.2)
