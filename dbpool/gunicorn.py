@@ -90,6 +90,9 @@ def post_worker_init(worker: Any) -> None:
     A `max_size` that is set stays. Else it is one more than the worker's threads, so that one of
     them can hold two connections. A worker that does not serve by threads, gevent's say, keeps
     the default. This is not done by the environment, which would win over a `.env`.
+
+    The first worker then compares what all may open with what the servers allow: see
+    `python -m dbpool plan`.
     """
     from dbpool import processes
 
@@ -107,6 +110,9 @@ def post_worker_init(worker: Any) -> None:
             " other import"
         )
     processes.publish_from_the_start()
+    if worker.age == 1:  # one worker asks for all
+        check = threading.Thread(None, _check_sizes, "dbpool-sizes", (worker,), daemon=True)
+        check.start()
 
 
 def worker_exit(server: Any, worker: Any) -> None:
@@ -230,6 +236,41 @@ def _size(max_size: int) -> None:
     _fork.adapters[:] = [resize]
     for pool in list(_fork.pools):
         resize(pool)
+
+
+def _check_sizes(worker: Any) -> None:
+    """Warn if the pools of all workers may open more connections than their servers allow.
+
+    Nothing waits for it, and it says nothing of a database that does not answer: its pool will.
+    """
+    from dbpool import _fork
+    from dbpool.sizing import plan_connections
+
+    plan = plan_connections(
+        {
+            pool.name: target
+            for pool in list(_fork.pools)
+            if (target := _sizing_target(pool, worker.cfg.workers)) is not None
+        }
+    )
+    for verdict in plan.verdicts:
+        if not verdict.fits:
+            worker.log.warning("dbpool: %s", verdict.warning)
+
+
+def _sizing_target(pool: Any, workers: int) -> Any:
+    from dbpool.settings import variable
+    from dbpool.sizing import Demand, Target
+
+    settings = pool.settings
+    try:
+        conninfo, kwargs = (x() if callable(x) else x for x in (pool.conninfo, pool.kwargs))
+        params = settings.connect_params(conninfo or None, kwargs)
+    except Exception:  # noqa: BLE001  # the user's callables: the pool reports what they raise
+        return None
+    setting = variable("max_size", settings.name)
+    demand = Demand(pool.name, workers, pool.max_size, setting)
+    return Target(demand, params, settings.pooler == "transaction")
 
 
 def _is_patched_too_late() -> bool:

@@ -311,6 +311,20 @@ def test_a_size_that_is_set_stays(start: Callable[..., Site], given: int) -> Non
     assert site.get("/size") == str(given)
 
 
+def test_more_connections_than_the_server_has_are_told_once_at_the_start(
+    start: Callable[..., Site],
+) -> None:
+    """The master says nothing itself: it must not import psycopg."""
+    conf = f"loglevel = 'warning'\n{conf_of('gthread', workers=3)}"
+    site = start(more=conf, DBPOOL_MAX_SIZE="40")
+    until(lambda: "more connections are configured" in site.said(), 20.0)
+    warning = "the server of default allows 100"
+    assert site.said().count(warning) == 1
+    assert "3 x 40 (default) = 120, 240 during a deploy" in site.said()
+    assert "set DBPOOL_MAX_SIZE to 1" in site.said()
+    assert site.checkouts() == 0  # it is not one of the pool's connections that asks
+
+
 def test_a_pool_that_was_resized_before_the_fork_stays_so(start: Callable[..., Site]) -> None:
     app = """
     with app.app_context():

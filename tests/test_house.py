@@ -46,8 +46,8 @@ FLOORS = {
         "_run",
         "pool",
     ],
-    3: ["databases", "settings.app", "diagnosis"],
-    4: ["health", "_files", "processes"],
+    3: ["databases", "settings.app"],
+    4: ["health", "_files", "processes", "sizing"],
     5: ["prometheus", "gunicorn", "codes", "flask", "cli", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -12,7 +12,6 @@ import pytest
 from dbpool import ConfigError, Databases, Pool, Settings, events
 from dbpool.events import Event, Listener, LoggingListener, name_of
 from dbpool.flask import DBPool
-from tests.fake import FakeServer
 from tests.postgres import until
 
 
@@ -167,17 +166,17 @@ def test_what_can_hear_is_taken(listener: Any) -> None:
     Pool("host=nowhere", listeners=iter([listener])).close()
 
 
-def test_every_event_can_be_heard_by_its_name(fake: FakeServer) -> None:
+def test_every_event_can_be_heard_by_its_name(dsn: str) -> None:
     kinds = [
         kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)
     ]
     for kind in set(kinds) - {Event}:
         name = name_of(kind.__new__(kind))
         cls = type("Ears", (Listener,), {name: lambda self, event: None})
-        fake.pool(listeners=[cls()]).close()
+        Pool(dsn, listeners=[cls()]).close()
 
 
-def test_a_listener_that_passed_hears(fake: FakeServer) -> None:
+def test_a_listener_that_passed_hears(dsn: str) -> None:
     listener = Counting()
-    with fake.pool(listeners=[listener]):
+    with Pool(dsn, listeners=[listener]):
         until(lambda: listener.heard == 1)

@@ -1,0 +1,181 @@
+"""`plan`: do the configured connections fit, and how many does the load need?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dbpool.cli._configured import configured, seconds
+from dbpool.cli._output import line
+from dbpool.cli._running import statistics_directory, survey
+from dbpool.errors import ConfigError
+from dbpool.settings import Settings, variable
+from dbpool.sizing import (
+    TARGET,
+    ConnectionPlan,
+    Demand,
+    Measured,
+    Target,
+    Verdict,
+    measure,
+    plan_connections,
+)
+
+HELP = "tell whether the configured connections fit, and how many the load needs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=_count,
+        help="processes on each host (those that run, else WEB_CONCURRENCY, else 1)",
+    )
+    parser.add_argument("--hosts", type=_count, default=1, help="hosts with that many (1)")
+    parser.add_argument("--threads", type=_count, help="threads of a process that use a pool")
+    parser.add_argument(
+        "--for",
+        dest="watch",
+        type=seconds,
+        default=30.0,
+        metavar="TIME",
+        help="watch the application that runs here for so long (30s); 0 leaves that out",
+    )
+    parser.add_argument("--dir", help="where its statistics are, as for stats")
+    parser.add_argument("--app", help="which application, if several share the directory")
+    parser.add_argument("--json", action="store_true", help="report as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    databases = configured()[0]
+    reports = _watch(arguments)
+    measured = {name: measure(*reports, name) for name in databases} if reports else {}
+    running = max((each.processes for each in measured.values()), default=None)
+    workers = arguments.workers or running or _web_concurrency()
+    targets = {
+        name: _target(settings, workers * arguments.hosts, _size(settings, measured, arguments))
+        for name, settings in databases.items()
+    }
+    plan = plan_connections(targets)
+    if arguments.json:
+        print(json.dumps(_as_json(plan, measured, arguments.threads), indent=2))
+    else:
+        print(_as_text(plan, measured, arguments.threads))
+    return 0 if plan.fits and not plan.unknown else 1
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
+        raise argparse.ArgumentTypeError("it must be a whole number from 1 to 10000")
+    return int(text)
+
+
+def _web_concurrency() -> int:
+    given = os.environ.get("WEB_CONCURRENCY", "").strip()
+    return int(given) if given.isdecimal() and int(given) else 1
+
+
+def _target(settings: Settings, processes: int, size: int) -> Target:
+    demand = Demand(settings.name, processes, size, variable("max_size", settings.name))
+    return Target(demand, settings.connect_params(), settings.pooler == "transaction")
+
+
+def _size(
+    settings: Settings, measured: Mapping[str, Measured], arguments: argparse.Namespace
+) -> int:
+    """Return the max_size in effect: the running one, else as set, else as gunicorn's hooks size."""
+    if (found := measured.get(settings.name)) and found.max_size:
+        return found.max_size
+    threads: int | None = arguments.threads
+    if threads and "max_size" not in settings.explicit:
+        return max(settings.min_size, threads + 1)
+    return settings.max_size
+
+
+def _watch(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return the statistics before and after; None where no application runs."""
+    directory = statistics_directory(arguments.dir) if arguments.watch else None
+    if directory is None:
+        return None
+    try:
+        before = survey(Path(directory), arguments.app)
+    except ConfigError:
+        if arguments.dir or arguments.app:
+            raise
+        return None
+    time.sleep(arguments.watch)
+    return before, survey(Path(directory), arguments.app)
+
+
+def _as_text(plan: ConnectionPlan, measured: Mapping[str, Measured], threads: int | None) -> str:
+    lines = [
+        text
+        for verdict in plan.verdicts
+        for text in (f"{'ok' if verdict.fits else 'too many'}: {verdict}", verdict.advice)
+        if text
+    ]
+    lines += [f"unknown: {name}: {reason}" for name, reason in plan.unknown.items()]
+    lines += [f"{name}: {load_text(each, threads)}" for name, each in measured.items()]
+    return "\n".join(map(line, lines))
+
+
+def load_text(found: Measured, threads: int | None) -> str:
+    """Return one line: what is set, what the load needs, and what twice the load would."""
+    if found.load is None:
+        return f"{found.max_size} is set; {found.reason}"
+    parts = [f"{found.max_size} is set, {found.needs()} would do"]
+    if threads is not None:
+        parts.append(f"{threads} threads need {found.needs(threads)}")
+    parts.append(f"at twice the load {found.needs(threads, 2.0)}")
+    return (
+        f"{'; '.join(parts)} (95 % wait less than {TARGET * 1000:.0f} ms; a process has"
+        f" {found.load.rate:.3g} checkouts a second, each held {found.load.hold * 1000:.3g} ms,"
+        f" {found.load.busy:.2g} at once)"
+    )
+
+
+def _as_json(
+    plan: ConnectionPlan, measured: Mapping[str, Measured], threads: int | None
+) -> dict[str, Any]:
+    return {
+        "ok": plan.fits and not plan.unknown,
+        "limits": [_limit_as_json(verdict) for verdict in plan.verdicts],
+        "unknown": plan.unknown,
+        "load": {name: _load_as_json(each, threads) for name, each in measured.items()},
+    }
+
+
+def _limit_as_json(verdict: Verdict) -> dict[str, Any]:
+    limit = verdict.limit
+    return {
+        "ok": verdict.fits,
+        "what": limit.what,
+        "databases": [demand.database for demand in verdict.demands],
+        "most": limit.most,
+        "reserved": limit.reserved,
+        "others": limit.others,
+        "need": verdict.need,
+        "need_in_deploy": verdict.need_in_deploy,
+        "advice": verdict.advice or None,
+    }
+
+
+def _load_as_json(found: Measured, threads: int | None) -> dict[str, Any]:
+    load = found.load
+    return {
+        "processes": found.processes,
+        "max_size": found.max_size,
+        "checkouts": found.checkouts,
+        "seconds": round(found.seconds, 3),
+        "reason": found.reason,
+        "rate": load and load.rate,
+        "hold": load and load.hold,
+        "busy": load and load.busy,
+        "needs": found.needs(),
+        "threads_need": found.needs(threads) if threads else None,
+        "twice_the_load_needs": found.needs(threads, 2.0),
+    }

@@ -1,0 +1,106 @@
+"""Sizes: do the configured connections fit, and how many does the load need?
+
+`plan_connections` asks the servers; all arithmetic is in pure functions of the modules below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import psycopg
+
+from dbpool._secrets import conceal_params
+from dbpool.errors import ConfigError, describe
+from dbpool.sizing._budget import Demand, Limit, Verdict, judge
+from dbpool.sizing._load import Measured, measure
+from dbpool.sizing._pooler import CONSOLE, PoolerLimits, behind, client_limit, read_pooler_limits
+from dbpool.sizing._queueing import TARGET, Load, connections_needed
+from dbpool.sizing._server import ServerLimits, read_server_limits, server_limits
+
+__all__ = [
+    "TARGET",
+    "ConnectionPlan",
+    "Demand",
+    "Limit",
+    "Load",
+    "Measured",
+    "Target",
+    "Verdict",
+    "connections_needed",
+    "measure",
+    "plan_connections",
+]
+
+
+class Target(NamedTuple):
+    """A database's demand, and the parameters to connect with (`Settings.connect_params`)."""
+
+    demand: Demand
+    params: Mapping[str, Any]
+    is_pooled: bool = False  # PgBouncer stands in front of the server
+
+
+@dataclass(frozen=True)
+class ConnectionPlan:
+    """What fits and what does not, the tightest limit first; and what could not be asked."""
+
+    verdicts: list[Verdict]
+    unknown: dict[str, str]  # by database, why
+
+    @property
+    def fits(self) -> bool:
+        """Whether every limit that is known is wide enough, during a deploy too."""
+        return all(verdict.fits for verdict in self.verdicts)
+
+
+def plan_connections(targets: Mapping[str, Target]) -> ConnectionPlan:
+    """Compare what the pools may open with what their servers allow.
+
+    One connection to each database is opened and closed again, and one to PgBouncer's console. A
+    server that cannot be asked is left out, and told in `unknown`.
+    """
+    seen: list[tuple[Demand, ServerLimits]] = []
+    limits: list[tuple[Limit, Sequence[Demand]]] = []
+    unknown: dict[str, str] = {}
+    for name, (demand, params, is_pooled) in targets.items():
+        try:
+            server = _ask_server(params)
+            if is_pooled:
+                pooler = _ask_pooler(params, server)
+                limits.append(client_limit(demand, pooler))
+                demand = behind(demand, pooler)  # noqa: PLW2901  # what is left of it
+            seen.append((demand, server))
+        except _NoConsoleError as ex:
+            unknown[name] = str(ex)
+        except (psycopg.Error, ConfigError) as ex:
+            unknown[name] = describe(ex)
+    return ConnectionPlan(judge([*limits, *server_limits(seen)]), unknown)
+
+
+def _ask_server(params: Mapping[str, Any]) -> ServerLimits:
+    with _connect(params) as conn:
+        return read_server_limits(conn)
+
+
+class _NoConsoleError(Exception):
+    pass
+
+
+def _ask_pooler(params: Mapping[str, Any], server: ServerLimits) -> PoolerLimits:
+    # PgBouncer's names of database and role are those of the client, not the server's.
+    try:
+        with _connect({**params, "dbname": CONSOLE}) as console:
+            database = str(params.get("dbname") or server.database)
+            role = console.info.user
+            return read_pooler_limits(console, database, role, server.application)
+    except (psycopg.Error, KeyError) as ex:
+        raise _NoConsoleError(
+            f"PgBouncer's sizes: its console does not answer this role (add it to stats_users);"
+            f" {describe(ex)}"
+        ) from None
+
+
+def _connect(params: Mapping[str, Any]) -> psycopg.Connection[Any]:
+    return psycopg.connect(**conceal_params({**params, "autocommit": True}))

@@ -1,0 +1,101 @@
+"""The load of a running application, from two reports of its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import sqrt
+from typing import Any, Final
+
+from dbpool.metrics import BOUNDS, HistogramSnapshot, Snapshot
+from dbpool.sizing._queueing import Load, connections_needed
+
+ENOUGH: Final = 1000  # checkouts; with fewer the 95th percentile rests on a handful
+_SERIOUS: Final = ("warning", "critical")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A pool's load between two reports: of all processes together, `load` is one's share.
+
+    `load` is None where nothing can be said, and `reason` tells why. Times in seconds.
+    """
+
+    processes: int
+    max_size: int  # of one process
+    seconds: float
+    checkouts: int
+    load: Load | None = None
+    reason: str | None = None
+
+    def needs(self, threads: int | None = None, times: float = 1.0) -> int | None:
+        """Return the `max_size` that the load needs; None where there is not enough data."""
+        return None if self.load is None else connections_needed(self.load, threads, times)
+
+
+def measure(before: Mapping[str, Any], after: Mapping[str, Any], pool: str) -> Measured:
+    """Compare two reports, as `/stats` gives them, of the pool of that name."""
+    first, last = (_snapshot(report, pool) for report in (before, after))
+    processes = max(1, len(after["processes"]))
+    seconds = _written(after) - _written(before)
+    use, wait = _since(last.use, first.use), _since(last.wait, first.wait)
+    checkouts = 0 if use is None else use.count
+    size = last.max_size // processes
+    reason = _doubt(after, pool, last)
+    if use is None or wait is None or seconds <= 0:
+        reason = reason or "its counts fell meanwhile"
+    elif checkouts < ENOUGH:
+        reason = reason or f"{checkouts} checkouts in {seconds:.0f} s, {ENOUGH} are needed"
+    if reason is not None or use is None or wait is None:
+        return Measured(processes, size, seconds, checkouts, reason=f"not enough data: {reason}")
+    hold = use.sum / checkouts
+    load = Load(
+        rate=checkouts / seconds / processes,
+        hold=max(hold, 1e-9),
+        variation=_variation(use),
+        wait=wait.sum / max(1, wait.count),
+    )
+    return Measured(processes, size, seconds, checkouts, load)
+
+
+def _snapshot(report: Mapping[str, Any], pool: str) -> Snapshot:
+    found = report["pools"].get(pool)
+    return Snapshot() if found is None else Snapshot.from_json(found)
+
+
+def _written(report: Mapping[str, Any]) -> float:
+    """When the processes wrote, on average: each publishes once a second."""
+    ages: list[float] = [process["age"] for process in report["processes"]]
+    written: float = report["time"] - sum(ages) / max(1, len(ages))
+    return written
+
+
+def _doubt(after: Mapping[str, Any], pool: str, last: Snapshot) -> str | None:
+    """Return why the load is not a usual one."""
+    if last.state != "up":
+        return f"the pool is {last.state or 'not there'}"
+    if last.breaker.state != "closed":
+        return f"its breaker is {last.breaker.state}"
+    for finding in after.get("findings", ()):
+        if finding["pool"] in (pool, None) and finding["severity"] in _SERIOUS:
+            return f"{finding['code']} was found: {finding['text']}"
+    return None
+
+
+def _since(last: HistogramSnapshot, first: HistogramSnapshot) -> HistogramSnapshot | None:
+    """Return what came between two states of a histogram; None if it is another one."""
+    counts = tuple(b - a for a, b in zip(first.counts, last.counts, strict=True))
+    if min(counts) < 0 or last.ns < first.ns:
+        return None
+    return HistogramSnapshot(counts, last.ns - first.ns, last.max)
+
+
+def _variation(use: HistogramSnapshot) -> float:
+    """Return the squared coefficient of variation, each duration taken as its bucket's middle."""
+    edges = (0.0, *BOUNDS, max(use.max, BOUNDS[-1]))
+    middles = [sqrt(low * high) for low, high in pairwise(edges)]
+    weighted = [(middle, n) for middle, n in zip(middles, use.counts, strict=True) if n]
+    mean = sum(middle * n for middle, n in weighted) / use.count
+    square = sum(middle * middle * n for middle, n in weighted) / use.count
+    return max(0.0, square / (mean * mean) - 1) if mean else 0.0

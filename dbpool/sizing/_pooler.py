@@ -1,0 +1,75 @@
+"""PgBouncer's sizes, as its console tells them to a role in `stats_users` or `admin_users`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from psycopg import Connection
+from psycopg.rows import dict_row
+
+from dbpool.sizing._budget import Demand, Limit
+
+CONSOLE = "pgbouncer"  # the name of its database
+
+
+@dataclass(frozen=True)
+class PoolerLimits:
+    """PgBouncer's limits for one database and role; 0 is no limit.
+
+    `pool_size` bounds its connections to the server, its reserve included.
+    """
+
+    max_clients: int
+    other_clients: int
+    pool_size: int
+    max_db_connections: int
+
+
+def read_pooler_limits(
+    console: Connection[Any], database: str, role: str, application: str
+) -> PoolerLimits:
+    """Ask PgBouncer's console; four statements."""
+    config = {row["key"]: row["value"] for row in _rows(console, "SHOW CONFIG")}
+    known = {row["name"]: row for row in _rows(console, "SHOW DATABASES")}.get(database, {})
+    clients = [row for row in _rows(console, "SHOW CLIENTS") if row["database"] != CONSOLE]
+    ours = [
+        row
+        for row in clients
+        if (row["database"], row["user"]) == (database, role)
+        and str(row.get("application_name", application)).partition("@")[0] == application
+    ]
+    reserve = known.get("reserve_pool_size", known.get("reserve_pool"))
+    sizes = [known.get("pool_size"), reserve]
+    defaults = [config["default_pool_size"], config["reserve_pool_size"]]
+    return PoolerLimits(
+        max_clients=int(config["max_client_conn"]),
+        other_clients=len(clients) - len(ours),
+        pool_size=sum(int(d if s is None else s) for s, d in zip(sizes, defaults, strict=True)),
+        max_db_connections=int(known.get("max_connections") or 0),
+    )
+
+
+def _rows(console: Connection[Any], command: str) -> list[dict[str, Any]]:
+    with console.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(command.encode()).fetchall()
+
+
+def client_limit(demand: Demand, seen: PoolerLimits) -> tuple[Limit, Sequence[Demand]]:
+    """Return how many clients it takes, which is what the pools' connections are to it."""
+    what = f"PgBouncer in front of {demand.database}"
+    return Limit(what, "max_client_conn", seen.max_clients, others=seen.other_clients), [demand]
+
+
+def behind(demand: Demand, seen: PoolerLimits) -> Demand:
+    """Return what reaches the server: at most PgBouncer's pool, during a deploy too."""
+    sizes = [seen.pool_size, seen.max_db_connections or seen.pool_size, demand.most_in_deploy]
+    return replace(
+        demand,
+        database=f"{demand.database} through PgBouncer",
+        processes=1,
+        max_size=min(sizes),
+        setting="PgBouncer's default_pool_size",
+        in_deploy=1,
+    )

@@ -1,0 +1,118 @@
+"""How many connections a load needs: Little's law and the M/M/c queue, pure functions.
+
+A pool is a queue with `max_size` servers. Arrivals are Poisson unless the number of threads is
+known: each thread asks again only after its last request was served (a finite source, as in the
+machine repair model). Hold times that vary more or less than exponential ones stretch or shorten
+the waits by (1 + variation) / 2, after Allen and Cunneen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp, inf, lgamma, log
+from typing import Final
+
+TARGET: Final = 0.005  # seconds that the 95th percentile of waits may take
+_MAY_WAIT: Final = 0.05  # the share of checkouts that may wait longer
+_MOST: Final = 10_000  # connections, and threads; no process has more
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one process asks of its pool; times in seconds.
+
+    `rate` is checkouts per second, `hold` and `wait` are means per checkout, `variation` is the
+    squared coefficient of variation of the hold time: 0 if constant, 1 if exponential.
+    """
+
+    rate: float
+    hold: float
+    variation: float = 1.0
+    wait: float = 0.0
+
+    @property
+    def busy(self) -> float:
+        """Return the mean number of connections in use, by Little's law."""
+        return self.rate * self.hold
+
+
+def connections_needed(
+    load: Load, threads: int | None = None, times: float = 1.0, target: float = TARGET
+) -> int:
+    """Return the smallest `max_size` at which 95 % of the checkouts wait less than *target* seconds.
+
+    With *threads*, the most that can ask at once, the load comes from them alone and their number
+    is always enough. *times* scales the load: 2.0 is twice as many requests.
+    """
+    if threads is not None:
+        sources = max(1, min(threads, _MOST))
+        think = max(0.0, sources / load.rate - load.hold - load.wait) / times
+        sizes = range(1, sources)
+        waits = (_finite_wait_share(size, sources, think, load, target) for size in sizes)
+    else:
+        sources = _MOST
+        sizes = range(1, _MOST)
+        waits = (_open_wait_share(size, load, times, target) for size in sizes)
+    fits = (size for size, share in zip(sizes, waits, strict=True) if share <= _MAY_WAIT)
+    return next(fits, sources)
+
+
+def erlang_c(servers: int, busy: float) -> float:
+    """Return the share of arrivals that wait in an M/M/c queue; *busy* servers on average."""
+    if busy >= servers:
+        return 1.0
+    blocked = 1.0  # Erlang's B formula, by its recursion: it neither overflows nor cancels
+    for n in range(1, servers + 1):
+        blocked = busy * blocked / (n + busy * blocked)
+    return blocked / (1 - busy / servers * (1 - blocked))
+
+
+def _open_wait_share(size: int, load: Load, times: float, target: float) -> float:
+    """Return the share of Poisson arrivals that wait longer than *target*."""
+    busy = load.busy * times
+    if busy >= size:
+        return 1.0
+    drained = (size - busy) * target / (load.hold * _stretch(load))
+    return erlang_c(size, busy) * exp(-drained)
+
+
+def _finite_wait_share(size: int, sources: int, think: float, load: Load, target: float) -> float:
+    """Return the share of waits longer than *target* where only *sources* threads can ask.
+
+    Who asks meets the others as they would be without it (the arrival theorem).
+    """
+    others = sources - 1
+    if think <= 0.0:
+        weights = [0.0] * others + [1.0]
+    else:
+        logs = [_log_weight(n, size, others, log(load.hold / think)) for n in range(others + 1)]
+        weights = [exp(each - max(logs)) for each in logs]
+    steps = size * target / (load.hold * _stretch(load))
+    late = sum(
+        weight * _poisson_up_to(n - size, steps)
+        for n, weight in enumerate(weights)
+        if n >= size and weight
+    )
+    return late / sum(weights)
+
+
+def _log_weight(n: int, size: int, others: int, ratio: float) -> float:
+    """Return the logarithm of how likely *n* of *others* hold or wait for a connection."""
+    chosen = lgamma(others + 1) - lgamma(others - n + 1)
+    served = lgamma(min(n, size) + 1) + max(0, n - size) * log(size)
+    return chosen - served + n * ratio
+
+
+def _poisson_up_to(n: int, mean: float) -> float:
+    """Return the chance that at most *n* connections come back in a time in which *mean* do."""
+    if mean == inf:
+        return 0.0
+    term = total = exp(-mean)
+    for k in range(1, n + 1):
+        term *= mean / k
+        total += term
+    return min(1.0, total)
+
+
+def _stretch(load: Load) -> float:
+    return max(0.05, (1 + load.variation) / 2)

@@ -1,0 +1,206 @@
+"""`python -m dbpool plan`, against real servers, a real PgBouncer and a running application."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import Databases, Settings
+from dbpool.cli import main
+from dbpool.processes import Processes
+from tests.faults.test_pgbouncer import PROGRAM, Bouncer
+
+from .postgres import Server
+from .threads import Load
+
+Plan = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Plan:
+    """Run the command in this process; return its status and what it printed."""
+
+    def plan(*arguments: str, **environ: str) -> tuple[int, str]:
+        monkeypatch.chdir(tmp_path)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        return main(["plan", *arguments]), capsys.readouterr().out
+
+    return plan
+
+
+@pytest.fixture
+def narrow(make_server: Callable[..., Server]) -> Server:
+    """A server with 30 connections, 3 of them reserved, and a role that is no superuser."""
+    server = make_server(max_connections=30, superuser_reserved_connections=3)
+    server.execute("create role app login password 'right'")
+    return server
+
+
+def url_of(server: Server) -> str:
+    return server.conninfo_for(user="app", password="right")
+
+
+def limits(printed: str) -> dict[str, Any]:
+    return {limit["what"]: limit for limit in json.loads(printed)["limits"]}
+
+
+def test_it_says_what_fits_and_exits_with_zero(narrow: Server, plan: Plan) -> None:
+    status, printed = plan("--workers", "2", DATABASE_URL=url_of(narrow), DBPOOL_MAX_SIZE="6")
+    assert status == 0
+    assert printed == (
+        "ok: the server of default allows 30, 3 reserved: 27 left for 2 x 6 (default) = 12,"
+        " 24 during a deploy\n"
+    )
+
+
+def test_what_does_not_fit_is_told_with_the_setting(narrow: Server, plan: Plan) -> None:
+    status, printed = plan("--workers", "2", DATABASE_URL=url_of(narrow), DBPOOL_MAX_SIZE="7")
+    assert status == 1
+    assert printed.startswith("too many: the server of default allows 30, 3 reserved: 27 left")
+    assert printed.splitlines()[1] == "set DBPOOL_MAX_SIZE to 6, or raise max_connections to 31"
+
+
+def test_databases_of_one_server_share_its_connections(narrow: Server, plan: Plan) -> None:
+    narrow.execute("create database reports")
+    status, printed = plan(
+        "--json",
+        DATABASE_URL=url_of(narrow),
+        DBPOOL_DATABASES="reports",
+        DBPOOL_REPORTS_URL=narrow.conninfo_for(user="app", password="right", dbname="reports"),
+        DBPOOL_REPORTS_MAX_SIZE="4",
+        WEB_CONCURRENCY="2",
+    )
+    found = limits(printed)["the server of default, reports"]
+    assert (found["need"], found["need_in_deploy"], status) == (2 * 10 + 2 * 4, 56, 1)
+
+
+def test_only_sessions_of_others_take_room(narrow: Server, plan: Plan) -> None:
+    """An ordinary role counts them: it sees no more of them than that."""
+    ours = url_of(narrow) + " application_name=dbpool:default@web1/17"
+    with psycopg.connect(narrow.conninfo), psycopg.connect(ours), psycopg.connect(ours):
+        _, printed = plan("--json", DATABASE_URL=url_of(narrow))
+    assert limits(printed)["the server of default"]["others"] == 1
+
+
+def test_reserved_connections_are_no_room(make_server: Callable[..., Server], plan: Plan) -> None:
+    server = make_server(
+        max_connections=30, superuser_reserved_connections=2, reserved_connections=5
+    )
+    server.execute("create role app login password 'right'")
+    _, printed = plan("--json", DATABASE_URL=url_of(server))
+    assert limits(printed)["the server of default"]["reserved"] == 7
+
+
+def test_the_limits_of_role_and_database_count(narrow: Server, plan: Plan) -> None:
+    narrow.execute("alter role app connection limit 5")
+    narrow.execute("alter database postgres connection limit 4")
+    with psycopg.connect(url_of(narrow)):
+        status, printed = plan("--json", DATABASE_URL=url_of(narrow), DBPOOL_MAX_SIZE="2")
+    found = limits(printed)
+    role = found["the CONNECTION LIMIT of role app"]
+    database = found["the CONNECTION LIMIT of database postgres"]
+    assert (role["most"], role["others"], role["ok"]) == (5, 1, True)
+    assert (database["most"], database["others"], database["ok"]) == (4, 1, False)
+    assert "ALTER DATABASE postgres CONNECTION LIMIT) to 5" in database["advice"]
+    assert status == 1
+
+
+def test_a_database_that_cannot_be_asked_is_named(narrow: Server, plan: Plan) -> None:
+    url = narrow.conninfo_for(user="app", password="wr0ng")
+    status, printed = plan(DATABASE_URL=url)
+    assert status == 1
+    assert printed.startswith("unknown: default: ")
+    assert "password authentication failed" in printed
+    assert "wr0ng" not in printed
+
+
+# Behind PgBouncer
+
+
+@pytest.fixture
+def bouncer(narrow: Server) -> Iterator[Bouncer]:
+    extra = "stats_users = app\nreserve_pool_size = 2"
+    bouncer = Bouncer(narrow, size=5, extra=extra)
+    bouncer.start()
+    yield bouncer
+    bouncer.kill()
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here")
+def test_behind_a_pooler_its_sizes_count(bouncer: Bouncer, plan: Plan) -> None:
+    """Clients by its max_client_conn, which is 6; its pool of 5 + 2 alone reaches the server."""
+    settings = {"DATABASE_URL": bouncer.conninfo_for(), "DBPOOL_POOLER": "transaction"}
+    status, printed = plan("--json", "--workers", "4", **settings, DBPOOL_MAX_SIZE="2")
+    clients = limits(printed)["PgBouncer in front of default"]
+    assert (clients["most"], clients["need_in_deploy"], clients["ok"]) == (6, 16, False)
+    assert "max_client_conn to 16" in clients["advice"]
+    server = limits(printed)["the server of default through PgBouncer"]
+    assert (server["need"], server["need_in_deploy"], server["ok"]) == (7, 7, True)
+    assert status == 1
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here")
+def test_a_console_that_refuses_is_told(narrow: Server, plan: Plan) -> None:
+    bouncer = Bouncer(narrow)
+    bouncer.start()
+    try:
+        status, printed = plan(DATABASE_URL=bouncer.conninfo_for(), DBPOOL_POOLER="transaction")
+    finally:
+        bouncer.kill()
+    assert status == 1
+    assert printed.startswith("unknown: default: PgBouncer's sizes: its console does not answer")
+    assert "stats_users" in printed
+
+
+# A running application
+
+
+def test_the_load_of_a_running_application_says_what_it_needs(
+    dsn: str, tmp_path: Path, plan: Plan
+) -> None:
+    (tmp_path / "stats").mkdir(mode=0o700)
+    with Databases({"default": Settings(conninfo=dsn, max_size=8)}) as databases:
+        processes = Processes(databases, tmp_path / "stats", app="shop")
+        processes.start()
+        processes.publish()
+        load = Load(lambda: databases.default.fetch_value("select 1"), threads=4)
+        try:
+            load.await_calls(10)
+            status, printed = plan(
+                "--json", "--for", "4s", "--threads", "4", "--dir", str(tmp_path / "stats"),
+                DATABASE_URL=dsn,
+            )  # fmt: skip
+        finally:
+            load.stop()
+            processes.close()
+    found = json.loads(printed)["load"]["default"]
+    assert status == 0
+    assert found["max_size"] == 8  # the running pool's, not the environment's
+    assert found["reason"] is None, found
+    assert 1 <= found["threads_need"] <= found["twice_the_load_needs"] <= 4
+    assert found["busy"] == pytest.approx(found["rate"] * found["hold"])
+
+
+def test_an_idle_application_gives_not_enough_data(dsn: str, tmp_path: Path, plan: Plan) -> None:
+    (tmp_path / "stats").mkdir(mode=0o700)
+    with Databases({"default": Settings(conninfo=dsn)}) as databases:
+        databases.default.fetch_value("select 1")
+        processes = Processes(databases, tmp_path / "stats", app="shop")
+        processes.start()
+        processes.publish()
+        try:
+            status, printed = plan(
+                "--for", "100ms", "--dir", str(tmp_path / "stats"), DATABASE_URL=dsn
+            )
+        finally:
+            processes.close()
+    assert status == 0
+    assert printed.splitlines()[-1].startswith("default: 10 is set; not enough data: 0 checkouts")
