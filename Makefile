@@ -14,7 +14,7 @@ compile    := $(VENV)-lock/bin/uv pip compile --quiet --universal --python-versi
 consistent := --constraint requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow check docs bench bench-quick lock clean \
+.PHONY: help run dev test test-slow check docs bench bench-quick lock clean \
     venv venv-bench venv-docs venv-lock
 
 help: ## show this list
@@ -22,6 +22,9 @@ help: ## show this list
 
 run: venv ## serve the sample application on PORT (8000), with a PostgreSQL of its own
 	@PORT=$(PORT) exec $(python) -m webapp
+
+dev: venv ## the same, and start again what serves whenever a source changes
+	@PORT=$(PORT) exec $(python) -m webapp --reload
 
 test: venv ## run the tests, two files at a time
 	@$(python) -m pytest --numprocesses 2 --dist loadfile

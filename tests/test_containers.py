@@ -1,6 +1,6 @@
-"""The files that images and containers are made from, read; and what runs in a container, run.
+"""The files that images and containers are made from, and the commands that run in them.
 
-No engine is needed here.
+No engine is needed here: `tests/containers` has what takes one.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-
-from dbpool.settings import COMMON
 
 from .postgres import free_port
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-COMPOSE = (ROOT / "docker-compose.yml").read_text()
-README = (ROOT / "README.md").read_text()
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 STEPS = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", DOCKERFILE, flags=re.MULTILINE)).splitlines()
 
 
@@ -44,7 +43,13 @@ def test_building_asks_for_no_other_image_than_the_base() -> None:
         r"^#\s*(syntax|escape|check)\s*=", DOCKERFILE, re.MULTILINE | re.IGNORECASE
     )
     assert steps("ARG") == ["BASE=python:3.13-slim"]
-    assert {step.split()[0] for step in steps("FROM")} == {"${BASE}"}
+    made = {step.split()[2] for step in steps("FROM")}
+    assert {step.split()[0] for step in steps("FROM")} - made == {"${BASE}"}
+
+
+def test_what_serves_is_built_unless_another_target_is_asked_for() -> None:
+    assert steps("FROM")[-1].split()[2] == "production"
+    assert "dev" in {step.split()[2] for step in steps("FROM")}
 
 
 def test_older_builders_understand_every_step() -> None:
@@ -125,57 +130,79 @@ def test_files_of_every_kind_that_the_sources_hold_stay_in_the_image() -> None:
 
 # -- compose ---------------------------------------------------------------------------------
 
-
-def environment(service: str) -> dict[str, str]:
-    """What compose sets for a service; an empty value is taken from the shell or `.env`."""
-    block = re.search(rf"^ *{service}:.*\n(?: +.*\n)*? +environment:\n((?: +.*\n)+?) +\w+: \[",
-                      COMPOSE, re.MULTILINE)  # fmt: skip
-    assert block
-    return dict(re.findall(r"^ +([A-Z][A-Z0-9_]+): ?(.*)$", block[1], re.MULTILINE))
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = [name for name, service in SERVICES.items() if "webapp" in service.get("image", "")]
 
 
-def test_compose_passes_every_setting() -> None:
-    passed = environment("x-web")
-    table = set(re.findall(r"^\| (`[A-Z].*?) \|", README, re.MULTILINE))
-    told = {name for cell in table for name in re.findall(r"`([A-Z][A-Z0-9_]+)`", cell)}
-    assert told >= COMMON
-    # The database is the one that compose starts, and its URL holds no secret.
-    assert (told | COMMON) - passed.keys() == {"DATABASE_URL_FILE"}
-
-
-def test_compose_adds_nothing_to_a_setting_that_it_passes() -> None:
-    """`${X:-}` would set what nobody set, to nothing."""
-    own = {name: value for name, value in environment("x-web").items() if value}
-    assert own.keys() == {
-        "DATABASE_URL", "PGPASSWORD_FILE", "DBPOOL_TOKEN_FILE", "WEB_CONCURRENCY",
+def test_every_setting_of_dotenv_reaches_the_application() -> None:
+    """The file as a whole. What compose itself decides is named, and nothing else is."""
+    assert OURS
+    for name in OURS:
+        assert SERVICES[name]["env_file"] == [{"path": ".env", "required": False}]
+    assert SERVICES["web"]["environment"].keys() == {
+        "DATABASE_URL", "DATABASE_URL_FILE", "DBPOOL_TOKEN_FILE", "PGPASSWORD", "PGPASSWORD_FILE",
+        "PORT",
     }  # fmt: skip
 
 
-def test_every_secret_of_compose_is_a_file() -> None:
-    names = set(re.findall(r"/run/secrets/(\w+)", COMPOSE))
-    defined = dict(re.findall(r"^  (\w+):\n    file: (\S+)$", COMPOSE, re.MULTILINE))
-    assert defined == {name: f"./secrets/{name}" for name in names}
-    assert "dbpool_token" in names
-    header = COMPOSE.split("x-web", 1)[0]
-    assert names == set(re.findall(r"\b\w+_(?:password|token)\b", header))
-    assert "://webapp@db" in COMPOSE, "no password in the URL"
+def test_every_secret_of_compose_is_a_file_that_compose_makes() -> None:
+    made = set(re.findall(r"\b(?:server|app|token)/\w+", str(SERVICES["secrets"]["entrypoint"])))
+    used = set(re.findall(r"/run/secrets/([\w/]+)", str({**SERVICES, "secrets": None})))
+    assert used - {"server", "app", "token"} == made
+    assert "secrets" not in COMPOSE
+    assert not any(
+        "POSTGRES_PASSWORD" in service.get("environment", {}) for service in SERVICES.values()
+    )
+
+
+def mounts(service: dict[str, Any]) -> dict[str, str]:
+    return {target: name for name, target, *_ in (m.split(":") for m in service.get("volumes", []))}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_application_sees_no_password_of_the_server(name: str) -> None:
+    assert "server-secrets" not in mounts(SERVICES[name]).values()
+
+
+def test_only_the_service_that_makes_secrets_writes_to_them() -> None:
+    for name, service in SERVICES.items():
+        writable = [m for m in service.get("volumes", []) if not m.endswith(":ro")]
+        assert name == "secrets" or not re.search("secrets|token", str(writable))
 
 
 def test_the_application_s_role_is_no_superuser() -> None:
     """The image makes POSTGRES_USER one: the application must not be that."""
-    assert "POSTGRES_USER" not in COMPOSE
-    assert environment("x-web")["DATABASE_URL"].startswith("postgresql://webapp@")
-    created = re.search(r"create role webapp ([^'\n]*)'", COMPOSE)
-    assert created
-    assert created[1] == "login"
+    assert "POSTGRES_USER" not in str(SERVICES)
+    for name in OURS:
+        assert SERVICES[name]["environment"]["DATABASE_URL"].startswith("postgresql://webapp@")
+    assert "'create role webapp login'" in SERVICES["role"]["command"][0]
 
 
 def test_compose_gives_one_image_one_name() -> None:
-    assert re.findall(r"^ +image: (.*)$", COMPOSE, re.MULTILINE) == [
-        "dbpool-webapp",
-        "${POSTGRES_IMAGE:-postgres:18}",
-    ]
-    assert COMPOSE.count("build:") == 1
+    names = {name: SERVICES[name]["image"] for name in OURS}
+    dev = names.pop("dev")
+    assert set(names.values()) == {"dbpool-webapp"}
+    assert dev == "dbpool-webapp:dev"
+    assert [name for name in names if "build" in SERVICES[name]] == ["schema"]
+
+
+def test_ports_are_those_of_this_machine_alone() -> None:
+    ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_application_is_confined(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+@pytest.mark.parametrize("name", [*SERVICES])
+def test_every_service_has_a_bound_of_memory(name: str) -> None:
+    assert re.fullmatch("[0-9]+m", SERVICES[name]["mem_limit"])
 
 
 # -- the health check ------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """`python -m webapp`: the application under gunicorn, with a PostgreSQL of its own if need be.
 
-This process stays the parent of all that it starts, so that whatever ends it ends the rest: it
+With `--reload` gunicorn is started again whenever a source has changed. This process stays the parent of all that it starts, so that whatever ends it ends the rest: it
 never becomes gunicorn. It binds the port itself, so that one in use is told at once, and hands
 gunicorn the listening socket.
 """
@@ -22,11 +22,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from webapp import ROOT, dotenv
 from webapp.embedded import EmbeddedError, Interrupted, Server, binaries, home, server
+from webapp.reload import Sources
 
 if TYPE_CHECKING:
     from dbpool.settings.app import AppSettings
@@ -61,14 +63,18 @@ class Stop:
 
 def main() -> int:
     """Run until a signal or the end of gunicorn; return the exit code."""
+    if sys.argv[1:] not in ([], ["--reload"]):
+        print("usage: python -m webapp [--reload]", file=sys.stderr)
+        return 2
     stop = Stop()
+    sources = Sources(ROOT) if sys.argv[1:] else None
     os.chdir(ROOT)  # where gunicorn works and .env is looked for
     _set_up_logging()
     try:
         _set_workers()
         with _listening(stop) as listener, _database(listener, stop) as embedded:
             settings = _prepare()
-            return _serve(listener, embedded, settings, stop)
+            return _serve(listener, embedded, settings, stop, sources)
     except Interrupted:
         return 0
     except (Refused, EmbeddedError) as exc:
@@ -190,13 +196,26 @@ def _prepare() -> AppSettings:
 
 
 def _serve(
-    listener: socket.socket, embedded: Server | None, settings: AppSettings, stop: Stop
+    listener: socket.socket,
+    embedded: Server | None,
+    settings: AppSettings,
+    stop: Stop,
+    sources: Sources | None,
 ) -> int:
     host, port = listener.getsockname()[:2]
     process = _start_gunicorn(listener)
+    if sources is None:
+        # With our copy open, clients of a gunicorn that ended would wait instead of being refused.
+        # For a reload they are to wait.
+        listener.close()
     try:
         told = False
-        while process.poll() is None and not stop():
+        # Where a changed source is broken gunicorn ends, and the next change starts it again.
+        while not stop() and (process.poll() is None or sources is not None):
+            if sources is not None and (changed := sources.changed()):
+                print(f"webapp: reloading, changed: {_named(changed)}", flush=True)
+                _end(process)
+                process = _start_gunicorn(listener)
             if not told and _answers(host, port):
                 _tell(host, port, embedded, settings)
                 told = True
@@ -213,15 +232,18 @@ def _serve(
 def _start_gunicorn(listener: socket.socket) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "gunicorn", "--config", "webapp/gunicorn.conf.py"]
     command += ["--bind", f"fd://{listener.fileno()}", "--log-level", "warning"]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*command, "webapp:create_app()"],
         env={**os.environ, "WEBAPP_SUPERVISOR": str(os.getpid())},
         pass_fds=[listener.fileno()],
         start_new_session=True,  # Ctrl-C in the terminal is for us alone
     )
-    # With our copy open, clients of a gunicorn that ended would wait instead of being refused.
-    listener.close()
-    return process
+
+
+def _named(changed: list[Path]) -> str:
+    """Name a few of the files; a checkout of another branch changes many."""
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return ", ".join(map(str, changed[:3])) + more
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
