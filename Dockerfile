@@ -17,13 +17,11 @@ RUN python -m venv /venv \
     --requirement /tmp/requirements.txt \
  && /venv/bin/pip uninstall --yes pip
 
-# Only files of these kinds are kept, and every user may read them, whatever the checkout's modes.
+# Every user may read the files, whatever the checkout's modes.
 FROM ${BASE} AS sources
 COPY dbpool /app/dbpool
 COPY webapp /app/webapp
-RUN find /app -type f ! -name '*.py' ! -name py.typed ! -name names.txt \
-    ! -path '*/templates/*' ! -path '*/static/*' -delete \
- && python -m compileall -q --invalidation-mode unchecked-hash /app \
+RUN python -m compileall -q --invalidation-mode unchecked-hash /app \
  && chmod -R u=rwX,go=rX /app
 
 FROM ${BASE} AS runtime
