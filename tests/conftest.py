@@ -16,9 +16,11 @@ import pytest
 from flask import Flask
 from pytest_postgresql.janitor import DatabaseJanitor
 
+from dbpool import Pool
 from dbpool.flask import DBPool, create_blueprint
 
 from .fake import FakeServer
+from .pools import MakePool, assert_closes, assert_whole
 from .postgres import Copies, Server, dismiss_reaper, until
 from .proxy import Proxy
 
@@ -147,6 +149,38 @@ def fake() -> Iterator[FakeServer]:
     server = FakeServer()
     yield server
     server.accept()  # those who hang
+
+
+@pytest.fixture
+def make_pool() -> Iterator[MakePool]:
+    """Make pools of a server, a fake one, or what a connection string names.
+
+    After the test nothing of them is lost, they close in time, and nothing stays behind on the
+    server.
+    """
+    made: list[tuple[Pool[Any], Server | None]] = []
+
+    def make(where: Any = "", *, server: Server | None = None, **options: Any) -> Pool[Any]:
+        if isinstance(where, FakeServer):
+            pool = where.pool(**options)
+        elif isinstance(where, Server):
+            server = server or where
+            pool = Pool(where.conninfo, **options)
+        else:
+            pool = Pool(where, **options)
+        made.append((pool, server))
+        return pool
+
+    yield make
+    for pool, server in made:
+        if server:
+            server.thaw()
+        assert_whole(pool)
+        assert_closes(pool)
+    for pool, server in made:
+        if server and server.is_running():
+            name = f"dbpool:{pool.name}"
+            until(lambda server=server, name=name: not server.backends(name))  # type: ignore[misc]
 
 
 @pytest.fixture

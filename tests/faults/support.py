@@ -1,51 +1,18 @@
-"""What the tests of faults share: what they watch, and scripts in processes of their own."""
+"""Scripts that tests of faults run in processes of their own."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from dbpool import Pool
-
-MakePool = Callable[..., Pool[Any]]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXIT_SECONDS = 2.0
 
 # A fork in a process with threads is what is tested; newer Pythons warn of every one.
 _WARNINGS = "error,ignore:This process:DeprecationWarning"
-
-
-class Recorder:
-    """A listener that keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-        self._lock = threading.Lock()
-
-    def __call__(self, event: Any) -> None:
-        with self._lock:
-            self.events.append(event)
-
-    def count(self, kind: type) -> int:
-        with self._lock:
-            return sum(type(event) is kind for event in self.events)
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Fail if the block takes longer: what must not wait, or not that long."""
-    started = time.monotonic()
-    yield
-    taken = time.monotonic() - started
-    assert taken < seconds, f"it took {taken:.2f} s, more than {seconds} s"
 
 
 def environ() -> dict[str, str]:

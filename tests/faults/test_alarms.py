@@ -13,9 +13,8 @@ import psycopg
 import pytest
 
 from dbpool import Pool
+from tests.pools import assert_serves_all
 from tests.postgres import until
-
-from .steps import assert_serves_all
 
 # What is raised in a finalizer or a callback of C, Python itself can but report.
 pytestmark = pytest.mark.filterwarnings(

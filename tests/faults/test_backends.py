@@ -14,10 +14,7 @@ import pytest
 
 from dbpool import DatabaseUnavailable, Pool
 from dbpool._checkin import _BRIEF
-from tests.postgres import Server, until
-from tests.threads import Load, Task
-
-from .steps import (
+from tests.pools import (
     GRACE,
     SLACK,
     assert_serves_all,
@@ -26,8 +23,10 @@ from .steps import (
     await_up,
     fill,
     terminate,
+    within,
 )
-from .support import within
+from tests.postgres import Server, until
+from tests.threads import Load, Task
 
 PID = "select pg_backend_pid()"
 

@@ -11,10 +11,10 @@ import psycopg
 import pytest
 
 from dbpool import Pool
+from tests.pools import MakePool
 from tests.postgres import Server, until
 from tests.threads import Task
 
-from .support import MakePool
 from .test_waiters import alarm
 
 SLOW = "select pg_sleep(30)"

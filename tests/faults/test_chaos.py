@@ -6,7 +6,6 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -15,13 +14,10 @@ import pytest
 from psycopg_pool import PoolTimeout
 
 from dbpool import DatabaseUnavailable, Pool
+from tests.pools import MakePool, assert_adds_up, assert_serves_all, await_server
 from tests.postgres import Server, until
 from tests.proxy import Mode, Proxy
 from tests.threads import Load, Task
-
-from .steps import assert_adds_up, assert_serves_all, await_server
-
-MakePool = Callable[..., Pool[Any]]
 
 
 class Faults:

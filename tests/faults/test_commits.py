@@ -11,12 +11,10 @@ import pytest
 from psycopg import IsolationLevel
 
 from dbpool import CommitUncertain, Pool, events
+from tests.pools import MakePool, Recorder, assert_serves_all, fill, terminate
 from tests.postgres import Server, until
 from tests.proxy import Cut, Proxy
 from tests.threads import Task
-
-from .steps import assert_serves_all, fill, terminate
-from .support import MakePool, Recorder
 
 COMMIT = b"COMMIT"
 INSERT = "insert into t values (%s) on conflict do nothing"

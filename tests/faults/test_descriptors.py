@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Pool
+from tests.pools import GRACE
 from tests.postgres import Server, until
-
-from .steps import GRACE
 
 
 @contextmanager

@@ -20,10 +20,9 @@ from flask import Flask
 
 from dbpool import Pool, PoolExhausted, TooManyRequests
 from dbpool.flask import DBPool
+from tests.pools import GRACE, MakePool, fill, terminate
 from tests.postgres import Server, until
 
-from .steps import GRACE, fill, terminate
-from .support import MakePool
 from .test_saturation import ROOM, Crowd, crowd, small  # noqa: F401  # fixtures
 
 

@@ -14,9 +14,8 @@ import psycopg
 import pytest
 
 from dbpool import Pool
+from tests.pools import SLACK
 from tests.postgres import Server, until
-
-from .steps import SLACK
 
 
 def notice(text: bytes) -> bytes:

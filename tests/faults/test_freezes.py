@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.faults.steps import fill
-from tests.faults.support import MakePool, within
+from tests.pools import MakePool, fill, within
 from tests.postgres import Server
 
 

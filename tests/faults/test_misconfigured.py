@@ -15,17 +15,24 @@ from typing import Any
 import psycopg
 import pytest
 
-from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Pool
+from dbpool import DatabaseMisconfigured, DatabaseUnavailable
 from dbpool.errors import classify
 from dbpool.events import ConnectFailed
+from tests.pools import (
+    GRACE,
+    SLACK,
+    MakePool,
+    Recorder,
+    assert_serves_all,
+    await_farewells,
+    await_up,
+    fill,
+    terminate,
+)
 from tests.postgres import Server, until
 from tests.proxy import Proxy
 from tests.threads import Task
 
-from .steps import GRACE, SLACK, assert_serves_all, await_farewells, await_up, fill, terminate
-from .support import Recorder
-
-MakePool = Callable[..., Pool[Any]]
 SECRET = "s3cr3t-of-theirs"
 
 

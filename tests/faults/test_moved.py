@@ -11,10 +11,8 @@ import pytest
 from psycopg.errors import ReadOnlySqlTransaction
 
 from dbpool import DatabaseUnavailable, Pool
+from tests.pools import GRACE, MakePool, assert_serves_all, await_up, fill
 from tests.postgres import Server, until
-
-from .steps import GRACE, assert_serves_all, await_up, fill
-from .support import MakePool
 
 PID = "select pg_backend_pid()"
 

@@ -6,21 +6,18 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Pool
+from dbpool import DatabaseMisconfigured, DatabaseUnavailable
+from tests.pools import GRACE, SLACK, MakePool, assert_serves_all, await_up, fill, terminate
 from tests.postgres import Server, free_port, until
 from tests.proxy import Mode, Proxy
 from tests.threads import Load, Task
 
-from .steps import GRACE, SLACK, assert_serves_all, await_up, fill, terminate
-
-MakePool = Callable[..., Pool[Any]]
 PID = "select pg_backend_pid()"
 
 

@@ -11,8 +11,7 @@ import psycopg
 import pytest
 
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable, events
-from tests.faults.steps import GRACE, assert_serves_all, await_up
-from tests.faults.support import MakePool, Recorder, within
+from tests.pools import GRACE, MakePool, Recorder, assert_serves_all, await_up, within
 from tests.postgres import Server, free_port, until
 from tests.proxy import Mode, Proxy
 from tests.threads import Task

@@ -16,12 +16,10 @@ import pytest
 from dbpool import DatabaseMisconfigured, Databases, DatabaseUnavailable, Pool, Settings
 from dbpool.errors import classify
 from dbpool.health import Health
+from tests.pools import GRACE, MakePool, await_up, fill
 from tests.postgres import Server, free_port, spawn, until
 from tests.threads import Task
 from webapp.embedded import server_user
-
-from .steps import GRACE, await_up, fill
-from .support import MakePool
 
 PROGRAM = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
 

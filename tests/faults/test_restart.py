@@ -11,10 +11,9 @@ import psycopg
 import pytest
 
 from dbpool import DatabaseUnavailable, Pool
+from tests.pools import GRACE, SLACK, assert_serves_all, await_up, fill
 from tests.postgres import Server, until
 from tests.threads import Load, Task
-
-from .steps import GRACE, SLACK, assert_serves_all, await_up, fill
 
 MODES = ["fast", "immediate"]
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
 
 import psycopg
 import pytest
 
-from dbpool import DatabaseUnavailable, Pool
+from dbpool import DatabaseUnavailable
+from tests.pools import GRACE, SLACK, MakePool, assert_serves_all, await_gone, await_up, fill
 from tests.postgres import Server, until
 from tests.threads import Load, Task
 
-from .steps import GRACE, SLACK, assert_serves_all, await_gone, await_up, fill
-
-MakePool = Callable[..., Pool[Any]]
 ROOM = 8  # for those who are no superusers
 PID = "select pg_backend_pid()"
 

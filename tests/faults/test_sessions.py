@@ -15,12 +15,10 @@ import pytest
 from psycopg.pq import TransactionStatus
 
 from dbpool import DatabaseMisconfigured, Pool
+from tests.pools import SLACK, MakePool, assert_serves_all, await_farewells, fill, terminate
 from tests.postgres import Server, until
 from tests.proxy import Proxy
 from tests.threads import Load, Task
-
-from .steps import SLACK, assert_serves_all, await_farewells, fill, terminate
-from .support import MakePool
 
 PID = "select pg_backend_pid()"
 

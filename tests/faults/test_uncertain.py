@@ -11,12 +11,10 @@ from psycopg import sql
 from psycopg.rows import class_row, dict_row, tuple_row
 
 from dbpool import CommitUncertain, Pool
+from tests.pools import MakePool, assert_serves_all, fill, terminate
 from tests.postgres import Server, until
 from tests.proxy import Cut, Proxy
 from tests.threads import Task
-
-from .steps import assert_serves_all, fill, terminate
-from .support import MakePool
 
 COMMIT = b"COMMIT"
 INSERT = "insert into t values (%s)"

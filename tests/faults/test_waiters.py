@@ -15,12 +15,10 @@ from psycopg_pool import PoolClosed
 
 from dbpool import DatabaseUnavailable, PoolExhausted
 from dbpool.holders import Owner
+from tests.pools import GRACE, MakePool, assert_adds_up, assert_serves_all, fill, within
 from tests.postgres import Server, until
 from tests.proxy import Mode, Proxy
 from tests.threads import Task
-
-from .steps import GRACE, assert_adds_up, assert_serves_all, fill
-from .support import MakePool, within
 
 
 @contextmanager

@@ -8,8 +8,7 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,12 @@ import psycopg
 import pytest
 from psycopg.pq import Conninfo
 
-from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Pool
+from dbpool import DatabaseMisconfigured, DatabaseUnavailable
 from dbpool.errors import classify, is_permanent
+from tests.pools import SLACK, MakePool
 from tests.postgres import Server
 from tests.proxy import Proxy
 from tests.threads import Task
-
-from .steps import SLACK
-
-MakePool = Callable[..., Pool[Any]]
 
 # Their values are free, or name something that may come to be.
 FREE = {
@@ -77,13 +73,6 @@ WRONG: dict[str, dict[str, object]] = {
     "SCRAM keys": {"scram_client_key": "x", "scram_server_key": "y"},
     "password, for replication": {"replication": "true"},
 }  # fmt: skip
-
-
-@pytest.fixture
-def make_pool() -> Iterator[MakePool]:
-    """Make pools; unlike its namesake for servers that are harmed it needs none."""
-    with ExitStack() as closing:
-        yield lambda conninfo="", **options: closing.enter_context(Pool(conninfo, **options))
 
 
 def refused(make_pool: MakePool, conninfo: str = "", **kwargs: object) -> DatabaseMisconfigured:

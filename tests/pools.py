@@ -1,21 +1,51 @@
-"""The steps that tests of faults share: threads, backends, and what must hold after each fault."""
+"""What tests of pools share: steps to take, and what must hold after each fault."""
 
 from __future__ import annotations
 
 import select
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
 
 from dbpool import Pool
-from tests.postgres import Server, until
+
+from .postgres import Server, until
+
+MakePool = Callable[..., Pool[Any]]
 
 # What a slow machine may add to a bound that the contract promises.
 SLACK = 1.0
 # Where an outage is to be told soon; elsewhere a machine that stalls is not to look like one.
 GRACE = 0.3
+
+
+class Recorder:
+    """A listener that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, event: Any) -> None:
+        with self._lock:
+            self.events.append(event)
+
+    def count(self, kind: type) -> int:
+        with self._lock:
+            return sum(type(event) is kind for event in self.events)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fail if the block takes longer: what must not wait, or not that long."""
+    started = time.monotonic()
+    yield
+    taken = time.monotonic() - started
+    assert taken < seconds, f"it took {taken:.2f} s, more than {seconds} s"
 
 
 def fill(pool: Pool) -> list[int]:
@@ -108,3 +138,16 @@ def await_server(server: Server) -> None:
         return False
 
     until(accepts, 30.0, pause=0.05)
+
+
+# How long closing a pool may take, and a little for a slow machine.
+CLOSE_SECONDS = 2.3
+
+
+def assert_closes(pool: Pool[Any]) -> None:
+    """Closing takes no longer than promised, and leaves nothing."""
+    with within(CLOSE_SECONDS):
+        pool.close()
+    stats = pool.stats()
+    numbers = (stats.size, stats.active, stats.idle, stats.connecting, stats.waiting)
+    assert numbers == (0, 0, 0, 0, 0)
