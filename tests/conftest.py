@@ -185,18 +185,22 @@ def make_pool() -> Iterator[MakePool]:
 
 @pytest.fixture
 def make_app(request: pytest.FixtureRequest) -> MakeApp:
-    """Make applications; their pools are closed after the test."""
+    """Make applications on a connection string or on the fake server; their pools are closed."""
 
     def make(
-        conninfo: str,
+        database: str | FakeServer,
         authorize: Any = None,
         db: DBPool | None = None,
         app: Flask | None = None,
         **config: Any,
     ) -> Flask:
         app = app or Flask("app")
+        conninfo = database if isinstance(database, str) else database.conninfo
         app.config.update(TESTING=True, DATABASE_URL=conninfo, **config)
         (db or DBPool()).init_app(app)
+        for pool in app.extensions["dbpool"].databases.values():
+            if isinstance(database, FakeServer) and pool.settings.conninfo == conninfo:
+                pool.connection_class = database.connection_class
         request.addfinalizer(app.extensions["dbpool"].databases.close)
         request.addfinalizer(app.extensions["dbpool"].processes.close)
         app.register_blueprint(create_blueprint(authorize=authorize), url_prefix="/db")

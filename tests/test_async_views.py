@@ -15,6 +15,8 @@ from flask.views import MethodView
 
 from dbpool import Pool
 from dbpool.flask import DBPool
+from tests.fake import FakeServer
+from tests.threads import Task
 
 from .conftest import MakeApp
 
@@ -27,8 +29,8 @@ def db() -> DBPool:
 
 
 @pytest.fixture
-def app(make_app: MakeApp, dsn: str, db: DBPool) -> Flask:
-    return make_app(dsn, db=db)
+def app(make_app: MakeApp, fake: FakeServer, db: DBPool) -> Flask:
+    return make_app(fake, db=db)
 
 
 @pytest.fixture
@@ -88,8 +90,10 @@ def forget(pool: Pool[Any], kept: list[Any]) -> None:
 
 @pytest.mark.parametrize("where", ["view", "task", "thread", "sync_to_async", "before_request"])
 def test_what_async_code_leaves_checked_out_is_taken_back(
-    app: Flask, pool: Pool[Any], where: str, caplog: pytest.LogCaptureFixture
+    make_app: MakeApp, dsn: str, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    app = make_app(dsn)
+    pool = app.extensions["dbpool"].databases.default
     kept: list[Any] = []
 
     async def run() -> None:
@@ -122,8 +126,11 @@ def test_what_async_code_leaves_checked_out_is_taken_back(
     assert pool.fetch_value("select to_regclass('t')") is None, "nothing may be committed"
 
 
-def test_an_async_view_that_fails_leaves_nothing_held(app: Flask, pool: Pool[Any]) -> None:
+def test_an_async_view_that_fails_leaves_nothing_held(
+    app: Flask, pool: Pool[Any], fake: FakeServer
+) -> None:
     kept: list[Any] = []
+    fake.answers["create table t (id int)"] = []
 
     @app.get("/")
     async def view() -> str:
@@ -152,26 +159,23 @@ def test_what_a_plain_thread_of_an_async_view_holds_is_not_touched(
     app: Flask, pool: Pool[Any]
 ) -> None:
     taken, release = threading.Event(), threading.Event()
-    values: list[object] = []
+    others: list[Task] = []
 
-    def work() -> None:
+    def work() -> object:
         with pool.connection() as conn:
             taken.set()
             release.wait(10)
-            values.append(conn.execute("select 1").fetchone())
-
-    thread = threading.Thread(target=work)
+            return conn.execute("select 1").fetchone()
 
     @app.get("/")
     async def view() -> str:
-        thread.start()
+        others.append(Task(work))
         taken.wait(10)
         return "started"
 
     assert app.test_client().get("/").text == "started"
     release.set()
-    thread.join(10)
-    assert values == [(1,)]
+    assert others[0].result() == (1,)
 
 
 def test_requests_that_share_an_event_loop_take_nothing_from_each_other(
@@ -209,11 +213,10 @@ def test_requests_that_share_an_event_loop_take_nothing_from_each_other(
 
 
 def test_requests_that_share_a_loop_of_the_application_take_nothing_from_each_other(
-    make_app: MakeApp, dsn: str
+    make_app: MakeApp, fake: FakeServer
 ) -> None:
     loop = asyncio.new_event_loop()
-    serving = threading.Thread(target=loop.run_forever)
-    serving.start()
+    serving = Task(loop.run_forever)
 
     class Own(Flask):
         def async_to_sync(self, func: Any) -> Any:
@@ -222,7 +225,7 @@ def test_requests_that_share_a_loop_of_the_application_take_nothing_from_each_ot
 
             return call
 
-    app = make_app(dsn, app=Own("own"))
+    app = make_app(fake, app=Own("own"))
     pool = app.extensions["dbpool"].databases.default
     first, held = threading.Event(), threading.Event()
 
@@ -244,23 +247,21 @@ def test_requests_that_share_a_loop_of_the_application_take_nothing_from_each_ot
             return str(conn.execute("select 1").fetchone())
 
     ended = threading.Event()
-    answers: list[str] = []
-    one = threading.Thread(target=lambda: answers.append(app.test_client().get("/first").text))
-    two = threading.Thread(target=lambda: answers.append(app.test_client().get("/second").text))
-    one.start()
+    one = Task(app.test_client().get, "/first")
     first.wait(10)
-    two.start()
-    one.join(10)
+    two = Task(app.test_client().get, "/second")
+    assert one.result(10).text == "done"
     ended.set()
-    two.join(10)
+    assert two.result(10).text == "(1,)"
     loop.call_soon_threadsafe(loop.stop)
-    serving.join(10)
+    serving.result(10)
     loop.close()
-    assert answers == ["done", "(1,)"]
 
 
-def test_nested_checkouts_in_an_async_view_are_told_as_such(make_app: MakeApp, dsn: str) -> None:
-    app = make_app(dsn, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="50ms", DBPOOL_ERROR_HANDLERS=False)
+def test_nested_checkouts_in_an_async_view_are_told_as_such(
+    make_app: MakeApp, fake: FakeServer
+) -> None:
+    app = make_app(fake, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="50ms", DBPOOL_ERROR_HANDLERS=False)
     pool = app.extensions["dbpool"].databases.default
 
     @app.get("/")
@@ -273,7 +274,7 @@ def test_nested_checkouts_in_an_async_view_are_told_as_such(make_app: MakeApp, d
 
 
 def test_a_flask_that_runs_coroutines_its_own_way_is_left_to_it(
-    make_app: MakeApp, dsn: str
+    make_app: MakeApp, fake: FakeServer
 ) -> None:
     def drive(coroutine: Any) -> Any:
         try:
@@ -286,7 +287,7 @@ def test_a_flask_that_runs_coroutines_its_own_way_is_left_to_it(
         def async_to_sync(self, func: Any) -> Any:
             return lambda *args, **kwargs: drive(func(*args, **kwargs))
 
-    app = make_app(dsn, app=Own("own"))
+    app = make_app(fake, app=Own("own"))
     pool = app.extensions["dbpool"].databases.default
 
     @app.get("/look")

@@ -15,6 +15,7 @@ from psycopg_pool import PoolClosed
 import dbpool._checkout
 from dbpool import Pool, Settings
 from dbpool._parts import Waiter
+from tests.fake import FakeServer
 from tests.threads import Task
 
 from .postgres import until
@@ -22,12 +23,12 @@ from .postgres import until
 
 @pytest.mark.parametrize("reset", [None, lambda conn: None])
 def test_a_lost_connection_is_replaced(
-    dsn: str, reset: Callable[[Any], None] | None, caplog: pytest.LogCaptureFixture
+    fake: FakeServer, reset: Callable[[Any], None] | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     def lose() -> None:
         pool.getconn().autocommit = True
 
-    with Pool(dsn, max_size=1, reset=reset) as pool:
+    with fake.pool(max_size=1, reset=reset) as pool:
         with pool.connection() as conn:
             conn.autocommit = True
         until(lambda: pool.stats().idle == 1)
@@ -38,14 +39,14 @@ def test_a_lost_connection_is_replaced(
     assert "garbage-collected" in caplog.text
 
 
-def test_close_closes_what_still_waits_to_be_reset(dsn: str) -> None:
+def test_close_closes_what_still_waits_to_be_reset(fake: FakeServer) -> None:
     reached, go_on = threading.Event(), threading.Event()
 
     def reset(conn: Any) -> None:
         reached.set()
         go_on.wait(10)
 
-    pool: Pool = Pool(dsn, max_size=3, num_workers=1, reset=reset)
+    pool: Pool = fake.pool(max_size=3, num_workers=1, reset=reset)
     conns = [pool.getconn() for _ in range(3)]
     for conn in conns:
         pool.putconn(conn)
@@ -58,7 +59,7 @@ def test_close_closes_what_still_waits_to_be_reset(dsn: str) -> None:
     assert not pool._slots
 
 
-def test_pop_stats_loses_no_request(dsn: str) -> None:
+def test_pop_stats_loses_no_request(fake: FakeServer) -> None:
     calls, threads = 400, 4
 
     def work() -> None:
@@ -66,7 +67,7 @@ def test_pop_stats_loses_no_request(dsn: str) -> None:
             with pool.connection():
                 pass
 
-    with Pool(dsn, max_size=4) as pool:
+    with fake.pool(max_size=4) as pool:
         working = [Task(work) for _ in range(threads)]
         counted = 0
         while any(task.is_running for task in working):
@@ -75,9 +76,9 @@ def test_pop_stats_loses_no_request(dsn: str) -> None:
 
 
 def test_resize_counts_what_comes_back_in_the_middle(
-    dsn: str, monkeypatch: pytest.MonkeyPatch
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Pool(dsn, max_size=4) as pool:
+    with fake.pool(max_size=4) as pool:
         out = [pool.getconn() for _ in range(4)]
         pool.putconn(out.pop())
         close = pool._close_connection
@@ -103,9 +104,9 @@ def test_a_check_may_use_the_connection_as_a_context_manager(dsn: str) -> None:
 
 
 def test_a_leak_that_comes_back_while_another_is_told_is_told_of_its_own_holder(
-    dsn: str, caplog: pytest.LogCaptureFixture
+    fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Pool(dsn, max_size=2, leak_after=0.3) as pool:
+    with fake.pool(max_size=2, leak_after=0.3) as pool:
         first = pool.getconn()
         second = pool.getconn()
         innocent: list[Task] = []
@@ -138,15 +139,15 @@ def test_a_leak_that_comes_back_while_another_is_told_is_told_of_its_own_holder(
 
 
 def test_a_connection_that_comes_back_while_waiters_are_refused_goes_to_one_of_them(
-    dsn: str,
+    fake: FakeServer,
 ) -> None:
-    with Pool(dsn, max_size=1) as pool:
+    with fake.pool(max_size=1) as pool:
         conn = pool.getconn()
         waiting = [Task(pool.getconn) for _ in range(3)]
         until(lambda: pool.stats().waiting == 3)
 
         def reason() -> Exception:  # stands for the collection of what held it
-            if conn._slot.since:  # type: ignore[attr-defined]
+            if conn._slot.since:
                 pool.putconn(conn)
             return PoolClosed("as closing does")
 
@@ -159,9 +160,9 @@ def test_a_connection_that_comes_back_while_waiters_are_refused_goes_to_one_of_t
 
 
 def test_a_connection_that_comes_back_while_one_queues_is_handed_over(
-    dsn: str, monkeypatch: pytest.MonkeyPatch
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Pool(dsn, max_size=1, timeout=5) as pool:
+    with fake.pool(max_size=1, timeout=5) as pool:
         conn = pool.getconn()
 
         def returning(*what: Any) -> Waiter:  # stands for the collection of what held it
@@ -176,10 +177,10 @@ def test_a_connection_that_comes_back_while_one_queues_is_handed_over(
 
 
 def test_a_max_size_of_none_is_min_size_wherever_that_is_set(
-    dsn: str, monkeypatch: pytest.MonkeyPatch
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Pool(dsn, settings=Settings(min_size=5), max_size=None).max_size == 5
-    assert Pool(dsn, min_size=3, max_size=None).max_size == 3
-    monkeypatch.setenv("DATABASE_URL", dsn)
+    assert fake.pool(settings=Settings(min_size=5), max_size=None).max_size == 5
+    assert fake.pool(min_size=3, max_size=None).max_size == 3
+    monkeypatch.setenv("DATABASE_URL", fake.conninfo)
     monkeypatch.setenv("DBPOOL_MIN_SIZE", "4")
     assert Pool(max_size=None).max_size == 4

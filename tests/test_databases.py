@@ -7,11 +7,16 @@ from functools import partial
 import pytest
 
 from dbpool import Databases, PoolClosed, Settings
+from tests.fake import FakeServer
 
 
-def test_pools_by_name_the_default_first(dsn: str) -> None:
-    environ = {"DATABASE_URL": dsn, "DBPOOL_DATABASES": "replica", "DBPOOL_REPLICA_URL": dsn}
-    with Databases.from_env(environ) as databases:
+def test_pools_by_name_the_default_first(fake: FakeServer) -> None:
+    environ = {
+        "DATABASE_URL": fake.conninfo,
+        "DBPOOL_DATABASES": "replica",
+        "DBPOOL_REPLICA_URL": fake.conninfo,
+    }
+    with Databases.from_env(environ, connection_class=fake.connection_class) as databases:
         assert list(databases) == ["default", "replica"]
         assert len(databases) == 2
         assert databases.default is databases["default"]
@@ -25,9 +30,11 @@ def test_pools_by_name_the_default_first(dsn: str) -> None:
 
 
 def test_pools_are_closed_in_reverse_and_a_failure_stops_nothing(
-    dsn: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    fake: FakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    databases = Databases({name: Settings(name=name, conninfo=dsn) for name in ("a", "b", "c")})
+    databases = Databases(
+        {name: Settings(name=name, conninfo=fake.conninfo) for name in ("a", "b", "c")}
+    )
     closed: list[str] = []
 
     def close_by_name(name: str, timeout: float) -> None:
@@ -42,6 +49,6 @@ def test_pools_are_closed_in_reverse_and_a_failure_stops_nothing(
     assert "'b'" in caplog.text
 
 
-def test_repr_shows_the_pools_and_no_secret(dsn: str) -> None:
-    databases = Databases({"default": Settings(conninfo=dsn + " password=hunter2")})
+def test_repr_shows_the_pools_and_no_secret(fake: FakeServer) -> None:
+    databases = Databases({"default": Settings(conninfo=fake.conninfo + " password=hunter2")})
     assert repr(databases) == "<Databases [<dbpool.Pool 'default' starting size=0 idle=0>]>"

@@ -29,12 +29,13 @@ from dbpool.events import (
     ReturnedLate,
     name_of,
 )
+from tests.fake import FakeServer
 from tests.postgres import until
 
 
-def test_the_life_of_a_pool_in_events(dsn: str) -> None:
+def test_the_life_of_a_pool_in_events(fake: FakeServer) -> None:
     heard: list[Event] = []
-    with Pool(dsn, max_size=1, listeners=[heard.append]) as pool:
+    with fake.pool(max_size=1, listeners=[heard.append]) as pool:
         with pool.connection():
             with pytest.raises(PoolExhausted):
                 pool.getconn(timeout=0.01)
@@ -47,9 +48,9 @@ def test_the_life_of_a_pool_in_events(dsn: str) -> None:
     assert {event.pool for event in heard} == {"default"}
 
 
-def test_what_becomes_of_a_connection_that_is_not_returned_in_events(dsn: str) -> None:
+def test_what_becomes_of_a_connection_that_is_not_returned_in_events(fake: FakeServer) -> None:
     heard: list[Event] = []
-    with Pool(dsn, max_size=1, leak_after=0.1, listeners=[heard.append]) as pool:
+    with fake.pool(max_size=1, leak_after=0.1, listeners=[heard.append]) as pool:
         conn = pool.getconn()
         until(lambda: any(isinstance(event, HeldLong) for event in heard))
         pool.putconn(conn)
@@ -69,7 +70,7 @@ def test_what_becomes_of_a_connection_that_is_not_returned_in_events(dsn: str) -
     assert lost.reason == "collected"
 
 
-def test_a_class_hears_the_events_it_has_methods_for(dsn: str) -> None:
+def test_a_class_hears_the_events_it_has_methods_for(fake: FakeServer) -> None:
     class Uses(Listener):
         def __init__(self) -> None:
             self.uses: list[float] = []
@@ -78,7 +79,7 @@ def test_a_class_hears_the_events_it_has_methods_for(dsn: str) -> None:
             self.uses.append(event.use)
 
     listener = Uses()
-    with Pool(dsn, listeners=[listener]) as pool:
+    with fake.pool(listeners=[listener]) as pool:
         pool.fetch_value("select 1")
         pool.fetch_value("select 1")
     assert len(listener.uses) == 2
@@ -101,23 +102,25 @@ def test_every_listener_is_told_also_after_one_that_raises(
     assert [c.split()[4] for c in complaints] == ["opened:", "closed:"]
 
 
-def test_a_raising_listener_breaks_no_checkout(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_raising_listener_breaks_no_checkout(
+    fake: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(event: Event) -> None:
         raise ValueError("not today")
 
-    with Pool(dsn, listeners=[broken]) as pool:
+    with fake.pool(listeners=[broken]) as pool:
         assert pool.fetch_value("select 1") == 1
         assert pool.stats().active == 0
 
 
-def test_a_listener_that_hangs_is_in_nobodys_way(dsn: str) -> None:
+def test_a_listener_that_hangs_is_in_nobodys_way(fake: FakeServer) -> None:
     stuck, heard = threading.Event(), list[Event]()
 
     def hanging(event: Event) -> None:
         stuck.wait(30)
         heard.append(event)
 
-    pool = Pool(dsn, max_size=2, listeners=[hanging])
+    pool = fake.pool(max_size=2, listeners=[hanging])
     for _ in range(1000):
         assert pool.fetch_value("select 1") == 1
     with pool.connection(), pytest.raises(PoolExhausted):
@@ -155,7 +158,7 @@ def test_what_listeners_are_too_slow_for_is_dropped_and_that_is_told_once(
     ]
 
 
-def test_events_of_many_threads_are_told_one_after_the_other_and_all(dsn: str) -> None:
+def test_events_of_many_threads_are_told_one_after_the_other_and_all(fake: FakeServer) -> None:
     inside, together, heard = threading.Lock(), list[Event](), list[Event]()
 
     def listener(event: Event) -> None:
@@ -165,7 +168,7 @@ def test_events_of_many_threads_are_told_one_after_the_other_and_all(dsn: str) -
         heard.append(event)
         inside.release()
 
-    with Pool(dsn, max_size=4, listeners=[listener]) as pool, ThreadPoolExecutor(8) as threads:
+    with fake.pool(max_size=4, listeners=[listener]) as pool, ThreadPoolExecutor(8) as threads:
         for future in [threads.submit(pool.fetch_value, "select 1") for _ in range(800)]:
             assert future.result() == 1
     assert not together
@@ -173,9 +176,9 @@ def test_events_of_many_threads_are_told_one_after_the_other_and_all(dsn: str) -
     assert sum(isinstance(event, CheckedIn) for event in heard) == 800
 
 
-def test_what_is_returned_after_the_close_is_told_too(dsn: str) -> None:
+def test_what_is_returned_after_the_close_is_told_too(fake: FakeServer) -> None:
     heard: list[Event] = []
-    pool = Pool(dsn, listeners=[heard.append])
+    pool = fake.pool(listeners=[heard.append])
     conn = pool.getconn()
     pool.close()
     assert isinstance(heard[-1], Closed)
@@ -183,12 +186,12 @@ def test_what_is_returned_after_the_close_is_told_too(dsn: str) -> None:
     until(lambda: isinstance(heard[-1], CheckedIn), 5.0)
 
 
-def test_a_listener_may_close_the_pool(dsn: str) -> None:
+def test_a_listener_may_close_the_pool(fake: FakeServer) -> None:
     def closing(event: Event) -> None:
         if isinstance(event, CheckedIn):
             pool.close()
 
-    pool: Pool = Pool(dsn, listeners=[closing])
+    pool: Pool = fake.pool(listeners=[closing])
     assert pool.fetch_value("select 1") == 1
     until(lambda: pool.closed, 5.0)
 
@@ -197,8 +200,8 @@ def listening_threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name == "dbpool-listeners"]
 
 
-def test_the_thread_ends_with_the_pool(dsn: str) -> None:
-    pool: Pool = Pool(dsn, listeners=[lambda event: None])
+def test_the_thread_ends_with_the_pool(fake: FakeServer) -> None:
+    pool: Pool = fake.pool(listeners=[lambda event: None])
     assert not listening_threads()
     pool.fetch_value("select 1")
     assert len(listening_threads()) == 1
@@ -207,13 +210,13 @@ def test_the_thread_ends_with_the_pool(dsn: str) -> None:
     until(lambda: not listening_threads(), 5.0)
 
 
-def test_without_listeners_there_is_no_thread_for_them(dsn: str) -> None:
-    with Pool(dsn) as pool:
+def test_without_listeners_there_is_no_thread_for_them(fake: FakeServer) -> None:
+    with fake.pool() as pool:
         pool.fetch_value("select 1")
         assert not listening_threads()
 
 
-def test_a_listener_may_use_the_pool(dsn: str) -> None:
+def test_a_listener_may_use_the_pool(fake: FakeServer) -> None:
     """None is called under a lock."""
     answers: list[Any] = []
 
@@ -221,21 +224,23 @@ def test_a_listener_may_use_the_pool(dsn: str) -> None:
         if isinstance(event, Connected):
             answers.append(pool.stats().size)
 
-    pool: Pool = Pool(dsn, listeners=[curious])
+    pool: Pool = fake.pool(listeners=[curious])
     with pool:
         pool.fetch_value("select 1")
         until(lambda: answers)  # once closed its size is 0
     assert answers == [1]
 
 
-def test_no_event_is_built_when_nobody_listens(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_event_is_built_when_nobody_listens(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("an event was built")
 
     monkeypatch.setattr(Event, "__init__", refuse)
     for event in (CheckedOut, CheckedIn, Connected):
         monkeypatch.setattr(event, "__init__", refuse)
-    with Pool(dsn) as pool:
+    with fake.pool() as pool:
         assert pool.fetch_value("select 1") == 1
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from dbpool import Pool
 from dbpool.metrics import Snapshot
+from tests.fake import FakeServer
+from tests.threads import Task, run_in_threads
 
 from .postgres import Server
 
@@ -41,15 +43,10 @@ def hammer(pool: Pool, threads: int, times: int, statement: str | None) -> list[
             if sum(parts) != stats.size or min(parts) < 0 or stats.waiting < 0:
                 wrong.append(stats)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    workers = [threading.Thread(target=work) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    watcher = Task(watch)
+    run_in_threads(threads, work)
     done.set()
-    watcher.join()
+    watcher.result()
     return wrong
 
 
@@ -64,8 +61,8 @@ def assert_exact(pool: Pool, checkouts: int) -> None:
 
 
 @pytest.mark.parametrize("statement", [None, "select 1"])
-def test_counts_are_exact(hasty_switching: None, dsn: str, statement: str | None) -> None:
-    with Pool(dsn, max_size=8, timeout=120) as pool:
+def test_counts_are_exact(hasty_switching: None, fake: FakeServer, statement: str | None) -> None:
+    with fake.pool(max_size=8, timeout=120) as pool:
         assert hammer(pool, threads=16, times=250, statement=statement) == []
         assert_exact(pool, 16 * 250)
 
@@ -73,11 +70,11 @@ def test_counts_are_exact(hasty_switching: None, dsn: str, statement: str | None
 @pytest.mark.slow
 @pytest.mark.parametrize(("times", "statement"), [(100_000, None), (5_000, "select 1")])
 def test_counts_are_exact_with_64_threads(
-    request: pytest.FixtureRequest, server: Server, times: int, statement: str | None
+    request: pytest.FixtureRequest, fake: FakeServer, times: int, statement: str | None
 ) -> None:
     if statement:
         request.getfixturevalue("hasty_switching")
-    with Pool(server.conninfo, max_size=8, timeout=600) as pool:
+    with fake.pool(max_size=8, timeout=600) as pool:
         assert hammer(pool, threads=64, times=times, statement=statement) == []
         assert_exact(pool, 64 * times)
 
@@ -101,9 +98,7 @@ def test_counts_add_up_while_the_pool_is_resized_and_restarted(own_server: Serve
             if sum(parts) != stats.size or min(parts) < 0:
                 wrong.append(stats)
 
-    threads = [threading.Thread(target=target) for target in (work, work, work, work, watch)]
-    for thread in threads:
-        thread.start()
+    tasks = [Task(target) for target in (work, work, work, work, watch)]
     for size in (2, 6, 1, 8):
         pool.resize(min(size, 2), size)
         pool.drain()
@@ -112,13 +107,13 @@ def test_counts_add_up_while_the_pool_is_resized_and_restarted(own_server: Serve
     pool.fetch_value("select 1")
     pool.close()
     done.set()
-    for thread in threads:
-        thread.join(30)
+    for task in tasks:
+        task.result(30)
     assert wrong == []
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_threads_that_come_and_go_cost_no_memory(dsn: str, count: int) -> None:
+def test_threads_that_come_and_go_cost_no_memory(fake: FakeServer, count: int) -> None:
     def once() -> None:
         with pool.connection():
             pass
@@ -129,7 +124,7 @@ def test_threads_that_come_and_go_cost_no_memory(dsn: str, count: int) -> None:
             thread.start()
             thread.join()
 
-    with Pool(dsn, max_size=4) as pool:
+    with fake.pool(max_size=4) as pool:
         come_and_go(100)
         tracemalloc.start()
         before = tracemalloc.take_snapshot()

@@ -1,4 +1,4 @@
-"""The extension and the blueprint, on a real database, as a client sees them."""
+"""The extension and the blueprint, as a client sees them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from flask.testing import FlaskClient
 from dbpool import CommitUncertain, ConfigError, Pool, PoolError, holders
 from dbpool.events import Connected
 from dbpool.flask import DBPool, create_blueprint
+from tests.fake import FakeServer
+from tests.threads import Task
 
 from .conftest import MakeApp
 from .postgres import Server, until
@@ -29,8 +31,8 @@ NOWHERE = "host=127.0.0.1 port=1 user=u dbname=d"
 
 
 @pytest.fixture
-def app(make_app: MakeApp, dsn: str) -> Flask:
-    return make_app(dsn, DBPOOL_TOKEN=TOKEN)
+def app(make_app: MakeApp, fake: FakeServer) -> Flask:
+    return make_app(fake, DBPOOL_TOKEN=TOKEN)
 
 
 @pytest.fixture
@@ -50,10 +52,12 @@ def basic(password: str = TOKEN) -> dict[str, str]:
 # The extension
 
 
-def test_pools_are_reached_through_the_current_application(make_app: MakeApp, dsn: str) -> None:
+def test_pools_are_reached_through_the_current_application(
+    make_app: MakeApp, fake: FakeServer
+) -> None:
     db = DBPool()
-    one = make_app(dsn, db=db, DBPOOL_DATABASES={"replica": dsn})
-    two = make_app(dsn, db=db)
+    one = make_app(fake, db=db, DBPOOL_DATABASES={"replica": fake.conninfo})
+    two = make_app(fake, db=db)
     with one.app_context():
         assert isinstance(db.pool, Pool)
         assert db["replica"].name == "replica"
@@ -66,9 +70,9 @@ def test_pools_are_reached_through_the_current_application(make_app: MakeApp, ds
             db["replica"]
 
 
-def test_the_extension_keeps_no_application(make_app: MakeApp, dsn: str) -> None:
+def test_the_extension_keeps_no_application(make_app: MakeApp, fake: FakeServer) -> None:
     db = DBPool()
-    app = make_app(dsn, db=db)
+    app = make_app(fake, db=db)
     assert app not in vars(db).values()
     with pytest.raises(RuntimeError, match="application context"):
         _ = db.pool
@@ -90,16 +94,16 @@ def test_an_application_without_the_extension_says_what_is_missing() -> None:
         _ = db.pool
 
 
-def test_wrong_configuration_is_refused_at_once(make_app: MakeApp, dsn: str) -> None:
+def test_wrong_configuration_is_refused_at_once(make_app: MakeApp, fake: FakeServer) -> None:
     with pytest.raises(ConfigError, match="DBPOOL_TIMEOUT"):
-        make_app(dsn, DBPOOL_TIMEOUT="soon")
+        make_app(fake, DBPOOL_TIMEOUT="soon")
     with pytest.raises(ConfigError, match="'reports'"):
-        make_app(dsn, DBPOOL_REQUIRED="default,reports")
+        make_app(fake, DBPOOL_REQUIRED="default,reports")
 
 
-def test_listeners_hear_of_all_pools(make_app: MakeApp, dsn: str) -> None:
+def test_listeners_hear_of_all_pools(make_app: MakeApp, fake: FakeServer) -> None:
     heard: list[Any] = []
-    app = make_app(dsn, db=DBPool(listeners=[heard.append]))
+    app = make_app(fake, db=DBPool(listeners=[heard.append]))
     with app.app_context():
         app.extensions["dbpool"].databases.default.fetch_value("select 1")
     until(lambda: any(isinstance(event, Connected) for event in heard))
@@ -130,10 +134,10 @@ def test_a_connection_held_at_the_end_of_a_request_is_returned_and_reported(
 
 
 def test_a_place_that_forgets_at_each_request_is_logged_once(
-    make_app: MakeApp, dsn: str, caplog: pytest.LogCaptureFixture
+    make_app: MakeApp, fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     db = DBPool()
-    app = make_app(dsn, db=db)
+    app = make_app(fake, db=db)
     kept = []
 
     @app.get("/forgetful")
@@ -154,8 +158,8 @@ def test_a_place_that_forgets_at_each_request_is_logged_once(
     assert counters.leaks == 10, "each is counted"
 
 
-def test_a_connection_held_around_a_request_stays_out(make_app: MakeApp, dsn: str) -> None:
-    app = make_app(dsn)
+def test_a_connection_held_around_a_request_stays_out(make_app: MakeApp, fake: FakeServer) -> None:
+    app = make_app(fake)
     pool = app.extensions["dbpool"].databases.default
     with pool.connection() as conn:
         app.test_client().get("/db/health/live")
@@ -164,7 +168,7 @@ def test_a_connection_held_around_a_request_stays_out(make_app: MakeApp, dsn: st
 
 
 def test_the_applications_own_teardown_comes_first(
-    make_app: MakeApp, dsn: str, caplog: pytest.LogCaptureFixture
+    make_app: MakeApp, fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     db = DBPool()
     app = Flask("app")
@@ -174,7 +178,7 @@ def test_the_applications_own_teardown_comes_first(
         if "conn" in g:
             db.pool.putconn(g.pop("conn"))
 
-    app = make_app(dsn, db=db, app=app)
+    app = make_app(fake, db=db, app=app)
 
     @app.get("/")
     def view() -> str:
@@ -205,10 +209,11 @@ def test_an_exception_in_a_view_leaves_nothing_held(make_app: MakeApp, dsn: str)
 
 
 def test_a_stream_keeps_its_connection_until_it_ends(
-    make_app: MakeApp, dsn: str, caplog: pytest.LogCaptureFixture
+    make_app: MakeApp, fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     db = DBPool()
-    app = make_app(dsn, db=db)
+    app = make_app(fake, db=db)
+    fake.answers["select generate_series(1, 3)"] = [(1,), (2,), (3,)]
 
     @app.get("/")
     def view() -> Response:
@@ -224,36 +229,34 @@ def test_a_stream_keeps_its_connection_until_it_ends(
     assert "still held" not in caplog.text
 
 
-def test_what_another_thread_holds_is_not_touched(make_app: MakeApp, dsn: str) -> None:
+def test_what_another_thread_holds_is_not_touched(make_app: MakeApp, fake: FakeServer) -> None:
     db = DBPool()
-    app = make_app(dsn, db=db)
+    app = make_app(fake, db=db)
     pool = app.extensions["dbpool"].databases.default
     taken, release = threading.Event(), threading.Event()
-    values: list[object] = []
+    others: list[Task] = []
 
-    def work() -> None:
+    def work() -> object:
         with pool.connection() as conn:
             taken.set()
             release.wait(10)
-            values.append(conn.execute("select 1").fetchone())
+            return conn.execute("select 1").fetchone()
 
     @app.get("/")
     def view() -> str:
-        thread.start()
+        others.append(Task(work))
         taken.wait(10)
         return "started"
 
-    thread = threading.Thread(target=work)
     assert app.test_client().get("/").text == "started"
     assert pool.stats().active == 1
     release.set()
-    thread.join(10)
-    assert values == [(1,)]
+    assert others[0].result() == (1,)
 
 
-def test_contexts_may_nest(make_app: MakeApp, dsn: str) -> None:
+def test_contexts_may_nest(make_app: MakeApp, fake: FakeServer) -> None:
     db = DBPool()
-    app = make_app(dsn, db=db)
+    app = make_app(fake, db=db)
 
     @app.get("/outer")
     def outer() -> Response:
@@ -275,9 +278,9 @@ def test_contexts_may_nest(make_app: MakeApp, dsn: str) -> None:
 
 
 def test_a_dotenv_is_read_but_not_under_test(
-    dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / ".env").write_text(f"DATABASE_URL='{dsn}'\nDBPOOL_MAX_SIZE=3\n")
+    (tmp_path / ".env").write_text(f"DATABASE_URL='{fake.conninfo}'\nDBPOOL_MAX_SIZE=3\n")
     monkeypatch.chdir(tmp_path)
     for testing, size in ((False, 3), (True, 10)):
         app, db = Flask("app"), DBPool()
@@ -295,18 +298,18 @@ def test_an_application_that_serves_already_is_left_as_it_was() -> None:
     assert "dbpool" not in app.extensions
 
 
-def test_an_unknown_database_is_named(make_app: MakeApp, dsn: str) -> None:
+def test_an_unknown_database_is_named(make_app: MakeApp, fake: FakeServer) -> None:
     db = DBPool()
     with (
-        make_app(dsn, db=db).app_context(),
+        make_app(fake, db=db).app_context(),
         pytest.raises(KeyError, match="no database 'replicca', only default"),
     ):
         db["replicca"]
 
 
-def test_a_holder_carries_its_endpoint(make_app: MakeApp, dsn: str) -> None:
+def test_a_holder_carries_its_endpoint(make_app: MakeApp, fake: FakeServer) -> None:
     db = DBPool()
-    app = make_app(dsn, db=db)
+    app = make_app(fake, db=db)
 
     @app.get("/look")
     def look() -> Response:
@@ -335,9 +338,9 @@ def test_an_unavailable_database_is_a_503(make_app: MakeApp, accept: str, mimety
     assert "127.0.0.1" not in answer.text
 
 
-def test_a_busy_pool_is_a_503(make_app: MakeApp, dsn: str) -> None:
+def test_a_busy_pool_is_a_503(make_app: MakeApp, fake: FakeServer) -> None:
     db = DBPool()
-    app = make_app(dsn, db=db, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="20ms")
+    app = make_app(fake, db=db, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="20ms")
     app.add_url_rule("/", view_func=lambda: db.pool.fetch_value("select 1"))
     pool = app.extensions["dbpool"].databases.default
     pool.wait() if not pool.closed else pool.open(wait=True)
@@ -348,9 +351,9 @@ def test_a_busy_pool_is_a_503(make_app: MakeApp, dsn: str) -> None:
 
 
 def test_an_uncertain_commit_is_a_500_that_asks_for_no_second_try(
-    make_app: MakeApp, dsn: str
+    make_app: MakeApp, fake: FakeServer
 ) -> None:
-    app = make_app(dsn, db=DBPool())
+    app = make_app(fake, db=DBPool())
 
     @app.get("/")
     def uncertain() -> str:
@@ -382,10 +385,10 @@ def test_the_applications_own_handlers_stay(make_app: MakeApp) -> None:
 
 
 def test_an_exhausted_pool_is_told_in_the_log_not_to_the_client(
-    make_app: MakeApp, dsn: str, caplog: pytest.LogCaptureFixture
+    make_app: MakeApp, fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     db = DBPool()
-    app = make_app(dsn, db=db, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="50ms")
+    app = make_app(fake, db=db, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="50ms")
     app.add_url_rule("/", "shop.index", lambda: db.pool.fetch_value("select 1"))
     pool = app.extensions["dbpool"].databases.default
     pool.open(wait=True)
@@ -398,9 +401,9 @@ def test_an_exhausted_pool_is_told_in_the_log_not_to_the_client(
     assert "test_flask.py" in caplog.text, "who holds the connections is in the log"
 
 
-def test_a_closed_pool_is_a_503(make_app: MakeApp, dsn: str) -> None:
+def test_a_closed_pool_is_a_503(make_app: MakeApp, fake: FakeServer) -> None:
     db = DBPool()
-    app = make_app(dsn, db=db)
+    app = make_app(fake, db=db)
     app.add_url_rule("/", view_func=lambda: db.pool.fetch_value("select 1"))
     app.extensions["dbpool"].databases.close()
     answer = app.test_client().get("/")
@@ -438,8 +441,8 @@ def test_readiness_tells_down_and_when_to_come_back(make_app: MakeApp) -> None:
     assert int(answer.headers["Retry-After"]) >= 1
 
 
-def test_an_optional_database_only_degrades(make_app: MakeApp, dsn: str) -> None:
-    app = make_app(dsn, DBPOOL_DATABASES={"replica": NOWHERE}, DBPOOL_OUTAGE_GRACE="50ms")
+def test_an_optional_database_only_degrades(make_app: MakeApp, fake: FakeServer) -> None:
+    app = make_app(fake, DBPOOL_DATABASES={"replica": NOWHERE}, DBPOOL_OUTAGE_GRACE="50ms")
     client = app.test_client()
 
     def ask() -> Any:
@@ -456,7 +459,8 @@ def test_everyone_gets_status_words_and_no_more(client: FlaskClient) -> None:
     assert answer.json == {"status": "up", "databases": {"default": "up"}}
 
 
-def test_a_trusted_reader_gets_facts(client: FlaskClient) -> None:
+def test_a_trusted_reader_gets_facts(make_app: MakeApp, dsn: str) -> None:
+    client = make_app(dsn, DBPOOL_TOKEN=TOKEN).test_client()
     client.get("/db/health/ready")
     detail = client.get("/db/health", headers=bearer()).get_json()["databases"]["default"]
     assert detail["status"] == "up"
@@ -497,14 +501,14 @@ def test_details_need_the_token(
         }
 
 
-def test_without_a_token_details_are_closed(make_app: MakeApp, dsn: str) -> None:
-    client = make_app(dsn).test_client()
+def test_without_a_token_details_are_closed(make_app: MakeApp, fake: FakeServer) -> None:
+    client = make_app(fake).test_client()
     assert client.get("/db/stats", headers=bearer("")).status_code == 403
     assert client.get("/db/stats").status_code == 403
 
 
-def test_details_may_be_opened_to_all(make_app: MakeApp, dsn: str) -> None:
-    assert make_app(dsn, DBPOOL_DETAILS="always").test_client().get("/db/stats").status_code == 200
+def test_details_may_be_opened_to_all(make_app: MakeApp, fake: FakeServer) -> None:
+    assert make_app(fake, DBPOOL_DETAILS="always").test_client().get("/db/stats").status_code == 200
 
 
 def test_a_rule_that_cannot_be_called_is_refused_at_once() -> None:
@@ -514,32 +518,32 @@ def test_a_rule_that_cannot_be_called_is_refused_at_once() -> None:
 
 @pytest.mark.parametrize(("answer", "status"), [(True, 200), (False, 403)])
 def test_an_application_may_have_its_own_rule(
-    make_app: MakeApp, dsn: str, answer: bool, status: int
+    make_app: MakeApp, fake: FakeServer, answer: bool, status: int
 ) -> None:
-    client = make_app(dsn, authorize=lambda: answer, DBPOOL_TOKEN=TOKEN).test_client()
+    client = make_app(fake, authorize=lambda: answer, DBPOOL_TOKEN=TOKEN).test_client()
     assert client.get("/db/stats", headers=bearer()).status_code == status
 
 
-def test_a_rule_may_answer_itself(make_app: MakeApp, dsn: str) -> None:
-    client = make_app(dsn, authorize=lambda: redirect("/login")).test_client()
+def test_a_rule_may_answer_itself(make_app: MakeApp, fake: FakeServer) -> None:
+    client = make_app(fake, authorize=lambda: redirect("/login")).test_client()
     assert client.get("/db/stats").headers["Location"] == "/login"
     assert client.get("/db/health").json == {"status": "up", "databases": {"default": "up"}}
 
 
-def test_a_rule_that_answers_with_a_tuple_refuses(make_app: MakeApp, dsn: str) -> None:
-    client = make_app(dsn, authorize=lambda: ("go away", 418)).test_client()
+def test_a_rule_that_answers_with_a_tuple_refuses(make_app: MakeApp, fake: FakeServer) -> None:
+    client = make_app(fake, authorize=lambda: ("go away", 418)).test_client()
     assert client.get("/db/stats").status_code == 418
 
 
 def test_a_rule_that_aborts_or_fails_leaves_everyone_the_status_words(
-    make_app: MakeApp, dsn: str
+    make_app: MakeApp, fake: FakeServer
 ) -> None:
-    app = make_app(dsn, authorize=lambda: abort(418))
+    app = make_app(fake, authorize=lambda: abort(418))
     assert app.test_client().get("/db/stats").status_code == 418
     assert app.test_client().get("/db/health").json == {
         "status": "up", "databases": {"default": "up"}
     }  # fmt: skip
-    failing = make_app(dsn, authorize=lambda: 1 / 0)
+    failing = make_app(fake, authorize=lambda: 1 / 0)
     assert failing.test_client().get("/db/health").status_code == 200
     with pytest.raises(ZeroDivisionError):
         failing.test_client().get("/db/stats")
@@ -547,24 +551,24 @@ def test_a_rule_that_aborts_or_fails_leaves_everyone_the_status_words(
 
 @pytest.mark.parametrize("content", ["", "\n"])
 def test_an_empty_token_opens_nothing(
-    make_app: MakeApp, dsn: str, tmp_path: Path, content: str
+    make_app: MakeApp, fake: FakeServer, tmp_path: Path, content: str
 ) -> None:
     (tmp_path / "token").write_text(content)
-    client = make_app(dsn, DBPOOL_TOKEN_FILE=str(tmp_path / "token")).test_client()
+    client = make_app(fake, DBPOOL_TOKEN_FILE=str(tmp_path / "token")).test_client()
     for headers in ({}, basic(""), bearer("")):
         assert client.get("/db/stats", headers=headers).status_code == 403
 
 
-def test_a_token_may_be_in_a_file(make_app: MakeApp, dsn: str, tmp_path: Path) -> None:
+def test_a_token_may_be_in_a_file(make_app: MakeApp, fake: FakeServer, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("a key to the door\n")
-    client = make_app(dsn, DBPOOL_TOKEN_FILE=str(tmp_path / "token")).test_client()
+    client = make_app(fake, DBPOOL_TOKEN_FILE=str(tmp_path / "token")).test_client()
     assert client.get("/db/stats", headers=basic("a key to the door")).status_code == 200
     assert client.get("/db/stats", headers=basic("a kéy to the door")).status_code == 401
 
 
-def test_checks_of_the_application_are_part_of_health(make_app: MakeApp, dsn: str) -> None:
+def test_checks_of_the_application_are_part_of_health(make_app: MakeApp, fake: FakeServer) -> None:
     db = DBPool()
-    app = make_app(dsn, db=db, DBPOOL_TOKEN=TOKEN)
+    app = make_app(fake, db=db, DBPOOL_TOKEN=TOKEN)
     client = app.test_client()
     client.get("/db/health/ready")
 
@@ -605,8 +609,10 @@ def test_metrics_without_the_package_name_the_extra(
     assert "dbpool" not in answer.get_json()["error"], "a name that is not ours on the public index"
 
 
-def test_a_blueprint_may_be_mounted_twice_or_inside_another(make_app: MakeApp, dsn: str) -> None:
-    app = make_app(dsn, DBPOOL_DETAILS="always")
+def test_a_blueprint_may_be_mounted_twice_or_inside_another(
+    make_app: MakeApp, fake: FakeServer
+) -> None:
+    app = make_app(fake, DBPOOL_DETAILS="always")
     admin = Blueprint("admin", __name__, url_prefix="/admin")
     admin.register_blueprint(create_blueprint("pools"), url_prefix="/pools")
     app.register_blueprint(admin)

@@ -16,6 +16,8 @@ import pytest
 
 from dbpool import ConfigError, Databases, Settings
 from dbpool.health import BOUND, Health, Readiness
+from tests.fake import FakeServer
+from tests.threads import Task, run_in_threads
 
 from .postgres import Server, until
 
@@ -23,9 +25,17 @@ NOWHERE = "host=127.0.0.1 port=1 user=u dbname=d"
 
 
 @pytest.fixture
-def databases(dsn: str) -> Iterator[Databases]:
-    settings = {"default": Settings(conninfo=dsn, max_size=1, timeout=1)}
-    with Databases(settings) as databases:
+def databases(fake: FakeServer) -> Iterator[Databases]:
+    """A database without a server, for what becomes of answers."""
+    settings = {"default": Settings(conninfo=fake.conninfo, max_size=1, timeout=1)}
+    with Databases(settings, connection_class=fake.connection_class) as databases:
+        yield databases
+
+
+@pytest.fixture
+def on_server(dsn: str) -> Iterator[Databases]:
+    """A database on PostgreSQL, for what that says of itself."""
+    with Databases({"default": Settings(conninfo=dsn, max_size=1, timeout=1)}) as databases:
         yield databases
 
 
@@ -39,14 +49,13 @@ def test_busy_is_not_down(databases: Databases) -> None:
     pool = databases.default
     with pool.connection():
         assert health.ready().status == "up"
-        thread = threading.Thread(target=lambda: pool.fetch_value("select 1"))
-        thread.start()
+        waiter = Task(pool.fetch_value, "select 1")
         until(lambda: pool.stats().waiting == 1)
         ready = health.ready()
         assert (ready.status, ready.is_ready) == ("degraded", True)
         pool._last_seen -= 60.0  # no healthy return in the last minute
         assert health.ready().status == "degraded"
-    thread.join(10)
+    assert waiter.result() == 1
     assert health.ready().status == "up"
 
 
@@ -79,34 +88,30 @@ def test_a_closed_pool_is_down(databases: Databases) -> None:
     assert Health(databases).ready().status == "down"
 
 
-def backends_of(databases: Databases) -> list[int]:
-    return [conn.info.backend_pid for pool in databases.values() for conn in list(pool._pool)]
-
-
 @contextmanager
-def frozen(server: Server) -> Iterator[Databases]:
+def frozen(fake: FakeServer) -> Iterator[Databases]:
     """Three databases that served, on a server that answers nothing any more."""
     settings = {
-        name: Settings(name=name, conninfo=server.conninfo, ping_timeout=5)
+        name: Settings(name=name, conninfo=fake.conninfo, ping_timeout=5)
         for name in ("default", "one", "two")
     }
-    with Databases(settings) as databases:
+    with Databases(settings, connection_class=fake.connection_class) as databases:
         for pool in databases.values():
             pool.fetch_value("select 1")
             pool._last_seen -= 60.0  # no healthy return in the last minute
-        server.freeze([server.postmaster_pid, *backends_of(databases)])
+        fake.fall_silent()
         try:
             yield databases
         finally:
-            server.thaw()
+            fake.accept()
 
 
 def threads_that_ask() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "dbpool-ask" in thread.name]
 
 
-def test_databases_that_hang_are_asked_side_by_side_within_the_bound(own_server: Server) -> None:
-    with frozen(own_server) as databases:
+def test_databases_that_hang_are_asked_side_by_side_within_the_bound(fake: FakeServer) -> None:
+    with frozen(fake) as databases:
         health = Health(databases)
         started = monotonic()
         ready = health.ready()
@@ -117,9 +122,9 @@ def test_databases_that_hang_are_asked_side_by_side_within_the_bound(own_server:
 
 
 def test_the_detailed_view_of_databases_that_hang_comes_within_the_bound(
-    own_server: Server,
+    fake: FakeServer,
 ) -> None:
-    with frozen(own_server) as databases:
+    with frozen(fake) as databases:
         health = Health(databases)
         started = monotonic()
         detail = health.detail()
@@ -146,11 +151,7 @@ def test_who_asks_at_the_same_time_shares_the_answer(databases: Databases) -> No
         answers.append(health.ready())
 
     health.add("redis", check, required=True, timeout=10)
-    threads = [threading.Thread(target=ask) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+    run_in_threads(8, ask)
     assert [ready.status for ready in answers] == ["up"] * 8
     assert 1 <= len(calls) <= 8
 
@@ -166,7 +167,7 @@ def test_proof_of_life_is_passive_where_it_can_be(databases: Databases) -> None:
     assert databases.default.stats().counters.checkouts == 2
 
 
-def test_readiness_asks_through_the_pool_there_is(databases: Databases, server: Server) -> None:
+def test_readiness_asks_through_the_pool_there_is(databases: Databases) -> None:
     databases.default.fetch_value("select 1")
     before = databases.default.stats().counters.connects
     databases.default._last_seen -= 60.0
@@ -312,9 +313,9 @@ def test_a_check_can_be_called(databases: Databases) -> None:
         Health(databases).add("redis", check)
 
 
-def test_facts_of_a_primary(databases: Databases, server: Server) -> None:
-    databases.default.fetch_value("select 1")
-    facts = Health(databases).detail()["databases"]["default"]
+def test_facts_of_a_primary(on_server: Databases, server: Server) -> None:
+    on_server.default.fetch_value("select 1")
+    facts = Health(on_server).detail()["databases"]["default"]
     assert (facts["role"], facts["replication_lag"], facts["tls"]) == ("primary", None, False)
     assert facts["server_version"].startswith(f"{server.version}.")
     assert 0.0 < facts["latency"] < BOUND
@@ -433,12 +434,12 @@ def test_readiness_in_a_forked_child_does_not_wait_for_the_parents_threads(
         release.set()
 
 
-def test_facts_are_kept_for_some_seconds(databases: Databases) -> None:
-    health = Health(databases)
+def test_facts_are_kept_for_some_seconds(on_server: Databases) -> None:
+    health = Health(on_server)
     health.ready()
     first = health.detail()["databases"]["default"]
-    checkouts = databases.default.stats().counters.checkouts
+    checkouts = on_server.default.stats().counters.checkouts
     second = health.detail()["databases"]["default"]
     assert first["server_version"] == second["server_version"]
     assert second["facts_age"] >= first["facts_age"]
-    assert databases.default.stats().counters.checkouts == checkouts
+    assert on_server.default.stats().counters.checkouts == checkouts

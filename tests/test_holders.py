@@ -19,9 +19,13 @@ import pytest
 
 from dbpool import Pool
 from dbpool.events import Discarded, HeldLong, Leaked, ReturnedLate
+from tests.fake import FakeServer
 from tests.postgres import until
+from tests.threads import Task
 
 from .test_hot_path import calls_of
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def load(path: Path, source: str) -> types.ModuleType:
@@ -47,9 +51,9 @@ def library(tmp_path: Path) -> types.ModuleType:
 
 
 def test_the_first_frame_outside_installed_packages_is_named(
-    dsn: str, library: types.ModuleType
+    fake: FakeServer, library: types.ModuleType
 ) -> None:
-    with Pool(dsn) as pool:
+    with fake.pool() as pool:
         conn = library.call(lambda: library.connect(pool.getconn))
         (holder,) = pool.holders()
         pool.putconn(conn)
@@ -57,7 +61,9 @@ def test_the_first_frame_outside_installed_packages_is_named(
     assert "<lambda>" in holder.where
 
 
-def test_an_installed_application_is_named_behind_sqlalchemy(dsn: str, tmp_path: Path) -> None:
+def test_an_installed_application_is_named_behind_sqlalchemy(
+    fake: FakeServer, tmp_path: Path
+) -> None:
     packages = tmp_path / "site-packages"
     orm = load(packages / "sqlalchemy" / "base.py", "def connect(creator): return creator()")
     app = load(
@@ -70,7 +76,7 @@ def test_an_installed_application_is_named_behind_sqlalchemy(dsn: str, tmp_path:
         """,
     )
     held: list[Any] = []
-    with Pool(dsn) as pool:
+    with fake.pool() as pool:
         thread = threading.Thread(target=app.view, args=(orm.connect, pool, held))
         thread.start()
         thread.join(10)
@@ -78,40 +84,45 @@ def test_an_installed_application_is_named_behind_sqlalchemy(dsn: str, tmp_path:
 
 
 @pytest.mark.parametrize("names", [{}, {"__name__": "orm", "__file__": "/x/site-packages/orm.py"}])
-def test_generated_code_is_the_line_of_nobody(dsn: str, names: dict[str, str]) -> None:
+def test_generated_code_is_the_line_of_nobody(fake: FakeServer, names: dict[str, str]) -> None:
     """Libraries make code of their own, as SQLAlchemy and attrs do."""
     scope: dict[str, Any] = dict(names)
     exec(compile("def call(fn): return fn()", "<orm generated call>", "exec"), scope)
-    with Pool(dsn) as pool:
+    with fake.pool() as pool:
         conn = scope["call"](pool.getconn)
         (holder,) = pool.holders()
         pool.putconn(conn)
     assert holder.where.endswith("test_generated_code_is_the_line_of_nobody")
 
 
-def test_a_script_that_has_no_file_is_named(dsn: str) -> None:
-    source = f"""
-import dbpool
+def test_a_script_that_has_no_file_is_named() -> None:
+    source = """
+from tests.fake import FakeServer
 def lend():
-    with dbpool.Pool({dsn!r}) as pool, pool.connection():
+    with FakeServer().pool() as pool, pool.connection():
         print(pool.holders()[0].where)
 lend()
 """
     done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=ROOT,
     )
     assert done.stdout.strip() == "<string>:4 lend"
 
 
-def test_a_line_is_named_behind_the_standard_library_too(dsn: str) -> None:
-    with Pool(dsn) as pool, ExitStack() as stack:
+def test_a_line_is_named_behind_the_standard_library_too(fake: FakeServer) -> None:
+    with fake.pool() as pool, ExitStack() as stack:
         stack.enter_context(pool.connection())
         (holder,) = pool.holders()
     assert holder.where.endswith("test_a_line_is_named_behind_the_standard_library_too")
 
 
 def test_an_application_that_is_installed_is_named_by_its_own_call(
-    dsn: str, tmp_path: Path
+    fake: FakeServer, tmp_path: Path
 ) -> None:
     app = load(
         tmp_path / "site-packages" / "shop" / "views.py",
@@ -122,7 +133,7 @@ def test_an_application_that_is_installed_is_named_by_its_own_call(
         """,
     )
     held: list[Any] = []
-    with Pool(dsn) as pool:
+    with fake.pool() as pool:
         # From a thread, so that no frame of these tests is below it.
         thread = threading.Thread(target=app.view, args=(pool, held))
         thread.start()
@@ -181,15 +192,15 @@ while "_thread.start" in {script!r} and time.monotonic() < deadline:
     assert done.returncode == 0
 
 
-def test_a_thread_that_runs_a_method_of_the_pool_is_a_holder_like_any(dsn: str) -> None:
-    with Pool(dsn) as pool, ThreadPoolExecutor(1) as threads:
+def test_a_thread_that_runs_a_method_of_the_pool_is_a_holder_like_any(fake: FakeServer) -> None:
+    with fake.pool() as pool, ThreadPoolExecutor(1) as threads:
         conn = threads.submit(functools.partial(pool.getconn, timeout=5)).result()
         (holder,) = pool.holders()
         pool.putconn(conn)
     assert "thread.py:" in holder.where
 
 
-def test_who_calls_the_pool_directly_pays_for_no_walk(dsn: str) -> None:
+def test_who_calls_the_pool_directly_pays_for_no_walk(fake: FakeServer) -> None:
     """The same calls for ten frames as for two."""
 
     def lend(pool: Pool[Any], depth: int) -> None:
@@ -199,7 +210,7 @@ def test_who_calls_the_pool_directly_pays_for_no_walk(dsn: str) -> None:
             with pool.connection():
                 pass
 
-    with Pool(dsn) as pool:
+    with fake.pool() as pool:
         lend(pool, 0)
         shallow, deep = (calls_of(lambda n=n: lend(pool, n)) for n in (0, 50))  # type: ignore[misc]
     assert deep["call"] - shallow["call"] == 50
@@ -213,9 +224,9 @@ def forget(pool: Pool[Any]) -> None:
     pool.getconn()
 
 
-def test_a_leak_is_a_connection_that_was_forgotten(dsn: str) -> None:
+def test_a_leak_is_a_connection_that_was_forgotten(fake: FakeServer) -> None:
     heard: list[Any] = []
-    with Pool(dsn, max_size=5, leak_after=0.2, listeners=[heard.append]) as pool:
+    with fake.pool(max_size=5, leak_after=0.2, listeners=[heard.append]) as pool:
         for _ in range(5):
             forget(pool)
         gc.collect()
@@ -229,9 +240,9 @@ def test_a_leak_is_a_connection_that_was_forgotten(dsn: str) -> None:
     assert sum(isinstance(event, Discarded) for event in heard) == 5
 
 
-def test_what_is_taken_back_was_forgotten_too(dsn: str) -> None:
+def test_what_is_taken_back_was_forgotten_too(fake: FakeServer) -> None:
     heard: list[Any] = []
-    with Pool(dsn, listeners=[heard.append]) as pool:
+    with fake.pool(listeners=[heard.append]) as pool:
         conn = pool.getconn()
         (holder,) = pool.return_held(0.0)
         assert conn.closed
@@ -240,9 +251,9 @@ def test_what_is_taken_back_was_forgotten_too(dsn: str) -> None:
     assert leaked.holder == holder
 
 
-def test_what_is_held_long_is_no_leak_and_pairs_with_its_late_return(dsn: str) -> None:
+def test_what_is_held_long_is_no_leak_and_pairs_with_its_late_return(fake: FakeServer) -> None:
     heard: list[Any] = []
-    with Pool(dsn, max_size=8, leak_after=0.1, listeners=[heard.append]) as pool:
+    with fake.pool(max_size=8, leak_after=0.1, listeners=[heard.append]) as pool:
         held = [pool.getconn() for _ in range(8)]
         until(lambda: pool.stats().counters.held_long == 8)
         for conn in held:
@@ -257,7 +268,7 @@ def test_what_is_held_long_is_no_leak_and_pairs_with_its_late_return(dsn: str) -
 
 
 def test_connections_held_long_by_one_line_are_one_line_of_the_log(
-    dsn: str, caplog: pytest.LogCaptureFixture
+    fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     done = threading.Event()
 
@@ -267,17 +278,15 @@ def test_connections_held_long_by_one_line_are_one_line_of_the_log(
 
     with (
         caplog.at_level(logging.INFO, logger="dbpool"),
-        Pool(dsn, max_size=8, leak_after=0.5) as pool,
+        fake.pool(max_size=8, leak_after=0.5) as pool,
     ):
         pool.resize(8, 8)
         pool.wait()
-        threads = [threading.Thread(target=hold, args=(pool,), name=f"t{n}") for n in range(8)]
-        for thread in threads:
-            thread.start()
+        holders = [Task(hold, pool, name=f"t{n}") for n in range(8)]
         until(lambda: pool.stats().counters.held_long == 8)
         done.set()
-        for thread in threads:
-            thread.join(10)
+        for holder in holders:
+            holder.result()
     held = [text for text in caplog.messages if "been held" in text]
     assert len(held) == 1, "one line, however many"
     assert "\n" not in held[0]
@@ -288,10 +297,10 @@ def test_connections_held_long_by_one_line_are_one_line_of_the_log(
     assert any("8 connections returned late, from" in text for text in caplog.messages)
 
 
-def test_the_metrics_tell_both(dsn: str) -> None:
+def test_the_metrics_tell_both(fake: FakeServer) -> None:
     from dbpool.prometheus import expose
 
-    with Pool(dsn, leak_after=0.1) as pool:
+    with fake.pool(leak_after=0.1) as pool:
         with pool.connection():
             until(lambda: pool.stats().counters.held_long)
         report = {"processes": [], "pools": {"default": pool.stats().to_json()}}

@@ -46,7 +46,7 @@ FLOORS = {
         "_run",
         "pool",
     ],
-    3: ["databases", "settings.app"],
+    3: ["databases", "settings.app", "diagnosis"],
     4: ["health", "_files", "processes", "sizing"],
     5: ["prometheus", "gunicorn", "codes", "flask", "cli", "__main__"],
 }

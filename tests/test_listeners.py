@@ -12,6 +12,7 @@ import pytest
 from dbpool import ConfigError, Databases, Pool, Settings, events
 from dbpool.events import Event, Listener, LoggingListener, name_of
 from dbpool.flask import DBPool
+from tests.fake import FakeServer
 from tests.postgres import until
 
 
@@ -166,17 +167,17 @@ def test_what_can_hear_is_taken(listener: Any) -> None:
     Pool("host=nowhere", listeners=iter([listener])).close()
 
 
-def test_every_event_can_be_heard_by_its_name(dsn: str) -> None:
+def test_every_event_can_be_heard_by_its_name(fake: FakeServer) -> None:
     kinds = [
         kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)
     ]
     for kind in set(kinds) - {Event}:
         name = name_of(kind.__new__(kind))
         cls = type("Ears", (Listener,), {name: lambda self, event: None})
-        Pool(dsn, listeners=[cls()]).close()
+        fake.pool(listeners=[cls()]).close()
 
 
-def test_a_listener_that_passed_hears(dsn: str) -> None:
+def test_a_listener_that_passed_hears(fake: FakeServer) -> None:
     listener = Counting()
-    with Pool(dsn, listeners=[listener]):
+    with fake.pool(listeners=[listener]):
         until(lambda: listener.heard == 1)

@@ -11,10 +11,13 @@ from dbpool import Databases, Pool
 from dbpool.processes import Processes
 from dbpool.prometheus import PoolCollector
 from dbpool.settings import Settings
+from tests.fake import FakeServer
 
 
-def test_each_scrape_of_a_registry_shows_the_numbers_of_its_moment(dsn: str) -> None:
-    with Databases({"default": Settings(conninfo=dsn)}) as databases:
+def test_each_scrape_of_a_registry_shows_the_numbers_of_its_moment(fake: FakeServer) -> None:
+    with Databases(
+        {"default": Settings(conninfo=fake.conninfo)}, connection_class=fake.connection_class
+    ) as databases:
         processes = Processes(databases)
         registry = CollectorRegistry()
         registry.register(PoolCollector(processes.report))

@@ -1,4 +1,4 @@
-"""The notes API, over real PostgreSQL: what a client gets for what it sends."""
+"""The notes API: what a client gets for what it sends; over PostgreSQL where a statement is run."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from werkzeug.test import TestResponse
 
 from dbpool import ConfigError
 from dbpool.settings.app import AppSettings
+from tests.fake import FakeServer
+from tests.threads import run_in_threads
 from webapp import ROOT, create_app, dotenv, schema
 from webapp import __main__ as supervisor
 from webapp.notes import db
@@ -46,6 +48,22 @@ def app(dsn: str) -> Iterator[Flask]:
 @pytest.fixture
 def client(app: Flask) -> FlaskClient:
     return app.test_client()
+
+
+@pytest.fixture
+def without_tables(fake: FakeServer) -> Iterator[Flask]:
+    """An application for what it answers without a statement: the fake server knows none of its."""
+    app = make(DATABASE_URL=fake.conninfo)
+    app.extensions["dbpool"].databases.default.connection_class = fake.connection_class
+    yield app
+    app.extensions["dbpool"].databases.close()
+    assert fake.statements == []
+
+
+@pytest.fixture
+def asker(without_tables: Flask) -> FlaskClient:
+    """A client whose requests reach no database."""
+    return without_tables.test_client()
 
 
 def created(client: FlaskClient, title: str = "a title", **fields: Any) -> dict[str, Any]:
@@ -136,13 +154,13 @@ def test_the_last_page_has_no_next_one(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "limit=", "limit=%2B5"])
-def test_a_limit_out_of_range_is_refused(client: FlaskClient, query: str) -> None:
-    assert refused(client.get(f"/notes?{query}"), 400) == "limit must be a number from 1 to 100"
+def test_a_limit_out_of_range_is_refused(asker: FlaskClient, query: str) -> None:
+    assert refused(asker.get(f"/notes?{query}"), 400) == "limit must be a number from 1 to 100"
 
 
 @pytest.mark.parametrize("after", ["-1", "x", "1.5", str(2**63), "9" * 5000, "٣"])
-def test_a_keyset_out_of_range_is_refused(client: FlaskClient, after: str) -> None:
-    refused(client.get("/notes", query_string={"after": after}), 400)
+def test_a_keyset_out_of_range_is_refused(asker: FlaskClient, after: str) -> None:
+    refused(asker.get("/notes", query_string={"after": after}), 400)
 
 
 @pytest.mark.parametrize("number", ["0", "999999", str(2**63), "9" * 4000, "-1", "one", "1.0"])
@@ -170,14 +188,13 @@ def test_an_update_of_an_unknown_id_is_not_found(client: FlaskClient) -> None:
         b'{"title": "x", "body": ' + b"1" * 5000 + b"}",
     ],
 )
-def test_a_body_that_is_no_json_object_is_refused(client: FlaskClient, body: bytes) -> None:
-    answer = client.post("/notes", data=body, content_type="application/json")
+def test_a_body_that_is_no_json_object_is_refused(asker: FlaskClient, body: bytes) -> None:
+    answer = asker.post("/notes", data=body, content_type="application/json")
     refused(answer, 400)
-    assert client.get("/notes").get_json()["notes"] == []
 
 
-def test_a_body_of_another_type_is_refused(client: FlaskClient) -> None:
-    answer = client.post("/notes", data={"title": "a form"})
+def test_a_body_of_another_type_is_refused(asker: FlaskClient) -> None:
+    answer = asker.post("/notes", data={"title": "a form"})
     assert "Content-Type" in refused(answer, 400)
 
 
@@ -199,16 +216,14 @@ def test_a_body_of_another_type_is_refused(client: FlaskClient) -> None:
     ],
 )
 def test_a_note_that_is_not_one_is_refused_with_the_reason(
-    client: FlaskClient, fields: dict[str, Any], reason: str
+    asker: FlaskClient, fields: dict[str, Any], reason: str
 ) -> None:
-    assert refused(client.post("/notes", json=fields), 400).startswith(reason)
-    assert client.get("/notes").get_json()["notes"] == []
+    assert refused(asker.post("/notes", json=fields), 400).startswith(reason)
 
 
 @pytest.mark.parametrize("version", [None, "1", 1.0, True, 0, -1, 2**63])
-def test_an_update_without_a_proper_version_is_refused(client: FlaskClient, version: Any) -> None:
-    note = created(client)
-    answer = client.put(f"/notes/{note['id']}", json={"title": "x", "version": version})
+def test_an_update_without_a_proper_version_is_refused(asker: FlaskClient, version: Any) -> None:
+    answer = asker.put("/notes/1", json={"title": "x", "version": version})
     assert refused(answer, 400).startswith("version must be")
 
 
@@ -217,13 +232,13 @@ def test_a_title_as_long_as_allowed_is_stored(client: FlaskClient) -> None:
     assert len(note["body"]) == MAX_BODY
 
 
-def test_a_body_too_large_is_refused(client: FlaskClient) -> None:
-    refused(client.post("/notes", json={"title": "x", "body": "y" * 300_000}), 413)
+def test_a_body_too_large_is_refused(asker: FlaskClient) -> None:
+    refused(asker.post("/notes", json={"title": "x", "body": "y" * 300_000}), 413)
 
 
-def test_a_body_too_large_is_refused_without_a_length_too(client: FlaskClient) -> None:
+def test_a_body_too_large_is_refused_without_a_length_too(asker: FlaskClient) -> None:
     body = b'{"title": "x"}' + b" " * 300_000  # what is beyond the limit is not read
-    answer = client.post(
+    answer = asker.post(
         "/notes",
         input_stream=io.BytesIO(body),
         content_type="application/json",
@@ -232,17 +247,19 @@ def test_a_body_too_large_is_refused_without_a_length_too(client: FlaskClient) -
     refused(answer, 413)
 
 
-def test_a_method_that_is_not_there_is_refused_with_those_that_are(client: FlaskClient) -> None:
-    answer = client.patch("/notes")
+def test_a_method_that_is_not_there_is_refused_with_those_that_are(asker: FlaskClient) -> None:
+    answer = asker.patch("/notes")
     refused(answer, 405)
     assert set(answer.headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS", "POST"}
 
 
-def test_a_path_that_is_not_there_is_not_found(client: FlaskClient) -> None:
-    refused(client.get("/nothing/here"), 404)
+def test_a_path_that_is_not_there_is_not_found(asker: FlaskClient) -> None:
+    refused(asker.get("/nothing/here"), 404)
 
 
-def test_a_failure_of_ours_says_nothing_of_the_inside(app: Flask) -> None:
+def test_a_failure_of_ours_says_nothing_of_the_inside(without_tables: Flask) -> None:
+    app = without_tables
+
     @app.get("/broken")
     def broken() -> str:
         raise RuntimeError("s3cr3t")
@@ -298,10 +315,10 @@ def test_making_the_application_touches_no_database() -> None:
         app.extensions["dbpool"].databases.close()
 
 
-def test_two_applications_in_one_process_do_not_meet(app: Flask, server: Any) -> None:
-    other = make(DATABASE_URL=server.conninfo)
+def test_two_applications_in_one_process_do_not_meet(without_tables: Flask) -> None:
+    other = make(DATABASE_URL=FakeServer.conninfo)
     try:
-        with app.app_context():
+        with without_tables.app_context():
             mine = db.pool
         with other.app_context():
             assert db.pool is not mine
@@ -309,31 +326,16 @@ def test_two_applications_in_one_process_do_not_meet(app: Flask, server: Any) ->
         other.extensions["dbpool"].databases.close()
 
 
-def test_a_wrong_setting_is_refused_when_the_application_is_made(dsn: str) -> None:
+def test_a_wrong_setting_is_refused_when_the_application_is_made() -> None:
     with pytest.raises(ConfigError, match="DBPOOL_MAX_SIZE"):
-        make(DATABASE_URL=dsn, DBPOOL_MAX_SIZE="many")
+        make(DATABASE_URL=FakeServer.conninfo, DBPOOL_MAX_SIZE="many")
 
 
 def test_tables_are_made_once_and_by_several_at_once(dsn: str) -> None:
-    import threading
-
     from dbpool import Pool
 
-    failures: list[psycopg.Error] = []
-
-    def create(pool: Pool) -> None:
-        try:
-            schema.create(pool)
-        except psycopg.Error as exc:
-            failures.append(exc)
-
     with Pool(dsn, max_size=4) as pool:
-        threads = [threading.Thread(target=create, args=[pool]) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
+        run_in_threads(4, schema.create, pool)
         schema.create(pool)
         assert pool.fetch_value("select count(*) from notes") == 0
 
@@ -549,11 +551,11 @@ def test_the_demo_answers_to_the_address_that_it_is_bound_to(
 
 
 def test_other_names_may_be_added_and_without_the_demo_all_are_answered(
-    client: FlaskClient, dsn: str, monkeypatch: pytest.MonkeyPatch
+    asker: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert client.get("/", headers={"Host": "notes.example"}).status_code == 200
+    assert asker.get("/", headers={"Host": "notes.example"}).status_code == 200
     monkeypatch.setenv("WEBAPP_HOSTS", "localhost, Notes.Example")
-    app = make(DATABASE_URL=dsn)
+    app = make(DATABASE_URL=FakeServer.conninfo)
     assert app.test_client().get("/", headers={"Host": "notes.example:80"}).status_code == 200
     assert app.test_client().get("/", headers={"Host": "other.example"}).status_code == 400
     app.extensions["dbpool"].databases.close()
@@ -579,7 +581,9 @@ def test_a_line_of_the_log_has_time_pid_level_and_name(set_up: str) -> None:
     assert re.fullmatch(line, done.stderr), done.stderr
 
 
-def test_retries_of_what_the_database_broke_off_are_spread(app: Flask) -> None:
+def test_retries_of_what_the_database_broke_off_are_spread(without_tables: Flask) -> None:
+    app = without_tables
+
     @app.get("/broken")
     def broken() -> str:
         raise psycopg.OperationalError("the connection is lost")

@@ -65,10 +65,12 @@ class Task:
         return self.ended - self.began
 
 
-def run_in_threads(number: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+def run_in_threads(
+    number: int, fn: Callable[..., Any], *args: Any, seconds: float = 600.0
+) -> list[Any]:
     """Call *fn* in that many threads at once; return what they returned, or raise."""
     tasks = [Task(fn, *args) for _ in range(number)]
-    return [task.result(60.0) for task in tasks]
+    return [task.result(seconds) for task in tasks]
 
 
 class Load:

@@ -1,0 +1,70 @@
+"""What is wrong, since when, whose code it is, and what to do: the database, the pool, or neither.
+
+Pure functions: `diagnose` takes a `Scene`, which is a report as `/stats` shows it beside what
+happened over time and what the server said, and returns findings, the right one first. Nothing
+here talks to a database, reads a file or keeps a thread; `dbpool.diagnosis.monitor` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from dbpool.diagnosis import _connecting, _holding, _host, _trends
+from dbpool.diagnosis._finding import CODES, Finding, Severity, ordered
+from dbpool.diagnosis._scene import Holder, PoolScene, Process, Run, Scene, Watch
+from dbpool.diagnosis._server_view import Prepared, ServerFacts, ServerView, Session
+
+__all__ = [
+    "CODES", "Finding", "Holder", "PoolScene", "Prepared", "Process", "Run", "Scene", "ServerFacts",
+    "ServerView", "Session", "Severity", "Watch", "diagnose",
+]  # fmt: skip
+
+# What is wrong with one pool: causes before their effects.
+_RULES: Final[tuple[Callable[[PoolScene], Finding | None], ...]] = (
+    _connecting.connecting,
+    _holding.waiting_for_lock,
+    _holding.nested,
+    _trends.forgotten,
+    _holding.held_unused,
+    _holding.idle_in_transaction,
+    _holding.slow_statements,
+    _trends.too_small,
+    _trends.churn,
+    _trends.conflicts,
+    _trends.slower,
+    _host.over_configured,
+    _host.replica,
+)
+_CANNOT_CONNECT: Final = frozenset({"DB01", "DB02", "DB03", "DB17"})
+# What each of these may be an effect of. It is then left out: one look names the cause.
+_EFFECTS: Final[Mapping[str, frozenset[str]]] = MappingProxyType({
+    "DB05": frozenset({"DB01", "DB02", "DB04", "DB09", "DB15"}),
+    "DB06": frozenset({"DB01", "DB02"}),
+    "DB07": frozenset({"DB01", "DB02", "DB04"}),
+    "DB08": frozenset({"DB04", "DB05", "DB06", "DB07", "DB09", "DB15"}) | _CANNOT_CONNECT,
+    "DB10": frozenset({"DB06"}) | _CANNOT_CONNECT,
+    "DB15": frozenset({"DB04", "DB09"}) | _CANNOT_CONNECT,
+    "DB18": frozenset({"DB04", "DB05", "DB07", "DB09", "DB15"}) | _CANNOT_CONNECT,
+})  # fmt: skip
+
+
+def diagnose(scene: Scene) -> tuple[Finding, ...]:
+    """Return what is wrong, the worst and longest first; DB00 alone where nothing is."""
+    found = [finding for pool in scene.pools for finding in _of_pool(pool)]
+    whole = (_host.silent_workers(scene), _host.dying_workers(scene))
+    found += [finding for finding in whole if finding is not None]
+    if not any(finding.severity in (Severity.WARNING, Severity.CRITICAL) for finding in found):
+        found.append(_host.innocent(scene))
+    return ordered(found)
+
+
+def _of_pool(pool: PoolScene) -> Iterator[Finding]:
+    found = {finding.code: finding for rule in _RULES if (finding := rule(pool)) is not None}
+    # A single transaction that stays open is to blame, not the code of all who come and go.
+    if {"DB05", "DB15"} <= found.keys() and not _holding.has_turnover(pool):
+        del found["DB15"]
+    for code, finding in found.items():
+        if found.keys().isdisjoint(_EFFECTS.get(code, ())):
+            yield finding

@@ -1,0 +1,112 @@
+"""Findings about the server, the workers and the host as a whole."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dbpool.diagnosis._finding import Finding, Severity, count, duration
+from dbpool.diagnosis._scene import PoolScene, Scene
+
+_SILENT: Final = 10.0  # seconds
+_FRESH: Final = 3.0
+_LAG: Final = 60.0
+_DEATHS: Final = 3
+_WITHIN: Final = 300.0  # seconds
+_STALL: Final = 5.0
+
+
+def over_configured(pool: PoolScene) -> Finding | None:
+    """DB11: the workers together may want more connections than the server allows."""
+    view = pool.view
+    room = None if view is None or view.facts is None or pool.pooler else view.facts.room
+    if view is None or view.facts is None or room is None or pool.max_size <= room:
+        return None
+    facts = view.facts
+    return Finding(
+        "DB11", Severity.WARNING, pool=pool.name, since=view.time,
+        text=f"all workers' pools {pool.name} together may open {pool.max_size} connections, but the"
+        f" server allows them {room}",
+        do="Lower max_size or the number of workers, or put a pooler before the server.",
+        evidence={
+            "max_size": pool.max_size, "room": room, "max_connections": facts.max_connections,
+            "reserved": facts.reserved, "role_limit": facts.role_limit,
+            "database_limit": facts.database_limit,
+        },
+    )  # fmt: skip
+
+
+def replica(pool: PoolScene) -> Finding | None:
+    """DB13: the pool's server is a standby that does not stream, or is far behind."""
+    view = pool.view
+    facts = None if view is None else view.facts
+    if view is None or facts is None or facts.role != "standby":
+        return None
+    lag = facts.lag_seconds or 0.0
+    if lag < _LAG:
+        return None
+    state = "lags" if facts.is_streaming else "does not stream from its primary, and lags"
+    return Finding(
+        "DB13", Severity.WARNING, pool=pool.name, since=pool.now - lag,
+        text=f"the replica of {pool.name} {state} {duration(lag)} behind",
+        do="Look at pg_stat_wal_receiver on the replica and pg_stat_replication on the primary.",
+        evidence={"streaming": facts.is_streaming, "lag_seconds": facts.lag_seconds},
+    )  # fmt: skip
+
+
+def silent_workers(scene: Scene) -> Finding | None:
+    """DB12: a worker lives but says nothing, while another does."""
+    silent = [each for each in scene.processes if each.age > _SILENT]
+    fresh = [each for each in scene.processes if each.age <= _FRESH]
+    if scene.stalled > _STALL or (silent and not fresh):
+        seconds = max(scene.stalled, *(each.age for each in silent), 0.0)
+        return Finding(
+            "DB12", Severity.NOTICE, since=scene.now - seconds, subject="host",
+            text=f"the host stalled for {duration(seconds)}: no worker said anything",
+            do="A suspended or overloaded machine does this; so does a container without CPU.",
+            evidence={"seconds": seconds, "workers": [each.pid for each in silent]},
+        )  # fmt: skip
+    if not silent:
+        return None
+    oldest = max(each.age for each in silent)
+    pids = ", ".join(str(each.pid) for each in silent[:5])
+    return Finding(
+        "DB12", Severity.WARNING, since=scene.now - oldest,
+        text=f"{count(len(silent), 'worker')} silent for {duration(oldest)} (pid {pids}), the others"
+        " answer",
+        do="The process is stopped, or a thread of it holds the interpreter: py-spy dump shows where.",
+        evidence={"workers": [each.pid for each in silent], "seconds": oldest},
+    )  # fmt: skip
+
+
+def dying_workers(scene: Scene) -> Finding | None:
+    """DB16: workers end without closing their pools, again and again."""
+    recent = [at for at in scene.deaths if scene.now - _WITHIN <= at <= scene.now + 1.0]
+    if len(recent) < _DEATHS:
+        return None
+    return Finding(
+        "DB16", Severity.CRITICAL, since=min(recent),
+        text=f"{count(len(recent), 'worker')} died within five minutes without closing their pools",
+        do="Read the server's log for the signal: SIGKILL is mostly the kernel out of memory"
+        " (dmesg), SIGABRT is gunicorn's timeout, SIGSEGV a library in C.",
+        evidence={"deaths": len(recent), "times": sorted(recent)[-10:]},
+    )  # fmt: skip
+
+
+def innocent(scene: Scene) -> Finding:
+    """DB00: nothing is wrong here, with what is in use."""
+    parts = [
+        f"{pool.name} has {pool.active} of {pool.max_size} connections in use, "
+        + (f"{count(pool.waiting, 'caller')} waiting" if pool.waiting else "nobody waits")
+        for pool in scene.pools[:5]
+    ]
+    elsewhere = ""
+    if scene.threads is not None and not any(pool.active for pool in scene.pools):
+        elsewhere = f"; {count(scene.threads, 'thread')} serve, none of them in the database"
+    return Finding(
+        "DB00", Severity.OK, since=scene.now,
+        text="the pools are not the cause: " + ("; ".join(parts) or "there are none") + elsewhere,
+        do="If requests are slow, look at the code outside the database, at other services, and at"
+        " what waits before the workers.",
+        evidence={"pools": {p.name: {"in_use": p.active, "max_size": p.max_size}
+                            for p in scene.pools[:20]}, "threads": scene.threads},
+    )  # fmt: skip

@@ -1,0 +1,134 @@
+"""What a server said of its sessions, and who is at the root of a queue for a lock. No I/O here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+_DEEPEST: Final = 10  # sessions from a waiting one to the root of its queue
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A row of pg_stat_activity. Times are seconds so far; None is not known, or not visible."""
+
+    pid: int
+    state: str | None = None
+    wait_type: str | None = None  # wait_event_type
+    backend_type: str | None = None
+    application_name: str | None = None
+    user: str | None = None
+    client: str | None = None
+    query_seconds: float | None = None
+    state_seconds: float | None = None
+    transaction_seconds: float | None = None
+    ddl: str | None = None  # the command's first words, if it changes the schema
+    query: str | None = None  # only where queries may be shown
+    is_ours: bool = False
+    blocked_by: tuple[int, ...] = ()
+
+    @property
+    def is_visible(self) -> bool:
+        """Whether our role may see what the session does."""
+        return self.state is not None or self.backend_type not in (None, "client backend")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prepared transaction: it holds its locks without any session."""
+
+    gid: str
+    seconds: float
+    owner: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a server says of itself. Limits are numbers of connections, None for no limit."""
+
+    max_connections: int | None = None
+    reserved: int | None = None
+    used: int | None = None
+    ours: int | None = None
+    role_limit: int | None = None
+    database_limit: int | None = None
+    role: str | None = None  # primary or standby
+    is_streaming: bool | None = None
+    lag_seconds: float | None = None
+
+    @property
+    def room(self) -> int | None:
+        """How many connections our role may have at most, whoever has them now."""
+        limits = [self.role_limit, self.database_limit]
+        if self.max_connections is not None:
+            limits.append(self.max_connections - (self.reserved or 0))
+        known = [limit for limit in limits if limit is not None]
+        return min(known) if known else None
+
+    @property
+    def free(self) -> int | None:
+        """How many more connections the server would take now."""
+        if self.max_connections is None or self.used is None:
+            return None
+        return max(0, self.max_connections - (self.reserved or 0) - self.used)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerView:
+    """What one look at a server showed; `time` is Unix time.
+
+    `is_joined` is false where pids mean nothing, behind a pooler. `is_limited` says that other
+    roles' sessions are hidden. `problem` is why there was nothing to see.
+    """
+
+    time: float
+    sessions: Mapping[int, Session] = field(default_factory=dict)
+    prepared: tuple[Prepared, ...] = ()
+    facts: ServerFacts | None = None
+    is_joined: bool = True
+    is_limited: bool = False
+    problem: str | None = None
+
+    def waiting_for_locks(self) -> list[Session]:
+        """Return our sessions that wait for a lock, longest first."""
+        waiting = [s for s in self.sessions.values() if s.is_ours and s.wait_type == "Lock"]
+        return sorted(waiting, key=lambda s: (-(s.query_seconds or 0.0), s.pid))
+
+    def roots(self, waiting: Iterable[Session]) -> list[int]:
+        """Return the pids at the roots of these sessions' queues, those of the most waiting first.
+
+        Pid 0 is a prepared transaction. In a deadlock, which the server ends itself, the first
+        session of the circle stands for it.
+        """
+        counts: dict[int, int] = {}
+        for session in waiting:
+            for root in set(self._roots_of(session.pid)):
+                counts[root] = counts.get(root, 0) + 1
+        return sorted(counts, key=lambda pid: (-counts[pid], pid))
+
+    def _roots_of(self, pid: int) -> Iterator[int]:
+        seen, level = {pid}, [pid]
+        for _ in range(_DEEPEST):
+            blockers = [b for each in level for b in self._blockers(each)]
+            yield from (b for b in blockers if not self._blockers(b))
+            level = [b for b in dict.fromkeys(blockers) if b not in seen and self._blockers(b)]
+            if not level and blockers and all(b in seen for b in blockers):
+                yield blockers[0]
+            seen.update(level)
+
+    def _blockers(self, pid: int) -> tuple[int, ...]:
+        session = self.sessions.get(pid)
+        return () if session is None else session.blocked_by
+
+    def schema_change(self, waiting: Iterable[Session]) -> Session | None:
+        """Return the session that waits to change the schema and holds up these, if there is one."""
+        level = [session.pid for session in waiting]
+        seen = set(level)
+        for _ in range(_DEEPEST):
+            level = [b for pid in level for b in self._blockers(pid) if b not in seen]
+            seen.update(level)
+            for session in filter(None, map(self.sessions.get, level)):
+                if session.ddl and session.blocked_by:
+                    return session
+        return None

@@ -1,0 +1,617 @@
+"""The diagnosis: 24 troubles and 16 quiet situations as data, and what holds for any report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbpool.diagnosis import (
+    CODES,
+    Finding,
+    Prepared,
+    Scene,
+    ServerFacts,
+    ServerView,
+    Session,
+    Severity,
+    Watch,
+    diagnose,
+)
+from dbpool.diagnosis.history import BOUNDS, Buckets, Step
+from dbpool.diagnosis.watching import Watcher
+
+NOW = 1_795_000_000.0
+NAME = "default"
+HEALTHY = {"state": "closed", "since": None, "last_error": None, "retry_after": None}
+
+
+def holder(seconds: float = 0.01, status: str = "query", **more: Any) -> dict[str, Any]:
+    """A holder as `/stats` shows it."""
+    known = {
+        "thread": "Thread-1",
+        "seconds": seconds,
+        "where": "shop/orders.py:41 index",
+        "endpoint": "orders.index",
+        "pid": 5001,
+        "worker": 4711,
+        "status": status,
+    }
+    return known | more
+
+
+def holders(number: int, seconds: float, status: str, **more: Any) -> list[dict[str, Any]]:
+    """Several, each with a session of its own."""
+    return [
+        holder(seconds, status, pid=5001 + n, thread=f"Thread-{n}", **more) for n in range(number)
+    ]
+
+
+def pool(**changes: Any) -> dict[str, Any]:
+    """A pool as `/stats` shows it: up, one of 12 connections in use."""
+    counters = {"checkouts": 1000, "timeouts": 0, "rejected": 0, "leaks": 0, "retries": 0}
+    idle = {
+        "state": "up", "size": 12, "active": 1, "idle": 11, "connecting": 0, "waiting": 0,
+        "min_size": 3, "max_size": 12, "counters": counters, "breaker": HEALTHY, "holders": [],
+    }  # fmt: skip
+    return idle | changes
+
+
+def full(waiting: int, held: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """A pool without a free connection."""
+    return pool(active=12, idle=0, waiting=waiting, holders=held, **changes)
+
+
+def failing(error: str, since: float, state: str = "open", **changes: Any) -> dict[str, Any]:
+    """A pool that cannot connect."""
+    breaker = {"state": state, "since": NOW - since, "last_error": error, "retry_after": 0.4}
+    word = "down" if state == "open" else "up"
+    return pool(**{"state": word, "size": 0, "active": 0, "idle": 0, "breaker": breaker} | changes)
+
+
+def took(seconds: float, number: int = 100) -> Buckets:
+    """That many durations, all alike."""
+    bucket = sum(bound < seconds for bound in BOUNDS)
+    counts = [0] * 12
+    counts[bucket] = number
+    return Buckets(tuple(counts), seconds * number)
+
+
+def step(wait: float = 0.0001, use: float = 0.01, number: int = 100, **more: Any) -> Step:
+    """Five seconds of a pool that was busy, but not too much so."""
+    known = {"in_use": 1.0, "size": 12.0, "checkouts": number, "settled_checkouts": number}
+    return replace(Step(wait=took(wait, number), use=took(use, number)), **{**known, **more})
+
+
+USUAL = [step() for _ in range(180)]
+
+
+def lately(number: int, each: Step) -> list[Step]:
+    """A usual quarter of an hour, but for the last steps."""
+    return [*USUAL[number:], *[each] * number]
+
+
+@dataclass
+class Case:
+    """A situation: a report each second, the last one now, and what else is known now."""
+
+    expected: str
+    reports: Callable[[int], dict[str, Any]]  # of the second before now
+    words: tuple[str, ...] = ()
+    seconds: int = 3
+    steps: list[Step] = field(default_factory=lambda: USUAL)
+    view: ServerView | None = None
+    processes: list[dict[str, Any]] = field(
+        default_factory=lambda: [{"pid": 4711 + n, "age": 0.5, "uptime": 900.0} for n in range(3)]
+    )
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def scene(self) -> Scene:
+        watcher = Watcher()
+        watches: Mapping[str, Watch] = {}
+        report: dict[str, Any] = {}
+        for ago in range(self.seconds, -1, -1):
+            report = {
+                "time": NOW - ago,
+                "pools": {NAME: self.reports(ago)},
+                "processes": self.processes,
+            }
+            watches = watcher.look(report, NOW - ago)
+        views = {} if self.view is None else {NAME: self.view}
+        return Scene.read(
+            report, steps={NAME: self.steps}, watches=watches, views=views, **self.more
+        )
+
+
+def always(state: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
+    return lambda ago: state
+
+
+def growing(held: int, status: str, most: int, waiting: int = 4) -> Callable[[int], dict[str, Any]]:
+    """The same holders at each look, a second older each time, of a full pool."""
+    return lambda ago: full(waiting, holders(held, most - ago + 0.01, status))
+
+
+def ours(pid: int, blocked_by: tuple[int, ...] = (), **more: Any) -> Session:
+    known: dict[str, Any] = {
+        "state": "active", "backend_type": "client backend", "is_ours": True, "user": "shop",
+        "application_name": "dbpool:default@web/4711", "query_seconds": 4.0, "state_seconds": 4.0,
+        "blocked_by": blocked_by,
+    }  # fmt: skip
+    if blocked_by:
+        known["wait_type"] = "Lock"
+    return Session(pid, **(known | more))
+
+
+def foreign(pid: int, state: str | None = "idle in transaction", **more: Any) -> Session:
+    known: dict[str, Any] = {
+        "state": state, "backend_type": "client backend", "application_name": "psql",
+        "client": "10.0.0.5", "user": "admin", "query_seconds": 30.0, "state_seconds": 14.0,
+    }  # fmt: skip
+    return Session(pid, **(known | more))
+
+
+def seen(*sessions: Session, **more: Any) -> ServerView:
+    return ServerView(NOW, {session.pid: session for session in sessions}, **more)
+
+
+FACTS = ServerFacts(max_connections=100, reserved=3, used=97, ours=12)
+WAITERS = [ours(pid, (99,)) for pid in (5001, 5002, 5003)]
+
+TROUBLES: dict[str, Case] = {
+    "server stopped": Case(
+        "DB01", always(failing("connection refused", 14)), ("default is down for 14 s", "refused")
+    ),
+    "server frozen": Case(
+        "DB01", always(failing("connection timeout expired", 6)), ("does not answer", "6.0 s")
+    ),
+    "wrong password": Case(
+        "DB02",
+        always(failing('FATAL: password authentication failed for user "shop"', 2)),
+        ("cannot connect", "password"),
+    ),
+    "no such database": Case(
+        "DB02", always(failing('FATAL: database "shop" does not exist', 2)), ("does not exist",)
+    ),
+    "server full": Case(
+        "DB03",
+        always(failing("FATAL: sorry, too many clients already", 2, "closed", waiting=3)),
+        ("no free connection slot", "97 of 100", "3 callers"),
+        view=seen(facts=FACTS),
+    ),
+    "role's limit reached": Case(
+        "DB17",
+        always(failing('FATAL: too many connections for role "shop"', 2, "closed", waiting=1)),
+        ("too many connections for role", "1 caller"),
+    ),
+    "PgBouncer is full": Case(
+        "DB17", always(failing("FATAL: no more connections allowed (max_client_conn)", 3)),
+        ("max_client_conn",),
+    ),
+    "table locked by psql": Case(
+        "DB04",
+        always(full(4, holders(3, 4.0, "query"))),
+        ("3 connections of default wait for a lock", "session 99 (psql, 10.0.0.5)",
+         "idle in transaction for 14 s", "4 callers"),
+        view=seen(*WAITERS, foreign(99)),
+    ),
+    "row locked by our own code in another worker": Case(
+        "DB04",
+        always(
+            full(4, [*holders(3, 4.0, "query"), holder(14, "idle in transaction", pid=99,
+                     worker=4713, endpoint="billing.pay", where="billing/pay.py:88 pay")])
+        ),
+        ("billing.pay (billing/pay.py:88 pay) in worker 4713",),
+        view=seen(*WAITERS, ours(99, state="idle in transaction", state_seconds=14.0)),
+    ),
+    "migration queues behind a report": Case(
+        "DB04",
+        always(full(4, holders(3, 4.0, "query"))),
+        ("ALTER TABLE of alembic (session 99) waits for the session 77", "behind it"),
+        view=seen(
+            *WAITERS,
+            foreign(99, "active", application_name="alembic", ddl="ALTER TABLE", wait_type="Lock",
+                    blocked_by=(77,)),
+            foreign(77, "active", application_name="report"),
+        ),
+    ),
+    "prepared transaction forgotten": Case(
+        "DB04",
+        always(full(4, holders(1, 4.0, "query"))),
+        ("prepared transaction 'tx-9'", "5 min"),
+        view=seen(ours(5001, (0,)), prepared=(Prepared("tx-9", 300.0, "shop"),)),
+    ),
+    "lock whose holder our role may not see": Case(
+        "DB04",
+        always(full(4, holders(3, 4.0, "query"))),
+        ("session 99",),
+        view=seen(*WAITERS, Session(99), is_limited=True),
+    ),
+    "idle in transaction, the server says so": Case(
+        "DB05",
+        always(full(2, holders(12, 9.0, "idle in transaction"))),
+        ("12 connections of default idle in a transaction", "9.0 s", "orders.index"),
+        view=seen(*(ours(5001 + n, state="idle in transaction", state_seconds=9.0)
+                    for n in range(12))),
+        steps=lately(2, step(number=0)),
+    ),
+    "idle in transaction, seen from the pool alone": Case(
+        "DB05",
+        growing(12, "idle in transaction", 12),
+        ("idle in a transaction", "the server was not asked"),
+        seconds=12, steps=lately(2, step(number=0)),
+    ),
+    "connections forgotten": Case(
+        "DB06",
+        lambda ago: pool(counters={"leaks": 7 - min(ago, 3)}),
+        ("3 connections of default not returned",),
+        seconds=5,
+    ),
+    "slow statement everywhere": Case(
+        "DB07", growing(12, "query", 8), ("slow statements hold 12 of 12", "8.0 s"),
+        seconds=8, view=seen(*(ours(5001 + n, query_seconds=8.0) for n in range(12))),
+    ),
+    "slow statement everywhere, behind a pooler": Case(
+        "DB07", growing(12, "query", 8), ("slow statements hold 12 of 12",), seconds=8
+    ),
+    "pool too small": Case(
+        "DB08", lambda ago: full(4, holders(12, 0.01, "query", where=f"a.py:{ago}")),
+        ("too small", "one caller in twenty waits"),
+        seconds=5, steps=lately(6, step(wait=0.5)), view=seen(facts=replace(FACTS, used=40)),
+    ),
+    "nested checkouts": Case(
+        "DB09", lambda ago: full(12, holders(12, 6.0 - ago, "idle in transaction", waits=True)),
+        ("wait for a second connection", "none can come free"),
+        seconds=5,
+    ),
+    "a connection a request": Case(
+        "DB10", always(pool()), ("made 960 connections for 1200 checkouts",),
+        steps=lately(12, step(settled_connects=80, connects=80)),
+    ),
+    "more configured than allowed": Case(
+        "DB11", always(pool(max_size=120)), ("may open 120 connections", "allows them 97"),
+        view=seen(facts=replace(FACTS, used=20)),
+    ),
+    "worker frozen": Case(
+        "DB12", always(pool()), ("1 worker silent for 12 s (pid 4712)",),
+        processes=[{"pid": 4711, "age": 0.2, "uptime": 90.0},
+                   {"pid": 4712, "age": 12.0, "uptime": 90.0}],
+    ),
+    "slow code holds connections": Case(
+        "DB15",
+        lambda ago: full(6, holders(12, 2.0, "idle in transaction", where=f"pay.py:{ago % 2}")),
+        ("the holders do nothing in the database", "orders.index (pay.py:0"),
+        seconds=12,
+    ),
+    "workers killed again and again": Case(
+        "DB16", always(pool()), ("3 workers died",),
+        more={"deaths": (NOW - 200, NOW - 90, NOW - 3)},
+    ),
+}  # fmt: skip
+
+# Beyond the 24: what needs other facts.
+MORE_TROUBLES: dict[str, Case] = {
+    "replica does not stream": Case(
+        "DB13", always(pool()), ("does not stream", "90 s"),
+        view=seen(facts=ServerFacts(role="standby", is_streaming=False, lag_seconds=90.0)),
+    ),
+    "transactions conflict": Case(
+        "DB14", always(pool()), ("ran 120 transactions again, of 1200",),
+        steps=lately(12, step(retries=10)),
+    ),
+    "slower than usual": Case(
+        "DB18", lambda ago: pool(waiting=3, active=12, idle=0), ("slower than usual",), seconds=6,
+        steps=lately(6, step(use=0.2)),
+    ),
+    "nested, known from those who gave up": Case(
+        "DB09", lambda ago: full(3, holders(12, 9.0 - ago, "idle in transaction"),
+                                 counters={"nested": 5 - ago}),
+        ("wait for a second connection",), seconds=3,
+    ),
+    "deadlock that the server has not ended yet": Case(
+        "DB04", always(full(1, holders(2, 1.5, "query"))), ("2 connections of default wait",),
+        view=seen(ours(5001, (5002,), query_seconds=1.5), ours(5002, (5001,), query_seconds=1.5)),
+    ),
+}  # fmt: skip
+
+
+def nightly(ago: int) -> dict[str, Any]:
+    return pool(active=1, idle=11, holders=[holder(600.0 - ago, "query", endpoint="report")])
+
+
+QUIET: dict[str, Case] = {
+    "nobody there": Case("DB00", always(pool(active=0, idle=12)), ("0 of 12",)),
+    "not opened yet": Case("DB00", always(pool(state="starting", size=0, active=0, idle=0))),
+    "nightly report": Case("DB00", nightly, seconds=20, steps=lately(60, step(use=0.01))),
+    "COPY for minutes": Case(
+        "DB00", nightly, seconds=20, view=seen(ours(5001, query_seconds=600.0)),
+        steps=lately(12, step(use=9.0, number=2)),
+    ),
+    "report read row by row": Case(
+        "DB00", lambda ago: pool(holders=[holder(90.0 - ago, "idle in transaction")]), seconds=20,
+    ),
+    "rolling HUP": Case(
+        "DB00", always(pool(max_size=24)),
+        processes=[{"pid": 4711 + n, "age": 0.5, "uptime": 2.0} for n in range(6)],
+        steps=lately(3, step(connects=12)),
+    ),
+    "max_requests": Case("DB00", always(pool()), steps=lately(12, step(connects=4))),
+    "restart of two seconds": Case(
+        "DB00", lambda ago: failing("connection refused", 1.5, "closed", waiting=3), seconds=1
+    ),
+    "after a restart": Case(
+        "DB00", always(pool()), steps=lately(1, step(wait=2.0, settled_connects=36, connects=36))
+    ),
+    "suspended laptop": Case(
+        "DB00", always(pool()), more={"stalled": 3600.0},
+        processes=[{"pid": 4711 + n, "age": 3600.0, "uptime": 9000.0} for n in range(3)],
+    ),
+    "an hour at 80 % load": Case(
+        "DB00", lambda ago: pool(active=10, idle=2, waiting=ago % 3 == 0,
+                                 holders=holders(10, 0.02, "query", where=f"a.py:{ago}")),
+        seconds=60, steps=[step(wait=0.02, use=0.02, number=4000)] * 180,
+    ),
+    "a burst": Case(
+        "DB00", lambda ago: full(20 if ago in (4, 5) else 0, holders(12, 0.3, "query")),
+        seconds=20, steps=lately(2, step(wait=0.3)),
+    ),
+    "brief wait for a row": Case(
+        "DB00", always(pool(holders=holders(2, 0.5, "query"))),
+        view=seen(ours(5001, (5002,), query_seconds=0.4), ours(5002, query_seconds=0.5)),
+    ),
+    "cold start": Case(
+        "DB00", always(pool()), steps=[step(use=0.3, connects=12)],
+        processes=[{"pid": 4711, "age": 0.1, "uptime": 5.0}],
+    ),
+    "one worker dismissed": Case("DB00", always(pool()), more={"deaths": (NOW - 400, NOW - 10)}),
+    "transaction pooler, large sizes": Case(
+        "DB00", always(pool(max_size=900)), view=seen(facts=replace(FACTS, used=20)),
+        more={"poolers": frozenset({NAME})},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*TROUBLES, *MORE_TROUBLES])
+def test_the_first_finding_names_the_trouble(name: str) -> None:
+    case = (TROUBLES | MORE_TROUBLES)[name]
+    found = diagnose(case.scene())
+    assert found[0].code == case.expected, [each.text for each in found]
+    for word in case.words:
+        assert word in found[0].text
+    assert found[0].do
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_nothing_is_found_where_nothing_is_wrong(name: str) -> None:
+    found = diagnose(QUIET[name].scene())
+    assert {each.severity for each in found} <= {Severity.OK, Severity.NOTICE}, found
+    assert "DB00" in {each.code for each in found}
+    for word in QUIET[name].words:
+        assert any(word in each.text for each in found)
+
+
+def test_there_are_as_many_situations_as_were_asked_for() -> None:
+    assert (len(TROUBLES), len(QUIET)) == (24, 16)
+    expected = {case.expected for case in (TROUBLES | MORE_TROUBLES | QUIET).values()}
+    assert expected == CODES.keys()
+
+
+def test_a_lock_says_since_when_and_whose_line_it_is() -> None:
+    found = diagnose(TROUBLES["row locked by our own code in another worker"].scene())[0]
+    assert found.id == "DB04/default"
+    assert found.severity is Severity.CRITICAL
+    assert found.since == pytest.approx(NOW - 4.0)
+    assert found.evidence["blockers"] == [
+        {
+            "pid": 99, "worker": 4713, "endpoint": "billing.pay", "where": "billing/pay.py:88 pay",
+            "state": "idle in transaction", "seconds": 14.0, "client": None, "query": None,
+            "application_name": "dbpool:default@web/4711",
+        }
+    ]  # fmt: skip
+    assert "pg_terminate_backend(99)" in found.do
+
+
+def test_what_a_role_may_not_see_is_said_with_the_grant() -> None:
+    found = diagnose(TROUBLES["lock whose holder our role may not see"].scene())[0]
+    assert found.evidence["limited"] is True
+    assert "GRANT pg_read_all_stats" in found.do
+
+
+def test_the_longest_queue_is_named_first() -> None:
+    sessions = [ours(1, (90,)), ours(2, (91,)), ours(3, (91,)), foreign(90), foreign(91)]
+    case = Case("DB04", always(full(4, holders(3, 4.0, "query"))), view=seen(*sessions))
+    found = diagnose(case.scene())[0]
+    assert [blocker["pid"] for blocker in found.evidence["blockers"]] == [91, 90]
+    assert "and 1 other" in found.text
+
+
+def test_a_chain_of_locks_is_followed_to_its_root() -> None:
+    chain = [ours(1, (2,)), foreign(2, "active", blocked_by=(3,)), foreign(3)]
+    case = Case("DB04", always(full(4, holders(1, 4.0, "query"))), view=seen(*chain))
+    assert diagnose(case.scene())[0].evidence["blockers"][0]["pid"] == 3
+
+
+def test_nothing_is_said_of_the_server_after_ten_seconds() -> None:
+    case = TROUBLES["table locked by psql"]
+    assert case.view is not None
+    old = replace(case, view=replace(case.view, time=NOW - 11))
+    assert "DB04" not in {each.code for each in diagnose(old.scene())}
+
+
+def test_no_pid_is_joined_behind_a_pooler_that_nobody_declared() -> None:
+    case = TROUBLES["idle in transaction, the server says so"]
+    assert case.view is not None
+    there = replace(case, view=replace(case.view, is_joined=False))
+    assert "DB05" not in {each.code for each in diagnose(there.scene())}
+
+
+def test_the_worst_comes_first_and_of_equals_the_longest() -> None:
+    scene = Scene.read(
+        {
+            "time": NOW,
+            "pools": {
+                "a": failing("connection refused", 5),
+                "b": failing("connection refused", 50),
+                "c": failing('FATAL: role "x" does not exist', 10),
+                "d": pool(max_size=120),
+            },
+        },
+        views={"d": seen(facts=FACTS)},
+    )
+    found = [(each.pool, each.code) for each in diagnose(scene)]
+    assert found == [("b", "DB01"), ("c", "DB02"), ("a", "DB01"), ("d", "DB11")]
+
+
+def test_more_connections_are_offered_only_if_the_server_has_some() -> None:
+    case = TROUBLES["pool too small"]
+    assert "60" not in diagnose(case.scene())[0].do
+    assert "the server has 57 connections free" in diagnose(case.scene())[0].do
+    none = replace(case, view=seen(facts=FACTS))
+    assert "no connections to spare" in diagnose(none.scene())[0].do
+
+
+def test_texts_hold_no_control_characters_and_no_password() -> None:
+    secret = "postgresql://shop:hunter22@db/shop"
+    state = failing(f"cannot reach {secret}\x1b[31m\nnext", 3)
+    scene = Scene.read({"time": NOW, "pools": {"a\x1b": state}})
+    answer = json.dumps([each.to_json() for each in diagnose(scene)])
+    assert "hunter22" not in answer
+    assert "\\u001b" not in answer
+    assert "DB01" in answer
+
+
+# What holds for any report
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    max_leaves=20,
+)  # fmt: skip
+NUMBERS = st.integers(-1, 30) | st.floats(-1, 1e4) | st.none() | st.just(float("nan"))
+HOLDERS = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "seconds": NUMBERS, "where": JSON, "endpoint": st.none() | st.text(max_size=9),
+            "pid": st.integers(0, 9) | st.none(), "worker": st.integers(0, 3), "waits": st.booleans(),
+            "status": st.sampled_from(["query", "idle", "idle in transaction", "unknown"]),
+        },
+    ),
+    max_size=6,
+)  # fmt: skip
+ERRORS = st.sampled_from([
+    None, "connection refused", "sorry, too many clients already", "timeout expired",
+    'too many connections for role "x"', "password authentication failed for user x",
+])  # fmt: skip
+POOLS = st.fixed_dictionaries(
+    {},
+    optional={
+        "state": st.sampled_from(["up", "down", "starting", "stopped"]) | JSON,
+        "active": NUMBERS, "idle": NUMBERS, "waiting": NUMBERS, "max_size": NUMBERS,
+        "counters": st.dictionaries(st.sampled_from(["leaks", "timeouts", "nested"]), NUMBERS) | JSON,
+        "breaker": st.fixed_dictionaries(
+            {"state": st.sampled_from(["open", "closed", "half-open"]), "since": NUMBERS,
+             "last_error": ERRORS}) | JSON,
+        "holders": HOLDERS | JSON,
+    },
+)  # fmt: skip
+REPORTS = st.fixed_dictionaries(
+    {"pools": st.dictionaries(st.text(max_size=5), POOLS, max_size=3) | JSON},
+    optional={"time": NUMBERS, "processes": JSON},
+)
+SESSIONS = st.builds(
+    Session,
+    pid=st.integers(0, 9),
+    state=st.sampled_from(["active", "idle in transaction", None]),
+    wait_type=st.sampled_from(["Lock", None]),
+    query_seconds=st.none() | st.floats(0, 99),
+    state_seconds=st.none() | st.floats(0, 99),
+    ddl=st.none() | st.just("ALTER TABLE"),
+    is_ours=st.booleans(),
+    blocked_by=st.lists(st.integers(0, 9), max_size=3).map(tuple),
+)
+VIEWS = st.builds(
+    ServerView,
+    time=st.just(NOW) | st.floats(0, 2e9),
+    sessions=st.lists(SESSIONS, max_size=9).map(lambda found: {s.pid: s for s in found}),
+    prepared=st.lists(st.builds(Prepared, st.text(max_size=5), st.floats(0, 99)), max_size=2).map(tuple),
+    facts=st.none() | st.builds(ServerFacts, *[st.none() | st.integers(0, 99)] * 6),
+    is_joined=st.booleans(),
+    is_limited=st.booleans(),
+)  # fmt: skip
+STEPS = st.lists(
+    st.none()
+    | st.builds(
+        step,
+        wait=st.floats(0, 200),
+        use=st.floats(0, 200),
+        number=st.integers(0, 99),
+        connects=st.integers(0, 99),
+        settled_connects=st.integers(0, 99),
+        refused=st.integers(0, 9),
+        retries=st.integers(0, 99),
+    ),
+    max_size=30,
+)
+
+
+@given(REPORTS | JSON, st.lists(VIEWS, max_size=3), STEPS, st.lists(st.floats(), max_size=4))
+def test_no_report_breaks_the_diagnosis(
+    report: Any, views: list[ServerView], steps: list[Step | None], deaths: list[float]
+) -> None:
+    pools = report.get("pools") if isinstance(report, dict) else None
+    names = list(pools) if isinstance(pools, dict) else []
+    watcher = Watcher()
+    watches = watcher.look(report, NOW - 1)
+    watches = watcher.look(report, NOW)
+    facts: dict[str, Any] = {
+        "now": NOW, "watches": watches, "views": dict(zip(names, views, strict=False)),
+        "steps": dict.fromkeys(names, steps), "deaths": tuple(deaths),
+    }  # fmt: skip
+    found = diagnose(Scene.read(report, **facts))
+    again = diagnose(Scene.read(report, **facts))
+    assert found
+    assert [each.to_json() for each in found] == [each.to_json() for each in again]
+    assert len({each.id for each in found}) == len(found), "an id names one finding"
+    for each in found:
+        answer = each.to_json()
+        json.dumps(answer, allow_nan=False)
+        assert answer["text"].isprintable()
+        assert answer["id"].startswith(each.code)
+    ranks = [list(Severity).index(each.severity) for each in found]
+    assert ranks == sorted(ranks, reverse=True)
+
+
+@given(st.permutations(["a", "b", "c"]))
+def test_the_order_of_the_pools_changes_nothing(names: list[str]) -> None:
+    state = failing("connection refused", 5)
+    scene = Scene.read({"time": NOW, "pools": dict.fromkeys(names, state)})
+    assert [each.pool for each in diagnose(scene)] == ["a", "b", "c"]
+
+
+def test_an_id_stays_while_the_numbers_change() -> None:
+    ids = set()
+    for ago in range(5):
+        state = failing("connection refused", 5 + ago, waiting=ago)
+        ids.add(diagnose(Scene.read({"time": NOW, "pools": {NAME: state}}))[0].id)
+    assert ids == {"DB01/default"}
+
+
+def test_a_finding_says_itself_as_json() -> None:
+    found = Finding("DB01", Severity.CRITICAL, "it is down", "wait", NOW, "default")
+    assert found.to_json() == {
+        "id": "DB01/default", "code": "DB01", "severity": "critical", "pool": "default",
+        "since": NOW, "text": "it is down", "do": "wait", "evidence": {},
+    }  # fmt: skip
+    assert found.title == "the database is down"
+
+
+def test_each_code_has_a_page_that_explains_it() -> None:
+    from dbpool.codes import pages
+
+    assert CODES.keys() == {code for code in pages() if not code.startswith("DBE")}
