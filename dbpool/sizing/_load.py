@@ -38,14 +38,14 @@ def measure(before: Mapping[str, Any], after: Mapping[str, Any], pool: str) -> M
     """Compare two reports, as `/stats` gives them, of the pool of that name."""
     first, last = (_snapshot(report, pool) for report in (before, after))
     processes = max(1, len(after["processes"]))
-    seconds = _written(after) - _written(before)
+    seconds = max(0.0, _written(after) - _written(before))  # 0 where nothing new was published
     use, wait = _since(last.use, first.use), _since(last.wait, first.wait)
     checkouts = 0 if use is None else use.count
     size = last.max_size // processes
     reason = _doubt(after, pool, last)
-    if use is None or wait is None or seconds <= 0:
+    if use is None or wait is None:
         reason = reason or "its counts fell meanwhile"
-    elif checkouts < ENOUGH:
+    elif checkouts < ENOUGH or seconds <= 0:
         reason = reason or f"{checkouts} checkouts in {seconds:.0f} s, {ENOUGH} are needed"
     if reason is not None or use is None or wait is None:
         return Measured(processes, size, seconds, checkouts, reason=f"not enough data: {reason}")
