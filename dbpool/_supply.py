@@ -79,7 +79,10 @@ class Supply(Books[CT]):
             kind, error = errors.classify(ex), _advised(errors.sanitize(ex, secrets), params)
             # libpq and psycopg give no reason then, or another.
             if "FATAL" not in str(error) and (lack := file_limit_error()):
-                kind, error = "descriptors", psycopg.OperationalError(f"{error}: {lack}")
+                kind, error = (
+                    errors.FailureKind.DESCRIPTORS,
+                    psycopg.OperationalError(f"{error}: {lack}"),
+                )
         else:
             self._attempt_succeeded(conn, attempt)
             return

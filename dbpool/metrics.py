@@ -1,115 +1,86 @@
-"""Counters and histograms, exact and of constant size; immutable snapshots that merge.
+"""Counters and histograms of one pool, exact and of constant size, and snapshots of them.
 
-Nothing in here takes a lock: a pool changes its metrics while it holds its own.
+Nothing here takes a lock: a pool changes its metrics while it holds its own.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from itertools import accumulate
-from operator import attrgetter
 from typing import Any, Final
 
-# Upper bounds in seconds, eight to a decade from 1 us to 1000 s; what is longer has a bucket of
-# its own. A quantile is thus off by at most a third.
+# Upper bounds in seconds, eight to a decade from 1 us to 1000 s; a last bucket holds what is
+# longer. The error of a quantile is a third at most.
 BOUNDS: Final = tuple(1e-6 * 10 ** (step / 8) for step in range(73))
-_BUCKETS: Final = len(BOUNDS) + 1
+BUCKETS: Final = len(BOUNDS) + 1
 
-REASONS: Final = ("dead", "expired", "broken", "idle", "collected")
-_HOLDERS: Final = 20  # in one snapshot
-_MOST: Final = 1 << 100  # of any count; larger ones would not always fit into a float
-_LONGEST: Final = 1e18  # seconds
-# Of merged states and breakers the gravest is told.
-_STATES: Final = ("", "stopped", "starting", "up", "down")
-_BREAKERS: Final = ("closed", "half-open", "open")
+REASONS: Final = ("dead", "expired", "broken", "idle", "collected")  # to evict a connection
+TIMES: Final = ("wait", "use", "connect")
+SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", "max_size")
 
 
-def _trimmed(counts: Sequence[int]) -> list[int]:
-    """Without the zeros at the end."""
-    used = next((n for n in range(len(counts), 0, -1) if counts[n - 1]), 0)
-    return list(counts[:used])
+class PoolState(StrEnum):
+    """The state of a pool, and the status that views show; each equals its string.
 
+    Ordered by severity: of several pools of one name the last one counts.
+    """
 
-def count(value: Any, most: int = _MOST) -> int:
-    """Return *value* if it is a count of at most *most*, else raise `ValueError`."""
-    if type(value) is not int or not 0 <= value <= most:
-        raise ValueError(f"{value!r:.40} is no count")
-    return value
+    NONE = ""  # all its processes have ended
+    STOPPED = "stopped"
+    STARTING = "starting"
+    UP = "up"
+    DEGRADED = "degraded"  # in views alone: it serves, but not well
+    DOWN = "down"
 
-
-def seconds(value: Any) -> float:
-    """Return *value* if it is a finite time and not negative, else raise `ValueError`."""
-    if type(value) not in (int, float) or not 0 <= value <= _LONGEST:
-        raise ValueError(f"{value!r:.40} is no time")
-    return float(value)
-
-
-def text(value: Any) -> str:
-    """Return *value* if it is text, its lone surrogates replaced, else raise `ValueError`."""
-    if type(value) is not str:
-        raise ValueError(f"{value!r:.40} is no text")
-    return value.encode(errors="replace").decode()
-
-
-def _optional(read: Callable[[Any], Any], value: Any) -> Any:
-    return None if value is None else read(value)
-
-
-def _total(values: Iterable[int]) -> int:
-    return min(sum(values), _MOST)  # can be read again, and is still associative
-
-
-def _sums(names: Sequence[str], parts: Sequence[Any]) -> dict[str, Any]:
-    """Add up the attributes of those names."""
-    rows = zip(*map(attrgetter(*names), parts), strict=True)
-    return dict(zip(names, map(_total, rows), strict=True))
+    __repr__ = str.__repr__  # in logs and events as in JSON
 
 
 class Histogram:
     """How long something took, in seconds: counts by bucket, their sum and maximum."""
 
-    __slots__ = ("counts", "max", "ns")
+    __slots__ = ("counts", "max", "sum_ns")
 
     def __init__(self) -> None:
-        self.counts = [0] * _BUCKETS
-        self.ns = 0  # whole ones: a sum of floats may fall when their order changes
+        self.counts = [0] * BUCKETS
+        self.sum_ns = 0  # an integer: a sum of floats may fall when their order changes
         self.max = 0.0
 
     @property
     def sum(self) -> float:
-        """Their sum in seconds."""
-        return self.ns / 1e9
+        """The sum of all durations, in seconds."""
+        return self.sum_ns / 1e9
 
     def add(self, seconds: float) -> None:
         """Count one duration."""
         self.counts[bisect_left(BOUNDS, seconds)] += 1
-        self.ns += int(seconds * 1e9)
+        self.sum_ns += int(seconds * 1e9)
         if seconds > self.max:
             self.max = seconds
 
     def snapshot(self, pending: Iterable[float] = ()) -> HistogramSnapshot:
-        """Return a copy, with durations counted that are not added yet."""
+        """Return a copy that also counts *pending* durations."""
         copy = Histogram()
-        copy.counts, copy.ns, copy.max = self.counts[:], self.ns, self.max
+        copy.counts, copy.sum_ns, copy.max = self.counts[:], self.sum_ns, self.max
         for seconds in pending:
             copy.add(seconds)
-        return HistogramSnapshot(tuple(copy.counts), copy.ns, copy.max)
+        return HistogramSnapshot(tuple(copy.counts), copy.sum_ns, copy.max)
 
 
 @dataclass(frozen=True)
 class HistogramSnapshot:
     """An immutable histogram: counts by bucket of `BOUNDS`, sum in nanoseconds, maximum."""
 
-    counts: tuple[int, ...] = (0,) * _BUCKETS
-    ns: int = 0
+    counts: tuple[int, ...] = (0,) * BUCKETS
+    sum_ns: int = 0
     max: float = 0.0
 
     @property
     def sum(self) -> float:
-        """How long all took together, in seconds."""
-        return self.ns / 1e9
+        """The sum of all durations, in seconds."""
+        return self.sum_ns / 1e9
 
     @property
     def count(self) -> int:
@@ -127,37 +98,17 @@ class HistogramSnapshot:
         upper = min(BOUNDS[n], self.max) if n < len(BOUNDS) else self.max
         return lower + max(0.0, upper - lower) * (rank - below[n]) / self.counts[n]
 
-    def merge(self, *others: HistogramSnapshot) -> HistogramSnapshot:
-        """Return the histogram of all of them."""
-        parts = (self, *others)
-        return HistogramSnapshot(
-            counts=tuple(map(_total, zip(*(part.counts for part in parts), strict=True))),
-            ns=_total(part.ns for part in parts),
-            max=max(part.max for part in parts),
-        )
-
     def to_json(self) -> dict[str, Any]:
-        """Return count, sums, max and quantiles; `buckets` counts by `BOUNDS` up to the last."""
+        """Return count, sums, max, quantiles, and `buckets` without the zeros at the end."""
+        used = (n for n, count in enumerate(self.counts, 1) if count)
         return {
             "count": self.count,
             "sum": self.sum,
-            "sum_ns": self.ns,
+            "sum_ns": self.sum_ns,
             "max": self.max,
             **{f"p{percent}": self.quantile(percent / 100) for percent in (50, 95, 99)},
-            "buckets": _trimmed(self.counts),
+            "buckets": list(self.counts[: max(used, default=0)]),
         }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> HistogramSnapshot:
-        """Rebuild from what `to_json` made; raise `ValueError` for anything else."""
-        try:
-            counts = tuple(map(count, data["buckets"]))
-            if len(counts) > _BUCKETS:
-                raise ValueError("this histogram has other buckets")
-            counts += (0,) * (_BUCKETS - len(counts))
-            return cls(counts, count(data["sum_ns"]), seconds(data["max"]))
-        except (KeyError, TypeError) as ex:
-            raise ValueError("this is no histogram") from ex
 
 
 @dataclass(frozen=True)
@@ -182,19 +133,8 @@ class Counters:
         default_factory=lambda: dict.fromkeys(REASONS, 0), hash=False
     )
 
-    def merge(self, *others: Counters) -> Counters:
-        """Return the sums."""
-        discarded = [part.discarded for part in (self, *others)]
-        return Counters(
-            **_sums(_COUNTS, (self, *others)),
-            discarded={name: _total(each[name] for each in discarded) for name in REASONS},
-        )
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Counters:
-        """Rebuild from what `to_json` made."""
-        discarded = {name: count(data["discarded"][name]) for name in REASONS}
-        return cls(**{name: count(data[name]) for name in _COUNTS}, discarded=discarded)
+COUNTS: Final = tuple(each.name for each in fields(Counters) if each.name != "discarded")
 
 
 @dataclass(frozen=True)
@@ -206,21 +146,6 @@ class BreakerSnapshot:
     last_error: str | None = None
     retry_after: float | None = None
 
-    def merge(self, *others: BreakerSnapshot) -> BreakerSnapshot:
-        """Return the gravest; of equals the one that has failed for longest."""
-        return max(self, *others, key=BreakerSnapshot._gravity) if others else self
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> BreakerSnapshot:
-        """Rebuild from what `to_json` made."""
-        state = _BREAKERS[_BREAKERS.index(data["state"])]
-        since, left = _optional(seconds, data["since"]), _optional(seconds, data["retry_after"])
-        return cls(state, since, _optional(text, data["last_error"]), left)
-
-    def _gravity(self) -> tuple[int, float, str, float]:
-        since = float("-inf") if self.since is None else -self.since
-        return _BREAKERS.index(self.state), since, self.last_error or "", self.retry_after or 0.0
-
 
 @dataclass(frozen=True)
 class HolderSnapshot:
@@ -231,12 +156,6 @@ class HolderSnapshot:
     where: str
     endpoint: str | None = None
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> HolderSnapshot:
-        """Rebuild from what `to_json` made."""
-        thread, where = text(data["thread"]), text(data["where"])
-        return cls(thread, seconds(data["seconds"]), where, _optional(text, data["endpoint"]))
-
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -246,7 +165,7 @@ class Snapshot:
     `Snapshot()` is that of nothing.
     """
 
-    state: str = ""
+    state: str = PoolState.NONE
     size: int = 0
     active: int = 0
     idle: int = 0
@@ -261,51 +180,14 @@ class Snapshot:
     breaker: BreakerSnapshot = BreakerSnapshot()
     holders: tuple[HolderSnapshot, ...] = ()
 
-    def merge(self, *others: Snapshot) -> Snapshot:
-        """Return all of them as one; associative and commutative."""
-        parts = (self, *others)
-        holders = [holder for part in parts for holder in part.holders]
-        holders.sort(key=lambda h: (-h.seconds, h.thread, h.where, h.endpoint or ""))
-        return Snapshot(
-            state=max((part.state for part in parts), key=_STATES.index),
-            holders=tuple(holders[:_HOLDERS]),
-            **_sums(_SIZES, parts),
-            **{name: getattr(self, name).merge(*map(attrgetter(name), others)) for name in _PARTS},
-        )
-
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON types; times in seconds."""
-        counters = {name: getattr(self.counters, name) for name in _COUNTS}
-        return {
-            "state": self.state,
-            **{name: getattr(self, name) for name in _SIZES},
-            "counters": counters | {"discarded": dict(self.counters.discarded)},
-            **{name: getattr(self, name).to_json() for name in _TIMES},
-            "breaker": asdict(self.breaker),
-            "holders": [asdict(holder) for holder in self.holders],
+        return vars(self) | {
+            "counters": vars(self.counters) | {"discarded": dict(self.counters.discarded)},
+            **{name: getattr(self, name).to_json() for name in TIMES},
+            "breaker": dict(vars(self.breaker)),
+            "holders": [dict(vars(holder)) for holder in self.holders],
         }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Snapshot:
-        """Rebuild from what `to_json` made; raise `ValueError` for anything else."""
-        try:
-            parts: dict[str, Any] = {name: count(data[name]) for name in _SIZES}
-            parts |= {name: HistogramSnapshot.from_json(data[name]) for name in _TIMES}
-            return cls(
-                state=_STATES[_STATES.index(data["state"])],
-                counters=Counters.from_json(data["counters"]),
-                breaker=BreakerSnapshot.from_json(data["breaker"]),
-                holders=tuple(map(HolderSnapshot.from_json, data["holders"])),
-                **parts,
-            )
-        except (KeyError, TypeError) as ex:
-            raise ValueError("this is no snapshot") from ex
-
-
-_COUNTS: Final = tuple(f.name for f in fields(Counters) if f.name != "discarded")
-_TIMES: Final = ("wait", "use", "connect")
-_PARTS: Final = ("counters", *_TIMES, "breaker")
-_SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", "max_size")
 
 
 class Metrics:
@@ -337,7 +219,7 @@ class Metrics:
 
     def counters(self, pending: int = 0) -> Counters:
         """Return the totals, with that many checkouts counted that have not ended yet."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
+        counts = {name: getattr(self, name) for name in COUNTS}
         counts["checkouts"] += pending
         return Counters(**counts, discarded={reason: getattr(self, reason) for reason in REASONS})
 

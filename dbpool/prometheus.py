@@ -1,6 +1,6 @@
-"""The merged statistics for Prometheus, named after OpenTelemetry's `db.client.connection.*`.
+"""The report for Prometheus, in the names of OpenTelemetry's `db.client.connection.*`.
 
-What is not among those begins with `dbpool_`. Needs the package prometheus-client.
+All other names begin with `dbpool_`. Needs the package prometheus-client.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from itertools import accumulate
 from typing import Any, Final
 
 from dbpool.errors import ConfigError
-from dbpool.metrics import BOUNDS, REASONS, HistogramSnapshot, Snapshot, text
+from dbpool.metrics import BOUNDS, REASONS, HistogramSnapshot, Snapshot
+from dbpool.report import Process, Report
 
 try:
     from prometheus_client import CollectorRegistry
@@ -30,8 +31,7 @@ except ImportError as ex:  # pragma: no cover - tried in an environment without 
 __all__ = ["PoolCollector", "expose"]
 
 _POOL: Final = "pool_name"
-# Every fourth of our bounds, two to a decade: enough to see, and few enough to keep.
-_EVERY: Final = 4
+_BUCKET_STEP: Final = 4  # of our bounds every fourth is exposed: two to a decade
 _SIZES: Final = {
     "db_client_connection_max": ("max_size", "Connections allowed at most"),
     "db_client_connection_idle_min": ("min_size", "Connections kept at least"),
@@ -60,11 +60,11 @@ _TOTALS: Final = {
 class PoolCollector(Collector):
     """A collector for a registry of your own.
 
-    *report* is called at each scrape: `app.extensions["dbpool"].processes.report`, say. What it
-    raises fails the scrape.
+    *report* is called at each scrape and returns a `Report`, or the JSON of one:
+    `app.extensions["dbpool"].processes.collect`, for example. If it raises, the scrape fails.
     """
 
-    def __init__(self, report: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, report: Callable[[], Report | Mapping[str, Any]]) -> None:
         if not callable(report):
             raise TypeError(f"report must be callable, not {type(report).__name__}")
         self._report = report
@@ -72,17 +72,15 @@ class PoolCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the metric families; all times are in seconds."""
         report = self._report()
-        pools = {text(name): Snapshot.from_json(each) for name, each in report["pools"].items()}
-        return _families(pools, report["processes"])
+        return _families(report if isinstance(report, Report) else Report.from_json(report))
 
     def describe(self) -> Iterator[Metric]:
         """Yield the families without values, so that registering asks for no report."""
-        return _families({}, [])
+        return _families(Report({}))
 
 
-def _families(
-    pools: Mapping[str, Snapshot], processes: Iterable[Mapping[str, Any]]
-) -> Iterator[Metric]:
+def _families(report: Report) -> Iterator[Metric]:
+    pools = report.pools
     yield _count(pools)
     for name, (field, about) in _SIZES.items():
         gauge = GaugeMetricFamily(name, about, labels=[_POOL])
@@ -104,7 +102,7 @@ def _families(
         yield histogram
     yield _discarded(pools)
     yield _breaker(pools)
-    yield _ages(processes)
+    yield _ages(report.processes)
 
 
 def _count(pools: Mapping[str, Snapshot]) -> Metric:
@@ -139,27 +137,27 @@ def _breaker(pools: Mapping[str, Snapshot]) -> Metric:
     return gauge
 
 
-def _ages(processes: Iterable[Mapping[str, Any]]) -> Metric:
+def _ages(processes: Iterable[Process]) -> Metric:
     gauge = GaugeMetricFamily(
-        "dbpool_process_age_seconds", "Age of a process's part in this", labels=["pid"]
+        "dbpool_process_age_seconds", "Age of what a process reported", labels=["pid"]
     )
     for process in processes:
-        gauge.add_metric([str(process["pid"])], process["age"])
+        gauge.add_metric([str(process.pid)], process.age)
     return gauge
 
 
 def _buckets(times: HistogramSnapshot) -> list[tuple[str, float]]:
     totals = list(accumulate(times.counts))
-    bounds = [(f"{BOUNDS[n]:.3g}", totals[n]) for n in range(0, len(BOUNDS), _EVERY)]
+    bounds = [(f"{BOUNDS[n]:.3g}", totals[n]) for n in range(0, len(BOUNDS), _BUCKET_STEP)]
     return [*bounds, ("+Inf", totals[-1])]
 
 
-def expose(report: Mapping[str, Any], accept: str = "") -> tuple[bytes, str]:
-    """Return a report's exposition and its content type, by the client's `Accept`."""
+def expose(report: Report | Mapping[str, Any], accept: str = "") -> tuple[bytes, str]:
+    """Return the exposition of a report, and its content type by the client's `Accept`."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(PoolCollector(lambda: report))
     try:
         encode, content_type = choose_encoder(accept)
-    except (TypeError, ValueError):  # such as a version that is no number
+    except (TypeError, ValueError):  # for example a version that is no number
         encode, content_type = choose_encoder("")
     return encode(registry), content_type

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from dbpool import gunicorn as hooks
-from dbpool._files import is_held
+from dbpool.processes._files import is_held
 
 from .namespaces import own_pids, read_only, unshared
 from .postgres import until
@@ -158,7 +158,7 @@ def test_a_command_in_a_container_finds_the_master_that_runs_there(
     start: Callable[..., Master], tmp_path: Path
 ) -> None:
     outside = [start(tmp_path), start(tmp_path, *own_pids())]
-    finding = "from dbpool.gunicorn import directories; print(*directories())"
+    finding = "from dbpool.processes._directory import find_directories; print(*find_directories())"
     script = MASTER.replace(
         "if sys.stdin.readline():",
         f"import subprocess; subprocess.run([sys.executable, '-c', {finding!r}])\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import pickle
 
 import psycopg
@@ -11,13 +13,15 @@ from dbpool.errors import (
     CommitUncertain,
     DatabaseMisconfigured,
     DatabaseUnavailable,
+    FailureKind,
     PoolError,
     PoolExhausted,
     PoolTimeout,
     classify,
     is_permanent,
 )
-from dbpool.metrics import Snapshot
+from dbpool.events import ConnectFailed, LoggingListener
+from dbpool.metrics import PoolState, Snapshot
 
 
 @pytest.mark.parametrize("cls", [PoolExhausted, CommitUncertain, PoolError])
@@ -54,3 +58,31 @@ def test_a_statement_of_the_users_own_that_fails_says_nothing_about_the_conninfo
     assert classify(psycopg.errors.UndefinedTable('relation "t" does not exist')) == "unknown"
     assert classify(psycopg.ProgrammingError("invalid dsn")) == "conninfo"
     assert not is_permanent("unknown")
+
+
+@pytest.mark.parametrize("word", [*FailureKind, *PoolState])
+def test_a_kind_and_a_state_are_their_strings_wherever_they_go(
+    word: FailureKind | PoolState, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = word.value
+    assert word == text
+    assert {str(word): 1}[word] == 1
+    assert (str(word), repr(word), f"{word}") == (text, repr(text), text)
+    assert json.dumps(word) == json.dumps(text)
+    assert pickle.loads(pickle.dumps(word)) == text
+    with caplog.at_level(logging.INFO, logger="dbpool"):
+        LoggingListener()(ConnectFailed("main", 1.0, "refused", word))
+    assert caplog.messages == [
+        f"pool 'main': connect_failed seconds=1 error='refused' kind={text!r}"
+    ]
+
+
+def test_what_classify_returns_is_one_of_the_kinds() -> None:
+    timeout = psycopg.errors.ConnectionTimeout("connection timeout expired")
+    for error in (timeout, ValueError(), psycopg.OperationalError("Connection refused")):
+        assert type(classify(error)) is FailureKind
+
+
+def test_only_what_somebody_has_to_repair_is_permanent() -> None:
+    permanent = {kind for kind in FailureKind if is_permanent(kind)}
+    assert permanent == {"access", "conninfo", "database", "password", "role", "tls"}

@@ -25,6 +25,7 @@ import pytest
 
 from dbpool import gunicorn as hooks
 from dbpool.processes import Processes
+from dbpool.report import Process
 
 from .postgres import Server, free_port, until
 
@@ -297,7 +298,8 @@ def test_the_master_imports_neither_psycopg_nor_the_pool(served: tuple[str, Site
     modules = set(path.read_text().split())
     assert not {name for name in modules if name.startswith(("psycopg", "flask", "backoff"))}
     ours = {name for name in modules if name.partition(".")[0] == "dbpool"}
-    assert ours == {"dbpool", "dbpool.gunicorn", "dbpool._files"}
+    files = {"dbpool.processes._directory", "dbpool.processes._files"}
+    assert ours == {"dbpool", "dbpool.gunicorn", "dbpool.processes", *files}
 
 
 def test_a_pool_of_a_preloaded_application_is_sized_too(start: Callable[..., Site]) -> None:
@@ -432,11 +434,11 @@ def test_a_worker_publishes_before_it_has_served(start: Callable[..., Site]) -> 
     site = start(is_awaited=False)
 
     def living() -> set[int]:
-        found: list[dict[str, Any]] = []
+        found: list[Process] = []
         for directory in site.directories():
-            report = Processes({}, directory, "counted").survey()
-            found = report["processes"] if report else []
-        return {process["pid"] for process in found}
+            report = Processes({}, directory, "counted").collect_others()
+            found = list(report.processes) if report else []
+        return {process.pid for process in found}
 
     until(lambda: len(living()) == 3, 30.0)
     before = living()

@@ -54,9 +54,10 @@ tops = {{name.partition(".")[0] for name in set(sys.modules) - before}}
 print(sorted(tops - sys.stdlib_module_names))
 {LOADED}
 """
+    files = [f"dbpool.processes{name}" for name in ("", "._directory", "._files")]
     assert fresh(script).splitlines() == [
         "['dbpool']",
-        "['dbpool', 'dbpool._files', 'dbpool.gunicorn']",
+        f"{['dbpool', 'dbpool.gunicorn', *files]}",
     ]
 
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from dbpool._files import locked, start_time, write
 from dbpool.metrics import BreakerSnapshot, HolderSnapshot, Metrics, Snapshot
 from dbpool.processes import Processes
+from dbpool.processes._files import locked, start_time, write
 from dbpool.prometheus import expose
 
 from .namespaces import own_pids
@@ -319,7 +319,7 @@ sys.addaudithook(hook)
 def test_where_no_locks_are_kept_a_process_is_told_by_its_pid(directory: Path) -> None:
     report = """
 import json
-print(json.dumps(Processes({}, directory=sys.argv[1]).survey()), flush=True)
+print(json.dumps(Processes({}, directory=sys.argv[1]).collect_others().to_json()), flush=True)
 """
     first = LOCKLESS + WORKER
     second = first.replace("time.sleep(60)", report)
@@ -698,7 +698,7 @@ def test_a_publication_is_never_overwritten_by_an_older_one(
         assert go_on.wait(30)
         write(path, data)
 
-    monkeypatch.setattr("dbpool.processes.write", slowly)
+    monkeypatch.setattr("dbpool.processes._processes.write", slowly)
     older = threading.Thread(target=processes.publish)
     older.start()
     assert begun.wait(30)
@@ -720,9 +720,9 @@ def test_a_report_says_of_its_process_what_the_others_read(directory: Path) -> N
 def test_a_write_that_hangs_holds_up_no_report(
     directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("dbpool.processes._PATIENCE", 0.01)
+    monkeypatch.setattr("dbpool.processes._processes.WRITE_TIMEOUT", 0.01)
     processes = Processes({"default": Counting(5)}, directory=directory)
-    with processes._life().writing:
+    with processes._state().writing:
         for _ in range(2):
             assert processes.report()["scope"] == "process"
     assert len([r for r in caplog.records if "takes longer" in r.message]) == 1
@@ -734,12 +734,12 @@ def test_a_write_that_hangs_holds_up_no_report(
 def test_a_child_publishes_although_its_parent_did_when_it_forked(directory: Path) -> None:
     processes = Processes({"default": Counting(5)}, directory=directory)
     processes.start()
-    life = processes._life()
-    with life.writing, life.starting:
+    state = processes._state()
+    with state.writing, state.starting:
         pid = os.fork()
         if pid == 0:
             processes.start()
-            is_well = processes.publish() and processes._life().is_started
+            is_well = processes.publish() and processes._state().is_publishing
             os._exit(0 if is_well else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert checkouts(processes.report()) == 10
@@ -752,13 +752,13 @@ def test_a_system_without_threads_fails_no_request_and_is_asked_again(
     def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("dbpool.processes._EVERY", 0.01)
+    monkeypatch.setattr("dbpool.processes._processes.PUBLISH_INTERVAL", 0.01)
     processes = Processes({"default": Counting(5)}, directory=directory)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
         for _ in range(2):
             assert checkouts(processes.report()) == 5
-            until(lambda: time.monotonic() >= processes._life().start_at)
+            until(lambda: time.monotonic() >= processes._state().retry_at)
     assert len([r for r in caplog.records if "new thread" in r.message]) == 1
     processes.start()
     assert "dbpool-stats" in {thread.name for thread in threading.enumerate()}

@@ -5,32 +5,33 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 from dbpool._secrets import safe_repr
 from dbpool.errors import ConfigError
-from dbpool.gunicorn import directories
 from dbpool.processes import Processes
+from dbpool.processes._directory import find_directories
+from dbpool.report import Report
 from dbpool.settings.app import AppSettings, find_dotenv
+
+_FILE: Final = re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive")
 
 
 def statistics_directory(given: str | None) -> str | Path | None:
-    """Where to look: as given or set, else where the one application that runs here has it."""
+    """Return the directory that is given or set, else that of the one application that runs here."""
     if known := given or AppSettings.from_env(dotenv=find_dotenv()).stats_dir:
         return known
-    found = directories()
+    found = find_directories()
     if len(found) > 1:
         names = ", ".join(map(str, found))
         raise ConfigError(f"several applications run here: choose one with --dir: {names}")
     return found[0] if found else None
 
 
-def survey(directory: Path, app: str | None) -> dict[str, Any]:
-    pattern, place = (
-        re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive"),
-        safe_repr(os.fspath(directory)),
-    )
-    matches = [pattern.fullmatch(path.name) for path in directory.glob("*")]
+def collect_report(directory: Path, app: str | None) -> Report:
+    """Return what the processes of an application wrote there; raise `ConfigError` if it is unclear which."""
+    place = safe_repr(os.fspath(directory))
+    matches = [_FILE.fullmatch(path.name) for path in directory.glob("*")]
     apps = sorted({match[1] or match[2] for match in matches if match})
     if app is None and len(apps) > 1:
         raise ConfigError(
@@ -38,7 +39,7 @@ def survey(directory: Path, app: str | None) -> dict[str, Any]:
         )
     if not apps or (app is not None and app not in apps):
         raise ConfigError(f"{place} holds no statistics{f' of {app}' if app else ''}")
-    report = Processes({}, directory, app or apps[0]).survey()
+    report = Processes({}, directory, app or apps[0]).collect_others()
     if report is None:
         raise ConfigError(f"{place} is not a directory that is private to this user")
     return report

@@ -12,7 +12,7 @@ from typing import Any
 
 from dbpool.cli._configured import configured, seconds
 from dbpool.cli._output import line
-from dbpool.cli._running import statistics_directory, survey
+from dbpool.cli._running import collect_report, statistics_directory
 from dbpool.errors import ConfigError
 from dbpool.settings import Settings, variable
 from dbpool.sizing import (
@@ -102,13 +102,13 @@ def _watch(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
     if directory is None:
         return None
     try:
-        before = survey(Path(directory), arguments.app)
+        before = collect_report(Path(directory), arguments.app).to_json()
     except ConfigError:
         if arguments.dir or arguments.app:
             raise
         return None
     time.sleep(arguments.watch)
-    return before, survey(Path(directory), arguments.app)
+    return before, collect_report(Path(directory), arguments.app).to_json()
 
 
 def _as_text(plan: ConnectionPlan, measured: Mapping[str, Measured], threads: int | None) -> str:

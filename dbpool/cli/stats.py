@@ -6,14 +6,15 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psycopg
 
 from dbpool.cli._configured import configured
-from dbpool.cli._running import statistics_directory, survey
+from dbpool.cli._running import collect_report, statistics_directory
 from dbpool.databases import Databases
+from dbpool.metrics import PoolState
 from dbpool.processes import Processes
+from dbpool.report import Report
 
 HELP = "print the statistics of the application that runs here, as JSON"
 
@@ -31,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     directory = statistics_directory(arguments.dir) if arguments.scope == "all" else None
-    report = _of_this_process() if directory is None else survey(Path(directory), arguments.app)
-    print(json.dumps(report, indent=2))
-    return 0 if all(pool["state"] != "down" for pool in report["pools"].values()) else 1
+    report = _ask_pools() if directory is None else collect_report(Path(directory), arguments.app)
+    print(json.dumps(report.to_json(), indent=2))
+    return 1 if any(pool.state == PoolState.DOWN for pool in report.pools.values()) else 0
 
 
-def _of_this_process() -> dict[str, Any]:
-    """What a pool says after one connection: where no application runs, that is all there is."""
+def _ask_pools() -> Report:
+    """Report on the pools of this process, after one connection each."""
     small = {
         name: replace(settings, min_size=0, max_size=1, leak_after=0)
         for name, settings in configured()[0].items()
@@ -47,5 +48,5 @@ def _of_this_process() -> dict[str, Any]:
             try:
                 pool.fetch_value("select 1")
             except psycopg.Error:
-                continue  # its state says so
-        return Processes(databases).report("process")
+                continue  # the pool's state says so
+        return Processes(databases).collect("process")

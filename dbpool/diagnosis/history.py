@@ -43,12 +43,12 @@ class Buckets:
     @classmethod
     def between(cls, before: HistogramSnapshot, after: HistogramSnapshot) -> Buckets:
         """Return what was added from one snapshot to the next; all of *after* if it began anew."""
-        if after.ns < before.ns or after.count < before.count:
+        if after.sum_ns < before.sum_ns or after.count < before.count:
             before = HistogramSnapshot()
         fine = [max(0, b - a) for a, b in zip(before.counts, after.counts, strict=True)]
         edges = [0, *range(_FIRST + 1, _FIRST + _EVERY * (_BUCKETS - 1) + 1, _EVERY), len(fine)]
         counts = tuple(sum(fine[a:b]) for a, b in pairwise(edges))
-        return cls(counts, (after.ns - before.ns) / 1e9)
+        return cls(counts, (after.sum_ns - before.sum_ns) / 1e9)
 
     @property
     def count(self) -> int:

@@ -155,7 +155,7 @@ def _metrics() -> AnyResponse:
         from dbpool.prometheus import expose
     except ConfigError as ex:  # the package is not installed; the message names it
         _refuse(501, str(ex))
-    report = state().processes.report(_scope())
+    report = state().processes.collect(_scope())
     body, content_type = expose(report, request.headers.get("Accept", ""))
     return Response(body, content_type=content_type)
 

@@ -9,6 +9,7 @@ from math import sqrt
 from typing import Any, Final
 
 from dbpool.metrics import BOUNDS, HistogramSnapshot, Snapshot
+from dbpool.report import read_snapshot
 from dbpool.sizing._queueing import Load, connections_needed
 
 ENOUGH: Final = 1000  # checkouts; with fewer the 95th percentile rests on a handful
@@ -61,7 +62,7 @@ def measure(before: Mapping[str, Any], after: Mapping[str, Any], pool: str) -> M
 
 def _snapshot(report: Mapping[str, Any], pool: str) -> Snapshot:
     found = report["pools"].get(pool)
-    return Snapshot() if found is None else Snapshot.from_json(found)
+    return Snapshot() if found is None else read_snapshot(found)
 
 
 def _written(report: Mapping[str, Any]) -> float:
@@ -86,9 +87,9 @@ def _doubt(after: Mapping[str, Any], pool: str, last: Snapshot) -> str | None:
 def _since(last: HistogramSnapshot, first: HistogramSnapshot) -> HistogramSnapshot | None:
     """Return what came between two states of a histogram; None if it is another one."""
     counts = tuple(b - a for a, b in zip(first.counts, last.counts, strict=True))
-    if min(counts) < 0 or last.ns < first.ns:
+    if min(counts) < 0 or last.sum_ns < first.sum_ns:
         return None
-    return HistogramSnapshot(counts, last.ns - first.ns, last.max)
+    return HistogramSnapshot(counts, last.sum_ns - first.sum_ns, last.max)
 
 
 def _variation(use: HistogramSnapshot) -> float:

@@ -1,4 +1,4 @@
-"""What processes on one host share: atomic files, locks, and how to tell a process again.
+"""Files that processes of one host share: written at once or not at all, and locks.
 
 Imports the standard library alone: the gunicorn master imports this too.
 """
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 STATS_DIR: Final = "DBPOOL_STATS_DIR"  # the variable that names the directory they share
-_LARGEST: Final = 1 << 20  # bytes of a file that is read
-_LOCK_WAIT: Final = 0.2  # seconds
+MAX_FILE_BYTES: Final = 1 << 20  # bytes of a file that is read
+LOCK_TIMEOUT: Final = 0.2  # seconds
 
 
 @cache
@@ -29,11 +29,11 @@ def _clock_ticks_are_kept() -> bool:
 
 
 def start_time(pid: int) -> str | None:
-    """Return when that process was started, in the kernel's ticks; None if there is none.
+    """Return when that process started, in the kernel's ticks; None if there is no such process.
 
-    Together with its pid that tells a process from a later one with the same pid. "0" where
-    the system does not say. Other pid namespaces, those of containers, are out of sight: see
-    `LifeSign`.
+    Together they tell a process from a later one with the same pid. "0" if the system does not
+    say. Processes in other pid namespaces, those of containers, are not visible: see
+    `ProcessLock`.
     """
     if not _clock_ticks_are_kept():
         try:
@@ -65,13 +65,13 @@ def write(path: Path, data: object) -> None:
 
 
 def read(path: Path) -> Any:
-    """Read a file of ours; raise `OSError` or `ValueError` for what is not."""
+    """Read a JSON file of this user; raise `OSError` or `ValueError` if it is none."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
             raise ValueError("it is not a file of this user")
-        if found.st_size > _LARGEST:
+        if found.st_size > MAX_FILE_BYTES:
             raise ValueError("it is too large")
         with os.fdopen(fd, encoding="utf-8", closefd=False) as file:
             return json.load(file)
@@ -116,14 +116,14 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 class NoLocks(OSError):
-    """The file system keeps no locks."""
+    """The file system does not support locks."""
 
 
-class LifeSign(_LockFile):
+class ProcessLock(_LockFile):
     """A new file, locked for as long as this process lives.
 
-    Every process that sees the file sees by `is_held` whether its maker lives, also from another
-    pid namespace. Raises `NoLocks`, or another `OSError` where no file can be made.
+    Other processes ask `is_held` whether its maker lives, also from another pid namespace.
+    Raises `NoLocks`, or another `OSError` if no file can be made.
     """
 
     def __init__(self, path: str | Path, dir_fd: int | None = None) -> None:
@@ -137,10 +137,7 @@ class LifeSign(_LockFile):
 
 
 def is_held(path: str | Path, dir_fd: int | None = None) -> bool | None:
-    """Whether the maker of a life sign lives; None if the file is not there.
-
-    In doubt, true.
-    """
+    """Whether the maker of a `ProcessLock` lives; None if the file is missing, true in doubt."""
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(path, flags, dir_fd=dir_fd)
@@ -149,7 +146,7 @@ def is_held(path: str | Path, dir_fd: int | None = None) -> bool | None:
     except OSError:
         return True
     try:
-        # Shared, so that two that look at the same time are not in each other's way.
+        # A shared lock: two that ask at the same time do not take each other for the maker.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return True
@@ -161,7 +158,7 @@ def is_held(path: str | Path, dir_fd: int | None = None) -> bool | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Hold a lock between processes; says whether it was had in time."""
+    """Hold a lock between processes; yields whether it was acquired in time."""
     try:
         file = _LockFile(path, 0)
     except OSError:
@@ -174,7 +171,7 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def _lock(fd: int, how: int) -> bool:
-    deadline = time.monotonic() + _LOCK_WAIT
+    deadline = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
             fcntl.flock(fd, how)

@@ -1,0 +1,132 @@
+"""Reads the files of all processes, and keeps the totals of those that have ended.
+
+A process lives as long as it holds the lock on its file `….alive`. Processes of other pid
+namespaces see that lock too: containers may share the directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from dbpool.processes._files import is_held, locked, read, start_time, write
+from dbpool.report import (
+    SCHEMA,
+    Process,
+    Report,
+    malformed,
+    read_count,
+    read_pid,
+    read_pools,
+    read_seconds,
+    read_text,
+)
+
+ALIVE: Final = ".alive"
+MAX_FILES: Final = 1024  # that are read
+
+Warn = Callable[[str, str], None]  # once for each subject, with a message
+
+
+def part_to_json(part: Report) -> dict[str, Any]:
+    """Return the content of a process's file."""
+    (process,) = part.processes
+    head = {key: value for key, value in vars(process).items() if key != "age"}
+    return {"schema": SCHEMA, **head, "pools": part.to_json()["pools"]}
+
+
+def _part_from_json(data: Any) -> Report:
+    """Rebuild a process's report from its file; raise `ValueError` if that holds none."""
+    with malformed("record"):
+        _check_schema(data)
+        process = Process(
+            pid=read_pid(data["pid"]),
+            start=read_text(data["start"]),
+            number=read_count(data["number"]),
+            written=read_seconds(data["written"]),
+            uptime=read_seconds(data["uptime"]),
+        )
+        return Report(read_pools(data["pools"]), (process,))
+
+
+def _check_schema(data: Any) -> None:
+    if data["schema"] != SCHEMA:
+        raise ValueError("it is of another version")
+
+
+class Archive:
+    """The files of one application's processes in *directory*."""
+
+    def __init__(self, directory: Path, app: str, warn: Warn) -> None:
+        self._directory = directory
+        self._app = app
+        self._path = directory / f"{app}.archive"
+        self._warn = warn
+
+    def collect(self, own_key: str) -> list[Report]:
+        """Return the reports of the other living processes, and of all that have ended.
+
+        Files of processes that have ended since are moved into the archive.
+        """
+        with locked(self._directory / f"{self._app}.lock") as is_locked:
+            folded, archived = self._read()
+            living: list[Report] = []
+            dead: dict[Path, Report] = {}
+            for path in sorted(self._directory.glob(f"{self._app}-*-*.json"))[:MAX_FILES]:
+                part = self._read_part(path)
+                if part is None or part.processes[0].key == own_key:
+                    continue
+                if _is_alive(path, part.processes[0]):
+                    living.append(part)
+                else:
+                    dead[path] = part
+            ended = [p.totals_only() for p in dead.values() if p.processes[0].key not in folded]
+            archived = archived.merge(*ended)
+            if dead and is_locked:
+                self._write(dead, archived)
+        return [archived, *living]
+
+    def _read(self) -> tuple[set[str], Report]:
+        """Return the keys of the processes that were added last, and the totals."""
+        try:
+            data = read(self._path)
+            with malformed("archive"):
+                _check_schema(data)
+                return set(map(read_text, data["folded"])), Report(read_pools(data["pools"]))
+        except FileNotFoundError:
+            return set(), Report({})
+        except (OSError, ValueError) as ex:
+            self._warn(self._path.name, f"{self._path} cannot be used: {ex}")
+            return set(), Report({})
+
+    def _write(self, dead: Mapping[Path, Report], archived: Report) -> None:
+        """Write the archive, then remove the files: a crash in between counts nothing twice."""
+        data = {
+            "schema": SCHEMA,
+            "folded": [part.processes[0].key for part in dead.values()],
+            "pools": archived.to_json()["pools"],
+        }
+        try:
+            write(self._path, data)
+            for path in dead:
+                path.with_suffix(ALIVE).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+        except OSError as ex:
+            self._warn("archive", f"cannot archive statistics: {ex.strerror}")
+
+    def _read_part(self, path: Path) -> Report | None:
+        try:
+            return _part_from_json(read(path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as ex:
+            self._warn(path.name, f"{path} cannot be used: {ex}")
+            return None
+
+
+def _is_alive(path: Path, process: Process) -> bool:
+    held = is_held(path.with_suffix(ALIVE))
+    if held is None:  # the file system keeps no locks
+        return start_time(process.pid) == process.start
+    return held

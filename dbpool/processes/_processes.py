@@ -1,0 +1,237 @@
+"""`Processes`: writes the file of this process, and collects the reports of all."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import re
+import stat
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from dbpool._secrets import safe_repr
+from dbpool.metrics import Snapshot
+from dbpool.processes._archive import ALIVE, MAX_FILES, Archive, part_to_json
+from dbpool.processes._files import STATS_DIR, NoLocks, ProcessLock, start_time, write
+from dbpool.report import Process, Report, read_text
+
+logger = logging.getLogger("dbpool")
+
+PUBLISH_INTERVAL: Final = 1.0  # seconds
+WRITE_TIMEOUT: Final = 1.0  # seconds that a publication waits for another of this process
+
+_instances: weakref.WeakSet[Processes] = weakref.WeakSet()
+_publishes_from_the_start = False
+
+
+def publish_from_the_start() -> None:
+    """Have all of this process publish now, and those still to be made, before any is asked."""
+    global _publishes_from_the_start  # noqa: PLW0603  # a process is a server's worker, or is not
+    _publishes_from_the_start = True
+    for processes in list(_instances):
+        processes.start()
+
+
+class HasStats(Protocol):
+    """All that is needed of a pool."""
+
+    def stats(self) -> Snapshot:
+        """Return a snapshot."""
+
+
+class _ProcessState:
+    """What belongs to one process alone: a child inherits no thread, and no lock that is free."""
+
+    def __init__(self) -> None:
+        self.started_at = time.monotonic()
+        self.start_time = start_time(os.getpid()) or "0"
+        # Tells apart the applications of one name in a process, and processes of one pid in
+        # several pid namespaces.
+        self.number = int.from_bytes(os.urandom(6), "big")
+        self.starting = threading.Lock()
+        self.is_publishing = False
+        self.retry_at = 0.0  # when to try again to start the thread
+        self.stop = threading.Event()
+        self.alive: ProcessLock | None = None
+        # Held from the snapshot until it is written, so that no older one comes after a newer.
+        self.writing = threading.Lock()
+
+
+class Processes:
+    """Publishes the pools of this process, and reports on those of all that share a directory.
+
+    The directory is *directory*, else `DBPOOL_STATS_DIR`, which the gunicorn hooks set; it must
+    be private to the user. Without one the process answers for itself alone.
+    """
+
+    def __init__(
+        self,
+        databases: Mapping[str, HasStats],
+        directory: str | os.PathLike[str] | None = None,
+        app: str = "app",
+    ) -> None:
+        self._databases = databases
+        self._directory = directory
+        self._app = re.sub(r"[^A-Za-z0-9_]+", "_", app)
+        self._warned: set[str] = set()
+        self._states: dict[int, _ProcessState] = {}
+        _instances.add(self)
+        if _publishes_from_the_start:
+            self.start()
+
+    def start(self) -> bool:
+        """Publish each second from now on, in a thread of this process; cheap if it does already.
+
+        Without a directory, or if the system has no thread left, a later call tries again.
+        Returns false as long as later calls are needed.
+        """
+        state = self._state()
+        is_due = not state.is_publishing and time.monotonic() >= state.retry_at
+        if is_due and state.starting.acquire(blocking=False):  # else another thread does it
+            try:
+                self._start(state)
+            finally:
+                state.starting.release()
+        return state.is_publishing
+
+    def close(self) -> None:
+        """Publish for the last time and stop."""
+        state = self._states.get(os.getpid())
+        if state is not None and not state.stop.is_set():
+            state.is_publishing = True
+            state.stop.set()
+            self.publish()
+        atexit.unregister(self.close)
+
+    def publish(self) -> bool:
+        """Write this process's file; return false if that is not possible, which is logged once."""
+        return self._publish() is not None
+
+    def collect(self, scope: str = "all") -> Report:
+        """Return the report of all processes, or of this one if *scope* is "process".
+
+        `Report.scope` says which it is: without a directory only this process can be asked.
+        """
+        self.start()
+        # Use what was published of this process: a report of another is never ahead of it.
+        own = self._publish() if scope == "all" else None
+        if own is None:
+            return self._describe()
+        return self._collect(own.processes[0].key).merge(own.as_of(time.monotonic()))
+
+    def collect_others(self) -> Report | None:
+        """Return the report of all other processes; None if there is no directory."""
+        return None if self._shared_directory() is None else self._collect("")
+
+    def report(self, scope: str = "all") -> dict[str, Any]:
+        """Return what `collect` does, as JSON types."""
+        return self.collect(scope).to_json()
+
+    def _state(self) -> _ProcessState:
+        # setdefault() is atomic: no lock, which a fork could leave locked for ever.
+        pid = os.getpid()
+        return self._states.get(pid) or self._states.setdefault(pid, _ProcessState())
+
+    def _start(self, state: _ProcessState) -> None:
+        """Start the thread unless it runs. The caller holds `starting`."""
+        if state.is_publishing:
+            return
+        state.retry_at = time.monotonic() + PUBLISH_INTERVAL
+        if self._shared_directory() is None:
+            return
+        thread = threading.Thread(None, self._run, "dbpool-stats", (state.stop,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as ex:
+            self._warn("thread", f"cannot be published yet: {ex}")
+            return
+        state.is_publishing = True
+        atexit.register(self.close)
+
+    def _run(self, stop: threading.Event) -> None:
+        if _publishes_from_the_start:
+            self.publish()
+        while not stop.wait(PUBLISH_INTERVAL):
+            self.publish()
+
+    def _publish(self) -> Report | None:
+        """Write this process's file and return what it holds, None if that is not possible."""
+        directory = self._shared_directory()
+        if directory is None:
+            return None
+        state = self._state()
+        if not state.writing.acquire(timeout=WRITE_TIMEOUT):
+            self._warn("stall", f"a write to {directory} takes longer than {WRITE_TIMEOUT:g} s")
+            return None
+        try:
+            own = self._describe()
+            path = directory / f"{self._app}-{own.processes[0].key}.json"
+            self._hold_alive(state, path.with_suffix(ALIVE))
+            write(path, part_to_json(own))
+        except OSError as ex:
+            self._warn("write", f"cannot write statistics to {directory}: {ex.strerror}")
+            return None
+        finally:
+            state.writing.release()
+        return own
+
+    def _hold_alive(self, state: _ProcessState, path: Path) -> None:
+        """Hold this process's lock from its first file on. The caller holds `writing`."""
+        if state.alive is None:
+            for inherited in self._states.values():  # of uWSGI, which runs no hooks at a fork
+                if inherited.alive is not None:
+                    inherited.alive.close()
+            with suppress(NoLocks):  # then the pid has to do
+                state.alive = ProcessLock(path)
+
+    def _describe(self) -> Report:
+        """Return the report of this process alone."""
+        state, now = self._state(), time.monotonic()
+        process = Process(
+            pid=os.getpid(),
+            start=state.start_time,
+            number=state.number,
+            written=now,
+            uptime=now - state.started_at,
+        )
+        pools = {read_text(name): pool.stats() for name, pool in self._databases.items()}
+        return Report(pools, (process,), "process")
+
+    def _collect(self, own_key: str) -> Report:
+        """Return the report of all processes but the one of that key."""
+        directory = self._shared_directory()
+        if directory is None:
+            return Report({})
+        archived, *living = Archive(directory, self._app, self._warn).collect(own_key)
+        now = time.monotonic()
+        return archived.merge(*(part.as_of(now) for part in living))
+
+    def _shared_directory(self) -> Path | None:
+        """Return the shared directory, None if there is none that is private to this user."""
+        name = self._directory or os.environ.get(STATS_DIR)
+        if not name:
+            return None
+        path = Path(name)
+        try:
+            found = path.lstat()
+        except OSError as ex:
+            self._warn("directory", f"cannot use {safe_repr(str(path))}: {ex.strerror}")
+            return None
+        is_private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
+        if not is_private or found.st_uid != os.geteuid():
+            message = f"{safe_repr(str(path))} is not a directory private to this user"
+            self._warn("directory", message)
+            return None
+        return path
+
+    def _warn(self, subject: str, message: str) -> None:
+        """Log a warning, once for each subject."""
+        if subject not in self._warned and len(self._warned) < MAX_FILES:
+            self._warned.add(subject)
+            logger.warning("statistics: %s", message)

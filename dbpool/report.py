@@ -1,0 +1,269 @@
+"""The report: what several processes say about their pools, merged into one.
+
+`/stats`, the live page and `python -m dbpool stats` show it as JSON; `/metrics` reads it. Each
+process writes its own report to a file, and the others parse that into the same object.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeVar
+
+from dbpool.metrics import (
+    BUCKETS,
+    COUNTS,
+    REASONS,
+    SIZES,
+    TIMES,
+    BreakerSnapshot,
+    Counters,
+    HistogramSnapshot,
+    HolderSnapshot,
+    PoolState,
+    Snapshot,
+)
+
+__all__ = ["SCHEMA", "Process", "Report", "merge", "read_snapshot"]
+
+T = TypeVar("T")
+
+SCHEMA: Final = 2
+_MAX_COUNT: Final = 1 << 100  # a thousand of them still fit into a float
+_MAX_SECONDS: Final = 1e18
+_MAX_PID: Final = (1 << 31) - 1
+_MAX_HOLDERS: Final = 20  # of one pool
+# Ordered by severity: of several the last one counts.
+_STATES: Final = tuple(PoolState)
+_BREAKER_STATES: Final = ("closed", "half-open", "open")
+
+
+def _unix_time() -> float:
+    return time.time()
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that reports; `start` and `number` tell it from others with the same pid.
+
+    `written` is when it reported, on the system's monotonic clock; `age` is how many seconds ago
+    that was, and `uptime` how long the process has run.
+    """
+
+    pid: int
+    start: str = "0"
+    number: int = 0
+    written: float = 0.0
+    uptime: float = 0.0
+    age: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """What identifies it among all processes of the host."""
+        return f"{self.pid}-{self.start}-{self.number}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Pools by name, merged over all *processes*.
+
+    `scope` is "process" if the process that was asked answers for itself alone, else "all".
+    `time` is Unix time.
+    """
+
+    pools: Mapping[str, Snapshot]
+    processes: tuple[Process, ...] = ()
+    scope: str = "all"
+    time: float = field(default_factory=_unix_time)
+
+    def merge(self, *others: Report) -> Report:
+        """Return all of them as one."""
+        found: dict[str, list[Snapshot]] = {}
+        for report in (self, *others):
+            for name, pool in report.pools.items():
+                found.setdefault(name, []).append(pool)
+        processes = [process for report in (self, *others) for process in report.processes]
+        # A process is as young as the youngest of its parts: an application in it may be closed.
+        youngest = {(p.pid, p.start): p for p in sorted(processes, key=lambda p: -p.age)}
+        return replace(
+            self,
+            pools={name: merge(*pools) for name, pools in found.items()},
+            processes=tuple(process for _, process in sorted(youngest.items())),
+        )
+
+    def as_of(self, now: float) -> Report:
+        """Return one process's report as it would be *now*: holders have held for longer."""
+        (process,) = self.processes
+        age = max(0.0, now - process.written)
+        return replace(
+            self,
+            pools={name: _aged(pool, age) for name, pool in self.pools.items()},
+            processes=(replace(process, age=age, uptime=process.uptime + age),),
+        )
+
+    def totals_only(self) -> Report:
+        """Return what remains when the processes have ended: no sizes, states and holders."""
+        kept = ("counters", *TIMES)
+        pools = {
+            name: Snapshot(**{key: getattr(pool, key) for key in kept})
+            for name, pool in self.pools.items()
+        }
+        return replace(self, pools=pools, processes=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as `/stats` shows it; all durations are in seconds."""
+        return {
+            "schema": SCHEMA,
+            "time": self.time,
+            "scope": self.scope,
+            "processes": [
+                {"pid": process.pid, "age": process.age, "uptime": process.uptime}
+                for process in self.processes
+            ],
+            "pools": {name: pool.to_json() for name, pool in self.pools.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """Rebuild a report from what `to_json` made; raise `ValueError` for anything else."""
+        with malformed("report"):
+            processes = (
+                Process(read_pid(each["pid"]), age=read_seconds(each["age"]))
+                for each in data["processes"]
+            )
+            return cls(read_pools(data["pools"]), tuple(processes))
+
+
+def merge(*parts: Snapshot) -> Snapshot:
+    """Return the snapshots as one; associative and commutative."""
+    holders = [holder for part in parts for holder in part.holders]
+    holders.sort(key=lambda h: (-h.seconds, h.thread, h.where, h.endpoint or ""))
+    sizes: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in SIZES}
+    times = {name: _merge_times([getattr(part, name) for part in parts]) for name in TIMES}
+    return Snapshot(
+        state=max((part.state for part in parts), key=_STATES.index),
+        counters=_merge_counters([part.counters for part in parts]),
+        breaker=max((part.breaker for part in parts), key=_severity),
+        holders=tuple(holders[:_MAX_HOLDERS]),
+        **sizes | times,
+    )
+
+
+def _merge_counters(parts: Sequence[Counters]) -> Counters:
+    return Counters(
+        discarded={reason: sum(part.discarded[reason] for part in parts) for reason in REASONS},
+        **{name: sum(getattr(part, name) for part in parts) for name in COUNTS},
+    )
+
+
+def _merge_times(parts: Sequence[HistogramSnapshot]) -> HistogramSnapshot:
+    return HistogramSnapshot(
+        counts=tuple(map(sum, zip(*(part.counts for part in parts), strict=True))),
+        sum_ns=sum(part.sum_ns for part in parts),
+        max=max(part.max for part in parts),
+    )
+
+
+def _severity(breaker: BreakerSnapshot) -> tuple[int, float, str, float]:
+    """Of equally open breakers the one that has failed for longest counts."""
+    since = float("-inf") if breaker.since is None else -breaker.since
+    state = _BREAKER_STATES.index(breaker.state)
+    return state, since, breaker.last_error or "", breaker.retry_after or 0.0
+
+
+def _aged(pool: Snapshot, elapsed: float) -> Snapshot:
+    left = pool.breaker.retry_after
+    breaker = replace(pool.breaker, retry_after=left and max(0.0, left - elapsed))
+    holders = (replace(holder, seconds=holder.seconds + elapsed) for holder in pool.holders)
+    return replace(pool, breaker=breaker, holders=tuple(holders))
+
+
+# Reading JSON: files may be torn, old, or anybody's.
+
+
+@contextmanager
+def malformed(what: str) -> Iterator[None]:
+    """Raise `ValueError` for what is missing, or of another type, in the JSON read inside."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as ex:
+        raise ValueError(f"this is no {what}") from ex
+
+
+def read_snapshot(data: Mapping[str, Any]) -> Snapshot:
+    """Rebuild a snapshot from what `Snapshot.to_json` made; raise `ValueError` for anything else."""
+    with malformed("snapshot"):
+        counters, breaker = data["counters"], data["breaker"]
+        sizes: dict[str, Any] = {name: read_count(data[name]) for name in SIZES}
+        times = {name: _read_histogram(data[name]) for name in TIMES}
+        return Snapshot(
+            state=PoolState(data["state"]),
+            counters=Counters(
+                discarded={name: read_count(counters["discarded"][name]) for name in REASONS},
+                **{name: read_count(counters[name]) for name in COUNTS},
+            ),
+            breaker=BreakerSnapshot(
+                state=_BREAKER_STATES[_BREAKER_STATES.index(breaker["state"])],
+                since=_optional(read_seconds, breaker["since"]),
+                last_error=_optional(read_text, breaker["last_error"]),
+                retry_after=_optional(read_seconds, breaker["retry_after"]),
+            ),
+            holders=tuple(map(_read_holder, data["holders"])),
+            **sizes | times,
+        )
+
+
+def read_pools(data: Any) -> dict[str, Snapshot]:
+    """Rebuild the pools of a report or of a file."""
+    return {read_text(name): read_snapshot(pool) for name, pool in data.items()}
+
+
+def _read_holder(data: Any) -> HolderSnapshot:
+    return HolderSnapshot(
+        thread=read_text(data["thread"]),
+        seconds=read_seconds(data["seconds"]),
+        where=read_text(data["where"]),
+        endpoint=_optional(read_text, data["endpoint"]),
+    )
+
+
+def _read_histogram(data: Any) -> HistogramSnapshot:
+    counts = tuple(map(read_count, data["buckets"]))
+    if len(counts) > BUCKETS:
+        raise ValueError("this histogram has other buckets")
+    counts += (0,) * (BUCKETS - len(counts))
+    return HistogramSnapshot(counts, read_count(data["sum_ns"]), read_seconds(data["max"]))
+
+
+def read_count(value: Any) -> int:
+    """Return *value* if it is a count, else raise `ValueError`; an absurd one is cut."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.40} is no count")
+    return min(value, _MAX_COUNT)
+
+
+def read_pid(value: Any) -> int:
+    """Return *value* if it can be a process id, else raise `ValueError`."""
+    if read_count(value) > _MAX_PID:
+        raise ValueError(f"{value!r:.40} is no pid")
+    return int(value)
+
+
+def read_seconds(value: Any) -> float:
+    """Return *value* if it is a finite time and not negative, else raise `ValueError`."""
+    if type(value) not in (int, float) or not 0 <= value <= _MAX_SECONDS:
+        raise ValueError(f"{value!r:.40} is no time")
+    return float(value)
+
+
+def read_text(value: Any) -> str:
+    """Return *value* if it is text, its lone surrogates replaced, else raise `ValueError`."""
+    if type(value) is not str:
+        raise ValueError(f"{value!r:.40} is no text")
+    return value.encode(errors="replace").decode()
+
+
+def _optional(read: Callable[[Any], T], value: Any) -> T | None:
+    return None if value is None else read(value)

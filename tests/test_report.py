@@ -1,0 +1,97 @@
+"""The report: what processes say of their pools, merged, and the same object out of JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from dbpool.metrics import BreakerSnapshot, HolderSnapshot, Metrics, PoolState, Snapshot
+from dbpool.prometheus import expose
+from dbpool.report import Process, Report
+
+from .test_metrics import snapshots
+
+
+def part(pid: int, pool: Snapshot, written: float = 0.0, number: int = 0) -> Report:
+    process = Process(pid, start="1", number=number, written=written, uptime=1.0)
+    return Report({"default": pool}, (process,), "process", time=5.0)
+
+
+def busy(seconds: float) -> Snapshot:
+    """A pool with a wait, a holder and an open breaker."""
+    return Metrics().snapshot(
+        [seconds],
+        state="down",
+        size=1,
+        active=1,
+        holders=(HolderSnapshot("a", seconds, "a.py:1 f"),),
+        breaker=BreakerSnapshot("open", 1.0, "refused", 2.0),
+    )
+
+
+@given(snapshots(), snapshots())
+def test_a_report_is_the_same_after_json(one: Snapshot, two: Snapshot) -> None:
+    report = Report({"default": one, "replica": two}, (Process(1, age=2.0),), time=5.0)
+    copy = Report.from_json(json.loads(json.dumps(report.to_json())))
+    assert copy.pools == report.pools
+    assert copy.processes == report.processes
+    assert expose(copy) == expose(report) == expose(report.to_json())
+
+
+@given(snapshots(), snapshots())
+def test_merged_reports_hold_every_process_and_each_pool_once(one: Snapshot, two: Snapshot) -> None:
+    other = Report({"default": two, "replica": two}, (Process(2),))
+    merged = part(1, one).merge(other)
+    assert [process.pid for process in merged.processes] == [1, 2]
+    assert merged.pools["default"].size == one.size + two.size
+    assert merged.pools["replica"].counters == two.counters
+    assert merged.pools == other.merge(part(1, one)).pools
+
+
+def test_a_process_is_as_young_as_the_youngest_of_its_parts() -> None:
+    parts = [
+        part(1, Snapshot(), written, number).as_of(10.0) for number, written in ((1, 3), (2, 9))
+    ]
+    assert [p.age for p in parts[0].merge(parts[1]).processes] == [1.0]
+    assert [p.age for p in parts[1].merge(parts[0]).processes] == [1.0]
+
+
+def test_later_a_holder_has_held_for_longer_and_the_next_attempt_is_nearer() -> None:
+    report = part(1, busy(3.0), written=10.0)
+    later, much_later = report.as_of(11.5), report.as_of(100.0)
+    assert later.pools["default"].holders[0].seconds == 4.5
+    assert later.pools["default"].breaker.retry_after == 0.5
+    assert (later.processes[0].age, later.processes[0].uptime) == (1.5, 2.5)
+    assert much_later.pools["default"].breaker.retry_after == 0.0
+    assert report.as_of(9.0).processes[0].age == 0.0, "a clock that was read earlier"
+
+
+def test_of_processes_that_ended_the_totals_remain() -> None:
+    remaining = part(1, busy(3.0)).totals_only()
+    pool = remaining.pools["default"]
+    assert remaining.processes == ()
+    assert (pool.state, pool.size, pool.holders) == (PoolState.NONE, 0, ())
+    assert pool.breaker == BreakerSnapshot()
+    assert (pool.counters.checkouts, pool.wait.count) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        {},
+        {"processes": [], "pools": []},
+        {"processes": [], "pools": {"default": {}}},
+        {"processes": [{"pid": 1}], "pools": {}},
+        {"processes": [{"pid": -1, "age": 0}], "pools": {}},
+        {"processes": [{"pid": 1 << 31, "age": 0}], "pools": {}},
+        {"processes": None, "pools": {}},
+    ],
+)
+def test_what_is_no_report_is_a_value_error(data: Any) -> None:
+    with pytest.raises(ValueError):
+        Report.from_json(data)
