@@ -24,7 +24,7 @@ from dbpool.settings import (
     warn_of_unknown,
 )
 from dbpool.settings._parsing import did_you_mean
-from dbpool.settings._sources import Source, find, read_layers
+from dbpool.settings._sources import Dotenv, find, read_sources
 
 __all__ = ["Databases", "databases_from_env", "settings_from_config"]
 
@@ -53,7 +53,7 @@ class Databases(Mapping[str, Pool[Any]]):
     def from_env(
         cls,
         environ: Mapping[str, str] | None = None,
-        dotenv: Source = None,
+        dotenv: Dotenv = None,
         listeners: Iterable[Any] = (),
         **options: Any,
     ) -> Self:
@@ -113,20 +113,20 @@ class Databases(Mapping[str, Pool[Any]]):
 
 
 def databases_from_env(
-    environ: Mapping[str, str] | None = None, dotenv: Source = None
+    environ: Mapping[str, str] | None = None, dotenv: Dotenv = None
 ) -> dict[str, Settings]:
     """Return the settings of the default database and of `DBPOOL_DATABASES`, in order."""
     environ = conceal(environ)
-    layers = read_layers(environ, dotenv)
-    names = names_in(layers)
-    warn_of_unknown(layers, names)
-    return _databases(layers, names, {})
+    sources = read_sources(environ, dotenv)
+    names = names_in(sources)
+    warn_of_unknown(sources, names)
+    return _databases(sources, names, {})
 
 
 def settings_from_config(
     config: Mapping[str, Any],
     environ: Mapping[str, str] | None = None,
-    dotenv: Source = None,
+    dotenv: Dotenv = None,
 ) -> dict[str, Settings]:
     """Return the settings of all databases from an application's configuration.
 
@@ -137,28 +137,28 @@ def settings_from_config(
     # What other extensions keep in there is theirs, and may refer to itself.
     config = {k: v for k, v in config.items() if _is_plain(v) or str(k).startswith(_PREFIXES)}
     config, environ = conceal(config), conceal(environ)
-    outside = read_layers(environ, dotenv)
-    layers = [config, *outside]
-    wanted = find(layers, "DBPOOL_DATABASES")
+    outside = read_sources(environ, dotenv)
+    sources = [config, *outside]
+    wanted = find(sources, "DBPOOL_DATABASES")
     details = wanted if isinstance(wanted, Mapping) else {}
-    names = names_in(layers)
+    names = names_in(sources)
     for key, suggestion in unknown([config], names):
         raise ConfigError(f"there is no setting {key}{did_you_mean(suggestion)}")
     warn_of_unknown(outside, names)
-    return _databases(layers, names, details)
+    return _databases(sources, names, details)
 
 
 def _databases(
-    layers: list[Mapping[str, Any]], names: tuple[str, ...], details: Mapping[str, Any]
+    sources: list[Mapping[str, Any]], names: tuple[str, ...], details: Mapping[str, Any]
 ) -> dict[str, Settings]:
-    databases = {"default": build("default", layers, {})}
+    databases = {"default": build("default", sources, {})}
     for name in names:
         _check_name(name, databases)
         detail = details.get(name, {})
         overrides = dict(detail) if isinstance(detail, Mapping) else {"conninfo": conceal(detail)}
         if "url" in overrides:
             overrides["conninfo"] = overrides.pop("url")
-        databases[name] = build(name, layers, overrides)
+        databases[name] = build(name, sources, overrides)
     return databases
 
 

@@ -15,7 +15,7 @@ from dbpool.errors import ConfigError
 from dbpool.health import Health
 from dbpool.settings import Settings, unknown_variables
 from dbpool.settings._parsing import did_you_mean
-from dbpool.settings._sources import Source
+from dbpool.settings._sources import Dotenv
 from dbpool.settings.app import AppSettings
 
 HELP = "connect, and report what was found"
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
-def _error_beside(databases: Mapping[str, Settings], dotenv: Source) -> str | None:
+def _error_beside(databases: Mapping[str, Settings], dotenv: Dotenv) -> str | None:
     """Return what is wrong with an application's settings, those of its databases aside."""
     try:
         with warnings_printed():

@@ -1,128 +1,130 @@
-"""Settings: from keywords, the environment, secret files and `.env`; validated and masked."""
+"""Settings of one pool, from keywords, the environment, secret files and a `.env`.
+
+- `_parsing`: numbers, durations, switches, lists; suggestions for unknown names (`names.txt`)
+- `_sources`: the environment, secret files, a `.env` that nobody else could have written
+- `_conninfo`: connection strings, validated and masked
+- `app`: the settings of an application beside its pools
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Final
 
 from psycopg.conninfo import make_conninfo
 
-from dbpool import _secrets
-from dbpool._secrets import conceal
+from dbpool._secrets import conceal, conceal_params, conceals_fields, mask_value
 from dbpool.errors import ConfigError
-from dbpool.settings import _conninfo
-from dbpool.settings._parsing import did_you_mean, nearest, parse_bool, parse_list, parse_number
-from dbpool.settings._sources import SKIPPED, Source, find, read_layers, secret, secret_of
+from dbpool.settings import _conninfo, _parsing, _sources
+from dbpool.settings._parsing import LEFT_TO_SERVER, did_you_mean, nearest
+from dbpool.settings._sources import Dotenv, Environ, Sources, find, read_secret
 
 __all__ = ["Settings", "unknown_variables"]
 
 logger = logging.getLogger("dbpool")
 
+_Unknown = tuple[str, str | None]  # a variable, and what was probably meant
 NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
-_URL: Final = re.compile(r"DBPOOL_(?:([A-Z][A-Z0-9_]*)_)?(?:URL|URI|DSN|CONNINFO)(_FILE)?")
+_URL: Final = re.compile(
+    r"DBPOOL_(?:(?:DATABASE|DEFAULT)_|([A-Z][A-Z0-9_]*)_)?(?:URL|URI|DSN|CONNINFO)(_FILE)?"
+)
 
-_POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
-# Numbers that are no times.
-_SIZES: Final = frozenset({"min_size", "max_size", "max_waiting", "keepalives_count"})
-# Seconds from which on a number without a unit is probably one of milliseconds: 1000, but for these.
-_LONG: Final = {"max_lifetime": 200_000, "max_idle": 200_000}
-# Our fields that the server enforces, with their names there.
+# The fields that the server enforces, with their names there.
 SERVER_SIDE: Final = {
     "statement_timeout": "statement_timeout",
     "lock_timeout": "lock_timeout",
     "idle_in_transaction_timeout": "idle_in_transaction_session_timeout",
 }
-# The least values; a time below a millisecond would be sent as 0, which turns these off.
-_OFF_AT_0: Final = dict.fromkeys((*SERVER_SIDE, "tcp_user_timeout"), 0.001)
-_LEAST: Final = {"max_size": 1, "connect_timeout": 2, **_OFF_AT_0} | dict.fromkeys(
-    ("max_lifetime", "max_idle", "ping_timeout"), 0.001
-)
-LEFT_TO_SERVER: Final = "server"  # a value of theirs: what role, database or configuration say
+_POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
 # libpq's variables that say which database is meant.
 _NAMES_A_DATABASE: Final = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE")
 # What others call DATABASE_URL.
 _MEANT: Final = "DATABASE_URI SQLALCHEMY_DATABASE_URI DB_URL DATABASE_DSN POSTGRES_URL PG_URL"
 # Fields without a variable: nobody was seen to need one.
-_UNNAMED: Final = frozenset(
-    {"name", "conninfo", "conninfo_file", "password_file", "libpq", "explicit"}
+_WITHOUT_VARIABLE: Final = frozenset(
+    {"name", "conninfo_file", "password_file", "libpq", "explicit"}
     | {"keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"}
 )
 
 
-@_secrets.conceals_fields
+def _parsed(default: Any, parse: Callable[..., Any], **options: Any) -> Any:
+    """Declare a field whose values go through `parse(value, known_as, **options)`."""
+    return field(default=default, metadata={"parse": partial(parse, **options)})
+
+
+_count: Final = partial(_parsed, parse=_parsing.parse_number, is_time=False, whole=True)
+_whole_seconds: Final = partial(_parsed, parse=_parsing.parse_number, whole=True)
+_seconds: Final = partial(_parsed, parse=_parsing.parse_time)
+_server_timeout: Final = partial(_parsed, parse=_parsing.parse_server_timeout)
+_choice: Final = partial(_parsed, "none", _parsing.parse_choice)
+
+
+@conceals_fields
 @dataclass(frozen=True, repr=False)
 class Settings:
-    """What one pool is set to. Times are in seconds; `"500ms"`, `"30s"`, `"5m"`, `"1h"` too.
+    """The settings of one pool. Times are in seconds; `"500ms"`, `"30s"`, `"5m"`, `"1h"` too.
 
     Raises `ConfigError` for a value that does not parse, is out of range, or contradicts
-    another. `explicit` names the fields that were set on purpose: those win over what the
-    connection string sets, which wins over the defaults. `libpq` are parameters as key=value
+    another. `explicit` names the fields that were set on purpose: they win over what the
+    connection string sets, which wins over the defaults. `libpq` holds parameters as key=value
     that `PG*` variables set where libpq does not see them, such as in a `.env`.
     """
 
-    name: str = "default"
-    conninfo: str = ""
+    name: str = _parsed("default", _parsing.parse_name)
+    conninfo: str = _parsed("", _conninfo.normalise)
     conninfo_file: str | None = None
     password_file: str | None = None
-    min_size: int = 1
-    max_size: int = 10
-    timeout: float = 5.0
-    max_waiting: int = 0
-    max_lifetime: float = 1800.0
-    max_idle: float = 600.0
-    connect_timeout: int = 5
-    statement_timeout: float | str = 30.0
-    lock_timeout: float | str = 0.0
-    idle_in_transaction_timeout: float | str = 60.0
-    keepalives_idle: int = 30
-    keepalives_interval: int = 10
-    keepalives_count: int = 3
-    tcp_user_timeout: float = 30.0
-    ping_after: float = 30.0
-    ping_timeout: float = 1.0
-    outage_grace: float = 2.0
-    leak_after: float = 60.0
-    session_reset: str = "none"
-    pooler: str = "none"
-    pipeline_begin: bool = False
-    application_name: str = ""
+    min_size: int = _count(1)
+    max_size: int = _count(10, least=1)
+    timeout: float = _seconds(5.0)
+    max_waiting: int = _count(0)
+    max_lifetime: float = _seconds(1800.0, least=0.001, suspect=200_000)
+    max_idle: float = _seconds(600.0, least=0.001, suspect=200_000)
+    connect_timeout: int = _whole_seconds(5, least=2)
+    statement_timeout: float | str = _server_timeout(30.0)
+    lock_timeout: float | str = _server_timeout(0.0)
+    idle_in_transaction_timeout: float | str = _server_timeout(60.0)
+    keepalives_idle: int = _whole_seconds(30)
+    keepalives_interval: int = _whole_seconds(10)
+    keepalives_count: int = _count(3)
+    tcp_user_timeout: float = _parsed(30.0, _parsing.parse_timeout)
+    ping_after: float = _seconds(30.0)
+    ping_timeout: float = _seconds(1.0, least=0.001)
+    outage_grace: float = _seconds(2.0)
+    leak_after: float = _seconds(60.0)
+    session_reset: str = _choice(choices={"none": "none", "session": "session"})
+    pooler: str = _choice(choices=_POOLERS)
+    pipeline_begin: bool = _parsed(False, _parsing.parse_bool, unset=False)
+    application_name: str = _parsed("", lambda text, known_as: str(text))
     libpq: str = ""
     explicit: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         self._set("explicit", self.explicit | (changed - {"name", "explicit"}))
-        _name_only(self.name)
         for f in fields(self):
-            value, kind = getattr(self, f.name), type(f.default)
-            if f.name in SERVER_SIDE and str(value).strip().lower() == LEFT_TO_SERVER:
-                self._set(f.name, LEFT_TO_SERVER)
-            elif kind in (int, float):
-                known_as, is_time = self._known_as(f.name), f.name not in _SIZES
-                self._set(f.name, parse_number(value, known_as, whole=kind is int, is_time=is_time))
-                is_bare = isinstance(value, int) or str(value).strip().isdecimal()
-                if is_bare and kind is float and int(value) >= _LONG.get(f.name, 1000):
-                    text = "%s is %d seconds (%.1f hours); for milliseconds write %dms"
-                    logger.warning(text, known_as, int(value), int(value) / 3600, int(value))
-            elif isinstance(f.default, bool):
-                self._set(f.name, value is not None and parse_bool(value, self._known_as(f.name)))
-            elif kind is str and not isinstance(value, str):
+            value = getattr(self, f.name)
+            if isinstance(f.default, str) and not isinstance(value, str):
                 raise ConfigError(f"{f.name} must be a string, not of type {type(value).__name__}")
-            elif f.name in ("name", "application_name"):
-                self._set(f.name, str(value))
-        self._set("conninfo", _conninfo.normalise(self.conninfo, self._known_as("conninfo")))
+            if parse := f.metadata.get("parse"):
+                self._set(f.name, parse(value, self._known_as(f.name)))
         if self.min_size > self.max_size and "max_size" not in self.explicit:
             self._set("max_size", self.min_size)
-        self._check()
+        if self.min_size > self.max_size:
+            self._refuse("min_size", f"is {self.min_size}, but max_size is {self.max_size}")
+        if self.pooler == "transaction":
+            self._check_pooler()
 
     _set = object.__setattr__  # the class is frozen for everybody else
 
     def _known_as(self, name: str) -> str:
-        if not NAME.fullmatch(self.name):  # no variable could be called so
+        """Return a field's name for a message, with the variables that can set it."""
+        if name in _WITHOUT_VARIABLE or not NAME.fullmatch(self.name):
             return name
         own, common = variable(name, self.name), variable(name)
         either = own if name == "conninfo" or own == common else f"{own} or {common}"
@@ -131,40 +133,22 @@ class Settings:
     def _refuse(self, name: str, reason: str) -> None:
         raise ConfigError(f"{self._known_as(name)} {reason}")
 
-    def _check(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            is_word = value == LEFT_TO_SERVER or (value == 0 and name in _OFF_AT_0)
-            if not is_word and value < least:
-                self._refuse(name, f"must be at least {least:g}{'' if name in _SIZES else ' s'}")
-        if self.min_size > self.max_size:
-            self._refuse("min_size", f"is {self.min_size}, but max_size is {self.max_size}")
-        if self.pooler not in _POOLERS:
-            self._refuse("pooler", "must be none or transaction")
-        self._set("pooler", _POOLERS[self.pooler])
-        if self.session_reset not in ("none", "session"):
-            self._refuse("session_reset", "must be none or session")
-        self._set("session_reset", str(self.session_reset))
-        self._check_pooler()
-
     def _check_pooler(self) -> None:
-        if self.pooler == "transaction":
-            if self.session_reset == "session":
-                self._refuse("session_reset", "cannot work through a transaction pooler")
-            explicit = sorted(self.explicit & SERVER_SIDE.keys())
-            for name in (name for name in explicit if getattr(self, name) != LEFT_TO_SERVER):
+        if self.session_reset == "session":
+            self._refuse("session_reset", "cannot work through a transaction pooler")
+        for name in sorted(self.explicit & SERVER_SIDE.keys()):
+            if getattr(self, name) != LEFT_TO_SERVER:
                 advice = f"use ALTER ROLE … SET {SERVER_SIDE[name]} on the server"
                 self._refuse(name, f"cannot be set through a transaction pooler: {advice}")
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{key}={value!r}" for key, value in self.masked().items())
-        return f"Settings({shown})"
+        return f"Settings({', '.join(f'{key}={value!r}' for key, value in self.masked().items())})"
 
     def masked(self) -> dict[str, object]:
         """Return all fields, without secrets."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "explicit"}
-        paths = ("conninfo_file", "password_file", "application_name")
-        masked = {key: _secrets.mask_value(values[key]) for key in paths if values[key]}
+        free = ("conninfo_file", "password_file", "application_name")
+        masked = {key: mask_value(values[key]) for key in free if values[key]}
         masked |= {key: _conninfo.mask_conninfo(values[key]) for key in ("conninfo", "libpq")}
         return values | masked
 
@@ -173,42 +157,40 @@ class Settings:
         if self.conninfo or self.conninfo_file is None:
             return self.conninfo
         name = f"{variable('conninfo', self.name)}_FILE"
-        if not (found := _conninfo.normalise(secret(self.conninfo_file, name), name)):
+        if not (found := _conninfo.normalise(read_secret(self.conninfo_file, name), name)):
             raise ConfigError(f"{name}: the file is empty")
         return found
 
     def connect_params(
-        self,
-        conninfo: str | None = None,
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        defaults: bool = True,
-    ) -> dict[str, Any]:
-        """Return the keywords to connect with: the string's, the user's, and what is missing.
+        self, conninfo: str | None = None, kwargs: Mapping[str, Any] | None = None, *,
+        defaults: bool = True
+    ) -> dict[str, Any]:  # fmt: skip
+        """Return the keywords to connect with: those of *conninfo* and *kwargs*, and the missing.
 
-        *kwargs* are the user's own and win; those that are psycopg's pass through. Without
-        *defaults* the `default_options` are left out.
+        *kwargs* win; those that are psycopg's pass through. Without *defaults* the
+        `default_options` are left out.
         """
         conninfo, kwargs = conceal(conninfo), conceal(kwargs)
-        given = _secrets.conceal_params(kwargs or {})
-        own = {key: given.pop(key) for key in _conninfo.PSYCOPG & given.keys()}
+        given = conceal_params(kwargs or {})
         params = _conninfo.parse(self.resolve() if conninfo is None else conninfo) | given
         unseen = _conninfo.parse(self.libpq)
         variables = {_conninfo.VARIABLES[key]: value for key, value in unseen.items()}
         known = _conninfo.already_set(params, {**os.environ, **variables})
         params |= {key: known[key] for key in unseen}
-        params |= {key: v for key, v in self._defaults().items() if key not in known}
+        params |= {key: value for key, value in self._defaults().items() if key not in known}
         if "connect_timeout" in self.explicit and "connect_timeout" not in given:
             params["connect_timeout"] = self.connect_timeout
         if self.password_file and "password" not in known:
-            params["password"] = secret(self.password_file, "PGPASSWORD_FILE")
+            params["password"] = read_secret(self.password_file, "PGPASSWORD_FILE")
         if cut := [key for key, value in params.items() if "\0" in str(value)]:
             raise ConfigError(f"{cut[0]} must not hold a NUL character")
         if self.pooler == "transaction":
-            own.setdefault("prepare_threshold", None)
-        elif options := self._options(str(known.get("options", "")), defaults=defaults):
-            params["options"] = options
-        return params | own
+            return {"prepare_threshold": None} | params
+        # Of equal options the server takes the last.
+        before = self.default_options().values() if defaults else ()
+        after = self._server_side(self.explicit).values()
+        options = " ".join(filter(None, (*before, str(known.get("options", "")), *after)))
+        return params | ({"options": options} if options else {})
 
     def _defaults(self) -> dict[str, object]:
         return {
@@ -224,12 +206,6 @@ class Settings:
         """Return the startup options of timeouts that nobody set on purpose, by their names."""
         return self._server_side(SERVER_SIDE.keys() - self.explicit)
 
-    def _options(self, given: str, *, defaults: bool) -> str:
-        """Merge the options: the server takes the last of two, so defaults go first."""
-        before = self.default_options().values() if defaults else ()
-        after = self._server_side(self.explicit).values()
-        return " ".join(filter(None, (*before, given, *after)))
-
     def _server_side(self, fields: Collection[str]) -> dict[str, str]:
         return {
             parameter: f"-c {parameter}={round(value * 1000)}"
@@ -242,39 +218,24 @@ class Settings:
 
     @classmethod
     def from_env(
-        cls,
-        name: str = "default",
-        environ: Mapping[str, str] | None = None,
-        dotenv: Source = None,
-        **overrides: Any,
+        cls, name: str = "default", environ: Environ = None, dotenv: Dotenv = None, **overrides: Any
     ) -> Settings:
         """Read the settings of the database called *name*; keywords win.
 
         *environ* is the process's environment by default, *dotenv* the path of a `.env`.
         """
         name, environ, overrides = map(conceal, (name, environ, overrides))
-        name = _name_only(name)
-        layers = read_layers(environ, dotenv)
-        warn_of_unknown(layers, tuple({*names_in(layers), name} - {"default"}))
-        return build(name, layers, overrides)
+        name = _parsing.parse_name(name)
+        sources = _sources.read_sources(environ, dotenv)
+        warn_of_unknown(sources, tuple({*names_in(sources), name} - {"default"}))
+        return build(name, sources, overrides)
 
 
-def unknown_variables(
-    environ: Mapping[str, str] | None = None, dotenv: Source = None
-) -> list[tuple[str, str | None]]:
+def unknown_variables(environ: Environ = None, dotenv: Dotenv = None) -> list[_Unknown]:
     """Return the `DBPOOL_` variables that mean nothing, each with the nearest that does."""
     environ = conceal(environ)
-    layers = read_layers(environ, dotenv)
-    return list(unknown(layers, names_in(layers)))
-
-
-def _name_only(name: str) -> str:
-    """Return the name of a database; raise `ConfigError` for a connection string in its place."""
-    if re.search(r"://|=", str(name)):
-        raise ConfigError("name looks like a connection string, which belongs in conninfo")
-    if name == "":
-        raise ConfigError("name must not be empty")
-    return f"{name}"
+    sources = _sources.read_sources(environ, dotenv)
+    return list(unknown(sources, names_in(sources)))
 
 
 def variable(name: str, database: str = "default") -> str:
@@ -285,77 +246,74 @@ def variable(name: str, database: str = "default") -> str:
     return f"DBPOOL_{'' if database == 'default' else f'{database}_'}{name}".upper()
 
 
-_FIELDS: Final = tuple(f.name for f in fields(Settings) if f.name not in _UNNAMED)
-# Those of an application, beside its pools.
+_FIELDS: Final = tuple(f.name for f in fields(Settings) if f.name not in _WITHOUT_VARIABLE)
+# The variables of an application, beside those of its pools.
 _OTHERS: Final = "DATABASES REQUIRED TOKEN TOKEN_FILE DETAILS DOTENV STATS_DIR ERROR_HANDLERS"
-COMMON: Final = frozenset(map(variable, [*_FIELDS, *_OTHERS.lower().split()]))
+COMMON: Final = frozenset(map(variable, [*_FIELDS, *_OTHERS.lower().split()])) - {"DATABASE_URL"}
 
 
 def variables_of(database: str) -> set[str]:
-    """Return the variables of a database that is not the default one."""
-    return {variable(name, database) for name in (*_FIELDS, "url", "url_file")}
+    """Return the variables of a database other than the default one."""
+    return {variable(name, database) for name in (*_FIELDS, "url_file")}
 
 
-def build(name: str, layers: list[Mapping[str, Any]], overrides: Mapping[str, Any]) -> Settings:
+def build(name: str, sources: Sources, overrides: Mapping[str, Any]) -> Settings:
     """Make the settings of the database called *name*; *overrides* win unless they are None."""
     known = {f.name for f in fields(Settings)} - {"name", "explicit"}
     for key in sorted(overrides.keys() - known):
         raise ConfigError(f"there is no setting {key!r}{did_you_mean(nearest(key, known))}")
-    found = {key: find(layers, variable(key, name), variable(key)) for key in _FIELDS}
+    found = {key: find(sources, variable(key, name), variable(key)) for key in _FIELDS}
     url = variable("conninfo", name)
-    found["conninfo"], found["conninfo_file"] = secret_of(layers, url)
-    found["password_file"] = find(layers, "PGPASSWORD_FILE")
-    variables = {key: find(layers, name) for key, name in _conninfo.VARIABLES.items() if name}
+    found["conninfo"], found["conninfo_file"] = _sources.find_secret(sources, url)
+    found["password_file"] = find(sources, "PGPASSWORD_FILE")
+    variables = {key: find(sources, name) for key, name in _conninfo.VARIABLES.items() if name}
     unseen = {k: v for k, v in variables.items() if v != os.environ.get(_conninfo.VARIABLES[k])}
     found["libpq"] = conceal(make_conninfo("", **unseen)) or None
-    given = found | {key: value for key, value in overrides.items() if value is not None}
-    values = {key: value for key, value in given.items() if value is not None}
-    if name != "default" and not (values.get("conninfo") or values.get("conninfo_file")):
-        raise ConfigError(f"database {name!r} needs {url} or {url}_FILE")
+    found |= {key: value for key, value in overrides.items() if value is not None}
+    values = {key: value for key, value in found.items() if value is not None}
     if not (values.get("conninfo") or values.get("conninfo_file")):
-        _check_that_nothing_was_meant(layers)
+        if name != "default":
+            raise ConfigError(f"database {name!r} needs {url} or {url}_FILE")
+        _check_that_nothing_was_meant(sources)
     return Settings(name=name, explicit=frozenset(values), **values)
 
 
-def _check_that_nothing_was_meant(layers: list[Mapping[str, Any]]) -> None:
+def _check_that_nothing_was_meant(sources: Sources) -> None:
     """Raise `ConfigError` if libpq's defaults would be used in place of what the user meant."""
-    if find([*layers, os.environ], *_NAMES_A_DATABASE):
+    if find([*sources, os.environ], *_NAMES_A_DATABASE):
         return
-    if skipped := find(layers, SKIPPED):
+    if skipped := find(sources, _sources.SKIPPED):
         raise ConfigError(f"DATABASE_URL is not set, and {skipped}; DBPOOL_DOTENV can name it")
-    if any(layer.get("DATABASE_URL_FILE") == "" for layer in layers):
+    if any(source.get("DATABASE_URL_FILE") == "" for source in sources):
         raise ConfigError("DATABASE_URL_FILE is empty, and DATABASE_URL is not set")
-    if meant := [key for key in _MEANT.split() if find(layers, key)]:
+    if meant := [key for key in _MEANT.split() if find(sources, key)]:
         raise ConfigError(f"DATABASE_URL is not set, but {meant[0]} is: rename it")
 
 
-def names_in(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:
+def names_in(sources: Sources) -> tuple[str, ...]:
     """Return the names of the databases beside the default one."""
-    return parse_list(find(layers, "DBPOOL_DATABASES") or "", "DBPOOL_DATABASES")
+    return _parsing.parse_list(find(sources, "DBPOOL_DATABASES") or "", "DBPOOL_DATABASES")
 
 
-def unknown(
-    layers: list[Mapping[str, Any]], databases: tuple[str, ...]
-) -> Iterator[tuple[str, str | None]]:
+def unknown(sources: Sources, databases: tuple[str, ...]) -> Iterator[_Unknown]:
     """Yield the `DBPOOL_` keys that mean nothing, each with what was probably meant."""
     known = COMMON.union(*map(variables_of, databases))
-    given = {key for layer in layers for key in layer if key.startswith("DBPOOL_")}
+    given = {key for source in sources for key in source if key.startswith("DBPOOL_")}
     for key in sorted(given - known):
-        url = _URL.fullmatch(key)
         libpq = key.replace("DBPOOL_", "PG")
+        url = _URL.fullmatch(key)
+        database = ((url and url[1]) or "default").lower()
         if libpq in _conninfo.VARIABLES.values():
             yield key, libpq
         elif url is None:
             yield key, nearest(key, known | {"PGPASSWORD_FILE"})
-        elif url[1] in (None, "DATABASE", "DEFAULT"):
-            yield key, f"DATABASE_URL{url[2] or ''}"
-        elif url[1].lower() in databases:
-            yield key, f"DBPOOL_{url[1]}_URL{url[2] or ''}"
+        elif database in ("default", *databases):
+            yield key, variable("conninfo", database) + (url[2] or "")
         else:
-            yield key, f"DBPOOL_DATABASES={','.join((*databases, url[1].lower()))}"
+            yield key, f"DBPOOL_DATABASES={','.join((*databases, database))}"
 
 
-def warn_of_unknown(layers: list[Mapping[str, Any]], databases: tuple[str, ...]) -> None:
+def warn_of_unknown(sources: Sources, databases: tuple[str, ...]) -> None:
     """Log what `unknown` yields."""
-    for key, suggestion in unknown(layers, databases):
+    for key, suggestion in unknown(sources, databases):
         logger.warning("unknown variable %s is ignored%s", key, did_you_mean(suggestion))

@@ -1,15 +1,14 @@
-"""Connection strings: validated, masked, and merged with what a pool wants.
+"""Connection strings: validated, masked, and merged with what libpq adds to them.
 
-A malformed one is refused in here before psycopg or libpq see it: their messages quote it,
-password included.
+A malformed one is refused here, before psycopg or libpq see it: their messages quote it, with its
+password.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from itertools import dropwhile, islice, takewhile
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
@@ -25,17 +24,13 @@ from dbpool.settings._parsing import NAMES, did_you_mean, nearest
 # SQLAlchemy's spelling of the driver, which libpq does not know.
 _DRIVER: Final = re.compile(r"^postgres(?:ql)?\+psycopg(?:2|3)?://", re.IGNORECASE)
 
-# What psycopg's `connect` takes beside libpq's parameters.
-PSYCOPG: Final = {"autocommit", "row_factory", "prepare_threshold", "cursor_factory", "context"}
-
-# libpq's parameters, each with its environment variable if it has one.
+# libpq's parameters, each with its environment variable, or "".
 VARIABLES: Final = {
     option.keyword.decode(): (option.envvar or b"").decode() for option in Conninfo.get_defaults()
 }
 
-_ENCODE: Final = "percent-encode special characters in user and password"
-# How a string begins that is none, and what is wrong with it.
-_MISTAKES: Final = (
+# How a string begins that libpq refuses, or a URL that must not reach it, and what is wrong with it.
+_NO_CONNINFO: Final = (
     (r"['\"`<\u201c\u2018]", "it is still in quotes"),
     (r"(export |set )?[A-Z_]+=", "it begins with the name of a variable"),
     (r"psql\s", "it is a psql command; give the URL alone"),
@@ -44,11 +39,15 @@ _MISTAKES: Final = (
     (r"[^\s=]+=[^\s;]*;", "its parts are separated by semicolons, not by blanks"),
     (r"[^=]*(@|$)", "it is neither a URL, such as postgresql://user@host/database, nor key=value"),
 )
+_BAD_URLS: Final = (
+    (r"(?s).*\s", "it holds a blank, a line break or a NUL character"),
+    (".*['\"`>\u201d\u2019]$", "it is still in quotes"),
+    (r".*:\*\*\*@", "its password is ***, which SQLAlchemy's URLs show in place of the real one"),
+)
 
 
 def normalise(conninfo: str, known_as: str) -> str:
-    """Return *conninfo* as libpq has it; raise `ConfigError` as `parse` does."""
-    conninfo = conceal(conninfo)
+    """Return *conninfo* as libpq spells it; raise `ConfigError` as `parse` does."""
     parse(conninfo, known_as)
     return _spell(conninfo)
 
@@ -61,66 +60,62 @@ def _spell(conninfo: str) -> str:
 def parse(conninfo: str, known_as: str = "the connection string") -> dict[str, Any]:
     """Return the parameters of a URL or a key=value string, secrets concealed.
 
-    Raise `ConfigError`, which names *known_as* and shows nothing of the string, if it is
+    Raises `ConfigError`, which names *known_as* and shows nothing of the string, if it is
     malformed.
     """
-    text = _spell(conceal(conninfo))
-    try:
-        # All of it, as in a malformed one any part may be of the password.
-        params: dict[str, Any] = conceal(conninfo_to_dict(text))
-    except (psycopg.Error, ValueError):
-        params = {"": ""}
-    # Raised out here, so that no chained error repeats the string.
+    text = _spell(conninfo)
+    params: dict[str, Any] | None = None
+    with suppress(psycopg.Error, ValueError):
+        # Everything is concealed: in a malformed string any part may be of the password.
+        params = conceal(conninfo_to_dict(text))
+    # The error is raised here, so that no chained error repeats the string.
     if problem := _problem(text, params):
         raise ConfigError(f"{known_as} is malformed: {problem}")
-    return conceal_params(params)
+    return conceal_params(params or {})
 
 
-def _problem(text: str, params: Mapping[str, Any]) -> str:
-    """Say what is wrong with a string, "" if nothing; *params* are {"": ""} if libpq refused it."""
-    is_url, is_refused = text.startswith(("postgresql://", "postgres://")), "" in params
-    if "\0" in text or (is_url and re.search(r"\s", text)):
+def _problem(text: str, params: Mapping[str, Any] | None) -> str:
+    """Return what is wrong with a string, or ""; *params* are None if libpq refused it."""
+    is_url = text.startswith(("postgresql://", "postgres://"))
+    if "\0" in text:
         return "it holds a blank, a line break or a NUL character"
-    if is_url and text.endswith(("'", '"', "`", ">", "\u201d", "\u2019")):
-        return "it is still in quotes"
-    if is_url and ":***@" in text:
-        return "its password is ***, which SQLAlchemy's URLs show in place of the real one"
-    for pattern, problem in _MISTAKES if is_refused and not is_url else ():
+    for pattern, problem in _BAD_URLS if is_url else _NO_CONNINFO if params is None else ():
         if match := re.match(pattern, text):
             return problem or f"its scheme is {match[1]}: write postgresql://"
     query = text.partition("?")[2] if is_url else ""
-    if "@" not in query and (problem := _unknown(text, query, is_url=is_url)):
-        return problem  # with one, the query is part of a password
-    if problem := is_refused * "it cannot be parsed" or _misplaced(params, is_url=is_url):
-        hint = f" ({_ENCODE if is_url else 'quote values that hold blanks'})"
-        return problem + hint * (not problem.endswith("a port"))
-    return ""
+    if "@" not in query and (problem := _unknown_parameter(text, query, is_url=is_url)):
+        return problem  # a query with an @ is part of a password
+    problem = "it cannot be parsed" if params is None else _misplaced(params, is_url=is_url)
+    if problem and not problem.endswith("a port"):
+        advice = "percent-encode special characters in user and password"
+        problem += f" ({advice if is_url else 'quote values that hold blanks'})"
+    return problem
 
 
-def _unknown(text: str, query: str, *, is_url: bool) -> str:
-    """Say which parameter libpq does not know, or has twice; "" if none."""
+def _unknown_parameter(text: str, query: str, *, is_url: bool) -> str:
+    """Return which parameter is unknown to libpq, or there twice; "" if none."""
     pattern, where = (r"(?:^|&)([^=&]+)", query) if is_url else (r"(?:^|\s)(\w+)\s*=", text)
     names = list(map(unquote, re.findall(pattern, re.sub(r"'(\\.|[^'\\])*('|$)", "", where))))
     if (found := re.search(r"(?:^|&)(\w+)=[^&]*=", query)) and found[1] in VARIABLES:
         return f"the value of {found[1]} holds an = (percent-encode it as %3D)"
     for before, name in enumerate(names):
-        # It may be a part of a password then, or a token in the wrong place.
+        # After a password the name may be part of it; a strange one may be a misplaced token.
         is_secret = "pass" in "".join(names[:before]) or not re.fullmatch("[A-Za-z_-]{1,24}", name)
-        shown = "a parameter" if is_secret else f"the parameter {name}"
+        described = "a parameter" if is_secret else f"the parameter {name}"
         if is_url and name in names[:before]:
-            return f"it has {shown} twice; several hosts are written postgresql://h1,h2:5433/d"
+            return f"it has {described} twice; several hosts are written postgresql://h1,h2:5433/d"
         if name not in VARIABLES and not (is_url and "ssl=true" in query and name == "ssl"):
             near = nearest(name, VARIABLES.keys() | NAMES.keys())
             is_ours = near is not None and near.isidentifier() and near not in VARIABLES
             near = f"DBPOOL_{near}".upper() if is_ours else near
-            return f"libpq does not know {shown}{did_you_mean(near)}"
+            return f"libpq does not know {described}{did_you_mean(near)}"
     return ""
 
 
 def _misplaced(params: Mapping[str, Any], *, is_url: bool) -> str:
-    """Say what libpq would only find out by connecting, "" if nothing.
+    """Return what libpq would find out only by connecting, "" if nothing.
 
-    An unencoded `@`, `/` or `:` in a URL's password puts the rest of it into another field.
+    An unencoded `@`, `/` or `:` in a URL's password puts the rest of it into another parameter.
     """
     for part in ("host", "hostaddr"):
         for value in conceal(params.get(part, "")).split(","):
@@ -145,30 +140,31 @@ def mask_conninfo(conninfo: str) -> str:
 
 
 def already_set(params: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the string, its service file or libpq's variables set, in that precedence."""
+    """Return *params* with what its service file and libpq's variables add; *params* win."""
     environ = conceal(environ)
     variables = {key: environ[var] for key, var in VARIABLES.items() if environ.get(var)}
     service = params.get("service") or variables.get("service")
-    entries = _service(str(service), environ) if service else {}
+    entries = _read_service(str(service), environ) if service else {}
     return conceal_params({**variables, **entries, **params})
 
 
-def _service(name: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the entries of one service, read where libpq reads them."""
+def _read_service(name: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the parameters of a service, from the files in which libpq looks for it."""
     files = [environ.get("PGSERVICEFILE") or "~/.pg_service.conf"]
     if "PGSYSCONFDIR" in environ:
         files.append(f"{environ['PGSYSCONFDIR']}/pg_service.conf")
     for file in files:
-        with suppress(OSError, RuntimeError):  # nobody may have said where home is
-            lines = Path(file).expanduser().read_text("utf-8", "surrogateescape").split("\n")
-            if found := _section([line.strip() for line in lines], f"[{name}]"):
+        with suppress(OSError, RuntimeError):  # RuntimeError: there is no home directory
+            text = Path(file).expanduser().read_text("utf-8", "surrogateescape")
+            if found := _section(text, name):
                 return found
     return {}
 
 
-def _section(lines: Iterable[str], head: str) -> dict[str, str]:
-    """Return the entries of the first section with that *head*; of one key the first counts."""
-    rest = dropwhile(lambda line: not line.startswith(head), lines)
-    own = takewhile(lambda line: not line.startswith("["), islice(rest, 1, None))
-    entries = [line.partition("=") for line in own if not line.startswith("#")]
+def _section(text: str, name: str) -> dict[str, str]:
+    """Return the entries of the first section called *name*; the first of equal keys counts."""
+    sections = re.split(r"(?m)^[^\S\n]*\[", text)[1:]
+    own = next((section for section in sections if section.startswith(f"{name}]")), "")
+    lines = [line.strip() for line in own.split("\n")[1:]]
+    entries = [line.partition("=") for line in lines if not line.startswith("#")]
     return {key.strip(): value.strip() for key, sign, value in reversed(entries) if sign}

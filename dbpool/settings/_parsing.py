@@ -1,10 +1,11 @@
-"""How the values of settings are looked up and parsed: layers, secret files, durations."""
+"""Parsing: numbers, durations, switches, lists of names; and suggestions for unknown names."""
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,60 +14,108 @@ from typing import Any, Final
 from dbpool._secrets import Secret, safe_repr
 from dbpool.errors import ConfigError
 
+logger = logging.getLogger("dbpool")
+
+LEFT_TO_SERVER: Final = "server"  # a timeout that role, database or configuration decide
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 _DURATION: Final = re.compile(r"(-?(?:\d+(?:\.\d*)?|\.\d+))\s*(ms|s|m|h|)", re.ASCII)
+_SWITCHES: Final = {"1": True, "true": True, "yes": True, "on": True,
+                    "0": False, "false": False, "no": False, "off": False}  # fmt: skip
 
-# What is called so here, and what SQLAlchemy, Django, asyncpg, pgxpool, HikariCP, Npgsql, Prisma and
-# others call it, in small letters and without underscores.
+# Names of this package, each with what SQLAlchemy, Django, asyncpg, pgxpool, HikariCP, Npgsql,
+# Prisma and others call the same, in lower case and without underscores.
 _TABLE: Final = Path(__file__).with_name("names.txt").read_text("utf-8")
 NAMES: Final = dict(line.split(": ") for line in _TABLE.splitlines())
 
 
-def parse_list(value: Any, name: str) -> tuple[str, ...]:
-    """Return the words of the list called *name*: one that commas separate, or any other."""
-    if not isinstance(value, Iterable):
-        raise ConfigError(f"{name} must hold names, not {safe_repr(value)}")
-    parts = value.split(",") if isinstance(value, str) else value
-    found = (str(part).strip() for part in parts)
-    return tuple(
-        word if word.isidentifier() and word.islower() else Secret(word) for word in found if word
-    )
-
-
-def parse_bool(value: Any, name: str) -> bool:
-    """Return the switch called *name*, which is on unless it is set off."""
-    if value is None or isinstance(value, bool):
-        return value is not False
-    if str(value).lower() in ("1", "true", "yes", "on"):
-        return True
-    if str(value).lower() in ("0", "false", "no", "off"):
-        return False
-    raise ConfigError(f"{name} must be true or false, not {safe_repr(value)}")
-
-
 def parse_number(
-    value: Any, known_as: str, *, whole: bool = False, is_time: bool = True
+    value: Any, known_as: str, *, is_time: bool = True, whole: bool = False, least: float = 0.0
 ) -> float | int:
-    """Convert a number; one that *is_time* may be text with a unit. The error names *known_as*."""
-    wanted = 'a number of seconds or a time such as "500ms"' if is_time else "a whole number"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ConfigError(f"{known_as} must be {wanted}, not {safe_repr(value)}")
+    """Return *value* as a number; a time, in seconds, may be text with a unit.
+
+    Raises `ConfigError`, which names *known_as*.
+    """
+    number = _to_number(value, is_time=is_time)
+    if number is None:
+        wanted = 'a number of seconds or a time such as "500ms"' if is_time else "a whole number"
+    elif not math.isfinite(number) or number < 0:
+        wanted = "0 or more"
+    elif whole and number != int(number):
+        wanted = "a whole number"
+    elif number < least:
+        wanted = f"at least {least:g}{' s' if is_time else ''}"
+    else:
+        return int(number) if whole else float(number)
+    raise ConfigError(f"{known_as} must be {wanted}, not {safe_repr(value)}")
+
+
+def _to_number(value: Any, *, is_time: bool) -> float | None:
     if isinstance(value, str):
         match = _DURATION.fullmatch(value.strip())
         if match is None or not (is_time or match[0].lstrip("-").isdecimal()):
-            raise ConfigError(f"{known_as} must be {wanted}, not {safe_repr(value)}")
-        value = float(match[1]) * _UNITS[match[2]]
-    if not math.isfinite(value) or value < 0:
-        raise ConfigError(f"{known_as} must be 0 or more, not {safe_repr(value)}")
-    if whole and value != int(value):
-        raise ConfigError(f"{known_as} must be a whole number, not {safe_repr(value)}")
-    return int(value) if whole else float(value)
+            return None
+        return float(match[1]) * _UNITS[match[2]]
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def parse_time(value: Any, known_as: str, *, least: float = 0.0, suspect: float = 1000) -> float:
+    """Parse seconds; warn of a number from *suspect* on, which was probably meant in milliseconds."""
+    seconds = parse_number(value, known_as, least=least)
+    if seconds >= suspect and str(value).strip().isdecimal():
+        text = "%s is %d seconds (%.1f hours); for milliseconds write %dms"
+        logger.warning(text, known_as, seconds, seconds / 3600, seconds)
+    return seconds
+
+
+def parse_timeout(value: Any, known_as: str) -> float:
+    """Parse a timeout that 0 turns off; less than a millisecond would be sent as 0."""
+    return parse_time(value, known_as, least=0.001 if parse_number(value, known_as) else 0.0)
+
+
+def parse_server_timeout(value: Any, known_as: str) -> float | str:
+    """Parse a timeout that may be left to the server."""
+    is_left = str(value).strip().lower() == LEFT_TO_SERVER
+    return LEFT_TO_SERVER if is_left else parse_timeout(value, known_as)
+
+
+def parse_choice(value: str, known_as: str, *, choices: Mapping[str, str]) -> str:
+    """Return what *choices* has for *value*. Raises `ConfigError`."""
+    if value not in choices:
+        raise ConfigError(f"{known_as} must be {' or '.join(dict.fromkeys(choices.values()))}")
+    return choices[value]
+
+
+def parse_name(value: str, known_as: str = "name") -> str:
+    """Return the name of a database. Raises `ConfigError` for a connection string in its place."""
+    if re.search(r"://|=", value):
+        raise ConfigError(f"{known_as} looks like a connection string, which belongs in conninfo")
+    if value == "":
+        raise ConfigError(f"{known_as} must not be empty")
+    return str(value)
+
+
+def parse_bool(value: Any, known_as: str, *, unset: bool = True) -> bool:
+    """Return *value* as a switch, *unset* for None. Raises `ConfigError`."""
+    if value is None:
+        return unset
+    if (found := _SWITCHES.get(str(value).lower())) is None:
+        raise ConfigError(f"{known_as} must be true or false, not {safe_repr(value)}")
+    return found
+
+
+def parse_list(value: Any, known_as: str) -> tuple[str, ...]:
+    """Return the names in *value*: text with commas, or any iterable. Raises `ConfigError`."""
+    if not isinstance(value, Iterable):
+        raise ConfigError(f"{known_as} must hold names, not {safe_repr(value)}")
+    parts = value.split(",") if isinstance(value, str) else value
+    names = filter(None, (str(part).strip() for part in parts))
+    return tuple(n if n.isidentifier() and n.islower() else Secret(n) for n in names)
 
 
 def nearest(word: str, known: AbstractSet[str]) -> str | None:
-    """Return what *word* is called here, else the known name that looks most like it, if any.
+    """Return the known name that other libraries call *word*, else the most similar one, if any.
 
-    What looks like a password's name is never taken for another secret's.
+    A word that looks like the name of a password never leads to that of another secret.
     """
     plain, names = _plain(word), {_plain(name): name for name in known}
     for name, others in NAMES.items():
@@ -84,5 +133,5 @@ def _plain(name: str) -> str:
 
 
 def did_you_mean(suggestion: str | None) -> str:
-    """Return the end of a message about something unknown."""
+    """Return the end of a message about an unknown name."""
     return f"; did you mean {suggestion}?" if suggestion else ""

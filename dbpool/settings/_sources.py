@@ -1,4 +1,7 @@
-"""Where settings come from: the environment, and a `.env` if nobody else could have written it."""
+"""Where settings come from: the environment, secret files, and a `.env` that nobody else wrote.
+
+Sources are searched in order; each is a mapping of variables, and all that they hold is concealed.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +25,51 @@ logger = logging.getLogger("dbpool")
 
 _REFERENCE: Final = re.compile(r"\$\{([A-Za-z_]\w*)((?::-[^}]*)?)\}", re.ASCII)
 _SINGLE_QUOTED: Final = re.compile(r"[^=]*=\s*'")
-# The other lines are for other programs; what is wrong with them does not concern us.
+# Other lines are for other programs: errors in them do not matter here.
 _OURS: Final = re.compile(r"\s*(export\s+)?(DATABASE_URL|DBPOOL_|PG)")
 
-# Not the name of a variable: under it stands which file was not read, and why.
+# Not a variable: the key under which a source says which file was skipped, and why.
 SKIPPED: Final = "(skipped)"
-Environ = Mapping[str, str] | None  # None stands for the process's own
-# A path, or the variables that were read already; None stands for no file.
-Source = str | os.PathLike[str] | Mapping[str, str] | None
+Environ = Mapping[str, str] | None  # None stands for the environment of the process
+# The path of a `.env`, or its variables; None stands for no file.
+Dotenv = str | os.PathLike[str] | Mapping[str, str] | None
+Sources = list[Mapping[str, Any]]
 
 
-def read_layers(environ: Environ, dotenv: Source) -> list[Mapping[str, Any]]:
-    """Return where to look, first things first: the environment, then the `.env` if any.
+def read_sources(environ: Environ, dotenv: Dotenv) -> Sources:
+    """Return the environment and the variables of the `.env`, in this order.
 
-    `DBPOOL_DOTENV` counts where *dotenv* is None. Both are concealed.
+    `DBPOOL_DOTENV` counts where *dotenv* is None.
     """
     outer = conceal(os.environ if environ is None else environ)
     if dotenv is None:
         dotenv = outer.get("DBPOOL_DOTENV") or {}
     return [outer, conceal(dotenv if isinstance(dotenv, Mapping) else read_dotenv(dotenv, outer))]
+
+
+def find(sources: Sources, *names: str) -> Any:
+    """Return the first value that is set, or None; the first name is searched for everywhere."""
+    values = (source.get(name) for name in names for source in sources)
+    return next((value for value in values if value not in (None, "")), None)
+
+
+def find_secret(sources: Sources, name: str) -> tuple[str | None, str | None]:
+    """Return a secret, or the path of its file, from the first source that has either."""
+    for source in sources:
+        if value := source.get(name):
+            return Secret(value), None
+        if path := source.get(f"{name}_FILE"):
+            return None, Secret(path)
+    return None, None
+
+
+def read_secret(path: str, variable: str) -> str:
+    """Return the content of a secret file; *variable* gave its *path*. Raises `ConfigError`."""
+    try:
+        return Secret(Path(path).read_text("utf-8-sig").strip("\r\n"))
+    except (OSError, UnicodeDecodeError) as ex:
+        problem = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
+    raise ConfigError(f"{variable}: cannot read {safe_repr(path)}: {problem}")
 
 
 def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mapping[str, str]:
@@ -54,7 +83,7 @@ def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mappin
         with Path(path).open("rb") as file:
             if reason := distrust(file, [Path(path).absolute().parent]):
                 logger.warning("%s is read although %s", os.fspath(path), reason)
-            return parse(file, environ)
+            return parse_dotenv(file, environ)
     except OSError as ex:
         problem = ex.strerror
     raise ConfigError(
@@ -62,42 +91,20 @@ def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mappin
     )
 
 
-def find(layers: list[Mapping[str, Any]], *names: str) -> Any:
-    """Return the first value that is set, looking for the first name everywhere first."""
-    values = (layer.get(name) for name in names for layer in layers)
-    return next((value for value in values if value not in (None, "")), None)
+def distrust(file: BinaryIO, directories: list[Path]) -> str:
+    """Return how another user could have written an open file or put it there; "" if none could.
 
-
-def secret_of(layers: list[Mapping[str, Any]], name: str) -> tuple[str | None, str | None]:
-    """Return a secret's value or the path of its file, from the first layer that has one."""
-    for layer in layers:
-        if value := layer.get(name):
-            return Secret(value), None
-        if path := layer.get(f"{name}_FILE"):
-            return None, Secret(path)
-    return None, None
-
-
-def secret(path: str, name: str) -> str:
-    """Return what a secret file holds; *name* is the variable that gave its *path*."""
-    try:
-        return Secret(Path(path).read_text("utf-8-sig").strip("\r\n"))
-    except (OSError, UnicodeDecodeError) as ex:
-        reason = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
-    raise ConfigError(f"{name}: cannot read {safe_repr(path)}: {reason}")
-
-
-def distrust(file: BinaryIO, passed: list[Path]) -> str:
-    """Say how somebody else could have written or placed an open file; "" if nobody could."""
-    directories = (*passed, Path(os.path.realpath(file.name)).parent)
+    *directories* were passed on the way to it.
+    """
+    directories = [*directories, Path(os.path.realpath(file.name)).parent]
     found = {"it": os.fstat(file.fileno())} | {str(each): each.stat() for each in directories}
-    return next(filter(None, map(_writer, found.keys(), found.values())), "")
+    return next(filter(None, map(_other_writer, found.keys(), found.values())), "")
 
 
-def _writer(name: str, found: os.stat_result) -> str:
+def _other_writer(name: str, found: os.stat_result) -> str:
     if found.st_uid not in (0, os.geteuid()):
         return f"{name} belongs to another user (uid {found.st_uid})"
-    if found.st_mode & stat.S_IWOTH:  # if sticky too: anybody can be the first to put it there
+    if found.st_mode & stat.S_IWOTH:  # sticky or not: anybody could have created the file
         return f"everybody can write to {name}"
     if found.st_mode & stat.S_IWGRP and not _is_own_group(found.st_gid):
         return f"another group (gid {found.st_gid}) can write to {name}"
@@ -105,50 +112,45 @@ def _writer(name: str, found: os.stat_result) -> str:
 
 
 def _is_own_group(gid: int) -> bool:
-    with suppress(KeyError):  # the user's own, whatever `newgrp` has made of it
-        if gid == pwd.getpwuid(os.geteuid()).pw_gid:
-            return True
-    if gid in (0, os.getegid()):
-        return True
-    try:
+    own = {0, os.getegid()}
+    with suppress(KeyError):  # the user's own group, also after `newgrp`
+        own.add(pwd.getpwuid(os.geteuid()).pw_gid)
+    with suppress(KeyError):
         grp.getgrgid(gid)
-    except KeyError:  # a group without a name, given to this process alone: Kubernetes' fsGroup
-        return gid in os.getgroups()
-    return False
+        return gid in own
+    # Without a name it was given to this process alone, as Kubernetes' fsGroup.
+    return gid in own.union(os.getgroups())
 
 
-def parse(file: BinaryIO, environ: Environ = None) -> Mapping[str, str]:
+def parse_dotenv(file: BinaryIO, environ: Environ = None) -> Mapping[str, str]:
     """Return the variables of an open `.env`. Raises `ConfigError` as `read_dotenv` does."""
     found: dict[str, str] = {}
-    # Raised out here, where no local variable holds what the file says.
+    # The error is raised here, where no local variable shows what the file holds.
     if problem := _fill(found, file.read(), os.environ if environ is None else environ):
-        found.clear()
         raise ConfigError(f"cannot read {file.name}: {problem}")
-    found = conceal(found)
     logger.info("settings are read from %s", file.name)
     return found
 
 
 def _fill(found: dict[str, str], content: bytes, environ: Mapping[str, str]) -> str:
-    """Put the variables of a `.env` into *found*; return what is wrong with it, "" if nothing."""
+    """Put the variables of a `.env` into *found*; return what is wrong with it, or ""."""
     from dotenv.parser import parse_stream
 
     text = content.decode(errors="replace").removeprefix("\ufeff")
     if "\0" in text or "\ufffd" in text:  # UTF-16 without a mark is valid UTF-8, full of NUL
         return "it is not UTF-8"
     known = ChainMap({**environ}, found)
-    for key, value, original, is_broken in parse_stream(io.StringIO(text)):
+    for name, value, original, is_broken in parse_stream(io.StringIO(text)):
         is_ours = _OURS.match(original.string) is not None
         if is_broken and is_ours:
             return f"line {original.line} cannot be parsed"
-        if key is None or value is None:
+        if name is None or value is None:
             continue
         references = [] if _SINGLE_QUOTED.match(original.string) else _REFERENCE.findall(value)
-        missing = [name for name, default in references if not default and name not in known]
-        if missing and is_ours and not environ.get(key):
-            return f"{key} uses ${{{missing[0]}}}, which is not set"
-        if references and not missing:
-            found[key] = _REFERENCE.sub(lambda m: known.get(m[1]) or m[2][2:], value)
-        elif not missing:
-            found[key] = value
+        missing = [key for key, default in references if not default and key not in known]
+        if missing and is_ours and not environ.get(name):
+            return f"{name} uses ${{{missing[0]}}}, which is not set"
+        if not missing:
+            expanded = _REFERENCE.sub(lambda m: known.get(m[1]) or m[2][2:], value)
+            found[name] = conceal(expanded if references else value)
     return ""

@@ -15,14 +15,14 @@ from dbpool.errors import ConfigError
 from dbpool.settings._parsing import parse_bool, parse_list
 from dbpool.settings._sources import (
     SKIPPED,
-    Source,
+    Dotenv,
     distrust,
     find,
-    parse,
+    find_secret,
+    parse_dotenv,
     read_dotenv,
-    read_layers,
-    secret,
-    secret_of,
+    read_secret,
+    read_sources,
 )
 
 __all__ = ["AppSettings", "find_dotenv"]
@@ -73,7 +73,7 @@ class AppSettings:
     def from_env(
         cls,
         environ: Mapping[str, str] | None = None,
-        dotenv: Source = None,
+        dotenv: Dotenv = None,
     ) -> AppSettings:
         """Read them from the environment and, if given, a `.env`."""
         environ = conceal(environ)
@@ -84,22 +84,22 @@ class AppSettings:
         cls,
         config: Mapping[str, Any],
         environ: Mapping[str, str] | None = None,
-        dotenv: Source = None,
+        dotenv: Dotenv = None,
     ) -> AppSettings:
         """Read them from an application's configuration, else from the environment."""
         ours = {key: value for key, value in config.items() if str(key).startswith("DBPOOL_")}
         config, environ = conceal(ours), conceal(environ)
         del ours
-        layers = [config, *read_layers(environ, dotenv)]
-        required = find(layers, "DBPOOL_REQUIRED")
-        token, token_file = secret_of(layers, "DBPOOL_TOKEN")
+        sources = [config, *read_sources(environ, dotenv)]
+        required = find(sources, "DBPOOL_REQUIRED")
+        token, token_file = find_secret(sources, "DBPOOL_TOKEN")
         return cls(
             required=("default",) if required is None else parse_list(required, "DBPOOL_REQUIRED"),
-            token=secret(token_file, "DBPOOL_TOKEN_FILE") if token_file else token,
-            details=str(find(layers, "DBPOOL_DETAILS") or "token"),
-            stats_dir=find(layers, "DBPOOL_STATS_DIR"),
+            token=read_secret(token_file, "DBPOOL_TOKEN_FILE") if token_file else token,
+            details=str(find(sources, "DBPOOL_DETAILS") or "token"),
+            stats_dir=find(sources, "DBPOOL_STATS_DIR"),
             error_handlers=parse_bool(
-                find(layers, "DBPOOL_ERROR_HANDLERS"), "DBPOOL_ERROR_HANDLERS"
+                find(sources, "DBPOOL_ERROR_HANDLERS"), "DBPOOL_ERROR_HANDLERS"
             ),
         )
 
@@ -140,7 +140,7 @@ def _read_if_trusted(path: Path, passed: list[Path]) -> Mapping[str, str]:
         # Not to hang if somebody puts a pipe in its place.
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
             if not (reason := distrust(file, passed)):
-                return parse(file)
+                return parse_dotenv(file)
     except OSError as ex:
         reason = f"it cannot be read ({ex.strerror})"
     skipped = f"{path} is not read, since {reason}"
