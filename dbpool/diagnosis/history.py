@@ -154,6 +154,15 @@ class History:
         end = slot_of(now)
         return [self.steps.get(slot) for slot in range(end - number, end)]
 
+    def around(self, now: float) -> History:
+        """Return it without steps that cannot be of the last quarter of an hour.
+
+        A file may be older than the system's start, and then of a clock that began anew.
+        """
+        end = slot_of(now)
+        known = self.steps.items()
+        return History({slot: step for slot, step in known if end - STEPS <= slot <= end})
+
     def to_json(self, now: float) -> dict[str, list[float | None]]:
         """Return series of one length, oldest first, for `/stats`; times in seconds."""
         steps = self.last(now)
