@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from webapp import ROOT, dotenv
 from webapp.embedded import EmbeddedError, Interrupted, Server, binaries, home, server
+from webapp.environment import set_number
 from webapp.reload import Sources
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def main() -> int:
     os.chdir(ROOT)  # where gunicorn works and .env is looked for
     _set_up_logging()
     try:
-        _set_workers()
+        set_number("WEB_CONCURRENCY")
         with _listening(stop) as listener, _database(listener, stop) as embedded:
             settings = _prepare()
             return _serve(listener, embedded, settings, stop, sources)
@@ -118,14 +119,6 @@ def _port() -> int:
     if not re.fullmatch("[0-9]{1,5}", given) or int(given) > 65535:
         raise Refused(f"PORT must be a number up to 65535, not {given[:20]!r}")
     return int(given)
-
-
-def _set_workers() -> None:
-    """Leave WEB_CONCURRENCY a number: gunicorn ends in a traceback where it is empty."""
-    given = os.environ.get("WEB_CONCURRENCY", "").strip() or "2"
-    if not re.fullmatch("[0-9]{1,4}", given) or not 1 <= int(given) <= 1000:
-        raise Refused(f"WEB_CONCURRENCY must be a number from 1 to 1000, not {given[:20]!r}")
-    os.environ["WEB_CONCURRENCY"] = given
 
 
 def _why_not_bound(exc: OSError, host: str, port: int) -> str:

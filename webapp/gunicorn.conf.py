@@ -3,22 +3,17 @@
 import atexit
 import logging
 import os
-import re
 import signal
-import sys
 from pathlib import Path
+from runpy import run_path
 from types import FrameType
 from typing import Any
 
 from dbpool.gunicorn import *  # noqa: F403 -- the server hooks; its __all__ holds nothing else
 
-
-def _number_of_workers() -> int:
-    given = os.environ.get("WEB_CONCURRENCY", "").strip() or "2"
-    if not re.fullmatch("[0-9]{1,4}", given) or not 1 <= int(given) <= 1000:
-        sys.exit(f"webapp: WEB_CONCURRENCY must be a number from 1 to 1000, not {given[:20]!r}")
-    return int(given)
-
+# Run and not imported: a module that the master holds stays as it was in every worker, after a
+# reload too.
+set_number = run_path(str(Path(__file__).with_name("environment.py")))["set_number"]
 
 # As gunicorn's own lines, which do not come this way.
 logging.basicConfig(
@@ -29,7 +24,7 @@ logging.basicConfig(
 
 bind = f"{os.environ.get('WEBAPP_HOST') or '127.0.0.1'}:{os.environ.get('PORT') or '8000'}"
 worker_class = "gthread"
-workers = _number_of_workers()
+workers = set_number("WEB_CONCURRENCY")
 threads = 8
 graceful_timeout = 2
 # Its heartbeat file does not belong on a disk, whose writes can stall.

@@ -1,0 +1,21 @@
+"""Numbers that the environment gives to whatever starts gunicorn: the port, the workers."""
+
+import os
+import re
+import sys
+
+NUMBERS = {"PORT": ("8000", 65535), "WEB_CONCURRENCY": ("2", 1000)}  # default, at most
+
+
+def set_number(name: str) -> int:
+    """Leave a number in the environment and return it; else exit with one line for the user.
+
+    Compose and Helm make an empty string of a variable that is not set: it counts as the default.
+    gunicorn ends in a traceback there, and starts no worker for 0.
+    """
+    default, most = NUMBERS[name]
+    given = os.environ.get(name, "").strip() or default
+    if not re.fullmatch("[0-9]{1,5}", given) or not 1 <= int(given) <= most:
+        sys.exit(f"webapp: {name} must be a number from 1 to {most}, not {given[:20]!r}")
+    os.environ[name] = given
+    return int(given)
