@@ -1,4 +1,4 @@
-"""How a caller's thread has something done that no exception may come between.
+"""Runs a call in a thread of its own, so that no exception can interrupt it.
 
 A signal handler may raise between any two steps of the main thread. A lock that is entered by
 `with lock:` itself is safe from that; Python's Event, Condition and Queue are not.
@@ -11,14 +11,14 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-_START_SECONDS: Final = 1.0  # a thread that was started runs by then
+_START_TIMEOUT: Final = 1.0  # seconds in which a thread that was started runs
 
 
 def run_in_thread(fn: Callable[[], object]) -> None:
     """Call *fn* in a thread of its own, wait until it is done, and raise what it raises.
 
-    So are threads started: `Thread.start` waits on an Event, and interrupted in there it may
-    leave the new thread waiting for a lock.
+    Threads are started this way: `Thread.start` waits on an Event, and if that is interrupted, the
+    new thread may wait for a lock for ever.
     """
     errors: list[BaseException] = []
     starting, running = threading.Lock(), threading.Lock()
@@ -38,12 +38,10 @@ def run_in_thread(fn: Callable[[], object]) -> None:
         _thread.start_new_thread(call, ())
         with running:
             pass
-    except RuntimeError:  # there is no thread to be had
-        raise
-    except BaseException:
-        # The call may have been interrupted before or after it started the thread. Once that
-        # runs, nobody goes on beside what is half done.
-        if starting.acquire(timeout=_START_SECONDS):
+    except BaseException as ex:
+        # The system has no thread left, or a signal handler raised before or after the thread was
+        # started. If that runs, wait for it: the caller must not go on beside what is half done.
+        if not isinstance(ex, RuntimeError) and starting.acquire(timeout=_START_TIMEOUT):
             with running:
                 raise
         raise

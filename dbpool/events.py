@@ -1,7 +1,7 @@
-"""What a pool tells its listeners: the events, and how they are delivered.
+"""The events of a pool, and their delivery to listeners.
 
-Listeners are called in a thread of their own, one per pool: none is ever in the way of a
-checkout. No event is built when nobody listens.
+Each pool calls its listeners in one thread of its own, so that none delays a checkout. Without
+listeners no event is built.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
-from inspect import iscoroutinefunction, signature
 from typing import TYPE_CHECKING, Any
 
 from dbpool._threads import run_in_thread
@@ -25,14 +23,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dbpool")
 
-_UNTOLD = frozenset({"pool", "stack"})  # in an event's line of the log: told already, or too long
 
-
-# Neither frozen nor with slots: the first doubles what an event costs, and both together are half
-# of what importing this takes.
+# Neither frozen nor with slots: frozen doubles what an event costs, and both together half of what
+# this import takes.
 @dataclass
 class Event:
-    """Something happened in the pool of that name."""
+    """Something that happened in the pool of that name; all durations are in seconds."""
 
     pool: str
 
@@ -47,14 +43,14 @@ class Closed(Event):
 
 @dataclass
 class Connected(Event):
-    """A connection was made, in that many seconds."""
+    """A connection was made; it took `seconds`."""
 
     seconds: float
 
 
 @dataclass
 class ConnectFailed(Event):
-    """An attempt to connect failed after that many seconds."""
+    """An attempt to connect failed after `seconds`; `kind` is a `dbpool.errors.FailureKind`."""
 
     seconds: float
     error: str
@@ -63,39 +59,39 @@ class ConnectFailed(Event):
 
 @dataclass
 class CheckedOut(Event):
-    """A connection was handed out after a wait of that many seconds."""
+    """A caller acquired a connection after waiting for `wait` seconds."""
 
     wait: float
 
 
 @dataclass
 class CheckedIn(Event):
-    """A connection came back after it was used for that many seconds."""
+    """A caller returned a connection after using it for `use` seconds."""
 
     use: float
 
 
 @dataclass
 class Discarded(Event):
-    """A connection was given up: dead, expired, broken, idle or collected."""
+    """The pool closed a connection; `reason` is one of `dbpool.metrics.REASONS`."""
 
     reason: str
 
 
 @dataclass
 class WaitTimedOut(Event):
-    """A caller got no connection in that many seconds."""
+    """A caller got no connection within `seconds`."""
 
     seconds: float
 
 
 class Rejected(Event):
-    """A caller was refused: open breaker, too many waiters, or the pool closed as it waited."""
+    """A caller was rejected: open breaker, too many waiters, or the pool closed while it waited."""
 
 
 @dataclass
 class HeldLong(Event):
-    """A connection has been held for longer than `leak_after`; `stack` is its holder's now."""
+    """A connection has been held for longer than `leak_after`; `stack` is where its holder is now."""
 
     holder: HolderSnapshot
     stack: str
@@ -103,7 +99,7 @@ class HeldLong(Event):
 
 @dataclass
 class ReturnedLate(Event):
-    """A connection reported as `HeldLong` came back; `where` is where it was checked out."""
+    """A connection reported as `HeldLong` was returned; `where` is where it was checked out."""
 
     seconds: float
     where: str
@@ -111,14 +107,14 @@ class ReturnedLate(Event):
 
 @dataclass
 class Leaked(Event):
-    """A connection was forgotten: collected while checked out, or taken back after a request."""
+    """A holder forgot a connection: it was garbage-collected, or taken back after a request."""
 
     holder: HolderSnapshot
 
 
 @dataclass
 class Retried(Event):
-    """A transaction is run again after that many attempts and a pause of `delay` seconds."""
+    """A transaction will run again after `attempt` attempts and a pause of `delay` seconds."""
 
     attempt: int
     error: str
@@ -127,7 +123,7 @@ class Retried(Event):
 
 @dataclass
 class CircuitOpened(Event):
-    """The database is unavailable: nobody waits for it any more."""
+    """The database is unavailable: callers are rejected instead of waiting."""
 
     error: str
     kind: str
@@ -135,7 +131,7 @@ class CircuitOpened(Event):
 
 @dataclass
 class CircuitClosed(Event):
-    """The database is back, that many seconds after the first failure."""
+    """The database is back, `seconds` after the first failure."""
 
     seconds: float
 
@@ -145,16 +141,15 @@ def _snake_case(name: str) -> str:
 
 
 def name_of(event: Event) -> str:
-    """Return the event's name as a method has it: `checked_out` for `CheckedOut`."""
+    """Return the event's name in snake case: `checked_out` for `CheckedOut`."""
     return _snake_case(type(event).__name__)
 
 
 class Listener:
-    """A base for listeners: define the methods of the events you want to hear.
+    """A base class for listeners: define a method for each event you want to hear.
 
-    A method is named after its event, `def checked_out(self, event): ...`. One that raises
-    is logged and breaks nothing; one that hangs keeps the pool's later events waiting, and
-    nothing else.
+    Name it after the event: `def checked_out(self, event): ...`. If it raises, that is logged and
+    changes nothing else. If it hangs, it delays the pool's later events and nothing else.
     """
 
     def __call__(self, event: Event) -> None:
@@ -173,14 +168,12 @@ class LoggingListener(Listener):
     def __call__(self, event: Event) -> None:
         """Log the event."""
         name, fields = name_of(event), asdict(event)
-        told = [f"{key}={_short(value)}" for key, value in fields.items() if key not in _UNTOLD]
-        text = " ".join([name, *told])
+        words = [name]
+        for key, value in fields.items():
+            if key not in ("pool", "stack"):  # the first stands before, the second is too long
+                words += [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value!r}"]
         extra = {"dbpool": {"event": name, **fields}}
-        logger.log(self._level, "pool %r: %s", event.pool, text, extra=extra)
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else repr(value)
+        logger.log(self._level, "pool %r: %s", event.pool, " ".join(words), extra=extra)
 
 
 def validate_listeners(listeners: Iterable[Any]) -> tuple[Callable[[Any], object], ...]:
@@ -190,34 +183,38 @@ def validate_listeners(listeners: Iterable[Any]) -> tuple[Callable[[Any], object
     except TypeError:
         raise ConfigError("listeners must be a list") from None
     for listener in found:
-        if problem := _why_deaf(listener):
+        if problem := _problem_of(listener):
             name = getattr(listener, "__qualname__", f"of type {type(listener).__qualname__}")
             raise ConfigError(f"the listener {name} {problem}")
     return found
 
 
-def _why_deaf(listener: Any) -> str | None:
-    """Why a listener would never hear an event, None if it may."""
-    cls = type(listener)
+def _problem_of(listener: Any) -> str | None:
+    """Return why *listener* would never hear an event, None if it may."""
     if isinstance(listener, type):
         return f"is a class: pass an instance, {listener.__name__}()"
+    cls = type(listener)
     if not isinstance(listener, Listener) or cls.__call__ is not Listener.__call__:
         return None if _takes_event(listener) else "cannot be called with an event"
+    from difflib import get_close_matches
+
     names = {_snake_case(event.__name__) for event in Event.__subclasses__()}
-    for name in sorted(set(dir(cls)) - set(dir(Listener))):
-        takes_event = _takes_event(getattr(cls, name, None) and getattr(listener, name))
-        nearest = get_close_matches(_snake_case(name).removeprefix("on_"), names, 1, cutoff=0.8)
+    for name in sorted({*dir(cls)} - {*dir(Listener)}):
+        takes_event = _takes_event(getattr(listener, name, None))
         if name in names and not takes_event:
             return f"has a method {name!r} that cannot be called with an event"
-        # A helper may be called anything that looks like no event.
+        # A helper may have any name that resembles none of an event.
+        nearest = get_close_matches(_snake_case(name), names, 1, cutoff=0.8)
         if takes_event and nearest and name not in names and not name.startswith("_"):
             return f"has a method {name!r}: is that {nearest[0]!r}? Else begin its name with _"
-    heard = any(hasattr(listener, name) for name in names)
-    return None if heard else "has no method named after an event"
+    can_hear = any(hasattr(listener, name) for name in names)
+    return None if can_hear else "has no method named after an event"
 
 
 def _takes_event(function: Any) -> bool:
     """Whether *function* can be called with an event, and runs when it is."""
+    from inspect import iscoroutinefunction, signature
+
     try:
         signature(function).bind(None)
     except TypeError:
@@ -230,9 +227,9 @@ def _takes_event(function: Any) -> bool:
 class Emitter:
     """Delivers the events of one pool to its listeners, in order, in a thread of its own.
 
-    Telling costs the pool an entry in a queue: however slow a listener is, nobody waits for it.
-    The thread begins with the first event and ends with the pool. At most 10,000 events are
-    kept; what comes beyond them is dropped, and that is told once.
+    Emitting is an entry in a queue: a slow listener delays nobody. The thread begins with the
+    first event and ends with the pool. At most `MAX_QUEUED` events are kept; further ones are
+    dropped, which is logged once.
     """
 
     MAX_QUEUED = 10_000
@@ -243,26 +240,26 @@ class Emitter:
         self.reset()
 
     def reset(self) -> None:
-        """Start from nothing, as in a new process."""
+        """Drop all events and the thread, as a new process has to."""
         self.call_lock = threading.RLock()  # held while listeners are called: a fork waits for it
         self._lock = threading.Lock()
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None wakes the thread
         self._thread: threading.Thread | None = None
-        self._ends = self._is_overrun = self._is_overrun_told = False
-        self._complained: set[tuple[int, str]] = set()
+        self._is_closing = self._has_dropped = False
+        self._logged: set[object] = set()
 
     def emit(self, event: Event) -> None:
-        """Have every listener told."""
+        """Queue an event for the listeners."""
         if self._events.qsize() < self.MAX_QUEUED:
             self._events.put(event)
         else:
-            self._is_overrun = True
+            self._has_dropped = True
         if self._thread is None:
             self._start()
 
     def close(self, timeout: float = 0.0) -> None:
-        """End the thread once all is told; wait for that for *timeout* seconds."""
-        self._ends, thread = True, self._thread
+        """End the thread after the last event; wait at most *timeout* seconds for that."""
+        self._is_closing, thread = True, self._thread
         self._events.put(None)
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
@@ -275,35 +272,33 @@ class Emitter:
     def _run(self) -> None:
         me, call_lock = threading.current_thread(), self.call_lock
         with self._lock:
-            if self._thread is not None:  # another was quicker
+            if self._thread is not None:  # another caller started one at the same time
                 return
             self._thread = me
-        # A listener may fork: its child has this thread, but it is nobody's there.
+        # A listener may fork: `reset` has taken this thread's place in the child.
         while self._thread is me:
             try:
-                event = self._events.get(block=not self._ends)
+                event = self._events.get(block=not self._is_closing)
             except queue.Empty:
                 self._thread = None
-                if not self._events.empty():  # it came just now, and found a thread
+                if not self._events.empty():  # it came while this was still the thread
                     self._start()
                 return
             with call_lock:
                 if event is not None:
-                    self._tell(event)
+                    self._deliver(event)
 
-    def _tell(self, event: Event) -> None:
-        if self._is_overrun and not self._is_overrun_told:
-            self._is_overrun_told = True
+    def _deliver(self, event: Event) -> None:
+        if self._has_dropped and self._is_first("dropped"):
             logger.error("pool %r: its listeners are too slow, events are dropped", event.pool)
         for listener in self._listeners:
             try:
                 listener(event)
-            except BaseException as ex:  # noqa: BLE001  # the others are to hear of it all the same
-                self._complain(listener, event, ex)
+            except BaseException:  # the others hear the event all the same
+                if self._is_first((id(listener), type(event))):
+                    logger.exception("a listener failed on %s: %r", name_of(event), listener)
 
-    def _complain(self, listener: object, event: Event, ex: BaseException) -> None:
-        """Log that a listener failed, once for each kind of event."""
-        key = (id(listener), type(event).__name__)
-        if key not in self._complained:
-            self._complained.add(key)
-            logger.error("a listener failed on %s: %r", name_of(event), listener, exc_info=ex)
+    def _is_first(self, problem: object) -> bool:
+        is_first = problem not in self._logged
+        self._logged.add(problem)
+        return is_first

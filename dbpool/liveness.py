@@ -1,6 +1,6 @@
-"""Is this connection alive? A look that costs no round trip, and a ping that cannot hang.
+"""Whether a connection is alive: a check without a round trip, and a ping that cannot hang.
 
-Works on libpq primitives alone, so that every wait in here has a deadline.
+Uses libpq's primitives alone, so that every wait here has a deadline.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from psycopg.pq.abc import PGcancelConn, PGconn, PGresult
 logger = logging.getLogger("dbpool")
 
 _OK = ConnStatus.OK
-_MAX_READS = 8  # in one look, of some 16 kB each
+_MAX_READS = 8  # in one check, of about 16 kB each
+_READ, _WRITE = 1, 4  # POLLIN and POLLOUT, also where the system has no `poll`
 
 
 class Liveness(enum.Enum):
-    """What `check_socket` found out about a connection."""
+    """What `check_socket` finds out about a connection."""
 
     ALIVE = "alive"
     DEAD = "dead"
@@ -40,12 +41,12 @@ class PingTimeout(psycopg.OperationalError):
     """The server did not answer a ping in time."""
 
 
-def poller(fd: int, events: int = 1) -> Callable[[float], object]:
-    """Return a callable that waits that many *milliseconds* until *fd* can be read.
+def poller(fd: int, events: int = _READ) -> Callable[[float], object]:
+    """Return a function that waits that many *milliseconds* until *fd* can be read.
 
-    Its answer is true if there is something to read, end of file included. Made once for a
-    connection: registering costs more than polling. *events* is `select.POLLIN` (1), or
-    `select.POLLOUT` (4) to wait until *fd* can be written.
+    It returns something true if there is data or end of file. Make one per connection: to register
+    costs more than to poll. *events* is `select.POLLIN` (1), or `select.POLLOUT` (4) to wait until
+    *fd* can be written.
     """
     if hasattr(select, "poll"):
         poller = select.poll()
@@ -53,17 +54,17 @@ def poller(fd: int, events: int = 1) -> Callable[[float], object]:
         return poller.poll
 
     def wait(milliseconds: float) -> bool:
-        fds = ([fd], []) if events == 1 else ([], [fd])
+        fds = ([fd], []) if events == _READ else ([], [fd])
         return any(select.select(*fds, [], milliseconds / 1000.0))
 
     return wait
 
 
 def closed_by_peer(fds: Iterable[int]) -> set[int]:
-    """Return those of *fds* whose peer has closed, in one system call.
+    """Return those of *fds* that the peer has closed, by one system call.
 
-    Best effort: empty where the system has no `poll`, and only what is closed both ways
-    where `poll` does not tell a half-closed socket.
+    Best effort: none if the system has no `poll`, and only those closed in both directions if its
+    `poll` does not report half-closed sockets.
     """
     if not hasattr(select, "poll"):
         return set()
@@ -74,10 +75,10 @@ def closed_by_peer(fds: Iterable[int]) -> set[int]:
 
 
 def file_limit_error() -> str | None:
-    """What the system says where this process may open no more files, None if it may."""
+    """Return the system's message if this process may open no more files, else None."""
     try:
         with ExitStack() as spare:
-            for _ in range(4):  # as many as connecting may need at once
+            for _ in range(4):  # a connect may need as many at once
                 spare.enter_context(Path(os.devnull).open())
     except OSError as ex:
         return ex.strerror
@@ -90,7 +91,7 @@ def is_active(conn: Connection[Any] | None) -> bool:
 
 
 def is_retransmitting(fd: int) -> bool:
-    """Whether TCP sends again what the peer of *fd* has not acknowledged. Linux alone can tell."""
+    """Whether TCP retransmits data that the peer of *fd* has not acknowledged; Linux only."""
     try:
         with socket.socket(fileno=os.dup(fd)) as copy:
             # Retransmits, unanswered probes, and back-off.
@@ -104,18 +105,18 @@ def check_socket(
     readable: Callable[[float], object],
     fatal_errors: list[psycopg.Error] | None = None,
 ) -> Liveness:
-    """Read what an idle connection's server has said meanwhile, without asking it.
+    """Read what the server has sent on an idle connection, without asking it anything.
 
-    What it died of, if it said so, is added to *fatal_errors*. Reads until the socket is quiet, but
-    no more than some times: a server may send notices faster than they are read. A FATAL is the
-    end, also where the end of file is not there yet: after `pg_terminate_backend` it may come half
-    a millisecond later.
+    FATAL messages are appended to *fatal_errors*. Reads until the socket is quiet, but at most
+    `_MAX_READS` times: a server may send notices faster than they are read. After a FATAL the
+    connection counts as dead: end of file may come half a millisecond later, as after
+    `pg_terminate_backend`.
     """
     if not readable(0):
         return Liveness.ALIVE if conn.pgconn.status == _OK else Liveness.DEAD
     fatal = [] if fatal_errors is None else fatal_errors
 
-    def collect_fatal(notice: Diagnostic) -> None:  # the notice is empty once this returns
+    def collect_fatal(notice: Diagnostic) -> None:  # its fields are valid in here only
         if notice.severity_nonlocalized in ("FATAL", "PANIC"):
             fatal.append(_notice_error(notice))
 
@@ -137,11 +138,11 @@ def check_socket(
 
 
 def _deliver_notifies(pgconn: PGconn) -> None:
-    """Pass on the notifications that libpq has read: nothing else would before more arrives."""
+    """Pass on the notifications that libpq has read; psycopg would do so when more data arrives."""
     while pgconn.notify_handler is not None and (notify := pgconn.notifies()) is not None:
         try:
             pgconn.notify_handler(notify)
-        except Exception as ex:  # noqa: BLE001  # a handler of the user's may raise anything
+        except Exception as ex:  # noqa: BLE001  # a user's handler may raise anything
             logger.warning("a notify handler failed: %s", type(ex).__name__)
 
 
@@ -156,8 +157,8 @@ def _notice_error(notice: Diagnostic) -> psycopg.Error:
 def ping(conn: Connection[Any], timeout: float) -> None:
     """Make one round trip with an empty query, outside any transaction, in *timeout* seconds.
 
-    Raise `PingTimeout` if no answer came, another `psycopg.Error` if the connection is dead
-    or the server answers with an error; after either it is good for closing only.
+    Raise `PingTimeout` if no answer comes, another `psycopg.Error` if the connection is dead or the
+    server answers with an error. After either the connection can only be closed.
     """
     answer = run_query(conn, b"", timeout)
     if answer.status != ExecStatus.EMPTY_QUERY:
@@ -165,18 +166,18 @@ def ping(conn: Connection[Any], timeout: float) -> None:
 
 
 def run_query(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
-    """Send one *query* and return its first result, or its error; for the rest see `ping`."""
+    """Send one *query* and return its first result, or its error; *timeout* is as in `ping`."""
     deadline = monotonic() + timeout
     pgconn = conn.pgconn
     pgconn.send_query(query)
     while pgconn.flush():
-        _wait_ready(poller(pgconn.socket, events=4), deadline)
+        _wait_ready(poller(pgconn.socket, _WRITE), deadline)
     answer = None
     try:
         while (result := _next_result(pgconn, deadline)) is not None:
             if answer is None or result.status == ExecStatus.FATAL_ERROR:
                 answer = result
-    except psycopg.OperationalError:  # what it said before it hung up tells more
+    except psycopg.OperationalError:  # the server's own error says more than the lost connection
         if answer is None or answer.status != ExecStatus.FATAL_ERROR:
             raise
     _deliver_notifies(pgconn)
@@ -186,15 +187,16 @@ def run_query(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
 
 
 def cancel(request: PGcancelConn, timeout: float) -> None:
-    """Send a cancel request and wait until the server has taken it, *timeout* seconds at most."""
+    """Send a cancel request and wait at most *timeout* seconds until the server has read it."""
     deadline = monotonic() + timeout
     request.start()
     while (status := request.poll()) not in (PollingStatus.OK, PollingStatus.FAILED):
-        _wait_ready(poller(request.socket, 1 if status == PollingStatus.READING else 4), deadline)
+        events = _READ if status == PollingStatus.READING else _WRITE
+        _wait_ready(poller(request.socket, events), deadline)
 
 
 def _next_result(pgconn: PGconn, deadline: float) -> PGresult | None:
-    """Return the next result, None when there are no more; never waits beyond *deadline*."""
+    """Return the next result, None after the last; never waits beyond *deadline*."""
     readable = poller(pgconn.socket)
     while pgconn.is_busy():
         _wait_ready(readable, deadline)

@@ -159,10 +159,10 @@ class HolderSnapshot:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A pool at one moment, or several workers' pools of one name merged.
+    """A pool at one moment, or the pools of one name in several processes, merged.
 
-    `active + idle + connecting == size`. Sizes and counters are sums over what was merged;
-    `Snapshot()` is that of nothing.
+    `active + idle + connecting == size`. Merged sizes and counters are sums; `Snapshot()` is
+    neutral.
     """
 
     state: str = PoolState.NONE
@@ -193,9 +193,9 @@ class Snapshot:
 class Metrics:
     """One pool's counters and histograms. The caller holds the pool's lock.
 
-    A checkout that ends leaves its wait and use in `finished`. They are counted `BATCH` at a time,
-    or when somebody asks: between two queries nothing of this is in the processor's caches, and
-    counting one costs then as much as counting four in a row.
+    A checkout that ends appends its wait and use to `finished`. They are counted `BATCH` at a
+    time, or when a snapshot is taken: between two queries nothing of this is in the processor's
+    caches, so that counting one costs as much as counting four in a row.
     """
 
     BATCH = 64
@@ -210,27 +210,24 @@ class Metrics:
 
     def count_finished(self) -> None:
         """Count the checkouts that ended."""
-        while self.finished:  # one by one: an exception of a signal handler may come between
+        while self.finished:  # one by one: a signal handler may raise in between
             wait, use = self.finished[-1]
             del self.finished[-1]
             self.checkouts += 1
             self.wait.add(wait)
             self.use.add(use)
 
-    def counters(self, pending: int = 0) -> Counters:
-        """Return the totals, with that many checkouts counted that have not ended yet."""
-        counts = {name: getattr(self, name) for name in COUNTS}
-        counts["checkouts"] += pending
-        return Counters(**counts, discarded={reason: getattr(self, reason) for reason in REASONS})
-
     def snapshot(self, pending: Sequence[float], **rest: Any) -> Snapshot:
-        """Return a snapshot of these and of *rest*, the other fields.
+        """Return a snapshot of these, with the other fields in *rest*.
 
         *pending* are the waits of the checkouts that have not ended.
         """
         self.count_finished()
+        counts = {name: getattr(self, name) for name in COUNTS}
+        counts["checkouts"] += len(pending)
+        discarded = {reason: getattr(self, reason) for reason in REASONS}
         return Snapshot(
-            counters=self.counters(len(pending)),
+            counters=Counters(**counts, discarded=discarded),
             wait=self.wait.snapshot(pending),
             use=self.use.snapshot(),
             connect=self.connect.snapshot(),

@@ -148,3 +148,8 @@ print(len(found))
 """
     assert len(dbpool.__all__) == 12
     assert fresh(script) == "16"
+
+
+def test_events_bring_no_module_that_only_a_wrong_listener_needs() -> None:
+    script = "import dbpool.events, sys; print({'difflib'} & {*sys.modules})"
+    assert fresh(script) == "set()"
