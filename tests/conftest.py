@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import itertools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -181,6 +182,13 @@ def make_pool() -> Iterator[MakePool]:
         if server and server.is_running():
             name = f"dbpool:{pool.name}"
             until(lambda server=server, name=name: not server.backends(name))  # type: ignore[misc]
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What is logged, from INFO on."""
+    caplog.set_level(logging.INFO, logger="dbpool")
+    return caplog
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ class FakeServer:
 
     `answers` are by the text of the statement; without one, constants (`select 1`) and
     `select pg_backend_pid()` are answered. `attempts` are the parameters of each attempt to
-    connect, `statements` the texts that were received.
+    connect, `logins` how many succeeded, `statements` the texts that were received.
     """
 
     conninfo = "host=127.0.0.1 port=1 dbname=shop user=app"  # where nobody listens
@@ -51,6 +51,7 @@ class FakeServer:
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}
         self.attempts: list[dict[str, Any]] = []
+        self.logins = 0
         self.statements: list[str] = []
         self.delay = 0.0  # seconds that a login takes
         self.room: int | None = None  # how many connections it takes; None for any number
@@ -58,6 +59,7 @@ class FakeServer:
             "FakeConnection", (FakeConnection,), {"server": self}
         )
         self._refusal = ""
+        self._unless: Callable[[dict[str, Any]], bool] = bool
         self._hangs = self.is_silent = False
         self._changed = threading.Condition()
         self._pids = itertools.count(1001)
@@ -73,8 +75,14 @@ class FakeServer:
         """Accept connections, and answer what waits for an answer."""
         self._become()
 
-    def refuse(self, text: str = REFUSED) -> None:
-        """Refuse those who connect with that text, libpq's or the server's; keep who is there."""
+    def refuse(
+        self, text: str = REFUSED, unless: Callable[[dict[str, Any]], bool] = lambda params: False
+    ) -> None:
+        """Refuse those who connect with that text, libpq's or the server's; keep who is there.
+
+        *unless* says by their parameters whom to accept all the same.
+        """
+        self._unless = unless
         self._become(refusal=text)
 
     def hang(self) -> None:
@@ -120,11 +128,12 @@ class FakeServer:
             if not self._changed.wait_for(lambda: not self._hangs, seconds):
                 raise psycopg.errors.ConnectionTimeout("connection timeout expired")
         time.sleep(self.delay)
-        if self._refusal:
+        if self._refusal and not self._unless(params):
             raise psycopg.OperationalError(self._refusal)
         if self.room is not None and len(self.backends()) >= self.room:
             raise psycopg.OperationalError("FATAL:  sorry, too many clients already")
         pgconn = FakePGconn(self, next(self._pids))
+        self.logins += 1
         self._backends[pgconn.backend_pid] = pgconn
         return pgconn
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -93,6 +94,22 @@ def interrupted(point: int, call: Callable[[], object] = interrupt) -> Iterator[
         yield points
     finally:
         sys.settrace(before)
+
+
+@contextmanager
+def alarm(seconds: float, raising: type[BaseException]) -> Iterator[None]:
+    """Raise in this, the main thread, after that long, wherever it is."""
+
+    def ring(number: int, frame: object) -> None:
+        raise raising
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def every_point(act: Callable[[], object]) -> Iterator[int]:

@@ -6,12 +6,14 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
+import pytest
 
-from dbpool import Pool
+from dbpool import Pool, PoolExhausted, TooManyRequests
 
 from .postgres import Server, until
 
@@ -63,6 +65,30 @@ def await_up(pool: Pool, seconds: float = 1.0 + SLACK) -> None:
     """
     until(lambda: pool.state == "up", seconds)
     pool.breaker.grace = pool.breaker.patience = 30.0
+
+
+def lines(log: pytest.LogCaptureFixture, level: int) -> list[str]:
+    """What dbpool logged at that level."""
+    return [r.message for r in log.records if r.levelno == level and r.name == "dbpool"]
+
+
+def give_up(pool: Pool[Any], number: int, timeout: float = 0.05) -> None:
+    """Have that many threads wait for a connection, most of them in vain."""
+
+    def call() -> None:
+        with suppress(PoolExhausted, TooManyRequests):
+            pool.putconn(pool.getconn(timeout=timeout))
+
+    with ThreadPoolExecutor(number) as threads:
+        for _ in range(number):
+            threads.submit(call)
+
+
+def exhaustion(pool: Pool[Any]) -> str:
+    """The text of the error of who gets no connection."""
+    with pytest.raises(PoolExhausted) as caught:
+        pool.getconn()
+    return str(caught.value)
 
 
 def assert_adds_up(pool: Pool) -> None:

@@ -11,11 +11,10 @@ import psycopg
 import pytest
 
 from dbpool import Pool
+from tests.interrupts import alarm
 from tests.pools import MakePool
 from tests.postgres import Server, until
 from tests.threads import Task
-
-from .test_waiters import alarm
 
 SLOW = "select pg_sleep(30)"
 

@@ -16,68 +16,12 @@ from typing import Any
 
 import psycopg
 import pytest
-from flask import Flask
 
-from dbpool import Pool, PoolExhausted, TooManyRequests
-from dbpool.flask import DBPool
-from tests.pools import GRACE, MakePool, fill, terminate
+from dbpool import Pool
+from tests.pools import GRACE, MakePool, exhaustion, fill, give_up, lines, terminate
 from tests.postgres import Server, until
 
 from .test_saturation import ROOM, Crowd, crowd, small  # noqa: F401  # fixtures
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, logger="dbpool")
-    return caplog
-
-
-def lines(log: pytest.LogCaptureFixture, level: int) -> list[str]:
-    return [r.message for r in log.records if r.levelno == level and r.name == "dbpool"]
-
-
-def give_up(pool: Pool[Any], number: int, timeout: float = 0.05) -> None:
-    def call() -> None:
-        with suppress(PoolExhausted, TooManyRequests):
-            pool.putconn(pool.getconn(timeout=timeout))
-
-    with ThreadPoolExecutor(number) as threads:
-        for _ in range(number):
-            threads.submit(call)
-
-
-def test_exhaustion_is_one_warning_with_numbers_and_one_line_with_a_count(
-    dsn: str, log: pytest.LogCaptureFixture
-) -> None:
-    with Pool(dsn, max_size=3) as pool:
-        held = [pool.getconn() for _ in range(3)]
-        give_up(pool, 10)
-        give_up(pool, 10)
-        (warning,) = lines(log, logging.WARNING)
-        assert warning.startswith("pool 'default': no connection within 0.0")
-        assert "3 of 3 checked out" in warning
-        assert warning.count("test_episodes.py") == 1, "equal holders are grouped"
-        assert "MainThread and 2 more" in warning
-        for conn in held:
-            pool.putconn(conn)
-    assert lines(log, logging.INFO) == ["pool 'default': 20 callers timed out (PoolExhausted)"]
-
-
-def test_a_full_queue_is_one_warning_with_numbers(dsn: str, log: pytest.LogCaptureFixture) -> None:
-    with Pool(dsn, max_size=1, max_waiting=1) as pool:
-        conn = pool.getconn()
-        waiter = threading.Thread(target=give_up, args=(pool, 1, 10.0))
-        waiter.start()
-        until(lambda: pool.stats().waiting == 1)
-        for _ in range(20):
-            with pytest.raises(TooManyRequests):
-                pool.getconn()
-        (warning,) = lines(log, logging.WARNING)
-        assert "1 waiting already, max_waiting is 1" in warning
-        assert "1 of 1 connections checked out" in warning
-        pool.putconn(conn)
-        waiter.join(10)
-    assert lines(log, logging.INFO) == ["pool 'default': 20 callers refused (TooManyRequests)"]
 
 
 def test_a_server_without_room_is_one_warning_with_numbers(
@@ -138,31 +82,6 @@ def test_one_that_was_terminated_is_told_in_the_singular(
     terminate(own_server, fill(pool))
     assert pool.fetch_value("select 1") == 1
     until(lambda: "replaced 1 connection that the server closed" in log.text)
-
-
-def test_one_that_its_holder_closed_is_none_that_the_server_closed(
-    dsn: str, log: pytest.LogCaptureFixture
-) -> None:
-    with Pool(dsn) as pool:
-        with pool.connection() as conn:
-            conn.close()
-        assert pool.fetch_value("select 1") == 1
-    assert "replaced" not in log.text
-
-
-def test_an_error_handler_logs_nothing_for_each_refused_request(
-    dsn: str, log: pytest.LogCaptureFixture
-) -> None:
-    db, app = DBPool(), Flask("app")
-    app.config |= {"TESTING": True, "DATABASE_URL": dsn}
-    app.config |= {"DBPOOL_MAX_SIZE": 1, "DBPOOL_TIMEOUT": "20ms"}
-    db.init_app(app)
-    app.add_url_rule("/", view_func=lambda: str(db.pool.fetch_value("select 1")))
-    pool = app.extensions["dbpool"].databases.default
-    with pool, pool.connection():
-        for _ in range(10):
-            assert app.test_client().get("/").status_code == 503
-    assert len(lines(log, logging.WARNING)) == 1
 
 
 # Why no connection came back
@@ -234,30 +153,6 @@ def relay(server: Server) -> Iterator[Relay]:
     relay.close()
 
 
-def refused(pool: Pool[Any]) -> str:
-    with pytest.raises(PoolExhausted) as caught:
-        pool.getconn()
-    return str(caught.value)
-
-
-def test_slow_statements_are_named_where_no_connection_came_back(dsn: str) -> None:
-    with Pool(dsn, max_size=2, timeout=0.3) as pool:
-        with ThreadPoolExecutor(2) as threads:
-            slow = [threads.submit(pool.fetch_value, "select pg_sleep(1.5)") for _ in range(2)]
-            until(lambda: pool.stats().active == 2)
-            text = refused(pool)
-            assert "none came back in that time: slow statements or a silent network" in text
-            assert "acknowledgements" not in text
-        assert [each.result() for each in slow] == ["", ""]
-
-
-def test_holders_without_a_statement_are_no_slow_statements(dsn: str) -> None:
-    with Pool(dsn, max_size=1, timeout=0.1) as pool:
-        with pool.connection(), ThreadPoolExecutor(1) as threads:
-            text = threads.submit(refused, pool).result()
-    assert "slow statements" not in text
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells what TCP knows")
 def test_a_silent_network_is_told_by_what_tcp_knows(server: Server, relay: Relay) -> None:
     conninfo = server.conninfo_for(port=relay.port)
@@ -270,7 +165,7 @@ def test_a_silent_network_is_told_by_what_tcp_knows(server: Server, relay: Relay
         holder.start()
         until(lambda: conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.ACTIVE)
         with ThreadPoolExecutor(1) as threads:
-            text = threads.submit(refused, pool).result()
+            text = threads.submit(exhaustion, pool).result()
         relay.close()
         holder.join(10)
         pool.putconn(conn)
@@ -290,7 +185,7 @@ def test_an_outage_that_began_as_a_silent_network_is_told_in_its_whole_length(
         holder.start()
         until(lambda: conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.ACTIVE)
         with ThreadPoolExecutor(1) as threads:
-            threads.submit(refused, pool).result()
+            threads.submit(exhaustion, pool).result()
         relay.close()
         holder.join(10)
         pool.putconn(conn)

@@ -6,10 +6,8 @@ import logging
 import socket
 import struct
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import psycopg
@@ -109,15 +107,6 @@ def test_a_wrong_password_is_over_when_the_conninfo_changes(
     assert_serves_all(pool)
 
 
-def test_a_wrong_password_is_tried_ever_less_often(app: Server, make_pool: MakePool) -> None:
-    pool = make_pool(app.conninfo_for(user="app", password="wrong"))
-    assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
-    time.sleep(3.0)  # nothing to wait for: it is about what does not happen
-    # Uniform up to 1, 2, 4, 8, 15 s: eight in three seconds come once in a million times. In an
-    # outage, a dozen and more would be made.
-    assert pool.stats().counters.connect_failures <= 8
-
-
 def test_a_password_changed_on_the_server_is_no_outage_while_a_connection_lives(
     app: Server, make_pool: MakePool
 ) -> None:
@@ -142,36 +131,6 @@ def test_a_password_changed_on_the_server_is_no_outage_while_a_connection_lives(
     assert_serves_all(pool)
 
 
-def test_a_secret_in_a_users_own_exception_is_masked_too(
-    app: Server, make_pool: MakePool, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Talkative(psycopg.Connection[Any]):
-        @classmethod
-        def connect(cls, conninfo: str = "", **kwargs: Any) -> Any:
-            raise RuntimeError(f"cannot connect with {kwargs}")
-
-    pool = make_pool(
-        app.conninfo_for(user="app", password=SECRET), connection_class=Talkative, timeout=0.1
-    )
-    error = Task(pool.getconn).error()
-    assert "cannot connect with" in str(error.__cause__)
-    said = f"{error} {error.__cause__!r} {pool.stats().to_json()} {caplog.text}"
-    assert SECRET not in said
-
-
-def test_a_changed_conninfo_is_seen_within_a_second_however_long_it_was_wrong(
-    app: Server, make_pool: MakePool
-) -> None:
-    password = {"password": "wrong"}
-    pool = make_pool(lambda: app.conninfo_for(user="app", **password))
-    assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
-    assert pool._probe is not None
-    pool._probe.due += 60.0  # as after many attempts
-    password["password"] = SECRET
-    await_up(pool)
-    assert_serves_all(pool)
-
-
 def test_a_password_changed_on_the_server_hits_new_connections_only(
     app: Server, make_pool: MakePool
 ) -> None:
@@ -189,81 +148,12 @@ def test_a_password_changed_on_the_server_hits_new_connections_only(
     assert_serves_all(pool)
 
 
-def test_a_database_that_is_made_later_is_found(app: Server, make_pool: MakePool) -> None:
-    pool = make_pool(app.conninfo_for(dbname="later"))
-    with pytest.raises(DatabaseMisconfigured):
-        pool.fetch_value("select 1")
-    app.execute("create database later")
-    await_up(pool, 20.0)  # looked for at 1 to 15 s
-    assert_serves_all(pool)
-
-
-def test_wait_tells_what_is_wrong_at_once(app: Server, make_pool: MakePool) -> None:
-    pool = make_pool(app.conninfo_for(dbname="missing"))
-    waiting = Task(pool.wait, 30.0)
-    assert isinstance(waiting.error(), DatabaseMisconfigured)
-    assert waiting.seconds < SLACK
-    assert pool.closed
-
-
-def test_run_with_a_deadline_does_not_wait_for_it(app: Server, make_pool: MakePool) -> None:
-    pool = make_pool(app.conninfo_for(dbname="missing"))
-    call = Task(lambda: pool.run(lambda conn: conn.execute("select 1"), timeout=30))
-    assert isinstance(call.error(), DatabaseMisconfigured)
-    assert call.seconds < SLACK
-
-
 def test_a_full_role_is_not_a_misconfiguration(app: Server, make_pool: MakePool) -> None:
     pool = make_pool(app.conninfo_for(user="crowd", password="x"), outage_grace=GRACE)
     error = Task(pool.getconn).error()
     assert type(error) is DatabaseUnavailable
     assert error.kind == "saturated"
     app.execute("alter role crowd connection limit -1")
-    await_up(pool)
-    assert_serves_all(pool)
-
-
-def test_a_conninfo_that_cannot_be_had_is_tried_again(app: Server, make_pool: MakePool) -> None:
-    working: list[bool] = []
-
-    def conninfo() -> str:
-        if not working:
-            raise LookupError("the vault is sealed")
-        return app.conninfo
-
-    pool = make_pool(conninfo, outage_grace=GRACE)
-    error = Task(pool.getconn).error()
-    assert isinstance(error, DatabaseUnavailable)
-    assert isinstance(error.__cause__, LookupError)
-    working.append(True)
-    await_up(pool)
-    assert_serves_all(pool)
-
-
-class Demanding(psycopg.Error):
-    """Cannot be made of a message alone."""
-
-    def __init__(self, message: str, *, code: int) -> None:
-        super().__init__(f"{message} ({code})")
-
-
-DEMANDING = partial(Demanding, code=7)
-
-
-@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, ValueError, DEMANDING])
-def test_a_configure_that_raises_anything_loses_no_slot(
-    app: Server, make_pool: MakePool, raised: Callable[[str], BaseException]
-) -> None:
-    failing = [True]
-
-    def configure(conn: psycopg.Connection[Any]) -> None:
-        if failing:
-            raise raised("not yet")
-
-    pool = make_pool(app.conninfo, min_size=3, max_size=3, configure=configure, outage_grace=GRACE)
-    assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
-    until(lambda: len(app.backends(f"dbpool:{pool.name}")) <= 1)
-    failing.clear()
     await_up(pool)
     assert_serves_all(pool)
 

@@ -9,6 +9,17 @@ import pytest
 
 from dbpool import Pool
 from tests.fake import FakeServer
+from tests.pools import MakePool
+
+
+@pytest.fixture
+def make_pool(make_pool: MakePool, fake: FakeServer) -> MakePool:
+    """Make pools of the fake server, or of another."""
+
+    def make(where: Any = fake, **options: Any) -> Pool[Any]:
+        return make_pool(where, **{"timeout": 10, "outage_grace": 30, **options})
+
+    return make
 
 
 @pytest.fixture

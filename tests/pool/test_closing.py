@@ -1,0 +1,108 @@
+"""Pools that are closed at bad moments."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from psycopg_pool import PoolClosed
+
+from dbpool import DatabaseUnavailable, Pool
+from tests.fake import FakeServer
+from tests.pools import (
+    GRACE,
+    MakePool,
+    fill,
+    within,
+)
+from tests.postgres import Server, until
+from tests.threads import Task
+
+
+def test_closing_refuses_those_who_wait_first(make_pool: MakePool) -> None:
+    pool = make_pool(max_size=1)
+    conn = pool.getconn()
+    waiters = [Task(pool.getconn) for _ in range(5)]
+    until(lambda: pool.stats().waiting == 5)
+    with within(1.0):
+        pool.close()
+        for waiter in waiters:
+            assert isinstance(waiter.error(), PoolClosed)
+    pool.putconn(conn)
+    assert conn.closed
+
+
+def test_closing_while_connects_hang(fake: FakeServer, make_pool: MakePool) -> None:
+    fake.hang()
+    pool = make_pool(min_size=3, max_size=3, connect_timeout=60)
+    waiters = [Task(pool.getconn) for _ in range(5)]
+    until(lambda: len(fake.attempts) == 3)
+    with within(2.5):
+        pool.close(timeout=2)
+    for waiter in waiters:
+        assert isinstance(waiter.error(), PoolClosed)
+        assert waiter.seconds < 1.5
+    fake.accept()
+
+
+def test_a_connection_made_after_closing_is_closed(fake: FakeServer, make_pool: MakePool) -> None:
+    fake.hang()
+    # With these nothing is asked on a connection that is given up again.
+    how: Any = {"statement_timeout": "server", "idle_in_transaction_timeout": "server"}
+    pool = make_pool(min_size=2, connect_timeout=60, **how)
+    waiter = Task(pool.getconn)
+    until(lambda: len(fake.attempts) == 2)
+    pool.close(timeout=0.1)
+    assert isinstance(waiter.error(), PoolClosed)
+    fake.accept()
+    until(lambda: fake.logins == 2 and not fake.backends())
+
+
+def test_closing_in_an_outage(fake: FakeServer, make_pool: MakePool) -> None:
+    pool = make_pool(min_size=3, outage_grace=GRACE)
+    fill(pool)
+    fake.stop()
+    with pytest.raises(DatabaseUnavailable):
+        pool.fetch_value("select 1")
+    with within(1.0):
+        pool.close()
+    assert pool.state == "stopped"
+    with pytest.raises(PoolClosed):
+        pool.fetch_value("select 1")
+
+
+def test_closing_while_idle_connections_are_silent(fake: FakeServer, make_pool: MakePool) -> None:
+    pool = make_pool(min_size=5)
+    fill(pool)
+    fake.fall_silent()
+    with within(1.0):
+        pool.close()
+
+
+def test_closing_under_load_lets_holders_finish(own_server: Server) -> None:
+    pool = Pool(own_server.conninfo, max_size=3)
+    own_server.execute("create table t (id int)")
+    inside, go_on = threading.Barrier(4), threading.Event()
+
+    def work() -> None:
+        with pool.connection() as conn:
+            inside.wait(10)
+            go_on.wait(10)
+            conn.execute("insert into t values (1)")
+
+    holders = [Task(work) for _ in range(3)]
+    inside.wait(10)
+    pool.close()
+    go_on.set()
+    for holder in holders:
+        holder.result()
+    assert own_server.execute("select count(*) from t") == [(3,)]
+
+
+def test_closing_from_many_threads_at_once(make_pool: MakePool) -> None:
+    pool = make_pool(min_size=3)
+    fill(pool)
+    for closer in [Task(pool.close) for _ in range(8)]:
+        closer.result()
+        assert closer.seconds < 2.5

@@ -1,0 +1,96 @@
+"""What the log says of trouble with waiting: one warning when it begins, with numbers; not one for each call."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from psycopg_pool import TooManyRequests
+
+from dbpool.flask import DBPool
+from tests.conftest import MakeApp
+from tests.fake import FakeServer
+from tests.pools import exhaustion, give_up, lines
+from tests.postgres import until
+from tests.threads import Task
+
+
+def test_exhaustion_is_one_warning_with_numbers_and_one_line_with_a_count(
+    fake: FakeServer, log: pytest.LogCaptureFixture
+) -> None:
+    with fake.pool(max_size=3) as pool:
+        held = [pool.getconn() for _ in range(3)]
+        give_up(pool, 10)
+        give_up(pool, 10)
+        (warning,) = lines(log, logging.WARNING)
+        assert warning.startswith("pool 'default': no connection within 0.0")
+        assert "3 of 3 checked out" in warning
+        assert warning.count("test_episodes.py") == 1, "equal holders are grouped"
+        assert "MainThread and 2 more" in warning
+        for conn in held:
+            pool.putconn(conn)
+    assert lines(log, logging.INFO) == ["pool 'default': 20 callers timed out (PoolExhausted)"]
+
+
+def test_a_full_queue_is_one_warning_with_numbers(
+    fake: FakeServer, log: pytest.LogCaptureFixture
+) -> None:
+    with fake.pool(max_size=1, max_waiting=1) as pool:
+        conn = pool.getconn()
+        waiter = Task(give_up, pool, 1, 10.0)
+        until(lambda: pool.stats().waiting == 1)
+        for _ in range(20):
+            with pytest.raises(TooManyRequests):
+                pool.getconn()
+        (warning,) = lines(log, logging.WARNING)
+        assert "1 waiting already, max_waiting is 1" in warning
+        assert "1 of 1 connections checked out" in warning
+        pool.putconn(conn)
+        waiter.result(10)
+    assert lines(log, logging.INFO) == ["pool 'default': 20 callers refused (TooManyRequests)"]
+
+
+def test_one_that_its_holder_closed_is_none_that_the_server_closed(
+    fake: FakeServer, log: pytest.LogCaptureFixture
+) -> None:
+    with fake.pool() as pool:
+        with pool.connection() as conn:
+            conn.close()
+        assert pool.fetch_value("select 1") == 1
+    assert "replaced" not in log.text
+
+
+def test_an_error_handler_logs_nothing_for_each_refused_request(
+    make_app: MakeApp, fake: FakeServer, log: pytest.LogCaptureFixture
+) -> None:
+    db = DBPool()
+    app = make_app(fake, db=db, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="20ms")
+    app.add_url_rule("/", view_func=lambda: str(db.pool.fetch_value("select 1")))
+    pool = app.extensions["dbpool"].databases.default
+    with pool, pool.connection():
+        for _ in range(10):
+            assert app.test_client().get("/").status_code == 503
+    assert len(lines(log, logging.WARNING)) == 1
+
+
+def test_slow_statements_are_named_where_no_connection_came_back(fake: FakeServer) -> None:
+    ended = threading.Event()
+    fake.answers["select pg_sleep(1.5)"] = lambda: (ended.wait(10) and [("",)]) or []
+    with fake.pool(max_size=2, timeout=0.3) as pool:
+        with ThreadPoolExecutor(2) as threads:
+            slow = [threads.submit(pool.fetch_value, "select pg_sleep(1.5)") for _ in range(2)]
+            until(lambda: fake.statements.count("select pg_sleep(1.5)") == 2)
+            text = exhaustion(pool)
+            ended.set()
+            assert "none came back in that time: slow statements or a silent network" in text
+            assert "acknowledgements" not in text
+        assert [each.result() for each in slow] == ["", ""]
+
+
+def test_holders_without_a_statement_are_no_slow_statements(fake: FakeServer) -> None:
+    with fake.pool(max_size=1, timeout=0.1) as pool:
+        with pool.connection(), ThreadPoolExecutor(1) as threads:
+            text = threads.submit(exhaustion, pool).result()
+    assert "slow statements" not in text

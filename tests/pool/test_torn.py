@@ -1,0 +1,113 @@
+"""Waiters that an exception tears away from their wait, wherever they are."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from weakref import ref
+
+import pytest
+
+from dbpool import PoolExhausted
+from dbpool.holders import Owner
+from tests.fake import FakeServer
+from tests.interrupts import alarm
+from tests.pools import (
+    MakePool,
+    assert_adds_up,
+    assert_serves_all,
+)
+from tests.threads import Task
+
+
+class Timeout(BaseException):
+    """As gevent's: no Exception, and raised from outside."""
+
+
+TORN = pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, Timeout])
+
+
+@TORN
+def test_torn_away_while_all_are_out(make_pool: MakePool, error: type[BaseException]) -> None:
+    pool = make_pool(max_size=1)
+    conn = pool.getconn()
+    with pytest.raises(error), alarm(0.05, error):
+        pool.getconn()
+    assert pool.stats().waiting == 0
+    pool.putconn(conn)
+    assert_serves_all(pool)
+
+
+@TORN
+def test_torn_away_while_a_connection_is_made(
+    fake: FakeServer, make_pool: MakePool, error: type[BaseException]
+) -> None:
+    pool = make_pool(max_size=2)
+    fake.delay = 0.1
+    with pytest.raises(error), alarm(0.05, error):
+        pool.getconn()
+    assert pool.stats().waiting == 0
+    assert_adds_up(pool)
+    fake.delay = 0.0
+    assert_serves_all(pool)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_served_in_the_moment_in_which_it_gives_up(make_pool: MakePool, torn: bool) -> None:
+    pool = make_pool(max_size=1)
+    conn = pool.getconn()
+    step = Owner()
+    with pool._lock:
+        waiter = pool._queue_up(ref(step), time.monotonic(), 0.0)
+    pool.putconn(conn)
+    if not torn:
+        pool._expire(waiter)
+        assert (waiter.conn, waiter.error) == (conn, None)
+    pool._recover(ref(step))
+    assert pool.stats().counters.timeouts == 0
+    assert_serves_all(pool)
+
+
+def test_torn_away_at_any_moment_of_the_wait_nothing_is_lost(make_pool: MakePool) -> None:
+    pool = make_pool(max_size=2)
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            with pool.connection():
+                pass
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_name == "_await":
+            raise Timeout
+        signal.setitimer(signal.ITIMER_REAL, 0.0001)  # it does not wait: again, soon
+
+    others = [Task(work) for _ in range(4)]
+    previous = signal.signal(signal.SIGALRM, ring)
+    try:
+        for _ in range(200):
+            with pytest.raises(Timeout):
+                signal.setitimer(signal.ITIMER_REAL, 0.0002)
+                while True:
+                    pool.putconn(pool.getconn())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        stop.set()
+    for other in others:
+        other.result()
+    assert_serves_all(pool)
+
+
+def test_waiters_that_time_out_leave_their_place(make_pool: MakePool) -> None:
+    pool = make_pool(max_size=1, max_waiting=3)
+    conn = pool.getconn()
+    for _ in range(5):
+        waiters = [Task(pool.getconn, 0.05) for _ in range(3)]
+        for waiter in waiters:
+            assert isinstance(waiter.error(), PoolExhausted)
+    assert pool.stats().counters.rejected == 0
+    pool.putconn(conn)
+    assert_serves_all(pool)
