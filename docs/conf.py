@@ -18,7 +18,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "requirements.txt"]
 html_theme = "furo"
 html_title = f"dbpool {release}"
-html_static_path = ["_static"]
 html_extra_path = ["llms.txt"]
 html_copy_source = True  # so that each page's Markdown can be fetched
 html_show_sourcelink = False

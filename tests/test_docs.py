@@ -1,0 +1,261 @@
+"""What the documentation shows runs as it stands there: samples, commands, links, quoted lines.
+
+Comments in a page say how, out of sight of its readers:
+
+- `env: NAME=VALUE`, `setup-sql:`, `setup-first:` and `needs: PACKAGE` come before everything else;
+- `setup:` is Python that runs where it stands, `cleanup:` when the page is done;
+- `check:` is an expression that must be true there, `output:` what the last block has printed;
+- `replace: TEXT = OTHER` is put into the samples, as the address of the test's database is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool.databases import databases_from_env, settings_from_config
+from dbpool.settings import COMMON
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+PIECE = re.compile(
+    r"<!-- (?P<word>[a-z-]+):(?P<body>.*?)-->"
+    r"|^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^ *```$",
+    re.DOTALL | re.MULTILINE,
+)
+# Tried elsewhere: what needs a network, a container engine, or another host.
+TRIED = {
+    "pip install '.[flask,gunicorn,prometheus]'": ".ci/package",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A fenced block, whose word is its language, or a comment."""
+
+    word: str
+    text: str
+    is_code: bool
+
+
+def pieces(path: Path) -> list[Piece]:
+    found = []
+    for match in PIECE.finditer(path.read_text()):
+        if match["word"]:
+            found.append(Piece(match["word"], match["body"].strip("\n"), is_code=False))
+        else:
+            code = re.sub(f"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
+            found.append(Piece(match["language"], code, is_code=True))
+    return found
+
+
+def blocks(language: str) -> list[Any]:
+    """All blocks of a language, with the page and the number of each."""
+    return [
+        pytest.param(path, piece.text, id=f"{path.stem}-{number}")
+        for path in PAGES
+        for number, piece in enumerate(pieces(path))
+        if piece.is_code and piece.word == language
+    ]
+
+
+class Page:
+    """Runs a page from its top to its end, in one namespace."""
+
+    def __init__(self, path: Path, dsn: str) -> None:
+        self.path, self.pieces = path, pieces(path)
+        self.names: dict[str, Any] = {
+            "__name__": "docs",
+            "dbpool_settings": settings_from_config,
+        }
+        self.printed = ""
+        self.environ = {"DATABASE_URL": dsn}
+        for text in self.comments("env"):
+            pairs = (pair.partition("=") for pair in shlex.split(text))
+            self.environ |= {name: value.replace("$DATABASE_URL", dsn) for name, _, value in pairs}
+        self.replaced = dict(text.strip().split(" = ") for text in self.comments("replace"))
+
+    def comments(self, word: str) -> list[str]:
+        return [each.text for each in self.pieces if each.word == word and not each.is_code]
+
+    def run(self) -> None:
+        try:
+            for text in self.comments("setup-first"):
+                self.execute(text)
+            for piece in self.pieces:
+                if piece.word in {"python", "setup", "cleanup"}:
+                    self.execute(piece.text)
+                elif piece.word == "check":
+                    assert eval(piece.text.strip(), self.names), piece.text
+                elif piece.word == "output":
+                    assert self.printed.strip() == piece.text.strip()
+        except BaseException:
+            for text in reversed(self.comments("cleanup")):
+                with contextlib.suppress(Exception):
+                    self.execute(text)
+            raise
+
+    def execute(self, source: str) -> None:
+        for text, other in self.replaced.items():
+            source = source.replace(
+                text, other.replace("$DATABASE_URL", self.environ["DATABASE_URL"])
+            )
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(source.strip(), f"docs/{self.path.name}", "exec"), self.names)
+        self.printed = printed.getvalue()
+
+
+@pytest.fixture
+def page(
+    request: pytest.FixtureRequest, dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Page:
+    page = Page(request.param, dsn)
+    for needed in page.comments("needs"):
+        pytest.importorskip(needed.strip())
+    monkeypatch.chdir(tmp_path)
+    for name, value in page.environ.items():
+        monkeypatch.setenv(name, value)
+    return page
+
+
+PYTHON = [path for path in PAGES if any(each.word == "python" for each in pieces(path))]
+
+
+@pytest.mark.parametrize("page", PYTHON, indirect=True, ids=lambda path: path.stem)
+def test_the_samples_of_a_page_run(page: Page) -> None:
+    page.run()
+
+
+@pytest.mark.parametrize(("path", "code"), blocks("json"))
+def test_json_is_json(path: Path, code: str) -> None:
+    json.loads(code)
+
+
+@pytest.mark.parametrize(("path", "code"), blocks("sql"))
+def test_sql_runs(path: Path, code: str, dsn: str) -> None:
+    with psycopg.connect(dsn) as conn:
+        for piece in pieces(path):
+            if piece.word == "setup-sql":
+                conn.execute(f"{piece.text.strip()}".encode())
+        conn.execute(code.encode())
+        conn.rollback()
+
+
+# Commands
+
+
+def commands(code: str) -> Iterator[tuple[str, str]]:
+    """The commands of a console block, each with the output that is shown."""
+    for part in re.split(r"^\$ ", code, flags=re.MULTILINE)[1:]:
+        command, _, output = part.partition("\n")
+        yield re.sub(r"\s+#.*", "", command).strip(), output
+
+
+@pytest.mark.parametrize(("path", "code"), blocks("console"))
+def test_commands_do_as_shown(path: Path, code: str, dsn: str, tmp_path: Path) -> None:
+    for command, output in commands(code):
+        if command.startswith("export ") or command in TRIED:
+            continue
+        assert command.startswith("python -m dbpool "), f"{command}: add where it is tried"
+        done = subprocess.run(
+            [sys.executable, *shlex.split(command)[1:]],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DATABASE_URL": dsn},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        pattern = re.escape(output.strip()).replace(re.escape("..."), ".*")
+        assert not output.strip() or re.fullmatch(pattern, done.stdout.strip(), re.DOTALL)
+
+
+@pytest.mark.parametrize(("command", "place"), TRIED.items())
+def test_what_is_tried_elsewhere_is_tried_there(command: str, place: str) -> None:
+    assert command.removeprefix("pip install ") in (ROOT / place).read_text()
+
+
+@pytest.mark.parametrize(("path", "code"), blocks("sh"))
+def test_what_is_exported_are_settings_that_go_together(path: Path, code: str) -> None:
+    pairs = dict(
+        word.split("=", 1)
+        for line in code.splitlines()
+        if line.startswith("export ")
+        for word in shlex.split(line.removeprefix("export "), comments=True)
+    )
+    if pairs:
+        databases_from_env(pairs)
+
+
+# What it says of the code
+
+
+def test_what_is_generated_is_up_to_date() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        tool = importlib.import_module("write_docs")
+    finally:
+        sys.path.pop(0)
+    stale = [path.name for path in PAGES if tool.written(path.read_text()) != path.read_text()]
+    assert stale == [], "run python tools/write_docs.py"
+    assert (DOCS / "llms.txt").read_text() == tool.llms()
+
+
+def test_every_setting_and_variable_is_told_of() -> None:
+    page = (DOCS / "settings.md").read_text()
+    assert {name for name in COMMON if f"`{name}`" not in page} == set()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_every_variable_that_a_page_names_exists(path: Path) -> None:
+    text = path.read_text() if path.name != "changes.md" else ""
+    named = set(re.findall(r"`(DBPOOL_[A-Z_]+)[`=]", text))
+    own = re.compile("DBPOOL_(REPLICA|REPORTS)_")
+    unknown = {name for name in named - COMMON if not own.match(name)}
+    assert unknown <= {"DBPOOL_PORT"}  # Kubernetes' own
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as a forge makes it."""
+    text = re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def anchors(path: Path) -> set[str]:
+    text = re.sub(r"^ *```.*?^ *```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return {slug(found) for found in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_links_lead_somewhere_on_a_forge_too(path: Path) -> None:
+    text = re.sub(r"^ *```.*?^ *```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = DOCS / name if name else path
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    index = (DOCS / "index.md").read_text()
+    told = set(re.findall(r"^[\w-]+$", index, re.MULTILINE))
+    assert {path.stem for path in PAGES} - {"index"} == told
+    assert {name for name in told if f"({name}.md)" not in index} == set()
