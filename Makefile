@@ -38,6 +38,7 @@ check: venv ## lint, check the format and the types
 	@$(python) -m mypy
 
 docs: venv-docs ## build the documentation into docs/_build/html; a warning is an error
+	@$(VENV)-docs/bin/python tools/write_docs.py
 	@$(sphinx) --fail-on-warning --keep-going --nitpicky --quiet --builder html docs docs/_build/html
 
 bench: venv-bench ## compare with the peers, ONLY=recovery for one: results under bench/results

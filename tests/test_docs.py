@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import json
 import os
 import re
 import shlex
@@ -141,9 +140,27 @@ def test_the_samples_of_a_page_run(page: Page) -> None:
     page.run()
 
 
-@pytest.mark.parametrize(("path", "code"), blocks("json"))
-def test_json_is_json(path: Path, code: str) -> None:
-    json.loads(code)
+@pytest.mark.parametrize(("path", "code"), blocks("yaml"))
+def test_yaml_is_read_and_holds_no_unknown_variable(path: Path, code: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    assert isinstance(yaml.safe_load(code), dict)
+    assert set(re.findall(r"DBPOOL_[A-Z_]+", code)) <= COMMON
+
+
+METRIC = re.compile(r"\b(?:db_client_connection|dbpool)(?:_[a-z]+)+\b")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_every_metric_that_a_page_names_is_exposed(path: Path, dsn: str) -> None:
+    from dbpool import Pool
+    from dbpool.processes import Processes
+    from dbpool.prometheus import expose
+
+    visible = re.sub(r"<!--.*?-->", "", path.read_text(), flags=re.DOTALL)
+    named = set(METRIC.findall(visible)) - {"dbpool_token"}
+    with Pool(dsn) as pool:
+        text = expose(Processes({"default": pool}).collect("process"))[0].decode()
+    assert {name for name in named if name not in text} == set()
 
 
 @pytest.mark.parametrize(("path", "code"), blocks("sql"))
