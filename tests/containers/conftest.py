@@ -1,0 +1,71 @@
+"""A Docker Engine, the images built on it, and the sample application as compose runs it.
+
+These tests are slow ones: `.ci/containers` runs them, and `make test-slow` where an engine answers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.postgres import free_port
+
+from .engine import Project, attempt, copy_checkout
+
+BASE = os.environ.get("PYTHON_IMAGE", "python:3.13-slim")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what the tests measured."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"measured: {name}: {value}")
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("docker") is None or attempt("compose", "version").returncode != 0:
+        pytest.skip("there is no docker compose")
+    if attempt("info").returncode != 0:
+        pytest.skip("no Docker Engine answers")
+    checkout = tmp_path_factory.mktemp("checkout")
+    copy_checkout(checkout)
+    return checkout
+
+
+@pytest.fixture(scope="session")
+def stack(checkout: Path) -> Iterator[Project]:
+    """PostgreSQL, the application, and it again for development, from the first `up` on."""
+    ports = {name: str(free_port()) for name in ("PORT", "DEV_PORT")}
+    project = Project(checkout, {**ports, "DEV_USER": str(os.getuid())})
+    try:
+        project("--profile", "dev", "up", "--detach", "--build", "--wait", "--wait-timeout", "120")
+        yield project
+    finally:
+        project("--profile", "*", "down", "--volumes", "--timeout", "5")
+
+
+@pytest.fixture(scope="session")
+def port(stack: Project) -> int:
+    return int(stack.environ["PORT"])
+
+
+@pytest.fixture(scope="session")
+def token(stack: Project) -> str:
+    """What compose printed for whoever started it."""
+    found = re.search(r"token: ([0-9a-f]{48})$", stack.logs("schema"), re.MULTILINE)
+    assert found
+    return found[1]
