@@ -14,12 +14,11 @@ from dbpool.metrics import BOUNDS, REASONS, HistogramSnapshot, Snapshot
 from dbpool.report import Process, Report
 
 try:
-    from prometheus_client import CollectorRegistry
+    from prometheus_client import Metric
     from prometheus_client.core import (
         CounterMetricFamily,
         GaugeMetricFamily,
         HistogramMetricFamily,
-        Metric,
     )
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.registry import Collector
@@ -98,7 +97,7 @@ def _families(report: Report) -> Iterator[Metric]:
         )
         for pool, snapshot in pools.items():
             times: HistogramSnapshot = getattr(snapshot, field)
-            histogram.add_metric([pool], buckets=_buckets(times), sum_value=times.sum)
+            histogram.add_metric([pool], buckets=_buckets(times), sum_value=times.sum_ns / 1e9)
         yield histogram
     yield _discarded(pools)
     yield _breaker(pools)
@@ -154,10 +153,8 @@ def _buckets(times: HistogramSnapshot) -> list[tuple[str, float]]:
 
 def expose(report: Report | Mapping[str, Any], accept: str = "") -> tuple[bytes, str]:
     """Return the exposition of a report, and its content type by the client's `Accept`."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(PoolCollector(lambda: report))
     try:
         encode, content_type = choose_encoder(accept)
     except (TypeError, ValueError):  # for example a version that is no number
         encode, content_type = choose_encoder("")
-    return encode(registry), content_type
+    return encode(PoolCollector(lambda: report)), content_type

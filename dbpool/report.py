@@ -6,10 +6,9 @@ process writes its own report to a file, and the others parse that into the same
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from dbpool.metrics import (
@@ -38,10 +37,6 @@ _MAX_HOLDERS: Final = 20  # of one pool
 # Ordered by severity: of several the last one counts.
 _STATES: Final = tuple(PoolState)
 _BREAKER_STATES: Final = ("closed", "half-open", "open")
-
-
-def _unix_time() -> float:
-    return time.time()
 
 
 @dataclass(frozen=True)
@@ -76,10 +71,10 @@ class Report:
     pools: Mapping[str, Snapshot]
     processes: tuple[Process, ...] = ()
     scope: str = "all"
-    time: float = field(default_factory=_unix_time)
+    time: float = 0.0
 
     def merge(self, *others: Report) -> Report:
-        """Return all of them as one."""
+        """Return all of them as one, with this one's scope and time."""
         found: dict[str, list[Snapshot]] = {}
         for report in (self, *others):
             for name, pool in report.pools.items():

@@ -1,4 +1,7 @@
-"""Who may see more than status words. Never judged by address: behind a proxy all are local."""
+"""Who may see more than status words.
+
+Never decided by address: behind a proxy all clients are local.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,75 @@ import hmac
 import inspect
 import logging
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from flask import Response, current_app, jsonify, request
 from werkzeug import Response as AnyResponse
 from werkzeug.exceptions import HTTPException
 
-from dbpool.settings.app import AppSettings
+from dbpool.flask._extension import KEY, State
 
 logger = logging.getLogger("dbpool")
 
 Authorize = Callable[[], object]
+View = Callable[[State], AnyResponse]
 
 
-def access_denied(settings: AppSettings, authorize: Authorize | None) -> AnyResponse | None:
+def public(view: View) -> Callable[[], AnyResponse]:
+    """Make a view function for Flask, open to everybody."""
+
+    @wraps(view)
+    def run() -> AnyResponse:
+        return view(current_app.extensions[KEY])  # `create_blueprint` has made sure of it
+
+    return run
+
+
+def restricted(view: View, authorize: Authorize | None) -> Callable[[], AnyResponse]:
+    """Make a view function for Flask, only for clients that may see details."""
+
+    @wraps(view)
+    def run() -> AnyResponse:
+        own: State = current_app.extensions[KEY]
+        denied = access_denied(own, authorize)
+        return view(own) if denied is None else denied
+
+    return run
+
+
+def access_denied(own: State, authorize: Authorize | None) -> AnyResponse | None:
     """Return the response for a client that may not see details, None for one that may.
 
-    *authorize*, the application's own rule, decides if there is one, else the token: 401 where
-    a token would help, 403 where none is set.
+    The application's own *authorize* decides if there is one, else the token: 401 if a token
+    would help, 403 if none is set.
     """
+    settings = own.settings
     if authorize is not None:
-        return _apply(authorize)
+        return _call(authorize)
     if settings.details == "always":
         return None
     if not settings.token:
-        return _refused(403, "closed: set DBPOOL_TOKEN, and send it, to see this")
+        return _error(403, "closed: set DBPOOL_TOKEN, and send it, to see this")
     offered = _offered_token()
     if offered is not None and hmac.compare_digest(
         offered, settings.token.encode(errors="surrogateescape")
     ):
         return None
     reason = "send the token as a Bearer token, or as the password of HTTP Basic"
-    answer = _refused(401, reason if offered is None else f"wrong token: {reason}")
+    answer = _error(401, reason if offered is None else f"wrong token: {reason}")
     answer.headers.add("WWW-Authenticate", 'Basic realm="dbpool", charset="UTF-8"')
     answer.headers.add("WWW-Authenticate", 'Bearer realm="dbpool"')
     return answer
 
 
-def _apply(authorize: Authorize) -> AnyResponse | None:
-    """Call the application's rule. Only True opens: a mistake in a rule must not."""
+def _call(authorize: Authorize) -> AnyResponse | None:
+    """Call the application's function. Only True gives access: a mistake in it must not."""
     verdict = current_app.ensure_sync(authorize)()
     if verdict is True:
         return None
     if verdict is False or verdict is None:
-        return _refused(403, "forbidden")
+        return _error(403, "forbidden")
     if isinstance(verdict, HTTPException):
         raise verdict  # the application's error handlers may have an answer for it
     if isinstance(verdict, (AnyResponse, tuple)) and (answer := _response(verdict)) is not None:
@@ -61,11 +89,11 @@ def _apply(authorize: Authorize) -> AnyResponse | None:
         " return it, or an HTTPException; nothing is shown",
         type(verdict).__name__,
     )
-    return _refused(500, "access could not be decided")
+    return _error(500, "access could not be decided")
 
 
 def _response(verdict: Any) -> AnyResponse | None:
-    """Make a response of what a rule returned, such as a redirect; None if it makes none."""
+    """Make a response of what *authorize* returned, such as a redirect; None if it is none."""
     try:
         answer = current_app.make_response(verdict)
     except Exception:  # noqa: BLE001  # a tuple may hold anything
@@ -74,7 +102,7 @@ def _response(verdict: Any) -> AnyResponse | None:
 
 
 def _offered_token() -> bytes | None:
-    """Return what the client sent as the token; None if there is none, or it cannot be read."""
+    """Return the token that the client sent; None if there is none, or it cannot be read."""
     try:
         given = request.authorization
         if given is None:
@@ -85,7 +113,7 @@ def _offered_token() -> bytes | None:
         return None
 
 
-def _refused(status: int, reason: str) -> Response:
+def _error(status: int, reason: str) -> Response:
     answer = jsonify(error=reason)
     answer.status_code = status
     return answer

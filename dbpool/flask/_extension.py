@@ -1,9 +1,10 @@
-"""The extension: pools for an application, and what a request may leave behind."""
+"""The extension: an application's pools, and the return of connections that a request forgot."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from time import monotonic
@@ -34,27 +35,27 @@ from dbpool.settings.app import AppSettings, find_dotenv
 logger = logging.getLogger("dbpool")
 
 KEY: Final = "dbpool"
-_BEGUN: Final = "_dbpool_begun"
+_PUSHED_AT: Final = "_dbpool_pushed_at"
 _ENDPOINT: Final = "_dbpool_endpoint"
 _OUTER: Final = "dbpool.outer_endpoint"
 
 _LOG_INTERVAL: Final = 60.0  # seconds between two lines about connections forgotten at one place
-_MAX_REPEATS: Final = 256  # places that are remembered
+_MAX_PLACES: Final = 256  # that are remembered
 
 
-class _Repeats:
-    """Counts what happens again and again, so that it is logged once a minute."""
+class _RateLimit:
+    """Counts what happens repeatedly, so that it is logged once a minute."""
 
     def __init__(self) -> None:
         self._counts: dict[object, tuple[float, int]] = {}  # when it was logged, how often since
 
     def count(self, key: object) -> int:
-        """Count it once more; return how often since it was logged, 0 if that is not due yet."""
-        # Without a lock, which a fork could leave locked: the worst is a line too many.
+        """Count *key*; return how often it happened since it was logged, 0 if no line is due."""
+        # Without a lock, which a fork could leave locked: at worst there is a line too many.
         now = monotonic()
         logged, count = self._counts.get(key, (-math.inf, 0))
         is_due = now - logged >= _LOG_INTERVAL
-        if len(self._counts) >= _MAX_REPEATS:
+        if len(self._counts) >= _MAX_PLACES:
             self._counts.clear()
         self._counts[key] = (now, 0) if is_due else (logged, count + 1)
         return count + 1 if is_due else 0
@@ -62,22 +63,24 @@ class _Repeats:
 
 @dataclass(frozen=True)
 class State:
-    """What one application has: `app.extensions["dbpool"]`."""
+    """What belongs to one application: `app.extensions["dbpool"]`."""
 
     databases: Databases
     health: Health
     processes: Processes
     settings: AppSettings
-    warned: set[str] = field(default_factory=set)  # of what, so that it is said once
-    forgotten: _Repeats = field(default_factory=_Repeats)
+    pools: tuple[Pool[Any], ...] = ()  # all of *databases*
+    publishing_pids: set[int] = field(default_factory=set)  # where `Processes.start` is done
+    warned: set[str] = field(default_factory=set)
+    forgotten: _RateLimit = field(default_factory=_RateLimit)
 
 
 class DBPool:
-    """The pools of the application at hand.
+    """The pools of the current application.
 
     `db.pool` is the default one, `db["replica"]` another; both need an application context.
-    *listeners* hear the events of all pools, *options* go to every `Pool`: `configure`,
-    `kwargs`, `connection_class` ...
+    *listeners* hear the events of all pools; every `Pool` gets *options*: `configure`, `kwargs`,
+    `connection_class` ...
     """
 
     def __init__(
@@ -85,17 +88,16 @@ class DBPool:
     ) -> None:
         app, self._listeners = conceal(app), validate_listeners(listeners)
         self._options: Options = conceal(options)
-        del options  # as they came they would show a password to whoever looks at this frame
+        del options  # unconcealed they would show a password in this frame
         if app is not None:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Give *app* its pools, set by `app.config["DBPOOL_…"]`, else by the environment.
+        """Give *app* its pools, configured by `app.config["DBPOOL_…"]`, else by the environment.
 
-        The `.env` that `DBPOOL_DOTENV` names, else the nearest one in the working directory or
-        above, is read too, not under `TESTING`. Nothing connects: the pools open on first use.
-        Raises `ConfigError` for wrong settings, `RuntimeError` when the application has its
-        pools already.
+        Unless `TESTING` is set, also reads the `.env` that `DBPOOL_DOTENV` names, else the nearest
+        one in the working directory or above. Nothing connects: the pools open on first use.
+        Raises `ConfigError` for wrong settings, `RuntimeError` if *app* has its pools already.
         """
         if KEY in app.extensions:
             raise RuntimeError("dbpool is initialised on this application already")
@@ -109,17 +111,18 @@ class DBPool:
             health=Health(databases, settings.required),
             processes=Processes(databases, directory=settings.stats_dir, app=app.name),
             settings=settings,
+            pools=tuple(databases.values()),
         )
-        # First, as Flask refuses it when the application has begun to serve.
-        app.before_request(_enter)
-        app.teardown_request(_leave)
+        # First: Flask refuses this if the application serves requests already.
+        app.before_request(_before_request)
+        app.teardown_request(_teardown_request)
         if settings.error_handlers:
             register_error_handlers(app)
         follow_async_views(app)
         app.extensions[KEY] = own
-        appcontext_pushed.connect(_begin, app)
-        # Comes after the application's own teardown, which may return what a view took.
-        appcontext_tearing_down.connect(_end, app)
+        appcontext_pushed.connect(_on_appcontext_pushed, app)
+        # Runs after the application's own teardown functions, which may return connections.
+        appcontext_tearing_down.connect(_on_appcontext_tearing_down, app)
 
     @property
     def databases(self) -> Databases:
@@ -141,21 +144,22 @@ class DBPool:
 
 
 def state() -> State:
-    """Return what the current application has; a clear error if it has nothing."""
+    """Return the state of the current application; raise `RuntimeError` if it has none."""
     found: State | None = current_app.extensions.get(KEY)
     if found is None:
         raise RuntimeError(f"call DBPool().init_app(app) on {current_app.name!r} first")
     return found
 
 
-def _begin(app: Flask, **extra: Any) -> None:
-    setattr(g, _BEGUN, monotonic())
+def _on_appcontext_pushed(app: Flask, **extra: Any) -> None:
+    setattr(g, _PUSHED_AT, monotonic())
 
 
-def _enter() -> None:
-    """Name what this thread serves from now on."""
+def _before_request() -> None:
+    """Let holders in this thread carry the endpoint of the request."""
     own = state()
-    own.processes.start()
+    if os.getpid() not in own.publishing_pids and own.processes.start():
+        own.publishing_pids.add(os.getpid())
     if own.settings.details == "always" and not own.warned:
         _warn_of_open_views(own, request.environ.get("SERVER_NAME", ""))
     if request.endpoint is not None:
@@ -174,22 +178,22 @@ def _warn_of_open_views(own: State, address: str) -> None:
         )
 
 
-def _leave(exc: BaseException | None) -> None:
-    """Name what this thread serves again: requests may nest, as a test client's do."""
+def _teardown_request(exc: BaseException | None) -> None:
+    """Restore the endpoint: requests may nest, as a test client's do."""
     if _OUTER in request.environ:
         holders.here.who.endpoint = request.environ.pop(_OUTER)
 
 
-def _end(app: Flask, **extra: Any) -> None:
-    """Take back what was checked out in this application context and is still held.
+def _on_appcontext_tearing_down(app: Flask, **extra: Any) -> None:
+    """Take back the connections that were acquired in this application context and are still held.
 
-    Nothing is committed here: the answer is on its way and could not say that it failed.
+    This never commits: the answer has been sent, and could not say that the commit failed.
     """
-    begun, endpoint = g.pop(_BEGUN, math.inf), g.pop(_ENDPOINT, None)
-    for pool in state().databases.values():
+    pushed_at, endpoint = g.pop(_PUSHED_AT, math.inf), g.pop(_ENDPOINT, None)
+    for pool in state().pools:
         try:
-            _take_back(pool, begun, endpoint)
-        except Exception as ex:  # noqa: BLE001  # one failure must not stop the rest
+            _take_back(pool, pushed_at, endpoint)
+        except Exception as ex:  # noqa: BLE001  # one failure must not stop the others
             logger.error(
                 "pool %r: a connection could not be taken back: %s", pool.name, describe(ex)
             )

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -76,7 +77,7 @@ class Processes:
         directory: str | os.PathLike[str] | None = None,
         app: str = "app",
     ) -> None:
-        self._databases = databases
+        self._pools = {read_text(name): pool for name, pool in databases.items()}
         self._directory = directory
         self._app = re.sub(r"[^A-Za-z0-9_]+", "_", app)
         self._warned: set[str] = set()
@@ -88,8 +89,8 @@ class Processes:
     def start(self) -> bool:
         """Publish each second from now on, in a thread of this process; cheap if it does already.
 
-        Without a directory, or if the system has no thread left, a later call tries again.
-        Returns false as long as later calls are needed.
+        Returns whether that is all: while the directory cannot be used, or the system has no thread
+        left, a later call has to try again.
         """
         state = self._state()
         is_due = not state.is_publishing and time.monotonic() >= state.retry_at
@@ -98,7 +99,7 @@ class Processes:
                 self._start(state)
             finally:
                 state.starting.release()
-        return state.is_publishing
+        return state.is_publishing or self._named_directory() is None
 
     def close(self) -> None:
         """Publish for the last time and stop."""
@@ -123,11 +124,14 @@ class Processes:
         own = self._publish() if scope == "all" else None
         if own is None:
             return self._describe()
-        return self._collect(own.processes[0].key).merge(own.as_of(time.monotonic()))
+        others = self._collect(own.processes[0].key)
+        return replace(own.as_of(time.monotonic()).merge(*others), scope="all")
 
     def collect_others(self) -> Report | None:
         """Return the report of all other processes; None if there is no directory."""
-        return None if self._shared_directory() is None else self._collect("")
+        if self._shared_directory() is None:
+            return None
+        return Report({}, time=time.time()).merge(*self._collect(""))
 
     def report(self, scope: str = "all") -> dict[str, Any]:
         """Return what `collect` does, as JSON types."""
@@ -200,24 +204,27 @@ class Processes:
             written=now,
             uptime=now - state.started_at,
         )
-        pools = {read_text(name): pool.stats() for name, pool in self._databases.items()}
-        return Report(pools, (process,), "process")
+        pools = {name: pool.stats() for name, pool in self._pools.items()}
+        return Report(pools, (process,), "process", time.time())
 
-    def _collect(self, own_key: str) -> Report:
-        """Return the report of all processes but the one of that key."""
+    def _collect(self, own_key: str) -> list[Report]:
+        """Return the reports of all processes but the one of that key."""
         directory = self._shared_directory()
         if directory is None:
-            return Report({})
+            return []
         archived, *living = Archive(directory, self._app, self._warn).collect(own_key)
         now = time.monotonic()
-        return archived.merge(*(part.as_of(now) for part in living))
+        return [archived, *(part.as_of(now) for part in living)]
+
+    def _named_directory(self) -> Path | None:
+        name = self._directory or os.environ.get(STATS_DIR)
+        return Path(name) if name else None
 
     def _shared_directory(self) -> Path | None:
         """Return the shared directory, None if there is none that is private to this user."""
-        name = self._directory or os.environ.get(STATS_DIR)
-        if not name:
+        path = self._named_directory()
+        if path is None:
             return None
-        path = Path(name)
         try:
             found = path.lstat()
         except OSError as ex:
