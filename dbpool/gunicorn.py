@@ -1,9 +1,8 @@
 """Server hooks for gunicorn: `from dbpool.gunicorn import *` in a `gunicorn.conf.py`.
 
-They make the directory through which the workers share their statistics, size the pools by what
-their worker serves at once, publish a worker's statistics from its start, and close the pools
-when it exits. A hook of your own with the same name takes the place of one of these; call the
-one here from it.
+They make the directory through which the workers share their statistics, size the pools by the
+number of requests that a worker serves at once, publish a worker's statistics from its start, and
+close the pools when it exits. If you define a hook of the same name, call the one here from it.
 
 The master imports this. It gets the standard library and `processes._directory` from it, nothing
 else: what the master imports is not reloaded, and comes before gevent patches the standard library.
@@ -22,12 +21,12 @@ from dbpool.processes._files import STATS_DIR
 
 __all__ = ["on_exit", "on_starting", "post_fork", "post_worker_init", "worker_exit"]
 
-_OURS: Final = frozenset({
+_MASTER_MODULES: Final = frozenset({
     "dbpool", "dbpool.gunicorn", "dbpool.processes", "dbpool.processes._directory",
     "dbpool.processes._files",
 })  # fmt: skip
-_THREADED: Final = frozenset({"gunicorn.workers.sync", "gunicorn.workers.gthread"})
-_GREENLETS: Final = "gunicorn.workers.base_async"  # what gevent's and eventlet's are made of
+_THREAD_WORKERS: Final = frozenset({"gunicorn.workers.sync", "gunicorn.workers.gthread"})
+_GREENLET_WORKERS: Final = "gunicorn.workers.base_async"  # the base of gevent's and eventlet's
 
 
 _made: Directory | None = None
@@ -36,11 +35,11 @@ _made: Directory | None = None
 def on_starting(server: Any) -> None:
     """Make the directory for statistics, and remove those that dead masters left behind.
 
-    Without one each worker reports on itself alone, which is a warning.
+    If that is not possible, each worker reports on itself alone, and a warning says so.
     """
     global _made  # noqa: PLW0603  # there is one master in a process
     given = os.environ.pop(STATS_DIR, "")
-    if given and not NAME.fullmatch(Path(given).name):  # not another master's, before SIGUSR2
+    if given and not NAME.fullmatch(Path(given).name):  # not of the master that SIGUSR2 replaces
         os.environ[STATS_DIR] = given
         return
     try:
@@ -58,20 +57,20 @@ def on_starting(server: Any) -> None:
 def post_fork(server: Any, worker: Any) -> None:
     """Let the worker import dbpool anew, unless the master has imported more of it than this.
 
-    After an upgrade or a change, a reload is then one of the whole library.
+    A reload then brings the whole library after an upgrade or a change.
     """
     names = {name for name in sys.modules if name.partition(".")[0] == "dbpool"}
-    if names <= _OURS:
+    if names <= _MASTER_MODULES:
         for name in names:
             del sys.modules[name]
 
 
 def post_worker_init(worker: Any) -> None:
-    """Size the pools by what the worker serves at once, and publish its statistics from now on.
+    """Size the pools by the worker's threads, and publish its statistics from now on.
 
-    A `max_size` that is set stays. Else it is one more than the worker's threads, so that one of
-    them can hold two connections. A worker that does not serve by threads, gevent's say, keeps
-    the default. This is not done by the environment, which would win over a `.env`.
+    A `max_size` that is set stays. Otherwise it is one more than the worker's threads, so that one
+    of them can hold two connections. A worker that does not serve by threads, as gevent's, keeps
+    the default. An environment variable would not do: it would win over a `.env`.
 
     The first worker then compares what all may open with what the servers allow: see
     `python -m dbpool plan`.
@@ -80,9 +79,9 @@ def post_worker_init(worker: Any) -> None:
 
     modules = {cls.__module__ for cls in type(worker).__mro__}
     threads = worker.cfg.threads
-    if _GREENLETS not in modules and (threads > 1 or modules & _THREADED):
-        _size(threads + 1)
-    # Said once, not by each worker.
+    if _GREENLET_WORKERS not in modules and (threads > 1 or modules & _THREAD_WORKERS):
+        _set_max_size(threads + 1)
+    # Only the first worker warns.
     if "gunicorn.workers.ggevent" in modules and worker.age == 1 and _is_patched_too_late():
         worker.log.warning(
             "dbpool: psycopg or dbpool was imported before gevent patched the standard library: a"
@@ -112,8 +111,8 @@ def on_exit(server: Any) -> None:
         _made.remove()
 
 
-def _size(max_size: int) -> None:
-    """Give the pools of this process that default, those also that are made later."""
+def _set_max_size(max_size: int) -> None:
+    """Make that the default of this process's pools, also of those that are made later."""
     from dbpool import _fork
 
     def resize(pool: Any) -> None:
@@ -162,7 +161,7 @@ def _sizing_target(pool: Any, workers: int) -> Any:
 
 
 def _is_patched_too_late() -> bool:
-    """Whether psycopg waits in C, or dbpool keeps per thread what greenlets must not share."""
+    """Whether psycopg waits in C, or dbpool shares among greenlets what belongs to one."""
     waiting, holders = map(sys.modules.get, ("psycopg.waiting", "dbpool.holders"))
     is_blocking = waiting is not None and waiting.wait is getattr(waiting, "wait_c", None)
     return is_blocking or (holders is not None and not isinstance(holders.here, threading.local))

@@ -18,7 +18,7 @@ from dbpool.errors import ConfigError
 from dbpool.flask._access import Authorize, access_denied, public, restricted
 from dbpool.flask._errors import retry_after
 from dbpool.flask._extension import KEY, State
-from dbpool.health import DEGRADED, UP
+from dbpool.metrics import PoolState
 
 logger = logging.getLogger("dbpool")
 
@@ -129,7 +129,7 @@ def _detail(own: State) -> AnyResponse:
 
 def _health_response(health: Mapping[str, Any], seconds: float | None) -> Response:
     answer = jsonify(health)
-    if health["status"] not in (UP, DEGRADED):
+    if health["status"] not in (PoolState.UP, PoolState.DEGRADED):
         answer.status_code = 503
         answer.headers["Retry-After"] = retry_after(seconds)
     return answer

@@ -1,4 +1,4 @@
-"""What a client gets when a pool could not serve: 503, and when to come back."""
+"""The answers to a pool's errors: 503, and when to try again."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from dbpool.errors import (
 logger = logging.getLogger("dbpool")
 
 _ERRORS: Final = (PoolError, PoolClosed, TooManyRequests)
-# Where libraries keep the error of the driver that they wrap, beside `__cause__`.
-_ORIGINALS: Final = ("orig", "original_exc")
+# Attributes in which libraries keep the driver's error that they wrap, beside `__cause__`.
+_WRAPPED_ERRORS: Final = ("orig", "original_exc")
 _MAX_DEPTH: Final = 5  # wrappers around wrappers
 
 _PAGE: Final = """\
@@ -38,26 +38,26 @@ _PAGE: Final = """\
 
 
 def register_error_handlers(app: Flask) -> None:
-    """Answer a pool's errors with 503, as JSON or HTML by what the client accepts.
+    """Answer a pool's errors with 503, as JSON or HTML as the client accepts.
 
-    Also where a library wraps them into errors of its own. Handlers of the application's own
-    for the same exceptions stay.
+    That includes errors of libraries that wrap them. The application's own handlers for the same
+    exceptions stay.
     """
-    theirs = app.error_handler_spec[None][None]
+    existing = app.error_handler_spec[None][None]
     for error in _ERRORS:
-        if error not in theirs:
+        if error not in existing:
             app.register_error_handler(error, _answer)
-    # The least specific handler of all: whatever the application handles itself comes first.
-    if Exception not in theirs:
+    # The least specific handler of all: the application's own handlers come first.
+    if Exception not in existing:
         app.register_error_handler(Exception, _answer_wrapped)
 
 
 def _answer_wrapped(exc: Exception) -> Any:
-    """Answer for an exception that wraps a pool's error; any other goes on as if unhandled."""
+    """Answer an exception that wraps a pool's error; raise any other as if it were unhandled."""
     if isinstance(exc, HTTPException):
-        # Flask's own 500 for what nobody handled comes here a second time.
-        is_last = getattr(exc, "original_exception", None) is not None
-        if is_last or not current_app.trap_http_exception(exc):
+        # Flask's own 500 for an unhandled exception comes here a second time.
+        is_final = getattr(exc, "original_exception", None) is not None
+        if is_final or not current_app.trap_http_exception(exc):
             return exc
         raise exc
     found = _wrapped(exc)
@@ -67,26 +67,26 @@ def _answer_wrapped(exc: Exception) -> Any:
 
 
 def _wrapped(exc: object, depth: int = 0) -> Exception | None:
-    """Find a pool's error behind the errors of the libraries that it came through.
+    """Return the pool's error that *exc* wraps, if there is one.
 
     SQLAlchemy, Django and others chain it as the cause; peewee and pony keep it as an attribute.
-    An error that was raised while another was handled, without `from`, is one of its own.
+    `__context__` does not count: an error raised without `from` does not wrap the one it followed.
     """
     if depth > _MAX_DEPTH or not isinstance(exc, Exception):
         return None
     if isinstance(exc, _ERRORS):
         return exc
-    if isinstance(exc, ExceptionGroup):  # of a task group; one that holds a bug too is a bug
+    if isinstance(exc, ExceptionGroup):  # of a task group; if it holds a bug too, it is a bug
         members = [_wrapped(each, depth + 1) for each in exc.exceptions]
         return members[0] if all(members) else None
-    originals = [exc.__cause__, *(vars(exc).get(name) for name in _ORIGINALS)]
-    found = (_wrapped(each, depth + 1) for each in originals)
+    candidates = [exc.__cause__, *(vars(exc).get(name) for name in _WRAPPED_ERRORS)]
+    found = (_wrapped(each, depth + 1) for each in candidates)
     return next(filter(None, found), None)
 
 
 def _answer(exc: Exception) -> Response:
-    # The client learns no more than it needs: hosts, roles and holders stay in the log. What befalls
-    # many requests at once is told by the pool, once per episode, and not for each of them.
+    # The client learns no more than it needs: hosts, roles and holders stay in the log. For errors
+    # that many requests get at once the pool logs one line per episode.
     status = 500 if isinstance(exc, CommitUncertain) else 503
     if not isinstance(exc, (DatabaseUnavailable, PoolExhausted, TooManyRequests)):
         name = type(exc).__name__
@@ -106,7 +106,7 @@ def _answer(exc: Exception) -> Response:
     answer.status_code = status
     answer.headers["Cache-Control"] = "no-store"
     answer.headers["X-Content-Type-Options"] = "nosniff"
-    if status == 503:  # what may have happened already must not be tried again blindly
+    if status == 503:  # not 500: what may have been committed must not be tried again
         answer.headers["Retry-After"] = retry_after(getattr(exc, "retry_after", 0.0))
     return answer
 
@@ -122,8 +122,8 @@ def _prefers_html() -> bool:
 def retry_after(seconds: float | None) -> str:
     """Return a `Retry-After`: whole seconds, at least one.
 
-    Up to half as much again, and two seconds at least, is added by chance: clients that were
-    refused together should not come back together.
+    A random part of up to a half, or up to two seconds, is added: clients that were rejected
+    together should not come back together.
     """
     soonest = max(1, math.ceil(seconds or 0.0))
     return str(random.randint(soonest, soonest + max(2, soonest // 2)))  # noqa: S311  # no secret

@@ -1,7 +1,7 @@
-"""Liveness, readiness and details of an application's databases and of its own checks.
+"""Liveness, readiness and details of an application's databases, and of its own checks.
 
-Liveness touches no database. Readiness asks through the pools that serve, never by a pool of its
-own, and accepts a recent healthy return as proof. It tells a busy database from one that is down.
+Liveness touches no database. Readiness asks through the pools that serve requests, and accepts a
+connection that was returned healthy a moment ago as proof. A busy database is not a down one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any, Final
 
@@ -18,38 +19,37 @@ from dbpool.databases import Databases, shown_name
 from dbpool.errors import ConfigError, PoolError
 from dbpool.health._server_info import ping_database, read_server_info
 from dbpool.health._single_flight import Call, SingleFlight
+from dbpool.metrics import PoolState
 from dbpool.pool import Pool
 
 __all__ = ["Health", "Readiness"]
 
 logger = logging.getLogger("dbpool")
 
-UP: Final = "up"
-DEGRADED: Final = "degraded"
-STARTING: Final = "starting"
-DOWN: Final = "down"
-
-BOUND: Final = 0.5  # seconds for all databases together
-_PROOF_AGE: Final = 2.0  # seconds: a healthy return this recent proves life
-_SERVER_INFO_AGE: Final = 5.0  # seconds that server info is kept
+TIMEOUT: Final = 0.5  # seconds, for all databases together
+_MAX_PROOF_AGE: Final = 2.0  # seconds: a healthy return that recent proves that the server serves
+_MAX_INFO_AGE: Final = 5.0  # seconds that server info is kept
+_UP: Final = frozenset({PoolState.UP})
+_SERVING: Final = frozenset({PoolState.UP, PoolState.DEGRADED})
+_NOT_SERVING: Final = frozenset({PoolState.DOWN, PoolState.STOPPED})
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether the application can serve, with a status word for each part of it."""
+    """Whether the application can serve requests, with a status for each part of it."""
 
-    status: str
-    databases: Mapping[str, str]
-    checks: Mapping[str, str] = field(default_factory=dict)
+    status: PoolState
+    databases: Mapping[str, PoolState]
+    checks: Mapping[str, PoolState] = field(default_factory=dict)
     retry_after: float | None = None
 
     @property
     def is_ready(self) -> bool:
         """Whether requests should be sent here."""
-        return self.status in (UP, DEGRADED)
+        return self.status in _SERVING
 
     def to_json(self) -> dict[str, Any]:
-        """Return the status words, safe to show to anybody."""
+        """Return the status words, which anybody may see."""
         words: dict[str, Any] = {"status": self.status, "databases": dict(self.databases)}
         return words | {"checks": dict(self.checks)} if self.checks else words
 
@@ -63,17 +63,17 @@ class _Check:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What came of a check. `error` is the name of what was raised, never its text."""
+    """The result of a check; `error` is the exception's type, never its text."""
 
-    status: str
+    status: PoolState
     seconds: float | None = None
     error: str | None = None
 
 
 class Health:
-    """The health of some databases, and of whatever else `add` names.
+    """The health of databases, and of the checks that `add` adds.
 
-    Without *required* databases the application is not ready; the others only degrade it.
+    While a *required* database is down the application is not ready; the others only degrade it.
     """
 
     def __init__(self, databases: Databases, required: Iterable[str] = ("default",)) -> None:
@@ -95,13 +95,13 @@ class Health:
         check: Callable[[], object],
         *,
         required: bool = False,
-        timeout: float = BOUND,
+        timeout: float = TIMEOUT,
     ) -> None:
-        """Run *check* with each question too, in a thread of its own, for at most *timeout* seconds.
+        """Also run *check* for each question, in a thread of its own and at most *timeout* seconds.
 
-        It is up when it returns None or True, and down when it returns False, raises, or
-        takes too long. What it raises is logged; its text is never shown. Raises
-        `ConfigError` for a name that is taken, a check that cannot be called, or a wrong timeout.
+        Its status is up if it returns None or True, down if it returns False, raises or takes too
+        long. The exception is logged; its text is never shown. Raises `ConfigError` if the name is
+        taken, the check cannot be called, or the timeout is wrong.
         """
         if name in self._databases or name in self._checks:
             raise ConfigError(f"there is a check called {name!r} already")
@@ -112,34 +112,33 @@ class Health:
         self._checks[name] = _Check(check, required, timeout)
 
     def live(self) -> dict[str, str]:
-        """Say that the process serves; touches no database and runs no check."""
-        return {"status": UP}
+        """Answer that the process serves; touches no database and runs no check."""
+        return {"status": PoolState.UP}
 
     def ready(self) -> Readiness:
-        """Ask all databases and checks, side by side, within their bounds."""
+        """Ask all databases and checks at the same time, each within its timeout."""
         checks = self._start_checks()
         return self._evaluate(self._ask_databases(), self._await_checks(checks))
 
     def detail(self) -> dict[str, Any]:
         """Return what a trusted reader may know: latencies, servers, last errors.
 
-        Server info is at most some seconds old, and missing if the server does not answer within
-        the bound.
+        Server info is a few seconds old at most, and missing if the server does not answer in time.
         """
-        deadline = monotonic() + BOUND
+        deadline = monotonic() + TIMEOUT
         checks = self._start_checks()
-        words = self._ask_databases()
+        states = self._ask_databases()
         reads = self._start_reads()
         outcomes = self._await_checks(checks)
         for name, call in reads.items():
             if not call.wait(deadline - call.started):
                 continue
             if call.error is None:
-                self._logged_failures.pop(("facts", name), None)
+                self._logged_failures.pop(("server info", name), None)
             elif not isinstance(call.error, PoolError):  # the pool itself logs those
-                self._log_failure("facts", name, call.error)
-        ready = self._evaluate(words, outcomes)
-        details = {name: self._describe(name, pool, words[name]) for name, pool in self._items()}
+                self._log_failure("server info", name, call.error)
+        ready = self._evaluate(states, outcomes)
+        details = {name: self._describe(name, pool, states[name]) for name, pool in self._items()}
         answer = ready.to_json() | {"databases": details, "retry_after": ready.retry_after}
         if outcomes:
             answer["checks"] = {
@@ -151,24 +150,26 @@ class Health:
     def _items(self) -> list[tuple[str, Pool[Any]]]:
         return list(self._databases.items())
 
-    def _evaluate(self, databases: dict[str, str], outcomes: dict[str, _Outcome]) -> Readiness:
+    def _evaluate(
+        self, databases: dict[str, PoolState], outcomes: dict[str, _Outcome]
+    ) -> Readiness:
         checks = {name: outcome.status for name, outcome in outcomes.items()}
         required = {databases[name] for name in self._required}
-        required |= {word for name, word in checks.items() if self._checks[name].required}
-        if DOWN in required:
-            status = DOWN
-        elif STARTING in required:
-            status = STARTING
+        required |= {state for name, state in checks.items() if self._checks[name].required}
+        if PoolState.DOWN in required:
+            status = PoolState.DOWN
+        elif PoolState.STARTING in required:
+            status = PoolState.STARTING
         else:
-            well = {*databases.values(), *checks.values()} <= {UP}
-            return Readiness(UP if well else DEGRADED, databases, checks)
+            is_up = _UP.issuperset([*databases.values(), *checks.values()])
+            return Readiness(PoolState.UP if is_up else PoolState.DEGRADED, databases, checks)
         waits = [self._databases[name].breaker.retry_after or 0.0 for name in self._required]
         return Readiness(status, databases, checks, max(1.0, *waits, 0.0))
 
-    def _describe(self, name: str, pool: Pool[Any], word: str) -> dict[str, Any]:
+    def _describe(self, name: str, pool: Pool[Any], state: PoolState) -> dict[str, Any]:
         read_at, info = self._server_info.get(name, (None, {}))
         return {
-            "status": word,
+            "status": state,
             "breaker": pool.breaker.state,
             "last_error": pool.breaker.last_error,
             "facts_age": None if read_at is None else monotonic() - read_at,
@@ -177,45 +178,47 @@ class Health:
 
     # Databases
 
-    def _ask_databases(self) -> dict[str, str]:
-        words = {name: _known_status(pool) for name, pool in self._items()}
+    def _ask_databases(self) -> dict[str, PoolState]:
+        """Return the state of each database; those in doubt are pinged at the same time."""
+        known = {name: _known_state(pool) for name, pool in self._items()}
         calls = {
-            name: self._calls.start(("ready", name), _ping_of(self._databases[name]))
-            for name, word in words.items()
-            if word is None
+            name: self._calls.start(("ready", name), partial(ping_database, pool, TIMEOUT))
+            for name, pool in self._items()
+            if known[name] is None
         }
-        answers: dict[str, str] = {}
-        for name, word in words.items():
-            if word is not None:
-                answers[name] = word
-            elif calls[name].wait(BOUND) and calls[name].error is None:
-                answers[name] = UP
-            else:
-                answers[name] = _status_without_answer(self._databases[name])
-        return answers
+        return {
+            name: known[name] or self._await_ping(pool, calls[name]) for name, pool in self._items()
+        }
+
+    def _await_ping(self, pool: Pool[Any], call: Call[None]) -> PoolState:
+        if call.wait(TIMEOUT) and call.error is None:
+            return PoolState.UP
+        if pool.state in _NOT_SERVING:
+            return PoolState.DOWN
+        return PoolState.STARTING if pool.last_seen is None else PoolState.DEGRADED
 
     def _start_reads(self) -> dict[str, Call[None]]:
-        """Read the server info of each database whose info is missing or too old."""
+        """Start to read the server info of each database that has none, or too old a one."""
         now = monotonic()
         stale = [
             (name, pool)
             for name, pool in self._items()
-            if pool.state == UP
-            and now - self._server_info.get(name, (-math.inf, {}))[0] > _SERVER_INFO_AGE
+            if pool.state == PoolState.UP
+            and now - self._server_info.get(name, (-math.inf, {}))[0] > _MAX_INFO_AGE
         ]
         return {
-            name: self._calls.start(("facts", name), self._read_of(name, pool))
+            name: self._calls.start(("server info", name), self._read_of(name, pool))
             for name, pool in stale
         }
 
     def _read_of(self, name: str, pool: Pool[Any]) -> Callable[[], None]:
         def read() -> None:
-            info = read_server_info(pool, BOUND)
+            info = read_server_info(pool, TIMEOUT)
             self._server_info[name] = (monotonic(), info)
 
         return read
 
-    # Checks of the application's own
+    # The application's own checks
 
     def _start_checks(self) -> dict[str, Call[object]]:
         return {
@@ -233,43 +236,33 @@ class Health:
             error = call.error
         elif call.result is None or isinstance(call.result, bool):
             self._logged_failures.pop(("check", name), None)
-            return _Outcome(DOWN if call.result is False else UP, call.seconds)
+            state = PoolState.DOWN if call.result is False else PoolState.UP
+            return _Outcome(state, call.seconds)
         else:
-            error = TypeError(f"it answered with {_type_name(call.result)}, not None or a bool")
+            error = TypeError(f"it returned {_type_name(call.result)}, not None or a bool")
         self._log_failure("check", name, error)
-        return _Outcome(DOWN, call.seconds, _type_name(error))
+        return _Outcome(PoolState.DOWN, call.seconds, _type_name(error))
 
     def _log_failure(self, what: str, name: str, error: BaseException) -> None:
-        """Log a failure once, and again when its kind changes or after it was well."""
+        """Log a failure once, and again if its kind changes or it comes back."""
         kind = _type_name(error)
         if self._logged_failures.get((what, name)) != kind:
             self._logged_failures[what, name] = kind
             logger.warning("health: %s %r failed: %s: %s", what, name, kind, _text_of(error))
 
 
-def _known_status(pool: Pool[Any]) -> str | None:
-    """The status word that needs no round trip; None if the database has to be pinged."""
-    if pool.state in ("stopped", DOWN):
-        return DOWN
+def _known_state(pool: Pool[Any]) -> PoolState | None:
+    """Return the state that needs no round trip, None if the database has to be pinged."""
+    if pool.state in _NOT_SERVING:
+        return PoolState.DOWN
     stats = pool.stats()
     busy = stats.active >= stats.max_size
     last_seen = pool.last_seen
-    if last_seen is not None and monotonic() - last_seen <= _PROOF_AGE:
-        return DEGRADED if busy and stats.waiting else UP
+    if last_seen is not None and monotonic() - last_seen <= _MAX_PROOF_AGE:
+        return PoolState.DEGRADED if busy and stats.waiting else PoolState.UP
     if last_seen is not None and busy:
-        return DEGRADED
+        return PoolState.DEGRADED
     return None
-
-
-def _ping_of(pool: Pool[Any]) -> Callable[[], None]:
-    return lambda: ping_database(pool, BOUND)
-
-
-def _status_without_answer(pool: Pool[Any]) -> str:
-    """The status word of a database that did not answer a ping in time."""
-    if pool.state in ("stopped", DOWN):
-        return DOWN
-    return STARTING if pool.last_seen is None else DEGRADED
 
 
 def _type_name(value: object) -> str:

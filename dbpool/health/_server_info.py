@@ -1,4 +1,4 @@
-"""Questions to a server over a pooled connection: a ping, and what the server says of itself."""
+"""Queries to a server over a pooled connection: a ping, and information about the server."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from psycopg.pq import ExecStatus
 from dbpool.liveness import ping, run_query
 from dbpool.pool import Pool
 
-# An ordinary role does not see the backend_type of other users' sessions. It sees their database,
-# and background processes have none.
+# An ordinary role cannot see the backend_type of other users' sessions. It can see their database;
+# background processes have none.
 _STATEMENT: Final = b"""
 select json_build_object(
     'server_version', current_setting('server_version'),
@@ -36,26 +36,30 @@ select json_build_object(
 
 
 def read_server_info(pool: Pool[Any], timeout: float) -> dict[str, Any]:
-    """Ask a pool's server about itself over one of its connections.
+    """Return information about a pool's server, over one of the pool's connections.
 
-    Each of the three steps, checkout included, takes at most *timeout* seconds. `latency` is
-    that of an empty round trip, in seconds.
+    Each of the three steps, the checkout included, takes at most *timeout* seconds. `latency` is
+    the duration of an empty round trip, in seconds.
     """
     with pool.connection(timeout=timeout) as conn:
         try:
             started = monotonic()
             ping(conn, timeout)
             latency = monotonic() - started
-            return {"latency": latency, **_ask(conn, timeout), "tls": bool(conn.pgconn.ssl_in_use)}
+            return {
+                "latency": latency,
+                **_query_info(conn, timeout),
+                "tls": bool(conn.pgconn.ssl_in_use),
+            }
         except psycopg.OperationalError:
-            conn.pgconn.finish()  # it may still be waiting for an answer
+            conn.pgconn.finish()  # an answer may still come
             raise
 
 
 def ping_database(pool: Pool[Any], timeout: float) -> None:
-    """Make one round trip over one of a pool's connections, opening it if need be.
+    """Make one round trip over one of a pool's connections; opens the pool if it is not open yet.
 
-    Takes at most *timeout* seconds; raises what `Pool.connection` raises, and
+    Takes at most *timeout* seconds. Raises what `Pool.connection` raises, or
     `psycopg.OperationalError`.
     """
     deadline = monotonic() + timeout
@@ -63,11 +67,11 @@ def ping_database(pool: Pool[Any], timeout: float) -> None:
         try:
             ping(conn, max(0.001, deadline - monotonic()))
         except psycopg.OperationalError:
-            conn.pgconn.finish()  # a rollback would wait for the answer that did not come
+            conn.pgconn.finish()  # a rollback would wait for the missing answer
             raise
 
 
-def _ask(conn: Connection[Any], timeout: float) -> dict[str, Any]:
+def _query_info(conn: Connection[Any], timeout: float) -> dict[str, Any]:
     result = run_query(conn, _STATEMENT, timeout)
     if result.status != ExecStatus.TUPLES_OK:
         raise psycopg.DatabaseError(result.get_error_message())

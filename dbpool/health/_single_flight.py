@@ -1,4 +1,4 @@
-"""Calls in threads of their own: whoever asks for one that is under way shares its answer."""
+"""Calls in threads of their own; a second caller shares the result of the call under way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Call(Generic[T]):
-    """A call under way in a thread of its own, which may never return.
+    """A call in a thread of its own, which may never return.
 
     `started` is on the monotonic clock; `seconds` is how long it took, None while it runs.
     """
@@ -23,53 +23,53 @@ class Call(Generic[T]):
         self.started = monotonic()
         self.seconds: float | None = None
 
-    def wait(self, bound: float) -> bool:
-        """Wait until *bound* seconds after its start, not after now; say whether it has ended."""
-        return bool(wait([self.future], max(0.0, self.started + bound - monotonic())).done)
+    def wait(self, timeout: float) -> bool:
+        """Wait until *timeout* seconds after the call's start; return whether it has ended."""
+        return bool(wait([self.future], max(0.0, self.started + timeout - monotonic())).done)
 
     @property
     def error(self) -> BaseException | None:
-        """What an ended call raised, without its traceback; None if it returned."""
+        """The exception of a call that has ended, without its traceback; None if it returned."""
         return self.future.exception()
 
     @property
     def result(self) -> T:
-        """What an ended call returned; raises what it raised."""
+        """The result of a call that has ended; raises what the call raised."""
         return self.future.result()
 
 
 class SingleFlight:
-    """The calls under way, by key: at most one thread for each key, however many ask."""
+    """The calls under way by key: at most one thread for each key, however many callers ask."""
 
     def __init__(self) -> None:
-        # Changed by single operations only, which are atomic, so that no lock can be held
-        # across a fork. The pid keeps a child from waiting for its parent's threads.
+        # Only atomic operations change it: a lock could be held across a fork. With the pid in the
+        # key a child does not wait for threads of its parent.
         self._calls: dict[tuple[int, Hashable], Call[Any]] = {}
 
     def start(self, key: Hashable, fn: Callable[[], T]) -> Call[T]:
         """Start *fn*, or join the call under way for *key*."""
         own: Call[T] = Call()
-        where = (os.getpid(), key)
-        call = self._calls.setdefault(where, own)
+        own_key = (os.getpid(), key)
+        call = self._calls.setdefault(own_key, own)
         if call is own:
             thread = threading.Thread(
-                target=self._run, args=(where, own, fn), name=f"dbpool-ask-{key}", daemon=True
+                target=self._run, args=(own_key, own, fn), name=f"dbpool-ask-{key}", daemon=True
             )
             try:
                 thread.start()
             except RuntimeError as ex:  # the system has no more threads
-                self._calls.pop(where)
+                self._calls.pop(own_key)
                 own.future.set_exception(ex)
         return call
 
-    def _run(self, where: tuple[int, Hashable], call: Call[T], fn: Callable[[], T]) -> None:
+    def _run(self, own_key: tuple[int, Hashable], call: Call[T], fn: Callable[[], T]) -> None:
         error: BaseException | None = None
         try:
             result = fn()
         except BaseException as ex:  # noqa: BLE001  # a user's callable may raise anything
             error = ex.with_traceback(None)
         call.seconds = monotonic() - call.started
-        self._calls.pop(where, None)  # before the answer is there: a later caller asks anew
+        self._calls.pop(own_key, None)  # before the result is set: a later caller asks again
         if error is not None:
             call.future.set_exception(error)
         else:
