@@ -1,7 +1,7 @@
-"""Secrets: the strings that hold one do not show it, and texts are cleared of it before they leave.
+"""Secrets: strings that do not show what they hold, and masks for texts that leave the process.
 
-What comes from a user, an environment or a file is concealed as soon as it is read, so that the
-local variables of a frame, which error trackers and debuggers collect, show nothing.
+What a user, the environment or a file gives is concealed as soon as it is read: error trackers and
+debuggers collect the local variables of frames.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from psycopg import pq
 
 T = TypeVar("T")
 
-# The parameters that libpq marks as secret, and those that it does not mark or may not know yet.
+# libpq's secret parameters: those it marks so, and those that it does not mark or know yet.
 SECRET: Final = frozenset(
     {option.keyword.decode() for option in pq.Conninfo.parse(b"") if option.dispchar == b"*"}
     | {"password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"}
 )
-# Keys of what may hold a secret and yet be no string, such as a number or a URL of pydantic's.
+# Keys whose values may hold a secret without being strings: a number, or pydantic's URL.
 _TEXTS: Final = re.compile(rf"(?i:url)$|^(?:{'|'.join(sorted(SECRET))})$")
 MASK: Final = "***"
-_SHORT: Final = 4  # characters: where a shorter secret is masked, the gaps would show it
+_MIN_LENGTH: Final = 4  # characters: the gaps left by a shorter secret would show what it is
 
-# Parameters of libpq whose value is anybody's to choose. Another's may be a secret in the wrong
-# place, unless it is harmless: a number, one of libpq's words, or a path of plain words.
-_FREE: Final = re.compile(
+# Parameters of libpq that take any text. The value of another parameter may be a misplaced secret,
+# unless it is harmless: a number, one of libpq's words, or a path of plain words.
+_FREE_TEXT: Final = re.compile(
     "host|dbname|user|options|service|client_encoding|(?:fallback_)?application_name"
     "|gsslib|krbsrvname|requirepeer|oauth_(?:issuer|client_id|scope)"
 )
@@ -53,17 +53,14 @@ _ASSIGNED: Final = re.compile(
 
 
 class Secret(str):
-    """A string that shows itself on purpose only: by `str()` and formatting, never by `repr()`.
-
-    Copies keep it; pickling raises `TypeError`.
-    """
+    """A string that `str()` and formatting show, but never `repr()`; pickling raises `TypeError`."""
 
     __slots__ = ()
 
     def __repr__(self) -> str:
         return f"'{MASK}'"
 
-    def __getitem__(self, key: Any) -> Secret:  # what cuts long values off shows no part either
+    def __getitem__(self, key: Any) -> Secret:  # loggers cut long values off: a part is secret too
         return Secret(super().__getitem__(key))
 
     def __copy__(self, memo: object = None) -> Self:
@@ -76,7 +73,7 @@ class Secret(str):
 
 
 def conceal(value: Any) -> Any:
-    """Return a string as a `Secret`, and so what a mapping or list holds; else *value* itself."""
+    """Return a string as a `Secret`, also inside a mapping or list; return any other value as it is."""
     if isinstance(value, Mapping):
         return {k: conceal(str(v) if v and _TEXTS.search(str(k)) else v) for k, v in value.items()}
     if isinstance(value, list):
@@ -85,7 +82,7 @@ def conceal(value: Any) -> Any:
 
 
 def conceal_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return connection parameters as a dict in which only what holds a secret is concealed."""
+    """Return connection parameters as a dict; only those that hold a secret are concealed."""
     return {key: _conceal_param(key, value) for key, value in params.items()}
 
 
@@ -95,45 +92,46 @@ def _conceal_param(key: str, value: Any) -> Any:
     return str(value) if isinstance(value, str) else value
 
 
-def is_doubtful(value: object, key: str = "") -> bool:
-    """Whether *value*, of a parameter of libpq or any other, could be a secret in its place."""
-    is_free = not isinstance(value, str) or _FREE.fullmatch(key)
+def may_be_secret(value: object, key: str = "") -> bool:
+    """Whether *value* could be a misplaced secret; *key* is the parameter of libpq that has it."""
+    is_free = not isinstance(value, str) or _FREE_TEXT.fullmatch(key)
     return not is_free and not _HARMLESS.fullmatch(str(value))
 
 
 def safe_repr(value: object) -> str:
-    """Return *value* for a message if it cannot be a secret, else only what it is."""
+    """Return *value* as a message may quote it: its `repr`, or only its kind if it may be secret."""
     if isinstance(value, str):
-        return "a text (hidden, as it may be a secret)" if is_doubtful(value) else repr(str(value))
-    is_plain = value is None or isinstance(value, (bool, int, float))
+        hidden = "a text (hidden, as it may be a secret)"
+        return hidden if may_be_secret(value) else repr(str(value))
+    is_plain = isinstance(value, (int, float, type(None)))
     return repr(value) if is_plain else f"a {type(value).__name__}"
 
 
 def conceals_fields(cls: type[T]) -> type[T]:
-    """Have a dataclass made of concealed strings: its generated `__init__` has them as locals."""
-    made: Callable[..., None] = cls.__init__
+    """Make a dataclass conceal its arguments: its `__init__` keeps them as local variables."""
+    generated: Callable[..., None] = cls.__init__
 
-    @wraps(made)
-    def __init__(self: T, *args: Any, **fields: Any) -> None:  # noqa: N807  # it becomes that
+    @wraps(generated)
+    def __init__(self: T, *args: Any, **fields: Any) -> None:  # noqa: N807  # it replaces that
         args, fields = tuple(map(conceal, args)), conceal(fields)
-        made(self, *args, **fields)
+        generated(self, *args, **fields)
 
     cls.__init__ = __init__  # type: ignore[assignment]
     return cls
 
 
 def printable(text: str) -> str:
-    """Return *text* on one line, with a space for each run of control characters and blanks."""
+    """Return *text* on one line; a space replaces each run of blanks and control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def mask(text: str, secrets: Collection[str] = ()) -> str:
-    """Return *text* printable, and each secret in it replaced, as it is or percent-encoded.
+    """Return *text* printable, with *secrets* replaced, plain, quoted or percent-encoded.
 
-    Any password in a URL or after its keyword is replaced too. With a secret of fewer than four
-    characters nothing of the text is returned.
+    A password in a URL or after its keyword is always replaced. Nothing of the text is returned if
+    a secret has fewer than four characters.
     """
-    if any(0 < len(secret) < _SHORT for secret in secrets):
+    if any(0 < len(secret) < _MIN_LENGTH for secret in secrets):
         return "(text left out: a secret is too short to be masked in it)"
     text = printable(text)
     quoted = (quote, quote_plus, partial(quote, safe=""), lambda s: repr(str(s))[1:-1], json.dumps)
@@ -144,12 +142,12 @@ def mask(text: str, secrets: Collection[str] = ()) -> str:
 
 
 def mask_value(value: object, key: str = "") -> str:
-    """Return a value for a view: of a free parameter of libpq masked text, else what is harmless."""
-    return MASK if key in SECRET or is_doubtful(value, key) else mask(str(value))
+    """Return a value for a view, masked; all of it, if it may be a misplaced secret."""
+    return MASK if key in SECRET or may_be_secret(value, key) else mask(str(value))
 
 
 def _mask_forms(text: str) -> str:
-    """Replace passwords in URLs, cut off ones too, and after keywords; in linear time."""
+    """Replace passwords after keywords and in URLs, also in one that is cut off; in linear time."""
     words = (_mask_url(word) if "://" in word else word for word in text.split(" "))
     return _ASSIGNED.sub(rf"\1\2{MASK}", " ".join(words))
 
@@ -163,10 +161,11 @@ def _mask_url(word: str) -> str:
 
 
 def secrets_of(params: Mapping[str, Any], pgconn: Any = None) -> set[str]:
-    """Return the secrets of *params*, and those that libpq really used, wherever it had them."""
+    """Return the secrets of *params*, and those that libpq used, wherever it found them."""
     found = [(key, str(value)) for key, value in params.items() if value]
-    with suppress(AttributeError, psycopg.Error):  # no connection, or nothing is known of it
-        used = [(o.keyword.decode(), o.val) for o in pgconn.info if o.val]
-        used.append(("password", pgconn.password))  # a password file's too
+    with suppress(AttributeError, psycopg.Error):  # there is no connection, or it is closed
+        used = [(option.keyword.decode(), option.val) for option in pgconn.info if option.val]
+        used.append(("password", pgconn.password))  # may come from a password file
         found += [(key, value.decode(errors="replace")) for key, value in used]
-    return {Secret(v) for k, v in found if k in SECRET or (is_doubtful(v, k) and v[_SHORT - 1 :])}
+    doubtful = {v for k, v in found if may_be_secret(v, k) and len(v) >= _MIN_LENGTH}
+    return {Secret(v) for k, v in found if k in SECRET or v in doubtful}

@@ -1,4 +1,4 @@
-"""Several databases by name: their settings, and one mapping of pools over them."""
+"""Several databases by name: their settings, and a mapping of their pools."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from time import monotonic
-from types import TracebackType
 from typing import Any, Self
 
 from dbpool._secrets import conceal, safe_repr
@@ -24,7 +23,7 @@ from dbpool.settings import (
     warn_of_unknown,
 )
 from dbpool.settings._parsing import did_you_mean
-from dbpool.settings._sources import Dotenv, find, read_sources
+from dbpool.settings._sources import Dotenv, Environ, find, read_sources
 
 __all__ = ["Databases", "databases_from_env", "settings_from_config"]
 
@@ -36,27 +35,24 @@ _PREFIXES = ("DBPOOL_", "DATABASE_URL")  # of our keys in an application's confi
 class Databases(Mapping[str, Pool[Any]]):
     """The pools of an application by name, the default one first.
 
-    They are made at once and open themselves on first use. As a context manager it closes
-    them at the end. *options* go to every `Pool`: `configure`, `kwargs`, `connection_class` ...
+    The pools are made at once and open themselves on first use; as a context manager the mapping
+    closes them. *options* go to every `Pool`: `configure`, `kwargs`, `connection_class` ...
     """
 
     def __init__(
         self, settings: Mapping[str, Settings], listeners: Iterable[Any] = (), **options: Any
     ) -> None:
         settings, options = conceal(settings), conceal(options)
-        heard = validate_listeners(listeners)
+        listeners = validate_listeners(listeners)
         self._pools: dict[str, Pool[Any]] = {}
         for name, each in settings.items():
-            self._pools[name] = Pool(settings=each, listeners=heard, **options)
+            self._pools[name] = Pool(settings=each, listeners=listeners, **options)
 
     @classmethod
     def from_env(
-        cls,
-        environ: Mapping[str, str] | None = None,
-        dotenv: Dotenv = None,
-        listeners: Iterable[Any] = (),
-        **options: Any,
-    ) -> Self:
+        cls, environ: Environ = None, dotenv: Dotenv = None, listeners: Iterable[Any] = (),
+        **options: Any
+    ) -> Self:  # fmt: skip
         """Make the default pool and those of `DBPOOL_DATABASES`. Raises `ConfigError`."""
         environ, options = conceal(environ), conceal(options)
         return cls(databases_from_env(environ, dotenv), listeners, **options)
@@ -72,7 +68,7 @@ class Databases(Mapping[str, Pool[Any]]):
             pool.open()
 
     def close(self, timeout: float = 2.0) -> None:
-        """Close all in reverse order, within *timeout* seconds; a failure stops nothing."""
+        """Close all pools in reverse order, within *timeout* seconds; log failures and go on."""
         deadline = monotonic() + timeout
         for name, pool in reversed(self._pools.items()):
             try:
@@ -86,7 +82,7 @@ class Databases(Mapping[str, Pool[Any]]):
         except KeyError:
             name = conceal(name)
             known = ", ".join(self._pools)
-            raise KeyError(f"no database {shown_name(name)}, only {known}") from None
+            raise KeyError(f"no database {safe_name(name)}, only {known}") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._pools
@@ -103,54 +99,36 @@ class Databases(Mapping[str, Pool[Any]]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
-def databases_from_env(
-    environ: Mapping[str, str] | None = None, dotenv: Dotenv = None
-) -> dict[str, Settings]:
+def databases_from_env(environ: Environ = None, dotenv: Dotenv = None) -> dict[str, Settings]:
     """Return the settings of the default database and of `DBPOOL_DATABASES`, in order."""
     environ = conceal(environ)
-    sources = read_sources(environ, dotenv)
-    names = names_in(sources)
-    warn_of_unknown(sources, names)
-    return _databases(sources, names, {})
+    return settings_from_config({}, environ, dotenv)
 
 
 def settings_from_config(
-    config: Mapping[str, Any],
-    environ: Mapping[str, str] | None = None,
-    dotenv: Dotenv = None,
+    config: Mapping[str, Any], environ: Environ = None, dotenv: Dotenv = None
 ) -> dict[str, Settings]:
     """Return the settings of all databases from an application's configuration.
 
-    Its keys are the variables' names; where one is missing the environment is asked.
+    Its keys are names of variables; those that it lacks are read from the environment.
     `DBPOOL_DATABASES` may be a dict of URLs, or of dicts with `url` and fields. An unknown
     `DBPOOL_` key raises `ConfigError`.
     """
-    # What other extensions keep in there is theirs, and may refer to itself.
+    # Other extensions keep their own values there, which may refer to the configuration itself.
     config = {k: v for k, v in config.items() if _is_plain(v) or str(k).startswith(_PREFIXES)}
     config, environ = conceal(config), conceal(environ)
     outside = read_sources(environ, dotenv)
     sources = [config, *outside]
-    wanted = find(sources, "DBPOOL_DATABASES")
-    details = wanted if isinstance(wanted, Mapping) else {}
     names = names_in(sources)
     for key, suggestion in unknown([config], names):
         raise ConfigError(f"there is no setting {key}{did_you_mean(suggestion)}")
     warn_of_unknown(outside, names)
-    return _databases(sources, names, details)
-
-
-def _databases(
-    sources: list[Mapping[str, Any]], names: tuple[str, ...], details: Mapping[str, Any]
-) -> dict[str, Settings]:
+    given = find(sources, "DBPOOL_DATABASES")
+    details = given if isinstance(given, Mapping) else {}
     databases = {"default": build("default", sources, {})}
     for name in names:
         _check_name(name, databases)
@@ -167,26 +145,25 @@ def _is_plain(value: object) -> bool:
 
 
 def _check_name(name: str, taken: Mapping[str, object]) -> None:
-    if not NAME.fullmatch(name):
-        raise ConfigError(
-            f"DBPOOL_DATABASES: {shown_name(name)} is no name for a database: it must begin with a"
-            " small letter and hold only small letters, digits and _"
-        )
-    if name == "default":
-        raise ConfigError(
-            "DBPOOL_DATABASES names 'default' twice: leave it out, it is the database of DATABASE_URL"
-        )
-    if name in taken:
-        raise ConfigError(f"DBPOOL_DATABASES names {name!r} twice")
-    theirs = variables_of(name)
+    """Raise `ConfigError` if *name* is no name for another database beside those *taken*."""
     others = COMMON.union(*(variables_of(other) for other in taken if other != "default"))
-    if collision := sorted(theirs & others):
-        raise ConfigError(
-            f"DBPOOL_DATABASES: {name!r} would make {collision[0]} ambiguous; choose another name"
+    if not NAME.fullmatch(name):
+        problem = (
+            f": {safe_name(name)} is no name for a database: it must begin with a small letter"
+            " and hold only small letters, digits and _"
         )
+    elif name == "default":
+        problem = " names 'default' twice: leave it out, it is the database of DATABASE_URL"
+    elif name in taken:
+        problem = f" names {name!r} twice"
+    elif collision := sorted(variables_of(name) & others):
+        problem = f": {name!r} would make {collision[0]} ambiguous; choose another name"
+    else:
+        return
+    raise ConfigError(f"DBPOOL_DATABASES{problem}")
 
 
-def shown_name(name: object) -> str:
-    """Return a name for a message if it is a plain word: it may be a secret in the wrong place."""
+def safe_name(name: object) -> str:
+    """Return a name as a message may quote it: it may be a misplaced secret."""
     is_word = re.fullmatch("[a-z]{1,15}", str(name)) is not None
     return repr(str(name)) if is_word else safe_repr(name)

@@ -13,7 +13,7 @@ from flask.blueprints import BlueprintSetupState
 from werkzeug import Response as AnyResponse
 
 from dbpool._secrets import conceal
-from dbpool.databases import shown_name
+from dbpool.databases import safe_name
 from dbpool.errors import ConfigError
 from dbpool.flask._access import Authorize, access_denied, public, restricted
 from dbpool.flask._errors import retry_after
@@ -53,7 +53,7 @@ def create_blueprint(name: str = "dbpool", authorize: Authorize | None = None) -
     """
     authorize = conceal(authorize)
     if authorize is not None and not callable(authorize):
-        raise TypeError(f"authorize must be callable, not {shown_name(authorize)}")
+        raise TypeError(f"authorize must be callable, not {safe_name(authorize)}")
     blueprint = _Blueprint(name, __name__, template_folder="templates", static_folder="static")
     blueprint.record_once(_prepare)
     blueprint.record(_harden_errors)

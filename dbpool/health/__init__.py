@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any, Final
 
 from dbpool._secrets import mask
-from dbpool.databases import Databases, shown_name
+from dbpool.databases import Databases, safe_name
 from dbpool.errors import ConfigError, PoolError
 from dbpool.health._server_info import ping_database, read_server_info
 from dbpool.health._single_flight import Call, SingleFlight
@@ -85,7 +85,7 @@ class Health:
         self._logged_failures: dict[tuple[str, str], str] = {}
         if unknown := sorted(self._required - databases.keys()):
             raise ConfigError(
-                f"DBPOOL_REQUIRED names {shown_name(unknown[0])}, which is not among the databases:"
+                f"DBPOOL_REQUIRED names {safe_name(unknown[0])}, which is not among the databases:"
                 f" {', '.join(databases)}"
             )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Final
@@ -21,7 +21,7 @@ from psycopg.conninfo import make_conninfo
 from dbpool._secrets import conceal, conceal_params, conceals_fields, mask_value
 from dbpool.errors import ConfigError
 from dbpool.settings import _conninfo, _parsing, _sources
-from dbpool.settings._parsing import LEFT_TO_SERVER, did_you_mean, nearest
+from dbpool.settings._parsing import LEFT_TO_SERVER, did_you_mean, nearest, parsed
 from dbpool.settings._sources import Dotenv, Environ, Sources, find, read_secret
 
 __all__ = ["Settings", "unknown_variables"]
@@ -52,16 +52,11 @@ _WITHOUT_VARIABLE: Final = frozenset(
 )
 
 
-def _parsed(default: Any, parse: Callable[..., Any], **options: Any) -> Any:
-    """Declare a field whose values go through `parse(value, known_as, **options)`."""
-    return field(default=default, metadata={"parse": partial(parse, **options)})
-
-
-_count: Final = partial(_parsed, parse=_parsing.parse_number, is_time=False, whole=True)
-_whole_seconds: Final = partial(_parsed, parse=_parsing.parse_number, whole=True)
-_seconds: Final = partial(_parsed, parse=_parsing.parse_time)
-_server_timeout: Final = partial(_parsed, parse=_parsing.parse_server_timeout)
-_choice: Final = partial(_parsed, "none", _parsing.parse_choice)
+_count: Final = partial(parsed, parse=_parsing.parse_number, is_time=False, whole=True)
+_whole_seconds: Final = partial(parsed, parse=_parsing.parse_number, whole=True)
+_seconds: Final = partial(parsed, parse=_parsing.parse_time)
+_server_timeout: Final = partial(parsed, parse=_parsing.parse_server_timeout)
+_choice: Final = partial(parsed, "none", _parsing.parse_choice)
 
 
 @conceals_fields
@@ -75,8 +70,8 @@ class Settings:
     that `PG*` variables set where libpq does not see them, such as in a `.env`.
     """
 
-    name: str = _parsed("default", _parsing.parse_name)
-    conninfo: str = _parsed("", _conninfo.normalise)
+    name: str = parsed("default", _parsing.parse_name)
+    conninfo: str = parsed("", _conninfo.normalise)
     conninfo_file: str | None = None
     password_file: str | None = None
     min_size: int = _count(1)
@@ -92,15 +87,15 @@ class Settings:
     keepalives_idle: int = _whole_seconds(30)
     keepalives_interval: int = _whole_seconds(10)
     keepalives_count: int = _count(3)
-    tcp_user_timeout: float = _parsed(30.0, _parsing.parse_timeout)
+    tcp_user_timeout: float = parsed(30.0, _parsing.parse_timeout)
     ping_after: float = _seconds(30.0)
     ping_timeout: float = _seconds(1.0, least=0.001)
     outage_grace: float = _seconds(2.0)
     leak_after: float = _seconds(60.0)
     session_reset: str = _choice(choices={"none": "none", "session": "session"})
     pooler: str = _choice(choices=_POOLERS)
-    pipeline_begin: bool = _parsed(False, _parsing.parse_bool, unset=False)
-    application_name: str = _parsed("", lambda text, known_as: str(text))
+    pipeline_begin: bool = parsed(False, _parsing.parse_bool, unset=False)
+    application_name: str = parsed("", lambda text, known_as: str(text))
     libpq: str = ""
     explicit: frozenset[str] = field(default=frozenset(), compare=False)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +28,11 @@ _SWITCHES: Final = {"1": True, "true": True, "yes": True, "on": True,
 # Prisma and others call the same, in lower case and without underscores.
 _TABLE: Final = Path(__file__).with_name("names.txt").read_text("utf-8")
 NAMES: Final = dict(line.split(": ") for line in _TABLE.splitlines())
+
+
+def parsed(default: Any, parse: Callable[..., Any], **options: Any) -> Any:
+    """Declare a field of a dataclass whose values go through `parse(value, known_as, **options)`."""
+    return field(default=default, metadata={"parse": partial(parse, **options)})
 
 
 def parse_number(
@@ -80,9 +87,9 @@ def parse_server_timeout(value: Any, known_as: str) -> float | str:
 
 def parse_choice(value: str, known_as: str, *, choices: Mapping[str, str]) -> str:
     """Return what *choices* has for *value*. Raises `ConfigError`."""
-    if value not in choices:
+    if (choice := choices.get(str(value))) is None:
         raise ConfigError(f"{known_as} must be {' or '.join(dict.fromkeys(choices.values()))}")
-    return choices[value]
+    return choice
 
 
 def parse_name(value: str, known_as: str = "name") -> str:

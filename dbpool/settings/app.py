@@ -1,68 +1,61 @@
-"""What an application is set to beside its pools: its `.env`, readiness, views, statistics."""
+"""The settings of an application beside its pools, and the search for its `.env`."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
 from dbpool._secrets import conceal, conceals_fields
 from dbpool.errors import ConfigError
-from dbpool.settings._parsing import parse_bool, parse_list
-from dbpool.settings._sources import (
-    SKIPPED,
-    Dotenv,
-    distrust,
-    find,
-    find_secret,
-    parse_dotenv,
-    read_dotenv,
-    read_secret,
-    read_sources,
-)
+from dbpool.settings import _sources
+from dbpool.settings._parsing import parse_bool, parse_choice, parse_list, parsed
+from dbpool.settings._sources import Dotenv, Environ, find
 
 __all__ = ["AppSettings", "find_dotenv"]
 
 logger = logging.getLogger("dbpool")
 
-_SHORT: Final = 16  # characters; with fewer a token may be guessed
+_MIN_TOKEN: Final = 16  # characters; a shorter token may be guessed
+_DETAILS: Final = {"token": "token", "always": "always"}
 
 
 @conceals_fields
 @dataclass(frozen=True)
 class AppSettings:
-    """What an application is set to, beside its pools."""
+    """The settings of an application beside its pools. Raises `ConfigError`."""
 
-    required: tuple[str, ...] = ("default",)
+    required: tuple[str, ...] = parsed(("default",), parse_list)
     token: str | None = field(default=None, repr=False)
-    details: str = "token"
+    details: str = parsed("token", parse_choice, choices=_DETAILS)
     stats_dir: str | None = None
-    error_handlers: bool = True
+    error_handlers: bool = parsed(True, parse_bool)
 
     def __post_init__(self) -> None:
-        if self.details not in ("token", "always"):
-            raise ConfigError("DBPOOL_DETAILS must be token or always")
-        object.__setattr__(self, "details", str(self.details))
+        for f in fields(self):
+            if parse := f.metadata.get("parse"):
+                value = parse(getattr(self, f.name), f"DBPOOL_{f.name}".upper())
+                object.__setattr__(self, f.name, value)
         if self.token and not _fits_a_header(self.token):
             raise ConfigError(
                 "DBPOOL_TOKEN holds what cannot be sent as a Bearer token: it must be printable"
                 " ASCII, without a blank at either end, and with = at its end alone"
             )
-        if self.token and len(self.token) < _SHORT:
+        if self.token and len(self.token) < _MIN_TOKEN:
             logger.warning(
                 "DBPOOL_TOKEN is shorter than %d characters and may be guessed; a good one is"
                 " printed by: python -c 'import secrets; print(secrets.token_urlsafe())'",
-                _SHORT,
+                _MIN_TOKEN,
             )
 
     def is_open_to_others(self, address: str) -> bool:
         """Whether everybody may see the details, on a server that listens on *address*.
 
-        False where that is no IP address, as for a Unix socket or a name.
+        False for a Unix socket and for a name.
         """
         try:
             return self.details == "always" and not ip_address(address).is_loopback
@@ -70,38 +63,24 @@ class AppSettings:
             return False
 
     @classmethod
-    def from_env(
-        cls,
-        environ: Mapping[str, str] | None = None,
-        dotenv: Dotenv = None,
-    ) -> AppSettings:
-        """Read them from the environment and, if given, a `.env`."""
+    def from_env(cls, environ: Environ = None, dotenv: Dotenv = None) -> AppSettings:
+        """Read the settings from the environment and, if given, a `.env`."""
         environ = conceal(environ)
         return cls.from_config({}, environ, dotenv)
 
     @classmethod
     def from_config(
-        cls,
-        config: Mapping[str, Any],
-        environ: Mapping[str, str] | None = None,
-        dotenv: Dotenv = None,
+        cls, config: Mapping[str, Any], environ: Environ = None, dotenv: Dotenv = None
     ) -> AppSettings:
-        """Read them from an application's configuration, else from the environment."""
-        ours = {key: value for key, value in config.items() if str(key).startswith("DBPOOL_")}
-        config, environ = conceal(ours), conceal(environ)
-        del ours
-        sources = [config, *read_sources(environ, dotenv)]
-        required = find(sources, "DBPOOL_REQUIRED")
-        token, token_file = find_secret(sources, "DBPOOL_TOKEN")
-        return cls(
-            required=("default",) if required is None else parse_list(required, "DBPOOL_REQUIRED"),
-            token=read_secret(token_file, "DBPOOL_TOKEN_FILE") if token_file else token,
-            details=str(find(sources, "DBPOOL_DETAILS") or "token"),
-            stats_dir=find(sources, "DBPOOL_STATS_DIR"),
-            error_handlers=parse_bool(
-                find(sources, "DBPOOL_ERROR_HANDLERS"), "DBPOOL_ERROR_HANDLERS"
-            ),
-        )
+        """Read the settings from an application's configuration, then from the environment."""
+        config = {key: value for key, value in config.items() if str(key).startswith("DBPOOL_")}
+        config, environ = conceal(config), conceal(environ)
+        sources = [config, *_sources.read_sources(environ, dotenv)]
+        found = {f.name: find(sources, f"DBPOOL_{f.name}".upper()) for f in fields(cls)}
+        found["token"], path = _sources.find_secret(sources, "DBPOOL_TOKEN")
+        if path:
+            found["token"] = _sources.read_secret(path, "DBPOOL_TOKEN_FILE")
+        return cls(**{name: value for name, value in found.items() if value is not None})
 
 
 def _fits_a_header(token: str) -> bool:
@@ -113,36 +92,34 @@ def find_dotenv(config: Mapping[str, Any] | None = None) -> Mapping[str, str]:
     """Read the `.env` in the working directory, else the nearest one above it.
 
     `DBPOOL_DOTENV`, in *config* or in the environment, names another file, or is `off`. A file
-    that somebody else could have written is skipped with a warning, unless it was named.
+    that another user could have written is skipped with a warning, unless it was named.
     """
     chosen = conceal((config or {}).get("DBPOOL_DOTENV"))
-    del config  # as it came it would show a password to whoever looks at this frame
+    del config  # error trackers would show its passwords as a local variable
     if chosen is False:
         return {}
-    named = chosen or conceal(os.environ.get("DBPOOL_DOTENV"))
-    if named:
-        return read_dotenv(named)
-    passed: list[Path] = []
+    if named := chosen or conceal(os.environ.get("DBPOOL_DOTENV")):
+        return _sources.read_dotenv(named)
     try:
         here = Path.cwd()
     except OSError:  # the working directory is gone
         return {}
-    for directory in (here, *here.parents):
-        passed.append(directory)
+    directories = [here, *here.parents]
+    for depth, directory in enumerate(directories, start=1):
         path = directory / ".env"
         if os.path.isfile(path):  # noqa: PTH113  # unlike Path.is_file it never raises
-            return _read_if_trusted(path, passed)
+            return _read_if_trusted(path, directories[:depth])
     return {}
 
 
-def _read_if_trusted(path: Path, passed: list[Path]) -> Mapping[str, str]:
+def _read_if_trusted(path: Path, directories: list[Path]) -> Mapping[str, str]:
     try:
-        # Not to hang if somebody puts a pipe in its place.
+        # O_NONBLOCK: a pipe in place of the file must not block this process.
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
-            if not (reason := distrust(file, passed)):
-                return parse_dotenv(file)
+            if not (reason := _sources.distrust(file, directories)):
+                return _sources.parse_dotenv(file)
     except OSError as ex:
         reason = f"it cannot be read ({ex.strerror})"
     skipped = f"{path} is not read, since {reason}"
     logger.warning("%s", skipped)
-    return {SKIPPED: skipped}
+    return {_sources.SKIPPED: skipped}
