@@ -103,11 +103,28 @@ class Page:
                     assert eval(piece.text.strip(), self.names), piece.text
                 elif piece.word == "output":
                     assert self.printed.strip() == piece.text.strip()
+            if self.comments("pytest"):
+                self.run_pytest()
         except BaseException:
             for text in reversed(self.comments("cleanup")):
                 with contextlib.suppress(Exception):
                     self.execute(text)
             raise
+
+    def run_pytest(self) -> None:
+        """Run the page's first two samples as `conftest.py` and a test of a user's."""
+        conftest, test = [each.text for each in self.pieces if each.word == "python"][:2]
+        Path("conftest.py").write_text("\n".join([*self.comments("pytest"), conftest]))
+        Path("test_sample.py").write_text(test)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+            env={**os.environ, **self.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert "1 passed" in done.stdout, done.stdout + done.stderr
 
     def execute(self, source: str) -> None:
         for text, other in self.replaced.items():
@@ -157,7 +174,7 @@ def test_every_metric_that_a_page_names_is_exposed(path: Path, dsn: str) -> None
     from dbpool.prometheus import expose
 
     visible = re.sub(r"<!--.*?-->", "", path.read_text(), flags=re.DOTALL)
-    named = set(METRIC.findall(visible)) - {"dbpool_token"}
+    named = set(METRIC.findall(visible)) - {"dbpool_token", "dbpool_dsn", "dbpool_isolated"}
     with Pool(dsn) as pool:
         text = expose(Processes({"default": pool}).collect("process"))[0].decode()
     assert {name for name in named if name not in text} == set()
