@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbpool.diagnosis._rows import HEADER, LARGEST, ROW, capacity, decode, encode, header, place
+from dbpool.diagnosis._rows import HEADER, LARGEST, ROW, Layout, decode, encode, header, known_names
 from dbpool.diagnosis.history import (
     BOUNDS,
     NUMBERS,
@@ -199,9 +199,8 @@ def test_its_series_are_of_one_length_and_small() -> None:
 
 @pytest.mark.parametrize("pools", [1, 2, 3, 16])
 def test_a_file_is_below_its_bound_whatever_the_number_of_pools(pools: int) -> None:
-    end = place(pools - 1, pools, 0) + capacity(pools) * ROW
-    assert end <= LARGEST < 64 * 1024
-    assert capacity(1) == capacity(2) == STEPS
+    assert Layout(pools, STEPS).size <= LARGEST < 64 * 1024
+    assert Layout(2, STEPS).ring == STEPS
     assert ROW * pools / STEP < 1024  # bytes a second
 
 
@@ -210,19 +209,27 @@ def test_a_file_is_below_its_bound_whatever_the_number_of_pools(pools: int) -> N
 
 def file_of(history: History, names: tuple[str, ...] = ("default",)) -> bytes:
     """A file in which each pool has this history."""
-    data = bytearray(place(len(names) - 1, len(names), 0) + capacity(len(names)) * ROW)
-    data[:HEADER] = header(names, pid=7)
+    layout = Layout(len(names), STEPS)
+    data = bytearray(layout.size)
+    data[:HEADER] = header(names, STEPS, pid=7)
     for n in range(len(names)):
         for slot, step in history.steps.items():
-            at = place(n, len(names), slot)
+            at = layout.place(n, slot)
             data[at : at + ROW] = encode(slot, step)
     return bytes(data)
+
+
+def test_names_are_bounded_in_number_and_length() -> None:
+    names = known_names([f"{'x' * 30}{n}" * 3 for n in range(100)])
+    assert len(names) <= 16
+    assert len(header(names, STEPS)) == HEADER
+    assert decode(header(names, STEPS))[0]["pools"] == names
 
 
 def test_a_file_gives_back_what_was_written() -> None:
     history = full_history()
     known, pools = decode(file_of(history, ("default", "replica")))
-    assert known == {"pools": ["default", "replica"], "pid": 7}
+    assert known == {"pools": ["default", "replica"], "rows": STEPS, "pid": 7}
     for name in ("default", "replica"):
         assert pools[name].steps.keys() == history.steps.keys()
         for slot, step in history.steps.items():

@@ -47,7 +47,7 @@ FLOORS = {
         "pool",
     ],
     3: ["databases", "settings.app", "diagnosis"],
-    4: ["report", "health", "processes", "sizing"],
+    4: ["report", "health", "processes", "monitor", "sizing"],
     5: ["prometheus", "gunicorn", "codes", "testing", "flask", "cli", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

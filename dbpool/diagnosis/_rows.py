@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 from zlib import crc32
 
 from dbpool.diagnosis.history import STEPS, TIMES, Buckets, History, Step
 
-__all__ = ["HEADER", "LARGEST", "ROW", "capacity", "decode", "encode", "header", "place"]
+__all__ = ["HEADER", "LARGEST", "ROW", "Layout", "decode", "encode", "header", "known_names"]
 
 _MAGIC: Final = b"DBPH\x01"
 HEADER: Final = 1024
@@ -33,22 +34,38 @@ _CHECK: Final = struct.Struct("<I")
 ROW: Final = _STEP.size + _CHECK.size
 
 
-def capacity(pools: int) -> int:
-    """Return how many steps of each pool a file keeps: a quarter of an hour, of many pools less."""
-    return min(STEPS, (LARGEST - HEADER) // ROW // max(1, pools))
+@dataclass(frozen=True)
+class Layout:
+    """Where a file keeps *rows* steps of each of *pools* pools, fewer if they would not fit."""
+
+    pools: int
+    rows: int
+
+    @property
+    def ring(self) -> int:
+        """How many steps of each pool fit."""
+        return max(1, min(self.rows, STEPS, (LARGEST - HEADER) // ROW // max(1, self.pools)))
+
+    @property
+    def size(self) -> int:
+        """The size of the file in bytes."""
+        return HEADER + self.pools * self.ring * ROW
+
+    def place(self, pool: int, slot: int) -> int:
+        """Return where the row of a step is."""
+        return HEADER + (pool * self.ring + slot % self.ring) * ROW
 
 
-def place(pool: int, pools: int, slot: int) -> int:
-    """Return where in the file the row of a step is."""
-    rows = capacity(pools)
-    return HEADER + (pool * rows + slot % rows) * ROW
-
-
-def header(names: Sequence[str], **more: Any) -> bytes:
-    """Return a file's header: the pools' names, 16 at most, and *more* as JSON."""
-    shown = [name[:_NAME] for name in names[:_POOLS]]
-    body = json.dumps({"pools": shown, **more}).encode()[: HEADER - len(_MAGIC) - _CHECK.size]
+def header(names: Sequence[str], rows: int, **more: Any) -> bytes:
+    """Return a file's header: the pools' names as `known_names` cuts them, and *more* as JSON."""
+    body = json.dumps({"pools": known_names(names), "rows": rows, **more}).encode()
+    body = body[: HEADER - len(_MAGIC) - _CHECK.size]
     return (_MAGIC + _CHECK.pack(crc32(body)) + body).ljust(HEADER, b"\0")
+
+
+def known_names(names: Sequence[str]) -> list[str]:
+    """Return the names as a file knows them: 16 at most, cut to 40 characters, each once."""
+    return list(dict.fromkeys(name[:_NAME] for name in names))[:_POOLS]
 
 
 def encode(slot: int, step: Step) -> bytes:
@@ -76,8 +93,8 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, History]]:
     """Return a file's header and histories, by pool; raise `ValueError` if it is no such file."""
     known = _read_header(data[:HEADER])
     names = known["pools"]
-    pools = {name: History(dict(_rows(data, n, len(names)))) for n, name in enumerate(names)}
-    return known, pools
+    layout = Layout(len(names), known["rows"])
+    return known, {name: History(dict(_rows(data, n, layout))) for n, name in enumerate(names)}
 
 
 def _read_header(data: bytes) -> dict[str, Any]:
@@ -85,25 +102,17 @@ def _read_header(data: bytes) -> dict[str, Any]:
     check = data[len(_MAGIC) : len(_MAGIC) + _CHECK.size]
     if not data.startswith(_MAGIC) or check != _CHECK.pack(crc32(body)):
         raise ValueError("this is no history")
-    found: Any = json.loads(body)
-    names = found.get("pools") if isinstance(found, dict) else None
-    if (
-        not isinstance(names, list)
-        or len(names) > _POOLS
-        or not all(isinstance(n, str) for n in names)
-    ):
-        raise ValueError("this is no history")
-    known: dict[str, Any] = found
+    known: dict[str, Any] = json.loads(body)  # it is as it was written
     return known
 
 
-def _rows(data: bytes, pool: int, pools: int) -> Iterator[tuple[int, Step]]:
-    begin = place(pool, pools, 0)
-    for at in range(begin, begin + capacity(pools) * ROW, ROW):
+def _rows(data: bytes, pool: int, layout: Layout) -> Iterator[tuple[int, Step]]:
+    begin = layout.place(pool, 0)
+    for at in range(begin, begin + layout.ring * ROW, ROW):
         row, check = data[at : at + _STEP.size], data[at + _STEP.size : at + ROW]
         if len(check) == _CHECK.size and check == _CHECK.pack(crc32(row)):
             slot, step = _unpacked(row)
-            if place(pool, pools, slot) == at:
+            if layout.place(pool, slot) == at:
                 yield slot, step
 
 

@@ -28,11 +28,6 @@ class Session:
     is_ours: bool = False
     blocked_by: tuple[int, ...] = ()
 
-    @property
-    def is_visible(self) -> bool:
-        """Whether our role may see what the session does."""
-        return self.state is not None or self.backend_type not in (None, "client backend")
-
 
 @dataclass(frozen=True, slots=True)
 class Prepared:

@@ -79,7 +79,7 @@ class Processes:
     ) -> None:
         self._pools = {read_text(name): pool for name, pool in databases.items()}
         self._directory = directory
-        self._app = re.sub(r"[^A-Za-z0-9_]+", "_", app)
+        self.app = re.sub(r"[^A-Za-z0-9_]+", "_", app)
         self._warned: set[str] = set()
         self._states: dict[int, _ProcessState] = {}
         _instances.add(self)
@@ -129,7 +129,7 @@ class Processes:
 
     def collect_others(self) -> Report | None:
         """Return the report of all other processes; None if there is no directory."""
-        if self._shared_directory() is None:
+        if self.directory() is None:
             return None
         return Report({}, time=time.time()).merge(*self._collect(""))
 
@@ -147,7 +147,7 @@ class Processes:
         if state.is_publishing:
             return
         state.retry_at = time.monotonic() + PUBLISH_INTERVAL
-        if self._shared_directory() is None:
+        if self.directory() is None:
             return
         thread = threading.Thread(None, self._run, "dbpool-stats", (state.stop,), daemon=True)
         try:
@@ -166,7 +166,7 @@ class Processes:
 
     def _publish(self) -> Report | None:
         """Write this process's file and return what it holds, None if that is not possible."""
-        directory = self._shared_directory()
+        directory = self.directory()
         if directory is None:
             return None
         state = self._state()
@@ -175,7 +175,7 @@ class Processes:
             return None
         try:
             own = self._describe()
-            path = directory / f"{self._app}-{own.processes[0].key}.json"
+            path = directory / f"{self.app}-{own.processes[0].key}.json"
             self._hold_alive(state, path.with_suffix(ALIVE))
             write(path, part_to_json(own))
         except OSError as ex:
@@ -209,10 +209,10 @@ class Processes:
 
     def _collect(self, own_key: str) -> list[Report]:
         """Return the reports of all processes but the one of that key."""
-        directory = self._shared_directory()
+        directory = self.directory()
         if directory is None:
             return []
-        archived, *living = Archive(directory, self._app, self._warn).collect(own_key)
+        archived, *living = Archive(directory, self.app, self._warn).collect(own_key)
         now = time.monotonic()
         return [archived, *(part.as_of(now) for part in living)]
 
@@ -220,7 +220,7 @@ class Processes:
         name = self._directory or os.environ.get(STATS_DIR)
         return Path(name) if name else None
 
-    def _shared_directory(self) -> Path | None:
+    def directory(self) -> Path | None:
         """Return the shared directory, None if there is none that is private to this user."""
         path = self._named_directory()
         if path is None:

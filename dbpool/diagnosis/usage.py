@@ -1,0 +1,91 @@
+"""Which endpoint uses a pool how much: sampled from who holds its connections. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from dbpool.diagnosis._scene import PoolScene, Scene
+
+__all__ = ["ENDPOINTS", "OTHER", "Usage"]
+
+ENDPOINTS: Final = 200  # that are told apart in one pool
+OTHER: Final = "other"
+_HALF_LIFE: Final = 300.0  # seconds after which what was seen counts half
+_MAX_PAUSE: Final = 5.0  # seconds between two looks that a look stands for
+_MAX_POOLS: Final = 256
+_NEGLIGIBLE: Final = 1e-3
+
+
+class _Use:
+    """Weighted seconds that an endpoint held connections, and its longest hold that was seen."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.longest = 0.0
+
+
+class Usage:
+    """The use of each pool by endpoint, or by line of code where no endpoint is known.
+
+    A look each second sees who holds a connection then; many looks show who holds how many on
+    average. It costs a checkout nothing, and cannot count checkouts.
+    """
+
+    def __init__(self) -> None:
+        self._pools: dict[str, dict[str, _Use]] = {}
+        self._weight = 0.0  # of all looks, in seconds
+        self._at: float | None = None
+
+    def look(self, report: Mapping[str, Any], now: float) -> None:
+        """Take the next look, at *now* on the monotonic clock."""
+        pause = 0.0 if self._at is None else min(max(0.0, now - self._at), _MAX_PAUSE)
+        self._at = now
+        kept = 0.5 ** (pause / _HALF_LIFE)
+        self._weight = self._weight * kept + pause
+        pools = Scene.read(report, now=0.0).pools[:_MAX_POOLS]
+        self._pools = {pool.name: self._pools.get(pool.name, {}) for pool in pools}
+        for pool in pools:
+            self._pools[pool.name] = _seen(self._pools[pool.name], pool, pause, kept)
+
+    def to_json(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the endpoints of each pool, the largest users first.
+
+        `in_use` is a mean number of connections, `use_share` the part of all that were in use, and
+        `longest` the longest hold that was seen, in seconds. What sampling cannot tell is None.
+        """
+        return {name: list(self._rows(uses)) for name, uses in self._pools.items()}
+
+    def _rows(self, uses: Mapping[str, _Use]) -> Iterable[dict[str, Any]]:
+        total = sum(use.seconds for use in uses.values()) or 1.0
+        for name, use in sorted(uses.items(), key=lambda each: (-each[1].seconds, each[0])):
+            yield {
+                "endpoint": name,
+                "in_use": round(use.seconds / (self._weight or 1.0), 3),
+                "use_share": round(use.seconds / total, 3),
+                "longest": round(use.longest, 1),
+                "checkouts": None,
+                "use_p95": None,
+                "wait_p95": None,
+                "gave_up": None,
+                "forgotten": None,
+            }
+
+
+def _seen(uses: dict[str, _Use], pool: PoolScene, pause: float, kept: float) -> dict[str, _Use]:
+    for use in uses.values():
+        use.seconds *= kept
+    # The report names the longest holders; who the others are is not known.
+    unknown = max(0, pool.active - len(pool.holders))
+    held = [(holder.endpoint or holder.where or OTHER, holder.seconds) for holder in pool.holders]
+    for name, seconds in [*held, *[(OTHER, 0.0)] * min(unknown, 10_000)]:
+        use = uses.get(name) or _added(uses, name)
+        use.seconds += pause
+        use.longest = max(use.longest, seconds)
+    return {name: use for name, use in uses.items() if use.seconds > _NEGLIGIBLE or name == OTHER}
+
+
+def _added(uses: dict[str, _Use], name: str) -> _Use:
+    """Return a new endpoint's use; beyond so many all new ones are one."""
+    is_full = len(uses) >= ENDPOINTS - (OTHER not in uses)
+    return uses.setdefault(OTHER if is_full else name, _Use())

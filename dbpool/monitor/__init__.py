@@ -1,0 +1,17 @@
+"""Watches the pools of a host while they serve, and asks their servers who blocks whom.
+
+What is wrong is said by `dbpool.diagnosis`, whose functions are pure. Here are the parts that need
+a clock, files or a connection.
+
+- `_monitor.py`: `Monitor`, a look each second; one process of those that share a directory watches
+- `_inspector.py`: when to ask a server, over which connection
+- `_server.py`: what to ask it
+- `_shelf.py`: the files that the processes share
+- `_episodes.py`: when a finding is logged
+"""
+
+from __future__ import annotations
+
+from dbpool.monitor._monitor import Monitor
+
+__all__ = ["Monitor"]

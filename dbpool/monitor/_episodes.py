@@ -1,0 +1,54 @@
+"""When a finding is logged: as it begins, and again after 1, 10 and 60 minutes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from dbpool.diagnosis import Finding, Severity
+
+_REMINDERS: Final = (60.0, 600.0, 3600.0)  # seconds after the beginning
+_ENDS_AFTER: Final = 60.0  # seconds without the finding
+_MAX_EPISODES: Final = 256
+
+
+@dataclass
+class _Episode:
+    began: float
+    seen: float
+    count: int = 0
+    reminded: int = 0
+
+
+class Episodes:
+    """Which findings to log now. Times are monotonic."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, _Episode] = {}
+
+    def due(self, findings: Iterable[Finding], now: float) -> list[tuple[Finding, int]]:
+        """Return the findings to log, each with how often it was seen; 1 as it begins.
+
+        A finding of severity `ok` is never logged.
+        """
+        self._open = {
+            key: episode
+            for key, episode in self._open.items()
+            if 0 <= now - episode.seen <= _ENDS_AFTER
+        }
+        found = []
+        for finding in findings:
+            if finding.severity is Severity.OK or len(self._open) >= _MAX_EPISODES:
+                continue
+            episode = self._open.setdefault(finding.id, _Episode(now, now))
+            episode.seen, episode.count = now, episode.count + 1
+            if episode.count == 1 or self._is_due(episode, now):
+                found.append((finding, episode.count))
+        return found
+
+    @staticmethod
+    def _is_due(episode: _Episode, now: float) -> bool:
+        passed = sum(now - episode.began >= seconds for seconds in _REMINDERS)
+        is_due, episode.reminded = passed > episode.reminded, max(passed, episode.reminded)
+        return is_due

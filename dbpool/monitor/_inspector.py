@@ -1,0 +1,185 @@
+"""Looks at the server of one pool while callers wait for long, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from time import monotonic
+from typing import Any, Final
+
+import psycopg
+
+from dbpool._secrets import conceal
+from dbpool.diagnosis import ServerView
+from dbpool.errors import describe
+from dbpool.monitor._server import look
+
+logger = logging.getLogger("dbpool")
+
+NAME: Final = "dbpool:monitor"  # the application_name of its connection
+_SPREAD: Final = 0.5  # seconds at most before the first look, so that hosts do not look at once
+_PAUSES: Final = (2.0,) * 10 + (4.0, 6.0, 8.0)  # seconds between two looks, then the longest
+_LONGEST_PAUSE: Final = 10.0
+_FACTS_PAUSE: Final = 60.0
+_FACTS_FIRST: Final = 10.0
+_KEPT: Final = 10.0  # seconds that its connection is kept without need
+_HUNG: Final = 3.0  # seconds that a look may take
+_OPTIONS: Final = (
+    "-c statement_timeout=1000 -c lock_timeout=100 -c default_transaction_read_only=on"
+    " -c idle_in_transaction_session_timeout=10000"
+)
+_OF_PSYCOPG: Final = ("autocommit", "row_factory", "cursor_factory", "prepare_threshold", "context")
+
+
+class Inspector:
+    """What is seen of one pool's server.
+
+    An idle connection of the pool is asked if nobody waits for one, else a connection of its own:
+    one at most, beyond max_size, and closed ten seconds after the last need. Nothing is looked at
+    behind a transaction pooler.
+    """
+
+    def __init__(self, pool: Any, *, queries: bool = False) -> None:
+        self.view: ServerView | None = None
+        self._pool = pool
+        self._queries = queries
+        self._is_off = pool.settings.pooler == "transaction"
+        self._conn: psycopg.Connection[Any] | None = None
+        self._asked: psycopg.Connection[Any] | None = None  # the one that is asked now
+        self._thread: threading.Thread | None = None
+        self._started = 0.0
+        self._looks = 0  # since looking became necessary
+        self._next: float | None = None
+        self._facts_at = monotonic() + _FACTS_FIRST
+        self._needed_at = 0.0
+        self._said: set[str] = set()
+
+    def tick(self, *, is_needed: bool) -> None:
+        """Look if it is time to; called about once a second."""
+        now = monotonic()
+        if self._thread is not None and self._thread.is_alive():
+            if now - self._started > _HUNG:
+                self._hang_up()
+            return
+        if self._is_off:
+            return
+        if not is_needed:
+            self._rest(now)
+        elif self._next is None:
+            self._needed_at, self._next = now, now + random.uniform(0.0, _SPREAD)  # noqa: S311
+        elif now >= self._next:
+            self._needed_at = now
+            pause = _PAUSES[self._looks] if self._looks < len(_PAUSES) else _LONGEST_PAUSE
+            self._looks, self._next = self._looks + 1, now + pause
+            self._start(self._look)
+
+    def close(self) -> None:
+        """Close its connection; a look that is under way fails."""
+        self._hang_up()
+        if self._thread is not None:
+            self._thread.join(1.0)
+        self._close_own()
+
+    def _rest(self, now: float) -> None:
+        """Nobody waits for long: close what is not needed, and read the server's limits at times."""
+        if self._next is not None and self.view is not None:  # what was seen there is over
+            self.view = replace(self.view, sessions={}, prepared=())
+        self._looks, self._next = 0, None
+        if self._conn is not None and now - self._needed_at > _KEPT:
+            self._start(self._close_own)
+        elif now >= self._facts_at and self._has_idle():
+            self._facts_at = now + _FACTS_PAUSE
+            self._start(self._look)
+
+    def _start(self, task: Callable[[], object]) -> None:
+        self._started = monotonic()
+        thread = threading.Thread(None, task, f"dbpool-monitor-{self._pool.name}", daemon=True)
+        with suppress(RuntimeError):  # no thread can be had: the next tick tries again
+            thread.start()
+            self._thread = thread
+
+    def _look(self) -> None:
+        try:
+            with self._connection() as conn:
+                self._asked = conn
+                name, prefix = _names(self._pool, conn)
+                self.view = look(conn, name, prefix, queries=self._queries)
+            if not self.view.is_joined:
+                self._say("a pooler stands before the server, so that it cannot be said who blocks"
+                          " whom; DBPOOL_POOLER=transaction says so")  # fmt: skip
+        except Exception as ex:  # noqa: BLE001  # whatever it is, the application goes on
+            self._close_own()
+            self._say(f"it cannot be said who blocks whom: {describe(ex, self._asked)}")
+        finally:
+            self._asked = None
+
+    @contextmanager
+    def _connection(self) -> Iterator[psycopg.Connection[Any]]:
+        if self._conn is None and self._has_idle():
+            with self._pool.connection(timeout=0.0) as conn:
+                yield conn
+            return
+        if self._conn is None or self._conn.closed:
+            self._conn = _connect(self._pool)
+        yield self._conn
+
+    def _has_idle(self) -> bool:
+        stats = self._pool.stats()
+        return bool(stats.state == "up" and stats.idle > 0 and stats.waiting == 0)
+
+    def _close_own(self) -> None:
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            with suppress(Exception):
+                conn.close()
+
+    def _hang_up(self) -> None:
+        """End a look that takes too long: its thread reads the end of the connection."""
+        conn = self._asked
+        with suppress(Exception):  # it may have ended just now
+            if conn is not None:
+                with socket.socket(fileno=os.dup(conn.fileno())) as copy:
+                    copy.shutdown(socket.SHUT_RDWR)
+
+    def _say(self, text: str) -> None:
+        """Log a trouble of its own once."""
+        kind = text.partition(":")[0]
+        if kind not in self._said:
+            self._said.add(kind)
+            logger.warning("pool %r: %s", self._pool.name, text)
+
+
+def _params(pool: Any) -> dict[str, Any]:
+    """Return what the pool connects with now, as libpq knows it."""
+    conninfo = conceal(pool.conninfo() if callable(pool.conninfo) else pool.conninfo)
+    kwargs = conceal(pool.kwargs() if callable(pool.kwargs) else pool.kwargs)
+    params = pool.settings.connect_params(conninfo or None, kwargs, defaults=False)
+    return {key: value for key, value in params.items() if key not in _OF_PSYCOPG}
+
+
+def _connect(pool: Any) -> psycopg.Connection[Any]:
+    """Connect as the pool does, under another name and with short limits."""
+    params = _params(pool)
+    params |= {
+        "application_name": NAME,
+        "options": f"{params.get('options', '')} {_OPTIONS}".strip(),
+        "connect_timeout": 2,
+        "tcp_user_timeout": 2000,
+    }
+    return psycopg.Connection.connect(**params, autocommit=True, prepare_threshold=None)
+
+
+def _names(pool: Any, conn: psycopg.Connection[Any]) -> tuple[str, str]:
+    """Return the application_name of the pool's connections, and what those of others begin with."""
+    own = conn.info.parameter_status("application_name")
+    if own == NAME:
+        params = _params(pool)
+        own = params.get("application_name") or params.get("fallback_application_name")
+    own = str(own or f"dbpool:{pool.name}")
+    return own, f"{own.partition('@')[0]}@"  # a worker's own ends in its host and pid

@@ -1,0 +1,529 @@
+"""The monitor: who blocks whom on a real server, over one connection at most, and what it shares."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import Databases, PoolError, Settings
+from dbpool.diagnosis import Finding, Severity
+from dbpool.diagnosis.history import STEP, Step, slot_of
+from dbpool.monitor import Monitor
+from dbpool.monitor._episodes import Episodes
+from dbpool.monitor._shelf import Shelf
+from dbpool.processes import Processes
+from dbpool.report import Report
+
+from .postgres import Server, until
+
+NAME = "dbpool:monitor"
+
+
+class Sessions(Processes):
+    """Reports that say which session a holder has, as those who took one told by thread."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.pids: dict[str, int] = {}
+
+    def collect_others(self) -> Any:
+        self.publish()
+        found = super().collect_others()
+        return None if found is None else _WithPids(found, self.pids)
+
+    def collect(self, scope: str = "all") -> Any:
+        return _WithPids(super().collect(scope), self.pids)
+
+
+class _WithPids:
+    def __init__(self, report: Report, pids: dict[str, int]) -> None:
+        self._report, self._pids = report, pids
+
+    def to_json(self) -> dict[str, Any]:
+        report = self._report.to_json()
+        for pool in report["pools"].values():
+            for holder in pool["holders"]:
+                pid = self._pids.get(holder["thread"])
+                holder |= {"pid": pid, "worker": os.getpid(), "status": "query"}
+        return report
+
+
+class Shop:
+    """An application of one process: pools, a monitor, and callers in threads."""
+
+    def __init__(self, conninfo: str, directory: Path | None = None, **options: Any) -> None:
+        settings = Settings(conninfo=conninfo, **{"max_size": 2, "timeout": 20.0, **options})
+        self.databases = Databases({"default": settings})
+        self.pool = self.databases.default
+        self.processes = Sessions(self.databases, directory)
+        self.monitor = Monitor(self.databases, self.processes)
+        self.callers = ThreadPoolExecutor(8)
+
+    def call(self, statement: str, then: Callable[[], object] = lambda: None) -> None:
+        """Run a statement over the pool in another thread, and what is done before it returns."""
+
+        def run() -> None:
+            with suppress(psycopg.Error, PoolError), self.pool.connection() as conn:
+                self.processes.pids[threading.current_thread().name] = conn.info.backend_pid
+                conn.execute(statement.encode())
+                then()
+
+        self.callers.submit(run)
+
+    def await_finding(self, code: str, seconds: float = 15.0) -> dict[str, Any]:
+        """Look as the monitor's thread does, only more often, until that is the first finding."""
+        found: list[dict[str, Any]] = []
+
+        def is_first() -> bool:
+            self.monitor.tick()
+            found[:] = self.monitor.findings()
+            return bool(found[0]["code"] == code)
+
+        until(is_first, seconds, pause=0.1)
+        return found[0]
+
+    def close(self) -> None:
+        self.callers.shutdown(cancel_futures=True)
+        self.monitor.close()
+        self.tick_closed()
+        self.processes.close()
+        self.databases.close()
+
+    def tick_closed(self) -> None:
+        """Close what ticks by hand opened, as the monitor's thread would at its end."""
+        self.monitor.release()
+
+
+@pytest.fixture
+def make_shop() -> Iterator[Callable[..., Shop]]:
+    with ExitStack() as stack:
+
+        def make(*args: Any, **options: Any) -> Shop:
+            shop = Shop(*args, **options)
+            stack.callback(shop.close)
+            return shop
+
+        yield make
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "stats"
+    path.mkdir(mode=0o700)
+    return path
+
+
+@contextmanager
+def session(server: Server, *statements: str, name: str = "psql") -> Iterator[int]:
+    """A foreign session in a transaction with these statements."""
+    with psycopg.connect(server.conninfo, application_name=name) as conn:
+        for statement in statements:
+            conn.execute(statement.encode())
+        yield conn.info.backend_pid
+        conn.rollback()
+
+
+@pytest.fixture
+def table(own_server: Server) -> Server:
+    own_server.execute("create table stock (id int primary key, n int)")
+    own_server.execute("insert into stock select n, 0 from generate_series(1, 10) n")
+    own_server.execute("grant all on stock to public")
+    return own_server
+
+
+def test_a_foreign_session_that_holds_a_lock_is_named(
+    table: Server, make_shop: Callable[..., Shop]
+) -> None:
+    shop = make_shop(table.conninfo)
+    with session(table, "lock table stock") as pid:
+        for _ in range(5):
+            shop.call("select count(*) from stock")
+        found = shop.await_finding("DB04")
+        (blocker,) = found["evidence"]["blockers"]
+        assert (blocker["pid"], blocker["application_name"]) == (pid, "psql")
+        assert (blocker["state"], blocker["where"]) == ("idle in transaction", None)
+        assert found["severity"] == "critical"
+        assert f"session {pid} (psql, 127.0.0.1) holds, idle in transaction" in found["text"]
+        assert f"pg_terminate_backend({pid})" in found["do"]
+        assert len(table.backends(NAME)) == 1, "asked over one connection beyond the pool's"
+    shop.await_finding("DB00")
+
+
+def test_our_own_line_that_holds_a_lock_is_named(
+    table: Server, make_shop: Callable[..., Shop]
+) -> None:
+    shop, holds, done = make_shop(table.conninfo), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        holds.set()
+        done.wait(30)
+
+    try:
+        shop.call("update stock set n = 1 where id = 1", then=hold)
+        assert holds.wait(10)
+        shop.call("update stock set n = 2 where id = 1")
+        shop.call("select 1")
+        found = shop.await_finding("DB04")
+        (blocker,) = found["evidence"]["blockers"]
+        assert blocker["pid"] in shop.processes.pids.values()
+        assert blocker["worker"] == os.getpid()
+        assert "test_monitor.py:" in blocker["where"]
+        assert f"test_monitor.py:{blocker['where'].partition(':')[2]}" in found["text"]
+    finally:
+        done.set()
+
+
+def test_a_migration_at_the_head_of_the_queue_is_named(
+    table: Server, make_shop: Callable[..., Shop]
+) -> None:
+    shop = make_shop(table.conninfo)
+    with (
+        ThreadPoolExecutor(1) as other,
+        session(table, "select * from stock", name="report") as root,
+    ):
+
+        def migrate() -> None:
+            with (
+                suppress(psycopg.Error),
+                session(table, "alter table stock add x int", name="alembic"),
+            ):
+                pass
+
+        other.submit(migrate)
+        until(lambda: table.execute("select 1 from pg_locks where not granted"))
+        for _ in range(3):
+            shop.call("select count(*) from stock")
+        found = shop.await_finding("DB04")
+        assert found["evidence"]["blockers"][0]["pid"] == root
+        assert found["evidence"]["schema_change"]["statement"] == "ALTER TABLE"
+        assert "ALTER TABLE of alembic" in found["text"]
+        assert "(report, 127.0.0.1)" in found["text"]
+
+
+def test_a_prepared_transaction_that_holds_a_lock_is_named(
+    make_server: Callable[..., Server], make_shop: Callable[..., Shop]
+) -> None:
+    server = make_server(max_prepared_transactions=5)
+    server.execute("create table stock (id int primary key, n int)")
+    with psycopg.connect(server.conninfo) as conn:
+        conn.execute("lock table stock")
+        conn.execute("prepare transaction 'order-7'")
+    with psycopg.connect(server.conninfo) as conn:  # older, and innocent
+        conn.execute("select 1")
+    shop = make_shop(server.conninfo)
+    for _ in range(3):
+        shop.call("select count(*) from stock")
+    found = shop.await_finding("DB04")
+    assert found["evidence"]["blockers"][0]["gid"] == "order-7"
+    assert "the prepared transaction 'order-7'" in found["text"]
+    assert "ROLLBACK PREPARED" in found["do"]
+    server.execute("rollback prepared 'order-7'")
+
+
+def test_without_pg_read_all_stats_the_pid_is_named_and_the_grant(
+    table: Server, make_shop: Callable[..., Shop]
+) -> None:
+    table.execute("create role shop login password 'pw'")
+    shop = make_shop(table.conninfo_for(user="shop", password="pw"))
+    with session(table, "lock table stock") as pid:
+        for _ in range(3):
+            shop.call("select count(*) from stock")
+        found = shop.await_finding("DB04")
+    (blocker,) = found["evidence"]["blockers"]
+    assert blocker["pid"] == pid
+    assert (blocker["state"], blocker["seconds"]) == (None, None)
+    assert found["evidence"]["limited"] is True
+    assert "GRANT pg_read_all_stats" in found["do"]
+
+
+def test_a_server_that_denies_pg_stat_activity_is_said_once(
+    table: Server, make_shop: Callable[..., Shop], caplog: pytest.LogCaptureFixture
+) -> None:
+    table.execute("create role shop login password 'pw'")
+    table.execute("revoke all on pg_stat_activity from public")
+    shop = make_shop(table.conninfo_for(user="shop", password="pw"))
+    with session(table, "lock table stock"):
+        for _ in range(3):
+            shop.call("select count(*) from stock")
+
+        def complaints() -> list[str]:
+            shop.monitor.tick()
+            texts = [record.getMessage() for record in caplog.records]
+            return [text for text in texts if "who blocks whom" in text]
+
+        until(complaints, 15.0, pause=0.1)
+        began = monotonic()
+        until(lambda: complaints() and monotonic() - began > 3.0, 10.0, pause=0.2)
+        assert len(complaints()) == 1
+        assert "pg_stat_activity" in complaints()[0]
+
+
+def test_an_idle_connection_of_the_pool_is_asked_where_nobody_waits(
+    table: Server, make_shop: Callable[..., Shop]
+) -> None:
+    shop = make_shop(table.conninfo, max_size=4, min_size=3)
+    shop.pool.open()
+    shop.pool.wait()
+    with session(table, "lock table stock") as pid:
+        shop.call("select count(*) from stock")
+        found = shop.await_finding("DB04")
+        assert found["evidence"]["blockers"][0]["pid"] == pid
+        assert table.backends(NAME) == []
+
+
+def test_a_look_that_hangs_ends_and_harms_nothing(
+    table: Server, make_shop: Callable[..., Shop]
+) -> None:
+    shop = make_shop(table.conninfo)
+    with session(table, "lock table stock"):
+        for _ in range(3):
+            shop.call("select count(*) from stock")
+        shop.await_finding("DB04")
+        frozen = table.backends(NAME)
+        table.freeze(frozen)
+        began = monotonic()
+
+        def has_another() -> bool:
+            shop.monitor.tick()
+            return bool(set(table.backends(NAME)) - set(frozen))
+
+        until(has_another, 30.0, pause=0.1)
+        assert monotonic() - began < 15.0
+        table.thaw()
+    shop.await_finding("DB00")
+
+
+def test_its_connection_is_closed_when_it_is_not_needed_any_more(
+    table: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop, passed = make_shop(table.conninfo), [0.0]
+    now = lambda: monotonic() + passed[0]  # noqa: E731
+    monkeypatch.setattr("dbpool.monitor._inspector.monotonic", now)
+    with session(table, "lock table stock"):
+        for _ in range(3):
+            shop.call("select count(*) from stock")
+        shop.await_finding("DB04")
+    shop.await_finding("DB00")
+    assert len(table.backends(NAME)) == 1
+    passed[0] += 11.0
+
+    def is_closed() -> bool:
+        shop.monitor.tick()
+        return not table.backends(NAME)
+
+    until(is_closed, 20.0, pause=0.2)
+
+
+def test_nothing_is_asked_where_it_is_turned_off(
+    table: Server, make_shop: Callable[..., Shop]
+) -> None:
+    shop = make_shop(table.conninfo)
+    shop.monitor = Monitor(shop.databases, shop.processes, blockers=False)
+    with session(table, "lock table stock"):
+        for _ in range(3):
+            shop.call("select count(*) from stock")
+        until(lambda: shop.pool.stats().waiting)
+        began = monotonic()
+
+        def asked() -> bool:
+            shop.monitor.tick()
+            return bool(table.backends(NAME))
+
+        until(lambda: asked() or monotonic() - began > 4.0, 10.0, pause=0.2)
+        assert not asked()
+
+
+def test_two_processes_that_share_a_directory_ask_over_one_connection(
+    table: Server, make_shop: Callable[..., Shop], directory: Path
+) -> None:
+    first, second = (make_shop(table.conninfo, directory) for _ in range(2))
+    with session(table, "lock table stock") as pid:
+        for _ in range(4):
+            first.call("select count(*) from stock")
+            second.call("select count(*) from stock")
+        first.monitor.tick()  # it watches from now on
+
+        def both_know() -> bool:
+            second.processes.publish()
+            second.monitor.tick()
+            first.monitor.tick()
+            found = [shop.monitor.findings()[0] for shop in (first, second)]
+            assert len(table.backends(NAME)) <= 1
+            return all(
+                each["code"] == "DB04" and each["evidence"]["blockers"][0]["pid"] == pid
+                for each in found
+            )
+
+        until(both_know, 15.0, pause=0.1)
+
+
+# What the processes share; no server is needed
+
+
+def test_another_process_watches_once_the_first_was_silent_for_five_seconds(
+    directory: Path,
+) -> None:
+    first, second = (Shelf(directory, "app", key) for key in ("1-a", "2-b"))
+    assert first.lead(100.0)
+    assert not second.lead(100.5)
+    assert first.lead(101.0)
+    assert not second.lead(105.9)
+    assert second.lead(106.5)
+    assert not first.lead(107.0), "it was passed over"
+    second.give_up()
+    assert first.lead(107.5)
+
+
+def test_a_lease_from_before_the_system_started_holds_nobody_up(directory: Path) -> None:
+    Shelf(directory, "app", "1-a").lead(90_000.0)
+    assert Shelf(directory, "app", "2-b").lead(10.0)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"key": 7, "at": "x"}', b"\xff" * 99, b"[1]"])
+def test_garbage_in_the_shared_files_is_contained(directory: Path, content: bytes) -> None:
+    for name in ("lease", "findings", "journal", "history"):
+        (directory / f"app.{name}").write_bytes(content)
+    (directory / "app-9-z.steps").write_bytes(content)
+    databases = Databases({"default": Settings(conninfo="host=127.0.0.1 port=1")})
+    monitor = Monitor(databases, Processes(databases, directory))
+    monitor.tick()
+    report = monitor.extend({}, ("history", "journal", "endpoints"))
+    assert report["findings"][0]["code"] == "DB00"
+    assert report["journal"] == []
+    monitor.release()
+
+
+def test_the_steps_of_all_processes_add_up_also_of_those_that_ended(directory: Path) -> None:
+    now = 1000 * STEP + 2.5
+    shelf = Shelf(directory, "app", "1-a")
+    records = [Shelf(directory, "app", f"{n}-a").record(["default", "replica"]) for n in (1, 2, 3)]
+    for slot in (995, 998, 999):
+        for record in records:
+            record.write("default", slot, Step(checkouts=slot, in_use=0.5))
+    records[1].close()
+    shelf.add_up(["default", "replica"], {}, now)
+    found = shelf.history(now)["default"]
+    assert {slot: step.checkouts for slot, step in found.steps.items()} == {
+        995: 3 * 995, 998: 3 * 998, 999: 3 * 999,
+    }  # fmt: skip
+    assert found.steps[999].in_use == 1.5
+    assert shelf.ended() == {"app-2-a": True}
+    for later in range(1, 30):
+        now += STEP
+        records[0].write("default", 999 + later, Step(checkouts=1))
+        shelf.add_up(["default", "replica"], shelf.history(now), now)
+    assert shelf.ended() == {}, "its file is removed once it is added up"
+    found = shelf.history(now)["default"]
+    assert found.steps[999].checkouts == 3 * 999, "and what it did stays"
+    for record in (records[0], records[2]):
+        record.close()
+    sizes = [path.stat().st_size for path in directory.iterdir()]
+    assert max(sizes) < 64 * 1024
+
+
+def test_a_process_that_is_killed_is_told_from_one_that_ends(directory: Path) -> None:
+    orderly, killed = (Shelf(directory, "app", f"{n}-a").record(["default"]) for n in (1, 2))
+    orderly.close()
+    killed.abandon()  # as the system does
+    assert Shelf(directory, "app", "3-a").ended() == {"app-1-a": True, "app-2-a": False}
+
+
+def test_the_history_of_this_process_is_in_its_report(
+    dsn: str, make_shop: Callable[..., Shop], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = make_shop(dsn, directory)
+    shop.monitor = Monitor(shop.databases, shop.processes, blockers=False)
+    clock = [1000 * STEP]
+    for module in ("_monitor", "_inspector"):
+        monkeypatch.setattr(f"dbpool.monitor.{module}.monotonic", lambda: clock[0])
+    for second in range(20):
+        clock[0] = 1000 * STEP + second
+        shop.pool.fetch_value("select 1")
+        shop.monitor.tick()
+    history = shop.monitor.extend({}, ("history",))["history"]
+    assert history["step"] == 5.0
+    checkouts = history["pools"]["default"]["checkouts"]
+    assert checkouts[-3:] == [5, 5, 5]
+    assert len(checkouts) == 180
+    assert checkouts[0] is None
+    assert slot_of(clock[0]) == 1003
+
+
+# The log
+
+
+def finding(code: str = "DB01", severity: Severity = Severity.CRITICAL) -> Finding:
+    return Finding(code, severity, "it is down for 3 s", "wait", 1.0, "default")
+
+
+def test_a_finding_is_logged_as_it_begins_and_after_1_10_and_60_minutes() -> None:
+    episodes = Episodes()
+    logged = [second for second in range(4000) if episodes.due([finding()], 1000.0 + second)]
+    assert logged == [0, 60, 600, 3600]
+
+
+def test_a_finding_that_comes_back_within_a_minute_is_the_same_episode() -> None:
+    episodes = Episodes()
+    assert episodes.due([finding()], 1000.0)
+    assert not episodes.due([], 1030.0)
+    assert not episodes.due([finding()], 1050.0)
+    assert not episodes.due([], 1100.0)
+    assert episodes.due([finding()], 1120.0)
+
+
+def test_what_is_well_is_not_logged() -> None:
+    assert not Episodes().due([finding("DB00", Severity.OK)], 1000.0)
+
+
+def test_the_line_has_the_code_what_to_do_and_no_running_numbers(
+    own_server: Server, make_shop: Callable[..., Shop], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dbpool")
+    shop = make_shop(own_server.conninfo, outage_grace=0.1, timeout=0.3)
+    own_server.stop()
+    with suppress(PoolError):
+        shop.pool.fetch_value("select 1")
+    shop.await_finding("DB01")
+    shop.monitor.tick()
+    records = [r for r in caplog.records if getattr(r, "dbpool", {}).get("event") == "finding"]
+    assert [record.getMessage().partition(". ")[0] for record in records] == [
+        "pool 'default': DB01 the database is down"
+    ]
+    assert records[0].levelno == logging.ERROR
+    assert vars(records[0])["dbpool"]["id"] == "DB01/default"
+    journal = shop.monitor.extend({}, ("journal",))["journal"]
+    assert [line["event"] for line in journal] == ["down"]
+    own_server.start()
+    shop.await_finding("DB00")
+    journal = shop.monitor.extend({}, ("journal",))["journal"]
+    assert [line["event"] for line in journal] == ["back", "down"]
+
+
+def test_the_shared_files_are_small_and_seldom_written(
+    dsn: str, make_shop: Callable[..., Shop], directory: Path
+) -> None:
+    shop = make_shop(dsn, directory)
+    written = 0
+    before: dict[str, tuple[int, int]] = {}
+    for _ in range(20):
+        shop.monitor.tick()
+        for path in directory.iterdir():
+            found = path.stat()
+            if before.get(path.name) != (found.st_mtime_ns, found.st_ino):
+                written += found.st_size if path.suffix in (".findings", ".journal") else 200
+            before[path.name] = (found.st_mtime_ns, found.st_ino)
+    assert written < 20 * 4096
+    total = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json")
+    assert total < 64 * 1024
+    assert json.loads((directory / "app.findings").read_bytes())["findings"]
