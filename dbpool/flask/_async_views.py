@@ -1,7 +1,7 @@
-"""Asynchronous views: what they check out counts as their request's, whatever thread runs them.
+"""Lets asynchronous views hold connections on behalf of their request's thread.
 
-Flask runs each in an event loop of its own, in a thread of its own, and that thread knows
-nothing of the request: neither its endpoint nor what is to be taken back when it ends.
+Flask runs each view in an event loop of its own, in a thread of its own. That thread does not know
+the request: neither its endpoint, nor which connections to take back at its end.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
 def follow_async_views(app: Flask) -> None:
     """Make the threads of asynchronous functions hold connections for the request's thread.
 
-    `Flask.async_to_sync` is the place that Flask names for changing how those are run. Where the
-    application did so, nothing is known of its threads, and they are left alone.
+    Flask documents `Flask.async_to_sync` as the method to override for how these functions run. If
+    the application overrides it, its threads are unknown, and nothing is changed.
     """
     if type(app).async_to_sync is not Flask.async_to_sync or "async_to_sync" in vars(app):
         return
@@ -54,7 +54,7 @@ def _holding_for(who: holders.Who) -> Iterator[None]:
         yield
         return
     own, thread = holders.here.who, who.thread
-    # Its stack is what a report about a connection held for long should show.
+    # The stack of this thread is what `HeldLong` should show.
     holders.here.who, who.thread = who, threading.current_thread()
     asyncio.get_running_loop().set_default_executor(
         ThreadPoolExecutor(
@@ -72,6 +72,6 @@ def _holding_for(who: holders.Who) -> Iterator[None]:
 def _is_alone() -> bool:
     """Whether the loop, and so its thread, was made for this call.
 
-    Under an ASGI server the server's own loop runs the call, which that of the request awaits.
+    Under an ASGI server the call runs in the server's own loop, together with others.
     """
     return len(asyncio.all_tasks()) == 1
