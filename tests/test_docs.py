@@ -27,11 +27,15 @@ import psycopg
 import pytest
 
 from dbpool.databases import databases_from_env, settings_from_config
+from dbpool.flask import DBPool
 from dbpool.settings import COMMON
+
+from .conftest import MakeApp
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+README = ROOT / "README.md"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
 PIECE = re.compile(
     r"<!-- (?P<word>[a-z-]+):(?P<body>.*?)-->"
     r"|^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^ *```$",
@@ -40,6 +44,8 @@ PIECE = re.compile(
 # Tried elsewhere: what needs a network, a container engine, or another host.
 TRIED = {
     "pip install '.[flask,gunicorn,prometheus]'": ".ci/package",
+    "make run": ".ci/end-to-end",
+    "make test": ".ci/run",
 }
 
 
@@ -283,13 +289,44 @@ def test_links_lead_somewhere_on_a_forge_too(path: Path) -> None:
         if link.startswith("https://"):
             continue
         name, _, anchor = link.partition("#")
-        target = DOCS / name if name else path
-        assert target.is_file(), link
+        target = path.parent / name if name else path
+        assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
     index = (DOCS / "index.md").read_text()
     told = set(re.findall(r"^[\w-]+$", index, re.MULTILINE))
-    assert {path.stem for path in PAGES} - {"index"} == told
+    assert {path.stem for path in PAGES} - {"index", "README"} == told
     assert {name for name in told if f"({name}.md)" not in index} == set()
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().split()) < 900
+
+
+def test_a_line_of_the_log_that_the_page_on_flask_quotes_is_as_it_is_logged(
+    make_app: MakeApp, dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    db = DBPool()
+    app = make_app(dsn, db=db)
+    failures: list[Exception] = []
+
+    @app.get("/", endpoint="orders.index")
+    def list_orders() -> Any:
+        conn = db.pool.getconn()
+
+        def lines() -> Iterator[str]:
+            try:
+                yield str(conn.execute("select 1").fetchone())
+            except psycopg.Error as ex:
+                failures.append(ex)
+
+        return lines()
+
+    app.test_client().get("/").get_data()
+    assert len(failures) == 1
+    (quote,) = [each.text.strip() for each in pieces(DOCS / "flask.md") if each.word == "text"]
+    (logged,) = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+    place = r"[\w/.]+:\d+ \w+"
+    assert re.sub(place, "PLACE", logged) == re.sub(place, "PLACE", quote)
