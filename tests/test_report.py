@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 
 from dbpool.metrics import BreakerSnapshot, HolderSnapshot, Metrics, PoolState, Snapshot
+from dbpool.processes import Processes
 from dbpool.prometheus import expose
 from dbpool.report import Process, Report
+from tests.fake import FakeServer
 
+from .conftest import MakeApp
+from .postgres import until
 from .test_metrics import snapshots
 
 
@@ -95,3 +100,43 @@ def test_of_processes_that_ended_the_totals_remain() -> None:
 def test_what_is_no_report_is_a_value_error(data: Any) -> None:
     with pytest.raises(ValueError):
         Report.from_json(data)
+
+
+def test_a_request_makes_no_json_to_parse_it_again(
+    make_app: MakeApp, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("JSON inside one process")
+
+    client = make_app(fake, DBPOOL_DETAILS="always").test_client()
+    monkeypatch.setattr(Report, "from_json", refuse)
+    assert client.get("/db/stats").status_code == 200
+    monkeypatch.setattr(Report, "to_json", refuse)
+    monkeypatch.setattr(Snapshot, "to_json", refuse)
+    assert client.get("/db/metrics").status_code == 200
+
+
+def test_without_a_directory_requests_do_not_ask_to_publish_again(
+    make_app: MakeApp, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_app(fake).test_client()
+    assert client.get("/db/health/live").status_code == 200
+    monkeypatch.delattr(Processes, "start")
+    assert client.get("/db/health/live").status_code == 200
+
+
+def test_requests_ask_to_publish_until_the_directory_is_there(
+    make_app: MakeApp, fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "stats"
+    client = make_app(fake, DBPOOL_STATS_DIR=str(directory)).test_client()
+    assert client.get("/db/health/live").status_code == 200
+    directory.mkdir(mode=0o700)
+
+    def published() -> bool:
+        assert client.get("/db/health/live").status_code == 200
+        return bool(list(directory.glob("*.json")))
+
+    until(published)
+    monkeypatch.delattr(Processes, "start")
+    assert client.get("/db/health/live").status_code == 200
