@@ -36,7 +36,7 @@ _FREE_TEXT: Final = re.compile(
     "|gsslib|krbsrvname|requirepeer|oauth_(?:issuer|client_id|scope)"
 )
 _HARMLESS: Final = re.compile(
-    r"[\d,]*|[\da-fA-F]*[.:][\da-fA-F.:,]*|[+-]?\d{0,6}[.,]?\d{0,6} *(?:[num]?s|m|h|d|secs?|mins?|(?:second|minute|hour|day)s?|%)?"
+    r"[\d,]{0,64}|[\da-fA-F]*[.:][\da-fA-F.:,]*|[+-]?\d{0,6}[.,]?\d{0,6} *(?:[num]?s|m|h|d|secs?|mins?|(?:second|minute|hour|day)s?|%)?"
     r"|disable|allow|prefer|require|verify-(?:ca|full)|any|read-(?:write|only)|primary|standby"
     r"|prefer-standby|random|direct|postgres|TLSv1(?:\.\d)?|system|true|false|database|on|off"
     r"|(?:!?(?:password|md5|gss|sspi|scram-sha-256|creds|none|oauth),?)+"
@@ -104,7 +104,7 @@ def safe_repr(value: object) -> str:
         hidden = "a text (hidden, as it may be a secret)"
         return hidden if may_be_secret(value) else repr(str(value))
     is_plain = isinstance(value, (int, float, type(None)))
-    return repr(value) if is_plain else f"a {type(value).__name__}"
+    return f"{value!r:.40}" if is_plain else f"a {type(value).__name__}"
 
 
 def conceals_fields(cls: type[T]) -> type[T]:

@@ -50,9 +50,12 @@ class Databases(Mapping[str, Pool[Any]]):
 
     @classmethod
     def from_env(
-        cls, environ: Environ = None, dotenv: Dotenv = None, listeners: Iterable[Any] = (),
-        **options: Any
-    ) -> Self:  # fmt: skip
+        cls,
+        environ: Environ = None,
+        dotenv: Dotenv = None,
+        listeners: Iterable[Any] = (),
+        **options: Any,
+    ) -> Self:
         """Make the default pool and those of `DBPOOL_DATABASES`. Raises `ConfigError`."""
         environ, options = conceal(environ), conceal(options)
         return cls(databases_from_env(environ, dotenv), listeners, **options)

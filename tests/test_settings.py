@@ -60,6 +60,22 @@ def test_what_is_no_duration_is_refused_by_name(text: str) -> None:
         from_env(DBPOOL_TIMEOUT=text)
 
 
+@pytest.mark.parametrize("field", ["timeout", "max_lifetime", "connect_timeout", "max_size"])
+@pytest.mark.parametrize("value", ["9" * 500, "9" * 20, 2**31, 10**400, float("inf")])
+def test_a_number_that_is_too_large_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{field} .* must be at most 2147483647") as caught:
+        Settings(**{field: value})
+    assert len(str(caught.value)) < 150
+
+
+@pytest.mark.parametrize("field", ["statement_timeout", "lock_timeout", "tcp_user_timeout"])
+def test_a_time_that_is_sent_in_milliseconds_fits_an_integer(dsn: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}.* must be at most 2147483 s"):
+        Settings(**{field: "1000h"})  # type: ignore[arg-type]
+    with Pool(dsn, **{field: 2_147_483}) as pool:  # type: ignore[arg-type]
+        assert pool.fetch_value("select 1") == 1
+
+
 @pytest.mark.parametrize("text", ["1.5", "3s", "x", "-1"])
 def test_what_is_no_size_is_refused_by_name(text: str) -> None:
     with pytest.raises(ConfigError, match="DBPOOL_MAX_SIZE"):

@@ -28,6 +28,7 @@ __all__ = ["Settings", "unknown_variables"]
 
 logger = logging.getLogger("dbpool")
 
+_Params = Mapping[str, Any] | None
 _Unknown = tuple[str, str | None]  # a variable, and what was probably meant
 NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
 _URL: Final = re.compile(
@@ -157,9 +158,8 @@ class Settings:
         return found
 
     def connect_params(
-        self, conninfo: str | None = None, kwargs: Mapping[str, Any] | None = None, *,
-        defaults: bool = True
-    ) -> dict[str, Any]:  # fmt: skip
+        self, conninfo: str | None = None, kwargs: _Params = None, *, defaults: bool = True
+    ) -> dict[str, Any]:
         """Return the keywords to connect with: those of *conninfo* and *kwargs*, and the missing.
 
         *kwargs* win; those that are psycopg's pass through. Without *defaults* the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -18,7 +17,8 @@ from dbpool.errors import ConfigError
 
 logger = logging.getLogger("dbpool")
 
-LEFT_TO_SERVER: Final = "server"  # a timeout that role, database or configuration decide
+LEFT_TO_SERVER: Final = "server"
+MAX_INT: Final = 2_147_483_647  # of libpq and the server; in seconds, less than any clock's end
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 _DURATION: Final = re.compile(r"(-?(?:\d+(?:\.\d*)?|\.\d+))\s*(ms|s|m|h|)", re.ASCII)
 _SWITCHES: Final = {"1": True, "true": True, "yes": True, "on": True,
@@ -36,21 +36,29 @@ def parsed(default: Any, parse: Callable[..., Any], **options: Any) -> Any:
 
 
 def parse_number(
-    value: Any, known_as: str, *, is_time: bool = True, whole: bool = False, least: float = 0.0
+    value: Any,
+    known_as: str,
+    *,
+    is_time: bool = True,
+    whole: bool = False,
+    least: float = 0.0,
+    most: float = MAX_INT,
 ) -> float | int:
     """Return *value* as a number; a time, in seconds, may be text with a unit.
 
     Raises `ConfigError`, which names *known_as*.
     """
-    number = _to_number(value, is_time=is_time)
+    number, unit = _to_number(value, is_time=is_time), " s" if is_time else ""
     if number is None:
         wanted = 'a number of seconds or a time such as "500ms"' if is_time else "a whole number"
-    elif not math.isfinite(number) or number < 0:
+    elif not number >= 0:  # NaN neither
         wanted = "0 or more"
+    elif number > most:
+        wanted = f"at most {most}{unit}"
     elif whole and number != int(number):
         wanted = "a whole number"
     elif number < least:
-        wanted = f"at least {least:g}{' s' if is_time else ''}"
+        wanted = f"at least {least:g}{unit}"
     else:
         return int(number) if whole else float(number)
     raise ConfigError(f"{known_as} must be {wanted}, not {safe_repr(value)}")
@@ -65,9 +73,9 @@ def _to_number(value: Any, *, is_time: bool) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def parse_time(value: Any, known_as: str, *, least: float = 0.0, suspect: float = 1000) -> float:
+def parse_time(value: Any, known_as: str, *, suspect: float = 1000, **limits: Any) -> float:
     """Parse seconds; warn of a number from *suspect* on, which was probably meant in milliseconds."""
-    seconds = parse_number(value, known_as, least=least)
+    seconds = parse_number(value, known_as, **limits)
     if seconds >= suspect and str(value).strip().isdecimal():
         text = "%s is %d seconds (%.1f hours); for milliseconds write %dms"
         logger.warning(text, known_as, seconds, seconds / 3600, seconds)
@@ -75,12 +83,13 @@ def parse_time(value: Any, known_as: str, *, least: float = 0.0, suspect: float 
 
 
 def parse_timeout(value: Any, known_as: str) -> float:
-    """Parse a timeout that 0 turns off; less than a millisecond would be sent as 0."""
-    return parse_time(value, known_as, least=0.001 if parse_number(value, known_as) else 0.0)
+    """Parse a time that is sent as an integer of milliseconds; 0 turns it off."""
+    least = 0.001 if parse_number(value, known_as) else 0.0
+    return parse_time(value, known_as, least=least, most=MAX_INT // 1000)
 
 
 def parse_server_timeout(value: Any, known_as: str) -> float | str:
-    """Parse a timeout that may be left to the server."""
+    """Parse a timeout; `server` leaves it to role, database or configuration."""
     is_left = str(value).strip().lower() == LEFT_TO_SERVER
     return LEFT_TO_SERVER if is_left else parse_timeout(value, known_as)
 
