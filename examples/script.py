@@ -1,4 +1,4 @@
-"""A script with a pool: DATABASE_URL=postgresql://... python -m examples.script"""
+"""A pool in a script: DATABASE_URL=postgresql://… python examples/script.py"""
 
 import dbpool
 
@@ -8,5 +8,5 @@ with dbpool.Pool() as pool:
         conn.execute("insert into greeting values (%s)", ["hello"])
         print(conn.execute("select words from greeting").fetchone())
 
-    print(pool.fetch_value("select current_database()"))  # one statement, one round trip
+    print(pool.fetch_value("select 6 * 7"))  # one statement, one round trip
     print(pool.stats().counters.checkouts, "checkouts")
