@@ -9,7 +9,18 @@ import sys
 
 from bench._report import Missing, Table
 
-ALL = ("checkout", "query", "contention", "spike", "scaling", "web", "observe", "recovery", "sizes")
+ALL = (
+    "checkout",
+    "query",
+    "contention",
+    "spike",
+    "scaling",
+    "web",
+    "observe",
+    "recovery",
+    "sizes",
+    "failover",
+)
 
 # What is drawn of each: the value, what it is multiplied by, and the unit it is then in.
 PLOTS = {
@@ -21,6 +32,7 @@ PLOTS = {
     "web": ("median", 1.0, "requests/s"),
     "observe": ("median", 1e3, "ms"),
     "recovery": ("seconds", 1e3, "ms"),
+    "failover": ("seconds", 1.0, "s"),
     "sizes": ("connections", 1.0, "connections"),
 }
 

@@ -1,0 +1,185 @@
+"""A primary and a standby that streams from it: the primary dies, the standby is promoted."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbpool import Pool
+from tests.pools import MakePool, assert_serves_all, fill
+from tests.postgres import Server, until
+from tests.proxy import Mode, Proxy
+from tests.replication import (
+    SYNCHRONOUS,
+    TABLE,
+    Appends,
+    Findings,
+    append,
+    append_blindly,
+    await_streaming,
+    check,
+    make_standby,
+    rejoin,
+    rows,
+)
+
+CONNECT_TIMEOUT = 2  # libpq's least
+
+Pair = tuple[Server, Server]
+
+
+@pytest.fixture
+def pair(make_server: Callable[..., Server]) -> Iterator[Pair]:
+    """A primary that acknowledges what its standby has, and that standby."""
+    primary = make_server(**SYNCHRONOUS)
+    # Without the standby no commit would be acknowledged yet.
+    primary.execute("set synchronous_commit = local; " + TABLE)
+    standby = make_standby(primary)
+    yield primary, standby
+    standby.close()
+
+
+def conninfo_of(*ports: int, wanted: str = "read-write") -> str:
+    hosts = ",".join(["127.0.0.1"] * len(ports))
+    return (
+        f"host={hosts} port={','.join(map(str, ports))} user=postgres dbname=postgres"
+        f" target_session_attrs={wanted}"
+    )
+
+
+@pytest.mark.parametrize("attempts", [0, 8], ids=["at once", "late"])
+def test_writes_go_on_within_a_second_of_the_promotion(
+    pair: Pair, make_pool: MakePool, attempts: int
+) -> None:
+    """The dead host refuses. Nobody who says how long to wait is told of an error.
+
+    A late promotion finds the pool at its longest pause between two attempts.
+    """
+    primary, standby = pair
+    pool = make_pool(conninfo_of(primary.port, standby.port), max_size=4, outage_grace=0.5)
+    appends = Appends(pool, call=append, idempotent=True, timeout=30)
+    appends.await_more()
+    failures = pool.stats().counters.connect_failures
+    primary.kill_postmaster()
+    until(lambda: pool.stats().counters.connect_failures >= failures + attempts, 20.0)
+    standby.promote()
+    promoted = time.monotonic()
+    appends.await_more()
+    history = appends.stop()
+    assert history.first_after(promoted) < 1.0
+    assert history.errors == []
+    assert check(history.outcomes, rows(standby.execute)) == Findings([], [], [])
+    assert_serves_all(pool)
+
+
+def test_a_host_whose_packets_are_dropped_costs_one_connect_timeout(
+    pair: Pair, make_pool: MakePool
+) -> None:
+    """Connections that are there have ended by then, as by tcp_user_timeout."""
+    primary, standby = pair
+    proxy = Proxy(primary.port)
+    try:
+        conninfo = conninfo_of(proxy.port, standby.port)
+        pool = make_pool(conninfo, max_size=4, connect_timeout=CONNECT_TIMEOUT, outage_grace=0.5)
+        appends = Appends(pool, call=append, idempotent=True, timeout=30)
+        appends.await_more()
+        proxy.mode = Mode.SILENT
+        proxy.drop()
+        primary.kill_postmaster()
+        standby.promote()
+        promoted = time.monotonic()
+        appends.await_more()
+        history = appends.stop()
+    finally:
+        proxy.close()
+    assert history.first_after(promoted) < CONNECT_TIMEOUT + 1.0
+    assert history.errors == []
+    assert check(history.outcomes, rows(standby.execute)) == Findings([], [], [])
+    assert_serves_all(pool)
+
+
+def test_what_may_not_be_repeated_is_lost_or_doubled_nowhere(
+    pair: Pair, make_pool: MakePool
+) -> None:
+    """Without `idempotent` a COMMIT without an answer is told as such, and as nothing else."""
+    primary, standby = pair
+    pool = make_pool(conninfo_of(primary.port, standby.port), max_size=4, outage_grace=0.5)
+    appends = Appends(pool, call=append_blindly, timeout=30)
+    appends.await_more()
+    primary.kill_postmaster()
+    standby.promote()
+    appends.await_more()
+    history = appends.stop()
+    assert check(history.outcomes, rows(standby.execute)) == Findings([], [], [])
+    assert "failed" not in history.outcomes.values(), history.errors
+    assert_serves_all(pool)
+
+
+def test_a_switchover_and_back_costs_nobody_an_error(pair: Pair, make_pool: MakePool) -> None:
+    """The primary is stopped and comes back as the standby of the other."""
+    primary, standby = pair
+    primary.execute("alter system set synchronous_standby_names = ''")
+    pool = make_pool(conninfo_of(primary.port, standby.port), max_size=4, outage_grace=0.5)
+    appends = Appends(pool, call=append, idempotent=True, timeout=30)
+    for former, next_one in ((primary, standby), (standby, primary)):
+        appends.await_more()
+        former.stop("fast")
+        next_one.promote()
+        former.options.pop("synchronous_standby_names", None)
+        rejoin(former, next_one)
+        await_streaming(next_one)
+        appends.await_more()
+    history = appends.stop()
+    assert history.errors == []
+    assert check(history.outcomes, rows(primary.execute)) == Findings([], [], [])
+    assert_serves_all(pool)
+
+
+def test_a_replica_falls_back_to_the_primary_and_returns(pair: Pair, make_pool: MakePool) -> None:
+    primary, standby = pair
+    primary.execute("set synchronous_commit = local; insert into appends values (1)")
+    until(lambda: rows(standby.execute) == Counter([1]))
+    conninfo = conninfo_of(primary.port, standby.port, wanted="prefer-standby")
+    pool = make_pool(conninfo, min_size=2, max_size=2)
+    fill(pool)
+    assert is_standby(pool)
+    standby.stop("immediate")
+    assert pool.run(count, timeout=10) == 1
+    assert not is_standby(pool)
+    standby.start()
+    await_streaming(primary)
+    until(lambda: is_standby(pool), 20.0, pause=0.05)
+    assert pool.stats().counters.circuit_opened == 0
+
+
+def is_standby(pool: Pool[Any]) -> bool:
+    return bool(pool.fetch_value("select pg_is_in_recovery()"))
+
+
+def count(conn: Any) -> int:
+    return int(conn.execute("select count(*) from appends").fetchone()[0])
+
+
+# The judge itself
+
+
+told = st.dictionaries(
+    st.integers(0, 20), st.sampled_from(["acknowledged", "uncertain", "failed"]), max_size=20
+)
+
+
+@given(outcomes=told, there=st.lists(st.integers(0, 20)))
+def test_whatever_a_writer_was_told_wrongly_is_found(outcomes: Any, there: list[int]) -> None:
+    found = check(outcomes, Counter(there))
+    assert (found.lost == []) == all(
+        n in there for n, told in outcomes.items() if told == "acknowledged"
+    )
+    assert (found.doubled == []) == (len(there) == len(set(there)))
+    is_told = {n for n, told in outcomes.items() if told != "failed"}
+    assert (found.untold == []) == (set(there) <= is_told)

@@ -1,0 +1,160 @@
+"""A primary with a standby that streams from it, and writers whose every outcome is remembered."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import psycopg
+
+from dbpool import CommitUncertain, Pool
+
+from .postgres import Server, run, until
+from .threads import Load
+
+Outcome = Literal["acknowledged", "uncertain", "failed"]
+
+TABLE = "create table appends (n bigint)"
+APPEND = "insert into appends values (%s)"
+APPEND_ONCE = "insert into appends select %s where not exists (select from appends where n = %s)"
+
+# A commit is acknowledged only once the standby has it: what is killed then loses nothing.
+SYNCHRONOUS = {"synchronous_standby_names": "*"}
+
+
+def make_standby(primary: Server) -> Server:
+    """Copy a running primary, and start what streams from it. To be closed."""
+    with (primary.data / "pg_hba.conf").open("a") as rules:
+        rules.write("host replication postgres 127.0.0.1/32 trust\n")
+    primary.reload()
+    backup = primary.directory / "backup"
+    command = ["pg_basebackup", "-D", backup, "-d", primary.conninfo, "-R", "-X", "stream"]
+    until(lambda: _succeeds(*command, "-c", "fast"), 20.0, pause=0.1)  # once the rules are read
+    standby = Server(backup)
+    standby.start()
+    await_streaming(primary)
+    return standby
+
+
+def _succeeds(*command: Any) -> bool:
+    try:
+        run(*command)
+    except AssertionError:
+        return False
+    return True
+
+
+def await_streaming(primary: Server) -> None:
+    """Wait until a standby follows."""
+    query = "select count(*) from pg_stat_replication where state = 'streaming'"
+    until(lambda: primary.execute(query) != [(0,)], 20.0, pause=0.05)
+
+
+def rejoin(former: Server, primary: Server) -> None:
+    """Start a former primary as the standby of the present one. It must have lost nothing."""
+    if former.is_running():
+        former.stop("fast")
+    former.demote()
+    with (former.data / "postgresql.auto.conf").open("a") as settings:
+        settings.write(f"primary_conninfo = '{primary.conninfo}'\n")
+    former.start()
+
+
+@dataclass
+class History:
+    """What writers were told about each number, and when the acknowledged ones were."""
+
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    acknowledged_at: list[float] = field(default_factory=list)
+    errors: list[BaseException] = field(default_factory=list)
+
+    def first_after(self, moment: float) -> float:
+        """Return how many seconds after *moment* the first write was acknowledged."""
+        return min(at for at in self.acknowledged_at if at > moment) - moment
+
+    def longest_gap(self, since: float) -> float:
+        """Return the longest time in which no write was acknowledged, in seconds."""
+        times = sorted(at for at in self.acknowledged_at if at > since)
+        return max(b - a for a, b in pairwise([since, *times]))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What must be empty: numbers lost, there twice, or there although their writer was not told."""
+
+    lost: list[int]
+    doubled: list[int]
+    untold: list[int]
+
+
+def check(outcomes: Mapping[int, Outcome], rows: Counter[int]) -> Findings:
+    """Compare what writers were told with what is there."""
+    return Findings(
+        lost=[n for n, told in outcomes.items() if told == "acknowledged" and not rows[n]],
+        doubled=[n for n, times in rows.items() if times > 1],
+        untold=[n for n in rows if outcomes.get(n, "failed") == "failed"],
+    )
+
+
+class Appends:
+    """Threads that append one number after another by `run(call, number)`, until stopped."""
+
+    def __init__(
+        self, pool: Pool[Any], *, call: Callable[..., None], threads: int = 4, **options: Any
+    ) -> None:
+        self.history = History()
+        self._pool, self._call, self._options = pool, call, options
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._load = Load(self._append, threads)
+
+    def _append(self) -> None:
+        number = next(self._numbers)
+        try:
+            self._pool.run(self._call, number, **self._options)
+        except CommitUncertain as ex:
+            self._note(number, "uncertain", ex)
+        except psycopg.OperationalError as ex:
+            self._note(number, "failed", ex)
+        else:
+            self._note(number, "acknowledged")
+
+    def _note(self, number: int, told: Outcome, error: BaseException | None = None) -> None:
+        with self._lock:
+            self.history.outcomes[number] = told
+            if error is None:
+                self.history.acknowledged_at.append(time.monotonic())
+            else:
+                self.history.errors.append(error.with_traceback(None))
+
+    def await_more(self, number: int = 50, seconds: float = 60.0) -> None:
+        """Wait until that many more were acknowledged."""
+        wanted = len(self.history.acknowledged_at) + number
+        until(lambda: len(self.history.acknowledged_at) >= wanted, seconds, pause=0.02)
+
+    def stop(self) -> History:
+        """Let every thread end its call; return what all were told."""
+        self._load.stop()
+        assert self._load.errors == []
+        return self.history
+
+
+def append(conn: psycopg.Connection[Any], number: int) -> None:
+    """Append a number, unless it is there."""
+    conn.execute(APPEND_ONCE, [number, number])
+
+
+def append_blindly(conn: psycopg.Connection[Any], number: int) -> None:
+    """Append a number."""
+    conn.execute(APPEND, [number])
+
+
+def rows(execute: Callable[[str], list[tuple[Any, ...]]]) -> Counter[int]:
+    """Return how often each number is there."""
+    return Counter(n for (n,) in execute("select n from appends"))
