@@ -20,6 +20,7 @@ ALL = (
     "recovery",
     "sizes",
     "failover",
+    "storm",
 )
 
 # What is drawn of each: the value, what it is multiplied by, and the unit it is then in.
@@ -33,6 +34,7 @@ PLOTS = {
     "observe": ("median", 1e3, "ms"),
     "recovery": ("seconds", 1e3, "ms"),
     "failover": ("seconds", 1.0, "s"),
+    "storm": ("peak", 1.0, "per second"),
     "sizes": ("connections", 1.0, "connections"),
 }
 
