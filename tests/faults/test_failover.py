@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -66,7 +68,7 @@ def test_writes_go_on_within_a_second_of_the_promotion(
     appends = Appends(pool, call=append, idempotent=True, timeout=30)
     appends.await_more()
     failures = pool.stats().counters.connect_failures
-    primary.kill_postmaster()
+    primary.lose_power()
     until(lambda: pool.stats().counters.connect_failures >= failures + attempts, 20.0)
     standby.promote()
     promoted = time.monotonic()
@@ -91,7 +93,7 @@ def test_a_host_whose_packets_are_dropped_costs_one_connect_timeout(
         appends.await_more()
         proxy.mode = Mode.SILENT
         proxy.drop()
-        primary.kill_postmaster()
+        primary.lose_power()
         standby.promote()
         promoted = time.monotonic()
         appends.await_more()
@@ -104,20 +106,36 @@ def test_a_host_whose_packets_are_dropped_costs_one_connect_timeout(
     assert_serves_all(pool)
 
 
-def test_what_may_not_be_repeated_is_lost_or_doubled_nowhere(
-    pair: Pair, make_pool: MakePool
+@pytest.mark.parametrize("reached", [True, False], ids=["it has them", "it lacks them"])
+def test_who_is_in_commit_is_told_that_it_is_uncertain(
+    pair: Pair, make_pool: MakePool, reached: bool
 ) -> None:
-    """Without `idempotent` a COMMIT without an answer is told as such, and as nothing else."""
+    """The primary is lost while four commits wait for the standby, which has their rows or not."""
     primary, standby = pair
     pool = make_pool(conninfo_of(primary.port, standby.port), max_size=4, outage_grace=0.5)
     appends = Appends(pool, call=append_blindly, timeout=30)
     appends.await_more()
-    primary.kill_postmaster()
+    if reached:
+        primary.execute("alter system set synchronous_commit = remote_apply")
+        primary.reload()
+        standby.execute("select pg_wal_replay_pause()")
+    else:
+        ((receiver,),) = standby.execute("select pid from pg_stat_wal_receiver")
+        standby.freeze([receiver])
+    waiting = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'"
+    until(lambda: primary.execute(waiting) == [(4,)], 20.0)
+    primary.lose_power()
+    if not reached:
+        os.kill(receiver, signal.SIGTERM)  # it reads no more of what is in its socket
+    standby.thaw()
     standby.promote()
     appends.await_more()
     history = appends.stop()
-    assert check(history.outcomes, rows(standby.execute)) == Findings([], [], [])
-    assert "failed" not in history.outcomes.values(), history.errors
+    uncertain = [n for n, told in history.outcomes.items() if told == "uncertain"]
+    there = rows(standby.execute)
+    assert len(uncertain) == len(history.errors) == 4, history.errors
+    assert [there[n] for n in uncertain] == [int(reached)] * 4
+    assert check(history.outcomes, there) == Findings([], [], [])
     assert_serves_all(pool)
 
 

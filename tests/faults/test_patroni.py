@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -21,7 +20,7 @@ import psycopg
 import pytest
 
 from dbpool import Pool
-from tests.postgres import binaries, free_port, until
+from tests.postgres import binaries, free_port, kill_tree, until
 from tests.replication import TABLE, Appends, Findings, append_blindly, check, rows
 from webapp.embedded import server_user
 
@@ -152,9 +151,9 @@ class Cluster:
         return None not in roles and self.leader() is not None and any(sync)
 
     def kill_server(self, node: int) -> None:
-        """SIGKILL a node's postmaster: its agent gives the leadership up."""
+        """SIGKILL all processes of a node's server: its agent gives the leadership up."""
         pid = int((self._directory / f"data{node}" / "postmaster.pid").read_text().split()[0])
-        os.kill(pid, signal.SIGKILL)
+        kill_tree(pid)
 
     def kill_node(self, node: int) -> None:
         """SIGKILL agent and server: the others hear nothing until the leader's key expires."""
