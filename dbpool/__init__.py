@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 _MODULES = ("breaker", "databases", "errors", "events", "holders", "liveness", "metrics", "pool",
-            "retry", "settings")  # fmt: skip
+            "report", "retry", "settings")  # fmt: skip
 _HOMES = ("dbpool.errors", "dbpool.settings", "dbpool.pool", "dbpool.databases")  # of `__all__`
 
 

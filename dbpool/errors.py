@@ -20,20 +20,9 @@ if TYPE_CHECKING:
     from dbpool.metrics import Snapshot
 
 __all__ = [
-    "CommitUncertain",
-    "ConfigError",
-    "DatabaseMisconfigured",
-    "DatabaseUnavailable",
-    "FailureKind",
-    "PoolClosed",
-    "PoolError",
-    "PoolExhausted",
-    "PoolTimeout",
-    "TooManyRequests",
-    "classify",
-    "describe",
-    "is_permanent",
-    "sanitize",
+    "CommitUncertain", "ConfigError", "DatabaseMisconfigured", "DatabaseUnavailable", "FailureKind",
+    "PoolClosed", "PoolError", "PoolExhausted", "PoolTimeout", "TooManyRequests", "classify",
+    "describe", "is_permanent", "sanitize",
 ]  # fmt: skip
 
 _NO_TEXT: Final = "(no text)"

@@ -13,7 +13,7 @@ import dbpool
 
 ROOT = Path(__file__).parent.parent
 MODULES = ("breaker", "databases", "errors", "events", "holders", "liveness", "metrics", "pool",
-           "retry", "settings")  # fmt: skip
+           "report", "retry", "settings")  # fmt: skip
 ERRORS = [
     name
     for name in dbpool.__all__
