@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import Any, Final
 
-from dbpool.processes._directory import NAME, Directory, make_directory
+from dbpool.processes._directory import DIRECTORY_NAME, Directory, make_directory
 from dbpool.processes._files import STATS_DIR
 
 __all__ = ["on_exit", "on_starting", "post_fork", "post_worker_init", "worker_exit"]
@@ -39,7 +39,9 @@ def on_starting(server: Any) -> None:
     """
     global _made  # noqa: PLW0603  # there is one master in a process
     given = os.environ.pop(STATS_DIR, "")
-    if given and not NAME.fullmatch(Path(given).name):  # not of the master that SIGUSR2 replaces
+    if given and not DIRECTORY_NAME.fullmatch(
+        Path(given).name
+    ):  # not of the master that SIGUSR2 replaces
         os.environ[STATS_DIR] = given
         return
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from dbpool.metrics import BreakerSnapshot, HolderSnapshot, Metrics, PoolState, Snapshot
 from dbpool.processes import Processes
@@ -18,6 +19,7 @@ from tests.fake import FakeServer
 from .conftest import MakeApp
 from .postgres import until
 from .test_metrics import snapshots
+from .test_processes import ODD, paths, replaced
 
 
 def part(pid: int, pool: Snapshot, written: float = 0.0, number: int = 0) -> Report:
@@ -100,6 +102,21 @@ def test_of_processes_that_ended_the_totals_remain() -> None:
 def test_what_is_no_report_is_a_value_error(data: Any) -> None:
     with pytest.raises(ValueError):
         Report.from_json(data)
+
+
+A_REPORT = part(1, busy(3.0)).to_json()
+
+
+@given(st.sampled_from(list(paths(A_REPORT))), ODD)
+def test_whatever_stands_in_the_json_a_report_is_strict_or_refused(
+    path: tuple[Any, ...], odd: Any
+) -> None:
+    try:
+        report = Report.from_json(replaced(A_REPORT, path, odd))
+    except ValueError:
+        return
+    json.dumps(report.to_json(), allow_nan=False, ensure_ascii=False).encode()
+    expose(report)
 
 
 def test_a_request_makes_no_json_to_parse_it_again(

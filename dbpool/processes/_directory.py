@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 from dbpool.processes._files import ProcessLock, is_held, start_time
 
-NAME: Final = re.compile(r"dbpool-stats-\d+-[0-9a-f]{12}")
+DIRECTORY_NAME: Final = re.compile(r"dbpool-stats-\d+-[0-9a-f]{12}")
 _LOCK: Final = ".master"
 
 
@@ -79,7 +79,7 @@ def _parents(worker_tmp_dir: str | None) -> Iterator[Path]:
 
 def _named(parent: Path) -> list[Path]:
     try:
-        return [path for path in parent.iterdir() if NAME.fullmatch(path.name)]
+        return [path for path in parent.iterdir() if DIRECTORY_NAME.fullmatch(path.name)]
     except OSError:
         return []
 
