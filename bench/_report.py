@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench._plot import bars
-from webapp.embedded import binaries
+from dbpool.embedded._programs import binaries
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (

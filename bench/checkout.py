@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench._measure import against, interleaved, one_cpu
 from bench._peers import EVERYONE, PsycopgPool
 from bench._report import Table
-from bench._servers import served
+from tests.postgres import served
 
 
 def run(quick: bool) -> Table:

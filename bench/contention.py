@@ -10,8 +10,7 @@ from statistics import median
 from bench._measure import one_cpu, spread
 from bench._peers import Dbpool, Floor, Peer, PsycopgPool, SQLAlchemy
 from bench._report import Cell, Table
-from bench._servers import served
-from tests.postgres import Server
+from tests.postgres import Server, served
 
 BASE = PsycopgPool.name
 

@@ -16,9 +16,8 @@ import psycopg
 from psycopg_pool import ConnectionPool
 
 from bench._report import Cell, Table
-from bench._servers import served
 from dbpool import Pool
-from tests.postgres import Server
+from tests.postgres import Server, served
 from tests.proxy import Mode, Proxy
 from tests.replication import SYNCHRONOUS, TABLE, make_standby
 from tests.threads import Load

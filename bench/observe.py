@@ -11,13 +11,13 @@ from pathlib import Path
 from statistics import median
 
 from bench._report import Cell, Table
-from bench._servers import served
 from dbpool import Databases, Settings
 from dbpool.health import Health
 from dbpool.holders import Holder
 from dbpool.metrics import Metrics
 from dbpool.processes import Processes
 from dbpool.processes._files import start_time
+from tests.postgres import served
 
 COLUMN = "dbpool"
 

@@ -12,7 +12,7 @@ import psycopg
 from bench._measure import against, interleaved, one_cpu
 from bench._peers import EVERYONE, Dbpool, DbpoolPipelining, Peer, PsycopgPool
 from bench._report import Table
-from bench._servers import served
+from tests.postgres import served
 from tests.proxy import Proxy
 
 ONE_TRIP = "dbpool, one trip"

@@ -26,8 +26,7 @@ import psycopg
 
 from bench._peers import PEERS, Dbpool, Peer, PsycopgPool
 from bench._report import Cell, Table
-from bench._servers import served
-from tests.postgres import Server, free_port, until
+from tests.postgres import Server, free_port, served, until
 from tests.proxy import Proxy
 
 ROOT = Path(__file__).parent.parent

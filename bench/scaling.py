@@ -18,10 +18,9 @@ from psycopg_pool import ConnectionPool
 from bench._measure import interleaved, one_cpu, spread
 from bench._peers import Dbpool, Peer, PsycopgPool
 from bench._report import Cell, Table
-from bench._servers import served
 from dbpool import Pool
 from dbpool._parts import Waiter
-from tests.postgres import Server, until
+from tests.postgres import Server, served, until
 
 PEERS: list[type[Peer]] = [Dbpool, PsycopgPool]
 

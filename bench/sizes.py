@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench._report import Cell, Table
-from bench._servers import served
 from dbpool import Pool
 from dbpool.sizing import TARGET, Measured, measure
-from tests.postgres import Server
+from tests.postgres import Server, served
 
 SET = 20  # max_size while the load is measured
 SECONDS = 8.0  # for each size: more than 1,000 checkouts of each load

@@ -20,8 +20,8 @@ from psycopg_pool import ConnectionPool
 
 from bench._measure import spread
 from bench._report import Cell, Table
-from bench._servers import served
 from dbpool import Pool
+from tests.postgres import served
 
 THREADS, LEAST, MOST, CONNECT = 50, 5, 50, 0.15
 

@@ -18,8 +18,7 @@ from statistics import median
 
 from bench._measure import one_cpu, spread
 from bench._report import Cell, Missing, Table
-from bench._servers import served
-from tests.postgres import Server, free_port, until
+from tests.postgres import Server, free_port, served, until
 
 ROOT = Path(__file__).parent.parent
 

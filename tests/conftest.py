@@ -7,10 +7,13 @@ import gc
 import itertools
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import hypothesis
 import pytest
@@ -22,7 +25,7 @@ from dbpool.flask import DBPool, create_blueprint
 
 from .fake import FakeServer
 from .pools import MakePool, assert_closes, assert_whole
-from .postgres import Copies, Server, dismiss_reaper, until
+from .postgres import Server, copy, until
 from .proxy import Proxy
 
 # pytest captures the standard error of tests; this is where a hard end can still be told.
@@ -35,99 +38,90 @@ for _name in [n for n in os.environ if n.startswith(("PG", "DBPOOL_", "DATABASE_
 hypothesis.settings.register_profile("default", deadline=None)  # machines stall
 
 MakeApp = Callable[..., Flask]
+T = TypeVar("T")
 
 HARD_DEADLINE = 120.0  # seconds; a test that hangs ends the run with every thread's stack
 SLOW_DEADLINE = 900.0
 
 
-@pytest.fixture(scope="session")
-def template() -> Iterator[Copies]:
-    """A data directory to copy: much quicker than making a new one."""
-    server = Server()
-    copies = Copies(server.data)
-    yield copies
-    copies.close()
-    server.close()
-    dismiss_reaper()
-
-
-@pytest.fixture(scope="session")
-def server(template: Copies) -> Iterator[Server]:
-    """The server that all tests share which do it no harm."""
-    server = Server(template)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
-
-
-class _Databases:
-    """Fresh databases. The next is made while the last is in use, and one given back is dropped
-    meanwhile: together they take longer than many a test.
+class Ahead(Generic[T]):
+    """Makes the next thing while the last is in use, and clears one away while the next is: either
+    takes longer than many a test.
     """
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._numbers = itertools.count()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="databases")
+    def __init__(self, make: Callable[[], T], clear: Callable[[T], object]) -> None:
+        self._make, self._clear = make, clear
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._next = self._worker.submit(make)
+
+    def take(self) -> T:
+        """Return one that is the caller's."""
+        made = self._next.result(60)
         self._next = self._worker.submit(self._make)
+        return made
 
-    def _janitor(self, name: str) -> DatabaseJanitor:
-        return DatabaseJanitor(
-            user="postgres", host="127.0.0.1", port=self._server.port, dbname=name
-        )
-
-    def _make(self) -> str:
-        name = f"tests{next(self._numbers)}"
-        self._janitor(name).init()
-        return name
-
-    def take(self) -> str:
-        """Return the name of a fresh database."""
-        name = self._next.result(60)
-        self._next = self._worker.submit(self._make)
-        return name
-
-    def give_back(self, name: str) -> None:
-        """Drop it, and end whatever is still connected to it."""
-        self._worker.submit(self._janitor(name).drop)
+    def give_back(self, made: T) -> None:
+        """Have it cleared away."""
+        self._worker.submit(self._clear, made)
 
     def close(self) -> None:
-        """Wait until all is done."""
+        """Clear away what nobody took, and wait until all is done."""
+        self.give_back(self._next.result(60))
         self._worker.shutdown()
 
 
 @pytest.fixture(scope="session")
-def fresh_databases(server: Server) -> Iterator[_Databases]:
-    """Databases on the shared server."""
-    databases = _Databases(server)
-    yield databases
-    databases.close()
+def template() -> Iterator[Ahead[Path]]:
+    """Directories with a copy of one data directory: much quicker than making a new one."""
+    server = Server()
+    copies = Ahead(lambda: copy(server.data), shutil.rmtree)
+    yield copies
+    copies.close()
+    server.close()
 
 
-@pytest.fixture
-def dsn(fresh_databases: _Databases, server: Server) -> Iterator[str]:
-    """The connection string of a fresh database."""
-    name = fresh_databases.take()
-    yield server.conninfo_for(dbname=name)
-    fresh_databases.give_back(name)
-
-
-@pytest.fixture
-def make_server(template: Copies) -> Iterator[Callable[..., Server]]:
-    """Start private servers, options by keyword; they are gone after the test."""
-    servers: list[Server] = []
-
-    def make(**options: object) -> Server:
-        server = Server(template, **options)
-        servers.append(server)
+@pytest.fixture(scope="session")
+def server(template: Ahead[Path]) -> Iterator[Server]:
+    """The server that all tests share which do it no harm."""
+    with closing(Server(template.take())) as server:
         server.start()
-        return server
+        yield server
 
-    yield make
-    for server in servers:
-        server.close()
+
+@pytest.fixture(scope="session")
+def fresh_databases(server: Server) -> Iterator[Ahead[DatabaseJanitor]]:
+    """Databases on the shared server."""
+    numbers = itertools.count()
+
+    def make() -> DatabaseJanitor:
+        name = f"tests{next(numbers)}"
+        janitor = DatabaseJanitor(user="postgres", host="127.0.0.1", port=server.port, dbname=name)
+        janitor.init()
+        return janitor
+
+    with closing(Ahead(make, DatabaseJanitor.drop)) as databases:
+        yield databases
+
+
+@pytest.fixture
+def dsn(fresh_databases: Ahead[DatabaseJanitor], server: Server) -> Iterator[str]:
+    """The connection string of a fresh database."""
+    database = fresh_databases.take()
+    yield server.conninfo_for(dbname=database.dbname)
+    fresh_databases.give_back(database)
+
+
+@pytest.fixture
+def make_server(template: Ahead[Path]) -> Iterator[Callable[..., Server]]:
+    """Start private servers, options by keyword; they are gone after the test."""
+    with ExitStack() as servers:
+
+        def make(**options: object) -> Server:
+            server = servers.enter_context(closing(Server(template.take(), **options)))
+            server.start()
+            return server
+
+        yield make
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -14,8 +15,9 @@ from typing import Any, Literal
 import psycopg
 
 from dbpool import CommitUncertain, Pool
+from dbpool.embedded._programs import account_of, server_user, spawn
 
-from .postgres import Server, run, until
+from .postgres import Server, binaries, new_directory, until
 from .threads import Load
 
 Outcome = Literal["acknowledged", "uncertain", "failed"]
@@ -33,21 +35,19 @@ def make_standby(primary: Server) -> Server:
     with (primary.data / "pg_hba.conf").open("a") as rules:
         rules.write("host replication postgres 127.0.0.1/32 trust\n")
     primary.reload()
-    backup = primary.directory / "backup"
-    command = ["pg_basebackup", "-D", backup, "-d", primary.conninfo, "-R", "-X", "stream"]
-    until(lambda: _succeeds(*command, "-c", "fast"), 20.0, pause=0.1)  # once the rules are read
-    standby = Server(backup)
+    directory = new_directory()
+    command = [binaries() / "pg_basebackup", "-D", directory / "data", "-d", primary.conninfo]
+    command += ["-R", "-X", "stream", "-c", "fast"]
+    until(lambda: _succeeds(*command), 20.0, pause=0.1)  # once the rules are read
+    standby = Server(directory)
     standby.start()
     await_streaming(primary)
     return standby
 
 
-def _succeeds(*command: Any) -> bool:
-    try:
-        run(*command)
-    except AssertionError:
-        return False
-    return True
+def _succeeds(*command: object) -> bool:
+    with spawn(command, subprocess.DEVNULL, account_of(server_user())) as process:
+        return process.wait(60) == 0
 
 
 def await_streaming(primary: Server) -> None:

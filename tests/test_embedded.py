@@ -18,8 +18,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from dbpool.embedded import EmbeddedError, Interrupted, _cluster, _programs
 from webapp import embedded
-from webapp.embedded import EmbeddedError, Interrupted, Server, server
+from webapp.embedded import Server, server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,7 +37,7 @@ def reachable_folder() -> Iterator[Path]:
 
 
 def end_servers(cluster: Path) -> None:
-    for pid in embedded._processes_in(cluster):
+    for pid in _programs.servers_in(cluster):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -76,7 +77,7 @@ def await_true(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def postmaster(running: Server) -> int:
-    pid = running._pid_in_file()
+    pid = running.pid_in_file()
     assert pid is not None
     return pid
 
@@ -85,7 +86,7 @@ def test_serves_and_keeps_the_data_for_the_next_start(home: Path) -> None:
     with server(home) as first:
         query(first, "create table kept (n integer)")
         query(first, "insert into kept values (7)")
-    assert not first._pid_file.exists()
+    assert not first.pid_file.exists()
     with server(home) as second:
         assert query(second, "select n from kept") == [(7,)]
 
@@ -93,8 +94,8 @@ def test_serves_and_keeps_the_data_for_the_next_start(home: Path) -> None:
 def test_takes_no_connection_over_tcp_and_none_from_other_users(home: Path) -> None:
     with server(home) as running:
         assert query(running, "show listen_addresses") == [("",)]
-        assert running._socket_folder().stat().st_mode & 0o777 == 0o700
-        assert running.cluster.stat().st_mode & 0o777 == 0o700
+        assert running.sockets.stat().st_mode & 0o777 == 0o700
+        assert running.data.stat().st_mode & 0o777 == 0o700
 
 
 def test_two_holders_share_it_and_the_last_one_stops_it(home: Path) -> None:
@@ -103,7 +104,7 @@ def test_two_holders_share_it_and_the_last_one_stops_it(home: Path) -> None:
             assert postmaster(first) == postmaster(second)
         assert query(second, "select 1") == [(1,)]
         pid = postmaster(second)
-    assert not embedded._is_postgres(pid, second.cluster)
+    assert not _programs.servers_in(second.data, [pid])
 
 
 def test_stops_in_time_while_a_client_sits_in_a_transaction(home: Path) -> None:
@@ -111,7 +112,7 @@ def test_stops_in_time_while_a_client_sits_in_a_transaction(home: Path) -> None:
         conn = psycopg.connect(running.conninfo)
         conn.execute("select 1")
         started = time.monotonic()
-    assert time.monotonic() - started < embedded.FAST_SECONDS + embedded.IMMEDIATE_SECONDS
+    assert time.monotonic() - started < _cluster.FAST_SECONDS + _cluster.IMMEDIATE_SECONDS
     with pytest.raises(psycopg.OperationalError):
         conn.execute("select 1")
     conn.close()
@@ -122,7 +123,7 @@ def test_a_holder_that_was_killed_leaves_a_server_that_the_next_one_adopts_and_s
 ) -> None:
     program = (
         "import sys, time; from pathlib import Path; from webapp.embedded import server\n"
-        "with server(Path(sys.argv[1])) as it: print(it._pid_in_file(), flush=True); time.sleep(60)"
+        "with server(Path(sys.argv[1])) as it: print(it.pid_in_file(), flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", program, str(home)], stdout=subprocess.PIPE, cwd=ROOT, text=True
@@ -134,7 +135,7 @@ def test_a_holder_that_was_killed_leaves_a_server_that_the_next_one_adopts_and_s
     with server(home) as adopted:
         assert postmaster(adopted) == pid
         assert query(adopted, "select 1") == [(1,)]
-    assert not embedded._is_postgres(pid, adopted.cluster)
+    assert not _programs.servers_in(adopted.data, [pid])
 
 
 def test_starts_again_after_the_postmaster_was_killed(home: Path) -> None:
@@ -142,7 +143,7 @@ def test_starts_again_after_the_postmaster_was_killed(home: Path) -> None:
         query(running, "create table lasting (n integer)")
         client = psycopg.connect(running.conninfo)  # whose backend outlives the postmaster a bit
         os.kill(postmaster(running), signal.SIGKILL)
-    assert running._pid_file.exists()
+    assert running.pid_file.exists()
     with server(home) as again:
         assert query(again, "select count(*) from lasting") == [(0,)]
     client.close()
@@ -153,7 +154,7 @@ def test_a_holder_revives_a_server_that_crashed(home: Path) -> None:
         running.revive()
         pid = postmaster(running)
         os.kill(pid, signal.SIGKILL)
-        await_true(lambda: running._pid() is None)
+        await_true(lambda: running.pid() is None)
         running.revive()
         assert postmaster(running) != pid
         assert query(running, "select 1") == [(1,)]
@@ -162,14 +163,14 @@ def test_a_holder_revives_a_server_that_crashed(home: Path) -> None:
 def test_a_holder_leaves_a_server_down_that_was_stopped_on_purpose(home: Path) -> None:
     with server(home) as running:
         os.kill(postmaster(running), signal.SIGINT)
-        await_true(lambda: running._pid() is None)
+        await_true(lambda: running.pid() is None)
         running.revive()
-        assert running._pid() is None
+        assert running.pid() is None
 
 
 def test_a_pid_that_now_belongs_to_another_process_is_no_server(home: Path) -> None:
     stranger = subprocess.Popen(
-        ["sleep", "60"], **embedded._identity(embedded._account(embedded.server_user()))
+        ["sleep", "60"], **_programs.identity(_programs.account_of(_programs.server_user()))
     )
     try:
         cluster = next(home.glob("postgres-*"))
@@ -237,7 +238,7 @@ def test_the_shell_s_settings_do_not_lead_astray(
 def test_a_path_too_long_for_a_socket_gets_a_short_folder(new_home: Path) -> None:
     deep = new_home.parent / ("d" * 60) / ("e" * 60)
     with server(deep) as running:
-        folder = running._socket_folder()
+        folder = running.sockets
         assert query(running, "select 1") == [(1,)]
         assert len(str(folder)) < 60
         assert folder.stat().st_mode & 0o777 == 0o700
@@ -274,8 +275,8 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root serves as a
 def test_root_keeps_binaries_and_data_elsewhere_when_the_checkout_is_closed(
     new_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "ROOT_HOME", new_home.parent / "root")
-    package = embedded._packaged().parent.parent
+    monkeypatch.setattr(_programs, "ROOT_HOME", new_home.parent / "root")
+    package = _programs._packaged().parent.parent
     closed = new_home.parent / "closed"
     closed.mkdir(mode=0o700)
     shutil.copytree(package, closed / package.name)
@@ -283,18 +284,18 @@ def test_root_keeps_binaries_and_data_elsewhere_when_the_checkout_is_closed(
     if libraries.exists():
         shutil.copytree(libraries, closed / libraries.name)
     monkeypatch.setattr(
-        embedded, "_packaged", lambda: closed / package.name / "pginstall18" / "bin"
+        _programs, "_packaged", lambda: closed / package.name / "pginstall18" / "bin"
     )
-    embedded.binaries.cache_clear()
+    _programs.binaries.cache_clear()
     try:
-        folder = embedded.binaries()
+        folder = _programs.binaries()
         assert folder.is_relative_to(new_home.parent / "root")
         with server(embedded.home(closed)) as running:
             assert running.home.is_relative_to(new_home.parent / "root")
             assert query(running, "select 1") == [(1,)]
         assert closed.stat().st_mode & 0o777 == 0o700
     finally:
-        embedded.binaries.cache_clear()
+        _programs.binaries.cache_clear()
 
 
 def test_its_locks_are_closed_to_others(home: Path) -> None:
@@ -302,7 +303,7 @@ def test_its_locks_are_closed_to_others(home: Path) -> None:
     with server(home):
         for name in ("users.lock", "server.lock"):
             found = (home / name).stat()
-            assert (found.st_mode & 0o777, found.st_uid) == (0o600, Server(home)._account[0])
+            assert (found.st_mode & 0o777, found.st_uid) == (0o600, Server(home).account[0])
 
 
 def test_a_lock_that_cannot_be_opened_is_told_in_one_line(new_home: Path) -> None:
@@ -318,7 +319,7 @@ def test_root_serves_a_user_s_data_as_that_user(new_home: Path) -> None:
     with server(new_home):
         pass
     cluster = next(new_home.glob("postgres-*"))
-    account = embedded._account("daemon")
+    account = _programs.account_of("daemon")
     for path in (cluster, new_home / "run", *cluster.rglob("*")):
         os.chown(path, *account)
     for path in new_home.glob("*.lock"):
@@ -445,9 +446,9 @@ def test_a_data_folder_that_leads_to_root_s_own_is_refused(new_home: Path) -> No
     elsewhere = new_home.parent / "etc"
     elsewhere.mkdir()
     new_home.mkdir()
-    cluster = Server(new_home).cluster
+    cluster = Server(new_home).data
     cluster.symlink_to(elsewhere)
-    os.lchown(cluster, *embedded._account("nobody"))
+    os.lchown(cluster, *_programs.account_of("nobody"))
     with pytest.raises(EmbeddedError), server(new_home):
         pass
     assert list(elsewhere.iterdir()) == []
@@ -461,7 +462,7 @@ def test_a_checkout_may_have_any_name(
     new_home: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkout = new_home.parent / name
-    package = embedded._packaged().parent.parent
+    package = _programs._packaged().parent.parent
     (checkout / "site").mkdir(parents=True)
     for folder in (new_home.parent, checkout):
         folder.chmod(0o777)
@@ -474,18 +475,18 @@ def test_a_checkout_may_have_any_name(
         ignore=shutil.ignore_patterns("include", "pkgconfig", "*.a"),
     )
     monkeypatch.setattr(
-        embedded, "_packaged", lambda: checkout / "site" / package.name / "pginstall18" / "bin"
+        _programs, "_packaged", lambda: checkout / "site" / package.name / "pginstall18" / "bin"
     )
-    monkeypatch.setattr(embedded, "ROOT_HOME", new_home.parent / "root")
+    monkeypatch.setattr(_programs, "ROOT_HOME", new_home.parent / "root")
     monkeypatch.setenv("XDG_STATE_HOME", str(new_home.parent / "state"))
-    embedded.binaries.cache_clear()
+    _programs.binaries.cache_clear()
     try:
         with server(embedded.home(checkout)) as running:
             assert running.home == checkout / ".data"
             assert query(running, "select 1") == [(1,)]
-        running._socket_folder().rmdir()  # in /tmp: postgres takes no quotes in its path
+        running.sockets.rmdir()  # in /tmp: postgres takes no quotes in its path
     finally:
-        embedded.binaries.cache_clear()
+        _programs.binaries.cache_clear()
 
 
 def test_a_checkout_that_cannot_be_written_has_its_data_elsewhere(
@@ -501,7 +502,7 @@ def test_a_checkout_that_cannot_be_written_has_its_data_elsewhere(
         return not (inside and mode & os.W_OK) and reads_only(path, mode)
 
     monkeypatch.setattr(os, "access", access)
-    monkeypatch.setattr(embedded, "ROOT_HOME", new_home.parent / "root")
+    monkeypatch.setattr(_programs, "ROOT_HOME", new_home.parent / "root")
     monkeypatch.setenv("XDG_STATE_HOME", str(new_home.parent / "state"))
     found = embedded.home(checkout)
     assert new_home.parent in found.parents

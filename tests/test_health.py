@@ -17,6 +17,7 @@ import pytest
 from dbpool import ConfigError, Databases, Settings
 from dbpool.health import TIMEOUT, Health, Readiness
 from tests.fake import FakeServer
+from tests.postgres import copy
 from tests.threads import Task, run_in_threads
 
 from .postgres import Server, until
@@ -369,7 +370,7 @@ def test_facts_of_a_standby_tell_its_lag(own_server: Server) -> None:
     with (own_server.data / "pg_hba.conf").open("a") as hba:
         hba.write("host replication postgres 127.0.0.1/32 trust\n")
     own_server.stop()
-    standby = Server(own_server.data)
+    standby = Server(copy(own_server.data))
     try:
         own_server.start()
         (standby.data / "standby.signal").touch()

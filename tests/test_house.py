@@ -46,7 +46,7 @@ FLOORS = {
         "_run",
         "pool",
     ],
-    3: ["databases", "settings.app", "diagnosis"],
+    3: ["embedded", "databases", "settings.app", "diagnosis"],
     4: ["report", "health", "processes", "monitor", "sizing"],
     5: ["prometheus", "gunicorn", "codes", "testing", "flask", "cli", "__main__"],
 }

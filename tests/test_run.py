@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from dbpool.embedded import _programs
 from webapp import embedded
 
 from .postgres import free_port
@@ -88,7 +89,7 @@ class Application:
 
 def clean_environ() -> dict[str, str]:
     unwanted = ("DATABASE_URL", "DBPOOL_", "WEBAPP_", "PORT", "GUNICORN_", "WEB_CONCURRENCY")
-    environ = embedded.without_pg(os.environ)
+    environ = _programs.without_pg(os.environ)
     return {key: value for key, value in environ.items() if not key.startswith(unwanted)}
 
 
@@ -144,7 +145,7 @@ def servers(checkout: Path) -> list[int]:
     return [
         pid
         for cluster in checkout.glob(".data/postgres-*")
-        for pid in embedded._processes_in(cluster)
+        for pid in _programs.servers_in(cluster)
     ]
 
 
@@ -280,10 +281,10 @@ def test_gunicorn_killed_ends_the_rest_with_a_word(run: Run, checkout: Path) -> 
 def test_a_postmaster_that_was_killed_is_started_again(run: Run, checkout: Path) -> None:
     application = run().await_served()
     server = embedded.Server(checkout / ".data")
-    pid = server._pid_in_file()
+    pid = server.pid_in_file()
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    await_true(lambda: server._pid() not in {None, pid})
+    await_true(lambda: server.pid() not in {None, pid})
     await_true(lambda: application.serves("/notes"), START_SECONDS)
     code, output = application.stop()
     assert code == 0
@@ -292,7 +293,7 @@ def test_a_postmaster_that_was_killed_is_started_again(run: Run, checkout: Path)
 
 def test_after_everything_was_killed_the_next_one_serves(run: Run, checkout: Path) -> None:
     application = run().await_served()
-    pid = embedded.Server(checkout / ".data")._pid_in_file()
+    pid = embedded.Server(checkout / ".data").pid_in_file()
     assert pid is not None
     master = application.gunicorn()
     for victim in (application.process.pid, master, pid):

@@ -502,7 +502,7 @@ def test_it_tells_how_the_live_page_opens(
 def test_it_tells_the_command_that_reaches_the_demo_s_database(
     server: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    embedded = SimpleNamespace(conninfo=server.url, cluster="here")
+    embedded = SimpleNamespace(conninfo=server.conninfo, data="here")
     supervisor._tell("127.0.0.1", 8000, embedded, AppSettings())  # type: ignore[arg-type]
     (line,) = [each for each in capsys.readouterr().out.splitlines() if "psql" in each]
     done = subprocess.run(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .postgres import until
+from .waiting import until
 
 JOIN_SECONDS = 30.0
 

@@ -26,8 +26,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from dbpool.embedded import EmbeddedError, Interrupted
+from dbpool.embedded._programs import binaries
 from webapp import ROOT, dotenv
-from webapp.embedded import EmbeddedError, Interrupted, Server, binaries, home, server
+from webapp.embedded import Server, home, server
 from webapp.environment import set_number
 from webapp.reload import Sources
 
@@ -264,7 +266,7 @@ def _answers(host: str, port: int) -> bool:
 
 def _tell(host: str, port: int, embedded: Server | None, settings: AppSettings) -> None:
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    database = f"PostgreSQL in {embedded.cluster}" if embedded else _configured_by()
+    database = f"PostgreSQL in {embedded.data}" if embedded else _configured_by()
     lines = [
         f"Serving from {database}. Ctrl-C stops it.",
         f"  {url}/notes            the sample API",

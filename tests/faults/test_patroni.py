@@ -20,9 +20,9 @@ import psycopg
 import pytest
 
 from dbpool import Pool
+from dbpool.embedded._programs import server_user
 from tests.postgres import binaries, free_port, kill_tree, until
 from tests.replication import TABLE, Appends, Findings, append_blindly, check, rows
-from webapp.embedded import server_user
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ import psycopg
 import pytest
 
 from dbpool import DatabaseMisconfigured, Databases, DatabaseUnavailable, Pool, Settings
+from dbpool.embedded._programs import account_of, server_user, spawn
 from dbpool.errors import classify
 from dbpool.health import Health
 from tests.pools import GRACE, MakePool, await_up, fill
-from tests.postgres import Server, free_port, spawn, until
+from tests.postgres import Server, free_port, until
 from tests.threads import Task
-from webapp.embedded import server_user
 
 PROGRAM = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
 
@@ -84,7 +84,9 @@ class Bouncer:
 
     def start(self) -> None:
         # An absolute path stays one.
-        self._process = spawn(str(PROGRAM), "-q", self._config, output=subprocess.DEVNULL)
+        self._process = spawn(
+            [PROGRAM, "-q", self._config], subprocess.DEVNULL, account_of(server_user())
+        )
         until(lambda: self._is_up() or self._process.poll() is not None)
         assert self._process.poll() is None, self._log.read_text()
 
