@@ -20,7 +20,7 @@ from dbpool._secrets import mask
 from dbpool.cli._output import fail
 from dbpool.errors import ConfigError
 
-__all__ = ["main", "script"]
+__all__ = ["commands", "main", "script"]
 
 
 class Command(Protocol):
@@ -57,16 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m dbpool", description="Try and watch the configured databases.")
     parser.set_defaults(json=False)
-    commands = _commands()
-    choices = parser.add_subparsers(required=True, metavar=" | ".join(commands))
-    for name, command in commands.items():
+    choices = parser.add_subparsers(required=True, metavar=" | ".join(commands()))
+    for name, command in commands().items():
         chosen = choices.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(chosen)
         chosen.set_defaults(run=command.run)
     return parser
 
 
-def _commands() -> dict[str, Command]:
+def commands() -> dict[str, Command]:
+    """Return the modules of the commands, by name."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     return {
         name: cast("Command", import_module(f"{__name__}.{name}"))

@@ -14,9 +14,24 @@ from dbpool.settings import Settings
 from dbpool.settings._parsing import parse_number
 from dbpool.settings.app import find_dotenv
 
+_used: Mapping[str, Settings] | None = None
+
+
+@contextmanager
+def using(databases: Mapping[str, Settings]) -> Iterator[None]:
+    """Have the commands in the block use these settings in place of the environment's."""
+    global _used  # noqa: PLW0603  # a process runs one command
+    _used = databases
+    try:
+        yield
+    finally:
+        _used = None
+
 
 def configured() -> tuple[dict[str, Settings], Mapping[str, str]]:
     """Return the settings of all databases, and the variables of the `.env`."""
+    if _used is not None:
+        return dict(_used), {}
     with warnings_printed():
         dotenv = find_dotenv()
         return databases_from_env(dotenv=dotenv), dotenv

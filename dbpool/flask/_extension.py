@@ -120,6 +120,7 @@ class DBPool:
             register_error_handlers(app)
         follow_async_views(app)
         app.extensions[KEY] = own
+        app.shell_context_processor(lambda: {"db": self, "pool": own.databases.default})
         appcontext_pushed.connect(_on_appcontext_pushed, app)
         # Runs after the application's own teardown functions, which may return connections.
         appcontext_tearing_down.connect(_on_appcontext_tearing_down, app)

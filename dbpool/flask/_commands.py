@@ -1,0 +1,63 @@
+"""`flask dbpool COMMAND`: the commands of `python -m dbpool`, for the databases of the application.
+
+The entry point `flask.commands` names the group, so that it is there wherever this is installed.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import click
+from flask import current_app
+from flask.cli import with_appcontext
+
+from dbpool.cli import commands, main
+from dbpool.cli._configured import using
+from dbpool.flask._extension import state
+
+_WITHOUT_APPLICATION = frozenset({"explain"})
+
+
+class _Commands(click.Group):
+    """Asks for the commands when they are wanted: Flask loads this group at each of its own."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(commands())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = commands().get(cmd_name)
+        return None if found is None else _command(cmd_name, found.HELP)
+
+
+group = _Commands("dbpool", help="Try and watch the databases of the application.")
+
+
+def _command(name: str, about: str) -> click.Command:
+    """Make a command that hands its arguments on as they are."""
+
+    def call(arguments: tuple[str, ...]) -> None:
+        logging.getLogger("dbpool").addHandler(logging.NullHandler())  # the report says it all
+        if name in _WITHOUT_APPLICATION:
+            raise SystemExit(main([name, *arguments]))
+        try:
+            own = state()
+        except RuntimeError as ex:
+            raise click.ClickException(str(ex)) from None
+        with using({name: pool.settings for name, pool in own.databases.items()}):
+            raise SystemExit(main([name, *_directory(name), *arguments]))
+
+    return click.Command(
+        name,
+        callback=call if name in _WITHOUT_APPLICATION else with_appcontext(call),
+        params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        help=about,
+        short_help=about,
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True},
+    )
+
+
+def _directory(name: str) -> list[str]:
+    """Return the option for where the workers' numbers are, if the configuration has that."""
+    given = current_app.config.get("DBPOOL_STATS_DIR")
+    return ["--dir", str(given)] if name == "stats" and given else []

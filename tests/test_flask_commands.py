@@ -1,0 +1,73 @@
+"""`flask dbpool …`, and what `flask shell` finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from flask import Flask
+
+from dbpool.cli import commands
+from dbpool.flask import DBPool
+from dbpool.flask._commands import group
+
+from .conftest import MakeApp
+
+
+def invoke(app: Flask, *arguments: str) -> tuple[int, str]:
+    result = app.test_cli_runner().invoke(group, list(arguments))
+    return result.exit_code, result.output
+
+
+def test_check_tries_the_databases_of_the_application(
+    make_app: MakeApp, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "host=127.0.0.1 port=1")  # not this one
+    app = make_app(dsn, DBPOOL_MAX_SIZE=3, DBPOOL_DATABASES={"replica": dsn})
+    status, said = invoke(app, "check", "--json")
+    databases = json.loads(said)["databases"]
+    assert status == 0
+    assert databases.keys() == {"default", "replica"}
+    assert databases["default"]["settings"]["max_size"] == 3
+
+
+def test_what_is_wrong_is_the_exit_status(make_app: MakeApp) -> None:
+    status, said = invoke(make_app("host=127.0.0.1 port=1"), "check")
+    assert status == 1
+    assert said.startswith("default: failed\n")
+
+
+def test_stats_are_those_of_the_applications_directory(
+    make_app: MakeApp, dsn: str, tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o700)
+    app = make_app(dsn, DBPOOL_STATS_DIR=str(tmp_path))
+    assert app.test_client().get("/db/health/ready").status_code == 200
+    app.extensions["dbpool"].processes.collect()  # which publishes
+    status, said = invoke(app, "stats")
+    assert status == 0
+    assert json.loads(said)["pools"]["default"]["counters"]["checkouts"] == 1
+
+
+def test_explain_needs_no_application() -> None:
+    result = Flask("app").test_cli_runner().invoke(group, ["explain", "DB04"])
+    assert result.exit_code == 0
+    assert result.output.startswith("DB04 Waiting for a lock\n")
+
+
+def test_all_commands_are_there_and_another_is_wrong_usage(make_app: MakeApp, dsn: str) -> None:
+    app = make_app(dsn)
+    status, said = invoke(app, "--help")
+    assert status == 0
+    assert {name for name in commands() if f"\n  {name} " not in said} == set()
+    assert invoke(app, "chekc")[0] == 2
+    assert invoke(app, "check", "--no-such-option")[0] == 2
+
+
+def test_a_shell_has_the_extension_and_the_default_pool(make_app: MakeApp, dsn: str) -> None:
+    db = DBPool()
+    app = make_app(dsn, db=db)
+    found = app.make_shell_context()
+    assert found["db"] is db
+    assert found["pool"] is app.extensions["dbpool"].databases.default
