@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 import pickle
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,7 @@ from psycopg.conninfo import make_conninfo
 from dbpool import ConfigError, Pool, Settings
 from dbpool._secrets import mask
 from dbpool.databases import databases_from_env, settings_from_config
-from dbpool.settings import (
-    unknown_variables,
-    variable,
-)
+from dbpool.settings import COMMON, unknown_variables, variable
 from dbpool.settings._conninfo import already_set, mask_conninfo, parse
 from dbpool.settings.app import AppSettings
 
@@ -128,6 +127,52 @@ def test_settings_are_frozen_and_survive_copies() -> None:
     plain = Settings(max_size=3)
     assert pickle.loads(pickle.dumps(plain)) == plain
     assert replace(settings, timeout=1).explicit >= {"max_size", "timeout"}
+
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "texts": st.one_of(
+        st.text(max_size=12),
+        st.sampled_from(["a", "default,a", "host=h", "postgresql://u:p@h/d", "1" * 5000, "server"]),
+    ),
+    "objects": st.one_of(
+        st.none(), st.integers(), st.just(10**400), st.floats(), st.booleans(), st.binary(max_size=4),
+        st.lists(st.text(max_size=5), max_size=2), st.just(object()), st.just(Path("/nowhere")),
+    ),
+}  # fmt: skip
+FIELDS = [f.name for f in dataclasses.fields(Settings) if f.name != "explicit"]
+VARIABLES = sorted(
+    {*COMMON, "DATABASE_URL", "DATABASE_URL_FILE", "PGPASSWORD_FILE", "PGSERVICE", "PGPORT"}
+    - {"DBPOOL_DOTENV"}
+)
+
+
+@given(st.dictionaries(st.sampled_from(VARIABLES), VALUES["texts"] | VALUES["objects"], max_size=4))
+@example({"DATABASE_URL_FILE": "\0"})
+@example({"PGPORT": "1" * 5000})
+def test_any_configuration_is_taken_or_a_config_error(config: dict[str, Any]) -> None:
+    with suppress(ConfigError):
+        AppSettings.from_config(config, {})
+    with suppress(ConfigError):
+        for settings in settings_from_config(config, {}).values():
+            repr(settings)
+            settings.connect_params()
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES["texts"] | VALUES["objects"], max_size=3))
+def test_any_keywords_are_taken_or_a_config_error(keywords: dict[str, Any]) -> None:
+    with suppress(ConfigError):
+        settings = Settings(**keywords)
+        repr(settings)
+        settings.connect_params()
+
+
+def test_a_file_may_be_a_path(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("host=of-the-file")
+    settings = Settings(conninfo_file=tmp_path / "url")  # type: ignore[arg-type]
+    assert settings.resolve() == "host=of-the-file"
+    assert settings == Settings(conninfo_file=str(tmp_path / "url"))
+    with pytest.raises(ConfigError, match=r"^password_file must be a path, not 5"):
+        Settings(password_file=5)  # type: ignore[arg-type]
 
 
 # Precedence

@@ -73,8 +73,8 @@ class Settings:
 
     name: str = parsed("default", _parsing.parse_name)
     conninfo: str = parsed("", _conninfo.normalise)
-    conninfo_file: str | None = None
-    password_file: str | None = None
+    conninfo_file: str | None = parsed(None, _parsing.parse_path)
+    password_file: str | None = parsed(None, _parsing.parse_path)
     min_size: int = _count(1)
     max_size: int = _count(10, least=1)
     timeout: float = _seconds(5.0)

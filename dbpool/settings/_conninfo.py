@@ -123,7 +123,7 @@ def _misplaced(params: Mapping[str, Any], *, is_url: bool) -> str:
             if not is_path and (found := re.search(r"[][@;?#/\s]|^[^:]*:[^:]*$", value)):
                 return f"its {part} holds {'a port' if ':' in found[0] else found[0]}"
     ports = str(params.get("port", "")).split(",")
-    if not all(port == "" or (port.isdecimal() and 0 < int(port) < 65536) for port in ports):
+    if not all(re.fullmatch("[0-9]{0,5}", each) and 0 < int(each or 1) < 65536 for each in ports):
         return "its port is not a number from 1 to 65535"
     if is_url and (found := re.search("[@;]", str(params.get("dbname", "")))):
         return f"its database holds {found[0]}"

@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import field
 from difflib import get_close_matches
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
@@ -108,6 +109,13 @@ def parse_name(value: str, known_as: str = "name") -> str:
     if value == "":
         raise ConfigError(f"{known_as} must not be empty")
     return str(value)
+
+
+def parse_path(value: Any, known_as: str) -> str | None:
+    """Return *value* as the path of a file, None for None. Raises `ConfigError`."""
+    if not isinstance(value, str | PathLike | None):
+        raise ConfigError(f"{known_as} must be a path, not {safe_repr(value)}")
+    return Secret(value) if value else None
 
 
 def parse_bool(value: Any, known_as: str, *, unset: bool = True) -> bool:

@@ -67,7 +67,7 @@ def read_secret(path: str, variable: str) -> str:
     """Return the content of a secret file; *variable* gave its *path*. Raises `ConfigError`."""
     try:
         return Secret(Path(path).read_text("utf-8-sig").strip("\r\n"))
-    except (OSError, UnicodeDecodeError) as ex:
+    except (OSError, ValueError) as ex:  # ValueError: also a path that holds a NUL character
         problem = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
     raise ConfigError(f"{variable}: cannot read {safe_repr(path)}: {problem}")
 
