@@ -2,7 +2,14 @@
 
 They make the directory through which the workers share their statistics, size the pools by the
 number of requests that a worker serves at once, publish a worker's statistics from its start, and
-close the pools when it exits. If you define a hook of the same name, call the one here from it.
+close the pools when it exits. A hook of your own with the same name takes the place of one of
+these, unless it is combined with it:
+
+    from dbpool.gunicorn import *
+    from dbpool.gunicorn import combined
+
+    @combined
+    def post_fork(server, worker): ...
 
 The master imports this. It gets the standard library and `processes._directory` from it, nothing
 else: what the master imports is not reloaded, and comes before gevent patches the standard library.
@@ -10,16 +17,22 @@ else: what the master imports is not reloaded, and comes before gevent patches t
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from dbpool.processes._directory import DIRECTORY_NAME, Directory, make_directory
 from dbpool.processes._files import STATS_DIR
 
-__all__ = ["on_exit", "on_starting", "post_fork", "post_worker_init", "worker_exit"]
+# The hooks alone: `import *` is for a configuration. gunicorn ignores those that it does not know.
+__all__ = [
+    "dirty_worker_init", "on_exit", "on_starting", "post_fork", "post_worker_init",
+    "worker_abort", "worker_exit",
+]  # fmt: skip
 
 _MASTER_MODULES: Final = frozenset({
     "dbpool", "dbpool.gunicorn", "dbpool.processes", "dbpool.processes._directory",
@@ -29,7 +42,31 @@ _THREAD_WORKERS: Final = frozenset({"gunicorn.workers.sync", "gunicorn.workers.g
 _GREENLET_WORKERS: Final = "gunicorn.workers.base_async"  # the base of gevent's and eventlet's
 
 
+_LAST_HOOKS: Final = frozenset({"on_exit", "worker_abort", "worker_exit"})
+
 _made: Directory | None = None
+
+
+def combined(hook: Callable[..., Any]) -> Callable[..., None]:
+    """Return *hook* together with the one here of the same name.
+
+    This one comes first, but last where a worker or the server ends: there it closes what yours
+    may still need. Raises `ValueError` if there is none of that name.
+    """
+    name = hook.__name__
+    if name not in __all__:
+        raise ValueError(f"dbpool.gunicorn has no hook {name}: only {', '.join(__all__)}")
+    ours: Callable[..., None] = globals()[name]
+    first, last = (hook, ours) if name in _LAST_HOOKS else (ours, hook)
+
+    @functools.wraps(hook)  # gunicorn counts its parameters
+    def both(*args: Any) -> None:
+        try:
+            first(*args)
+        finally:
+            last(*args)
+
+    return both
 
 
 def on_starting(server: Any) -> None:
@@ -96,6 +133,31 @@ def post_worker_init(worker: Any) -> None:
     if worker.age == 1:  # one worker asks for all
         check = threading.Thread(None, _check_sizes, "dbpool-sizes", (worker,), daemon=True)
         check.start()
+
+
+def worker_abort(worker: Any) -> None:
+    """Log which connections the worker held when gunicorn's timeout ended it."""
+    if "dbpool.pool" in sys.modules:  # else it has none, and this is no time to import
+        from dbpool import _fork
+
+        for pool in list(_fork.pools):
+            for holder in pool.holders():
+                where = f"{holder.where}{f' ({holder.endpoint})' if holder.endpoint else ''}"
+                worker.log.error(
+                    "dbpool: the worker is aborted while %s of it has held a connection of pool %r"
+                    " for %.1f s, from %s", holder.thread, pool.name, holder.seconds, where,
+                )  # fmt: skip
+
+
+def dirty_worker_init(worker: Any) -> None:
+    """Do for a dirty worker of gunicorn 25 and newer what `post_worker_init` does.
+
+    No hook runs in it at its end: close your pools in `DirtyApp.close`.
+    """
+    from dbpool.processes import publish_from_the_start
+
+    _set_max_size(worker.cfg.dirty_threads + 1)
+    publish_from_the_start()
 
 
 def worker_exit(server: Any, worker: Any) -> None:

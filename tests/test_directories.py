@@ -17,9 +17,9 @@ import pytest
 from dbpool import gunicorn as hooks
 from dbpool.processes._files import is_held
 
+from .gunicorn_site import Site
 from .namespaces import own_pids, read_only, unshared
 from .postgres import until
-from .test_gunicorn import Site
 
 ROOT = Path(__file__).parent.parent
 only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root serves as another user")

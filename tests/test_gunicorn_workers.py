@@ -1,0 +1,245 @@
+"""gunicorn's workers under load: replaced, reloaded, aborted, stopped; dirty ones; users' hooks."""
+
+from __future__ import annotations
+
+import signal
+import urllib.error
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import gunicorn as hooks
+
+from .gunicorn_site import Site, conf_of
+from .postgres import until
+
+CLASSES = ["gthread", "sync", "gevent"]
+# Class and requests; what takes long is the start of workers.
+LOADS = [("gthread", 200), *(pytest.param(c, 2000, marks=pytest.mark.slow) for c in CLASSES)]
+
+Start = Callable[..., Site]
+
+
+@pytest.fixture
+def start(tmp_path: Path, dsn: str) -> Iterator[Start]:
+    sites: list[Site] = []
+
+    def start(**options: Any) -> Site:
+        sites.append(Site(tmp_path, dsn, **options))
+        return sites[-1]
+
+    yield start
+    for site in sites:
+        site.kill()
+
+
+@pytest.fixture
+def held_lock(dsn: str) -> Iterator[psycopg.Connection]:
+    """An advisory lock for which the application's `/lock` waits."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute("select pg_advisory_lock(1)")
+        yield conn
+
+
+def outcomes(
+    site: Site, number: int, every: int = 0, do: Callable[[], None] | None = None
+) -> Counter[str]:
+    """Send requests from eight threads; count the answers and errors of each kind.
+
+    *do* is called after each *every* requests.
+    """
+
+    def ask(n: int) -> str:
+        if do is not None and n % every == every - 1:
+            do()
+        try:
+            return "ok" if site.get("/").isdecimal() else "odd"
+        except urllib.error.HTTPError as ex:
+            return str(ex.code)
+        except OSError as ex:
+            return repr(ex)
+
+    with ThreadPoolExecutor(8) as threads:
+        return Counter(threads.map(ask, range(number)))
+
+
+# Workers that are replaced
+
+
+@pytest.mark.parametrize(("worker_class", "number"), LOADS)
+def test_a_reload_under_load_fails_no_request(start: Start, worker_class: str, number: int) -> None:
+    site = start(more=conf_of(worker_class, workers=2))
+    found = outcomes(site, number, number // 3, lambda: site.process.send_signal(signal.SIGHUP))
+    assert found == {"ok": number}
+
+
+@pytest.mark.parametrize(("worker_class", "number"), LOADS)
+def test_workers_that_are_recycled_under_load_fail_no_request(
+    start: Start, worker_class: str, number: int
+) -> None:
+    site = start(max_requests=number // 5, more=conf_of(worker_class, workers=2))
+    assert outcomes(site, number) == {"ok": number}
+
+
+@pytest.mark.parametrize("worker_class", CLASSES)
+def test_requests_in_flight_are_answered_before_a_stop(
+    start: Start, held_lock: psycopg.Connection, worker_class: str
+) -> None:
+    site = start(more=conf_of(worker_class, workers=2))
+    number = 2 if worker_class == "sync" else 4
+    waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+    with ThreadPoolExecutor(number) as threads:
+        answers = [threads.submit(site.get, "/lock") for _ in range(number)]
+        until(lambda: held_lock.execute(waiting).fetchone() == (number,), 20.0)
+        site.process.terminate()
+        held_lock.execute("select pg_advisory_unlock_all()")
+        assert [answer.result(20) for answer in answers] == [""] * number
+    site.process.wait(20)
+
+
+# A worker that is aborted
+
+
+def test_an_aborted_worker_says_what_it_held_and_leaves_no_query(
+    start: Start, dsn: str, held_lock: psycopg.Connection
+) -> None:
+    site = start(more=f"{conf_of('sync')}loglevel = 'error'\ntimeout = 1\n")
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(site.get, "/lock")
+        with pytest.raises(OSError):
+            answer.result(30)
+    waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+    until(lambda: held_lock.execute(waiting).fetchone() == (0,), 10.0)
+    said = site.said()
+    assert "dbpool: the worker is aborted while MainThread of it has held a connection" in said
+    assert "of pool 'default'" in said
+    assert "counted.py" in said
+    assert "(lock)" in said
+    assert site.get("/").isdecimal()  # another took its place
+
+
+# Dirty workers
+
+DIRTY_APP = """
+import os
+from dbpool import Databases, Settings
+from dbpool.processes import Processes
+from gunicorn.dirty.app import DirtyApp
+
+
+class Reports(DirtyApp):
+    def init(self):
+        self.databases = Databases({{"default": Settings(conninfo={dsn!r})}})
+        self.processes = Processes(self.databases, app="counted")
+        self.processes.start()
+
+    def run(self):
+        pool = self.databases.default
+        return [os.getpid(), pool.fetch_value("select pg_backend_pid()"), pool.max_size]
+
+    def close(self):
+        self.databases.close()
+"""
+
+DIRTY_VIEW = """
+@app.get("/report")
+def report():
+    from gunicorn.dirty import get_dirty_client
+    return get_dirty_client().execute("reports:Reports", "run")
+"""
+
+
+def test_dirty_workers_have_pools_of_their_own(start: Start, tmp_path: Path, dsn: str) -> None:
+    pytest.importorskip("gunicorn.dirty", reason="gunicorn 25 and newer have dirty workers")
+    (tmp_path / "reports.py").write_text(DIRTY_APP.format(dsn=dsn))
+    conf = conf_of("gthread", workers=2) + (
+        "dirty_apps = ['reports:Reports']\ndirty_workers = 2\ndirty_threads = 3\n"
+    )
+    site = start(more=conf, app=DIRTY_VIEW, preload=True)
+    with ThreadPoolExecutor(8) as threads:
+        reports = list(threads.map(lambda _: tuple(eval(site.get("/report"))), range(60)))
+    workers = {pid for pid, _, _ in reports}
+    assert len(workers) == 2
+    assert {size for _, _, size in reports} == {4}
+    by_backend = {backend: pid for pid, backend, _ in reports}
+    assert all(by_backend[backend] == pid for pid, backend, _ in reports), "none is shared"
+    until(lambda: {each["pid"] for each in site.stats()["processes"]} >= workers)
+    until(lambda: site.checkouts() == 60)
+    assert site.stop() < 10
+    names = "select count(*) from pg_stat_activity where application_name like 'dbpool:%%'"
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        own = f"{names} and datname = current_database()"
+        until(lambda: conn.execute(own).fetchone() == (0,), 10.0)
+
+
+# Users' own hooks
+
+OWN_HOOKS = """
+from dbpool.gunicorn import combined
+
+def note(name):
+    with open({path!r}, "a") as file:
+        print(name, file=file)
+
+@combined
+def on_starting(server):
+    import os
+    note("on_starting" if os.environ.get("DBPOOL_STATS_DIR") else "no directory yet")
+
+@combined
+def post_worker_init(worker):
+    from counted import app, db
+    with app.app_context():
+        note("post_worker_init" if db.pool.max_size == 5 else "not sized yet")
+
+@combined
+def worker_exit(server, worker):
+    import os
+    if os.getpid() == worker.pid:
+        from counted import app, db
+        with app.app_context():
+            note("worker_exit" if not db.pool.closed else "closed already")
+
+@combined
+def on_exit(server):
+    note("on_exit")
+"""
+
+
+def test_hooks_combine_with_the_users_own(start: Start, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    site = start(more=conf_of("gthread") + OWN_HOOKS.format(path=str(notes)))
+    site.get("/")
+    (directory,) = site.directories()
+    site.stop()
+    assert not directory.exists()
+    assert notes.read_text().split() == [
+        "on_starting",
+        "post_worker_init",
+        "worker_exit",
+        "on_exit",
+    ]
+
+
+def test_ours_runs_although_the_users_own_fails_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(hooks, "worker_exit", lambda server, worker: seen.append("ours"))
+
+    def worker_exit(server: object, worker: object) -> None:
+        raise RuntimeError("theirs")
+
+    with pytest.raises(RuntimeError, match="theirs"):
+        hooks.combined(worker_exit)(None, None)
+    assert seen == ["ours"]
+
+
+def test_only_a_hook_can_be_combined() -> None:
+    def post_forks(server: object, worker: object) -> None: ...
+
+    with pytest.raises(ValueError, match="no hook post_forks: only dirty_worker_init"):
+        hooks.combined(post_forks)
