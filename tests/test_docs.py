@@ -16,6 +16,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -171,6 +172,36 @@ def test_yaml_is_read_and_holds_no_unknown_variable(path: Path, code: str) -> No
     yaml = pytest.importorskip("yaml")
     assert isinstance(yaml.safe_load(code), dict)
     assert set(re.findall(r"DBPOOL_[A-Z_]+", code)) <= COMMON
+
+
+PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
+FIELDS = {"httpGet", "periodSeconds", "timeoutSeconds", "failureThreshold"}  # of those there are
+
+
+def test_the_probes_ask_views_that_there_are_and_are_patient(make_app: MakeApp, dsn: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    client = make_app(dsn).test_client()
+    (text,) = [each.text for each in pieces(DOCS / "probes.md") if each.word == "yaml"]
+    (container,) = yaml.safe_load(text)["spec"]["template"]["spec"]["containers"]
+    (port,) = [port["name"] for port in container["ports"]]
+    for name in PROBES:
+        probe = container[name]
+        assert probe.keys() <= FIELDS
+        assert probe["httpGet"]["port"] == port
+        assert client.get(probe["httpGet"]["path"]).status_code == 200
+    liveness = container["livenessProbe"]
+    assert liveness["httpGet"]["path"].endswith("/live")
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, Debian's prometheus")
+def test_the_alert_rules_are_what_prometheus_takes(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yml"
+    rules.write_text(next(e.text for e in pieces(DOCS / "alerts.md") if e.word == "yaml"))
+    done = subprocess.run(
+        ["promtool", "check", "rules", rules], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 METRIC = re.compile(r"\b(?:db_client_connection|dbpool)(?:_[a-z]+)+\b")
