@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import psycopg
 import pytest
 
 from dbpool.embedded import EmbeddedError, Interrupted, _cluster, _programs
+from tests.waiting import until
 from webapp import embedded
 from webapp.embedded import Server, server
 
@@ -67,13 +68,6 @@ def query(running: Server, statement: str) -> object:
     with psycopg.connect(running.conninfo, autocommit=True, connect_timeout=5) as conn:
         cursor = conn.execute(statement)
         return cursor.fetchall() if cursor.description else None
-
-
-def await_true(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def postmaster(running: Server) -> int:
@@ -154,7 +148,7 @@ def test_a_holder_revives_a_server_that_crashed(home: Path) -> None:
         running.revive()
         pid = postmaster(running)
         os.kill(pid, signal.SIGKILL)
-        await_true(lambda: running.pid() is None)
+        until(lambda: running.pid() is None)
         running.revive()
         assert postmaster(running) != pid
         assert query(running, "select 1") == [(1,)]
@@ -163,7 +157,7 @@ def test_a_holder_revives_a_server_that_crashed(home: Path) -> None:
 def test_a_holder_leaves_a_server_down_that_was_stopped_on_purpose(home: Path) -> None:
     with server(home) as running:
         os.kill(postmaster(running), signal.SIGINT)
-        await_true(lambda: running.pid() is None)
+        until(lambda: running.pid() is None)
         running.revive()
         assert running.pid() is None
 
@@ -212,7 +206,7 @@ def test_an_initdb_that_outlives_its_supervisor_does_not_trip_up_the_next_start(
 ) -> None:
     program = "import sys, pathlib\nfrom webapp.embedded import server\nserver(pathlib.Path(sys.argv[1])).__enter__()\n"
     supervisor = subprocess.Popen([sys.executable, "-c", program, str(new_home)], cwd=ROOT)
-    await_true(lambda: any(new_home.glob("*.new/*")))
+    until(lambda: any(new_home.glob("*.new/*")))
     supervisor.kill()
     supervisor.wait()
     with server(new_home) as running:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import tempfile
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from psycopg.rows import dict_row
 
 from dbpool import ConfigError, Pool, Settings
 from dbpool._pipelining import PipeliningCursor
+from tests.threads import run_in_threads
 
 from .postgres import Server
 
@@ -481,11 +481,7 @@ def test_a_thread_that_fails_leaves_the_statement_of_another_alone(dsn: str) -> 
             conn.rollback()
 
     with Pool(dsn, pipeline_begin=True) as pool, pool.connection() as conn:
-        threads = [threading.Thread(target=fail) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_in_threads(4, fail)
         assert not conn.closed
         assert conn.execute("select %s::int", [1]).fetchone() == (1,)
 

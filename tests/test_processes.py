@@ -25,6 +25,7 @@ from dbpool.metrics import BreakerSnapshot, HolderSnapshot, Metrics, Snapshot
 from dbpool.processes import Processes
 from dbpool.processes._files import locked, start_time, write
 from dbpool.prometheus import expose
+from tests.threads import Task
 
 from .namespaces import own_pids
 from .postgres import until
@@ -699,15 +700,13 @@ def test_a_publication_is_never_overwritten_by_an_older_one(
         write(path, data)
 
     monkeypatch.setattr("dbpool.processes._processes.write", slowly)
-    older = threading.Thread(target=processes.publish)
-    older.start()
+    older = Task(processes.publish)
     assert begun.wait(30)
-    last = threading.Thread(target=processes.close)
     processes.start()
-    last.start()
+    last = Task(processes.close)
     go_on.set()
-    older.join(30)
-    last.join(30)
+    older.result(30)
+    last.result(30)
     assert published(directory) == 2
 
 

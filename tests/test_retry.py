@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from itertools import islice
 
 import psycopg
@@ -10,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbpool.retry import Budget, delays, is_conflict
+from tests.threads import run_in_threads
 
 
 @given(first=st.floats(0.001, 1.0), cap=st.floats(1.0, 60.0), base=st.floats(1.1, 4.0))
@@ -45,16 +45,7 @@ def test_a_budget_never_exceeds_its_capacity() -> None:
 
 def test_a_budget_is_exact_under_threads() -> None:
     budget = Budget(1000)
-    drawn: list[bool] = []
-
-    def draw() -> None:
-        drawn.extend(budget.draw() for _ in range(300))
-
-    threads = [threading.Thread(target=draw) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    drawn = run_in_threads(8, lambda: sum(budget.draw() for _ in range(300)))
     assert sum(drawn) == 1000
 
 

@@ -17,9 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dbpool.embedded import _programs
+from tests.waiting import until
 from webapp import embedded
 
 from .postgres import free_port
@@ -67,7 +69,7 @@ class Application:
 
     def await_served(self) -> Application:
         """Wait until it says so: before, a predecessor may answer on the port."""
-        await_true(lambda: self.process.poll() is not None or "Serving" in self.said(), 30)
+        until(lambda: self.process.poll() is not None or "Serving" in self.said(), 30)
         assert self.process.poll() is None, self.said()
         return self
 
@@ -84,7 +86,8 @@ class Application:
 
     def gunicorn(self) -> int:
         """The pid of the gunicorn master."""
-        return next(pid for pid in children(self.process.pid) if "gunicorn" in command(pid))
+        children = psutil.Process(self.process.pid).children()
+        return next(int(each.pid) for each in children if "gunicorn" in command(each.pid))
 
 
 def clean_environ() -> dict[str, str]:
@@ -93,23 +96,8 @@ def clean_environ() -> dict[str, str]:
     return {key: value for key, value in environ.items() if not key.startswith(unwanted)}
 
 
-def children(parent: int) -> Iterator[int]:
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            # The name, in parentheses, may hold anything.
-            if int(status.read_text().rpartition(")")[2].split()[1]) == parent:
-                yield int(status.parent.name)
-
-
 def command(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
-
-
-def await_true(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +126,7 @@ def run(checkout: Path) -> Iterator[Callable[..., Application]]:
         if application.process.poll() is None:
             application.process.terminate()
         application.process.wait(STOP_SECONDS)
-    await_true(lambda: not servers(checkout))
+    until(lambda: not servers(checkout))
 
 
 def servers(checkout: Path) -> list[int]:
@@ -206,7 +194,7 @@ def test_stops_in_time_while_a_request_is_stuck(run: Run, checkout: Path) -> Non
     with locked_notes(checkout):
         with suppress(OSError), socket.create_connection(("127.0.0.1", application.port)) as stuck:
             stuck.sendall(b"GET /notes HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            await_true(lambda: active(application) == 1)
+            until(lambda: active(application) == 1)
             with stopping_in_time():
                 assert application.stop()[0] == 0
     assert not servers(checkout)
@@ -217,10 +205,10 @@ def test_a_request_that_holds_a_connection_is_counted(run: Run, checkout: Path) 
     with locked_notes(checkout):
         with socket.create_connection(("127.0.0.1", application.port)) as busy:
             busy.sendall(b"GET /notes HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            await_true(lambda: active(application) == 1)
+            until(lambda: active(application) == 1)
             pool = application.get("/db/stats")[1]["pools"]["default"]
             assert pool["active"] + pool["idle"] + pool["connecting"] == pool["size"]
-    await_true(lambda: active(application) == 0)
+    until(lambda: active(application) == 0)
 
 
 def active(application: Application) -> int:
@@ -261,7 +249,7 @@ def test_a_supervisor_that_was_killed_is_followed_by_the_next_one(run: Run, chec
     killed.process.kill()
     killed.process.wait()
     following = run(PORT=str(killed.port)).await_served()
-    await_true(lambda: following.serves(f"/notes/{note['id']}"))
+    until(lambda: following.serves(f"/notes/{note['id']}"))
     assert following.stop()[0] == 0
     assert not servers(checkout)
 
@@ -284,8 +272,8 @@ def test_a_postmaster_that_was_killed_is_started_again(run: Run, checkout: Path)
     pid = server.pid_in_file()
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    await_true(lambda: server.pid() not in {None, pid})
-    await_true(lambda: application.serves("/notes"), START_SECONDS)
+    until(lambda: server.pid() not in {None, pid})
+    until(lambda: application.serves("/notes"), START_SECONDS)
     code, output = application.stop()
     assert code == 0
     assert "starting it again" in output
@@ -314,7 +302,7 @@ def test_a_port_in_use_is_one_clear_line(run: Run) -> None:
 
 def test_an_empty_number_of_workers_is_the_default(run: Run, dsn: str) -> None:
     application = run(DATABASE_URL=dsn, WEB_CONCURRENCY="").await_served()
-    assert len(list(children(application.gunicorn()))) == 2
+    assert len(psutil.Process(application.gunicorn()).children()) == 2
 
 
 @pytest.mark.parametrize("port", ["http", "-1", "65536", "1e3", "9" * 5000])

@@ -21,6 +21,9 @@ from dbpool import Pool, Settings
 from dbpool.cli import main
 from dbpool.cli._probe import is_exposed
 from dbpool.events import LoggingListener
+from tests.fake import FakeServer
+from tests.sockets import answering
+from tests.threads import Task
 
 from .frames import Frames, leaks, of_error
 from .postgres import Server, until
@@ -122,38 +125,17 @@ def hostile(text: str) -> Iterator[int]:
     """A server that asks for the password in clear, and refuses everybody with a *text*."""
 
     def refuse(client: socket.socket) -> None:
-        with client:
-            client.settimeout(5)
-            length = int.from_bytes(client.recv(4), "big")
-            if client.recv(length - 4)[:4] == (80877103).to_bytes(4, "big"):  # TLS?
-                client.sendall(b"N")
-                client.recv(4096)
-            client.sendall(b"R" + (8).to_bytes(4, "big") + (3).to_bytes(4, "big"))
+        length = int.from_bytes(client.recv(4), "big")
+        if client.recv(length - 4)[:4] == (80877103).to_bytes(4, "big"):  # TLS?
+            client.sendall(b"N")
             client.recv(4096)
-            body = b"SFATAL\0VFATAL\0C28P01\0M" + text.encode() + b"\0\0"
-            client.sendall(b"E" + (len(body) + 4).to_bytes(4, "big") + body)
+        client.sendall(b"R" + (8).to_bytes(4, "big") + (3).to_bytes(4, "big"))
+        client.recv(4096)
+        body = b"SFATAL\0VFATAL\0C28P01\0M" + text.encode() + b"\0\0"
+        client.sendall(b"E" + (len(body) + 4).to_bytes(4, "big") + body)
 
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
-            try:
-                refuse(client)
-            except OSError:
-                pass
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(5)
+    with answering(refuse) as port:
+        yield port
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -414,8 +396,8 @@ def test_nothing_that_is_told_holds_control_characters(
         assert line.isprintable(), repr(line)
 
 
-def test_holders_are_told_without_control_characters(dsn: str, frames: Frames) -> None:
-    with Pool(dsn, max_size=1, timeout=0.05) as pool:
+def test_holders_are_told_without_control_characters(fake: FakeServer, frames: Frames) -> None:
+    with fake.pool(max_size=1, timeout=0.05) as pool:
         got, done = threading.Event(), threading.Event()
 
         def hold() -> None:
@@ -423,8 +405,7 @@ def test_holders_are_told_without_control_characters(dsn: str, frames: Frames) -
                 got.set()
                 done.wait(10)
 
-        thread = threading.Thread(target=hold, name="\x1b[31mworker\n7")
-        thread.start()
+        holder = Task(hold, name="\x1b[31mworker\n7")
         try:
             got.wait(10)
             error = error_of(pool)
@@ -432,7 +413,7 @@ def test_holders_are_told_without_control_characters(dsn: str, frames: Frames) -
             assert str(error).isprintable()
         finally:
             done.set()
-            thread.join()
+            holder.result()
 
 
 @pytest.mark.parametrize("password", ["e", "no", "app"])

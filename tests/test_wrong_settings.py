@@ -7,7 +7,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dbpool.errors import classify, is_permanent
 from tests.pools import SLACK, MakePool
 from tests.postgres import Server
 from tests.proxy import Proxy
+from tests.sockets import answering
 from tests.threads import Task
 
 # Their values are free, or name something that may come to be.
@@ -199,26 +199,12 @@ def test_files_for_tls(tls_port: int, make_pool: MakePool, files: Path, wrong: s
 @pytest.mark.parametrize("sslmode", ["disable", "prefer", "require"])
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"-ERR unknown\r\n"])
 def test_another_service_on_the_port(make_pool: MakePool, sslmode: str, answer: bytes) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    def answer_all(peer: socket.socket) -> None:
+        peer.recv(1000)
+        peer.sendall(answer)
 
-        def serve() -> None:
-            while True:
-                try:
-                    peer, _ = listener.accept()
-                except OSError:
-                    return
-                with peer:
-                    peer.recv(1000)
-                    peer.sendall(answer)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            port = listener.getsockname()[1]
-            refused(make_pool, f"host=127.0.0.1 port={port} user=u sslmode={sslmode}")
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join(10)
+    with answering(answer_all) as port:
+        refused(make_pool, f"host=127.0.0.1 port={port} user=u sslmode={sslmode}")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may use every socket")

@@ -6,9 +6,8 @@ import logging
 import socket
 import struct
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from ctypes import addressof, create_string_buffer
@@ -20,6 +19,8 @@ import pytest
 from dbpool import Pool
 from tests.pools import GRACE, MakePool, exhaustion, fill, give_up, lines, terminate
 from tests.postgres import Server, until
+from tests.sockets import Relay
+from tests.threads import Task
 
 from .test_saturation import ROOM, Crowd, crowd, small  # noqa: F401  # fixtures
 
@@ -34,11 +35,10 @@ def test_a_server_without_room_is_one_warning_with_numbers(
     fill(pool)
     crowd.take(ROOM - 1)
     with pool.connection():
-        caller = threading.Thread(target=give_up, args=(pool, 1, 30.0))
-        caller.start()
+        caller = Task(give_up, pool, 1, 30.0)
         until(lambda: pool.stats().counters.connect_failures >= 4)
         (warning,) = lines(log, logging.WARNING)
-    caller.join(20)
+    caller.result(20)
     assert "no new connection (saturated)" in warning
     assert "1 of at most 4 exist, 1 waiting" in warning
     crowd.leave()
@@ -52,12 +52,11 @@ def test_a_password_that_is_wrong_by_now_is_told_while_connections_serve(
     pool = make_pool(own_server.conninfo_for(user="app", password="right"), max_size=2)
     with pool.connection() as conn:
         own_server.execute("alter role app password 'new'")
-        caller = threading.Thread(target=give_up, args=(pool, 1, 1.5))
-        caller.start()
+        caller = Task(give_up, pool, 1, 1.5)
         until(lambda: lines(log, logging.WARNING))
         assert conn.execute("select 1").fetchone() == (1,)
         own_server.execute("alter role app password 'right'")
-    caller.join(20)
+    caller.result(20)
     assert "no new connection (password)" in lines(log, logging.WARNING)[0]
     until(lambda: not pool.breaker.is_failing)
 
@@ -98,37 +97,8 @@ def detach_filter(receiver: socket.socket) -> None:
         receiver.setsockopt(socket.SOL_SOCKET, 27, 0)
 
 
-class Relay:
+class Silencing(Relay):
     """Passes bytes on until its network goes silent."""
-
-    def __init__(self, server_port: int, port: int = 0) -> None:
-        self._server_port = server_port
-        self._listener = socket.create_server(("127.0.0.1", port))
-        self.port = self._listener.getsockname()[1]
-        self.clients: list[socket.socket] = []
-        self._servers: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self._start(self._serve)
-
-    def _start(self, fn: Callable[..., None], *args: Any) -> None:
-        self._threads.append(threading.Thread(target=fn, args=args))
-        self._threads[-1].start()
-
-    def _serve(self) -> None:
-        with suppress(OSError):
-            while True:
-                client = self._listener.accept()[0]
-                server = socket.create_connection(("127.0.0.1", self._server_port))
-                self.clients.append(client)
-                self._servers.append(server)
-                self._start(self._pass, client, server)
-                self._start(self._pass, server, client)
-
-    def _pass(self, source: socket.socket, target: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_RDWR)
 
     def go_silent(self) -> None:
         for client in self.clients:
@@ -138,66 +108,54 @@ class Relay:
     def close(self) -> None:
         for client in self.clients:
             detach_filter(client)
-        for each in (self._listener, *self.clients, *self._servers):
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
-        for thread in self._threads:
-            thread.join(10)
+        super().close()
 
 
 @pytest.fixture
-def relay(server: Server) -> Iterator[Relay]:
-    relay = Relay(server.port)
+def relay(server: Server) -> Iterator[Silencing]:
+    relay = Silencing(server.port)
     yield relay
     relay.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells what TCP knows")
-def test_a_silent_network_is_told_by_what_tcp_knows(server: Server, relay: Relay) -> None:
+def test_a_silent_network_is_told_by_what_tcp_knows(server: Server, relay: Silencing) -> None:
     conninfo = server.conninfo_for(port=relay.port)
     # The relay takes one connection: with these the server is not asked on another.
     how: Any = {"statement_timeout": "server", "idle_in_transaction_timeout": "server"}
     with Pool(conninfo, max_size=1, timeout=1.0, **how) as pool:
         conn = pool.getconn()
         relay.go_silent()
-        holder = threading.Thread(target=suppressed, args=(conn.execute, "select 1"))
-        holder.start()
+        holder = Task(conn.execute, "select 1")
         until(lambda: conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.ACTIVE)
         with ThreadPoolExecutor(1) as threads:
             text = threads.submit(exhaustion, pool).result()
         relay.close()
-        holder.join(10)
+        assert isinstance(holder.error(10), psycopg.Error)
         pool.putconn(conn)
     assert "a silent network: 1 of 1 sockets wait for acknowledgements" in text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells what TCP knows")
 def test_an_outage_that_began_as_a_silent_network_is_told_in_its_whole_length(
-    server: Server, relay: Relay, log: pytest.LogCaptureFixture
+    server: Server, relay: Silencing, log: pytest.LogCaptureFixture
 ) -> None:
     conninfo = server.conninfo_for(port=relay.port)
     with Pool(conninfo, max_size=1, timeout=1.0, outage_grace=GRACE) as pool:
         conn = pool.getconn()
         relay.go_silent()
         began = time.monotonic()
-        holder = threading.Thread(target=suppressed, args=(conn.execute, "select 1"))
-        holder.start()
+        holder = Task(conn.execute, "select 1")
         until(lambda: conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.ACTIVE)
         with ThreadPoolExecutor(1) as threads:
             threads.submit(exhaustion, pool).result()
         relay.close()
-        holder.join(10)
+        assert isinstance(holder.error(10), psycopg.Error)
         pool.putconn(conn)
         until(lambda: pool.state == "down")
-        back = Relay(server.port, relay.port)
+        back = Silencing(server.port, relay.port)
         until(lambda: "is back after" in log.text)
         seconds = float(log.text.partition("is back after ")[2].split()[0])
         pool.close()
         back.close()
     assert 1.0 < seconds <= time.monotonic() - began + 0.1, "it is rounded"
-
-
-def suppressed(fn: Callable[..., object], *args: object) -> None:
-    with suppress(psycopg.Error):
-        fn(*args)

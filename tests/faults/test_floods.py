@@ -6,7 +6,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from dbpool import Pool
 from tests.pools import SLACK
 from tests.postgres import Server, until
+from tests.sockets import Relay
 
 
 def notice(text: bytes) -> bytes:
@@ -24,64 +25,29 @@ def notice(text: bytes) -> bytes:
     return b"N" + (len(fields) + 4).to_bytes(4, "big") + fields
 
 
-class Flooding:
-    """Passes bytes on between clients and a server, and sends those clients notices without end."""
+class Flooding(Relay):
+    """Sends its clients notices without end."""
 
     def __init__(self, port: int) -> None:
-        self._port = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._sockets: list[socket.socket] = [self._listener]
-        self._clients: list[socket.socket] = []
-        self._locks: dict[socket.socket, threading.Lock] = {}
+        super().__init__(port)
         self._is_over = threading.Event()
-        self._threads = [self._start(self._accept)]
-
-    def _start(self, fn: Callable[..., None], *args: Any) -> threading.Thread:
-        thread = threading.Thread(target=fn, args=args, name="flooding")
-        thread.start()
-        return thread
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client = self._listener.accept()[0]
-                server = socket.create_connection(("127.0.0.1", self._port))
-                self._sockets += [client, server]
-                self._locks |= {client: threading.Lock(), server: threading.Lock()}
-                self._clients.append(client)
-                for source, target in ((client, server), (server, client)):
-                    self._threads.append(self._start(self._pass, source, target))
-
-    def _pass(self, source: socket.socket, target: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                with self._locks[target]:  # a message is not to be torn
-                    target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-        if source in self._clients:  # it has gone: the pool asks a server on one of its own
-            self._clients.remove(source)
 
     def flood(self) -> None:
         """Send notices from now on to the clients that there are; for ever."""
-        for client in list(self._clients):
-            self._threads.append(self._start(self._send, client, notice(b"x" * 80) * 100))
-        until(lambda: all(select.select([], [c], [], 0)[1] == [] for c in self._clients))
+        # One that has gone is left out: the pool asks a server on a connection of its own.
+        flooded = [client for client in self.clients if not select.select([client], [], [], 0)[0]]
+        for client in flooded:
+            self.start(self._flood, client, notice(b"x" * 80) * 100)
+        until(lambda: not select.select([], flooded, [], 0)[1])
 
-    def _send(self, client: socket.socket, chunk: bytes) -> None:
+    def _flood(self, client: socket.socket, chunk: bytes) -> None:
         with suppress(OSError):
             while not self._is_over.is_set():
-                with self._locks[client]:
-                    client.sendall(chunk)
+                self.send(client, chunk)
 
     def close(self) -> None:
         self._is_over.set()
-        for each in self._sockets:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
-        for thread in self._threads:
-            thread.join(10)
+        super().close()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from dbpool import Pool, PoolError
 from tests.fake import FakeConnection
 from tests.interrupts import Interrupt, every_point
 from tests.postgres import until
+from tests.threads import Task
 
 Act = Callable[[Pool], object]
 
@@ -251,15 +252,12 @@ def test_no_thread_waits_for_a_lock_that_was_left_behind() -> None:
                 calls.append(1)
             time.sleep(0.001)
 
-    others = [threading.Thread(target=work) for _ in range(3)]
-    for thread in others:
-        thread.start()
+    others = [Task(work) for _ in range(3)]
     for _ in every_point(lambda: block(pool)):
         seen = len(calls)
         until(lambda: len(calls) > seen)  # noqa: B023  # at once
     stop.set()
-    for thread in others:
-        thread.join(5.0)
-        assert not thread.is_alive()
+    for other in others:
+        other.result(5.0)
     assert_whole(pool)
     pool.close()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import struct
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -29,6 +27,7 @@ from tests.pools import (
 )
 from tests.postgres import Server, until
 from tests.proxy import Proxy
+from tests.sockets import answering
 from tests.threads import Task
 
 SECRET = "s3cr3t-of-theirs"
@@ -242,7 +241,7 @@ def test_a_farewell_in_another_language_is_understood(
 def test_cut_in_the_tls_handshake_is_transient(
     own_server: Server, make_pool: MakePool, reset: bool
 ) -> None:
-    with _speaking_half_of_tls(reset) as port:
+    with answering(partial(_agree_to_tls_and_end, reset=reset)) as port:
         where = {"port": port, "sslmode": "require"}
         pool = make_pool(lambda: own_server.conninfo_for(**where), outage_grace=GRACE)
         error = Task(pool.getconn).error()
@@ -309,29 +308,10 @@ def _field(field: bytes) -> bytes:
     return field if text is None else field[:1] + text.encode()
 
 
-@contextmanager
-def _speaking_half_of_tls(reset: bool) -> Iterator[int]:
-    """A server that agrees to speak TLS and ends the connection in the handshake."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            while True:
-                try:
-                    peer, _ = listener.accept()
-                except OSError:
-                    return
-                with peer:
-                    peer.recv(8)
-                    peer.sendall(b"S")
-                    peer.recv(1 if reset else 65536)
-                    if reset:
-                        linger = struct.pack("ii", 1, 0)
-                        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join(10)
+def _agree_to_tls_and_end(peer: socket.socket, reset: bool) -> None:
+    """Agree to speak TLS, and end the connection in the handshake."""
+    peer.recv(8)
+    peer.sendall(b"S")
+    peer.recv(1 if reset else 65536)
+    if reset:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

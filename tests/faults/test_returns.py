@@ -13,7 +13,7 @@ from dbpool import Pool, PoolExhausted
 from tests.fake import FakeConnection
 from tests.interrupts import interrupted
 from tests.postgres import until
-from tests.threads import Task
+from tests.threads import Task, run_in_threads
 
 
 def make(**options: Any) -> Pool:
@@ -129,11 +129,7 @@ def test_all_whose_time_is_over_at_once_are_told_with_one_snapshot() -> None:
             late.append(time.monotonic() - due)
             snapshots.append(caught.value.snapshot)
 
-        threads = [threading.Thread(target=wait) for _ in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(10.0)
+        run_in_threads(count, wait, seconds=10.0)
         assert len(late) == count
         assert len(set(map(id, snapshots))) <= count / 5
         assert pool.stats().counters.timeouts == count
