@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from flask import Flask
 
 from dbpool import ConfigError
 from dbpool.flask import DBPool, create_blueprint
+from dbpool.settings import COMMON
 from dbpool.settings.app import AppSettings
 
 PRINTABLE = [chr(i) for i in range(32, 127)]
@@ -79,3 +81,7 @@ def test_closed_views_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     client = make_app(DBPOOL_TOKEN="0123456789abcdef").test_client()
     client.get("/db/health/live", environ_overrides={"SERVER_NAME": "0.0.0.0"})
     assert not caplog.messages
+
+
+def test_every_setting_has_a_variable_that_is_known() -> None:
+    assert {f"DBPOOL_{field.name}".upper() for field in fields(AppSettings)} <= COMMON

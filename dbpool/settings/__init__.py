@@ -109,8 +109,8 @@ class Settings:
                 raise ConfigError(f"{f.name} must be a string, not of type {type(value).__name__}")
             if parse := f.metadata.get("parse"):
                 self._set(f.name, parse(value, self._known_as(f.name)))
-        if self.min_size > self.max_size and "max_size" not in self.explicit:
-            self._set("max_size", self.min_size)
+        if "max_size" not in self.explicit:
+            self._set("max_size", max(self.min_size, self.max_size))
         if self.min_size > self.max_size:
             self._refuse("min_size", f"is {self.min_size}, but max_size is {self.max_size}")
         if self.pooler == "transaction":

@@ -132,11 +132,10 @@ def _misplaced(params: Mapping[str, Any], *, is_url: bool) -> str:
 
 def mask_conninfo(conninfo: str) -> str:
     """Return *conninfo* as key=value with its secrets replaced; never fails."""
-    try:
+    with suppress(ConfigError, psycopg.Error):
         params = parse(str(conninfo)).items()
         return make_conninfo("", **{key: mask_value(value, key) for key, value in params})
-    except (ConfigError, psycopg.Error):
-        return "(malformed)"
+    return "(malformed)"
 
 
 def already_set(params: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
