@@ -114,6 +114,7 @@ def post_worker_init(worker: Any) -> None:
     The first worker then compares what all may open with what the servers allow: see
     `python -m dbpool plan`.
     """
+    from dbpool.monitor import watch_from_the_start
     from dbpool.processes import publish_from_the_start
 
     modules = {cls.__module__ for cls in type(worker).__mro__}
@@ -130,6 +131,7 @@ def post_worker_init(worker: Any) -> None:
             " other import"
         )
     publish_from_the_start()
+    watch_from_the_start()
     if worker.age == 1:  # one worker asks for all
         check = threading.Thread(None, _check_sizes, "dbpool-sizes", (worker,), daemon=True)
         check.start()
@@ -164,8 +166,10 @@ def worker_exit(server: Any, worker: Any) -> None:
     """Close the pools of a worker that exits."""
     # gunicorn calls this in the master too, when it finds a worker gone.
     if os.getpid() != getattr(server, "pid", None):
+        from dbpool import monitor
         from dbpool._fork import close_all
 
+        monitor.close_all()
         close_all(timeout=1.0)
 
 

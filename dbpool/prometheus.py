@@ -5,10 +5,11 @@ All other names begin with `dbpool_`. Needs the package prometheus-client.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, Final
 
+from dbpool.diagnosis import CODES, Severity
 from dbpool.errors import ConfigError
 from dbpool.metrics import BOUNDS, REASONS, HistogramSnapshot, Snapshot
 from dbpool.report import Process, Report
@@ -29,6 +30,7 @@ except ImportError as ex:  # pragma: no cover - tried in an environment without 
 
 __all__ = ["PoolCollector", "expose"]
 
+_ALARMING: Final = frozenset({Severity.WARNING, Severity.CRITICAL})
 _POOL: Final = "pool_name"
 _BUCKET_STEP: Final = 4  # of our bounds every fourth is exposed: two to a decade
 _SIZES: Final = {
@@ -63,19 +65,27 @@ class PoolCollector(Collector):
     `app.extensions["dbpool"].processes.collect`, for example. If it raises, the scrape fails.
     """
 
-    def __init__(self, report: Callable[[], Report | Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        report: Callable[[], Report | Mapping[str, Any]],
+        findings: Callable[[], Iterable[Mapping[str, Any]]] = tuple,
+    ) -> None:
         if not callable(report):
             raise TypeError(f"report must be callable, not {type(report).__name__}")
         self._report = report
+        self._findings = findings
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metric families; all times are in seconds."""
         report = self._report()
-        return _families(report if isinstance(report, Report) else Report.from_json(report))
+        found = report if isinstance(report, Report) else Report.from_json(report)
+        yield from _families(found)
+        yield _findings(found, self._findings())
 
     def describe(self) -> Iterator[Metric]:
         """Yield the families without values, so that registering asks for no report."""
-        return _families(Report({}))
+        yield from _families(Report({}))
+        yield _findings(Report({}), ())
 
 
 def _families(report: Report) -> Iterator[Metric]:
@@ -115,6 +125,20 @@ def _count(pools: Mapping[str, Snapshot]) -> Metric:
     return gauge
 
 
+def _findings(report: Report, findings: Iterable[Mapping[str, Any]]) -> Metric:
+    gauge = GaugeMetricFamily(
+        "dbpool_finding",
+        "Whether the diagnosis of that code is made, as a warning or worse; without a pool it is the host's",
+        labels=[_POOL, "code"],
+    )
+    alarming = [each for each in findings if each.get("severity") in _ALARMING]
+    found = {(each.get("pool") or "", each.get("code")) for each in alarming}
+    for pool in (*report.pools, ""):
+        for code in CODES:
+            gauge.add_metric([pool, code], int((pool, code) in found))
+    return gauge
+
+
 def _discarded(pools: Mapping[str, Snapshot]) -> Metric:
     counter = CounterMetricFamily(
         "dbpool_discarded", "Connections given up", labels=[_POOL, "reason"]
@@ -151,10 +175,17 @@ def _buckets(times: HistogramSnapshot) -> list[tuple[str, float]]:
     return [*bounds, ("+Inf", totals[-1])]
 
 
-def expose(report: Report | Mapping[str, Any], accept: str = "") -> tuple[bytes, str]:
-    """Return the exposition of a report, and its content type by the client's `Accept`."""
+def expose(
+    report: Report | Mapping[str, Any],
+    accept: str = "",
+    findings: Collection[Mapping[str, Any]] = (),
+) -> tuple[bytes, str]:
+    """Return the exposition of a report, and its content type by the client's `Accept`.
+
+    *findings* are those of `/stats`.
+    """
     try:
         encode, content_type = choose_encoder(accept)
     except (TypeError, ValueError):  # for example a version that is no number
         encode, content_type = choose_encoder("")
-    return encode(PoolCollector(lambda: report)), content_type
+    return encode(PoolCollector(lambda: report, lambda: findings)), content_type

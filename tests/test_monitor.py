@@ -96,13 +96,8 @@ class Shop:
     def close(self) -> None:
         self.callers.shutdown(cancel_futures=True)
         self.monitor.close()
-        self.tick_closed()
         self.processes.close()
         self.databases.close()
-
-    def tick_closed(self) -> None:
-        """Close what ticks by hand opened, as the monitor's thread would at its end."""
-        self.monitor.release()
 
 
 @pytest.fixture
@@ -401,7 +396,7 @@ def test_garbage_in_the_shared_files_is_contained(directory: Path, content: byte
     report = monitor.extend({}, ("history", "journal", "endpoints"))
     assert report["findings"][0]["code"] == "DB00"
     assert report["journal"] == []
-    monitor.release()
+    monitor.close()
 
 
 def test_the_steps_of_all_processes_add_up_also_of_those_that_ended(directory: Path) -> None:

@@ -79,7 +79,7 @@ class Finding:
             "code": self.code,
             "severity": str(self.severity),
             "pool": None if self.pool is None else mask(self.pool),
-            "since": self.since,
+            "since": round(self.since, 3),
             "text": mask(self.text),
             "do": mask(self.do),
             "evidence": _masked(dict(self.evidence)),

@@ -19,6 +19,7 @@ from dbpool.flask._access import Authorize, access_denied, public, restricted
 from dbpool.flask._errors import retry_after
 from dbpool.flask._extension import KEY, State
 from dbpool.metrics import PoolState
+from dbpool.monitor import INCLUDES
 
 logger = logging.getLogger("dbpool")
 
@@ -123,7 +124,7 @@ def _ready(own: State) -> AnyResponse:
 
 
 def _detail(own: State) -> AnyResponse:
-    detail = own.health.detail()
+    detail = own.health.detail() | {"findings": own.monitor.findings()}
     return _health_response(detail, detail["retry_after"])
 
 
@@ -136,7 +137,8 @@ def _health_response(health: Mapping[str, Any], seconds: float | None) -> Respon
 
 
 def _stats(own: State) -> AnyResponse:
-    return jsonify(own.processes.collect(_scope()).to_json())
+    report = own.processes.collect(_scope()).to_json()
+    return jsonify(own.monitor.extend(report, _included()))
 
 
 def _metrics(own: State) -> AnyResponse:
@@ -145,7 +147,8 @@ def _metrics(own: State) -> AnyResponse:
     except ConfigError as ex:  # the package is not installed; the message names it
         _refuse(501, str(ex))
     report = own.processes.collect(_scope())
-    body, content_type = expose(report, request.headers.get("Accept", ""))
+    findings = own.monitor.findings()
+    body, content_type = expose(report, request.headers.get("Accept", ""), findings)
     return Response(body, content_type=content_type)
 
 
@@ -158,6 +161,13 @@ def _scope() -> str:
     if scope not in ("all", "process"):
         _refuse(400, "scope is all or process")
     return scope
+
+
+def _included() -> set[str]:
+    wanted = set(filter(None, request.args.get("include", "").split(",")))
+    if not wanted <= set(INCLUDES):
+        _refuse(400, f"include is a list of {', '.join(INCLUDES)}")
+    return wanted
 
 
 def _refuse(status: int, reason: str) -> NoReturn:

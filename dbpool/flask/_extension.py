@@ -28,6 +28,7 @@ from dbpool.events import validate_listeners
 from dbpool.flask._async_views import follow_async_views
 from dbpool.flask._errors import register_error_handlers
 from dbpool.health import Health
+from dbpool.monitor import Monitor
 from dbpool.pool import Pool
 from dbpool.processes import Processes
 from dbpool.settings.app import AppSettings, find_dotenv
@@ -69,6 +70,7 @@ class State:
     health: Health
     processes: Processes
     settings: AppSettings
+    monitor: Monitor
     pools: tuple[Pool[Any], ...] = ()  # all of *databases*
     publishing_pids: set[int] = field(default_factory=set)  # where `Processes.start` is done
     warned: set[str] = field(default_factory=set)
@@ -106,11 +108,18 @@ class DBPool:
         databases = Databases(
             settings_from_config(app.config, dotenv=dotenv), self._listeners, **self._options
         )
+        processes = Processes(databases, directory=settings.stats_dir, app=app.name)
         own = State(
             databases=databases,
             health=Health(databases, settings.required),
-            processes=Processes(databases, directory=settings.stats_dir, app=app.name),
+            processes=processes,
             settings=settings,
+            monitor=Monitor(
+                databases,
+                processes,
+                blockers=settings.blockers,
+                queries=settings.show_queries,
+            ),
             pools=tuple(databases.values()),
         )
         # First: Flask refuses this if the application serves requests already.
@@ -159,8 +168,11 @@ def _on_appcontext_pushed(app: Flask, **extra: Any) -> None:
 def _before_request() -> None:
     """Let holders in this thread carry the endpoint of the request."""
     own = state()
-    if os.getpid() not in own.publishing_pids and own.processes.start():
-        own.publishing_pids.add(os.getpid())
+    if os.getpid() not in own.publishing_pids:
+        if not current_app.testing:  # a test looks when it wants to
+            own.monitor.start()
+        if own.processes.start():
+            own.publishing_pids.add(os.getpid())
     if own.settings.details == "always" and not own.warned:
         _warn_of_open_views(own, request.environ.get("SERVER_NAME", ""))
     if request.endpoint is not None:

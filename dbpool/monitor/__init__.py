@@ -3,7 +3,8 @@
 What is wrong is said by `dbpool.diagnosis`, whose functions are pure. Here are the parts that need
 a clock, files or a connection.
 
-- `_monitor.py`: `Monitor`, a look each second; one process of those that share a directory watches
+- `_monitor.py`: `Monitor`, a look each second in each process
+- `_watching.py`: what one process does of those that share a directory: it watches them all
 - `_inspector.py`: when to ask a server, over which connection
 - `_server.py`: what to ask it
 - `_shelf.py`: the files that the processes share
@@ -12,6 +13,6 @@ a clock, files or a connection.
 
 from __future__ import annotations
 
-from dbpool.monitor._monitor import Monitor
+from dbpool.monitor._monitor import INCLUDES, Monitor, close_all, watch_from_the_start
 
-__all__ = ["Monitor"]
+__all__ = ["INCLUDES", "Monitor", "close_all", "watch_from_the_start"]

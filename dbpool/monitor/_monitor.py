@@ -7,40 +7,49 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final, Protocol
 
-from dbpool.diagnosis import Finding, Scene, Severity, Watch, diagnose
+from dbpool.diagnosis import Scene, diagnose
 from dbpool.diagnosis._scene import mapping, number, rows
-from dbpool.diagnosis.history import History, Recorder, slot_of
-from dbpool.diagnosis.journal import Journal, Reporter
-from dbpool.diagnosis.usage import Usage
-from dbpool.diagnosis.watching import Watcher
+from dbpool.diagnosis.history import History, Recorder
 from dbpool.errors import describe
-from dbpool.monitor._episodes import Episodes
-from dbpool.monitor._inspector import Inspector
+from dbpool.metrics import PoolState
 from dbpool.monitor._shelf import Record, Shelf
+from dbpool.monitor._watching import Watching
 from dbpool.report import Report
 
 logger = logging.getLogger("dbpool")
 
 INTERVAL: Final = 1.0  # seconds between two looks
-_CALM_INTERVAL: Final = 5.0  # seconds between two writes of what has not changed
-_JOURNAL_INTERVAL: Final = 10.0
 _FRESH: Final = 8.0  # seconds that findings of another process are believed
-_ADDED_UP_AFTER: Final = 2.0  # seconds after a step, when all processes have written it
 _CLOSING: Final = 3.0  # seconds
-_STALL: Final = 15.0  # seconds that a pause between two looks is remembered
-_SLOW_HOLD: Final = 3.0  # seconds
-_SHOWN: Final = ("history", "journal", "endpoints")
-_LEVELS: Final = {
-    Severity.NOTICE: logging.INFO,
-    Severity.WARNING: logging.WARNING,
-    Severity.CRITICAL: logging.ERROR,
-}
+INCLUDES: Final = ("history", "journal", "endpoints")  # what `/stats` shows if it is asked to
+
+
+_instances: weakref.WeakSet[Monitor] = weakref.WeakSet()
+_watches_from_the_start = False
+
+
+def watch_from_the_start() -> None:
+    """Have all of this process watch now, and those still to be made."""
+    global _watches_from_the_start  # noqa: PLW0603  # a process is a server's worker, or is not
+    _watches_from_the_start = True
+    for monitor in list(_instances):
+        monitor.start()
+
+
+def close_all() -> None:
+    """Stop all monitors of this process."""
+    for monitor in list(_instances):
+        monitor.close()
+
+
+atexit.register(close_all)
 
 
 class Collects(Protocol):
@@ -71,7 +80,17 @@ class _ProcessState:
         self.shelf: Shelf | None = None
         self.key = f"{os.getpid()}-{os.urandom(6).hex()}"
         self.history: dict[str, History] = {}  # of this process, where it is alone
-        self.watching: _Watching | None = None
+        self.watching: Watching | None = None
+
+    def release(self) -> None:
+        """Close what watching opened, and let another process watch."""
+        if self.watching is not None:
+            self.watching.close()
+        with suppress(OSError):
+            if self.record is not None:
+                self.record.close()
+            if self.shelf is not None:
+                self.shelf.give_up()
 
 
 class Monitor:
@@ -96,22 +115,30 @@ class Monitor:
         self._queries = queries
         self._states: dict[int, _ProcessState] = {}
         self._complained: set[str] = set()
+        _instances.add(self)
+        if _watches_from_the_start:
+            self.start()
 
     def start(self) -> None:
-        """Watch from now on, in a thread of this process; cheap if it does already."""
+        """Watch from now on, in a thread of this process; cheap if it does already.
+
+        The thread ends with the monitor, and once all its pools are closed.
+        """
         state = self._state()
         if state.thread is None and state.starting.acquire(blocking=False):
             try:
                 if state.thread is None:
-                    thread = threading.Thread(
-                        None, self._run, "dbpool-monitor", (state,), daemon=True
-                    )
-                    with suppress(RuntimeError):  # no thread can be had: tried again later
-                        thread.start()
-                        state.thread = thread
-                        atexit.register(self.close)
+                    self._start(state)
             finally:
                 state.starting.release()
+
+    def _start(self, state: _ProcessState) -> None:
+        # The thread keeps no monitor alive, and so no pool.
+        arguments = (weakref.ref(self), state)
+        thread = threading.Thread(None, _run, "dbpool-monitor", arguments, daemon=True)
+        with suppress(RuntimeError):  # no thread can be had: tried again later
+            thread.start()
+            state.thread = thread
 
     def close(self) -> None:
         """Stop, close what was opened, and let another process watch."""
@@ -120,20 +147,23 @@ class Monitor:
             state.stop.set()
             if state.thread is not None and state.thread is not threading.current_thread():
                 state.thread.join(_CLOSING)
-        atexit.unregister(self.close)
+            state.release()
 
-    def findings(self) -> list[dict[str, Any]]:
-        """Return what is wrong now, as `/stats` shows it; DB00 alone where nothing is."""
+    def findings(self, report: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Return what is wrong now, as `/stats` shows it; DB00 alone where nothing is.
+
+        Where nobody watches yet, what *report* alone shows; that of now by default.
+        """
         known = self._known("findings")
         found = rows(known.get("findings"))
         if found and 0 <= monotonic() - number(known.get("at")) <= _FRESH:
             return [dict(each) for each in found]
-        report = self._report().to_json()
+        report = self._report().to_json() if report is None else report
         return [finding.to_json() for finding in diagnose(Scene.read(report))]
 
     def extend(self, report: dict[str, Any], include: Collection[str] = ()) -> dict[str, Any]:
-        """Return a report with `findings`, and with those of history, journal and endpoints wanted."""
-        more: dict[str, Any] = {"findings": self.findings()}
+        """Return a report with `findings`, and with those of `INCLUDES` that are wanted."""
+        more: dict[str, Any] = {"findings": self.findings(report)}
         if "history" in include:
             more["history"] = self._history_json()
         kept = self._known("journal") if {"journal", "endpoints"} & set(include) else {}
@@ -149,7 +179,7 @@ class Monitor:
         self._record(state, now)
         if state.shelf is None or state.shelf.lead(now):
             if state.watching is None:
-                state.watching = _Watching(
+                state.watching = Watching(
                     self._databases, state.shelf, self._blockers, self._queries
                 )
             watching = state.watching
@@ -161,39 +191,33 @@ class Monitor:
             state.watching.close()
             state.watching = None
 
+    def is_over(self) -> bool:
+        """Whether all pools are closed."""
+        return all(pool.state == PoolState.STOPPED for pool in self._databases.values())
+
+    def try_tick(self) -> None:
+        """Take one look, and log what is wrong with looking, once."""
+        try:
+            self.tick()
+        except Exception as ex:  # noqa: BLE001  # watching never harms what it watches
+            self._complain(f"watching failed: {describe(ex)}")
+
     def _state(self) -> _ProcessState:
         pid = os.getpid()
         return self._states.get(pid) or self._states.setdefault(pid, _ProcessState())
 
-    def _run(self, state: _ProcessState) -> None:
-        try:
-            while not state.stop.wait(INTERVAL):
-                try:
-                    self.tick()
-                except Exception as ex:  # noqa: BLE001  # watching never harms what it watches
-                    self._complain(f"watching failed: {describe(ex)}")
-        finally:
-            self.release()
-
-    def release(self) -> None:
-        """Close what looks opened, and let another process watch."""
-        state = self._state()
-        if state.watching is not None:
-            state.watching.close()
-        if state.record is not None:
-            state.record.close()
-        if state.shelf is not None:
-            with suppress(OSError):
-                state.shelf.give_up()
+    def _shelf(self, state: _ProcessState) -> Shelf | None:
+        if state.shelf is None and (directory := self._processes.directory()) is not None:
+            state.shelf = Shelf(directory, self._processes.app, state.key)
+        return state.shelf
 
     def _record(self, state: _ProcessState, now: float) -> None:
         """Take this process's own part in the history."""
-        if state.shelf is None and (directory := self._processes.directory()) is not None:
+        if state.record is None and (shelf := self._shelf(state)) is not None:
             for inherited in self._states.values():  # of uWSGI, which runs no hooks at a fork
                 if inherited is not state and inherited.record is not None:
                     inherited.record.abandon()
-            state.shelf = Shelf(directory, self._processes.app, state.key)
-            state.record = state.shelf.record(list(self._databases))
+            state.record = shelf.record(list(self._databases))
         for name, pool in self._databases.items():
             recorder = state.recorders.setdefault(name, Recorder(state.started))
             ended = recorder.sample(pool.stats(), now)
@@ -205,18 +229,23 @@ class Monitor:
                 state.history.setdefault(name, History()).add(*ended)
 
     def _report(self) -> Report:
-        return self._processes.collect_others() or self._processes.collect("process")
+        with suppress(OSError):  # no more files can be opened
+            if (found := self._processes.collect_others()) is not None:
+                return found
+        return self._processes.collect("process")
 
     def _known(self, ending: str) -> Mapping[str, Any]:
         """Return what the watching process says: of this one, or of the file that it wrote."""
         state = self._state()
         if state.watching is not None:
             return state.watching.said.get(ending, {})
-        return {} if state.shelf is None else mapping(state.shelf.load(ending))
+        shelf = self._shelf(state)
+        return {} if shelf is None else mapping(shelf.load(ending))
 
     def _history_json(self) -> dict[str, Any]:
         state, now = self._state(), monotonic()
-        known = state.history if state.shelf is None else state.shelf.history(now)
+        shelf = self._shelf(state)
+        known = state.history if shelf is None else shelf.history(now)
         until = time.time() - now % 5.0
         pools = {name: history.to_json(now) for name, history in known.items()}
         return {"step": 5.0, "until": round(until, 1), "pools": pools}
@@ -227,120 +256,13 @@ class Monitor:
             logger.warning("diagnosis: %s", text)
 
 
-class _Watching:
-    """What the one process keeps that watches all: memory, the servers' views, what it said."""
-
-    def __init__(
-        self, databases: Mapping[str, Any], shelf: Shelf | None, blockers: bool, queries: bool
-    ) -> None:
-        self._shelf = shelf
-        self._watcher, self._reporter = Watcher(), Reporter()
-        self._usage, self._episodes = Usage(), Episodes()
-        self._inspectors = {
-            name: Inspector(pool, queries=queries) for name, pool in databases.items() if blockers
-        }
-        self._poolers = frozenset(
-            name for name, pool in databases.items() if pool.settings.pooler == "transaction"
-        )
-        before = mapping(shelf.load("journal")) if shelf is not None else {}
-        self._journal = Journal.from_json(before.get("journal"))
-        self._deaths = {str(k): number(v) for k, v in mapping(before.get("deaths")).items()}
-        self._history: dict[str, History] = {}
-        self._added_up = -1
-        self._looked: float | None = None
-        self._stalls: list[tuple[float, float]] = []  # when, and how long
-        self._written: dict[str, tuple[float, object]] = {}
-        self.said: dict[str, dict[str, Any]] = {}
-
-    def add_up(self, names: list[str], now: float) -> dict[str, History]:
-        """Add up the steps of all processes, once each has ended for all; return the history."""
-        assert self._shelf is not None
-        for name, is_orderly in self._shelf.ended().items():
-            if not is_orderly and name not in self._deaths:
-                self._deaths[name] = time.time()
-        self._deaths = dict(list(self._deaths.items())[-20:])
-        slot = slot_of(now - _ADDED_UP_AFTER)
-        if slot != self._added_up:
-            self._shelf.add_up(names, self._history, now)
-            self._history = self._shelf.history(now)
-            self._added_up = slot
-        return self._history
-
-    def look(self, report: dict[str, Any], history: Mapping[str, History], now: float) -> None:
-        """Take a look at the pools, find what is wrong, and say it."""
-        wall = time.time()
-        watches = self._watcher.look(report, wall)
-        self._usage.look(report, now)
-        lines = self._reporter.look(report, wall)
-        self._journal = self._journal.add(lines)
-        self._inspect(report, watches, wall)
-        scene = Scene.read(
-            report,
-            now=wall,
-            steps={name: each.last(now) for name, each in history.items()},
-            watches=watches,
-            views={name: each.view for name, each in self._inspectors.items() if each.view},
-            poolers=self._poolers,
-            deaths=tuple(self._deaths.values()),
-            stalled=self._stalled(now),
-        )
-        found = diagnose(scene)
-        self._log(found, now)
-        self._say(found, now)
-
-    def _inspect(self, report: Any, watches: Mapping[str, Watch], wall: float) -> None:
-        for pool in Scene.read(report, now=wall).pools:
-            if (inspector := self._inspectors.get(pool.name)) is not None:
-                inspector.tick(is_needed=_needs_look(pool, watches.get(pool.name, Watch()), wall))
-
-    def _stalled(self, now: float) -> float:
-        """Return the longest pause between two looks of late."""
-        pause, self._looked = now - (self._looked or now), now
-        self._stalls = [each for each in self._stalls if now - each[0] <= _STALL]
-        self._stalls.append((now, pause))
-        return max(pause for _, pause in self._stalls)
-
-    def _log(self, found: Collection[Finding], now: float) -> None:
-        for finding, count in self._episodes.due(found, now):
-            where = "" if finding.pool is None else f"pool {finding.pool!r}: "
-            again = f" (seen {count} times)" if count > 1 else ""
-            extra = {"dbpool": {"event": "finding", **finding.to_json()}}
-            logger.log(
-                _LEVELS[finding.severity],
-                "%s%s %s%s. %s", where, finding.code, finding.title, again, finding.to_json()["do"],
-                extra=extra,
-            )  # fmt: skip
-
-    def _say(self, found: Collection[Finding], now: float) -> None:
-        ids = [(finding.id, finding.severity) for finding in found]
-        is_calm = all(severity is Severity.OK for _, severity in ids)
-        self.said["findings"] = {"at": now, "findings": [finding.to_json() for finding in found]}
-        self._write("findings", ids, _CALM_INTERVAL if is_calm else 2.0, now)
-        self.said["journal"] = {
-            "journal": self._journal.to_json(),
-            "endpoints": self._usage.to_json(),
-            "deaths": self._deaths,
-        }
-        self._write("journal", None, _JOURNAL_INTERVAL, now)
-
-    def _write(self, ending: str, what: object, interval: float, now: float) -> None:
-        """Write what was said if it changed, or some time ago: writes are bounded."""
-        at, before = self._written.get(ending, (-interval, object()))
-        if self._shelf is not None and (what != before or now - at >= interval):
-            self._written[ending] = now, what
-            self._shelf.save(ending, self.said[ending])
-
-    def close(self) -> None:
-        """Close the connections to the servers."""
-        for inspector in self._inspectors.values():
-            inspector.close()
-
-
-def _needs_look(pool: Any, watch: Watch, wall: float) -> bool:
-    """Whether callers have waited for more than a second, or statements take long."""
-    if watch.waiting_since is not None and wall - watch.waiting_since >= 1.0:
-        return True
-    return any(
-        holder.seconds >= _SLOW_HOLD and holder.status in ("query", "unknown")
-        for holder in pool.holders
-    )
+def _run(monitor: weakref.ref[Monitor], state: _ProcessState) -> None:
+    """Look each second until the monitor is gone, closed, or has nothing left to look at."""
+    try:
+        while not state.stop.wait(INTERVAL):
+            if (found := monitor()) is None or found.is_over():
+                return
+            found.try_tick()
+            del found
+    finally:
+        state.release()

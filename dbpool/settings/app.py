@@ -34,6 +34,8 @@ class AppSettings:
     details: str = parsed("token", parse_choice, choices=_DETAILS)
     stats_dir: str | None = None
     error_handlers: bool = parsed(True, parse_bool)
+    blockers: bool = parsed(True, parse_bool)
+    show_queries: bool = parsed(False, parse_bool)
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -1,0 +1,152 @@
+"""What the one process keeps that watches all: memory, the servers' views, and what it found."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+from dbpool.diagnosis import Finding, PoolScene, Scene, Severity, Watch, diagnose
+from dbpool.diagnosis._scene import mapping, number
+from dbpool.diagnosis.history import History, slot_of
+from dbpool.diagnosis.journal import Journal, Reporter
+from dbpool.diagnosis.usage import Usage
+from dbpool.diagnosis.watching import Watcher
+from dbpool.monitor._episodes import Episodes
+from dbpool.monitor._inspector import Inspector
+from dbpool.monitor._shelf import Shelf
+
+logger = logging.getLogger("dbpool")
+
+_INTERVAL: Final = 2.0  # seconds between two writes of the same findings
+_CALM_INTERVAL: Final = 5.0  # where nothing is wrong
+_JOURNAL_INTERVAL: Final = 10.0
+_ADDED_UP_AFTER: Final = 2.0  # seconds after a step, when all processes have written it
+_STALL: Final = 15.0  # seconds that a pause between two looks is remembered
+_SLOW_HOLD: Final = 3.0  # seconds
+_MAX_DEATHS: Final = 20
+_LEVELS: Final = {
+    Severity.NOTICE: logging.INFO,
+    Severity.WARNING: logging.WARNING,
+    Severity.CRITICAL: logging.ERROR,
+}
+
+
+class Watching:
+    """What the one process keeps that watches all: memory, the servers' views, what it said."""
+
+    def __init__(
+        self, databases: Mapping[str, Any], shelf: Shelf | None, blockers: bool, queries: bool
+    ) -> None:
+        self._shelf = shelf
+        self._watcher, self._reporter = Watcher(), Reporter()
+        self._usage, self._episodes = Usage(), Episodes()
+        self._inspectors = {
+            name: Inspector(pool, queries=queries) for name, pool in databases.items() if blockers
+        }
+        self._poolers = frozenset(
+            name for name, pool in databases.items() if pool.settings.pooler == "transaction"
+        )
+        before = mapping(shelf.load("journal")) if shelf is not None else {}
+        self._journal = Journal.from_json(before.get("journal"))
+        self._deaths = {str(k): number(v) for k, v in mapping(before.get("deaths")).items()}
+        self._history: dict[str, History] = {}
+        self._added_up = -1
+        self._looked: float | None = None
+        self._stalls: list[tuple[float, float]] = []  # when, and how long
+        self._written: dict[str, tuple[float, object]] = {}
+        self.said: dict[str, dict[str, Any]] = {}
+
+    def add_up(self, names: list[str], now: float) -> dict[str, History]:
+        """Add up the steps of all processes, once each has ended for all; return the history."""
+        assert self._shelf is not None
+        for name, is_orderly in self._shelf.ended().items():
+            if not is_orderly and name not in self._deaths:
+                self._deaths[name] = time.time()
+        self._deaths = dict(list(self._deaths.items())[-_MAX_DEATHS:])
+        slot = slot_of(now - _ADDED_UP_AFTER)
+        if slot != self._added_up:
+            self._shelf.add_up(names, self._history, now)
+            self._history = self._shelf.history(now)
+            self._added_up = slot
+        return self._history
+
+    def look(self, report: dict[str, Any], history: Mapping[str, History], now: float) -> None:
+        """Take a look at the pools, find what is wrong, and say it."""
+        wall = time.time()
+        watches = self._watcher.look(report, wall)
+        self._usage.look(report, now)
+        lines = self._reporter.look(report, wall)
+        self._journal = self._journal.add(lines)
+        self._inspect(report, watches, wall)
+        scene = Scene.read(
+            report,
+            now=wall,
+            steps={name: each.last(now) for name, each in history.items()},
+            watches=watches,
+            views={name: each.view for name, each in self._inspectors.items() if each.view},
+            poolers=self._poolers,
+            deaths=tuple(self._deaths.values()),
+            stalled=self._stalled(now),
+        )
+        found = diagnose(scene)
+        self._log(found, now)
+        self._say(found, now)
+
+    def _inspect(self, report: Any, watches: Mapping[str, Watch], wall: float) -> None:
+        for pool in Scene.read(report, now=wall).pools:
+            if (inspector := self._inspectors.get(pool.name)) is not None:
+                inspector.tick(is_needed=_needs_look(pool, watches.get(pool.name, Watch()), wall))
+
+    def _stalled(self, now: float) -> float:
+        """Return the longest pause between two looks of late."""
+        pause, self._looked = now - (self._looked or now), now
+        self._stalls = [each for each in self._stalls if now - each[0] <= _STALL]
+        self._stalls.append((now, pause))
+        return max(pause for _, pause in self._stalls)
+
+    def _log(self, found: Collection[Finding], now: float) -> None:
+        for finding, count in self._episodes.due(found, now):
+            where = "" if finding.pool is None else f"pool {finding.pool!r}: "
+            again = f" (seen {count} times)" if count > 1 else ""
+            extra = {"dbpool": {"event": "finding", **finding.to_json()}}
+            logger.log(
+                _LEVELS[finding.severity],
+                "%s%s %s%s. %s", where, finding.code, finding.title, again, finding.to_json()["do"],
+                extra=extra,
+            )  # fmt: skip
+
+    def _say(self, found: Collection[Finding], now: float) -> None:
+        ids = [(finding.id, finding.severity) for finding in found]
+        is_calm = all(severity is Severity.OK for _, severity in ids)
+        self.said["findings"] = {"at": now, "findings": [finding.to_json() for finding in found]}
+        self._write("findings", ids, _CALM_INTERVAL if is_calm else _INTERVAL, now)
+        self.said["journal"] = {
+            "journal": self._journal.to_json(),
+            "endpoints": self._usage.to_json(),
+            "deaths": self._deaths,
+        }
+        self._write("journal", None, _JOURNAL_INTERVAL, now)
+
+    def _write(self, ending: str, what: object, interval: float, now: float) -> None:
+        """Write what was said if it changed, or some time ago: writes are bounded."""
+        at, before = self._written.get(ending, (-interval, object()))
+        if self._shelf is not None and (what != before or now - at >= interval):
+            self._written[ending] = now, what
+            self._shelf.save(ending, self.said[ending])
+
+    def close(self) -> None:
+        """Close the connections to the servers."""
+        for inspector in self._inspectors.values():
+            inspector.close()
+
+
+def _needs_look(pool: PoolScene, watch: Watch, wall: float) -> bool:
+    """Whether callers have waited for more than a second, or statements take long."""
+    if watch.waiting_since is not None and wall - watch.waiting_since >= 1.0:
+        return True
+    return any(
+        holder.seconds >= _SLOW_HOLD and holder.status in ("query", "unknown")
+        for holder in pool.holders
+    )
