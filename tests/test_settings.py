@@ -457,6 +457,9 @@ def test_what_holds_no_names_is_refused_by_name() -> None:
 def test_a_value_of_another_type_is_refused_by_field(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{field} must be a string, not of type"):
         Settings(**{field: value})
+    if field == "name":
+        with pytest.raises(ConfigError, match=r"^name must be a string, not of type"):
+            Settings.from_env(value, environ={})
 
 
 @pytest.mark.parametrize(

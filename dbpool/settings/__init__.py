@@ -105,8 +105,8 @@ class Settings:
         self._set("explicit", self.explicit | (changed - {"name", "explicit"}))
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(f.default, str) and not isinstance(value, str):
-                raise ConfigError(f"{f.name} must be a string, not of type {type(value).__name__}")
+            if isinstance(f.default, str):
+                _parsing.insist_on_text(value, f.name)
             if parse := f.metadata.get("parse"):
                 self._set(f.name, parse(value, self._known_as(f.name)))
         if "max_size" not in self.explicit:

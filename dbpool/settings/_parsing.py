@@ -102,8 +102,15 @@ def parse_choice(value: str, known_as: str, *, choices: Mapping[str, str]) -> st
     return choice
 
 
+def insist_on_text(value: object, known_as: str) -> None:
+    """Raise `ConfigError` for what is no string."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{known_as} must be a string, not of type {type(value).__name__}")
+
+
 def parse_name(value: str, known_as: str = "name") -> str:
     """Return the name of a database. Raises `ConfigError` for a connection string in its place."""
+    insist_on_text(value, known_as)
     if re.search(r"://|=", value):
         raise ConfigError(f"{known_as} looks like a connection string, which belongs in conninfo")
     if value == "":
