@@ -65,11 +65,18 @@ def binaries() -> Path:
     return Path(CHOSEN_BIN) if CHOSEN_BIN else _programs.binaries()
 
 
+def memory() -> Path:
+    """Return a folder for what need not last, in memory if there is room."""
+    with suppress(OSError):
+        room = os.statvfs(_MEMORY)
+        if os.access(_MEMORY, os.W_OK) and room.f_bavail * room.f_frsize >= _ROOM:
+            return _MEMORY
+    return Path("/tmp")
+
+
 def new_directory() -> Path:
     """Make a directory that the server's user may enter, in memory if there is room."""
-    room = os.statvfs(_MEMORY) if os.access(_MEMORY, os.W_OK) else None
-    has_room = room is not None and room.f_bavail * room.f_frsize >= _ROOM
-    path = Path(tempfile.mkdtemp(prefix="dbpool-pg-", dir=_MEMORY if has_room else None))
+    path = Path(tempfile.mkdtemp(prefix="dbpool-pg-", dir=memory()))
     path.chmod(0o755)
     os.chown(path, *_programs.account_of(_programs.server_user()))
     pipe = _reaper().stdin

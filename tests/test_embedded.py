@@ -19,6 +19,7 @@ import psycopg
 import pytest
 
 from dbpool.embedded import EmbeddedError, Interrupted, _cluster, _programs
+from tests.postgres import memory
 from tests.waiting import until
 from webapp import embedded
 from webapp.embedded import Server, server
@@ -27,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
-def reachable_folder() -> Iterator[Path]:
+def reachable_folder(where: Path) -> Iterator[Path]:
     """A folder that the server's user reaches, which pytest's own is not under root."""
-    folder = Path(tempfile.mkdtemp(prefix="dbpool-embedded-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="dbpool-embedded-", dir=where))
     folder.chmod(0o755)
     yield folder
     for cluster in folder.rglob("postgres-*"):
@@ -45,7 +46,7 @@ def end_servers(cluster: Path) -> None:
 
 @pytest.fixture(scope="module")
 def made() -> Iterator[Path]:
-    with reachable_folder() as folder:
+    with reachable_folder(memory()) as folder:
         with server(folder / "data"):
             pass
         yield folder / "data"
@@ -60,7 +61,14 @@ def home(made: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def new_home() -> Iterator[Path]:
-    with reachable_folder() as folder:
+    with reachable_folder(memory()) as folder:
+        yield folder / "data"
+
+
+@pytest.fixture
+def home_on_disk() -> Iterator[Path]:
+    """One on the file system of the binaries, to which they can be linked."""
+    with reachable_folder(Path("/tmp")) as folder:
         yield folder / "data"
 
 
@@ -453,12 +461,12 @@ def test_a_data_folder_that_leads_to_root_s_own_is_refused(new_home: Path) -> No
 
 @pytest.mark.parametrize("name", ['a "b" $HOME `id`', "apo'strophe 50%"])
 def test_a_checkout_may_have_any_name(
-    new_home: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    home_on_disk: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkout = new_home.parent / name
+    checkout = home_on_disk.parent / name
     package = _programs._packaged().parent.parent
     (checkout / "site").mkdir(parents=True)
-    for folder in (new_home.parent, checkout):
+    for folder in (home_on_disk.parent, checkout):
         folder.chmod(0o777)
     libraries = f"{package.name}.libs"
     (checkout / "site" / libraries).symlink_to(package.with_name(libraries))
@@ -471,8 +479,8 @@ def test_a_checkout_may_have_any_name(
     monkeypatch.setattr(
         _programs, "_packaged", lambda: checkout / "site" / package.name / "pginstall18" / "bin"
     )
-    monkeypatch.setattr(_programs, "ROOT_HOME", new_home.parent / "root")
-    monkeypatch.setenv("XDG_STATE_HOME", str(new_home.parent / "state"))
+    monkeypatch.setattr(_programs, "ROOT_HOME", home_on_disk.parent / "root")
+    monkeypatch.setenv("XDG_STATE_HOME", str(home_on_disk.parent / "state"))
     _programs.binaries.cache_clear()
     try:
         with server(embedded.home(checkout)) as running:

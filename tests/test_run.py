@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from dbpool.embedded import _programs
+from tests.postgres import memory
 from tests.waiting import until
 from webapp import embedded
 
@@ -103,7 +104,7 @@ def command(pid: int) -> str:
 @pytest.fixture(scope="module")
 def checkout() -> Iterator[Path]:
     """A copy of the sources, with data of its own, where the server's user can go."""
-    folder = Path(tempfile.mkdtemp(prefix="dbpool-run-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="dbpool-run-", dir=memory()))
     folder.chmod(0o755)
     for package in ("dbpool", "webapp"):
         ignore = shutil.ignore_patterns("__pycache__")
