@@ -319,6 +319,16 @@ def test_a_named_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
             chosen(DBPOOL_DOTENV=path)
 
 
+@pytest.mark.parametrize("path", [5, True, "a\0b", ["a"]])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    for read in (
+        lambda: Settings.from_env(environ={}, dotenv=path),
+        lambda: chosen(DBPOOL_DOTENV=path),
+    ):
+        with pytest.raises(ConfigError, match=r"^dotenv \(DBPOOL_DOTENV\) must be a path, not"):
+            read()
+
+
 def test_off_reads_none(above: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(above)
     assert chosen(DBPOOL_DOTENV="off") == ""

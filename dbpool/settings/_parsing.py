@@ -120,7 +120,7 @@ def parse_name(value: str, known_as: str = "name") -> str:
 
 def parse_path(value: Any, known_as: str) -> str | None:
     """Return *value* as the path of a file, None for None. Raises `ConfigError`."""
-    if not isinstance(value, str | PathLike | None):
+    if not isinstance(value, str | PathLike | None) or "\0" in str(value):
         raise ConfigError(f"{known_as} must be a path, not {safe_repr(value)}")
     return Secret(value) if value else None
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Final
 
 from dbpool._secrets import Secret, conceal, safe_repr
 from dbpool.errors import ConfigError
+from dbpool.settings._parsing import parse_path
 
 logger = logging.getLogger("dbpool")
 
@@ -77,18 +78,18 @@ def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mappin
 
     Raises `ConfigError` if it is missing, is not UTF-8, or refers to a variable that is not set.
     """
-    if path == "off":
+    known_as = "dotenv (DBPOOL_DOTENV)"
+    name = parse_path(path, known_as) or "off"
+    if name == "off":
         return {}
     try:
-        with Path(path).open("rb") as file:
-            if reason := distrust(file, [Path(path).absolute().parent]):
-                logger.warning("%s is read although %s", os.fspath(path), reason)
+        with Path(name).open("rb") as file:
+            if reason := distrust(file, [Path(name).absolute().parent]):
+                logger.warning("%s is read although %s", name, reason)
             return parse_dotenv(file, environ)
     except OSError as ex:
         problem = ex.strerror
-    raise ConfigError(
-        f"cannot read {safe_repr(os.fspath(path))} (dotenv, DBPOOL_DOTENV): {problem}"
-    )
+    raise ConfigError(f"{known_as}: cannot read {safe_repr(name)}: {problem}")
 
 
 def distrust(file: BinaryIO, directories: list[Path]) -> str:
