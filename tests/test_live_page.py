@@ -72,7 +72,8 @@ def complete(report: Answer, answer: Answer) -> Answer:
         "time": answer["time"],
         "scope": answer.get("scope", "process"),
         "processes": processes,
-        "pools": {"default": pool | {"counters": counters}},
+        "pools": {"default": pool | {"counters": counters} | answer.get("pool", {})},
+        **{key: answer[key] for key in ("findings", "history", "journal") if key in answer},
     }
 
 
@@ -117,3 +118,61 @@ def test_the_answers_of_all_workers_are_compared_though_one_is_new(
     assert rate(dom) == "25.0 /s"
     assert ">2 processes<" in dom
     assert re.search(r'<p id="alone" class="note" hidden="">', dom)
+
+
+FINDING = {
+    "id": "DB04/default", "code": "DB04", "severity": "critical", "pool": "default", "since": 86.0,
+    "text": "3 connections of default wait for a lock that <b>psql</b> holds", "do": "End it.",
+    "evidence": {},
+}  # fmt: skip
+
+
+def test_the_verdict_comes_first_and_is_in_title_and_icon(
+    page: Callable[[list[Answer]], str],
+) -> None:
+    notice = FINDING | {
+        "id": "DB18/default",
+        "code": "DB18",
+        "severity": "notice",
+        "text": "slower",
+    }
+    dom = page([
+        {"time": 100.0, "born": [(1, 0.0)], "checkouts": 1, "findings": [FINDING, notice]},
+    ])  # fmt: skip
+    assert re.search(r'<section id="verdict" [^>]*class="verdict critical"', dom)
+    assert "wait for a lock that &lt;b&gt;psql&lt;/b&gt; holds</h2>" in dom, "shown as text"
+    assert ">DB04 \N{MIDDLE DOT} critical \N{MIDDLE DOT} default \N{MIDDLE DOT} for 14.0 s<" in dom
+    assert "<title>critical: DB04 default" in dom
+    assert re.search(r'<link rel="icon" id="icon" href="[^"]*icon-critical.svg"', dom)
+    assert re.search(r'<li class="notice">slower \(DB18', dom)
+    assert dom.index("End it.") < dom.index("checked out at")
+
+
+def test_a_pool_without_a_free_connection_is_full_not_up(
+    page: Callable[[list[Answer]], str],
+) -> None:
+    full = {"state": "up", "size": 4, "active": 4, "max_size": 4, "waiting": 6}
+    dom = page([{"time": 100.0, "born": [(1, 0.0)], "checkouts": 1, "pool": full}])
+    assert re.search(r'class="state full" data-state="">full<', dom)
+
+
+def test_history_and_journal_are_shown(page: Callable[[list[Answer]], str]) -> None:
+    series = {
+        key: [None] * 90 + [0] * 80 + [value] * 10
+        for key, value in (
+            ("in_use", 4),
+            ("waiting", 6),
+            ("wait_p95", 1.5),
+            ("checkouts", 9),
+            ("refused", 0),
+        )
+    }
+    lines = [{"time": 99.0, "pool": "default", "event": "down", "text": "down: <i>refused</i>"}]
+    dom = page([
+        {"time": 100.0, "born": [(1, 0.0)], "checkouts": 1, "journal": lines,
+         "history": {"step": 5.0, "until": 100.0, "pools": {"default": series}}},
+    ])  # fmt: skip
+    assert dom.count("<svg") == 5
+    assert "at most 1.5 s" in dom
+    assert re.search(r'<div class="refused calm"><dt>refused</dt>', dom)
+    assert "down: &lt;i&gt;refused&lt;/i&gt;" in dom

@@ -2,6 +2,7 @@
 // Asks for the statistics each second while the page is seen; shows what comes as text only.
 
 const EVERY = 1000; // milliseconds
+const HISTORY_EVERY = 5; // answers
 const PATIENCE = 5000;
 
 // Not relative: the page's own address may hold the password, with which nothing is fetched.
@@ -10,6 +11,7 @@ const address = location.origin + document.body.dataset.stats;
 const byId = (id) => document.getElementById(id);
 const REMEMBERED = 64; // answers
 const earlier = []; // answers, the latest first
+let asked = 0;
 
 function seconds(value) {
   if (value >= 7200) return (value / 3600).toFixed(0) + " h";
@@ -69,8 +71,8 @@ function show(name, pool, time, last) {
   const text = (key, value) => { part(key).textContent = value; };
   const { breaker, counters } = pool;
   text("name", name);
-  text("state", pool.state);
-  part("state").className = "state " + pool.state;
+  text("state", word(pool));
+  part("state").className = "state " + word(pool);
   for (const key of ["active", "idle", "connecting"]) {
     text(key, pool[key]);
     card.querySelector(".bar ." + key).style.width = (100 * pool[key]) / Math.max(1, pool.size, pool.max_size) + "%";
@@ -91,7 +93,99 @@ function show(name, pool, time, last) {
   part("held").hidden = pool.holders.length === 0;
   part("holders").replaceChildren(...pool.holders.map((holder) =>
     row([seconds(holder.seconds), holder.where, holder.endpoint || "–", holder.thread])));
-  if (last && last.pool.state !== pool.state) byId("news").textContent = `${name} is ${pool.state}`;
+  if (last && word(last.pool) !== word(pool)) byId("news").textContent = `${name} is ${word(pool)}`;
+}
+
+// The verdict
+
+const ALARMING = ["warning", "critical"];
+const icon = byId("icon");
+const ICONS = { ok: icon.getAttribute("href"), ...icon.dataset };
+
+function facts(finding, time) {
+  const lasted = finding.severity === "ok" ? "" : `for ${seconds(Math.max(0, time - finding.since))}`;
+  return [finding.code, finding.severity, finding.pool, lasted].filter(Boolean).join(" · ");
+}
+
+function showVerdict(stats) {
+  const [first, ...others] = stats.findings || [];
+  byId("verdict").hidden = !first;
+  if (!first) return;
+  const isNews = byId("verdict").dataset.finding !== first.id;
+  byId("verdict").className = "verdict " + first.severity;
+  byId("verdict").dataset.finding = first.id;
+  byId("verdict-text").textContent = first.text;
+  byId("verdict-do").textContent = first.do;
+  byId("verdict-facts").textContent = facts(first, stats.time);
+  byId("verdict-more").replaceChildren(...others.map((finding) => {
+    const item = document.createElement("li");
+    item.className = finding.severity;
+    item.textContent = `${finding.text} (${facts(finding, stats.time)}). ${finding.do}`;
+    return item;
+  }));
+  const isAlarm = ALARMING.includes(first.severity);
+  document.title = isAlarm ? `${first.severity}: ${first.code} ${first.pool || ""} – dbpool` : "dbpool";
+  icon.href = ICONS[first.severity] || ICONS.ok;
+  if (isNews && isAlarm) byId("news").textContent = first.text;
+}
+
+// A pool that cannot serve the next caller is neither up nor down.
+function word(pool) {
+  return pool.state === "up" && pool.waiting && pool.active >= pool.max_size ? "full" : pool.state;
+}
+
+function gravity(name, findings) {
+  const found = findings.findIndex((finding) => finding.pool === name && ALARMING.includes(finding.severity));
+  return found < 0 ? Infinity : found;
+}
+
+// The last fifteen minutes
+
+const STRIPS = [["in_use", "in use", String], ["waiting", "waiting", String], ["wait_p95", "wait p95", seconds],
+  ["checkouts", "checkouts", String], ["refused", "refused", String]];
+const SVG = "http://www.w3.org/2000/svg";
+
+function strip(values, most) {
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("viewBox", `0 0 ${values.length} 24`);
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("aria-hidden", "true");
+  const draw = (shape, name) => {
+    const path = document.createElementNS(SVG, "path");
+    path.setAttribute("class", name);
+    path.setAttribute("d", values.map(shape).join(""));
+    svg.append(path);
+  };
+  draw((value, n) => (value ? `M${n} 24v-${Math.max(1, (22 * value) / most)}h1V24z` : ""), "known");
+  draw((value, n) => (value === null ? `M${n} 23h1v1h-1z` : ""), "unknown");
+  return svg;
+}
+
+function showHistory(stats) {
+  for (const [name, series] of Object.entries(stats.history.pools)) {
+    if (!(name in stats.pools)) continue;
+    const list = section(name).querySelector("[data-strips]");
+    list.hidden = false;
+    list.replaceChildren(...STRIPS.map(([key, label, shown]) => {
+      const values = series[key];
+      const known = values.filter((value) => value !== null);
+      const most = Math.max(...known, 0);
+      const box = document.createElement("div");
+      const term = document.createElement("dt");
+      const detail = document.createElement("dd");
+      box.className = known.some(Boolean) ? key : key + " calm";
+      term.textContent = label;
+      detail.append(strip(values, most), `at most ${shown(most)}`);
+      box.append(term, detail);
+      return box;
+    }));
+  }
+}
+
+function showJournal(lines) {
+  byId("journal").hidden = lines.length === 0;
+  byId("lines").replaceChildren(...lines.slice(0, 20).map((line) =>
+    row([new Date(line.time * 1000).toLocaleTimeString(), line.pool || "–", line.text])));
 }
 
 function summary(stats) {
@@ -102,6 +196,9 @@ function summary(stats) {
 
 function showAll(stats) {
   const names = Object.keys(stats.pools).sort((a, b) => (b === "default") - (a === "default"));
+  const findings = stats.findings || [];
+  names.sort((a, b) => (gravity(a, findings) > gravity(b, findings)) - (gravity(a, findings) < gravity(b, findings)));
+  showVerdict(stats);
   for (const card of [...byId("pools").children]) if (!(card.dataset.pool in stats.pools)) card.remove();
   for (const each of stats.processes) each.start = stats.time - each.uptime;
   const last = comparable(stats);
@@ -109,6 +206,12 @@ function showAll(stats) {
     const before = last && last.pools[name];
     show(name, stats.pools[name], stats.time, before && { time: last.time, pool: before });
   }
+  names.forEach((name, n) => {
+    const card = section(name);
+    if (byId("pools").children[n] !== card) byId("pools").insertBefore(card, byId("pools").children[n]);
+  });
+  if (stats.history) showHistory(stats);
+  if (stats.journal) showJournal(stats.journal);
   byId("processes").replaceChildren(...stats.processes.map((each) =>
     row([each.pid, seconds(each.age) + " ago", seconds(each.uptime)])));
   byId("summary").textContent = summary(stats);
@@ -119,7 +222,8 @@ function showAll(stats) {
 
 async function refresh() {
   try {
-    const answer = await fetch(address, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
+    const wanted = asked++ % HISTORY_EVERY === 0 ? "?include=history,journal" : "";
+    const answer = await fetch(address + wanted, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
     if (!answer.ok) throw new Error("HTTP " + answer.status);
     showAll(await answer.json());
     document.body.className = "";
