@@ -260,7 +260,7 @@ def test_stats_of_this_process_are_json(server: Server) -> None:
     done = dbpool("stats", "--scope", "process", DATABASE_URL=server.conninfo)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report.keys() == {"schema", "time", "scope", "processes", "pools"}
+    assert report.keys() == {"schema", "time", "scope", "processes", "pools", "findings"}
     assert report["pools"]["default"]["counters"]["checkouts"] == 1
 
 

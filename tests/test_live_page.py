@@ -68,13 +68,14 @@ def complete(report: Answer, answer: Answer) -> Answer:
     processes = [
         {"pid": pid, "age": 0.0, "uptime": answer["time"] - born} for pid, born in answer["born"]
     ]
-    return report | {
+    changed: Answer = {
         "time": answer["time"],
         "scope": answer.get("scope", "process"),
         "processes": processes,
         "pools": {"default": pool | {"counters": counters} | answer.get("pool", {})},
-        **{key: answer[key] for key in ("findings", "history", "journal") if key in answer},
     }
+    more = {key: answer[key] for key in ("findings", "history", "journal") if key in answer}
+    return report | changed | more
 
 
 def rate(dom: str) -> str:

@@ -28,8 +28,8 @@ def statistics_directory(given: str | None) -> str | Path | None:
     return found[0] if found else None
 
 
-def collect_report(directory: Path, app: str | None) -> Report:
-    """Return what the processes of an application wrote there; raise `ConfigError` if it is unclear which."""
+def find_processes(directory: Path, app: str | None) -> Processes:
+    """Return the processes of the application that writes there; raise `ConfigError` if it is unclear which."""
     place = safe_repr(os.fspath(directory))
     matches = [_FILE.fullmatch(path.name) for path in directory.glob("*")]
     apps = sorted({match[1] or match[2] for match in matches if match})
@@ -39,7 +39,13 @@ def collect_report(directory: Path, app: str | None) -> Report:
         )
     if not apps or (app is not None and app not in apps):
         raise ConfigError(f"{place} holds no statistics{f' of {app}' if app else ''}")
-    report = Processes({}, directory, app or apps[0]).collect_others()
+    return Processes({}, directory, app or apps[0])
+
+
+def collect_report(directory: Path, app: str | None) -> Report:
+    """Return what the processes of an application wrote there; raise `ConfigError` as above."""
+    report = find_processes(directory, app).collect_others()
     if report is None:
+        place = safe_repr(os.fspath(directory))
         raise ConfigError(f"{place} is not a directory that is private to this user")
     return report

@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import psycopg
 
 from dbpool.cli._configured import configured
-from dbpool.cli._running import collect_report, statistics_directory
+from dbpool.cli._running import statistics_directory
+from dbpool.cli._text import as_text
+from dbpool.cli.top import read_running
 from dbpool.databases import Databases
+from dbpool.diagnosis import Scene, diagnose
 from dbpool.metrics import PoolState
+from dbpool.monitor import INCLUDES
 from dbpool.processes import Processes
 from dbpool.report import Report
 
-HELP = "print the statistics of the application that runs here, as JSON"
+HELP = "print the statistics of the application that runs here, as JSON or as text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="process: make one connection and report on that",
     )
     parser.add_argument("--app", help="which application, if several share the directory")
+    parser.add_argument(
+        "--human", action="store_true", help="as text to read: the same as `top`, once"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     directory = statistics_directory(arguments.dir) if arguments.scope == "all" else None
-    report = _ask_pools() if directory is None else collect_report(Path(directory), arguments.app)
-    print(json.dumps(report.to_json(), indent=2))
-    return 1 if any(pool.state == PoolState.DOWN for pool in report.pools.values()) else 0
+    if directory is None:
+        report = _ask_pools().to_json()
+        report["findings"] = [each.to_json() for each in diagnose(Scene.read(report))]
+    else:
+        report = read_running(str(directory), arguments.app)
+        if not arguments.human:
+            report = {key: each for key, each in report.items() if key not in INCLUDES}
+    print(as_text(report) if arguments.human else json.dumps(report, indent=2))
+    is_down = any(pool["state"] == PoolState.DOWN for pool in report["pools"].values())
+    return 1 if is_down else 0
 
 
 def _ask_pools() -> Report:

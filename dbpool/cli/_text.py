@@ -1,0 +1,86 @@
+"""A report as text for a terminal: what is wrong first, then each pool, then what happened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from math import ceil
+from typing import Any, Final
+
+from dbpool.cli._output import line
+from dbpool.diagnosis._finding import count, duration
+from dbpool.diagnosis._scene import PoolScene, Scene, mapping, number, rows, text
+
+_BARS: Final = " ▁▂▃▄▅▆▇█"
+_STRIPS: Final = ("in_use", "waiting", "wait_p95", "refused")
+_HOLDERS: Final = 8
+_LINES: Final = 10
+
+
+def as_text(report: Mapping[str, Any], width: int = 100) -> str:
+    """Return a report as `/stats` shows it on lines of at most *width* characters."""
+    scene = Scene.read(report)
+    lines = [
+        each for finding in rows(report.get("findings")) for each in _finding(finding, scene.now)
+    ]
+    lines.append("")
+    pools = mapping(mapping(report.get("history")).get("pools"))
+    for pool in scene.pools:
+        lines += _pool(pool, mapping(pools.get(pool.name)), width)
+    lines.append(
+        f"{count(len(scene.processes), 'process', 'processes')}"
+        + "".join(f"  {each.pid} ({duration(each.age)} ago)" for each in scene.processes)
+    )
+    lines += _journal(rows(report.get("journal")))
+    return "\n".join(_cut(each, width) for each in lines)
+
+
+def _finding(finding: Mapping[str, Any], now: float) -> Iterator[str]:
+    severity, code = text(finding.get("severity")) or "?", text(finding.get("code")) or "?"
+    lasted = (
+        "" if severity == "ok" else f" for {duration(max(0.0, now - number(finding.get('since'))))}"
+    )
+    yield f"{severity.upper()} {code}{lasted}: {line(finding.get('text'))}"
+    yield f"    {line(finding.get('do'))}"
+
+
+def _pool(pool: PoolScene, series: Mapping[str, Any], width: int) -> Iterator[str]:
+    is_full = pool.state == "up" and pool.waiting and pool.active >= pool.max_size
+    yield (
+        f"{pool.name}: {'full' if is_full else pool.state or 'no process'},"
+        f" {pool.active} of {pool.max_size} in use, {pool.idle} idle, {pool.waiting} waiting"
+    )
+    if error := text(pool.breaker.get("last_error")):
+        yield f"    {error}"
+    for name in _STRIPS:
+        values = series.get(name)
+        if isinstance(values, list) and any(number(value) for value in values):
+            most = max(number(value) for value in values)
+            top = duration(most) if name == "wait_p95" else f"{most:g}"
+            yield f"    {name.replace('_', ' '):<9} {_strip(values, most, width - 40)}  at most {top}"
+    for holder in pool.holders[:_HOLDERS]:
+        status = "" if holder.status == "unknown" else f"  {holder.status}"
+        yield f"    {duration(holder.seconds):>7}  {holder.place}{status}  {holder.thread or ''}"
+    if len(pool.holders) > _HOLDERS:
+        yield f"    and {len(pool.holders) - _HOLDERS} more"
+    yield ""
+
+
+def _strip(values: Sequence[object], most: float, width: int) -> str:
+    """Return the last values as bars; a dot is a step that nothing is known of."""
+    return "".join(
+        "·" if value is None else _BARS[ceil(8 * number(value) / most)]
+        for value in values[-max(10, min(width, 90)) :]
+    )
+
+
+def _journal(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if lines:
+        yield ""
+    for each in lines[:_LINES]:
+        at = time.strftime("%H:%M:%S", time.localtime(number(each.get("time"))))
+        yield f"{at}  {text(each.get('pool')) or '-'}  {line(each.get('text'))}"
+
+
+def _cut(words: str, width: int) -> str:
+    return words if len(words) <= width else f"{words[: width - 1]}…"

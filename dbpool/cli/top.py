@@ -1,0 +1,55 @@
+"""`top`: what is wrong and what the pools do, again each second, in a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from shutil import get_terminal_size
+from typing import Any, Final
+
+from dbpool.cli._running import find_processes, statistics_directory
+from dbpool.cli._text import as_text
+from dbpool.errors import ConfigError
+from dbpool.monitor import INCLUDES, Monitor
+
+HELP = "show what is wrong and what the pools do, again each second"
+
+_INTERVAL: Final = 1.0  # seconds
+_CLEAR: Final = "\x1b[H\x1b[J"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dir", help="where they meet (DBPOOL_STATS_DIR, else it is looked for)")
+    parser.add_argument("--app", help="which application, if several share the directory")
+    parser.add_argument("--once", action="store_true", help="print it once, and end")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    is_once = arguments.once or not sys.stdout.isatty()
+    while True:
+        size = get_terminal_size((100, 1000))
+        shown = as_text(read_running(arguments.dir, arguments.app), size.columns)
+        if is_once:
+            print(shown)
+            return 0
+        # What does not fit would scroll the first lines away.
+        fitting = os.linesep.join(shown.splitlines()[: size.lines - 1])
+        print(f"{_CLEAR}{fitting}", end="", flush=True)
+        time.sleep(_INTERVAL)
+
+
+def read_running(given: str | None, app: str | None) -> dict[str, Any]:
+    """Return the report of the application that runs here, with findings, history and journal."""
+    directory = statistics_directory(given)
+    if directory is None:
+        raise ConfigError(
+            "no application runs here that shares its statistics: see DBPOOL_STATS_DIR"
+        )
+    processes = find_processes(Path(directory), app)
+    report = processes.collect_others()
+    if report is None:
+        raise ConfigError(f"{directory} is not a directory that is private to this user")
+    return Monitor({}, processes).extend(report.to_json(), INCLUDES)

@@ -1,0 +1,118 @@
+"""`python -m dbpool top` and `stats --human`: the same words as on the page, in a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbpool import Databases, PoolError, Settings
+from dbpool.cli import main
+from dbpool.cli._text import as_text
+from dbpool.monitor import Monitor
+from dbpool.processes import Processes
+
+NOW = 1_795_000_000.0
+REPORT: dict[str, Any] = {
+    "time": NOW,
+    "findings": [
+        {"code": "DB04", "severity": "critical", "pool": "default", "since": NOW - 14,
+         "text": "3 connections of default wait for a lock", "do": "End it."},
+    ],
+    "processes": [{"pid": 4711, "age": 0.2, "uptime": 9.0}],
+    "pools": {
+        "default": {
+            "state": "up", "active": 4, "max_size": 4, "idle": 0, "waiting": 6,
+            "holders": [{"seconds": 14.0, "where": "pay.py:88 pay", "endpoint": "billing.pay",
+                         "thread": "T-1", "status": "idle in transaction"}],
+        },
+    },
+    "history": {"pools": {"default": {"in_use": [None, 0, 2, 4], "refused": [0, 0, 0, 0],
+                                      "wait_p95": [None, None, 0.5, 1.0]}}},
+    "journal": [{"time": NOW, "pool": None, "event": "worker started", "text": "worker 1 started"}],
+}  # fmt: skip
+
+
+def test_what_is_wrong_comes_first_and_then_what_the_pools_do() -> None:
+    lines = as_text(REPORT).splitlines()
+    assert lines[:2] == [
+        "CRITICAL DB04 for 14 s: 3 connections of default wait for a lock",
+        "    End it.",
+    ]
+    assert "default: full, 4 of 4 in use, 0 idle, 6 waiting" in lines
+    assert "    in use    · ▄█  at most 4" in lines
+    assert "    wait p95  ··▄█  at most 1.0 s" in lines
+    assert not any("refused" in line for line in lines), "what did not move takes no room"
+    assert "       14 s  billing.pay (pay.py:88 pay)  idle in transaction  T-1" in lines
+    assert "1 process  4711 (200 ms ago)" in lines
+    assert lines[-1].endswith("  -  worker 1 started")
+
+
+def test_no_line_is_wider_than_the_terminal() -> None:
+    assert max(map(len, as_text(REPORT, 30).splitlines())) <= 30
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner),
+)
+
+
+@given(st.dictionaries(st.sampled_from(list(REPORT)), JSON))
+def test_whatever_a_report_holds_is_text_without_control_characters(report: Any) -> None:
+    assert all(line.isprintable() for line in as_text(REPORT | report).splitlines())
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Path]:
+    """The directory of an application whose database is down, as one process watches it."""
+    directory = tmp_path / "stats"
+    directory.mkdir(mode=0o700)
+    settings = Settings(conninfo="host=127.0.0.1 port=1 user=u dbname=d", outage_grace=0.0)
+    databases = Databases({"default": settings})
+    processes = Processes(databases, directory, "shop")
+    monitor = Monitor(databases, processes)
+    with suppress(PoolError):
+        databases.default.fetch_value("select 1")
+    processes.publish()
+    monitor.tick()
+    yield directory
+    monitor.close()
+    processes.close()
+    databases.close()
+
+
+@pytest.mark.parametrize("command", ["top --once", "stats --human"])
+def test_commands_show_what_the_watching_process_found(
+    running: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    status = main([*command.split(), "--dir", str(running)])
+    shown = capsys.readouterr().out
+    assert shown.startswith("CRITICAL DB01 for ")
+    assert "default: down, 0 of 10 in use" in shown
+    assert "  default  down: connection failed" in shown, "what happened"
+    assert status == (0 if "top" in command else 1)
+
+
+def test_the_statistics_as_json_have_the_findings(
+    running: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["stats", "--dir", str(running)]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [each["id"] for each in report["findings"]] == ["DB01/default"]
+    assert "history" not in report
+
+
+def test_where_nothing_runs_it_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dbpool.cli._running.find_directories", list)
+    assert main(["top", "--once"]) == 1
+    assert "DBPOOL_STATS_DIR" in capsys.readouterr().err
