@@ -197,6 +197,44 @@ def test_every_service_has_a_bound_of_memory(name: str) -> None:
     assert re.fullmatch("[0-9]+m", SERVICES[name]["mem_limit"])
 
 
+def test_the_cluster_fits_into_a_gibibyte_and_a_half() -> None:
+    """All that keeps running; what ends before does not count."""
+    running = [one for name, one in SERVICES.items() if one.get("restart") == "unless-stopped"]
+    assert {"db", "standby", "pgbouncer", "web", "web-cluster", "prometheus", "grafana"} == {
+        name for name, one in SERVICES.items() if one in running
+    }
+    assert sum(int(one["mem_limit"].removesuffix("m")) for one in running) <= 1536
+
+
+def test_no_replication_slot_keeps_what_a_stopped_standby_has_not_read() -> None:
+    assert "slot" not in str(SERVICES["standby"]["command"])
+    assert SERVICES["standby"]["profiles"] == ["cluster"]
+
+
+def test_prometheus_keeps_a_day_and_200_megabytes() -> None:
+    assert {"--storage.tsdb.retention.time=24h", "--storage.tsdb.retention.size=200MB"} <= set(
+        SERVICES["prometheus"]["command"]
+    )
+
+
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("ops/*/Dockerfile")], ids=lambda path: str(path.parent.name)
+)
+def test_every_base_image_can_be_pinned(path: Path) -> None:
+    text = path.read_text()
+    assert re.search(r"^ARG BASE=\S+:\S+\nFROM \$\{BASE\}$", text, re.MULTILINE)
+    service = next(
+        one
+        for one in SERVICES.values()
+        if (one.get("build") or {}).get("context") == f"ops/{path.parent.name}"
+    )
+    default = re.search(r"ARG BASE=(\S+)", text)
+    assert default
+    assert re.fullmatch(
+        rf"\$\{{[A-Z]+_IMAGE:-{re.escape(default[1])}\}}", service["build"]["args"]["BASE"]
+    )
+
+
 # -- the health check ------------------------------------------------------------------------
 
 Serve = Callable[[bytes], int]

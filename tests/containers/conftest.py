@@ -18,6 +18,7 @@ from tests.postgres import free_port
 
 from .engine import Project, attempt, copy_checkout
 
+PORTS = ("PORT", "DEV_PORT", "CLUSTER_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
 BASE = os.environ.get("PYTHON_IMAGE", "python:3.13-slim")
 
 
@@ -46,11 +47,16 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkout
 
 
+# A container takes a second or two to start again, and on a busy machine longer than the default.
+SETTINGS = {"DBPOOL_OUTAGE_GRACE": "10s", "DBPOOL_TIMEOUT": "15s"}
+
+
 @pytest.fixture(scope="session")
 def stack(checkout: Path) -> Iterator[Project]:
     """PostgreSQL, the application, and it again for development, from the first `up` on."""
-    ports = {name: str(free_port()) for name in ("PORT", "DEV_PORT")}
+    ports = {name: str(free_port()) for name in PORTS}
     project = Project(checkout, {**ports, "DEV_USER": str(os.getuid())})
+    project.set(**SETTINGS)
     try:
         project("--profile", "dev", "up", "--detach", "--build", "--wait", "--wait-timeout", "120")
         yield project

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 
+from .conftest import SETTINGS
 from .engine import Load, Project, answers, docker, inspect, logs, request, until_true
 
 
@@ -96,7 +97,7 @@ def test_dotenv_reaches_the_application_and_its_database_stays(stack: Project) -
     try:
         said = stack("run", "--rm", "--no-deps", "web", "python", "-m", "dbpool", "check")
     finally:
-        (stack.checkout / ".env").unlink()
+        stack.set(**SETTINGS)
     assert "max_size = 3" in said
     assert "statement_timeout = 7.0" in said
     assert "user: webapp" in said

@@ -1,0 +1,98 @@
+"""What operators load into Prometheus and Grafana names what the application exposes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from dbpool.metrics import Metrics
+from dbpool.processes import Processes
+from dbpool.prometheus import expose
+
+ROOT = Path(__file__).parent.parent
+OPS = ROOT / "ops"
+RULES: list[dict[str, Any]] = yaml.safe_load((OPS / "prometheus/rules.yml").read_text())["groups"][
+    0
+]["rules"]
+DASHBOARD: dict[str, Any] = json.loads((OPS / "grafana/dashboards/dbpool.json").read_text())
+WORDS = {
+    "bool", "by", "and", "le", "max", "sum", "rate", "increase", "histogram_quantile", "pool_name",
+    "reason", "state", "label_values",
+}  # fmt: skip
+
+
+class Counting:
+    """Stands in for a pool: any object with `stats()` will do."""
+
+    def stats(self) -> Any:
+        metrics = Metrics()
+        metrics.wait.add(0.001)
+        return metrics.snapshot([], state="up", size=1, idle=1)
+
+
+@pytest.fixture(scope="module")
+def exposed() -> set[str]:
+    text = expose(Processes({"default": Counting()}).collect())[0].decode()
+    return {
+        sample.name for family in text_string_to_metric_families(text) for sample in family.samples
+    }
+
+
+def expressions() -> Iterator[str]:
+    for rule in RULES:
+        yield rule["expr"]
+    for panel in DASHBOARD["panels"]:
+        yield from (target["expr"] for target in panel["targets"])
+    for variable in DASHBOARD["templating"]["list"]:
+        yield from [variable["query"]] if variable["type"] == "query" else []
+
+
+@pytest.mark.parametrize("expression", [*expressions()])
+def test_every_series_is_one_that_the_application_exposes(
+    expression: str, exposed: set[str]
+) -> None:
+    names = set(re.findall(r"\b[a-z]\w*\b", re.sub(r'"[^"]*"|\$\w+|\[[^]]*\]', "", expression)))
+    assert names - WORDS
+    assert names - WORDS <= exposed
+
+
+def test_every_rule_says_how_bad_it_is_and_what_to_do() -> None:
+    for rule in RULES:
+        assert rule["labels"]["severity"] in {"critical", "warning"}
+        assert {"summary", "runbook"} <= rule["annotations"].keys()
+
+
+def test_every_rule_is_tried() -> None:
+    tests = yaml.safe_load((OPS / "prometheus/rules_test.yml").read_text())["tests"]
+    fired = {
+        case["alertname"]
+        for one in tests
+        for case in one["alert_rule_test"]
+        if case.get("exp_alerts")
+    }
+    assert fired == {rule["alert"] for rule in RULES}
+
+
+def test_the_documentation_shows_these_rules() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/alerts.md").read_text(), re.DOTALL)
+    shown = [loaded for block in blocks if "groups" in (loaded := yaml.safe_load(block))]
+    assert [one["groups"][0]["rules"] for one in shown] == [RULES]
+
+
+def test_the_dashboard_is_one_that_grafana_provisions() -> None:
+    assert DASHBOARD["uid"] == "dbpool"
+    assert "id" not in DASHBOARD, "it is the database's to give"
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    for panel in DASHBOARD["panels"]:
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${source}"}
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+    source = yaml.safe_load((OPS / "grafana/provisioning/datasources/prometheus.yml").read_text())
+    assert source["datasources"][0]["uid"] == "prometheus"
