@@ -57,8 +57,10 @@ def stack(checkout: Path) -> Iterator[Project]:
     ports = {name: str(free_port()) for name in PORTS}
     project = Project(checkout, {**ports, "DEV_USER": str(os.getuid())})
     project.set(**SETTINGS)
+    # All at once, those of the cluster too.
+    project("--profile", "*", "build", "schema", "dev", "pgbouncer", "prometheus")
     try:
-        project("--profile", "dev", "up", "--detach", "--build", "--wait", "--wait-timeout", "120")
+        project("--profile", "dev", "up", "--detach", "--wait", "--wait-timeout", "120")
         yield project
     finally:
         project("--profile", "*", "down", "--volumes", "--timeout", "5")

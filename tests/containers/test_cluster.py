@@ -21,7 +21,7 @@ SERVICES = ["web", "standby", "pgbouncer", "web-cluster", "prometheus"]
 @pytest.fixture(scope="module")
 def cluster(stack: Project) -> Iterator[Project]:
     """All but Grafana: there may be no image of it."""
-    command = ["--profile", "cluster", "up", "--detach", "--build", "--wait", *SERVICES]
+    command = ["--profile", "cluster", "up", "--detach", "--wait", *SERVICES]
     stack(*command, "--wait-timeout", "120")
     yield stack
     stack("--profile", "cluster", "rm", "--stop", "--force", *SERVICES[1:])
