@@ -14,10 +14,12 @@ import dbpool
 from dbpool import Pool
 from dbpool.cli import main
 from dbpool.codes import as_text, find, pages, title
+from dbpool.diagnosis import CODES, diagnose
 from dbpool.settings import Settings
 
 from .postgres import Server, until
 from .proxy import Cut, Proxy
+from .test_diagnosis import MORE_TROUBLES, QUIET, TROUBLES
 from .threads import Task
 
 ERRORS = {
@@ -60,7 +62,7 @@ def test_a_page_begins_with_its_code_and_says_what_to_do(code: str) -> None:
     assert page.startswith(f"## {code} ")
     for part in ("**What it means.**", "**Look at**", "**Do**"):
         assert page.count(part) == 1, part
-    assert "**Reported**" in page or quotes(code)
+    assert ("**Reported**" in page) == (code not in ERRORS)
 
 
 @pytest.mark.parametrize(("code", "name"), ERRORS.items())
@@ -176,6 +178,14 @@ def test_wrong_settings_say_what_their_page_quotes(wrong: Callable[[], object], 
     with pytest.raises(dbpool.ConfigError) as caught:
         wrong()
     assert str(caught.value) == quote
+
+
+def test_every_diagnosis_says_what_its_page_quotes() -> None:
+    cases = [*TROUBLES.values(), *MORE_TROUBLES.values(), *QUIET.values()]
+    said = {(each.code, shape(each.text)) for case in cases for each in diagnose(case.scene())}
+    quoted = {(code, shape(line)) for code in CODES for line in quotes(code)}
+    assert quoted - said == set()
+    assert {code for code, _ in quoted} == CODES.keys()
 
 
 # The command
