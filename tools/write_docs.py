@@ -74,6 +74,7 @@ def metrics() -> str:
     labels = {
         "db_client_connections": "`state`: `idle`, `used`",
         "dbpool_discarded": "`reason`",
+        "dbpool_finding": "`code`",
         "dbpool_process_age_seconds": "`pid`",
     }
     for family in PoolCollector(dict).describe():
