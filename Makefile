@@ -14,7 +14,7 @@ compile    := $(VENV)-lock/bin/uv pip compile --quiet --universal --python-versi
 consistent := --constraint requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run dev test test-slow check docs bench bench-quick lock clean \
+.PHONY: help run dev cluster test test-slow check docs bench bench-quick lock clean \
     venv venv-bench venv-docs venv-lock
 
 help: ## show this list
@@ -25,6 +25,9 @@ run: venv ## serve the sample application on PORT (8000), with a PostgreSQL of i
 
 dev: venv ## the same, and start again what serves whenever a source changes
 	@PORT=$(PORT) exec $(python) -m webapp --reload
+
+cluster: venv ## the same over a primary, a standby and PgBouncer, without containers
+	@PORT=$(PORT) exec $(python) -m webapp.cluster
 
 test: venv ## run the tests, two files at a time
 	@$(python) -m pytest --numprocesses 2 --dist loadfile
