@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,19 +14,28 @@ from typing import Any
 import psycopg
 import pytest
 
-from dbpool import DatabaseMisconfigured, Databases, DatabaseUnavailable, Pool, Settings
+from dbpool import (
+    CommitUncertain,
+    DatabaseMisconfigured,
+    Databases,
+    DatabaseUnavailable,
+    Pool,
+    Settings,
+)
 from dbpool.embedded._programs import account_of, server_user, spawn
 from dbpool.errors import classify
 from dbpool.health import Health
 from tests.pools import GRACE, MakePool, await_up, fill
 from tests.postgres import Server, free_port, until
-from tests.threads import Task
+from tests.replication import TABLE, Appends, Findings, append_blindly, check, rows
+from tests.threads import Load, Task
 
 PROGRAM = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here")
 
 MOST_CLIENTS = 6
+THREADS = 4
 
 _CONFIG = """\
 [databases]
@@ -96,6 +106,11 @@ class Bouncer:
         except psycopg.OperationalError:
             return False
         return True
+
+    def stop_safely(self) -> None:
+        """SIGINT: transactions end first."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(30)
 
     def kill(self) -> None:
         """SIGKILL: its clients find their connections closed."""
@@ -207,6 +222,44 @@ def test_its_restart_costs_nobody_an_error(bouncer: Bouncer, make_pool: MakePool
     bouncer.kill()
     bouncer.start()
     assert [pool.fetch_value("select 1") for _ in range(10)] == [1] * 10
+
+
+@pytest.fixture
+def appending(bouncer: Bouncer, own_server: Server, make_pool: MakePool) -> Pool[Any]:
+    """A pool through it, and a table for it to append to."""
+    own_server.execute(TABLE)
+    own_server.execute("grant all on appends to app")
+    return make_pool(bouncer.conninfo_for(), pooler="transaction", max_size=THREADS)
+
+
+def test_a_safe_shutdown_under_load_fails_nobody(
+    bouncer: Bouncer, own_server: Server, appending: Pool[Any]
+) -> None:
+    appends = Appends(appending, call=append_blindly, threads=THREADS, timeout=30)
+    for _ in range(3):
+        appends.await_more()
+        bouncer.stop_safely()
+        bouncer.start()
+    appends.await_more()
+    history = appends.stop()
+    assert history.errors == []
+    assert check(history.outcomes, rows(own_server.execute)) == Findings([], [], [])
+
+
+def test_killed_under_load_it_fails_no_more_than_the_statements_in_flight(
+    bouncer: Bouncer, own_server: Server, appending: Pool[Any]
+) -> None:
+    load = Load(lambda: appending.execute("insert into appends values (1)"), threads=THREADS)
+    load.await_calls()
+    bouncer.kill()
+    bouncer.start()
+    load.await_calls()
+    load.stop()
+    assert len(load.errors) <= THREADS, load.errors
+    assert all(isinstance(error, CommitUncertain) for error in load.errors)
+    ((there,),) = own_server.execute("select count(*) from appends")
+    acknowledged = load.calls - len(load.errors)
+    assert acknowledged <= there <= load.calls
 
 
 def test_full_it_is_no_outage_while_connections_live(bouncer: Bouncer, make_pool: MakePool) -> None:
