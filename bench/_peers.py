@@ -94,8 +94,8 @@ class Dbpool(Peer):
 
     def age(self) -> None:
         with self.pool._lock:
-            for conn in self.pool._pool:
-                conn._slot.idle_since -= 60.0
+            for conn in self.pool._store.bag.idle:
+                conn._record.idle_since -= 60.0
 
 
 class DbpoolPipelining(Dbpool):

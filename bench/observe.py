@@ -39,7 +39,7 @@ def run(quick: bool) -> Table:
             table.put("readiness, just served", COLUMN, _measure(health.ready, times))
 
             def idle() -> None:
-                pool._last_seen -= 60.0  # nothing came back for a minute: it has to ask
+                pool.breaker.last_alive_at -= 60.0  # nothing came back for a minute: it has to ask
                 health.ready()
 
             table.put("readiness, idle", COLUMN, _measure(idle, times))

@@ -1,16 +1,17 @@
-"""The circuit breaker over a database's availability.
+"""The circuit breaker over a database's availability: all that is known of an outage.
 
-It guards waiting, never serving: whoever finds an idle connection is served whatever it
-says. It has no threads and makes no attempts; the pool reports attempts and asks.
+It guards waiting, never serving: an idle live connection is lent whatever the breaker says. It has
+no threads and makes no attempts: the pool reports attempts and asks.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from dbpool.errors import SATURATED, describe, is_permanent
+from dbpool.retry import delays
 
 CLOSED: Final = "closed"
 OPEN: Final = "open"
@@ -18,7 +19,34 @@ HALF_OPEN: Final = "half-open"
 
 # Seconds that an attempt may take, however short the grace, before it counts as failing: over
 # TLS to another region a healthy server needs a third of one.
-_UNANSWERED: Final = 0.5
+_MIN_PATIENCE: Final = 0.5
+
+# Delays between attempts: 50 ms to 1 s. The base keeps a delay below some 0.6 of the outage so far,
+# so that a short restart is noticed soon.
+_FIRST, _CAP, _BASE = 0.05, 1.0, 1.3
+_PERMANENT_FIRST, _PERMANENT_CAP = 1.0, 15.0
+
+
+_CLOSE_INTERVAL: Final = 1.0  # seconds
+_RESUME_AFTER: Final = 0.2  # seconds after which an attempt that no worker began is late
+
+
+class Attempt:
+    """The place of a connection that is to be made: tried until it is, or until nobody needs it."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.due = now
+        self.started = 0.0  # 0 while no try is under way
+        self.is_retry = False
+        self.is_pinging = False  # connected to a pooler, waiting for the server behind it
+        self.params: dict[str, Any] = {}  # of the last failed try
+        self.awaits_change = False  # whether other params make it due at once
+        self._fast = delays(_FIRST, _CAP, _BASE)
+        self._slow = delays(_PERMANENT_FIRST, _PERMANENT_CAP)
+
+    def delay(self, kind: str) -> float:
+        """Return the seconds until the next try, after a failure of that *kind*."""
+        return next(self._slow if is_permanent(kind) else self._fast)
 
 
 class Breaker:
@@ -28,19 +56,24 @@ class Breaker:
     are idle connections nobody waits, so there is nothing to open for. A failure that waiting
     will hardly cure needs no grace, unless connections are out that may yet come back; and a
     full server is not down while connections are out. The caller serialises all calls but
-    `reset` and the reading of attributes.
+    the reading of attributes. Times are those of *clock*, in seconds.
     """
 
     def __init__(self, grace: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.grace = grace
-        self.patience = max(grace, _UNANSWERED)  # with an attempt that has no answer yet
-        self.error: BaseException | None = None  # of the last failed attempt, detached
+        self.patience = max(grace, _MIN_PATIENCE)  # with an attempt that has no answer yet
+        self.attempts: set[Attempt] = set()
+        self.retry: Attempt | None = None  # the only attempt while connects fail
+        self.retry_at = 0.0
+        self.last_alive_at = 0.0  # when a connection last was made, or came back healthy
+        self.silent_since = -1.0  # what TCP knows of an outage before connects fail
+        self.is_failure_reported = False  # whether `reconnect_failed` was called in this outage
+        self.error: BaseException | None = None  # of the last failed attempt, sanitized
         self.kind = "unknown"
-        self.retry_at = 0.0  # on `clock`: when the pool tries next
-        self._clock = clock
+        self.clock = clock
+        self._interval_started = float("-inf")
         self._failing_since: float | None = None
         self._opened_at: float | None = None
-        self._attempting = False
 
     def __repr__(self) -> str:
         return f"<Breaker {self.state} kind={self.kind!r} failing_for={self.failing_for:.1f}>"
@@ -50,11 +83,11 @@ class Breaker:
         """`"closed"`, `"open"`, or `"half-open"` while an attempt is made that may close it."""
         if self._opened_at is None:
             return CLOSED
-        return HALF_OPEN if self._attempting else OPEN
+        return HALF_OPEN if self.pending() else OPEN
 
     @property
     def is_open(self) -> bool:
-        """Whether those who would wait are refused; half-open counts as open."""
+        """Whether callers who would have to wait are rejected; half-open counts as open."""
         return self._opened_at is not None
 
     @property
@@ -65,7 +98,7 @@ class Breaker:
     @property
     def failing_for(self) -> float:
         """Seconds since the first failure, 0 when the last attempt succeeded."""
-        return 0.0 if self._failing_since is None else self._clock() - self._failing_since
+        return 0.0 if self._failing_since is None else self.clock() - self._failing_since
 
     @property
     def since(self) -> float | None:
@@ -75,73 +108,134 @@ class Breaker:
     @property
     def retry_after(self) -> float | None:
         """Seconds until the next attempt, None while connects succeed."""
-        return max(0.0, self.retry_at - self._clock()) if self.is_failing else None
+        return max(0.0, self.retry_at - self.clock()) if self.is_failing else None
 
     @property
     def last_error(self) -> str | None:
         """The text of the last failure on one line, None while connects succeed."""
         return None if self.error is None else describe(self.error)
 
-    def attempt(self) -> None:
-        """An attempt to connect begins."""
-        self._attempting = True
+    def pending(self) -> list[float]:
+        """Return when the tries that are under way began."""
+        return [attempt.started for attempt in list(self.attempts) if attempt.started]
 
-    def succeeded(self) -> float | None:
-        """An attempt succeeded: close. Return how long the outage was, if it was open."""
+    def interrupted(self) -> list[Attempt]:
+        """Return the attempts that are late: an exception kept them from a worker."""
+        late = self.clock() - _RESUME_AFTER
+        return [each for each in list(self.attempts) if not each.started and each.due < late]
+
+    def add(self) -> Attempt:
+        """Reserve the place of a connection that is to be made."""
+        attempt = Attempt(self.clock())
+        self.attempts.add(attempt)
+        return attempt
+
+    def release_if_unneeded(self, attempt: Attempt, *, is_missed: bool, is_excess: bool) -> bool:
+        """Release the reserved place if its connection is no longer needed; return whether.
+
+        *is_missed* says whether anybody would miss the connection, *is_excess* whether it would be
+        one too many. In an outage one attempt goes on, however small the pool has been made.
+        """
+        if attempt.is_retry:
+            is_wanted = is_missed or self.is_open
+        else:  # it may have queued for a worker while others failed
+            is_wanted = self.retry is None and not (self.is_open and self.pending())
+        if is_wanted and (self.is_open or not is_excess):
+            return False
+        self.drop(attempt)
+        return True
+
+    def drop(self, attempt: Attempt) -> None:
+        """Release a place whose connection is no longer needed."""
+        self.attempts.discard(attempt)
+        if self.retry is attempt:
+            self.retry = None
+            self.reset()
+
+    def succeeded(self, attempt: Attempt) -> float | None:
+        """Close: a connection was made. Return how long the outage was, if the breaker was open."""
         seconds = self.failing_for if self.is_open else None
+        if seconds is not None and self.silent_since >= self.last_alive_at:
+            seconds = max(seconds, self.clock() - self.silent_since)
+        self.attempts.discard(attempt)
+        self.retry, self.last_alive_at = None, self.clock()
+        self.is_failure_reported = False
         self.reset()
         return seconds
 
-    def failed(self, started: float, error: BaseException, kind: str, *, last_seen: float) -> None:
-        """The attempt begun at *started* failed; for *last_seen* see `judge`."""
-        self._attempting = False
-        self.error, self.kind = error, kind
-        self._fails_since(started, last_seen)
+    def failed(
+        self, attempt: Attempt, error: BaseException, kind: str, *, awaits_change: bool = False
+    ) -> bool:
+        """Record a failure, and when to try again: one attempt at a time does.
 
-    def overdue(
-        self, started: float, error: BaseException, kind: str = "timeout", *, last_seen: float
-    ) -> None:
-        """The attempt begun at *started* is still without an answer: count that as failing.
-
-        Not yet if a connection came back healthy less than the patience ago: say it again.
+        Returns whether this one does; another gives up its place.
         """
-        if self._clock() - max(started, last_seen) >= self.patience:
-            if not (self.is_failing and kind == SATURATED):  # why it fails is known
-                self.error, self.kind = error, kind
-            self._fails_since(started, last_seen)
+        started, attempt.started = attempt.started, 0.0
+        self.error, self.kind = error, kind
+        self._fails_since(started)
+        if self.retry not in (None, attempt):
+            self.drop(attempt)
+            return False
+        self.retry, attempt.is_retry, attempt.awaits_change = attempt, True, awaits_change
+        self.retry_at = attempt.due = self.clock() + attempt.delay(kind)
+        return True
 
-    def judge(self, *, last_seen: float, idle: int, out: int) -> bool:
+    def overdue(self, attempt: Attempt, error: BaseException) -> None:
+        """Count as a failure that an attempt still has no answer.
+
+        Not yet if a connection came back healthy less than the patience ago: call it again.
+        """
+        if self.clock() - max(attempt.started, self.last_alive_at) >= self.patience:
+            kind = SATURATED if attempt.is_pinging else "timeout"
+            if not (self.is_failing and kind == SATURATED):  # else the reason is known
+                self.error, self.kind = error, kind
+            self._fails_since(attempt.started)
+
+    def trip_if_due(self, *, idle: int, out: int) -> bool:
         """Open if it is time to; return whether that was now.
 
-        *last_seen* is when a connection last came back healthy, *idle* how many are there to be
-        handed out, *out* how many are out.
+        *idle* connections are there to be lent, *out* are held.
         """
         if self._failing_since is None or self._opened_at is not None or idle:
             return False
-        self._failing_since = max(self._failing_since, last_seen)
+        self._failing_since = max(self._failing_since, self.last_alive_at)
         if out and self.kind == SATURATED:
             return False
         if self.failing_for < (0.0 if is_permanent(self.kind) and not out else self.grace):
             return False
-        self._opened_at = self._clock()
+        self._opened_at = self.clock()
         return True
 
-    def seen_alive(self, last_seen: float) -> float | None:
+    def start_interval(self) -> bool:
+        """Return true once a second: then a healthy return may close it, though nobody waits."""
+        is_due = self.clock() >= self._interval_started + _CLOSE_INTERVAL
+        self._interval_started = self.clock() if is_due else self._interval_started
+        return is_due
+
+    def close_if_alive(self) -> float | None:
         """Close if a connection came back healthy after it opened; return as `succeeded`.
 
-        What failed is kept: connecting may still do so.
+        The failure is kept: connecting may still fail.
         """
-        if self._opened_at is None or last_seen <= self._opened_at:
+        if self._opened_at is None or self.last_alive_at <= self._opened_at:
             return None
-        seconds, self._opened_at, self._failing_since = self.failing_for, None, last_seen
+        seconds, self._opened_at, self._failing_since = self.failing_for, None, self.last_alive_at
         return seconds
 
+    def report_failure(self, after: float) -> bool:
+        """Return true once in an outage, when connects have failed for *after* seconds.
+
+        Called by the one attempt that goes on, without the lock.
+        """
+        is_due = self.retry is not None and self.failing_for >= after
+        is_first, self.is_failure_reported = not self.is_failure_reported, is_due
+        return is_due and is_first
+
     def reset(self) -> None:
-        """Close, and forget what failed: the next failure starts a new grace."""
+        """Close, and forget the failure: the next one starts a new grace."""
         self._failing_since = self._opened_at = self.error = None
         self.kind = "unknown"
-        self._attempting = False
 
-    def _fails_since(self, started: float, last_seen: float) -> None:
-        if self._failing_since is None or last_seen > self._failing_since:
-            self._failing_since = max(started, last_seen)
+    def _fails_since(self, started: float) -> None:
+        if self._failing_since is None or self.last_alive_at > self._failing_since:
+            self._failing_since = max(started, self.last_alive_at)

@@ -140,7 +140,7 @@ def post_worker_init(worker: Any) -> None:
 def worker_abort(worker: Any) -> None:
     """Log which connections the worker held when gunicorn's timeout ended it."""
     if "dbpool.pool" in sys.modules:  # else it has none, and this is no time to import
-        from dbpool import _fork
+        from dbpool.pool import _fork
 
         for pool in list(_fork.pools):
             for holder in pool.holders():
@@ -167,7 +167,7 @@ def worker_exit(server: Any, worker: Any) -> None:
     # gunicorn calls this in the master too, when it finds a worker gone.
     if os.getpid() != getattr(server, "pid", None):
         from dbpool import monitor
-        from dbpool._fork import close_all
+        from dbpool.pool._fork import close_all
 
         monitor.close_all()
         close_all(timeout=1.0)
@@ -181,7 +181,7 @@ def on_exit(server: Any) -> None:
 
 def _set_max_size(max_size: int) -> None:
     """Make that the default of this process's pools, also of those that are made later."""
-    from dbpool import _fork
+    from dbpool.pool import _fork
 
     def resize(pool: Any) -> None:
         settings = pool.settings
@@ -198,7 +198,7 @@ def _check_sizes(worker: Any) -> None:
 
     Nothing waits for it, and it says nothing of a database that does not answer: its pool will.
     """
-    from dbpool import _fork
+    from dbpool.pool import _fork
     from dbpool.sizing import plan_connections
 
     plan = plan_connections(
@@ -232,4 +232,4 @@ def _is_patched_too_late() -> bool:
     """Whether psycopg waits in C, or dbpool shares among greenlets what belongs to one."""
     waiting, holders = map(sys.modules.get, ("psycopg.waiting", "dbpool.holders"))
     is_blocking = waiting is not None and waiting.wait is getattr(waiting, "wait_c", None)
-    return is_blocking or (holders is not None and not isinstance(holders.here, threading.local))
+    return is_blocking or (holders is not None and not isinstance(holders.current, threading.local))

@@ -1,15 +1,12 @@
-"""Who holds a connection, since when and from where: slots, their reports, the watchdog.
+"""Who holds a connection, since when and from where: the records of connections, and holders.
 
-A slot is what a pool remembers of one connection. It outlives the connection object, so that
-a connection which its holder lost can be told and replaced.
+A record is what a pool remembers of one connection. It outlives the connection object, so that
+a connection which its holder lost can be reported and replaced.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import queue
 import sys
 import threading
 import traceback
@@ -19,26 +16,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePath
-from time import monotonic
 from types import CodeType, FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from dbpool._secrets import printable
-from dbpool._threads import run_in_thread
 from dbpool.metrics import HolderSnapshot as Holder
 
 __all__ = [
-    "Holder", "Owner", "Slot", "Who", "application_files", "caller", "frames_of", "grouped", "here",
-    "report",
-    "stack_of", "unwatch", "watch",
+    "ConnectionRecord", "Holder", "Owner", "ThreadInfo", "application_files", "caller", "current",
+    "describe", "frames_of", "group", "stack_of",
 ]  # fmt: skip
 
-logger = logging.getLogger("dbpool")
-
-_LISTED = 20  # holders in one report
-_FRAMES = 5  # of the application's, in a line of the log
-_DEEPEST = 100  # frames that are looked at
-_FILES = 4096  # file names that are remembered
+_MAX_HOLDERS = 20  # in one description
+_MAX_LOGGED_FRAMES = 5  # of the application's
+_MAX_DEPTH = 100  # frames of a stack that are examined
+_MAX_FILES = 4096  # file names that are remembered
 
 # Whose code a source file is. What runs in our own files, or as a script beside the interpreter,
 # says as little about the holder as what runs in Python's.
@@ -51,13 +43,13 @@ application_files: set[str] = set()
 
 
 class Owner:
-    """Who answers for a connection on its way: it is lost once this is gone."""
+    """One step of a thread that has a connection in transit: once it is gone, so is the step."""
 
 
-class Who:
-    """A thread as a holder, and what it serves: kept up by the web framework's adapter.
+class ThreadInfo:
+    """A thread that holds connections, and the endpoint it serves, set by a framework's adapter.
 
-    Not by its ident: the next thread may be given the same.
+    Not identified by its ident: the next thread may be given the same.
     """
 
     __slots__ = ("endpoint", "thread")
@@ -66,64 +58,66 @@ class Who:
         self.thread = threading.current_thread()
         self.endpoint: str | None = None
 
-    def named(self) -> str:
-        """Return the thread's name; an ended one can be asked no more."""
+    def name(self) -> str:
+        """Return the thread's name, and whether it has ended."""
         return self.thread.name if self.thread.is_alive() else f"{self.thread.name} (ended)"
 
 
-class _Here(threading.local):
+class _Current(threading.local):
     def __init__(self) -> None:
-        self.who = Who()
+        self.thread = ThreadInfo()
 
 
-here = _Here()  # `here.who` is the calling thread
+current = _Current()  # `current.thread` is the calling thread
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Slot:
-    """What a pool remembers of one connection; all times are monotonic.
+class ConnectionRecord:
+    """What a pool remembers of one connection; all times are monotonic seconds.
 
-    `owner` is None while it is idle. Else it refers to who answers for it: a `Lease`, the step
-    of a caller or of a worker, or the connection itself, which a user got by `getconn`. `since`
-    is 0 while nobody holds it: idle, or on its way.
+    `owner` is None while it is idle. Else it refers to what has the connection: a `Lease`, the
+    step of a caller or of a worker, or the connection itself, which a user got by `getconn`.
+    `since` is 0 while nobody holds it: idle, or in transit.
     """
 
     fd: int
-    standby: bytes | None
+    standby: bytes | None  # whether the server was one when the connection was made
     readable: Callable[[float], object]
-    manners: tuple[object, ...]  # the attributes a user may change, as they were at first
-    adapters: Any = None  # the connection's adapters as they were at first
-    reset_message: bytes = b""  # what resets the session, if that is wanted
+    session_state: tuple[object, ...]  # the attributes a user may change, as set up
+    adapters: Any = None  # the connection's adapters as set up
+    reset_message: bytes = b""  # resets the session, if that is wanted
     has_stock_blocks: bool = False  # whether blocks begin and end by psycopg's own methods
     has_stock_class: bool = False  # the same of the class that a tracer's wrapper stands for
-    has_stock_cursors: bool = False  # whether nobody else sees a cursor made or run
-    ref: weakref.ref[Any] | None = None
-    owner: weakref.ref[Any] | None = None
+    has_stock_cursors: bool = False  # whether only psycopg sees a cursor being made or run
     is_reaped: bool = False  # taken from its holder, whose return of it then does nothing
+    is_reported: bool = False  # as held for too long
     read_write: bool = False  # whether the conninfo asked for a server that can write
     prefers_standby: bool = False
+    ref: weakref.ref[Any] | None = None
+    owner: weakref.ref[Any] | None = None
+    created_at: float = 0.0
     expires_at: float = 0.0
     idle_since: float = 0.0
     since: float = 0.0
     wait: float = 0.0
-    who: Who | None = None
+    thread: ThreadInfo | None = None
     code: CodeType | None = None
     lasti: int = 0
     cursor: Any = None  # kept from one `fetch_*` to the next
-    reported: bool = False
 
-    def watch(self, conn: Any, lost: Callable[[weakref.ref[Any]], None]) -> None:
-        """Have *lost* called when *conn* is collected; made in C, it cannot be interrupted."""
-        self.ref = self.owner = weakref.ref(conn, lost)
+    @property
+    def conn(self) -> Any:
+        """The connection, None if it was collected or is forgotten."""
+        return None if self.ref is None else self.ref()
 
     @property
     def is_open(self) -> bool:
-        """Whether `fd` is still the connection's: closed, it may be anything's."""
-        conn = None if self.ref is None else self.ref()
+        """Whether `fd` is still the connection's: once closed, it may be anything's."""
+        conn = self.conn
         return conn is not None and not conn.closed
 
     def where(self) -> str:
-        """Where the holder asked for it, as `app/views.py:41 list_orders`."""
+        """Return where the holder asked for it, as `app/views.py:41 list_orders`."""
         return "unknown" if self.code is None else _where(self.code, self.lasti)
 
 
@@ -138,22 +132,22 @@ def _shortened(code: CodeType) -> str:
     return "/".join(PurePath(code.co_filename).parts[-2:])
 
 
-def report(slots: Iterable[Slot], now: float) -> tuple[Holder, ...]:
-    """Describe who holds *slots*, longest first, at most 20."""
-    held = sorted((slot for slot in slots if slot.since), key=lambda slot: slot.since)[:_LISTED]
+def describe(records: Iterable[ConnectionRecord], now: float) -> tuple[Holder, ...]:
+    """Describe who holds the connections of *records*, longest first, at most 20."""
+    held = sorted((r for r in records if r.since and r.thread), key=lambda r: r.since)
     return tuple(
         Holder(
-            thread=printable(slot.who.named()),
-            seconds=now - slot.since,
-            where=slot.where(),
-            endpoint=slot.who.endpoint and printable(slot.who.endpoint),
+            thread=printable(thread.name()),
+            seconds=now - record.since,
+            where=record.where(),
+            endpoint=thread.endpoint and printable(thread.endpoint),
         )
-        for slot in held
-        if slot.who is not None
+        for record in held[:_MAX_HOLDERS]
+        if (thread := record.thread) is not None
     )
 
 
-def grouped(held: Iterable[Holder]) -> str:
+def group(held: Iterable[Holder]) -> str:
     """Return on one line who holds connections, those of one place together; five at most."""
     places: dict[str, list[Holder]] = {}
     for holder in held:
@@ -170,15 +164,15 @@ def caller(frame: FrameType) -> FrameType:
     Where all code is installed, the first of a package; where all is Python's, *frame* itself.
     """
     found, origin, outer = frame, _PYTHON, frame
-    for _ in range(_DEEPEST):
-        here = _origin(_file_of(outer))
-        if here < origin:
-            found, origin = outer, here
+    for _ in range(_MAX_DEPTH):
+        whose = _origin(_file_of(outer))
+        if whose < origin:
+            found, origin = outer, whose
         if origin == _APPLICATION or outer.f_back is None:
             break
         outer = outer.f_back
     if found is frame and origin == _APPLICATION and not frame.f_code.co_filename.startswith("<"):
-        if len(application_files) >= _FILES:
+        if len(application_files) >= _MAX_FILES:
             application_files.clear()
         application_files.add(frame.f_code.co_filename)
     return found
@@ -192,7 +186,7 @@ def _file_of(frame: FrameType) -> str:
     return str(module.get("__file__", "<frozen "))
 
 
-@lru_cache(maxsize=_FILES)
+@lru_cache(maxsize=_MAX_FILES)
 def _origin(filename: str) -> int:
     """Whose code a source file is: the application's, an installed package's, or Python's."""
     # SQLAlchemy says as little of who asked, where the application is installed beside it.
@@ -218,84 +212,9 @@ def frames_of(thread: threading.Thread) -> str:
     frame = _frame_of(thread)
     if frame is None:
         return "(its thread has ended)"
-    stack = list(islice(traceback.walk_stack(frame), _DEEPEST))
+    stack = list(islice(traceback.walk_stack(frame), _MAX_DEPTH))
     own = [pair for pair in stack if _origin(_file_of(pair[0])) == _APPLICATION] or stack[:1]
-    lines = (f"{_shortened(f.f_code)}:{n} in {f.f_code.co_name}" for f, n in own[:_FRAMES])
+    lines = (
+        f"{_shortened(f.f_code)}:{n} in {f.f_code.co_name}" for f, n in own[:_MAX_LOGGED_FRAMES]
+    )
     return printable(", ".join(lines))
-
-
-class Watched(Protocol):
-    """What the watchdog asks of a pool."""
-
-    def patrol(self, now: float) -> None:
-        """Report leaks, replace what was lost."""
-
-    @property
-    def patrol_every(self) -> float:
-        """Seconds between two patrols."""
-
-
-class _Watchdog:
-    """One daemon thread for all the pools of a process; it ends with the last of them."""
-
-    def __init__(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def watch(self, pool: Watched) -> None:
-        with self._lock:
-            self._pools.add(pool)
-        if self._thread is None:
-            thread = threading.Thread(target=self._run, name="dbpool-watchdog", daemon=True)
-            run_in_thread(thread.start)
-        self._wakes.put(None)
-
-    def unwatch(self, pool: object) -> None:
-        with self._lock:
-            self._pools.discard(pool)
-        self._wakes.put(None)
-
-    def _run(self) -> None:
-        me = threading.current_thread()
-        with self._lock:
-            if self._thread is not None:  # another was quicker
-                return
-            self._thread = me
-        while self._thread is me and (pause := self._patrol()):
-            with contextlib.suppress(queue.Empty):
-                self._wakes.get(timeout=pause)
-
-    def _patrol(self) -> float:
-        """Patrol every pool; return the seconds until the next time, 0 to end the thread."""
-        with self._lock:
-            pools: list[Watched] = list(self._pools)
-            if not pools:
-                self._thread = None
-                return 0.0
-        now = monotonic()
-        for pool in pools:
-            try:
-                pool.patrol(now)
-            except Exception:
-                logger.exception("patrolling %r failed", pool)
-        return min(pool.patrol_every for pool in pools)
-
-
-_watchdog = _Watchdog()
-
-
-def watch(pool: Watched) -> None:
-    """Have *pool* patrolled from now on, until it is collected or `unwatch`ed."""
-    global _watchdog  # noqa: PLW0603  # a fork leaves a new process with a dead one
-    if _watchdog._pid != os.getpid():  # its thread and its lock stayed in the parent
-        _watchdog = _Watchdog()
-    _watchdog.watch(pool)
-
-
-def unwatch(pool: object) -> None:
-    """Patrol *pool* no more."""
-    if _watchdog._pid == os.getpid():
-        _watchdog.unwatch(pool)

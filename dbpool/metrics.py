@@ -208,6 +208,10 @@ class Metrics:
         self.retries = self.leaks = self.held_long = self.returned_late = self.circuit_opened = 0
         self.wait, self.use, self.connect = Histogram(), Histogram(), Histogram()
 
+    def count(self, counter: str) -> None:
+        """Add one to a counter."""
+        setattr(self, counter, getattr(self, counter) + 1)
+
     def count_finished(self) -> None:
         """Count the checkouts that ended."""
         while self.finished:  # one by one: a signal handler may raise in between

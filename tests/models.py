@@ -35,16 +35,16 @@ class State:
         seams = {
             "run_task": self.tasks.put,
             "schedule_task": lambda task, delay: None,
-            "_start_workers": lambda: None,
         }
         vars(self.pool).update(seams)
+        vars(self.pool._threads)["start"] = lambda number, store: None
         self.pool._open()
         if made:
             self.pool.resize(size, size)
             self.tasks.put(None)
             self.work()
         if not is_locked:  # to see that a model finds what the lock is there for
-            vars(self.pool)["_lock"] = nullcontext()
+            vars(self.pool._store)["lock"] = nullcontext()
 
     def work(self) -> None:
         """Be a worker until told to stop."""
@@ -130,7 +130,9 @@ def close() -> Model:
 
     def is_closed(state: State) -> bool:
         pool = state.pool
-        nothing = not pool._pool and not pool._closing and not pool._waiting
+        nothing = (
+            not pool._store.bag.idle and not pool._store.bag.to_close and not pool._store.waiting
+        )
         return nothing and not state.faults and len(state.ended) == 2
 
     return (

@@ -55,7 +55,7 @@ def fill(pool: Pool) -> list[int]:
     pool.wait(timeout=20)
     until(lambda: pool.stats().connecting == 0)
     with pool._lock:
-        return [conn.info.backend_pid for conn in pool._pool]
+        return [conn.info.backend_pid for conn in pool._store.bag.idle]
 
 
 def await_up(pool: Pool, seconds: float = 1.0 + SLACK) -> None:
@@ -97,10 +97,10 @@ def assert_adds_up(pool: Pool) -> None:
         stats = pool.stats()
         assert stats.active + stats.idle + stats.connecting == stats.size
         assert min(stats.active, stats.idle, stats.connecting) >= 0
-        assert len(pool._slots) + stats.connecting == stats.size
-        idle = {conn._slot for conn in pool._pool}
+        assert len(pool._store.bag.records) + stats.connecting == stats.size
+        idle = {conn._record for conn in pool._store.bag.idle}
         assert len(idle) == stats.idle
-        assert idle <= pool._slots
+        assert idle <= pool._store.bag.records
         assert not any(slot.since for slot in idle)
 
 
@@ -109,7 +109,7 @@ def assert_whole(pool: Pool) -> None:
     if pool.closed:
         return
     until(lambda: pool.stats().active == 0 and pool.stats().waiting == 0, 20.0)
-    assert not any(slot.since for slot in pool._slots)
+    assert not any(slot.since for slot in pool._store.bag.records)
     assert_adds_up(pool)
 
 
@@ -150,7 +150,7 @@ def await_gone(server: Server, pids: list[int]) -> None:
 
 def await_farewells(pool: Pool) -> None:
     """Wait until the servers of all its connections have said something, through a proxy too."""
-    fds = [slot.fd for slot in list(pool._slots)]
+    fds = [slot.fd for slot in list(pool._store.bag.records)]
     until(lambda: len(select.select(fds, [], [], 0)[0]) == len(fds))
 
 

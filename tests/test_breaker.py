@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from dbpool.breaker import Breaker
+from dbpool.breaker import Attempt, Breaker
 
 
 class Clock:
@@ -26,26 +26,36 @@ def breaker(clock: Clock) -> Breaker:
     return Breaker(grace=2.0, clock=clock)
 
 
+def begun(breaker: Breaker, started: float) -> Attempt:
+    """An attempt that began then."""
+    attempt = breaker.add()
+    attempt.started = started
+    return attempt
+
+
 def fail(
     breaker: Breaker,
     clock: Clock,
     kind: str = "refused",
     *,
-    last_seen: float = 0.0,
+    alive_at: float = 0.0,
     idle: int = 0,
     out: int = 0,
 ) -> bool:
     """Whether a failure of that kind opened it."""
-    breaker.failed(
-        clock.now, psycopg.OperationalError(f"failed: {kind}"), kind, last_seen=last_seen
-    )
-    return breaker.judge(last_seen=last_seen, idle=idle, out=out)
+    breaker.last_alive_at = alive_at
+    error = psycopg.OperationalError(f"failed: {kind}")
+    breaker.failed(begun(breaker, clock.now), error, kind)
+    return breaker.trip_if_due(idle=idle, out=out)
 
 
-def overdue(breaker: Breaker, started: float, last_seen: float = 0.0) -> bool:
+def overdue(breaker: Breaker, started: float, alive_at: float = 0.0) -> bool:
     """Whether the attempt begun at *started* opened it by having no answer yet."""
-    breaker.overdue(started, psycopg.OperationalError("no answer"), last_seen=last_seen)
-    return breaker.judge(last_seen=last_seen, idle=0, out=0)
+    breaker.last_alive_at = alive_at
+    attempt = Attempt()
+    attempt.started = started
+    breaker.overdue(attempt, psycopg.OperationalError("no answer"))
+    return breaker.trip_if_due(idle=0, out=0)
 
 
 def test_starts_closed_and_says_so(breaker: Breaker) -> None:
@@ -73,10 +83,11 @@ def test_opens_once_when_failures_outlast_the_grace(breaker: Breaker, clock: Clo
 
 def test_an_attempt_in_an_outage_is_half_open(breaker: Breaker, clock: Clock) -> None:
     fail(breaker, clock, "password")
-    breaker.attempt()
+    begun(breaker, clock.now)
     assert breaker.state == "half-open"
     assert breaker.is_open
-    fail(breaker, clock, "password")
+    (attempt,) = (each for each in breaker.attempts if each.started)
+    breaker.failed(attempt, psycopg.OperationalError("failed"), "password")
     assert breaker.state == "open"
 
 
@@ -87,9 +98,9 @@ def test_success_closes_it_and_tells_how_long_the_outage_was(
     clock.now += 2.5
     assert fail(breaker, clock)
     clock.now += 5.0
-    assert breaker.succeeded() == 7.5
+    assert breaker.succeeded(breaker.add()) == 7.5
     assert breaker.state == "closed"
-    assert breaker.succeeded() is None
+    assert breaker.succeeded(breaker.add()) is None
 
 
 @pytest.mark.parametrize("kind", ["password", "role", "database", "access", "tls", "conninfo"])
@@ -121,7 +132,7 @@ def test_while_there_are_idle_connections_nobody_waits(
     fail(breaker, clock, kind, idle=1)
     clock.now += 60.0
     assert not fail(breaker, clock, kind, idle=1)
-    assert breaker.judge(last_seen=0.0, idle=0, out=0), "once they are gone it opens at once"
+    assert breaker.trip_if_due(idle=0, out=0), "once they are gone it opens at once"
 
 
 def test_a_sign_of_life_starts_the_grace_anew(breaker: Breaker, clock: Clock) -> None:
@@ -129,11 +140,11 @@ def test_a_sign_of_life_starts_the_grace_anew(breaker: Breaker, clock: Clock) ->
     clock.now += 1.5
     seen = clock.now
     clock.now += 1.0
-    assert not fail(breaker, clock, last_seen=seen)
+    assert not fail(breaker, clock, alive_at=seen)
     clock.now += 1.9
-    assert not fail(breaker, clock, last_seen=seen)
+    assert not fail(breaker, clock, alive_at=seen)
     clock.now += 0.1
-    assert fail(breaker, clock, last_seen=seen)
+    assert fail(breaker, clock, alive_at=seen)
 
 
 def test_an_attempt_without_an_answer_counts_as_failing(breaker: Breaker, clock: Clock) -> None:
@@ -153,40 +164,39 @@ def test_an_attempt_has_half_a_second_however_short_the_grace(clock: Clock) -> N
 
 
 def test_the_last_error_is_one_line(breaker: Breaker, clock: Clock) -> None:
-    breaker.failed(clock.now, psycopg.OperationalError("connection\n\tlost"), "x", last_seen=0.0)
+    breaker.failed(breaker.add(), psycopg.OperationalError("connection\n\tlost"), "x")
     assert breaker.last_error == "connection lost"
-    breaker.failed(clock.now, Exception("of a callback"), "unknown", last_seen=0.0)
+    breaker.failed(breaker.add(), Exception("of a callback"), "unknown")
     assert breaker.last_error == "Exception"
 
 
 def test_a_slow_attempt_is_no_outage_while_others_come_back(breaker: Breaker, clock: Clock) -> None:
     started = clock.now
     clock.now += 2.0
-    assert not overdue(breaker, started, last_seen=started + 1.0)
+    assert not overdue(breaker, started, alive_at=started + 1.0)
     assert breaker.state == "closed"
     clock.now += 1.0  # nobody has come back since
-    assert overdue(breaker, started, last_seen=started + 1.0)
+    assert overdue(breaker, started, alive_at=started + 1.0)
 
 
 def test_a_slow_failure_counts_from_the_last_sign_of_life(breaker: Breaker, clock: Clock) -> None:
     started = clock.now
     clock.now += 5.0
-    breaker.failed(
-        started,
-        psycopg.errors.ConnectionTimeout("timeout expired"),
-        "timeout",
-        last_seen=started + 4.9,
-    )
-    assert not breaker.judge(last_seen=started + 4.9, idle=0, out=2)
+    breaker.last_alive_at = started + 4.9
+    error = psycopg.errors.ConnectionTimeout("timeout expired")
+    breaker.failed(begun(breaker, started), error, "timeout")
+    assert not breaker.trip_if_due(idle=0, out=2)
     clock.now += 2.0
-    assert breaker.judge(last_seen=started + 4.9, idle=0, out=2)
+    assert breaker.trip_if_due(idle=0, out=2)
 
 
 def test_a_connection_that_comes_back_healthy_closes_it(breaker: Breaker, clock: Clock) -> None:
     fail(breaker, clock, "password")
-    breaker.seen_alive(clock.now - 1.0)
+    breaker.last_alive_at = clock.now - 1.0
+    breaker.close_if_alive()
     assert breaker.state == "open"
-    breaker.seen_alive(clock.now + 1.0)
+    breaker.last_alive_at = clock.now + 1.0
+    breaker.close_if_alive()
     assert breaker.state == "closed"
     assert breaker.is_failing, "connecting may still fail, and of what is known"
     assert breaker.last_error == "failed: password"

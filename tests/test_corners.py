@@ -12,9 +12,9 @@ import psycopg
 import pytest
 from psycopg_pool import PoolClosed
 
-import dbpool._checkout
+import dbpool.pool._lending
 from dbpool import Pool, Settings
-from dbpool._parts import Waiter
+from dbpool.pool._waiting import Waiter
 from tests.fake import FakeServer
 from tests.threads import Task
 
@@ -56,7 +56,7 @@ def test_close_closes_what_still_waits_to_be_reset(fake: FakeServer) -> None:
     go_on.set()
     closing.result(10)
     until(lambda: all(conn.closed for conn in conns))
-    assert not pool._slots
+    assert not pool._store.bag.records
 
 
 def test_pop_stats_loses_no_request(fake: FakeServer) -> None:
@@ -81,14 +81,14 @@ def test_resize_counts_what_comes_back_in_the_middle(
     with fake.pool(max_size=4) as pool:
         out = [pool.getconn() for _ in range(4)]
         pool.putconn(out.pop())
-        close = pool._close_connection
+        close = psycopg.Connection.close
 
         def close_and_return(conn: Any) -> None:
             close(conn)
             while out:
                 pool.putconn(out.pop())
 
-        monkeypatch.setattr(pool, "_close_connection", close_and_return)
+        monkeypatch.setattr(psycopg.Connection, "close", close_and_return)
         pool.resize(1, 1)
         until(lambda: pool.stats().size == 1)
 
@@ -147,12 +147,12 @@ def test_a_connection_that_comes_back_while_waiters_are_refused_goes_to_one_of_t
         until(lambda: pool.stats().waiting == 3)
 
         def reason() -> Exception:  # stands for the collection of what held it
-            if conn._slot.since:
+            if conn._record.since:
                 pool.putconn(conn)
             return PoolClosed("as closing does")
 
         with pool._lock:
-            pool._refuse_waiters(reason)
+            pool._store.waiting.reject_all(reason)
         outcomes = [task.outcome(10) for task in waiting]
         assert sum(isinstance(outcome, PoolClosed) for outcome in outcomes) == 2
         assert sum(outcome is conn for outcome in outcomes) == 1
@@ -169,7 +169,7 @@ def test_a_connection_that_comes_back_while_one_queues_is_handed_over(
             pool.putconn(conn)
             return Waiter(*what)
 
-        monkeypatch.setattr(dbpool._checkout, "Waiter", returning)
+        monkeypatch.setattr(dbpool.pool._lending, "Waiter", returning)
         assert pool.getconn(timeout=1) is conn
         assert (pool.stats().idle, pool.stats().waiting) == (0, 0)
         monkeypatch.undo()

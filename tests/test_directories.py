@@ -310,7 +310,7 @@ def test_the_master_closes_no_pool_for_a_worker_that_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[float] = []
-    monkeypatch.setattr("dbpool._fork.close_all", closed.append)
+    monkeypatch.setattr("dbpool.pool._fork.close_all", closed.append)
     hooks.worker_exit(SimpleNamespace(pid=os.getpid()), None)
     assert closed == []
 

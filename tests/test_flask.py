@@ -274,7 +274,7 @@ def test_contexts_may_nest(make_app: MakeApp, fake: FakeServer) -> None:
         return str(db.pool.fetch_value("select 1"))
 
     assert app.test_client().get("/outer").json == ["1", ["outer"]]
-    assert holders.here.who.endpoint is None
+    assert holders.current.thread.endpoint is None
 
 
 def test_a_dotenv_is_read_but_not_under_test(

@@ -54,7 +54,7 @@ def test_busy_is_not_down(databases: Databases) -> None:
         until(lambda: pool.stats().waiting == 1)
         ready = health.ready()
         assert (ready.status, ready.is_ready) == ("degraded", True)
-        pool._last_seen -= 60.0  # no healthy return in the last minute
+        pool.breaker.last_alive_at -= 60.0  # no healthy return in the last minute
         assert health.ready().status == "degraded"
     assert waiter.result() == 1
     assert health.ready().status == "up"
@@ -99,7 +99,7 @@ def frozen(fake: FakeServer) -> Iterator[Databases]:
     with Databases(settings, connection_class=fake.connection_class) as databases:
         for pool in databases.values():
             pool.fetch_value("select 1")
-            pool._last_seen -= 60.0  # no healthy return in the last minute
+            pool.breaker.last_alive_at -= 60.0  # no healthy return in the last minute
         fake.fall_silent()
         try:
             yield databases
@@ -163,7 +163,7 @@ def test_proof_of_life_is_passive_where_it_can_be(databases: Databases) -> None:
     for _ in range(5):
         assert health.ready().status == "up"
     assert databases.default.stats().counters.checkouts == 1
-    databases.default._last_seen -= 60.0
+    databases.default.breaker.last_alive_at -= 60.0
     assert health.ready().status == "up"
     assert databases.default.stats().counters.checkouts == 2
 
@@ -171,7 +171,7 @@ def test_proof_of_life_is_passive_where_it_can_be(databases: Databases) -> None:
 def test_readiness_asks_through_the_pool_there_is(databases: Databases) -> None:
     databases.default.fetch_value("select 1")
     before = databases.default.stats().counters.connects
-    databases.default._last_seen -= 60.0
+    databases.default.breaker.last_alive_at -= 60.0
     Health(databases).ready()
     assert databases.default.stats().counters.connects == before == 1
 

@@ -19,7 +19,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
 from dbpool import ConfigError, Pool, Settings
-from dbpool._pipelining import PipeliningCursor
+from dbpool.pool._pipelining import PipeliningCursor
 from tests.threads import run_in_threads
 
 from .postgres import Server
@@ -401,7 +401,7 @@ def _outcome(pool: Pool, blocks: list[list[Callable[[Conn], Any]]]) -> list[obje
                         raise
                 if isinstance(told[-1], Cursor):
                     told[-1] = told[-1].fetchall()
-            conn.cursor_factory = conn._slot.manners[2]  # type: ignore[attr-defined]
+            conn.cursor_factory = conn._record.session_state[2]  # type: ignore[attr-defined]
         with pool.connection() as conn:
             conn.close()  # its handlers and prepared statements go with it
     with pool.connection() as conn:
@@ -515,8 +515,8 @@ def test_a_class_with_its_own_idea_of_how_to_begin_is_asked_for_it(dsn: str) -> 
 def test_single_statements_keep_their_cursor(pools: tuple[Pool, Pool]) -> None:
     for pool in pools:
         assert pool.fetch_one("select %s::int", [1]) == (1,)
-        (conn,) = pool._pool
-        assert conn._slot.cursor is not None
+        (conn,) = pool._store.bag.idle
+        assert conn._record.cursor is not None
 
 
 def test_a_cursor_factory_of_the_users_stays(dsn: str) -> None:

@@ -5,90 +5,94 @@ A failure here after an upgrade says which assumption to look at again.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
-from collections import deque
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import psycopg
-import psycopg_pool
 import pytest
 from psycopg.adapt import PyFormat
 from psycopg_pool import ConnectionPool
-from psycopg_pool.pool import AddConnection, MaintenanceTask, ReturnConnection
 
 from dbpool import Pool
-from dbpool._parts import manners, remember
+from dbpool.pool._compatible import missing
+from dbpool.pool._psycopg import remember_session_state, session_state
+from dbpool.pool._seam import PoolBase
 
-OVERRIDDEN = {
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "dbpool").rglob("*.py"))
+HOT_FILE = ROOT / "dbpool" / "pool" / "_pool.py"
+
+PUBLIC = {
     "__init__": "self, conninfo, connection_class, kwargs, min_size, max_size, open, configure,"
     " check, reset, name, close_returns, timeout, max_waiting, max_lifetime, max_idle,"
     " reconnect_timeout, reconnect_failed, num_workers",
     "__del__": "self",
-    "_add_connection": "self, attempt, growing",
-    "_add_to_pool": "self, conn",
-    "_resolve_conninfo": "self",
-    "_return_connection": "self, conn, from_getconn",
-    "_shrink_pool": "self",
-    "_start_initial_tasks": "self",
-    "_start_workers": "self",
     "check": "self",
     "close": "self, timeout",
     "connection": "self, timeout",
     "drain": "self",
     "get_stats": "self",
     "getconn": "self, timeout",
+    "open": "self, wait, timeout",
     "pop_stats": "self",
     "putconn": "self, conn",
     "resize": "self, min_size, max_size",
     "wait": "self, timeout",
+    "worker": "q",
 }
 CALLED = {
-    "_check_open_getconn": "self",
-    "_check_pool_putconn": "self, conn",
     "_check_size": "self, min_size, max_size",
-    "_close_connection": "self, conn",
-    "_get_measures": "self",
-    "_reset_connection": "self, conn",
-    "_resolve_kwargs": "self",
-    "_set_connection_expiry_date": "self, conn",
-    "_signal_stop_worker": "self",
-    "_open": "self",
     "reconnect_failed": "self",
     "run_task": "self, task",
     "schedule_task": "self, task, delay",
 }
+PROPERTIES = {"closed", "max_size", "min_size"}
 # Methods of the parent that ours never reach, since what calls them is overridden.
 REPLACED = {
+    "_add_connection",
+    "_add_to_pool",
     "_check_connection",
+    "_check_open",
+    "_check_open_getconn",
+    "_check_pool_putconn",
+    "_close_connection",
     "_connect",
+    "_get_measures",
     "_get_ready_connection",
     "_getconn_unchecked",
     "_getconn_with_check_loop",
+    "_jitter",
     "_maybe_close_connection",
     "_maybe_grow_pool",
+    "_open",
     "_putconn",
+    "_reset_connection",
+    "_resolve_conninfo",
+    "_resolve_kwargs",
+    "_return_connection",
+    "_set_connection_expiry_date",
+    "_shrink_pool",
+    "_signal_stop_worker",
+    "_start_initial_tasks",
+    "_start_workers",
 }
-INHERITED = {
-    "__enter__",
-    "__exit__",
-    "__repr__",
-    "_check_open",
-    "_jitter",
-    "check_connection",
-    "closed",
-    "max_size",
-    "min_size",
-    "open",
-    "worker",
-}
+INHERITED = {"__enter__", "__exit__", "check_connection"}
+OURS_AS_WELL = {"__repr__", "_open"}
+
+# The protected members of psycopg_pool that are read, called or set, all of them in `_seam`.
+PROTECTED = {"_check", "_check_size", "_configure", "_lock", "_reset", "_sched", "_tasks"}
 
 
 def _parameters(function: Any) -> str:
     return ", ".join(inspect.signature(function).parameters)
 
 
-@pytest.mark.parametrize(("name", "parameters"), sorted((OVERRIDDEN | CALLED).items()))
+@pytest.mark.parametrize(("name", "parameters"), sorted((PUBLIC | CALLED).items()))
 def test_the_parents_methods_take_what_they_took(name: str, parameters: str) -> None:
     assert _parameters(getattr(ConnectionPool, name)) == parameters
 
@@ -102,45 +106,121 @@ def test_every_method_of_the_parent_is_accounted_for() -> None:
         for name, value in vars(cls).items()
         if callable(value) or isinstance(value, (property, classmethod, staticmethod))
     }
-    known = OVERRIDDEN.keys() | CALLED.keys() | REPLACED | INHERITED
+    known = PUBLIC.keys() | CALLED.keys() | PROPERTIES | REPLACED | INHERITED | OURS_AS_WELL
     ignored = {"__orig_bases__", "__parameters__", "__class_getitem__"}
     assert theirs - known - ignored == set()
 
 
 def test_what_is_overridden_is_ours() -> None:
-    for name in OVERRIDDEN:
+    for name in PUBLIC.keys() | PROPERTIES:
         assert getattr(Pool, name) is not getattr(ConnectionPool, name), name
+
+
+def test_the_parents_public_methods_reach_nothing_that_is_replaced() -> None:
+    """What `Pool` inherits works on its state alone through what is overridden."""
+    for name in INHERITED | CALLED.keys():
+        assert set(_used(ConnectionPool, name)[name]) & REPLACED == set(), name
 
 
 def test_the_parents_state_is_as_assumed() -> None:
     pool: ConnectionPool = ConnectionPool("", open=False, min_size=2)
-    assert isinstance(pool._pool, deque)
-    assert isinstance(pool._waiting, deque)
-    assert (pool._nconns, pool._min_size, pool._max_size) == (2, 2, 2)
-    assert pool._workers == []
-    assert pool._sched_runner is None
-    assert (pool._closed, pool._opened) == (True, False)
+    assert pool._lock is not None
     assert (pool._check, pool._configure, pool._reset) == (None, None, None)
+    assert "self._tasks.put_nowait(task)" in inspect.getsource(ConnectionPool.run_task)
+    assert "self._sched.enter(delay, task.tick)" in inspect.getsource(ConnectionPool.schedule_task)
 
 
-def test_the_parents_tasks_call_what_is_overridden() -> None:
-    assert "pool._add_connection(self.attempt, growing=self.growing)" in inspect.getsource(
-        AddConnection._run
+def _private_names(path: Path, *holders: str) -> set[str]:
+    """The protected names that a file uses of what is called so, in `getattr` strings too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in holders:
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            holder, name = node.args[:2]
+            if ast.unparse(holder) in holders and isinstance(name, ast.Constant):
+                found.add(str(name.value))
+    return {name for name in found if re.fullmatch(r"_[a-z]\w*", name)}
+
+
+def test_psycopg_pools_protected_members_are_touched_in_the_seam_alone() -> None:
+    parent = PROTECTED | vars(ConnectionPool("", open=False)).keys() | set(dir(ConnectionPool))
+    ours = {"_open", "_threads"} | vars(PoolBase).keys() - vars(ConnectionPool).keys()
+    pool = {
+        path.name: names
+        for path in FILES
+        if (names := _private_names(path, "pool", "p") & parent - ours)
+    }
+    assert pool == {}
+    assert _private_names(HOT_FILE, "self") & parent - ours == set()
+    seam = HOT_FILE.with_name("_seam.py")
+    assert _private_names(seam, "self", "cls") & parent - ours == PROTECTED
+
+
+def test_psycopgs_protected_members_are_touched_in_the_seam_and_hot_lines_alone() -> None:
+    touched = {
+        path.name: names - {"_record"}
+        for path in FILES
+        if (names := _private_names(path, "conn", "cursor", "pgconn", "block")) - {"_record"}
+    }
+    assert touched.pop("_psycopg.py")
+    assert touched.pop("_pipelining.py")
+    assert touched == {"_pool.py": {"_pool"}}, "set in acquire, unset in release"
+    hot = [line.strip() for line in HOT_FILE.read_text().splitlines() if "conn._pool" in line]
+    assert hot == ["conn._pool = self", "record.since, record.owner, conn._pool = 0.0, None, None"]
+
+
+def test_what_is_needed_is_there() -> None:
+    assert list(missing()) == []
+
+
+@pytest.mark.parametrize(
+    ("harm", "named"),
+    [
+        (
+            "del psycopg_pool.base.BasePool._check_size",
+            "ConnectionPool._check_size(min_size,max_size)",
+        ),
+        (
+            "del psycopg._cursor_base.BaseCursor._convert_query",
+            "Cursor._convert_query(query,params)",
+        ),
+        ("del psycopg_pool.sched.Scheduler", "psycopg_pool.sched.Scheduler"),
+        (
+            "psycopg.Cursor._execute_send = lambda self, other: None",
+            "Cursor._execute_send(query)",
+        ),
+    ],
+)
+def test_only_what_is_missing_makes_a_version_refused(harm: str, named: str) -> None:
+    script = (
+        "import psycopg, psycopg_pool, psycopg_pool.base, psycopg_pool.sched\n"
+        "psycopg.__version__ = psycopg_pool.__version__ = '9.9'\n"
+        f"{harm}\nfrom dbpool import Pool\n"
     )
-    assert "pool._return_connection(self.conn, from_getconn=self.from_getconn)" in (
-        inspect.getsource(ReturnConnection._run)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    assert "pool.closed" in inspect.getsource(MaintenanceTask.run)
+    assert done.returncode == 1
+    assert f"psycopg 9.9 and psycopg_pool 9.9: {named}" in done.stderr
+
+
+def test_a_newer_version_is_accepted_if_nothing_is_missing() -> None:
+    script = (
+        "import psycopg, psycopg_pool\n"
+        "psycopg.__version__ = psycopg_pool.__version__ = '9.9'\nfrom dbpool import Pool\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
 def test_connections_have_the_attributes_that_are_put_back(dsn: str) -> None:
     with psycopg.connect(dsn) as conn:
         assert conn.adapters is conn._adapters
-        remember(conn)
-        assert len(manners(conn)) == 16
+        remember_session_state(conn)
+        assert len(session_state(conn)) == 16
         assert conn._begin_statement == b""
         assert conn._notifies_backlog is not None
-        assert manners(conn)[0] is False
+        assert session_state(conn)[0] is False
 
 
 def test_what_registers_an_adapter_or_a_type_is_noticed(dsn: str) -> None:
@@ -149,14 +229,14 @@ def test_what_registers_an_adapter_or_a_type_is_noticed(dsn: str) -> None:
             return bytes(data)
 
     with psycopg.connect(dsn) as conn:
-        state: Any = remember(conn)[0]
-        assert manners(conn) == state
+        state: Any = remember_session_state(conn)[0]
+        assert session_state(conn) == state
         conn.adapters.register_loader("int4", Loader)
-        assert manners(conn)[13] == state[13] + 1
+        assert session_state(conn)[13] == state[13] + 1
         conn.adapters.register_dumper(set, conn.adapters.get_dumper(str, PyFormat.AUTO))
-        assert manners(conn)[13] == state[13] + 2
+        assert session_state(conn)[13] == state[13] + 2
         conn.adapters.types.add(psycopg.types.TypeInfo("mine", 99_999, 99_998))
-        assert manners(conn)[14] != state[14]
+        assert session_state(conn)[14] != state[14]
 
 
 def test_psycopg_commits_as_the_short_cut_does() -> None:
@@ -219,8 +299,3 @@ def test_a_cursor_holds_what_the_kept_one_lets_go_of() -> None:
     harmless |= {"_row_factory", "_rowcount", "_statusmessage", "arraysize", "format"}
     slots = {name for cls in psycopg.Cursor.__mro__ for name in getattr(cls, "__slots__", ())}
     assert slots - {"__weakref__"} - harmless == forgotten
-
-
-def test_the_versions_are_those_that_were_looked_at() -> None:
-    assert psycopg_pool.__version__.startswith("3.3.")
-    assert psycopg.__version__.startswith("3.3.")

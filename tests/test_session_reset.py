@@ -13,7 +13,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.pq import TransactionStatus
 
 from dbpool import ConfigError, DatabaseMisconfigured, Pool, Settings
-from dbpool._session import reset
+from dbpool.pool._session import reset
 from tests.postgres import Server, until
 from tests.proxy import Proxy
 
@@ -208,13 +208,16 @@ def test_a_ping_of_the_pools_own_is_no_statement(conninfo: str, proxy: Proxy) ->
 
 
 def test_a_users_check_may_leave_something_too(dsn: str) -> None:
+    statements = ["set timezone = 'Asia/Tokyo'"]
+
     def check(conn: Conn) -> None:
-        conn.execute("set timezone = 'Asia/Tokyo'")
+        for statement in statements:
+            conn.execute(statement)
 
     with Pool(dsn, max_size=1, session_reset="session", check=check) as pool:
         with pool.connection():
             pass
-        pool._check = None
+        statements.clear()
         assert state(pool)[5] != "Asia/Tokyo"
 
 

@@ -11,7 +11,7 @@ import pytest
 from psycopg_pool import ConnectionPool
 
 from dbpool import Settings
-from dbpool._options import Options
+from dbpool.pool._options import Options
 
 ROOT = Path(__file__).parent.parent
 

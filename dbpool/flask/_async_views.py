@@ -32,7 +32,7 @@ def follow_async_views(app: Flask) -> None:
     convert = app.async_to_sync
 
     def async_to_sync(func: AsyncFunction) -> Callable[..., Any]:
-        async def followed(who: holders.Who, /, *args: Any, **kwargs: Any) -> Any:
+        async def followed(who: holders.ThreadInfo, /, *args: Any, **kwargs: Any) -> Any:
             with _holding_for(who):
                 return await func(*args, **kwargs)
 
@@ -40,7 +40,7 @@ def follow_async_views(app: Flask) -> None:
 
         @wraps(func)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return run(holders.here.who, *args, **kwargs)
+            return run(holders.current.thread, *args, **kwargs)
 
         return call
 
@@ -48,25 +48,25 @@ def follow_async_views(app: Flask) -> None:
 
 
 @contextmanager
-def _holding_for(who: holders.Who) -> Iterator[None]:
+def _holding_for(who: holders.ThreadInfo) -> Iterator[None]:
     """Let this thread, and those of `asyncio.to_thread`, hold connections for *who*."""
     if not _is_alone():
         yield
         return
-    own, thread = holders.here.who, who.thread
+    own, thread = holders.current.thread, who.thread
     # The stack of this thread is what `HeldLong` should show.
-    holders.here.who, who.thread = who, threading.current_thread()
+    holders.current.thread, who.thread = who, threading.current_thread()
     asyncio.get_running_loop().set_default_executor(
         ThreadPoolExecutor(
             thread_name_prefix="asyncio",
             initializer=setattr,
-            initargs=(holders.here, "who", who),
+            initargs=(holders.current, "thread", who),
         )
     )
     try:
         yield
     finally:
-        holders.here.who, who.thread = own, thread
+        holders.current.thread, who.thread = own, thread
 
 
 def _is_alone() -> bool:

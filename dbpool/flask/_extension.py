@@ -20,7 +20,6 @@ from flask import (
 )
 
 from dbpool import holders
-from dbpool._options import Options
 from dbpool._secrets import conceal
 from dbpool.databases import Databases, settings_from_config
 from dbpool.errors import describe
@@ -30,6 +29,7 @@ from dbpool.flask._errors import register_error_handlers
 from dbpool.health import Health
 from dbpool.monitor import Monitor
 from dbpool.pool import Pool
+from dbpool.pool._options import Options
 from dbpool.processes import Processes
 from dbpool.settings.app import AppSettings, find_dotenv
 
@@ -176,7 +176,7 @@ def _before_request() -> None:
     if own.settings.details == "always" and not own.warned:
         _warn_of_open_views(own, request.environ.get("SERVER_NAME", ""))
     if request.endpoint is not None:
-        who = holders.here.who
+        who = holders.current.thread
         request.environ[_OUTER], who.endpoint = who.endpoint, request.endpoint
         g.setdefault(_ENDPOINT, request.endpoint)
 
@@ -194,7 +194,7 @@ def _warn_of_open_views(own: State, address: str) -> None:
 def _teardown_request(exc: BaseException | None) -> None:
     """Restore the endpoint: requests may nest, as a test client's do."""
     if _OUTER in request.environ:
-        holders.here.who.endpoint = request.environ.pop(_OUTER)
+        holders.current.thread.endpoint = request.environ.pop(_OUTER)
 
 
 def _on_appcontext_tearing_down(app: Flask, **extra: Any) -> None:

@@ -195,7 +195,7 @@ class Health:
             return PoolState.UP
         if pool.state in _NOT_SERVING:
             return PoolState.DOWN
-        return PoolState.STARTING if pool.last_seen is None else PoolState.DEGRADED
+        return PoolState.STARTING if pool.last_alive_at is None else PoolState.DEGRADED
 
     def _start_reads(self) -> dict[str, Call[None]]:
         """Start to read the server info of each database that has none, or too old a one."""
@@ -257,10 +257,10 @@ def _known_state(pool: Pool[Any]) -> PoolState | None:
         return PoolState.DOWN
     stats = pool.stats()
     busy = stats.active >= stats.max_size
-    last_seen = pool.last_seen
-    if last_seen is not None and monotonic() - last_seen <= _MAX_PROOF_AGE:
+    alive_at = pool.last_alive_at
+    if alive_at is not None and monotonic() - alive_at <= _MAX_PROOF_AGE:
         return PoolState.DEGRADED if busy and stats.waiting else PoolState.UP
-    if last_seen is not None and busy:
+    if alive_at is not None and busy:
         return PoolState.DEGRADED
     return None
 

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from dbpool import DatabaseUnavailable, Pool
-from dbpool._checkin import _BRIEF
+from dbpool.pool._pool import _FRESH_USE
 from tests.pools import (
     GRACE,
     SLACK,
@@ -146,7 +146,7 @@ def test_terminated_in_its_holders_hands_it_is_not_passed_on_whichever_way_it_co
     until(lambda: pool.stats().waiting)
     terminate(own_server, [pid])
     await_farewells(pool)
-    time.sleep(_BRIEF)  # held for less, it would be passed on without a look
+    time.sleep(_FRESH_USE)  # held for less, it would be passed on without a look
     pool.putconn(conn)
     assert waiter.result() != pid
     assert_serves_all(pool)
@@ -170,11 +170,11 @@ def test_check_keeps_those_that_answered(
 ) -> None:
     pool = make_pool(min_size=3, max_size=3, ping_timeout=0.5, ping_after=0.0)
     fill(pool)
-    *well, frozen = [conn.info.backend_pid for conn in pool._pool]
+    *well, frozen = [conn.info.backend_pid for conn in pool._store.bag.idle]
     own_server.freeze([frozen])
     pool.check()
     own_server.thaw()
-    assert set(well) <= {conn.info.backend_pid for conn in pool._pool}
+    assert set(well) <= {conn.info.backend_pid for conn in pool._store.bag.idle}
     assert pool.stats().counters.discarded["dead"] == 1
 
 
@@ -183,7 +183,7 @@ def test_while_check_waits_for_one_the_others_serve(
 ) -> None:
     pool = make_pool(min_size=3, max_size=3, ping_timeout=2.0)
     fill(pool)
-    own_server.freeze([pool._pool[0].info.backend_pid])
+    own_server.freeze([pool._store.bag.idle[0].info.backend_pid])
     checking = Task(pool.check)
     until(lambda: pool.stats().active == 1)
     with within(1.0):
@@ -235,7 +235,7 @@ def test_a_frozen_idle_backend_costs_one_ping_when_it_has_been_idle_for_long(
 ) -> None:
     pool = make_pool(min_size=2, max_size=2, ping_after=0.0)
     pids = fill(pool)
-    own_server.freeze([pool._pool[-1].info.backend_pid])
+    own_server.freeze([pool._store.bag.idle[-1].info.backend_pid])
     caller = Task(pool.fetch_value, PID)
     assert caller.result() in set(own_server.backends()) | set(pids)
     assert caller.seconds < 0.3 + SLACK  # one ping_timeout

@@ -107,7 +107,7 @@ def test_nothing_is_cancelled_while_connects_fail(own_server: Server, make_pool:
     with pytest.raises(Interrupted), alarm(0.1, Interrupted):
         conn.execute(SLOW)
     pool.putconn(conn)
-    pool.patrol(time.monotonic())
+    pool.maintain(time.monotonic())
     assert running(own_server) == 1
     own_server.execute(
         "select pg_terminate_backend(pid) from pg_stat_activity where query = %s", SLOW
@@ -127,7 +127,7 @@ def test_a_forked_child_cancels_nothing_of_its_parents(
     if child == 0:
         try:
             pool.putconn(conn)
-            pool.patrol(time.monotonic())
+            pool.maintain(time.monotonic())
             pool.close()
         finally:
             os._exit(0)

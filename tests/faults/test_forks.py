@@ -156,7 +156,7 @@ CHILDREN = {
     """,
     "forks again": """
         pool.wait()
-        mine = {c.info.backend_pid for c in pool._pool}
+        mine = {c.info.backend_pid for c in pool._store.bag.idle}
         assert len(mine) == 3
         assert not mine & parents
         again = os.fork()
@@ -506,7 +506,7 @@ def test_multiprocessing(run: Run, method: str) -> None:
 
     if __name__ == "__main__":
         pool.wait()
-        mine = {{conn.info.backend_pid for conn in pool._pool}}
+        mine = {{conn.info.backend_pid for conn in pool._store.bag.idle}}
         context = multiprocessing.get_context({method!r})
         with context.Pool(3) as workers:
             answers = workers.map(work, range(60), chunksize=5)

@@ -124,8 +124,8 @@ def test_a_password_changed_on_the_server_is_no_outage_while_a_connection_lives(
     assert isinstance(error, DatabaseMisconfigured), "with none left it is told at once, and why"
     assert error.kind == "password"
     app.execute(f"alter role app password '{SECRET}'")
-    assert pool._probe is not None
-    pool._probe.due = 0.0  # as after up to 15 s; it looks at its conninfo once a second
+    assert pool.breaker.retry is not None
+    pool.breaker.retry.due = 0.0  # as after up to 15 s; it looks at its conninfo once a second
     await_up(pool)
     assert_serves_all(pool)
 

@@ -290,7 +290,7 @@ def test_without_a_standby_to_go_to_nothing_is_replaced(
     pool = make_pool(conninfo, min_size=2, max_size=2)
     pids = fill(pool)
     for _ in range(5):
-        pool.patrol(monotonic())
+        pool.maintain(monotonic())
     until(lambda: len(primary.backends("dbpool:faults")) == 2)
     assert set(fill(pool)) == set(pids)
     assert pool.stats().counters.connects == 2

@@ -115,7 +115,7 @@ def test_a_pool_that_falls_silent_while_it_grows_is_told_within_the_grace(
     proxy.mode = Mode.SILENT
     conn = pool.getconn()
     grown = Task(pool.getconn)  # begins an attempt
-    until(lambda: pool._attempts)
+    until(pool.breaker.pending)
     pool.putconn(conn)  # a sign of life after that
     conn = grown.result()
     proxy.go_dark()
@@ -151,13 +151,13 @@ def test_in_an_outage_one_connect_at_a_time_is_tried(
     _set(proxy, fault)
     proxy.drop()
     Task(pool.getconn).error()
-    until(lambda: len(pool._attempts) <= 1)
+    until(lambda: len(pool.breaker.pending()) <= 1)
     proxy.drop()
     most = 0
     tried = pool.stats().counters.connect_failures
     deadline = time.monotonic() + 20
     while pool.stats().counters.connect_failures < tried + 4 and time.monotonic() < deadline:
-        most = max(most, len(pool._attempts))
+        most = max(most, len(pool.breaker.pending()))
         if fault == "silent":
             proxy.drop()
         with pytest.raises(DatabaseUnavailable):
@@ -319,7 +319,7 @@ def test_who_waits_for_connections_that_are_being_pinged_blames_nobody_who_holds
 def test_answers_that_come_too_late_count_as_none(proxy: Proxy, make_pool: MakePool) -> None:
     pool = make_pool(proxy.conninfo, min_size=2, max_size=2, ping_after=0.5)
     pids = fill(pool)
-    until(lambda: all(time.monotonic() > c._slot.idle_since + 0.5 for c in pool._pool))
+    until(lambda: all(time.monotonic() > c._record.idle_since + 0.5 for c in pool._store.bag.idle))
     proxy.delay = 0.2  # there and back is more than ping_timeout
     assert pool.fetch_value(PID) not in pids
     assert pool.stats().counters.discarded["dead"] == 2

@@ -29,7 +29,7 @@ import dbpool
 
 pool = dbpool.Pool(os.environ["CONNINFO"], min_size=2, max_size=4)
 pool.wait()
-parents = sorted({conn.info.backend_pid for conn in pool._pool})
+parents = sorted({conn.info.backend_pid for conn in pool._store.bag.idle})
 pool.fetch_value("select 1")
 
 

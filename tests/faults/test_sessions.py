@@ -142,7 +142,7 @@ def test_a_pending_notification_is_not_death(own_server: Server, make_pool: Make
         pid = conn.info.backend_pid
     for _ in range(3):
         own_server.execute("notify news, 'today'")
-        until(lambda: conn._slot.readable(0))
+        until(lambda: conn._record.readable(0))
         assert pool.fetch_value(PID) == pid
     assert pool.stats().counters.discarded["dead"] == 0
     assert_serves_all(pool)

@@ -52,7 +52,7 @@ def test_a_check_that_is_interrupted_loses_no_connection(dsn: str) -> None:
             pool.getconn()
         stats = pool.stats()
         assert (stats.size, stats.idle, stats.active) == (1, 1, 0)
-        assert pool._pool[0].info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+        assert pool._store.bag.idle[0].info.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
 def test_a_check_may_leave_its_transaction_open(dsn: str) -> None:
@@ -73,7 +73,7 @@ def test_a_check_may_leave_its_transaction_open(dsn: str) -> None:
 def test_check_pings_the_idle(fake: FakeServer) -> None:
     with fake.pool(min_size=3, max_size=3) as pool:
         pool.wait()
-        pool._pool[0].pgconn.finish()
+        pool._store.bag.idle[0].pgconn.finish()
         pool.check()
         until(lambda: pool.stats().idle == 3)
         assert pool.stats().counters.discarded["dead"] == 1

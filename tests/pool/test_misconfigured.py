@@ -63,8 +63,8 @@ def test_a_changed_conninfo_is_seen_within_a_second_however_long_it_was_wrong(
         connection_class=fake.connection_class,
     )
     assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
-    assert pool._probe is not None
-    pool._probe.due += 60.0  # as after many attempts
+    assert pool.breaker.retry is not None
+    pool.breaker.retry.due += 60.0  # as after many attempts
     password["password"] = SECRET
     await_up(pool)
     assert_serves_all(pool)

@@ -34,7 +34,7 @@ def test_a_log_handler_may_use_the_pool(fake: FakeServer) -> None:
             assert inside.wait(10)
             own.getconn()
             gc.collect()
-            patrolling = Task(own.patrol, monotonic())
+            patrolling = Task(own.maintain, monotonic())
             time.sleep(0.2)  # it may have something to log
             go.set()
             logging_one.result(10)

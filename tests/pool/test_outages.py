@@ -166,9 +166,9 @@ def test_a_callback_that_ends_its_thread_does_not_end_the_pool(
         raise SystemExit
 
     pool = make_pool(reset=give_up, reconnect_failed=give_up, reconnect_timeout=0.0, max_size=2)
-    for _ in range(2 * len(pool._workers) + 4):  # each return is reset in a worker
+    for _ in range(2 * len(pool._threads.threads[1:]) + 4):  # each return is reset in a worker
         assert pool.fetch_value("select 1") == 1
     fake.kill()
     assert pool.fetch_value("select 1") == 1
-    assert all(worker.is_alive() for worker in pool._workers)
+    assert all(worker.is_alive() for worker in pool._threads.threads[1:])
     until(lambda: pool.stats().active == 0)

@@ -102,7 +102,7 @@ def test_drain_replaces_idle_and_returned_connections(fake: FakeServer) -> None:
     with fake.pool(min_size=2, max_size=2) as pool:
         pool.wait()
         out = pool.getconn()
-        (idle,) = pool._pool
+        (idle,) = pool._store.bag.idle
         pool.drain()
         assert idle.closed
         pool.putconn(out)

@@ -20,7 +20,7 @@ class Guarded(set[Any]):
     """The slots of a pool that may be changed by who holds its lock alone."""
 
     def __init__(self, pool: Pool) -> None:
-        super().__init__(pool._slots)
+        super().__init__(pool._store.bag.records)
         self.lock: Any = pool._lock
 
     def add(self, slot: Any) -> None:
@@ -42,7 +42,7 @@ def test_the_books_are_changed_under_the_lock_alone(
 ) -> None:
     pool: Pool = fake.pool(max_size=6, reset=reset)
     with pool.connection():
-        pool._slots = Guarded(pool)
+        pool._store.bag.records = Guarded(pool)
     fit, changed, broken, lost, late, late_changed = (pool.getconn() for _ in range(6))
     changed.prepare_threshold = late_changed.prepare_threshold = 7
     broken.close()
@@ -50,14 +50,14 @@ def test_the_books_are_changed_under_the_lock_alone(
         pool.putconn(conn)
     del lost
     gc.collect()
-    pool.patrol(monotonic())
+    pool.maintain(monotonic())
     until(lambda: pool.stats().active == 2)
     pool.close()
     pool.putconn(late)
     pool.putconn(late_changed)
     assert late.closed
     assert late_changed.closed
-    assert not pool._slots
+    assert not pool._store.bag.records
 
 
 def test_get_stats_has_the_parents_keys_and_pop_stats_resets(pool: Pool) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from dbpool import PoolExhausted
 from dbpool.holders import Owner
+from dbpool.pool._waiting import Waiter
 from tests.fake import FakeServer
 from tests.interrupts import alarm
 from tests.pools import (
@@ -60,10 +61,11 @@ def test_served_in_the_moment_in_which_it_gives_up(make_pool: MakePool, torn: bo
     conn = pool.getconn()
     step = Owner()
     with pool._lock:
-        waiter = pool._queue_up(ref(step), time.monotonic(), 0.0)
+        waiter = Waiter(ref(step), time.monotonic(), 0.0)
+        pool._store.join(waiter, 0, close_returns=False)
     pool.putconn(conn)
     if not torn:
-        pool._expire(waiter)
+        pool._store.time_out(waiter)
         assert (waiter.conn, waiter.error) == (conn, None)
     pool._recover(ref(step))
     assert pool.stats().counters.timeouts == 0
@@ -80,7 +82,7 @@ def test_torn_away_at_any_moment_of_the_wait_nothing_is_lost(make_pool: MakePool
                 pass
 
     def ring(number: int, frame: FrameType | None) -> None:
-        if frame is not None and frame.f_code.co_name == "_await":
+        if frame is not None and frame.f_code.co_name == "wait":
             raise Timeout
         signal.setitimer(signal.ITIMER_REAL, 0.0001)  # it does not wait: again, soon
 

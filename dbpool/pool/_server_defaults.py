@@ -1,4 +1,4 @@
-"""Which of the default timeouts a server leaves to the pool: it is asked, and told at startup only."""
+"""Which default timeouts a server leaves to the pool: asked once, and sent as startup options only."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ Names = frozenset[str]
 Connect = Callable[[dict[str, Any]], Any]
 
 _NAMES: Final = b"select string_agg(name, ',') from pg_settings where source in "
-_PATIENCE: Final = 0.5  # seconds to wait for the answer to another thread
-_FAREWELL: Final = 200.0  # milliseconds that a server is given to free a connection's place
+_FIRST_ANSWER_TIMEOUT: Final = 0.5  # seconds to wait for the answer to another thread
+_CLOSE_TIMEOUT_MS: Final = 200.0  # that a server is given to free the place of a connection
 
 
-class Timeouts:
+class ServerDefaults:
     """What servers answered, by host, port, database and role. Used by workers alone.
 
     A default is sent as a startup option only where nothing on the server sets that timeout. A
     connection made with it cannot tell, and so the first one is made without.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, warn: Callable[[str], None]) -> None:
         self._settings = settings
+        self._warn = warn
         self._defaults = settings.default_options()
         self._answers: dict[tuple[object, ...], Names] = {}
         self._verified: set[tuple[object, ...]] = set()
@@ -40,17 +41,17 @@ class Timeouts:
         self.asked_at = monotonic()
         self.troubles = 0
 
-    def connect(self, connect: Connect, params: dict[str, Any], warn: Callable[[str], None]) -> Any:
-        """Connect, with the defaults that the server reached leaves to us; *warn* if it ignores any."""
-        is_first = self._last is None and self._first.acquire(timeout=_PATIENCE)
+    def connect(self, connect: Connect, params: dict[str, Any]) -> Any:
+        """Connect, with the defaults that the server leaves to us; warn if it ignores any."""
+        is_first = self._last is None and self._first.acquire(timeout=_FIRST_ANSWER_TIMEOUT)
         try:
-            return self._connect(connect, params, warn)
+            return self._connect(connect, params)
         finally:
             if is_first:
                 self._first.release()
 
     def is_due(self, max_age: float, troubles: int) -> bool:
-        """Whether to ask again: after that many seconds, or as the count of *troubles* has grown."""
+        """Whether to ask again: after that many seconds, or if the count of *troubles* has grown."""
         if not self._defaults or (
             monotonic() < self.asked_at + max_age and troubles == self.troubles
         ):
@@ -69,9 +70,7 @@ class Timeouts:
         self._answers[key] = self._last = names
         return has_changed
 
-    def _connect(
-        self, connect: Connect, params: dict[str, Any], warn: Callable[[str], None]
-    ) -> Any:
+    def _connect(self, connect: Connect, params: dict[str, Any]) -> Any:
         sent = self._last or Names()
         conn = connect(self._with(params, sent))
         if not isinstance(conn, Connection) or self._settings.pooler == "transaction":
@@ -88,7 +87,7 @@ class Timeouts:
                 conn = connect(self._with(_leave(conn, params), names))
             self._last = names
             if key not in self._verified:
-                self._verify(conn, self._with(params, names), warn)
+                self._verify(conn, self._with(params, names))
                 self._verified.add(key)
         except BaseException:
             conn.close()
@@ -106,14 +105,14 @@ class Timeouts:
         answer, self.asked_at = self._names(conn, b"('default')"), monotonic()
         return Names(self._defaults) if answer is None else answer & self._defaults.keys()
 
-    def _verify(self, conn: Any, params: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+    def _verify(self, conn: Any, params: Mapping[str, Any]) -> None:
         # Names with a dot, and `role`, are not in pg_settings.
         sent = re.findall(r"(?:-c\s*|--)([\w-]+)\s*=", str(params.get("options", "")))
         names = {name.replace("-", "_") for name in sent} - {"role"}
         if not names or (honoured := self._names(conn, b"('client', 'session')")) is None:
             return
         if ignored := names - honoured:
-            warn(
+            self._warn(
                 f"the options of a connection are ignored ({', '.join(sorted(ignored))}): a"
                 " transaction pooler in between needs DBPOOL_POOLER=transaction"
             )
@@ -137,7 +136,7 @@ def _leave(conn: Any, params: dict[str, Any]) -> dict[str, Any]:
     fd = os.dup(conn.fileno())
     try:
         conn.close()
-        poller(fd)(_FAREWELL)
+        poller(fd)(_CLOSE_TIMEOUT_MS)
     finally:
         os.close(fd)
     return params | {key: value.decode() for key, value in same if isinstance(value, bytes)}

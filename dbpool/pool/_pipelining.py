@@ -37,7 +37,7 @@ class PipeliningCursor(Cursor[Row]):
             # What interrupted the wait has left answers that the next one would take for its own.
             if self._is_midway:
                 if (pool := getattr(self._conn, "_pool", None)) is not None:
-                    pool._cancel_later(self._conn)
+                    pool._store.bag.cancel_later(self._conn)
                 self._pgconn.finish()
             raise
 

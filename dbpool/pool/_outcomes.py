@@ -1,7 +1,4 @@
-"""What an error says about the statement that met it: may it have been done, may it be sent again.
-
-Part of the one place that touches protected members of psycopg, see `_supply`.
-"""
+"""Whether a statement may have been done although its connection was lost."""
 
 from __future__ import annotations
 
@@ -9,9 +6,8 @@ import re
 from typing import Any, Final
 
 import psycopg
-from psycopg.pq import TransactionStatus
 
-# What a semicolon or a keyword means nothing in: literals, names, comments.
+# Where a semicolon or a keyword means nothing: in literals, names, comments.
 _OPAQUE: Final = rb"""'(?:[^']|'')*'|"[^"]*"|--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\1\$"""
 _READING: Final = rb"[\s(]*(?:select|show|table|values)\b[^;]*[;\s]*"
 
@@ -38,23 +34,3 @@ def is_reading(statement: bytes) -> bool:
         return False
     text = re.sub(_OPAQUE, b" ", statement, flags=re.DOTALL)
     return b"*/" not in text and bool(re.fullmatch(_READING, text, re.IGNORECASE | re.DOTALL))
-
-
-def is_stale_plan(error: BaseException | None) -> bool:
-    """Whether a plan was refused because a table's columns have changed since it was made."""
-    return (
-        isinstance(error, psycopg.errors.FeatureNotSupported)
-        and error.diag.source_function == "RevalidateCachedQuery"
-    )
-
-
-def forget_if_refused(error: psycopg.Error, conn: Any, converted: Any) -> None:
-    """Forget psycopg's prepared statements if one was refused before any of it was done, in autocommit.
-
-    Else raise *error*: a procedure that commits first and then meets a stale plan has a context.
-    """
-    is_idle = conn.pgconn.transaction_status == TransactionStatus.IDLE
-    is_psycopgs = conn._prepared.key(converted) in conn._prepared._names
-    if not (is_stale_plan(error) and is_idle and is_psycopgs and not error.diag.context):
-        raise error
-    conn._prepared.clear()

@@ -1,21 +1,20 @@
-"""The state that a holder leaves in its session on the server, and the message that resets it.
-
-Part of the one place that touches protected members of psycopg, see `_supply`.
-"""
+"""The state that a holder leaves in its session on the server, and the message that resets it."""
 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from typing import Any, Final
 
-import psycopg
 from psycopg import sql
-from psycopg.errors import error_from_result
-from psycopg.pq import ExecStatus
 
 from dbpool.errors import ConfigError
-from dbpool.liveness import ping, run_query
+from dbpool.pool._psycopg import (
+    drop_notifies,
+    forget_plans,
+    is_session_marked,
+    mark_session,
+    query_value,
+)
 
 # DISCARD ALL but for the prepared statements. One message is one transaction: all or nothing.
 _RESET: Final = (
@@ -35,8 +34,6 @@ select json_build_object(
                           where locktype = 'advisory' and pid = pg_backend_pid()),
     'a cursor', (select json_agg(name) from pg_cursors where is_holdable))
 """
-# libpq forgets an error's text as soon as it begins to send anything.
-_MARK: Final = b"no COPY in progress\n"
 
 
 def reset_message(conn: Any, timeout: float) -> bytes:
@@ -44,48 +41,27 @@ def reset_message(conn: Any, timeout: float) -> bytes:
 
     Raises `ConfigError` if no message can.
     """
-    state = json.loads(_ask(conn, _STATE, timeout))
+    state = json.loads(query_value(conn, _STATE, timeout))
     calls = [
         sql.SQL("set_config({}, {}, false)").format(name, value).as_bytes(conn)
         for name, value in (state["settings"] or {}).items()
     ]
     message = _RESET + (b"; SELECT " + b", ".join(calls) if calls else b"")
     reset(conn, message, timeout)
-    after = json.loads(_ask(conn, _STATE, timeout))
+    after = json.loads(query_value(conn, _STATE, timeout))
     if changed := [name for name in state if after[name] != state[name]]:
         raise ConfigError(
             "session_reset cannot put back what configure or the connection class set up:"
             f" {', '.join(changed)}"
         )
-    _mark(conn)
+    mark_session(conn)
     return message
 
 
 def reset(conn: Any, message: bytes, timeout: float) -> None:
     """Reset the session, unless nothing at all was sent since that was done last."""
-    if conn.pgconn.error_message != _MARK:
-        if _ask(conn, message, timeout) == b"t":
-            conn._prepared.clear()  # what is prepared may be for temporary tables
-        if conn._notifies_backlog:
-            conn._notifies_backlog.clear()
-        _mark(conn)
-
-
-def ping_between(conn: Any, timeout: float) -> None:
-    """Like `ping`; it counts for nothing that was sent."""
-    was_marked = conn.pgconn.error_message == _MARK
-    ping(conn, timeout)
-    if was_marked:
-        _mark(conn)
-
-
-def _mark(conn: Any) -> None:
-    with suppress(psycopg.OperationalError):
-        conn.pgconn.put_copy_end()  # it sends nothing, and fails with the text that is the mark
-
-
-def _ask(conn: Any, statements: bytes, timeout: float) -> bytes:
-    result = run_query(conn, statements, timeout)
-    if result.status == ExecStatus.FATAL_ERROR:
-        raise error_from_result(result, encoding=conn.pgconn._encoding)
-    return result.get_value(0, 0) or b""
+    if not is_session_marked(conn):
+        if query_value(conn, message, timeout) == b"t":
+            forget_plans(conn)  # what is prepared may be for temporary tables
+        drop_notifies(conn)
+        mark_session(conn)

@@ -1,0 +1,203 @@
+"""Bag: every connection of a pool. It has no lock of its own: the store changes it under its lock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from operator import attrgetter
+from os import getpid
+from time import monotonic
+from typing import Any, Final
+from weakref import ref
+
+import psycopg
+from psycopg import capabilities
+
+from dbpool import events, holders
+from dbpool.events import Emitter
+from dbpool.holders import ConnectionRecord, Holder, Owner, ThreadInfo
+from dbpool.liveness import is_active
+from dbpool.metrics import Metrics
+from dbpool.pool._psycopg import detach
+
+_MAX_CANCELS: Final = 100  # requests that wait to be sent; beyond them the oldest is dropped
+
+# An owner that is gone: what it has is evicted.
+NOBODY: Final = ref(Owner())
+
+Condition = Callable[[ConnectionRecord], bool]
+
+
+class Step(Owner):
+    """One step in which a connection is in transit: `with Step(pool)`.
+
+    If it is interrupted, the pool takes back what it has.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    def __enter__(self) -> ref[Any]:
+        return ref(self)
+
+    def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
+        if exc_type is not None:  # does nothing if the connection was returned
+            self._pool._recover(ref(self))
+
+
+class Bag:
+    """Connections that are idle, held or in transit, each with its record.
+
+    An idle one is in `idle`, and its record has no owner; a held one's record says since when;
+    one in transit has a record that names only its owner. What belongs together changes without a
+    call in between: a signal handler may raise after any call.
+    """
+
+    def __init__(self, name: str, metrics: Metrics, listeners: Emitter) -> None:
+        self.idle: deque[Any] = deque()  # the one used last at the right
+        self.records: set[ConnectionRecord] = set()
+        self.to_close: deque[Any] = deque()  # forgotten, but still open
+        self.cancels: deque[Any] = deque(maxlen=_MAX_CANCELS)  # requests to be sent
+        self.pid = getpid()
+        self._name, self._metrics, self._listeners = name, metrics, listeners
+
+    @property
+    def out(self) -> int:
+        """How many are held or in transit."""
+        return len(self.records) - len(self.idle)
+
+    def held(self) -> list[ConnectionRecord]:
+        """Return the records of those that are held."""
+        return [record for record in list(self.records) if record.since]
+
+    def ready(self) -> int:
+        """Return how many are idle or held."""
+        return sum(record.owner is None or record.since > 0.0 for record in list(self.records))
+
+    # Taking and storing
+
+    def take(self, owner: ref[Any], conn: Any = None) -> Any:
+        """Return *conn*, or the one used last, for *owner*; None if it is not idle."""
+        if conn is None and self.idle:
+            conn = self.idle[-1]
+        if conn not in self.idle:
+            return None
+        conn._record.owner = owner  # before it is taken: an exception may come in between
+        self.idle.remove(conn)
+        return conn
+
+    def store(self, conn: Any) -> None:
+        """Make a connection idle."""
+        detach(conn)
+        record: ConnectionRecord = conn._record
+        record.since, record.owner = 0.0, None
+        self.idle.append(conn)
+
+    def recover(self, owner: ref[Any], step: ref[Any]) -> list[Any]:
+        """Evict what *owner* holds. Return what it had in transit, which now *step* has."""
+        in_transit = []
+        for record in [record for record in list(self.records) if record.owner is owner]:
+            conn = None if record.since else record.conn
+            if conn is None:  # it is held: its user's code may still have it
+                self.reap(record, "broken")
+            else:
+                record.owner = step
+                in_transit.append(conn)
+        return in_transit
+
+    # Giving up
+
+    def evict(self, record: ConnectionRecord, reason: str) -> None:
+        """Forget a connection for that reason, which is counted, and have it closed."""
+        self.forget(record)
+        self._metrics.count(reason)
+        if self._listeners.active:
+            self._listeners.emit(events.Discarded(self._name, reason))
+
+    def forget(self, record: ConnectionRecord) -> None:
+        """Forget a connection, and have it closed."""
+        if (conn := record.conn) is not None:
+            self.to_close.append(conn)
+        self.records.discard(record)
+        record.since, record.ref, record.owner = 0.0, None, None  # its collection means nothing now
+
+    def evict_idle(self, reason: str, condition: Condition, most: int | None = None) -> int:
+        """Evict idle connections for whose record *condition* holds, the coldest first."""
+        chosen = [conn for conn in self.idle if condition(conn._record)][:most]
+        for conn in chosen:
+            self.take(NOBODY, conn)
+            self.evict(conn._record, reason)
+        return len(chosen)
+
+    def reap(self, record: ConnectionRecord, reason: str) -> None:
+        """Take a connection from its holder, and evict it."""
+        if record.since:
+            self._metrics.finished += [(record.wait, monotonic() - record.since)]
+        record.since, record.is_reaped, record.owner = 0.0, True, NOBODY
+        if (conn := record.conn) is not None:
+            self.cancel_later(conn)
+        self.evict(record, reason)
+
+    def reap_held(self, thread: ThreadInfo, since: float) -> tuple[Holder, ...]:
+        """Take from *thread* what it checked out after *since* and still holds; describe it."""
+        held = [r for r in self.held() if r.thread is thread and r.since >= since]
+        described = holders.describe(held, monotonic())
+        for record in held:
+            self.reap(record, "broken")
+        self._metrics.leaks += len(held)
+        return described
+
+    def reap_ownerless(self) -> tuple[Holder, ...]:
+        """Evict the connections whose owner is gone; describe those that were held."""
+        owners = [(record, record.owner or record.ref) for record in list(self.records)]
+        gone = [record for record, owner in owners if owner is None or owner() is None]
+        described = holders.describe(gone, monotonic())
+        for record in gone:
+            self._metrics.leaks += bool(record.since)
+            self.reap(record, "collected")
+        return described
+
+    def reap_closed(self) -> None:
+        """Evict the connections that their holder closed."""
+        for record in [record for record in self.held() if not record.is_open]:
+            self.reap(record, "broken")
+
+    def cancel_later(self, conn: Any) -> None:
+        """Have the statement cancelled that still runs on a connection, which is closed next.
+
+        Only in the process that made it: a request goes over a socket of its own, and would end a
+        statement of the parent's.
+        """
+        record: ConnectionRecord | None = getattr(conn, "_record", None)
+        is_ours = record is not None and record.fd >= 0 and self.pid == getpid()
+        if is_ours and is_active(conn) and capabilities.has_cancel_safe():
+            with suppress(psycopg.Error):
+                self.cancels.append(conn.pgconn.cancel_conn())
+
+    # Replacing
+
+    def expire(self, condition: Condition) -> int:
+        """Have the connections replaced for whose record *condition* holds; return how many."""
+        chosen = [record for record in list(self.records) if condition(record)]
+        for record in chosen:
+            record.expires_at = 0.0
+        return len(chosen)
+
+    def trim(self, size: int) -> None:
+        """Evict what is beyond *size*: at once if idle, else when it returns, the oldest first."""
+        excess = len(self.records) - size
+        if excess > 0:
+            excess -= self.evict_idle("idle", lambda record: True, excess)
+            out = [record for record in list(self.records) if record.owner is not None]
+            for record in sorted(out, key=attrgetter("expires_at"))[:excess]:
+                record.expires_at = 0.0
+
+    def mark_held_long(self, before: float) -> list[tuple[ThreadInfo | None, Holder]]:
+        """Mark and describe what is held since *before*, unless it was marked earlier."""
+        late = [r for r in self.held() if r.since <= before and not r.is_reported]
+        for record in late:
+            record.is_reported = True
+        self._metrics.held_long += len(late)
+        now = monotonic()
+        return [(r.thread, holder) for r in late for holder in holders.describe([r], now)]

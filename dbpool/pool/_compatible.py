@@ -1,0 +1,75 @@
+"""What the pool needs of psycopg and psycopg_pool beyond their public interface.
+
+A newer version is judged by the names and parameters that are there, not by its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from types import FunctionType
+from typing import Any, Final
+
+import psycopg
+import psycopg_pool
+from psycopg import Connection, Cursor
+from psycopg_pool import ConnectionPool
+
+# By class: attributes, and methods with the parameters that they are called with.
+NEEDED: Final[dict[type, str]] = {
+    ConnectionPool: "_lock _tasks _sched _configure _check _reset"
+    " _check_size(min_size,max_size) run_task(task) schedule_task(task,delay) worker(q)"
+    " reconnect_failed() check_connection(conn)",
+    Connection: "_autocommit _isolation_level _read_only _deferrable _begin_statement _tpc"
+    " _pipeline _prepared _adapters _notice_handlers _notify_handlers _notifies_backlog"
+    " _num_transactions _get_tx_start_command() _commit_gen()",
+    Cursor: "_conn _pgconn _row_factory _tx _query _last_query _results pgresult _closed _reset()"
+    " _convert_query(query,params) _execute_send(query) _send_query_prepared(name,pgq)"
+    " _get_prepared(pgq,prepare) _check_results(results) _set_results(results)"
+    " _execute_gen(query,params)",
+    psycopg.Transaction: "_pop_savepoint(action)",
+}
+
+
+# By module: names.
+MODULES: Final = {
+    "psycopg.generators": "execute fetch send",
+    "psycopg.errors": "error_from_result",
+    "psycopg._preparing": "Prepare",
+    "psycopg_pool.pool": "MaintenanceTask StopWorker",
+    "psycopg_pool.sched": "Scheduler",
+}
+
+
+def missing() -> Iterator[str]:
+    """Yield what is not there in the versions that are installed, as `Cursor._conn`."""
+    for module, names in MODULES.items():
+        try:
+            found = dir(import_module(module))
+        except ImportError:
+            found = []
+        yield from (f"{module}.{name}" for name in names.split() if name not in found)
+    for cls, needed in NEEDED.items():
+        functions = {
+            name: function
+            for each in reversed(cls.__mro__)
+            for name, value in vars(each).items()
+            if isinstance(function := getattr(value, "__func__", value), FunctionType)
+        }
+        # An attribute is known by the methods that use it.
+        known = {*dir(cls), *(n for f in functions.values() for n in f.__code__.co_names)}
+        for item in needed.split():
+            name, call, parameters = item.rstrip(")").partition("(")
+            code: Any = functions[name].__code__ if call and name in functions else None
+            taken = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code else ()
+            if name not in known or not set(filter(None, parameters.split(","))) <= {*taken}:
+                yield f"{cls.__name__}.{item}"
+
+
+def insist_on_compatible_versions() -> None:
+    """Raise `ImportError` if something is missing, naming it and both versions."""
+    if gone := ", ".join(missing()):
+        raise ImportError(
+            f"this dbpool cannot work with psycopg {psycopg.__version__} and psycopg_pool"
+            f" {psycopg_pool.__version__}: {gone} is missing; install older versions of them"
+        )

@@ -1,0 +1,229 @@
+"""Notices: what a pool says of what happens to it, in its log and to its listeners.
+
+Each method is one kind of happening: its line of the log and its event, side by side. What may
+happen many times in a row is logged the first time; a line at the end of the episode says how often.
+Whoever calls one holds no lock of the pool.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import asdict
+from time import monotonic
+from typing import Any, Final
+
+from psycopg_pool import TooManyRequests
+
+from dbpool import events
+from dbpool import holders as _holders
+from dbpool.errors import is_permanent
+from dbpool.events import Emitter
+from dbpool.holders import Holder, ThreadInfo
+from dbpool.pool import _fork
+
+logger = logging.getLogger("dbpool")
+
+_MIN_QUIET: Final = 10.0  # seconds at least without another of its kind that end an episode
+_REPLACED: Final = "replaced %d connections that the server closed"
+
+
+class Notices:
+    """The log and the listeners of one pool."""
+
+    def __init__(self, name: str, listeners: Emitter) -> None:
+        self.name = name
+        self.listeners = listeners
+        self._lock = threading.RLock()  # a garbage collection inside may come back in
+        self._episodes: dict[str, tuple[int, float]] = {}  # by cause: how often, and when last
+        self._said: set[str] = set()
+
+    # Connecting
+
+    def connected(self, seconds: float, outage: float | None) -> None:
+        """A connection was made, in that time; it ended an outage of that length, if any."""
+        if outage is not None:
+            self.back(outage)
+        self._emit(events.Connected, seconds)
+
+    def connect_failed(
+        self, failed: events.ConnectFailed, exist: int, max_size: int, waiting: int
+    ) -> None:
+        """An attempt failed; worth a warning only where *exist* connections, and growth fails."""
+        logger.debug("pool %r: connecting failed (%s): %s", self.name, failed.kind, failed.error)
+        if exist:
+            text = f"no new connection ({failed.kind}): {failed.error}; {exist} of at most"
+            text += f" {max_size} exist, {waiting} waiting"
+            with _fork.process.log_lock:
+                cause = f"%d failed connects ({failed.kind})"
+                self._warn("connect_failed", cause, text, kind=failed.kind)
+        if self.listeners.active:
+            self.listeners.emit(failed)
+
+    def down(self, event: events.CircuitOpened) -> None:
+        """The breaker opened."""
+        state = "cannot be used as configured" if is_permanent(event.kind) else "is unavailable"
+        text = f"the database {state} ({event.kind}): {event.error}"
+        with _fork.process.log_lock:
+            self._log(logging.ERROR, text, "circuit_opened", kind=event.kind)
+        if self.listeners.active:
+            self.listeners.emit(event)
+
+    def back(self, seconds: float) -> None:
+        """The breaker closed after an outage of that length."""
+        text = f"the database is back after {seconds:.1f} s"
+        with _fork.process.log_lock:
+            self._log(logging.WARNING, text, "circuit_closed", seconds=seconds)
+        self._emit(events.CircuitClosed, seconds)
+
+    def replaced(self, number: int = 1) -> None:
+        """That many connections were closed by their server."""
+        self._count(_REPLACED, number)
+
+    def moved(self) -> None:
+        """The server became read-only."""
+        self._log(logging.WARNING, "the primary has moved, replacing connections", "moved")
+
+    def standby_back(self, number: int) -> None:
+        """A preferred standby accepts connections again."""
+        text = f"a standby is back, replacing {number} connections to the primary"
+        self._log(logging.INFO, text, "standby_back")
+
+    # Lending
+
+    def timed_out(self, number: int, error: BaseException | None) -> None:
+        """That many callers got no connection in time; *error* is that of one of them."""
+        if error is None:
+            return
+        cause = f"%d callers timed out ({type(error).__name__})"
+        self._warn("wait_timed_out", cause, str(error), number)
+
+    def not_served(self, error: BaseException | None, seconds: float, is_rejected: bool) -> None:
+        """A caller was rejected, or timed out after that time."""
+        if isinstance(error, TooManyRequests):
+            self._warn("rejected", "%d callers refused (TooManyRequests)", str(error))
+        if is_rejected:
+            self._emit(events.Rejected)
+        else:
+            self._emit(events.WaitTimedOut, seconds)
+
+    def held_long(self, held: list[tuple[ThreadInfo | None, Holder]], limit: float) -> None:
+        """These connections have been held for more than *limit* seconds."""
+        if self.listeners.active:
+            for info, holder in held:
+                stack = _holders.stack_of(info.thread) if info else ""
+                self._emit(events.HeldLong, holder, stack)
+        held.sort(key=lambda each: each[1].seconds)
+        for where, (info, longest) in {each[1].where: each for each in held}.items():
+            number = sum(holder.where == where for _, holder in held)
+            cause = f"%d connections held for more than {limit:g} s, from {where}"
+            more = f" and {number - 1} more" if number > 1 else ""
+            text = (
+                f"a connection has been held for {longest.seconds:.1f} s by {longest.thread}{more},"
+            )
+            text += f" checked out at {where};"
+            text += f" now at {_holders.frames_of(info.thread) if info else '?'}"
+            self._warn("held_long", cause, text, number, holder=asdict(longest))
+
+    def forgotten(self, holders: Iterable[Holder]) -> None:
+        """These holders lost their connection: it was garbage-collected."""
+        for holder in holders:
+            self._emit(events.Leaked, holder)
+            cause = f"%d connections forgotten, from {holder.where}"
+            text = "a connection was never returned and has been garbage-collected; it was"
+            text += f" checked out at {holder.where}"
+            with _fork.process.log_lock:
+                self._warn("leaked", cause, text, holder=asdict(holder))
+
+    # Taking back
+
+    def checked_in(self, use: float, where: str, *, is_late: bool) -> None:
+        """A connection came back after *use* seconds; *is_late* if it was reported as held long."""
+        if is_late:
+            cause = f"%d connections returned late, from {where}"
+            text = f"a connection reported as held for too long came back after {use:.1f} s;"
+            text += f" it was checked out at {where}"
+            self._warn("returned_late", cause, text, seconds=use, where=where)
+            self._emit(events.ReturnedLate, use, where)
+        self._emit(events.CheckedIn, use)
+
+    def reaped(self, holders: Iterable[Holder]) -> None:
+        """These connections were taken from those who still held them."""
+        for holder in holders:
+            self._emit(events.Leaked, holder)
+
+    def rolled_back(self, conn: Any, where: str) -> None:
+        """A connection was returned in a transaction."""
+        cause = f"%d connections returned in a transaction, from {where}"
+        self._warn("rolled_back", cause, f"rolling back returned connection: {conn}")
+
+    def not_reusable(self, reason: str, where: str) -> None:
+        """A returned connection cannot be lent again."""
+        cause = f"%d returned connections discarded, from {where}"
+        self._warn("discarded", cause, f"discarding returned connection: {reason}")
+
+    def retried(self, attempt: int, error: str, pause: float) -> None:
+        """A transaction is run again after *pause* seconds."""
+        self._emit(events.Retried, attempt, error, pause)
+
+    # Life
+
+    def opened(self) -> None:
+        """The pool opened."""
+        self._emit(events.Opened)
+
+    def closed(self, seconds: float) -> None:
+        """The pool closed; its listeners have that long to finish."""
+        self.end_episodes(0.0)
+        if self.listeners.active:
+            self._emit(events.Closed)
+            self.listeners.close(seconds)
+
+    def warn_once(self, text: str) -> None:
+        """Log a warning unless that was done before."""
+        with self._lock:
+            is_new = text not in self._said
+            self._said.add(text)
+        if is_new:
+            logger.warning("pool %r: %s", self.name, text)
+
+    def end_episodes(self, quiet: float) -> None:
+        """Log how often it happened of each episode without news for *quiet* seconds."""
+        now, quiet = monotonic(), max(_MIN_QUIET, quiet) if quiet else 0.0
+        with self._lock:
+            over = {
+                cause: self._episodes.pop(cause)[0]
+                for cause, (_, last) in list(self._episodes.items())
+                if now - last >= (min(quiet, 1.0) if cause == _REPLACED else quiet)
+            }
+        for cause, count in over.items():
+            if count > 1 or cause == _REPLACED:
+                text = cause if count > 1 else cause.replace("s ", " ", 1)
+                extra = {"cause": cause, "count": count}
+                self._log(logging.INFO, text.replace("%d", str(count)), "episode_ended", **extra)
+
+    def _warn(self, event: str, cause: str, message: str, count: int = 1, **fields: Any) -> None:
+        """Log the first of what happens for one *cause*; count the rest of the episode.
+
+        *cause* has a `%d` for the number of times, which the line that ends the episode gives.
+        """
+        if self._count(cause, count) == count:
+            message = message.removeprefix(f"pool {self.name!r}: ")  # as errors begin
+            self._log(logging.WARNING, message, event, **fields)
+
+    def _count(self, cause: str, count: int) -> int:
+        """Count what happens for one *cause*; return how often it did in this episode."""
+        with self._lock:
+            count += self._episodes.get(cause, (0, 0.0))[0]
+            self._episodes[cause] = count, monotonic()
+            return count
+
+    def _log(self, level: int, text: str, event: str, **fields: object) -> None:
+        """Log *text* with structured fields."""
+        extra = {"dbpool": {"pool": self.name, "event": event, **fields}}
+        logger.log(level, "pool %r: %s", self.name, text, extra=extra)
+
+    def _emit(self, event: type[events.Event], *values: Any) -> None:
+        if self.listeners.active:
+            self.listeners.emit(event(self.name, *values))

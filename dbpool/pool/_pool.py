@@ -1,0 +1,318 @@
+"""Pool: what users call, and the two hot halves of a checkout, acquire and release."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from time import monotonic
+from types import FrameType
+from typing import Any, Final, TypeVar, Unpack, overload
+from weakref import ref
+
+import psycopg
+from psycopg import Connection, IsolationLevel
+from psycopg.abc import Params, Query
+from psycopg.pq import TransactionStatus
+from psycopg.rows import RowFactory, tuple_row
+from psycopg_pool import PoolClosed, TooManyRequests
+from psycopg_pool.abc import CT, ConninfoParam
+
+from dbpool import events, holders
+from dbpool._secrets import conceal
+from dbpool.errors import CommitUncertain, PoolError
+from dbpool.events import Emitter
+from dbpool.holders import ConnectionRecord, Owner
+from dbpool.metrics import Metrics
+from dbpool.pool import _fork, _lending, _options, _returning, _transaction
+from dbpool.pool._bag import Step
+from dbpool.pool._lease import Lease
+from dbpool.pool._outcomes import is_lost_unanswered
+from dbpool.pool._psycopg import (
+    KeptCursor,
+    session_state,
+)
+from dbpool.pool._seam import PoolBase
+from dbpool.pool._statement import Statement, fetch_all, fetch_one, row_count, run_statement
+from dbpool.settings import Settings
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_IDLE, _INTRANS = TransactionStatus.IDLE, TransactionStatus.INTRANS
+
+_current = holders.current
+_application_files = holders.application_files
+
+# uWSGI forks without running Python's fork hooks; only there each checkout compares pids.
+_FORKS_UNSEEN: Final = "uwsgi" in sys.modules
+
+# A connection used for no longer than this many seconds is handed over without a check: its system
+# call would cost a busy pool more than the use. Held for longer, its server may have gone unseen.
+_FRESH_USE: Final = 0.01
+
+
+class Pool(PoolBase[CT]):
+    """A `psycopg_pool.ConnectionPool` with liveness, recovery, a breaker and exact numbers.
+
+    Takes every parameter of the parent, and the fields of `Settings` beside them. *conninfo*
+    is a connection string, or a callable returning one that is asked before each connect. The
+    environment is read only when neither *conninfo*, *kwargs* nor *settings* is given, and then
+    *name* says which database's variables. *listeners* are called with the events in
+    `dbpool.events`, in a thread of their own.
+
+    What differs from the parent on purpose:
+
+    - it opens itself on first use (`open=None`); `open=True` opens now, `open=False` insists
+      on `open()`. A closed pool stays closed;
+    - `min_size` 1, `max_size` 10 (never below min_size), `timeout` 5 s, `max_lifetime` 30 min;
+      server-side timeouts and TCP keepalives are set unless the conninfo sets them;
+    - the connection used last is lent first; waiters are served in order;
+    - a connection is checked before it is lent, and pinged if idle for `ping_after`
+      seconds; `check=ConnectionPool.check_connection` therefore does nothing more;
+    - `timeout` covers the whole acquisition; at 0 an idle connection is still lent,
+      after a look at its socket alone;
+    - `PoolTimeout` comes as `PoolExhausted` or `DatabaseUnavailable`, in an outage at once;
+    - `close` takes 2 s at most by default, whatever hangs; the name is `default`;
+    - connects are tried again until they succeed; `reconnect_failed` is called once per
+      outage, after `reconnect_timeout` seconds;
+    - lifetime is enforced at checkout too; what a user changed on a connection (autocommit,
+      row_factory, isolation_level ...) is put back on return;
+    - `connection()` does not call `getconn` and `putconn`: a subclass hooks into it by
+      `configure`, `check` and `reset`;
+    - after a fork the child starts from nothing and opens anew on first use.
+    """
+
+    __module__ = "dbpool"
+
+    def __init__(
+        self,
+        conninfo: ConninfoParam = "",
+        *,
+        connection_class: type[CT] = Connection,  # type: ignore[assignment]
+        settings: Settings | None = None,
+        listeners: Iterable[Any] = (),
+        **options: Unpack[_options.Options],
+    ) -> None:
+        conninfo, settings, rest = conceal(conninfo), conceal(settings), conceal(options)
+        del options  # as they came they would show a password to whoever looks at this frame
+        opening = rest.pop("open", None)
+        settings, rest = _options.resolve(conninfo, connection_class, settings, rest)
+        super().__init__(settings, Emitter(listeners), conninfo, **rest)
+        self._lazy = opening is None
+        _fork.add(self)
+        if opening:
+            self.open()
+
+    # Connections
+
+    def connection(self, timeout: float | None = None) -> Lease[CT]:  # type: ignore[override]
+        """Return a context manager that lends a connection.
+
+        Leaving it commits, or rolls back if an exception leaves, and returns the connection.
+        *timeout* in seconds covers the whole acquisition, the pool's by default. Raises
+        `PoolExhausted`, `DatabaseUnavailable`, `TooManyRequests` or `PoolClosed`.
+        """
+        return Lease(self, timeout)
+
+    def getconn(self, timeout: float | None = None) -> CT:
+        """Check out a connection; it *must* be returned by `putconn`. See `connection`."""
+        step = Owner()
+        # There is no caller where C calls. No frame is kept in a variable, where it might hold itself.
+        conn = self._acquire(timeout, sys._getframe().f_back or sys._getframe(), ref(step))
+        record: ConnectionRecord = conn._record  # type: ignore[attr-defined]
+        record.owner = record.ref  # from here on it is lost once it is collected
+        return conn
+
+    def putconn(self, conn: CT) -> None:
+        """Return a connection obtained by `getconn`.
+
+        Raises `ValueError` if it is not this pool's, or not checked out.
+        """
+        record: ConnectionRecord | None = getattr(conn, "_record", None)
+        if record is not None and record.is_reaped:
+            return
+        if (pool := getattr(conn, "_pool", None)) is not self:
+            whose = f"it comes from pool {pool.name!r}" if pool else "it doesn't come from any pool"
+            raise ValueError(f"can't return connection to pool {self.name!r}, {whose}: {conn}")
+        with Step(self) as owner:
+            if record is not None and record.since:
+                record.owner = owner  # from here on this step has it
+            # Where a tracer wraps connections, what its wrapper holds comes back by `close()`.
+            self._release((record and record.conn) or conn)
+
+    def _acquire(self, timeout: float | None, frame: FrameType, owner: ref[Any]) -> CT:
+        """Lend a connection that is alive to the code of *frame*; *owner* is one of its own.
+
+        A frame gives its code and offset only, so that no local variable is kept. The stack is
+        walked only where an installed package calls, not where the application does.
+        """
+        if _FORKS_UNSEEN and os.getpid() != _fork.process.pid:
+            _fork.notice_fork()
+        started = monotonic()
+        store = self._store
+        try:
+            with store.lock:
+                if idle := store.bag.idle:
+                    conn = idle[-1]
+                    record: ConnectionRecord = conn._record
+                    record.owner = owner  # before it is taken: an exception may come in between
+                    idle.pop()
+                else:
+                    conn = None
+            if conn is None or not (
+                started < record.expires_at
+                and started - record.idle_since < self._unchecked_seconds
+                and not record.readable(0)
+            ):
+                conn = _lending.acquire(self, conn, owner, started, timeout)
+                record = conn._record
+            code = frame.f_code
+            if code.co_filename not in _application_files:
+                frame = holders.caller(frame)
+                code = frame.f_code
+            record.thread, record.code, record.lasti = _current.thread, code, frame.f_lasti
+            conn._pool = self
+            record.since = now = monotonic()
+            record.wait = now - started
+            if self.listeners.active:
+                self.listeners.emit(events.CheckedOut(self.name, record.wait))
+        except (PoolError, PoolClosed, TooManyRequests):  # it has nothing, and waits no more
+            raise
+        except BaseException:  # of a signal handler, say, or gevent.Timeout
+            self._recover(owner)
+            raise
+        return conn  # type: ignore[no-any-return]
+
+    def _release(self, conn: Any, cursor: KeptCursor | None = None) -> None:
+        """Lend a healthy connection to the first waiter, else make it idle.
+
+        A *cursor* to keep says that no code of a user's saw the connection.
+        """
+        record: ConnectionRecord = conn._record
+        store = self._store
+        now = monotonic()
+        use = now - record.since
+        if not (
+            conn.pgconn.transaction_status == _IDLE
+            and now < record.expires_at
+            and not record.is_reported
+            and not self._resets
+            and store.breaker.error is None  # else connects fail: is this one alive?
+            # One tuple comparison covers all that a user may have changed on the connection.
+            and (cursor is not None or session_state(conn) == record.session_state)
+        ):
+            _returning.take_back(self, conn)
+            return
+        record.cursor = cursor
+        with store.lock:
+            if not record.since:
+                _returning.insist_on_reaped(self, record)
+                return
+            wait = record.wait
+            store.breaker.last_alive_at = record.idle_since = now
+            if store.waiting or not store.is_open:
+                store.hand_over_or_store(conn, is_fresh=use < _FRESH_USE)
+            else:  # as `bag.store`, without a call in between
+                record.since, record.owner, conn._pool = 0.0, None, None
+                store.bag.idle.append(conn)
+            finished = store.metrics.finished
+            finished += [(wait, use)]
+            if len(finished) >= Metrics.BATCH:
+                store.metrics.count_finished()
+        if store.bag.to_close:
+            self._supply.close_evicted()
+        if self.listeners.active:
+            self.listeners.emit(events.CheckedIn(self.name, use))
+
+    def _check_certain(self, conn: Any, error: psycopg.Error, what: str = "COMMIT") -> None:
+        """Raise `CommitUncertain` if the connection was lost while *what* had no answer."""
+        if is_lost_unanswered(conn, error):
+            raise CommitUncertain(
+                f"pool {self.name!r}: the connection was lost during {what};"
+                " it may or may not have been done",
+                pool=self.name,
+                snapshot=self.stats(),
+            ) from error
+
+    # Statements and transactions
+
+    @overload
+    def fetch_all(self, query: Query, params: Params | None = None) -> list[Any]: ...
+    @overload
+    def fetch_all(
+        self, query: Query, params: Params | None = None, *, row_factory: RowFactory[R]
+    ) -> list[R]: ...
+    def fetch_all(
+        self, query: Query, params: Params | None = None, *, row_factory: Any = None
+    ) -> list[Any]:
+        """Run one statement in one round trip and return its rows.
+
+        It runs in autocommit, or in a transaction if the connection is set up with an
+        isolation level, read only or deferrable. It is never sent twice, but for a prepared
+        plan that the server refused before doing anything because a table has changed. A
+        statement that returns no rows is done all the same, and raises
+        `psycopg.ProgrammingError`: use `execute` for it.
+
+        If the connection is lost before the whole answer came, it raises `CommitUncertain`;
+        of a statement that begins with SELECT, SHOW, TABLE or VALUES, `execute` alone does.
+        """
+        rows: list[Any] = run_statement(
+            self, Statement(query, params, row_factory, fetch_all), sys._getframe()
+        )
+        return rows
+
+    @overload
+    def fetch_one(self, query: Query, params: Params | None = None) -> Any | None: ...
+    @overload
+    def fetch_one(
+        self, query: Query, params: Params | None = None, *, row_factory: RowFactory[R]
+    ) -> R | None: ...
+    def fetch_one(
+        self, query: Query, params: Params | None = None, *, row_factory: Any = None
+    ) -> Any | None:
+        """Like `fetch_all`, but return the first row, or None if there is none."""
+        return run_statement(
+            self, Statement(query, params, row_factory, fetch_one), sys._getframe()
+        )
+
+    def fetch_value(self, query: Query, params: Params | None = None) -> Any:
+        """Like `fetch_all`, but return the first column of the first row, or None."""
+        row = run_statement(self, Statement(query, params, tuple_row, fetch_one), sys._getframe())
+        return None if row is None else row[0]
+
+    def execute(self, query: Query, params: Params | None = None) -> int:
+        """Run one statement like `fetch_all`, and return the number of rows it touched.
+
+        That is -1 for a statement that has no such number, as in psycopg.
+        """
+        number: int = run_statement(
+            self, Statement(query, params, None, row_count), sys._getframe()
+        )
+        return number
+
+    def run(
+        self,
+        fn: Callable[..., T],
+        *args: Any,
+        attempts: int = 3,
+        idempotent: bool = False,
+        isolation: IsolationLevel | None = None,
+        read_only: bool = False,
+        timeout: float | None = None,
+    ) -> T:
+        """Call `fn(conn, *args)` in one transaction, and again if that may help.
+
+        The transaction begins before *fn* is called, and is set up by *isolation* and *read_only*.
+        The whole transaction is retried, at most *attempts* times in all, after a
+        serialization failure or a deadlock, and after losing the connection before COMMIT
+        was sent; with *idempotent* also after losing it during COMMIT, which otherwise
+        raises `CommitUncertain`. Any other error is raised at once; `psycopg.Rollback` rolls
+        back, and None is returned. A block of `conn.transaction()` in *fn* is a savepoint;
+        psycopg refuses `commit()` and `rollback()` in it. *timeout*, in seconds, bounds
+        waiting for connections and retrying; with one, it waits until an outage is over.
+        """
+        deadline = None if timeout is None else monotonic() + timeout
+        options = _transaction.Options(attempts, idempotent, isolation, read_only, deadline)
+        caller = sys._getframe().f_back
+        return _transaction.run(self, fn, args, options, caller or sys._getframe())

@@ -1,0 +1,328 @@
+"""The seam to psycopg: its protected members are touched here, in `_pipelining` and nowhere else.
+
+The hot lines of `_pool.py` excepted, which `tests/test_seam.py` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from operator import attrgetter
+from types import FunctionType
+from typing import Any, Final, cast
+
+import psycopg
+from psycopg import Connection, Cursor
+from psycopg.adapt import AdaptersMap
+from psycopg.errors import error_from_result
+from psycopg.generators import fetch, send
+from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.rows import RowFactory, dict_row, namedtuple_row, scalar_row, tuple_row
+
+from dbpool.holders import ConnectionRecord
+from dbpool.liveness import Liveness, check_socket, ping, poller, run_query
+
+_IDLE, _INERROR = TransactionStatus.IDLE, TransactionStatus.INERROR
+
+CheckCertain = Callable[[Any, psycopg.Error], None]
+
+# How a block begins and ends.
+_BLOCK_METHODS: Final = (
+    "__enter__", "__exit__", "commit", "rollback", "_commit_gen", "_exec_command", "_start_query",
+    "_get_tx_start_command",
+)  # fmt: skip
+
+# What a user may change on a connection and would not want to find changed by another.
+session_state: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(
+    "_autocommit",
+    "row_factory",
+    "cursor_factory",
+    "server_cursor_factory",
+    "_isolation_level",
+    "_read_only",
+    "_deferrable",
+    "_prepared.prepare_threshold",
+    "_prepared.prepared_max",
+    "_tpc",
+    "_pipeline",
+    "_notice_handlers",
+    "_notify_handlers",
+    "_adapters.changes",
+    "_adapters.types._registry",  # what registers a type copies it first
+    "_num_transactions",  # not 0 once an exception tore a block's end
+)
+
+# Row factories that look at a cursor's result alone.
+STOCK_ROW_FACTORIES: Final = (tuple_row, dict_row, namedtuple_row, scalar_row)
+
+
+class WatchedAdapters(AdaptersMap):
+    """A connection's adapters, which count what is registered."""
+
+    changes = 0
+
+    def register_dumper(self, *args: Any) -> None:
+        """Register it, as psycopg does."""
+        self.changes += 1
+        super().register_dumper(*args)
+
+    def register_loader(self, *args: Any) -> None:
+        """Register it, as psycopg does."""
+        self.changes += 1
+        super().register_loader(*args)
+
+
+def remember_session_state(conn: Any) -> tuple[tuple[object, ...], AdaptersMap]:
+    """Return a new connection's session state, and its adapters to begin from again."""
+    adapters, conn._adapters = conn.adapters, WatchedAdapters(conn.adapters)
+    state = session_state(conn)
+    handlers = (list(cast("Any", part)) for part in state[11:13])
+    return (*state[:11], *handlers, *state[13:]), adapters
+
+
+def restore_session_state(conn: Any) -> bool:
+    """Put back what a user changed; return whether that can be done."""
+    record: ConnectionRecord = conn._record
+    state = record.session_state
+    if session_state(conn) == state:
+        return True
+    if conn._tpc is not None or conn._pipeline is not None or conn._num_transactions:
+        return False
+    (conn._autocommit, conn.row_factory, conn.cursor_factory, conn.server_cursor_factory,
+     conn._isolation_level, conn._read_only, conn._deferrable,
+     conn._prepared.prepare_threshold, conn._prepared.prepared_max) = state[:9]  # fmt: skip
+    conn._notice_handlers[:], conn._notify_handlers[:] = cast("Any", state[11:13])
+    conn._adapters = WatchedAdapters(record.adapters)
+    conn._begin_statement = b""
+    return True
+
+
+def new_record(conn: Any, cursors: type[Cursor[Any]]) -> ConnectionRecord:
+    """Return the record of a new connection whose cursors are to be *cursors*."""
+    fd = conn.fileno()
+    standby = conn.pgconn.parameter_status(b"in_hot_standby")
+    record = ConnectionRecord(fd, standby, poller(fd), *remember_session_state(conn))
+    record.has_stock_blocks = is_stock(type(conn), *_BLOCK_METHODS)
+    # Judged from the connection: its class may be a generic, or stand behind a tracer's wrapper.
+    record.has_stock_class = has_stock_class(conn)
+    record.has_stock_cursors = conn.cursor_factory is cursors and is_stock(type(conn), "cursor")
+    # As libpq understood it: it may be set by a service file or PGTARGETSESSIONATTRS.
+    options = {option.keyword: option.val for option in conn.pgconn.info}
+    record.read_write = options.get(b"target_session_attrs") in {b"read-write", b"primary"}
+    return record
+
+
+def has_stock_class(conn: Any) -> bool:
+    """Whether blocks begin and end by psycopg's own methods in the class that *conn* shows."""
+    return is_stock(conn.__class__, *_BLOCK_METHODS)
+
+
+def is_stock(cls: type, *names: str) -> bool:
+    """Whether those methods of *cls* are psycopg's own functions: neither overridden nor wrapped."""
+    methods = [getattr(cls, name, None) for name in names]
+    return all(
+        isinstance(method, FunctionType)
+        and str(method.__globals__.get("__name__")).startswith("psycopg.")
+        for method in methods
+    )
+
+
+def attach(conn: Any, pool: Any) -> None:
+    """Tell a connection its pool: it belongs to a callback of the user's, or to a holder."""
+    conn._pool = pool
+
+
+def detach(conn: Any) -> None:
+    """Tell a connection that it is idle: so it keeps no pool alive."""
+    conn._pool = None
+
+
+def close(conn: Any) -> None:
+    """Close a connection for good, also one whose `close()` would return it to its pool."""
+    detach(conn)
+    conn.close()
+
+
+class KeptCursor(Cursor[Any]):
+    """A cursor that serves one single statement after the other and remembers none of them.
+
+    It saves making one, which copies the connection's adapters: some 6 us of a fetch. It knows its
+    connection only while it serves, so that it keeps none alive which its user lost.
+    """
+
+    __slots__ = ("is_sent",)  # whether all of the statement has been sent
+
+    def attach(self, conn: Connection[Any], row_factory: RowFactory[Any]) -> None:
+        """Make ready for a statement."""
+        self._conn, self._pgconn, self._row_factory = conn, conn.pgconn, row_factory
+        self.is_sent = False
+
+    # Written out, as each of these costs every statement.
+    def _execute_send(
+        self, query: Any, *, force_extended: bool = False, binary: bool | None = None
+    ) -> None:
+        Cursor._execute_send(self, query, force_extended=force_extended, binary=binary)
+        self.is_sent = not self._pgconn.flush() or self._send_rest()
+
+    def _send_query_prepared(self, name: bytes, pgq: Any, *, binary: bool | None = None) -> None:
+        Cursor._send_query_prepared(self, name, pgq, binary=binary)
+        self.is_sent = not self._pgconn.flush() or self._send_rest()
+
+    def _send_rest(self) -> bool:
+        self._conn.wait(send(self._pgconn))
+        return True
+
+    def detach(self) -> None:
+        """Drop the statement, its parameters, what was learned for them, and the result."""
+        gone: Any = None  # `execute` sets them all anew
+        self._conn = self._pgconn = self._tx = gone
+        self._query = self._last_query = self._results = self.pgresult = gone
+
+
+def is_set_up_plainly(conn: Any) -> bool:
+    """Whether a transaction of *conn* needs no settings: one statement may run in autocommit."""
+    return conn._isolation_level is conn._read_only is conn._deferrable is None
+
+
+def set_autocommit(conn: Any, value: Any) -> None:
+    """Set it without psycopg's check of the connection's status, and without its lock."""
+    conn._autocommit = value
+
+
+def converted_query(cursor: Any, query: Any, params: Any = None) -> Any:
+    """Return the statement as *cursor* sends it."""
+    return cursor._convert_query(query, params)
+
+
+# Prepared statements
+
+
+def is_stale_plan(error: BaseException | None) -> bool:
+    """Whether a plan was refused because a table's columns have changed since it was made."""
+    return (
+        isinstance(error, psycopg.errors.FeatureNotSupported)
+        and error.diag.source_function == "RevalidateCachedQuery"
+    )
+
+
+def forget_plans(conn: Any) -> None:
+    """Have psycopg prepare its statements anew. A rollback does so too, but not in autocommit."""
+    conn._prepared.clear()
+
+
+def forget_stale_plan(error: psycopg.Error, conn: Any, converted: Any) -> None:
+    """Forget the plans if psycopg's was refused before any of it was done, in autocommit.
+
+    Else raise *error*: a procedure that commits first and then meets a stale plan has a context.
+    """
+    is_idle = conn.pgconn.transaction_status == _IDLE
+    is_psycopgs = conn._prepared.key(converted) in conn._prepared._names
+    if not (is_stale_plan(error) and is_idle and is_psycopgs and not error.diag.context):
+        raise error
+    forget_plans(conn)
+
+
+# Transactions
+
+
+def commit_block(conn: Any, block: Any, check_certain: CheckCertain) -> None:
+    """End the transaction of `begin_block`, see `commit`."""
+    if conn._record.has_stock_blocks and not conn._pipeline:
+        if misnested := block._pop_savepoint("commit"):
+            raise misnested
+        commit(conn, check_certain)
+        return
+    try:
+        block.__exit__(None, None, None)
+        if conn.pgconn.transaction_status != _IDLE:
+            conn.commit()
+    except psycopg.Error as ex:
+        check_certain(conn, ex)
+        raise
+
+
+def commit(conn: Any, check_certain: CheckCertain) -> None:
+    """Commit as `conn.commit()` does; sending COMMIT without its three generators saves 5 us.
+
+    Once COMMIT was sent, an error is first given to *check_certain*, which may raise another.
+    """
+    if conn._num_transactions or conn._tpc or conn._pipeline:
+        conn.commit()  # which says what is wrong with that
+        return
+    pgconn = conn.pgconn
+    if conn._record.readable(0):
+        insist_on_alive(conn)
+    with conn.lock:
+        pgconn.send_query(b"COMMIT")
+        if pgconn.flush():
+            conn.wait(send(pgconn))
+        try:
+            result = conn.wait(fetch(pgconn))
+        except psycopg.OperationalError as ex:
+            check_certain(conn, ex)
+            raise
+        with suppress(psycopg.OperationalError):  # nothing depends on what may be lost now
+            conn.wait(fetch(pgconn))
+    if result.status != ExecStatus.COMMAND_OK:
+        error = error_from_result(result, encoding=pgconn._encoding)
+        check_certain(conn, error)
+        raise error
+
+
+def insist_on_alive(conn: Any) -> None:
+    """Raise if COMMIT would do nothing, or what the server said last if it is known to be gone."""
+    if conn.pgconn.transaction_status == _INERROR:
+        raise psycopg.errors.InFailedSqlTransaction(
+            "the transaction is in error, nothing was committed"
+        )
+    fatal_errors: list[psycopg.Error] = []
+    if check_socket(conn, conn._record.readable, fatal_errors) is Liveness.DEAD:
+        conn.pgconn.finish()
+        fatal_errors.append(psycopg.OperationalError("the connection was lost before COMMIT"))
+        raise fatal_errors[0]
+
+
+def end_torn_pipeline(conn: Any) -> None:
+    """Close a connection if an error tore the end of a pipeline."""
+    if conn.pgconn.pipeline_status and not conn._pipeline:
+        conn.pgconn.finish()
+
+
+# What was sent since the last session reset. libpq forgets an error's text as soon as it begins to
+# send anything, so a text that only `mark_session` provokes says that nothing was.
+
+_MARK: Final = b"no COPY in progress\n"
+
+
+def is_session_marked(conn: Any) -> bool:
+    """Whether nothing was sent since `mark_session`."""
+    is_marked: bool = conn.pgconn.error_message == _MARK
+    return is_marked
+
+
+def mark_session(conn: Any) -> None:
+    """Remember that the session is as it was set up."""
+    with suppress(psycopg.OperationalError):
+        conn.pgconn.put_copy_end()  # it sends nothing, and fails with the text that is the mark
+
+
+def ping_unmarked(conn: Any, timeout: float) -> None:
+    """Like `ping`; it does not count as something that was sent."""
+    is_marked = is_session_marked(conn)
+    ping(conn, timeout)
+    if is_marked:
+        mark_session(conn)
+
+
+def drop_notifies(conn: Any) -> None:
+    """Forget the notifications that came for an earlier holder."""
+    if conn._notifies_backlog:
+        conn._notifies_backlog.clear()
+
+
+def query_value(conn: Any, statements: bytes, timeout: float) -> bytes:
+    """Run *statements* within *timeout* seconds; return the first value of the first result."""
+    result = run_query(conn, statements, timeout)
+    if result.status == ExecStatus.FATAL_ERROR:
+        raise error_from_result(result, encoding=conn.pgconn._encoding)
+    return result.get_value(0, 0) or b""

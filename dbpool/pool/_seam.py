@@ -1,0 +1,302 @@
+"""The seam to psycopg_pool: PoolBase keeps its type, constructor, tasks and threads.
+
+Nothing else touches protected members of psycopg_pool. Public methods of the parent that work on
+its own state are replaced here or in `Pool`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from time import monotonic, sleep
+from typing import Any, NamedTuple
+from weakref import ref
+
+from psycopg_pool import ConnectionPool, PoolClosed
+from psycopg_pool.abc import CT
+
+from dbpool.breaker import Breaker
+from dbpool.errors import is_permanent
+from dbpool.events import Emitter
+from dbpool.holders import Holder, Owner, current
+from dbpool.metrics import Snapshot
+from dbpool.pool import _explain, _fork
+from dbpool.pool._connector import Connector
+from dbpool.pool._maintenance import MAX_INTERVAL, Maintenance
+from dbpool.pool._notices import Notices, logger
+from dbpool.pool._returning import finish
+from dbpool.pool._store import Job, Store
+from dbpool.pool._supply import Supply
+from dbpool.pool._workers import Call, Workers
+from dbpool.retry import Budget
+from dbpool.settings import Settings
+
+_WAIT_INTERVAL = 0.005  # seconds between two looks of `wait`
+
+
+class Callbacks(NamedTuple):
+    """The functions of a user's that a pool calls with a connection."""
+
+    configure: Callable[[Any], None] | None
+    check: Callable[[Any], None] | None
+    reset: Callable[[Any], None] | None
+
+
+class PoolBase(ConnectionPool[CT]):
+    """psycopg_pool's pool around parts of ours in place of its own state: its life and its threads."""
+
+    def __init__(
+        self, settings: Settings, listeners: Emitter, conninfo: Any, **options: Any
+    ) -> None:
+        super().__init__(conninfo, open=False, **options)
+        self.settings = settings
+        self.listeners = listeners
+        self._callbacks = Callbacks(self._configure, self._check, self._reset)
+        # The stock check does no more than is done anyway.
+        self._has_user_check = self._callbacks.check not in (None, self.check_connection)
+        # An idle connection is lent after a look alone for so long.
+        self._unchecked_seconds = 0.0 if self._has_user_check else settings.ping_after
+        self._resets = self._callbacks.reset or settings.session_reset != "none"
+        self._lazy = True  # whether it may open itself, once
+        self._build((settings.min_size, settings.max_size))
+
+    def _build(self, sizes: tuple[int, int]) -> None:
+        """Make all parts anew, as in a new process."""
+        settings, me = self.settings, ref(self)
+
+        def run_in_worker(fn: Job) -> None:
+            if (pool := me()) is not None:
+                pool._run_in_worker(fn)
+
+        self._notices = Notices(self.name, self.listeners)
+        self._store = Store(self.name, sizes, settings.outage_grace, self.listeners, run_in_worker)
+        self._lock = self._store.lock
+        connector = Connector(settings, self._notices.warn_once)
+        self._supply = Supply(self._store, connector, self._notices)
+        self._maintenance = Maintenance(self._supply)
+        self._budget = Budget(2 * settings.max_size)
+        self._threads = Workers(self.name, self.worker)
+        self._tasks, self._sched = self._threads.tasks, self._threads.scheduler
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_budget"):
+            return "<dbpool.Pool that could not be made>"
+        size = 0 if self.closed else self._store.size
+        idle = len(self._store.bag.idle)
+        return f"<dbpool.Pool {self.name!r} {self.state} size={size} idle={idle}>"
+
+    @property
+    def closed(self) -> bool:
+        """True if the pool is closed."""
+        return not self._store.is_open
+
+    @property
+    def min_size(self) -> int:
+        """The number of connections that are kept at least."""
+        return self._store.min_size
+
+    @property
+    def max_size(self) -> int:
+        """The number of connections that there are at most."""
+        return self._store.max_size
+
+    def get_stats(self) -> dict[str, int]:
+        """Return the parent's statistics, exact: counts, sums in milliseconds, and sizes."""
+        return self._store.parent_stats()
+
+    def pop_stats(self) -> dict[str, int]:
+        """Like `get_stats`, and let its counts and sums begin at zero again."""
+        return self._store.parent_stats(pop=True)
+
+    @property
+    def breaker(self) -> Breaker:
+        """The circuit breaker."""
+        return self._store.breaker
+
+    @property
+    def state(self) -> str:
+        """`"starting"` until first connected, `"up"`, `"down"` in an outage, or `"stopped"`."""
+        return self._store.state
+
+    @property
+    def last_alive_at(self) -> float | None:
+        """Monotonic time of the last healthy return or connect: a passive proof of life."""
+        return self._store.breaker.last_alive_at or None
+
+    def stats(self) -> Snapshot:
+        """Return a consistent snapshot of the state and of all counters since opening."""
+        return self._store.snapshot()
+
+    def holders(self) -> list[Holder]:
+        """Return who holds connections, longest first, at most 20."""
+        return list(self.stats().holders)
+
+    # Opening and closing
+
+    def open(self, wait: bool = False, timeout: float = 30.0) -> None:
+        """Open the pool; with *wait* until min_size connections are made, see `wait`.
+
+        Raises `PoolClosed` if it was closed.
+        """
+        self._open()
+        if wait:
+            self.wait(timeout)
+
+    def _open(self) -> None:
+        store = self._store
+        if store.was_opened and not store.is_open:
+            raise PoolClosed("pool has already been opened/closed and cannot be reused")
+        if not store.is_open:
+            # First: what is interrupted from here on is healed.
+            _fork.process.watchdog.watch(self)
+        if store.open():
+            try:
+                self._threads.start(self.num_workers, self._store)
+            except BaseException:  # no threads to be had, say: the next user tries again
+                store.revert_open()
+                _fork.process.watchdog.unwatch(self)
+                raise
+            store.refill()
+            self._notices.opened()
+
+    def _open_on_use(self) -> None:
+        """Open if the pool may open itself, and was not opened yet."""
+        if self._lazy and not self._store.was_opened:
+            self._open()
+
+    def wait(self, timeout: float = 30.0) -> None:
+        """Wait until min_size connections are made, and none of them is still being reset.
+
+        Those that are out count. If that takes longer than *timeout* seconds, or cannot
+        succeed, close the pool and raise `DatabaseUnavailable`.
+        """
+        deadline = monotonic() + timeout
+        self._open_on_use()
+        while self._store.bag.ready() < self.min_size:
+            if self.closed:
+                raise _explain.closed(self.name, was_opened=self._store.was_opened)
+            is_hopeless = self.breaker.is_open and is_permanent(self.breaker.kind)
+            if monotonic() >= deadline or is_hopeless:
+                error = self._store.unavailable()
+                self.close()
+                raise error
+            sleep(_WAIT_INTERVAL)  # an interrupted thread might not notify
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Close: reject those who wait, close what is idle, stop the threads.
+
+        Connections that are out are closed when they come back. All of it takes at most
+        *timeout* seconds; a thread that hangs, in a connect or in a listener, is left to end
+        by itself.
+        """
+        deadline = monotonic() + timeout
+        was_open = (self._lazy or self._store.was_opened) and self._store.close()
+        threads = self._threads.stop()
+        self._supply.close_evicted()
+        for thread in threads:
+            if thread is not threading.current_thread() and thread.is_alive():
+                thread.join(max(0.0, deadline - monotonic()))
+        if was_open:
+            self._maintenance.send_cancels()
+            self._notices.closed(max(0.0, deadline - monotonic()))
+        _fork.process.watchdog.unwatch(self)  # last: the watchdog ends what is interrupted before
+
+    # Maintenance
+
+    @property
+    def maintenance_interval(self) -> float:
+        """Seconds between two calls of `maintain`."""
+        return min(MAX_INTERVAL, self.settings.leak_after / 4.0 or MAX_INTERVAL)
+
+    def maintain(self, now: float) -> None:
+        """Do what is due at the monotonic time *now*; the watchdog calls it."""
+        self._maintenance.run(self, now)
+
+    def _recover(self, owner: ref[Any]) -> None:
+        """Take back what *owner* has or waits for: an exception has ended its step."""
+        step = Owner()
+        in_transit = self._store.recover(owner, ref(step))
+        self._supply.close_evicted()
+        for conn in in_transit:
+            finish(self, conn)
+
+    def _heal(self) -> None:
+        """Complete what an exception kept a caller's thread from."""
+        store = self._store
+        if not store.was_opened:  # its opening was given up
+            return
+        store.heal(close_returns=self.close_returns, has_idle_workers=self._threads.tasks.empty())
+        if store.is_open:
+            self._threads.start(self.num_workers, self._store)
+        else:
+            self._threads.stop()
+            self.listeners.close()
+            _fork.process.watchdog.unwatch(self)
+        self._supply.flush()
+
+    def resize(self, min_size: int, max_size: int | None = None) -> None:
+        """Change the sizes; what is too many goes at once if idle, else when it returns."""
+        self._store.resize(*self._check_size(min_size, max_size))
+        self._supply.close_evicted()
+
+    def drain(self) -> None:
+        """Replace all connections: the idle ones now, those that are out when they return."""
+        self._supply.replace_all()
+
+    def check(self) -> None:
+        """Ping every idle connection, within ping_timeout each; replace those that fail.
+
+        Once a ping has timed out, the others that have been idle for long go with it.
+        """
+        self._maintenance.check(self)
+
+    def return_held(self, since: float) -> list[Holder]:
+        """Take back what this thread checked out after *since*, a monotonic time, and still holds.
+
+        It is closed, which rolls it back: its holder may not have forgotten it yet.
+        Returns who held it.
+        """
+        if not self._store.bag.out:
+            return []
+        taken = self._store.reap_held(current.thread, since)
+        self._notices.reaped(taken)
+        self._supply.close_evicted()
+        return list(taken)
+
+    def after_fork(self) -> None:
+        """In a child process: leave what is the parent's alone and start from nothing."""
+        store = self._store
+        if store.bag.pid == os.getpid():
+            return
+        _fork.detach_inherited_sockets(store.bag.records)
+        self.listeners.reset()
+        is_stopped = store.was_opened and not store.is_open
+        self._lazy = self._lazy or store.was_opened
+        self._build((store.min_size, store.max_size))
+        self._store.was_opened = is_stopped
+
+    # Tasks and threads
+
+    def _run_in_worker(self, fn: Job) -> None:
+        """Have a worker call *fn* with the pool."""
+        self.run_task(Call(self, fn))
+
+    def _run_later(self, fn: Job, delay: float) -> None:
+        """Have the scheduler call *fn*, which must be short, with the pool in *delay* seconds."""
+        self.schedule_task(Call(self, fn), delay)
+
+    @classmethod
+    def worker(cls, q: Any) -> None:
+        """Run maintenance tasks from *q* until told to stop, whatever a user's callback raises."""
+        while True:
+            try:
+                return super().worker(q)
+            except BaseException as ex:  # noqa: BLE001  # SystemExit of a callback, say
+                logger.warning("a maintenance task failed: %s", type(ex).__name__)
+
+    def __del__(self) -> None:
+        # Nobody waits for the threads here: this may be one of them, or the process's end.
+        if hasattr(self, "_budget") and self._store.is_open:
+            self._threads.stop()
+            self.listeners.close()

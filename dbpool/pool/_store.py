@@ -1,0 +1,398 @@
+"""Store: what the pool's lock protects, and every step that is taken under it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+from typing import Any
+from weakref import ref
+
+from dbpool import events
+from dbpool._threads import locked
+from dbpool.breaker import Attempt, Breaker
+from dbpool.errors import DatabaseUnavailable, PoolError
+from dbpool.events import Emitter
+from dbpool.holders import ConnectionRecord, Holder, ThreadInfo
+from dbpool.metrics import Metrics, Snapshot
+from dbpool.pool import _explain, _statistics
+from dbpool.pool._bag import Bag, Condition
+from dbpool.pool._notices import Notices
+from dbpool.pool._waiting import Waiter, WaitQueue
+
+Job = Callable[[Any], None]  # of a worker, called with the pool
+
+
+class Store:
+    """The pool's shared state: connections, waiters, connects under way, failures, counters.
+
+    Each method is one short step under `lock`, which nobody else takes but two hot lines of
+    `_pool.py`. The parts inside it, the bag, the queue, the breaker and the metrics, have no lock.
+    Connections to close, notices to send and cancel requests are put on queues first and dealt
+    with outside. A signal handler may raise in a caller's thread after any call: `heal` completes
+    what that interrupts, and evicts a connection in transit once its owner is gone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sizes: tuple[int, int],
+        grace: float,
+        listeners: Emitter,
+        run_in_worker: Callable[[Job], None],
+    ) -> None:
+        self.lock = threading.RLock()  # a garbage collection inside may come back in
+        self.name = name
+        self.min_size, self.max_size = sizes
+        self.run_in_worker = run_in_worker
+        self.is_open = self.was_opened = False
+        self.metrics = Metrics()
+        self.bag = Bag(name, self.metrics, listeners)
+        self.waiting = WaitQueue()
+        self.breaker = Breaker(grace)
+        self.notices: deque[Callable[[Notices], None]] = deque()
+        self.collected: deque[Any] = deque()  # says that a connection was; filled without any lock
+        self.queued = 0
+        self.timed_out_wait_seconds = 0.0
+        self._popped: dict[str, int] = {}  # what `pop_stats` has returned
+
+    # What there is
+
+    @property
+    def size(self) -> int:
+        return len(self.bag.records) + len(self.breaker.attempts)
+
+    @property
+    def state(self) -> str:
+        """`"starting"` until first connected, `"up"`, `"down"` in an outage, or `"stopped"`."""
+        if self.was_opened and not self.is_open:
+            return "stopped"
+        if self.breaker.is_open:
+            return "down"
+        return "up" if self.breaker.last_alive_at else "starting"
+
+    @locked
+    def snapshot(self) -> Snapshot:
+        """Return a consistent snapshot of the state and of all counters since opening."""
+        return _statistics.snapshot(self)
+
+    @locked
+    def parent_stats(self, *, pop: bool = False) -> dict[str, int]:
+        """Return psycopg_pool's statistics; counts and sums are those since the last *pop*."""
+        stats = _statistics.parent_stats(self, self._popped)
+        if pop:
+            self._popped = _statistics.parent_totals(self)
+        return stats
+
+    @locked
+    def count_retry(self) -> None:
+        """Count a transaction that is run again."""
+        self.metrics.retries += 1
+
+    @locked
+    def unavailable(self, cause: BaseException | None = None) -> DatabaseUnavailable:
+        """Build DatabaseUnavailable as things stand, see `_explain.unavailable`."""
+        return _explain.unavailable(self.name, self.snapshot(), self.breaker, cause=cause)
+
+    # Opening and closing
+
+    @locked
+    def open(self) -> bool:
+        """Open, unless it is open or was closed; return whether that was now."""
+        is_new = not self.was_opened
+        self.is_open, self.was_opened = self.is_open or is_new, True
+        return is_new
+
+    @locked
+    def revert_open(self) -> None:
+        """Undo `open`: there were no threads to be had."""
+        self.is_open = self.was_opened = False
+
+    @locked
+    def close(self) -> bool:
+        """Close: reject the waiters, give up what is idle. Return whether it was open.
+
+        Calling it again completes what was interrupted.
+        """
+        was_open, self.is_open, self.was_opened = self.is_open, False, True
+        while self.bag.idle:
+            self.bag.forget(self.bag.idle[-1]._record)
+            self.bag.idle.pop()
+        self.metrics.rejected += self.waiting.reject_all(
+            lambda: _explain.closed(self.name, was_opened=True)
+        )
+        return was_open
+
+    # Lending
+
+    @locked
+    def take_idle(self, owner: ref[Any], conn: Any = None) -> Any:
+        """Take *conn*, by default the one used last; return None if it is not idle."""
+        return self.bag.take(owner, conn)
+
+    @locked
+    def join(self, waiter: Waiter, max_waiting: int, *, close_returns: bool) -> None:
+        """Enqueue the caller; if waiting is not allowed, the waiter is rejected at once."""
+        if self.collected or (close_returns and self.size >= self.max_size):
+            self._reclaim(close_returns=close_returns)
+        if not self.is_open:
+            raise _explain.closed(self.name, was_opened=self.was_opened)
+        if self.breaker.is_failing:
+            self._close_if_alive()
+            self._trip_if_due()
+        if self.breaker.is_open:
+            self.metrics.rejected += waiter.reject(self.unavailable())
+        elif max_waiting and len(self.waiting) >= max_waiting:
+            error = _explain.too_many(self.name, self.snapshot(), max_waiting)
+            self.metrics.rejected += waiter.reject(error)
+        else:
+            self.queued += 1
+            self.waiting.append(waiter)
+            if self.bag.idle and not waiter.is_late:  # one came back meanwhile
+                self.hand_over_or_store(self.bag.idle.pop(), is_fresh=False)
+            self.refill()
+
+    @locked
+    def time_out(self, waiter: Waiter) -> tuple[int, PoolError | None]:
+        """Fail a waiter whose time is over, and those behind it for whom that holds too.
+
+        One snapshot serves all. One that was served this very moment is left alone. Returns how
+        many failed, and the error of one of them.
+        """
+        breaker, held = self.breaker, self.bag.held()
+        now, snapshot = breaker.clock(), self.snapshot()
+        suspicion, is_silent = _explain.suspicion(held, breaker, now - waiter.started)
+        if is_silent and breaker.silent_since < breaker.last_alive_at:
+            breaker.silent_since = waiter.started
+        held_by, error = Counter(record.thread for record in held), None
+        late = self.waiting.expired(waiter, now)
+        for each in late:
+            error = _explain.timed_out(
+                self.name, snapshot, breaker, now - each.started,
+                held_by_caller=held_by[each.thread], suspicion=suspicion,
+            )  # fmt: skip
+            self.waiting.discard(each)
+            self.metrics.timeouts += 1
+            self.timed_out_wait_seconds += now - each.started
+            each.fail(error)
+        return len(late), error
+
+    # Taking back
+
+    @locked
+    def end_use(self, record: ConnectionRecord, owner: ref[Any]) -> float | None:
+        """End a holder's use; from now on *owner* has it. Return the seconds, None if not held."""
+        if not record.since:
+            return None
+        use = monotonic() - record.since
+        self.metrics.finished += [(record.wait, use)]
+        self.metrics.returned_late += record.is_reported
+        record.since, record.owner, record.is_reported = 0.0, owner, False
+        return use
+
+    @locked
+    def give_to_worker(self, record: ConnectionRecord, job: Job) -> bool:
+        """Have a worker do *job*, which has the connection; false in a closed pool."""
+        if self.is_open:  # workers that are told to stop do it first
+            record.owner = ref(job)
+            self.run_in_worker(job)
+        return self.is_open
+
+    @locked
+    def add(self, conn: Any, *, is_fresh: bool) -> None:
+        """Lend a healthy connection to the first waiter, else make it idle.
+
+        *is_fresh* says that its server spoke just now: the waiter need not check it.
+        """
+        if is_fresh:
+            self.breaker.last_alive_at = self.breaker.clock()
+        self.hand_over_or_store(conn, is_fresh=is_fresh)
+
+    def hand_over_or_store(self, conn: Any, *, is_fresh: bool) -> None:
+        """As `add`, with the lock held. In a closed pool the connection is to be closed."""
+        if not self.is_open:
+            self.bag.forget(conn._record)
+        elif not self.waiting.serve(conn, is_fresh=is_fresh):
+            self.bag.store(conn)
+
+    @locked
+    def recover(self, owner: ref[Any], step: ref[Any]) -> list[Any]:
+        """End what an exception interrupted: remove the waiter of *owner*, evict what it holds.
+
+        Returns the connections that it had in transit, which are now those of *step*.
+        """
+        self.waiting.cancel(owner)
+        in_transit = self.bag.recover(owner, step)
+        self.refill()
+        return in_transit
+
+    # Giving up
+
+    @locked
+    def evict(self, conn: Any, reason: str) -> None:
+        """Evict a connection that is in transit; replace it if it is needed."""
+        self.bag.evict(conn._record, reason)
+        self.refill()
+
+    @locked
+    def evict_idle(self, reason: str, condition: Condition, most: int | None = None) -> int:
+        """Evict idle connections for whose record *condition* holds, the coldest first."""
+        number = self.bag.evict_idle(reason, condition, most)
+        self.refill()
+        return number
+
+    @locked
+    def reap_held(self, thread: ThreadInfo, since: float) -> tuple[Holder, ...]:
+        """Take from *thread* what it checked out after *since* and still holds; describe it."""
+        described = self.bag.reap_held(thread, since)
+        self.refill()
+        return described
+
+    def _reclaim(self, *, close_returns: bool) -> None:
+        """Evict the connections whose owner is gone.
+
+        With *close_returns* those too that their user closed: psycopg returns none whose server
+        went away.
+        """
+        self.collected.clear()
+        if forgotten := self.bag.reap_ownerless():
+            self.notices.append(partial(Notices.forgotten, holders=forgotten))
+        if close_returns:
+            self.bag.reap_closed()
+        if self.bag.to_close or self.notices:
+            self.flush_later()
+        self.refill()
+
+    def flush_later(self) -> None:
+        """Have a worker close and log what may not be done under the lock or by a caller."""
+        self.run_in_worker(lambda pool: pool._supply.flush())
+
+    # Connecting
+
+    @locked
+    def refill(self) -> None:
+        """Begin the connects that are missing: up to min_size, then one at a time for waiters."""
+        breaker = self.breaker
+        if not self.is_open or breaker.retry is not None or breaker.is_open:
+            return
+        missing = max(0, self.min_size - self.size)
+        if self.waiting and not breaker.attempts and self.size < self.max_size:
+            missing = max(1, missing)
+        for _ in range(missing):
+            self._enqueue(breaker.add())
+
+    def _enqueue(self, attempt: Attempt) -> None:
+        """Have a worker make that attempt; twice does no harm."""
+        self.run_in_worker(lambda pool: pool._supply.connect(pool, attempt))
+
+    @locked
+    def may_begin(self, attempt: Attempt) -> bool:
+        """Whether a worker is to make that attempt; if nobody needs it, release its place."""
+        if not self.is_open or attempt.started or attempt not in self.breaker.attempts:
+            return False  # another worker was quicker
+        # While nothing is there at all, the next caller is to learn at once whether it works.
+        is_missed = not self.bag.records or self.size <= self.min_size or bool(self.waiting)
+        is_excess = self.size > self.max_size
+        return not self.breaker.release_if_unneeded(
+            attempt, is_missed=is_missed, is_excess=is_excess
+        )
+
+    @locked
+    def begin(self, attempt: Attempt) -> float:
+        """Begin a try; return when."""
+        attempt.started = self.breaker.clock()
+        return attempt.started
+
+    @locked
+    def connected(self, conn: Any, attempt: Attempt) -> tuple[float, float | None]:
+        """Add a new connection; return how long it took, and how long the outage was, if any."""
+        seconds = self.breaker.clock() - attempt.started
+        self.bag.records.add(conn._record)
+        outage = self.breaker.succeeded(attempt)
+        self.metrics.connects += 1
+        self.metrics.connect.add(seconds)
+        if self.size > self.max_size:  # it was made smaller meanwhile
+            conn._record.expires_at = 0.0
+        self.hand_over_or_store(conn, is_fresh=True)
+        self.refill()
+        return seconds, outage
+
+    @locked
+    def failed(
+        self, attempt: Attempt, error: BaseException, kind: str, *, awaits_change: bool
+    ) -> bool:
+        """Record a failed attempt; return whether it is to be tried again."""
+        self.metrics.connect_failures += 1
+        if not self.is_open:
+            return False
+        is_retry = self.breaker.failed(attempt, error, kind, awaits_change=awaits_change)
+        self._trip_if_due()
+        return is_retry
+
+    @locked
+    def overdue(self, attempt: Attempt, started: float) -> float | None:
+        """Count an attempt without an answer as failing; return when to look again, in seconds."""
+        breaker = self.breaker
+        is_over = attempt not in breaker.attempts or attempt.started != started
+        if is_over or not self.is_open:
+            return None
+        breaker.overdue(attempt, _explain.no_answer(breaker.clock() - started))
+        self._trip_if_due()
+        return max(started, breaker.last_alive_at) + breaker.patience - breaker.clock()
+
+    def _close_if_alive(self) -> None:
+        """Close the breaker if a connection came back healthy since it opened."""
+        if (outage := self.breaker.close_if_alive()) is not None:
+            self.notices.append(partial(Notices.back, seconds=outage))
+            self.flush_later()
+
+    def _trip_if_due(self) -> None:
+        """Open the breaker if it is time to; while it is open, nobody waits."""
+        breaker, bag = self.breaker, self.bag
+        if breaker.trip_if_due(idle=len(bag.idle), out=bag.out):
+            opened = events.CircuitOpened(self.name, breaker.last_error or "", breaker.kind)
+            self.notices.append(partial(Notices.down, event=opened))
+            self.metrics.circuit_opened += 1
+            self.flush_later()
+        if breaker.is_open and self.waiting:
+            snapshot = self.snapshot()  # one for all
+            self.metrics.rejected += self.waiting.reject_all(
+                lambda: _explain.unavailable(self.name, snapshot, breaker)
+            )
+
+    # Maintaining
+
+    @locked
+    def heal(self, *, close_returns: bool, has_idle_workers: bool) -> None:
+        """Complete what an exception kept a caller from. Does nothing that is not due."""
+        if not self.is_open:
+            self.close()
+        self._reclaim(close_returns=close_returns)
+        if self.breaker.start_interval():
+            self._close_if_alive()
+        self._trip_if_due()
+        self.bag.trim(self.max_size)
+        if has_idle_workers:
+            for attempt in self.breaker.interrupted():
+                self._enqueue(attempt)
+
+    @locked
+    def mark_held_long(self, before: float) -> list[tuple[ThreadInfo | None, Holder]]:
+        """Mark and describe what is held since *before*, unless it was marked earlier."""
+        return self.bag.mark_held_long(before)
+
+    @locked
+    def expire(self, condition: Condition = lambda record: True) -> int:
+        """Replace connections: the idle ones now, those that are out when they return."""
+        number = self.bag.expire(condition)
+        self.evict_idle("expired", lambda record: not record.expires_at)
+        return number
+
+    @locked
+    def resize(self, min_size: int, max_size: int) -> None:
+        """Change the sizes; what is too many goes at once if idle, else when it returns."""
+        self.min_size, self.max_size = min_size, max_size
+        self.bag.trim(max_size)
+        self.refill()

@@ -1,0 +1,192 @@
+"""Supply: when to connect and when to retry, and what to evict."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import suppress
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
+
+import psycopg
+
+from dbpool import events
+from dbpool.breaker import Attempt
+from dbpool.errors import SATURATED, DatabaseUnavailable, is_permanent
+from dbpool.holders import ConnectionRecord
+from dbpool.liveness import PingTimeout, closed_by_peer
+from dbpool.pool._connector import Connector, Failure
+from dbpool.pool._explain import server_lost
+from dbpool.pool._notices import Notices, logger
+from dbpool.pool._psycopg import close, ping_unmarked
+from dbpool.pool._store import Store
+
+if TYPE_CHECKING:
+    from dbpool.pool._seam import PoolBase
+
+_CHANGE_INTERVAL: Final = 1.0  # seconds between two looks at a conninfo that was refused
+_MIN_OVERDUE_INTERVAL: Final = 0.1  # seconds between two looks at an attempt without an answer
+
+
+class Supply:
+    """Brings connections into the store, and takes them out of it."""
+
+    def __init__(self, store: Store, connector: Connector, notices: Notices) -> None:
+        self.store = store
+        self.connector = connector
+        self.notices = notices
+        self.settings = connector.settings
+
+    # Connecting, in a worker
+
+    def connect(self, pool: PoolBase[Any], attempt: Attempt) -> None:
+        """Make one attempt, if its connection is still needed and it is due."""
+        store, connector = self.store, self.connector
+        if not store.may_begin(attempt):
+            return
+        is_early = attempt.due > store.breaker.clock()
+        if attempt.awaits_change and is_early:
+            is_early = not connector.have_changed(pool, attempt.params)
+        if is_early:
+            self._connect_later(pool, attempt)
+            return
+        started = store.begin(attempt)
+        self._check_answer_later(pool, attempt, started, store.breaker.patience)
+        made = connector.connect(pool, attempt)
+        if isinstance(made, Failure):
+            self._failed(pool, attempt, started, made)
+        else:
+            self._connected(pool, attempt, made)
+
+    def _connected(self, pool: PoolBase[Any], attempt: Attempt, conn: Any) -> None:
+        metrics = self.store.metrics
+        self.notices.connected(*self.store.connected(conn, attempt))
+        self.flush()
+        troubles = metrics.dead + metrics.connect_failures
+        if self.connector.server_defaults.is_due(pool.max_lifetime, troubles):
+            pool._run_in_worker(lambda pool: pool._supply.check_server_defaults(pool))
+
+    def _failed(
+        self, pool: PoolBase[Any], attempt: Attempt, started: float, failure: Failure
+    ) -> None:
+        store, breaker, kind = self.store, self.store.breaker, failure.kind
+        awaits_change = is_permanent(kind) and not self.connector.have_changed(pool, failure.params)
+        self.evict_closed_by_server()  # an idle one that is alive keeps the breaker closed
+        attempt.params = failure.params
+        is_retry = store.failed(attempt, failure.error, kind, awaits_change=awaits_change)
+        if not store.is_open:
+            return
+        if is_retry:
+            self._connect_later(pool, attempt)
+        text = breaker.last_error or ""
+        failed = events.ConnectFailed(pool.name, breaker.clock() - started, text, kind)
+        # Where no connection exists, the opening of the breaker is logged.
+        is_growth = (kind == SATURATED or is_permanent(kind)) and not breaker.is_open
+        exist = len(store.bag.records) if is_growth else 0
+        self.notices.connect_failed(failed, exist, store.max_size, len(store.waiting))
+        self.flush()
+        if breaker.report_failure(pool.reconnect_timeout):
+            pool.reconnect_failed()
+
+    def _connect_later(self, pool: PoolBase[Any], attempt: Attempt) -> None:
+        delay = max(0.0, attempt.due - self.store.breaker.clock())
+        if attempt.awaits_change:
+            delay = min(delay, _CHANGE_INTERVAL)
+        pool._run_later(
+            lambda pool: pool._run_in_worker(lambda p: p._supply.connect(p, attempt)), delay
+        )
+
+    def _check_answer_later(
+        self, pool: PoolBase[Any], attempt: Attempt, started: float, delay: float
+    ) -> None:
+        pool._run_later(lambda pool: pool._supply.check_answer(pool, attempt, started), delay)
+
+    def check_answer(self, pool: PoolBase[Any], attempt: Attempt, started: float) -> None:
+        """Count an attempt as failing if it has no answer for too long."""
+        left = self.store.overdue(attempt, started)
+        if left is not None:
+            self._check_answer_later(pool, attempt, started, max(left, _MIN_OVERDUE_INTERVAL))
+            self.flush()
+
+    def check_server_defaults(self, pool: PoolBase[Any]) -> None:
+        """Ask for the server's timeouts again, and replace connections if they have changed."""
+        if not self.store.is_open or self.store.breaker.is_failing:
+            return
+        try:
+            have_changed = self.connector.server_defaults_changed(pool)
+        except Exception as ex:  # noqa: BLE001  # whatever it is, the next connect asks again
+            self.connector.server_defaults.troubles = -1
+            name = type(ex).__name__
+            logger.debug("pool %r: asking for timeouts failed: %s", pool.name, name)
+            return
+        if have_changed:
+            logger.info("pool %r: the server's timeouts have changed", pool.name)
+            self.replace_all()
+
+    # Evicting
+
+    def evict(self, conn: Any, reason: str, *, by_server: bool = False) -> None:
+        """Close a connection that is in transit, and replace it if it is needed."""
+        self.store.evict(conn, reason)
+        if by_server:
+            self.notices.replaced()
+        self.close_evicted()
+
+    def evict_closed_by_server(self) -> None:
+        """Evict all idle connections whose server closed them."""
+        lost = closed_by_peer(conn._record.fd for conn in list(self.store.bag.idle))
+        if lost:
+            self.notices.replaced(self.store.evict_idle("dead", lambda record: record.fd in lost))
+            self.store.flush_later()  # a caller may wait: it should not have to close many
+
+    def replace_all(self) -> None:
+        """Replace all connections: the idle ones now, those that are out when they return."""
+        self.store.expire()
+        self.close_evicted()
+
+    def evict_lost(self, ex: BaseException | None) -> DatabaseUnavailable | None:
+        """Return what to raise for *ex* if a pooler says by it that it cannot reach the server.
+
+        Then no idle connection can: they are evicted, and the ping of each new one decides.
+        """
+        if self.settings.pooler != "transaction" or not server_lost(ex):
+            return None
+        self.store.evict_idle("dead", lambda record: True)
+        self.close_evicted()
+        return self.store.unavailable(cause=ex)
+
+    def ping(self, conn: Any, timeout: float, answered: Collection[ConnectionRecord] = ()) -> bool:
+        """Ping a connection in transit; return whether it answered in time. Evict it if not.
+
+        After a timeout also evict all connections idle longer than ping_after, except those that
+        *answered*: where one ping times out, the others will not answer either.
+        """
+        try:
+            ping_unmarked(conn, timeout)
+        except psycopg.Error as ex:
+            is_late, settings = isinstance(ex, PingTimeout), self.settings
+            self.evict(conn, "dead", by_server=not is_late)
+            if settings.pooler == "transaction":  # a ping without an answer is saturation
+                self.evict_lost(ex)
+            elif is_late and timeout >= settings.ping_timeout:
+                oldest = monotonic() - settings.ping_after
+                self.store.evict_idle(
+                    "dead", lambda r: r.idle_since <= oldest and r not in answered
+                )
+                self.close_evicted()
+            return False
+        return True
+
+    def flush(self) -> None:
+        """Close what was evicted, and send the notices that were queued under the lock."""
+        self.close_evicted()
+        while self.store.notices:
+            with suppress(IndexError):  # another thread may be quicker
+                self.store.notices.popleft()(self.notices)
+
+    def close_evicted(self) -> None:
+        """Close what was evicted."""
+        to_close = self.store.bag.to_close
+        for conn in list(to_close):  # to close one twice does no harm
+            close(conn)
+            with suppress(ValueError):
+                to_close.remove(conn)
