@@ -29,13 +29,14 @@ def test_the_server_and_then_the_file_change_under_load(own_server: Server, tmp_
             password_file=str(file),
             max_size=4,
             max_lifetime=0.2,  # so that there are new connections all the time
+            outage_grace=0.05,  # it takes longer than that until the file changes
         )
         with Pool(settings=settings) as pool:
             load = Load(lambda: pool.fetch_value("select 1"), threads=4)
             load.await_calls(100)
             admin.execute("alter role app password 'new'")
             until(lambda: pool.stats().counters.connect_failures > 0)  # it meets the old password
-            load.await_calls(50)
+            load.await_calls(500)
             write(file, "new\n")
             connects = pool.stats().counters.connects
             until(lambda: pool.stats().counters.connects > connects)
