@@ -21,6 +21,7 @@ ALL = (
     "sizes",
     "failover",
     "storm",
+    "stops",
 )
 
 # What is drawn of each: the value, what it is multiplied by, and the unit it is then in.
@@ -35,6 +36,7 @@ PLOTS = {
     "recovery": ("seconds", 1e3, "ms"),
     "failover": ("seconds", 1.0, "s"),
     "storm": ("peak", 1.0, "per second"),
+    "stops": ("failed", 1.0, "failed"),
     "sizes": ("connections", 1.0, "connections"),
 }
 
