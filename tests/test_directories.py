@@ -16,6 +16,7 @@ import pytest
 
 from dbpool import gunicorn as hooks
 from dbpool.processes._files import is_held
+from tests.scripts import python
 
 from .gunicorn_site import Site
 from .namespaces import own_pids, read_only, unshared
@@ -164,27 +165,20 @@ def test_a_command_in_a_container_finds_the_master_that_runs_there(
         f"import subprocess; subprocess.run([sys.executable, '-c', {finding!r}])\n"
         "if sys.stdin.readline():",
     )
-    done = subprocess.run(
-        [*own_pids(), sys.executable, "-c", script, str(tmp_path)],
-        input="stop\n",
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
+    done = python(
+        "-c",
+        script,
+        str(tmp_path),
+        prefix=[*own_pids()],
+        env={"TMPDIR": str(tmp_path)},
+        stdin="stop\n",
         check=True,
     )
     made, found = done.stdout.splitlines()
     assert made.partition(" ")[2] == found
     assert named(tmp_path) == {master.directory for master in outside}
     # Where none runs, there may be several.
-    done = subprocess.run(
-        [*own_pids(), sys.executable, "-c", finding],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-        check=True,
-    )
+    done = python("-c", finding, prefix=[*own_pids()], env={"TMPDIR": str(tmp_path)}, check=True)
     assert set(done.stdout.split()) >= {str(master.directory) for master in outside}
 
 
@@ -399,13 +393,7 @@ for before, phase in (
 def test_the_workers_user_gets_nothing_of_roots(tmp_path: Path, way: str) -> None:
     """Whatever it puts in place of the directory, at whatever step."""
     nobody = pwd.getpwnam("nobody")
-    done = subprocess.run(
-        [sys.executable, "-c", RACE, str(tmp_path), str(nobody.pw_uid), way],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", RACE, str(tmp_path), str(nobody.pw_uid), way)
     assert done.returncode == 0, done.stderr
     assert all(int(steps) > 3 for steps in done.stdout.split())
     assert len(done.stdout.split()) == 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import logging
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from dbpool import CommitUncertain, ConfigError, Pool, PoolError, holders
 from dbpool.events import Connected
 from dbpool.flask import DBPool, create_blueprint
 from tests.fake import FakeServer
+from tests.scripts import python
 from tests.threads import Task
 
 from .conftest import MakeApp
@@ -772,12 +772,5 @@ def test_without_a_file_descriptor_left_the_views_still_answer(tmp_path: Path) -
         "/db/health": 503,
         "/db/static/live.js": 503,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", _STARVED, str(tmp_path), *expected],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
+    done = python("-c", _STARVED, str(tmp_path), *expected)
     assert done.stdout == f"{expected}\n", done.stderr

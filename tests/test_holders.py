@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-import subprocess
-import sys
 import textwrap
 import threading
 import types
@@ -21,6 +19,7 @@ from dbpool import Pool
 from dbpool.events import Discarded, HeldLong, Leaked, ReturnedLate
 from tests.fake import FakeServer
 from tests.postgres import until
+from tests.scripts import python
 from tests.threads import Task
 
 from .test_hot_path import calls_of
@@ -103,14 +102,7 @@ def lend():
         print(pool.holders()[0].where)
 lend()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", source],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-        cwd=ROOT,
-    )
+    done = python("-c", source, check=True)
     assert done.stdout.strip() == "<string>:4 lend"
 
 
@@ -181,9 +173,7 @@ while "_thread.start" in {script!r} and time.monotonic() < deadline:
         break
     time.sleep(0.01)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = python("-c", source)
     said = done.stdout + done.stderr
     assert "Error" not in said
     assert "FAILED" not in said

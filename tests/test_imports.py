@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import dbpool
+from tests.scripts import python
 
 ROOT = Path(__file__).parent.parent
 MODULES = ("breaker", "databases", "errors", "events", "holders", "liveness", "metrics", "pool",
@@ -23,13 +22,7 @@ ERRORS = [
 
 def fresh(script: str) -> str:
     """Run a script in a process of its own; return what it said."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-W", "error", "-c", script)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

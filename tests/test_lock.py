@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
@@ -14,6 +11,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.scripts import python
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -111,13 +110,12 @@ def test_an_environment_takes_no_package_without_a_hash(tmp_path: Path) -> None:
         wheel.writestr("tiny-1.dist-info/RECORD", "")
     lock = tmp_path / "requirements.txt"
     lock.write_text("tiny==1\n")
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "make_venv.py", tmp_path / "venv", lock],
-        env={**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
+    done = python(
+        ROOT / "tools" / "make_venv.py",
+        tmp_path / "venv",
+        lock,
+        env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)},
+        seconds=100,
     )
     assert done.returncode == 1
     assert "hash" in done.stderr.lower()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import python
 
 ROOT = Path(__file__).parent.parent
 TOOL = ROOT / "tools" / "make_venv.py"
@@ -37,14 +37,8 @@ def run(
     with tempfile.TemporaryDirectory() as modules:
         module(Path(modules), "venv", venv)
         module(Path(modules), "pip", "")
-        return subprocess.run(
-            [sys.executable, TOOL, *arguments],
-            cwd=cwd,
-            env=os.environ | {"PYTHONPATH": modules, "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
+        return python(
+            TOOL, *arguments, cwd=cwd, env={"PYTHONPATH": modules, "PYTHONDONTWRITEBYTECODE": "1"}
         )
 
 

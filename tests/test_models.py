@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.scripts import python
 
 pytest.importorskip("frontrun")
 
@@ -16,14 +15,14 @@ MODELS = ["checkout", "hand_over", "time_out", "close", "growth"]
 
 def explore(name: str, schedules: int, *options: str) -> subprocess.CompletedProcess[str]:
     """Explore in a process of its own: there locks and queues are frontrun's."""
-    return subprocess.run(
-        [sys.executable, "-m", "tests.models", name, str(schedules), *options],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"FRONTRUN_ACTIVE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    return python(
+        "-m",
+        "tests.models",
+        name,
+        str(schedules),
+        *options,
+        env={"FRONTRUN_ACTIVE": "1"},
+        seconds=300.0,
     )
 
 

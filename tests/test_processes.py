@@ -25,6 +25,7 @@ from dbpool.metrics import BreakerSnapshot, HolderSnapshot, Metrics, Snapshot
 from dbpool.processes import Processes
 from dbpool.processes._files import locked, start_time, write
 from dbpool.prometheus import expose
+from tests.scripts import python
 from tests.threads import Task
 
 from .namespaces import own_pids
@@ -353,13 +354,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 assert processes.publish()
 print(*os.listdir(sys.argv[1]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(directory)],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python("-c", script, str(directory), check=True)
     endings = {Path(name).suffix for name in done.stdout.split()}
     assert endings == {".alive", ".json"}
 
@@ -636,13 +631,7 @@ for _ in range(3):
     assert report["scope"] == "process"
     assert report["pools"]["default"]["counters"]["checkouts"] == 5
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python("-c", script, check=True)
     assert done.stderr.count("cannot write statistics") == 1
     assert list(directory.glob("*.json")) == []
 
@@ -660,13 +649,7 @@ for _ in range(3):
 """
     mount = 'mount -t tmpfs -o mode=700 none "$0" && mount -o remount,ro "$0" || exit 77; exec "$@"'
     names = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "-r"]
-    done = subprocess.run(
-        [*names, "sh", "-c", mount, str(directory), sys.executable, "-c", script],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", script, prefix=[*names, "sh", "-c", mount, str(directory)])
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("nothing can be mounted here")
     assert done.returncode == 0, done.stderr

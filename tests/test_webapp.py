@@ -25,6 +25,7 @@ from werkzeug.test import TestResponse
 from dbpool import ConfigError
 from dbpool.settings.app import AppSettings
 from tests.fake import FakeServer
+from tests.scripts import python
 from tests.threads import run_in_threads
 from webapp import ROOT, create_app, dotenv, schema
 from webapp import __main__ as supervisor
@@ -351,15 +352,7 @@ NO_NUMBERS = ["0", "abc", "-1", "1e3", "1001", "\N{ARABIC-INDIC DIGIT THREE}", "
 @pytest.mark.parametrize("command", STARTED_BY, ids=["make run", "configuration", "container"])
 @pytest.mark.parametrize("workers", NO_NUMBERS, ids=lambda workers: workers[:5])
 def test_a_number_of_workers_that_is_none_is_one_line(workers: str, command: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | {"WEB_CONCURRENCY": workers, "PORT": "8000"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
+    done = python(*command, env={"WEB_CONCURRENCY": workers, "PORT": "8000"})
     assert done.returncode == 1
     shown = repr(workers[:20])
     assert done.stderr == f"webapp: WEB_CONCURRENCY must be a number from 1 to 1000, not {shown}\n"
@@ -368,14 +361,7 @@ def test_a_number_of_workers_that_is_none_is_one_line(workers: str, command: lis
 @pytest.mark.parametrize("workers", ["", " ", "2", "02", "2\n"])
 def test_an_empty_number_of_workers_is_the_default(workers: str) -> None:
     script = "import runpy; print(runpy.run_path('webapp/gunicorn.conf.py')['workers'])"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env=os.environ | {"WEB_CONCURRENCY": workers},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python("-c", script, env={"WEB_CONCURRENCY": workers}, check=True)
     assert done.stdout == "2\n"
 
 
@@ -435,23 +421,13 @@ def test_a_hangup_stops_it_unless_it_is_ignored_as_under_nohup(ignored: bool) ->
         "os.kill(os.getpid(), signal.SIGHUP)\n"
         "print(stop())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = python("-c", script, check=True)
     assert done.stdout == f"{not ignored}\n"
 
 
 def test_the_schema_s_failure_is_told_once(server: Any) -> None:
     url = server.conninfo_for(user="nobody_here")
-    done = subprocess.run(
-        [sys.executable, "-m", "webapp.schema"],
-        cwd=ROOT,
-        env={**os.environ, "DATABASE_URL": url},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
+    done = python("-m", "webapp.schema", env={"DATABASE_URL": url})
     assert done.returncode == 1
     assert done.stderr.startswith("webapp: ")
     assert len(done.stderr.splitlines()) == 1
@@ -574,9 +550,7 @@ def test_other_names_may_be_added_and_without_the_demo_all_are_answered(
 def test_a_line_of_the_log_has_time_pid_level_and_name(set_up: str) -> None:
     script = f"import logging, runpy, webapp.__main__; {set_up}; "
     script += "logging.getLogger('webapp').warning('hello')"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = python("-c", script, check=True)
     line = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}\] \[\d+\] \[WARNING\] webapp: hello\n"
     assert re.fullmatch(line, done.stderr), done.stderr
 
@@ -619,15 +593,7 @@ def test_an_owner_that_is_no_superuser_makes_the_tables_and_serves(role: str, ds
 
 
 def test_a_role_that_may_make_no_tables_is_told_so_in_one_line(role: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "webapp.schema"],
-        cwd=ROOT,
-        env={**os.environ, "DATABASE_URL": role},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
+    done = python("-m", "webapp.schema", env={"DATABASE_URL": role})
     assert done.returncode == 1
     assert done.stderr.startswith("webapp: permission denied for schema public")
     assert len(done.stderr.splitlines()) == 1

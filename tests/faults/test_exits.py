@@ -13,8 +13,7 @@ import pytest
 
 from tests.postgres import Server, until
 from tests.proxy import Mode, Proxy
-
-from .support import EXIT_SECONDS, environ, run_script
+from tests.scripts import EXIT_SECONDS, environ, run_script
 
 OPENING = """\
 import faulthandler, sys, threading, time

@@ -9,8 +9,7 @@ from textwrap import dedent
 import pytest
 
 from tests.postgres import Server, until
-
-from .support import run_script
+from tests.scripts import run_script
 
 Run = Callable[[str], str]
 

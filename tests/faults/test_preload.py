@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from tests.postgres import Server, free_port, until
-
-from .support import EXIT_SECONDS, environ
+from tests.scripts import EXIT_SECONDS, environ
 
 WORKERS, THREADS = 3, 4
 

@@ -1,4 +1,4 @@
-"""Scripts that tests of faults run in processes of their own."""
+"""Python in processes of its own: commands, and scripts that must end in time."""
 
 from __future__ import annotations
 
@@ -6,13 +6,42 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 EXIT_SECONDS = 2.0
 
 # A fork in a process with threads is what is tested; newer Pythons warn of every one.
 _WARNINGS = "error,ignore:This process:DeprecationWarning"
+
+
+def python(
+    *arguments: object,
+    prefix: Iterable[str] = (),
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+    check: bool = False,
+    seconds: float = 60.0,
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments and wait for its end.
+
+    *prefix* is a command that runs it, *env* is added to our environment; *check* that it
+    succeeded.
+    """
+    done = subprocess.run(
+        [*prefix, sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def environ() -> dict[str, str]:
