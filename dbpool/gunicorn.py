@@ -224,8 +224,9 @@ def _sizing_target(pool: Any, workers: int) -> Any:
     except Exception:  # noqa: BLE001  # the user's callables: the pool reports what they raise
         return None
     setting = variable("max_size", settings.name)
-    demand = Demand(pool.name, workers, pool.max_size, setting)
-    return Target(demand, params, settings.pooler == "transaction")
+    is_pooled = settings.pooler == "transaction"  # there nobody looks who blocks whom
+    demand = Demand(pool.name, workers, pool.max_size, setting, monitors=int(not is_pooled))
+    return Target(demand, params, is_pooled)
 
 
 def _is_patched_too_late() -> bool:

@@ -56,8 +56,8 @@ def test_it_says_what_fits_and_exits_with_zero(narrow: Server, plan: Plan) -> No
     status, printed = plan("--workers", "2", DATABASE_URL=url_of(narrow), DBPOOL_MAX_SIZE="6")
     assert status == 0
     assert printed == (
-        "ok: the server of default allows 30, 3 reserved: 27 left for 2 x 6 (default) = 12,"
-        " 24 during a deploy\n"
+        "ok: the server of default allows 30, 3 reserved: 27 left for 2 x 6 + 1 (default) = 13,"
+        " 26 during a deploy\n"
     )
 
 
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_told_with_the_setting(narrow: Server, plan: Plan) 
     status, printed = plan("--workers", "2", DATABASE_URL=url_of(narrow), DBPOOL_MAX_SIZE="7")
     assert status == 1
     assert printed.startswith("too many: the server of default allows 30, 3 reserved: 27 left")
-    assert printed.splitlines()[1] == "set DBPOOL_MAX_SIZE to 6, or raise max_connections to 31"
+    assert printed.splitlines()[1] == "set DBPOOL_MAX_SIZE to 6, or raise max_connections to 33"
 
 
 def test_databases_of_one_server_share_its_connections(narrow: Server, plan: Plan) -> None:
@@ -79,13 +79,14 @@ def test_databases_of_one_server_share_its_connections(narrow: Server, plan: Pla
         WEB_CONCURRENCY="2",
     )
     found = limits(printed)["the server of default, reports"]
-    assert (found["need"], found["need_in_deploy"], status) == (2 * 10 + 2 * 4, 56, 1)
+    assert (found["need"], found["need_in_deploy"], status) == (2 * 10 + 1 + 2 * 4 + 1, 60, 1)
 
 
 def test_only_sessions_of_others_take_room(narrow: Server, plan: Plan) -> None:
     """An ordinary role counts them: it sees no more of them than that."""
     ours = url_of(narrow) + " application_name=dbpool:default@web1/17"
-    with psycopg.connect(narrow.conninfo), psycopg.connect(ours), psycopg.connect(ours):
+    monitor = url_of(narrow) + " application_name=dbpool:monitor"
+    with psycopg.connect(narrow.conninfo), psycopg.connect(ours), psycopg.connect(monitor):
         _, printed = plan("--json", DATABASE_URL=url_of(narrow))
     assert limits(printed)["the server of default"]["others"] == 1
 
@@ -100,16 +101,16 @@ def test_reserved_connections_are_no_room(make_server: Callable[..., Server], pl
 
 
 def test_the_limits_of_role_and_database_count(narrow: Server, plan: Plan) -> None:
-    narrow.execute("alter role app connection limit 5")
-    narrow.execute("alter database postgres connection limit 4")
-    with psycopg.connect(url_of(narrow)):
+    narrow.execute("alter role app connection limit 7")
+    narrow.execute("alter database postgres connection limit 6")
+    with psycopg.connect(narrow.conninfo):
         status, printed = plan("--json", DATABASE_URL=url_of(narrow), DBPOOL_MAX_SIZE="2")
     found = limits(printed)
     role = found["the CONNECTION LIMIT of role app"]
     database = found["the CONNECTION LIMIT of database postgres"]
-    assert (role["most"], role["others"], role["ok"]) == (5, 1, True)
-    assert (database["most"], database["others"], database["ok"]) == (4, 1, False)
-    assert "ALTER DATABASE postgres CONNECTION LIMIT) to 5" in database["advice"]
+    assert (role["most"], role["others"], role["ok"]) == (7, 0, True)
+    assert (database["most"], database["others"], database["ok"]) == (6, 1, False)
+    assert "ALTER DATABASE postgres CONNECTION LIMIT) to 7" in database["advice"]
     assert status == 1
 
 

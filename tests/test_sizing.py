@@ -31,33 +31,49 @@ def verdict(room: int, *demands: Demand, reserved: int = 0, others: int = 0) -> 
     return Verdict(limit, demands)
 
 
-def demand(processes: int, max_size: int, name: str = "default") -> Demand:
-    return Demand(name, processes, max_size, f"SIZE_OF_{name}")
+def demand(processes: int, max_size: int, name: str = "default", monitors: int = 0) -> Demand:
+    return Demand(name, processes, max_size, f"SIZE_OF_{name}", monitors=monitors)
 
 
-@given(processes=small, max_size=small, most=st.integers(0, 4000), others=st.integers(0, 200))
+@given(
+    processes=small,
+    max_size=small,
+    monitors=st.integers(0, 3),
+    most=st.integers(0, 4000),
+    others=st.integers(0, 200),
+)
 def test_what_fits_leaves_room_for_a_deploy(
-    processes: int, max_size: int, most: int, others: int
+    processes: int, max_size: int, monitors: int, most: int, others: int
 ) -> None:
-    found = verdict(most, demand(processes, max_size), reserved=3, others=others)
-    assert found.fits == (2 * processes * max_size + others + 3 <= most or not found.need)
+    wanted = demand(processes, max_size, monitors=monitors)
+    found = verdict(most, wanted, reserved=3, others=others)
+    assert found.fits == (2 * (processes * max_size + monitors) + others + 3 <= most)
     assert bool(found.advice) == (not found.fits)
 
 
-@given(processes=small, max_size=small, most=st.integers(1, 4000), others=st.integers(0, 200))
+@given(
+    processes=small,
+    max_size=small,
+    monitors=st.integers(0, 3),
+    most=st.integers(1, 4000),
+    others=st.integers(0, 200),
+)
 def test_the_advised_size_is_the_largest_that_fits(
-    processes: int, max_size: int, most: int, others: int
+    processes: int, max_size: int, monitors: int, most: int, others: int
 ) -> None:
-    found = verdict(most, demand(processes, max_size), others=others)
+    def judged(size: int, most: int = most) -> Verdict:
+        return verdict(most, demand(processes, size, monitors=monitors), others=others)
+
+    found = judged(max_size)
     if found.advice.startswith("set "):
         advised = int(found.advice.split(" to ")[1].split(",")[0])
         assert advised < max_size
-        assert verdict(most, demand(processes, advised), others=others).fits
-        assert not verdict(most, demand(processes, advised + 1), others=others).fits
+        assert judged(advised).fits
+        assert not judged(advised + 1).fits
     raised = found.advice.rpartition("max_connections to ")[2].split(",")[0]
     if raised:
-        assert verdict(int(raised), demand(processes, max_size), others=others).fits
-        assert not verdict(int(raised) - 1, demand(processes, max_size), others=others).fits
+        assert judged(max_size, int(raised)).fits
+        assert not judged(max_size, int(raised) - 1).fits
 
 
 def test_a_warning_names_the_numbers_and_the_settings() -> None:
@@ -253,6 +269,7 @@ def test_without_enough_data_nothing_is_said(report: dict[str, Any], reason: str
 def test_a_notice_or_another_pool_s_trouble_is_no_reason() -> None:
     others = [
         {"pool": "default", "severity": "notice", "code": "DB12", "text": "stalled"},
+        {"pool": "default", "severity": "warning", "code": "DB11", "text": "60 are configured"},
         {"pool": "replica", "severity": "critical", "code": "DB01", "text": "down"},
     ]
     report = reported(used(5000), 10.0) | {"findings": others}

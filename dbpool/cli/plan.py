@@ -7,12 +7,12 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dbpool.cli._configured import configured, seconds
 from dbpool.cli._output import line
-from dbpool.cli._running import collect_report, statistics_directory
+from dbpool.cli._running import statistics_directory
+from dbpool.cli.top import read_running
 from dbpool.errors import ConfigError
 from dbpool.settings import Settings, variable
 from dbpool.sizing import (
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     running = max((each.processes for each in measured.values()), default=None)
     workers = arguments.workers or running or _web_concurrency()
     targets = {
-        name: _target(settings, workers * arguments.hosts, _size(settings, measured, arguments))
+        name: _target(settings, workers, _size(settings, measured, arguments), arguments.hosts)
         for name, settings in databases.items()
     }
     plan = plan_connections(targets)
@@ -79,9 +79,16 @@ def _web_concurrency() -> int:
     return int(given) if given.isdecimal() and int(given) else 1
 
 
-def _target(settings: Settings, processes: int, size: int) -> Target:
-    demand = Demand(settings.name, processes, size, variable("max_size", settings.name))
-    return Target(demand, settings.connect_params(), settings.pooler == "transaction")
+def _target(settings: Settings, workers: int, size: int, hosts: int) -> Target:
+    is_pooled = settings.pooler == "transaction"  # there nobody looks who blocks whom
+    demand = Demand(
+        settings.name,
+        processes=workers * hosts,
+        max_size=size,
+        setting=variable("max_size", settings.name),
+        monitors=0 if is_pooled else hosts,
+    )
+    return Target(demand, settings.connect_params(), is_pooled)
 
 
 def _size(
@@ -102,13 +109,13 @@ def _watch(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
     if directory is None:
         return None
     try:
-        before = collect_report(Path(directory), arguments.app).to_json()
+        before = read_running(str(directory), arguments.app)
     except ConfigError:
         if arguments.dir or arguments.app:
             raise
         return None
     time.sleep(arguments.watch)
-    return before, collect_report(Path(directory), arguments.app).to_json()
+    return before, read_running(str(directory), arguments.app)
 
 
 def _as_text(plan: ConnectionPlan, measured: Mapping[str, Measured], threads: int | None) -> str:

@@ -11,18 +11,22 @@ DEPLOY: Final = 2  # during a deploy the old processes still run beside the new 
 
 @dataclass(frozen=True)
 class Demand:
-    """What one database's pools may open: *processes* of *max_size* each, on all hosts together."""
+    """What one database's pools may open: *processes* of *max_size* each, on all hosts together.
+
+    *monitors* are connections beside the pools: one on each host may look at who blocks whom.
+    """
 
     database: str
     processes: int
     max_size: int
     setting: str  # the variable that sets max_size
     in_deploy: int = DEPLOY  # how many times as many there are during a deploy
+    monitors: int = 0
 
     @property
     def most(self) -> int:
         """Return how many connections that is, outside a deploy."""
-        return self.processes * self.max_size
+        return self.processes * self.max_size + self.monitors
 
     @property
     def most_in_deploy(self) -> int:
@@ -30,7 +34,8 @@ class Demand:
         return self.most * self.in_deploy
 
     def __str__(self) -> str:
-        return f"{self.processes} x {self.max_size} ({self.database})"
+        monitors = f" + {self.monitors}" if self.monitors else ""
+        return f"{self.processes} x {self.max_size}{monitors} ({self.database})"
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ class Verdict:
         """Return what to change, with the numbers; empty if all is well."""
         if self.fits:
             return ""
-        largest = self.limit.room // sum(d.processes * d.in_deploy for d in self.demands)
+        room = self.limit.room - sum(d.monitors * d.in_deploy for d in self.demands)
+        largest = room // sum(d.processes * d.in_deploy for d in self.demands)
         enough = self.limit.reserved + self.limit.others + self.need_in_deploy
         names = " and ".join(dict.fromkeys(demand.setting for demand in self.demands))
         raise_it = f"raise {self.limit.setting} to {enough}"

@@ -14,6 +14,7 @@ from dbpool.sizing._queueing import Load, connections_needed
 
 ENOUGH: Final = 1000  # checkouts; with fewer the 95th percentile rests on a handful
 _SERIOUS: Final = ("warning", "critical")
+_NOT_OF_LOAD: Final = "DB11"  # more configured than the server allows: no matter of the load
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def _doubt(after: Mapping[str, Any], pool: str, last: Snapshot) -> str | None:
     if last.breaker.state != "closed":
         return f"its breaker is {last.breaker.state}"
     for finding in after.get("findings", ()):
-        if finding["pool"] in (pool, None) and finding["severity"] in _SERIOUS:
+        is_serious = finding["severity"] in _SERIOUS and finding["code"] != _NOT_OF_LOAD
+        if is_serious and finding["pool"] in (pool, None):
             return f"{finding['code']} was found: {finding['text']}"
     return None
 

@@ -72,4 +72,5 @@ def behind(demand: Demand, seen: PoolerLimits) -> Demand:
         max_size=min(sizes),
         setting="PgBouncer's default_pool_size",
         in_deploy=1,
+        monitors=0,
     )

@@ -17,8 +17,8 @@ _QUERY = """
 with sessions as (
     select datname, usename,
            datname = current_database() and usename = session_user
-           and split_part(application_name, '@', 1)
-               = split_part(current_setting('application_name'), '@', 1) as is_ours
+           and split_part(application_name, '@', 1) in (
+               split_part(current_setting('application_name'), '@', 1), 'dbpool:monitor') as is_ours
       from pg_stat_activity
      where (backend_type = 'client backend' or backend_type is null and datid is not null)
        and pid <> pg_backend_pid())
