@@ -9,7 +9,8 @@ A pool reaches it by the `connection_class` of that server:
         fake.refuse("FATAL:  the database system is starting up")
 
 It knows no SQL beyond a few constants and no transactions: each statement is one in autocommit.
-What PostgreSQL or libpq does with a statement, a login or a commit is tested on real ones.
+What PostgreSQL or libpq does with a statement, a login or a commit is tested on real ones;
+tests/test_fake.py compares the two.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class FakeServer:
 
     `answers` are by the text of the statement; without one, constants (`select 1`) and
     `select pg_backend_pid()` are answered. `attempts` are the parameters of each attempt to
-    connect, `logins` how many succeeded, `statements` the texts that were received.
+    connect, `logins` how many succeeded, `statements` the texts that were received, `pings`
+    how many empty queries.
     """
 
     conninfo = "host=127.0.0.1 port=1 dbname=shop user=app"  # where nobody listens
@@ -51,7 +53,7 @@ class FakeServer:
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}
         self.attempts: list[dict[str, Any]] = []
-        self.logins = 0
+        self.logins = self.pings = 0
         self.statements: list[str] = []
         self.delay = 0.0  # seconds that a login takes
         self.room: int | None = None  # how many connections it takes; None for any number
@@ -230,6 +232,7 @@ class FakePGconn:
 
     def send_query(self, query: bytes) -> None:
         self.insist_on_open()
+        self._server.pings += not query
         self._answers = [_result(self, query), None]
 
     def flush(self) -> int:

@@ -30,6 +30,7 @@ def test_a_connection_that_fails_the_users_check_is_replaced(fake: FakeServer) -
 def test_the_parents_own_check_costs_no_round_trip(fake: FakeServer) -> None:
     with fake.pool(max_size=1, check=ConnectionPool.check_connection) as pool:
         assert pool.fetch_value("select 1") == 1
+        assert fake.pings == 0
 
 
 def test_a_check_that_always_fails_is_no_storm_of_connects(fake: FakeServer) -> None:
