@@ -61,6 +61,13 @@ def test_it_says_what_fits_and_exits_with_zero(narrow: Server, plan: Plan) -> No
     )
 
 
+def test_without_a_look_at_blockers_its_connection_is_not_counted(
+    narrow: Server, plan: Plan
+) -> None:
+    _, printed = plan("--json", DATABASE_URL=url_of(narrow), DBPOOL_BLOCKERS="false")
+    assert limits(printed)["the server of default"]["need"] == 10
+
+
 def test_what_does_not_fit_is_told_with_the_setting(narrow: Server, plan: Plan) -> None:
     status, printed = plan("--workers", "2", DATABASE_URL=url_of(narrow), DBPOOL_MAX_SIZE="7")
     assert status == 1

@@ -15,6 +15,7 @@ from dbpool.cli._running import statistics_directory
 from dbpool.cli.top import read_running
 from dbpool.errors import ConfigError
 from dbpool.settings import Settings, variable
+from dbpool.settings.app import AppSettings
 from dbpool.sizing import (
     TARGET,
     ConnectionPlan,
@@ -51,13 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    databases = configured()[0]
+    databases, dotenv = configured()
+    monitors = arguments.hosts if AppSettings.from_env(dotenv=dotenv).blockers else 0
     reports = _watch(arguments)
     measured = {name: measure(*reports, name) for name in databases} if reports else {}
     running = max((each.processes for each in measured.values()), default=None)
     workers = arguments.workers or running or _web_concurrency()
     targets = {
-        name: _target(settings, workers, _size(settings, measured, arguments), arguments.hosts)
+        name: _target(
+            settings, workers * arguments.hosts, _size(settings, measured, arguments), monitors
+        )
         for name, settings in databases.items()
     }
     plan = plan_connections(targets)
@@ -79,14 +83,14 @@ def _web_concurrency() -> int:
     return int(given) if given.isdecimal() and int(given) else 1
 
 
-def _target(settings: Settings, workers: int, size: int, hosts: int) -> Target:
+def _target(settings: Settings, processes: int, size: int, monitors: int) -> Target:
     is_pooled = settings.pooler == "transaction"  # there nobody looks who blocks whom
     demand = Demand(
         settings.name,
-        processes=workers * hosts,
+        processes=processes,
         max_size=size,
         setting=variable("max_size", settings.name),
-        monitors=0 if is_pooled else hosts,
+        monitors=0 if is_pooled else monitors,
     )
     return Target(demand, settings.connect_params(), is_pooled)
 
