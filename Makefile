@@ -14,8 +14,8 @@ compile    := $(VENV)-lock/bin/uv pip compile --quiet --universal --python-versi
 consistent := --constraint requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run dev cluster test test-slow check docs bench bench-quick lock clean \
-    venv venv-bench venv-docs venv-lock
+.PHONY: help run dev cluster test test-slow check manifests docs bench bench-quick lock clean \
+    venv venv-bench venv-docs venv-lock venv-manifests
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -40,6 +40,9 @@ check: venv ## lint, check the format and the types
 	@$(python) -m ruff format --check
 	@$(python) -m mypy
 
+manifests: venv-manifests ## check ops/kubernetes against the schemas of Kubernetes
+	@$(VENV)-manifests/bin/python tools/check_manifests.py ops/kubernetes
+
 docs: venv-docs ## build the documentation into docs/_build/html; a warning is an error
 	@$(VENV)-docs/bin/python tools/write_docs.py
 	@$(sphinx) --fail-on-warning --keep-going --nitpicky --quiet --builder html docs docs/_build/html
@@ -57,6 +60,7 @@ lock: venv-lock ## write the requirements.txt files anew, UPGRADE=--upgrade for 
 	    --output-file bench/requirements.txt
 	@$(compile) pyproject.toml --all-extras --group docs $(consistent) \
 	    --output-file docs/requirements.txt
+	@$(compile) --group manifests $(consistent) --output-file ops/kubernetes/requirements.txt
 	@$(compile) --group lock --output-file tools/requirements.txt
 
 clean: ## remove the environments and the sample data in .data
@@ -70,6 +74,9 @@ venv-bench:
 
 venv-docs:
 	@$(PYTHON) tools/make_venv.py $(VENV)-docs docs/requirements.txt
+
+venv-manifests:
+	@$(PYTHON) tools/make_venv.py $(VENV)-manifests ops/kubernetes/requirements.txt
 
 venv-lock:
 	@$(PYTHON) tools/make_venv.py $(VENV)-lock tools/requirements.txt

@@ -24,7 +24,7 @@ RULES: list[dict[str, Any]] = yaml.safe_load((OPS / "prometheus/rules.yml").read
 DASHBOARD: dict[str, Any] = json.loads((OPS / "grafana/dashboards/dbpool.json").read_text())
 WORDS = {
     "bool", "by", "and", "le", "max", "sum", "rate", "increase", "histogram_quantile", "pool_name",
-    "reason", "state", "label_values",
+    "code", "label_values", "max_over_time", "on", "reason", "state",
 }  # fmt: skip
 
 
@@ -66,7 +66,8 @@ def test_every_series_is_one_that_the_application_exposes(
 def test_every_rule_says_how_bad_it_is_and_what_to_do() -> None:
     for rule in RULES:
         assert rule["labels"]["severity"] in {"critical", "warning"}
-        assert {"summary", "runbook"} <= rule["annotations"].keys()
+        annotations = rule["annotations"]
+        assert "runbook" in annotations or "python -m dbpool explain" in annotations["summary"]
 
 
 def test_every_rule_is_tried() -> None:
@@ -96,3 +97,63 @@ def test_the_dashboard_is_one_that_grafana_provisions() -> None:
         assert place["x"] + place["w"] <= 24
     source = yaml.safe_load((OPS / "grafana/provisioning/datasources/prometheus.yml").read_text())
     assert source["datasources"][0]["uid"] == "prometheus"
+
+
+# -- Kubernetes: `make manifests` checks the schemas, here is what they cannot know -----------
+
+MANIFESTS: dict[str, dict[str, Any]] = {
+    manifest["kind"]: manifest
+    for path in (OPS / "kubernetes").glob("*.yaml")
+    for manifest in yaml.safe_load_all(path.read_text())
+}
+WEB = MANIFESTS["Deployment"]["spec"]["template"]
+SCHEMA = MANIFESTS["Job"]["spec"]["template"]
+
+
+def test_only_what_serves_is_selected() -> None:
+    labels = WEB["metadata"]["labels"]
+    spec = {kind: manifest.get("spec", {}) for kind, manifest in MANIFESTS.items()}
+    assert spec["Service"]["selector"] == labels
+    for kind in ("Deployment", "PodDisruptionBudget", "PodMonitor"):
+        assert spec[kind]["selector"]["matchLabels"] == labels
+    assert SCHEMA["metadata"]["labels"].items() & labels.items() != labels.items()
+
+
+@pytest.mark.parametrize("pod", [WEB["spec"], SCHEMA["spec"]], ids=["web", "schema"])
+def test_a_pod_may_do_what_it_has_to_and_no_more(pod: dict[str, Any]) -> None:
+    """What the restricted pod security standard asks for, and a file system that is read-only."""
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert pod["automountServiceAccountToken"] is False
+    assert {"requests", "limits"} <= container["resources"].keys()
+
+
+def test_every_secret_is_a_file_that_kustomization_yaml_says_how_to_make() -> None:
+    header = (OPS / "kubernetes/kustomization.yaml").read_text()
+    files = set(re.findall(r"--from-literal=(\w+)", header))
+    used = set(re.findall(r"/run/secrets/dbpool/(\w+)", str([WEB, SCHEMA])))
+    assert used == files
+    monitor = MANIFESTS["PodMonitor"]["spec"]["podMetricsEndpoints"][0]["authorization"]
+    assert monitor["credentials"]["key"] in files
+    for pod in (WEB["spec"], SCHEMA["spec"]):
+        assert "valueFrom" not in str(pod)
+
+
+def test_liveness_does_not_depend_on_the_database() -> None:
+    (container,) = WEB["spec"]["containers"]
+    paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("liveness", "startup")}
+    assert set(paths.values()) == {"/db/health/live"}
+    assert container["readinessProbe"]["httpGet"]["path"] == "/db/health/ready"
+
+
+def test_the_grace_of_a_pod_covers_all_that_its_end_takes() -> None:
+    (container,) = WEB["spec"]["containers"]
+    wait = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    graceful_timeout, closing_pools = 2, 1
+    assert WEB["spec"]["terminationGracePeriodSeconds"] > wait + graceful_timeout + closing_pools
