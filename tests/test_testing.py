@@ -16,7 +16,7 @@ from flask import Flask
 from psycopg import IsolationLevel
 from psycopg.rows import dict_row
 
-from dbpool import Databases, Pool, PoolExhausted, Settings
+from dbpool import Databases, DatabaseUnavailable, Pool, PoolExhausted, Settings
 from dbpool.flask import DBPool
 from dbpool.testing import Isolation, dbpool_isolated, round_trips
 
@@ -367,6 +367,32 @@ def test_a_connection_that_was_forgotten_fails_the_test(pool: Pool[Any]) -> None
         isolation.close()
 
 
+def test_what_outlives_a_test_cannot_touch_the_next(pool: Pool[Any], outside: Ids) -> None:
+    isolation = Isolation(pool)
+    conn = pool.getconn()
+    with pytest.raises(AssertionError):
+        isolation.close()
+    assert conn.closed
+    with pytest.raises(psycopg.OperationalError, match="closed"):
+        insert(conn, 1)
+    assert outside() == []
+
+
+def test_a_pool_that_is_closed_within_a_test_stays_closed(pool: Pool[Any]) -> None:
+    with Isolation(pool):
+        pool.execute("insert into t values (1)")
+        pool.close()
+    assert pool.closed
+
+
+def test_without_a_server_the_pool_is_left_as_it_was() -> None:
+    with Pool("host=127.0.0.1 port=1", max_size=2, timeout=0.3, outage_grace=0.05) as pool:
+        with pytest.raises(DatabaseUnavailable):
+            Isolation(pool)
+        assert pool.max_size == 2
+        assert "getconn" not in vars(pool)
+
+
 def test_a_test_that_fails_by_itself_is_told_of_that_alone(pool: Pool[Any]) -> None:
     with pytest.raises(ZeroDivisionError), Isolation(pool):
         conn = pool.getconn()
@@ -408,6 +434,32 @@ def in_autocommit(pool: Pool[Any]) -> None:
         two_statements(conn)
 
 
+def many(pool: Pool[Any]) -> None:
+    with pool.connection() as conn:
+        conn.cursor().executemany("insert into t values (%s)", [[11], [12], [13]])
+
+
+def in_a_pipeline(pool: Pool[Any]) -> None:
+    with pool.connection() as conn, conn.pipeline():
+        insert(conn, 31)
+        insert(conn, 32)
+
+
+def copied(pool: Pool[Any]) -> None:
+    with pool.connection() as conn, conn.cursor().copy("copy t from stdin") as copy:
+        copy.write_row([21])
+
+
+def by_a_server_cursor(pool: Pool[Any]) -> None:
+    with pool.connection() as conn, conn.cursor(name="rows") as rows:
+        rows.execute("select generate_series(1, 150)").fetchall()
+
+
+def failing(pool: Pool[Any]) -> None:
+    with pytest.raises(psycopg.errors.DivisionByZero), pool.connection() as conn:
+        conn.execute("select 1 / 0")
+
+
 def nothing(pool: Pool[Any]) -> None:
     with pool.connection():
         pass
@@ -440,6 +492,11 @@ def counted_by_libpq(dsn: str, tmp_path: Path) -> Callable[[Callable[[Pool[Any]]
         (lambda pool: pool.run(two_statements), 4),
         (with_a_savepoint, 6),
         (in_autocommit, 2),
+        (many, 3),
+        (in_a_pipeline, 3),
+        (copied, 3),
+        (by_a_server_cursor, 6),
+        (failing, 3),
         (nothing, 0),
     ],
 )

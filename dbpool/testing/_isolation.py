@@ -66,7 +66,11 @@ class _Isolated:
         self._pool = pool
         self._leaks = pool.stats().counters.leaks
         pool.resize(pool.min_size, pool.max_size + 1)
-        self._main = _in_thread(pool.getconn)
+        try:
+            self._main = _in_thread(pool.getconn)
+        except BaseException:
+            pool.resize(pool.min_size, pool.max_size - 1)
+            raise
         self.session = Session(self._main, pool.timeout)
         self._class: Any = type("View", (View, type(self._main)), {})
         self._doors = {name: getattr(pool, name) for name in _DOORS}
@@ -187,6 +191,8 @@ class Isolation:
 
     Takes pools, mappings of them such as `Databases`, or both.
     """
+
+    __module__ = "dbpool.testing"
 
     def __init__(self, *pools: Pool[Any] | Mapping[str, Pool[Any]]) -> None:
         self._isolated: list[_Isolated] = []

@@ -18,6 +18,8 @@ class RoundTrips:
     What psycopg sends to prepare a statement that was run five times is not counted.
     """
 
+    __module__ = "dbpool.testing"
+
     def __init__(self) -> None:
         self.count = 0
 
@@ -44,6 +46,7 @@ class Session:
         self.main, self.pgconn, self.patience = main, main.pgconn, patience
         self.lock = threading.Lock()  # one exchange at a time
         self.counters: set[RoundTrips] = set()
+        self.is_over = False
         self.forgotten: list[Level] = []  # by views that were garbage-collected
         self._levels: list[Level] = []
         self._owner: int | None = None  # the thread whose blocks are open
@@ -145,6 +148,7 @@ class Session:
                 self._send(b"release dbpool_0")
 
     def close(self) -> None:
-        """Undo everything."""
+        """Undo everything; what still uses it finds its connection closed."""
+        self.is_over = True
         with suppress(psycopg.Error):
             self._send(b"rollback")

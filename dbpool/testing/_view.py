@@ -8,6 +8,7 @@ from typing import Any, Final, Self
 
 import psycopg
 from psycopg.errors import InFailedSqlTransaction
+from psycopg.pq import PipelineStatus, TransactionStatus
 
 from dbpool.testing._session import Level, Session
 
@@ -35,24 +36,49 @@ class View:
         """Those that `configure` has set up."""
         return self._test.main.adapters
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was given back, or the test is over."""
+        return self._is_over or self._test.is_over or bool(super().closed)  # type: ignore[misc]
+
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         """Exchange messages with the server; psycopg holds the lock."""
-        if self._is_over:
+        if self.closed:
             raise psycopg.OperationalError("the connection is closed")
         level = self._levels[-1] if self._levels else None
         if level is not None and level.is_failed:
             raise InFailedSqlTransaction("current transaction is aborted, commands are ignored")
+        own = None if self._is_autocommit and len(self._levels) <= 1 else level
+        was_pipeline = self._is_pipeline
+        try:
+            with self._test.guarded(own):
+                return super().wait(gen, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._count(was_pipeline)
+
+    @property
+    def _is_pipeline(self) -> bool:
+        return self._test.pgconn.pipeline_status != PipelineStatus.OFF
+
+    def _count(self, was_pipeline: bool) -> None:
+        """Count an exchange that is over, and the BEGIN that would have come before it."""
+        if self._test.pgconn.transaction_status == TransactionStatus.ACTIVE:
+            return  # it goes on: a COPY, or what a pipeline has not sent yet
+        if self._is_pipeline and not was_pipeline:
+            return  # a pipeline was entered, which sends nothing
         alone = self._is_single or self._is_autocommit
         self._test.trip(1 if self._is_used or alone else 2)
         self._is_used = self._is_used or not alone
-        own = None if self._is_autocommit and len(self._levels) <= 1 else level
-        with self._test.guarded(own):
-            return super().wait(gen, *args, **kwargs)  # type: ignore[misc]
+
+    def cursor(self, name: str = "", **options: Any) -> Any:
+        """Return a cursor; one of the server's has its rows described, a round trip of its own."""
+        self._test.trip(bool(name))
+        return super().cursor(name, **options)  # type: ignore[misc]
 
     def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
         """Execute a statement; the empty one, which only begins a transaction, is left out."""
         if query == "":
-            return self.cursor()  # type: ignore[attr-defined]
+            return self.cursor()
         return super().execute(query, *args, **kwargs)  # type: ignore[misc]
 
     def commit(self) -> None:
