@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbpool import Pool
+from tests.namespaces import unshared
 from tests.pools import MakePool, assert_serves_all, fill
 from tests.postgres import Server, until
 from tests.proxy import Mode, Proxy
@@ -31,6 +37,7 @@ from tests.replication import (
     rows,
 )
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 CONNECT_TIMEOUT = 2  # libpq's least
 
 Pair = tuple[Server, Server]
@@ -104,6 +111,20 @@ def test_a_host_whose_packets_are_dropped_costs_one_connect_timeout(
     assert history.errors == []
     assert check(history.outcomes, rows(standby.execute)) == Findings([], [], [])
     assert_serves_all(pool)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("ip") is None, reason="there is no ip here (iproute2)")
+def test_a_host_that_vanishes_from_the_network_costs_one_connect_timeout() -> None:
+    """Its packets are really dropped, those of established connections too."""
+    command = [*unshared("--net"), sys.executable, "-m", "tests.faults.vanishing_host"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["errors"] == found["wrong"] == []
+    assert found["seconds"] < CONNECT_TIMEOUT + 1.0
 
 
 @pytest.mark.parametrize("reached", [True, False], ids=["it has them", "it lacks them"])
