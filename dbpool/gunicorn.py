@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,9 +44,13 @@ _THREAD_WORKERS: Final = frozenset({"gunicorn.workers.sync", "gunicorn.workers.g
 _GREENLET_WORKERS: Final = "gunicorn.workers.base_async"  # the base of gevent's and eventlet's
 
 
+_SERVE: Final = "DBPOOL_SERVE"
+_DOOR_SECONDS: Final = 2.0  # that the master waits for the door at its end
+
 _LAST_HOOKS: Final = frozenset({"on_exit", "worker_abort", "worker_exit"})
 
 _made: Directory | None = None
+_door: subprocess.Popen[bytes] | None = None
 
 
 def combined(hook: Callable[..., Any]) -> Callable[..., None]:
@@ -80,6 +86,7 @@ def on_starting(server: Any) -> None:
         Path(given).name
     ):  # not of the master that SIGUSR2 replaces
         os.environ[STATS_DIR] = given
+        _start_door(server)
         return
     try:
         _made = make_directory(server.cfg.worker_tmp_dir, server.cfg.uid, server.cfg.gid)
@@ -91,6 +98,7 @@ def on_starting(server: Any) -> None:
         )
     else:
         os.environ[STATS_DIR] = str(_made.path)
+    _start_door(server)
 
 
 def post_fork(server: Any, worker: Any) -> None:
@@ -98,6 +106,8 @@ def post_fork(server: Any, worker: Any) -> None:
 
     A reload then brings the whole library after an upgrade or a change.
     """
+    if _door is not None and _door.stdin is not None:
+        _door.stdin.close()  # its end of file tells the door that the master is gone
     names = {name for name in sys.modules if name.partition(".")[0] == "dbpool"}
     if names <= _MASTER_MODULES:
         for name in names:
@@ -132,6 +142,9 @@ def post_worker_init(worker: Any) -> None:
         )
     publish_from_the_start()
     watch_from_the_start()
+    if os.environ.get(_SERVE):  # the door says ready once the databases serve
+        opening = threading.Thread(None, _open_pools, "dbpool-open", daemon=True)
+        opening.start()
     if worker.age == 1:  # one worker asks for all
         check = threading.Thread(None, _check_sizes, "dbpool-sizes", (worker,), daemon=True)
         check.start()
@@ -174,9 +187,44 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 
 def on_exit(server: Any) -> None:
-    """Remove the directory that `on_starting` made."""
+    """Let the door end, and remove the directory that `on_starting` made."""
+    if _door is not None and _door.stdin is not None:
+        with suppress(OSError, subprocess.TimeoutExpired):
+            _door.stdin.close()
+            _door.wait(_DOOR_SECONDS)
     if _made is not None:
         _made.remove()
+
+
+def _start_door(server: Any) -> None:
+    """Start `python -m dbpool serve` on DBPOOL_SERVE, as the workers' user.
+
+    It is no child of a fork: of this process it has nothing but a pipe, whose end ends it.
+    """
+    global _door  # noqa: PLW0603  # there is one master in a process
+    if not (address := os.environ.get(_SERVE)) or not os.environ.get(STATS_DIR):
+        return
+    is_other_user = os.geteuid() == 0 and server.cfg.uid != 0
+    who = {"user": server.cfg.uid, "group": server.cfg.gid, "extra_groups": []}
+    patience = max(30, server.cfg.timeout)
+    try:
+        _door = subprocess.Popen(
+            [sys.executable, "-m", "dbpool.door._supervisor", address, f"--patience={patience}"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            **(who if is_other_user else {}),
+        )
+    except OSError as ex:
+        server.log.warning("dbpool: DBPOOL_SERVE: the door cannot be started: %s", ex)
+
+
+def _open_pools() -> None:
+    """Open the pools of this worker before its first request."""
+    from dbpool.pool import _fork
+
+    for pool in list(_fork.pools):
+        with suppress(Exception):  # it says so itself, in the log and at the first request
+            pool.open()
 
 
 def _set_max_size(max_size: int) -> None:

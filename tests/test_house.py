@@ -66,7 +66,7 @@ FLOORS = {
     ],
     3: ["embedded", "databases", "settings.app", "diagnosis"],
     4: ["report", "health", "processes", "monitor", "sizing"],
-    5: ["prometheus", "gunicorn", "codes", "testing", "cli", "flask", "__main__"],
+    5: ["prometheus", "door", "gunicorn", "codes", "testing", "cli", "flask", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 # A floor's private modules come before those that are made of them.

@@ -98,7 +98,8 @@ class Monitor:
 
     Each process keeps its own history; one of those that share a directory watches all, asks the
     servers while callers wait for long (unless *blockers* is false), logs each finding as it
-    begins, and leaves what it found for the others to show. *queries* shows statements, too.
+    begins, and leaves what it found for the others to show. *queries* shows statements, too. A
+    reader has no pools; it watches while no process does that has.
     """
 
     def __init__(
@@ -108,11 +109,13 @@ class Monitor:
         *,
         blockers: bool = True,
         queries: bool = False,
+        is_reader: bool = False,
     ) -> None:
         self._databases = databases
         self._processes = processes
         self._blockers = blockers
         self._queries = queries
+        self._is_reader = is_reader
         self._states: dict[int, _ProcessState] = {}
         self._complained: set[str] = set()
         _instances.add(self)
@@ -177,16 +180,15 @@ class Monitor:
         """Take one look. `start` has it done each second."""
         state, now = self._state(), monotonic()
         self._record(state, now)
-        if state.shelf is None or state.shelf.lead(now):
+        if state.shelf is None or state.shelf.lead(now, is_reader=self._is_reader):
             if state.watching is None:
                 state.watching = Watching(
                     self._databases, state.shelf, self._blockers, self._queries
                 )
-            watching = state.watching
-            history = state.history
+            watching, report, history = state.watching, self._report().to_json(), state.history
             if state.shelf is not None:
-                history = watching.add_up(list(self._databases), now)
-            watching.look(self._report().to_json(), history, now)
+                history = watching.add_up(list(report["pools"]), now)
+            watching.look(report, history, now)
         elif state.watching is not None:  # another took over while this one was silent
             state.watching.close()
             state.watching = None
@@ -213,7 +215,9 @@ class Monitor:
 
     def _record(self, state: _ProcessState, now: float) -> None:
         """Take this process's own part in the history."""
-        if state.record is None and (shelf := self._shelf(state)) is not None:
+        if self._is_reader:
+            self._shelf(state)
+        elif state.record is None and (shelf := self._shelf(state)) is not None:
             for inherited in self._states.values():  # of uWSGI, which runs no hooks at a fork
                 if inherited is not state and inherited.record is not None:
                     inherited.record.abandon()

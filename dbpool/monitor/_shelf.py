@@ -92,13 +92,17 @@ class Shelf:
         return {path.stem: _read(path)[0].get("closed") is True for path in gone}
 
     def add_up(self, names: Sequence[str], known: Mapping[str, History], now: float) -> None:
-        """Add the last steps of all processes up to those *known* so far."""
+        """Add the last steps of all processes up to those *known* so far, of pools of all *names*."""
         parts = {path: _read(path)[1] for path in self._files()}
         end = slot_of(now)
+        before = _read(self._path("history"))[0].get("pools") or []
+        after = known_names([*before, *names])  # the rows of those before stay where they are
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self._path("history"), flags, 0o600)
         try:
-            file = _StepFile(fd, names, STEPS)
+            file = _StepFile(fd, after, STEPS)
+            if before != after:
+                _write_all(file, known)
             for name, history in merged(parts.values()).items():
                 old = known.get(name, History()).steps
                 for slot, step in history.steps.items():
@@ -117,22 +121,25 @@ class Shelf:
 
     # What the watching process says
 
-    def lead(self, now: float) -> bool:
+    def lead(self, now: float, *, is_reader: bool = False) -> bool:
         """Be the one process that watches, or go on being it; *now* is monotonic.
 
-        Another may take over once this one has been silent for five seconds.
+        Another may take over once this one has been silent for five seconds; from a reader, which
+        has no pools and so cannot ask a server, a worker takes over at once.
         """
-        lease = mapping(self.load("lease"))
-        age = now - number(lease.get("at"))
-        if lease.get("key") != self.key and 0 <= age <= _LEASE:
+        if not self._is_free(now, is_reader):
             return False
         with locked(self._path("lease.lock")) as is_locked:
-            lease = mapping(self.load("lease"))
-            age = now - number(lease.get("at"))
-            is_free = lease.get("key") == self.key or not 0 <= age <= _LEASE
-            if is_locked and is_free:
-                self.save("lease", {"key": self.key, "at": now})
-            return is_locked and is_free
+            is_free = is_locked and self._is_free(now, is_reader)
+            if is_free:
+                self.save("lease", {"key": self.key, "at": now, "reader": is_reader})
+            return is_free
+
+    def _is_free(self, now: float, is_reader: bool) -> bool:
+        lease = mapping(self.load("lease"))
+        is_stale = not 0 <= now - number(lease.get("at")) <= _LEASE
+        is_lesser = lease.get("reader") is True and not is_reader
+        return is_stale or is_lesser or lease.get("key") == self.key
 
     def give_up(self) -> None:
         """Let another process watch."""
@@ -148,6 +155,12 @@ class Shelf:
         with suppress(OSError, ValueError):
             return read(self._path(ending))
         return None
+
+
+def _write_all(file: _StepFile, histories: Mapping[str, History]) -> None:
+    for name, history in histories.items():
+        for slot, step in history.steps.items():
+            file.write(name, slot, step)
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, History]]:

@@ -133,6 +133,11 @@ class Processes:
             return None
         return Report({}, time=time.time()).merge(*self._collect(""))
 
+    def collect_each(self) -> list[Report]:
+        """Return the report of each other process that lives; none if there is no directory."""
+        parts = [] if self.directory() is None else self._collect("")
+        return [part for part in parts if part.processes]
+
     def report(self, scope: str = "all") -> dict[str, Any]:
         """Return what `collect` does, as JSON types."""
         return self.collect(scope).to_json()

@@ -36,6 +36,7 @@ class AppSettings:
     error_handlers: bool = parsed(True, parse_bool)
     blockers: bool = parsed(True, parse_bool)
     show_queries: bool = parsed(False, parse_bool)
+    serve: str | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -1,0 +1,86 @@
+"""`serve`: page, statistics, metrics and health of the application that runs here, on an address."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Final
+
+from dbpool.cli._running import find_processes, statistics_directory
+from dbpool.door._server import Door, is_private, parse_address, wait_until
+from dbpool.door._views import Views
+from dbpool.errors import ConfigError
+from dbpool.processes import Processes
+from dbpool.settings.app import AppSettings, find_dotenv
+
+HELP = "serve page, statistics, metrics and health in a process of its own"
+
+_LAST_WORKERS: Final = 40.0  # seconds that workers may live on without their master
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("address", nargs="?", help="127.0.0.1:8900 or unix:PATH (DBPOOL_SERVE)")
+    parser.add_argument("--dir", help="where they meet (DBPOOL_STATS_DIR, else it is looked for)")
+    parser.add_argument("--app", help="which application, if several share the directory")
+    parser.add_argument(
+        "--patience", type=float, default=30.0, metavar="SECONDS",
+        help="liveness fails when no worker has said anything for so long (30, at least)",
+    )  # fmt: skip
+    parser.add_argument("--until-eof", action="store_true", help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    settings = AppSettings.from_env(dotenv=find_dotenv())
+    text = arguments.address or settings.serve
+    if not text:
+        raise ConfigError("name an address: python -m dbpool serve 127.0.0.1:8900, or DBPOOL_SERVE")
+    address = parse_address(text)
+    if settings.details == "always" and not is_private(address):
+        raise ConfigError(
+            f"DBPOOL_DETAILS=always would show all details to everybody who reaches {text}:"
+            " set DBPOOL_TOKEN instead, or listen on 127.0.0.1"
+        )
+    _log_to_stderr()
+    views = Views(settings, lambda: _find(arguments), arguments.patience)
+    door = Door(address, views)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _stop_soon(door, stop))
+    if arguments.until_eof:
+        threading.Thread(None, _stop_at_eof, "dbpool-eof", (door, views, stop), daemon=True).start()
+    door.run()
+    return 0
+
+
+def _find(arguments: argparse.Namespace) -> Processes:
+    directory = statistics_directory(arguments.dir)
+    if directory is None:
+        raise ConfigError("no application runs here that shares its statistics")
+    return find_processes(Path(directory), arguments.app)
+
+
+def _stop_soon(door: Door, stop: threading.Event) -> None:
+    """Stop from a signal handler, which runs in the thread that serves and may not wait for it."""
+    stop.set()
+    threading.Thread(None, door.stop, "dbpool-stop", daemon=True).start()
+
+
+def _stop_at_eof(door: Door, views: Views, stop: threading.Event) -> None:
+    """Stop once the process that started this one is gone, and the last worker too."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    wait_until(views.is_deserted, _LAST_WORKERS, stop)
+    door.stop()
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        logging.Formatter("[%(asctime)s] [%(process)d] [%(levelname)s] %(message)s")
+    )
+    logging.getLogger("dbpool").addHandler(handler)

@@ -1,0 +1,220 @@
+"""A small HTTP server for the door: sixteen connections at once, five seconds for each."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import stat
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
+from ipaddress import ip_address
+from pathlib import Path
+from socketserver import BaseServer, ThreadingMixIn, UnixStreamServer
+from time import monotonic
+from typing import Any, Final
+
+from dbpool.door._views import Response, Views, _json
+from dbpool.errors import ConfigError
+
+logger = logging.getLogger("dbpool")
+
+_CONNECTIONS: Final = 16
+_SECONDS: Final = 5.0  # for a connection
+_TICK: Final = 1.0
+_RETRY: Final = 1.0  # seconds between two attempts to have the port
+
+
+def parse_address(text: str) -> tuple[str, int] | str:
+    """Return host and port, or the path of a unix socket; raise `ConfigError` for anything else."""
+    if text.startswith(("unix:", "/")):
+        return text.removeprefix("unix:")
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(
+            "DBPOOL_SERVE must be an address such as 127.0.0.1:8900, or the path of a unix socket"
+        )
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def is_private(address: tuple[str, int] | str) -> bool:
+    """Whether this machine alone reaches the address."""
+    if isinstance(address, str):
+        return True
+    with suppress(ValueError):
+        return ip_address(address[0]).is_loopback
+    return address[0].lower() == "localhost"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _HTTP
+    server_version = "dbpool"
+    sys_version = ""
+    timeout = _SECONDS
+
+    def do_GET(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        try:
+            answer = self.server.views.respond(self.path, headers)
+        except Exception as ex:  # noqa: BLE001  # the next request is answered all the same
+            logger.warning("door: a view failed: %s", type(ex).__name__)
+            answer = _json(500, error="this view failed")
+        self._send(answer)
+
+    do_HEAD = do_GET  # noqa: N815  # http.server's name for it
+
+    def _send(self, answer: Response) -> None:
+        self.send_response(answer.status)
+        for name, value in answer.all_headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.body)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # named there
+        """Log no requests: probes come every few seconds."""
+
+
+class _HTTP(ThreadingMixIn, UnixStreamServer):
+    """An HTTP server on a socket that listens already. It counts its connections."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, listener: socket.socket, views: Views) -> None:
+        BaseServer.__init__(self, listener.getsockname(), _Handler)
+        self.socket = listener
+        self.views = views
+        self._free = threading.BoundedSemaphore(_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        timer = threading.Timer(_SECONDS, _hang_up, (request,))
+        timer.daemon = True
+        timer.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            timer.cancel()
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that hang up."""
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class Door:
+    """Serves the views on an address until `stop`.
+
+    An address that is taken is one warning, and is tried again each second.
+    """
+
+    def __init__(self, address: tuple[str, int] | str, views: Views) -> None:
+        self._address = address
+        self._views = views
+        self._stop = threading.Event()
+        self._http: _HTTP | None = None
+        self._path: tuple[Path, int] | None = None  # of our own socket, and its inode
+
+    @property
+    def address(self) -> Any:
+        """Where it listens, None as long as it does not."""
+        return None if self._http is None else self._http.server_address
+
+    def run(self) -> None:
+        """Serve; returns after `stop`."""
+        if (listener := self._listen()) is None:
+            return
+        self._http = _HTTP(listener, self._views)
+        ticking = threading.Thread(None, self._tick, "dbpool-door", daemon=True)
+        ticking.start()
+        try:
+            self._http.serve_forever(poll_interval=0.1)
+        finally:
+            self._http.server_close()
+            self._remove()
+            ticking.join(_SECONDS)
+            self._views.close()
+
+    def stop(self) -> None:
+        """End `run`, from another thread."""
+        self._stop.set()
+        if self._http is not None:
+            self._http.shutdown()
+
+    def _tick(self) -> None:
+        while not self._stop.wait(_TICK):
+            self._views.tick()
+
+    def _listen(self) -> socket.socket | None:
+        is_said = False
+        while not self._stop.is_set():
+            try:
+                return self._bound()
+            except OSError as ex:
+                if not is_said:
+                    is_said = True
+                    text = "door: cannot listen on %s yet: %s"
+                    logger.warning(text, _shown(self._address), ex.strerror)
+            self._stop.wait(_RETRY)
+        return None
+
+    def _bound(self) -> socket.socket:
+        if isinstance(self._address, tuple):
+            return socket.create_server(self._address, reuse_port=False, backlog=_CONNECTIONS)
+        path = Path(self._address)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._free_path(path)
+            listener.bind(str(path))
+            path.chmod(0o600)
+            listener.listen(_CONNECTIONS)
+            self._path = path, path.stat().st_ino
+        except OSError:
+            listener.close()
+            raise
+        return listener
+
+    @staticmethod
+    def _free_path(path: Path) -> None:
+        """Remove the socket that an ended process left; raise if somebody listens on it."""
+        with suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1.0)
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()
+                    return
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+    def _remove(self) -> None:
+        if self._path is not None:
+            path, inode = self._path
+            with suppress(OSError):
+                if path.stat().st_ino == inode:
+                    path.unlink()
+
+
+def _shown(address: tuple[str, int] | str) -> str:
+    return address if isinstance(address, str) else f"{address[0]}:{address[1]}"
+
+
+def wait_until(condition: Any, seconds: float, stop: threading.Event) -> None:
+    """Wait until *condition* holds or *seconds* have passed."""
+    deadline = monotonic() + seconds
+    while not condition() and monotonic() < deadline and not stop.wait(_TICK):
+        pass

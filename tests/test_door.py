@@ -1,0 +1,508 @@
+"""The door: the views in a process of their own, which answer while every worker hangs."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dbpool import ConfigError
+from dbpool.cli import main
+from dbpool.door._server import Door, parse_address
+from dbpool.door._views import Response, Views
+from dbpool.metrics import Metrics, Snapshot
+from dbpool.processes import Processes
+from dbpool.settings.app import AppSettings
+
+from .gunicorn_site import ROOT, Site, conf_of
+from .postgres import free_port, until
+
+TOKEN = "a-token-of-some-length"
+OPEN = {"host": "localhost:8900"}
+
+
+class Pool:
+    """Stands in for a pool: its state is what the test says."""
+
+    def __init__(self, state: str = "up", **sizes: int) -> None:
+        self.state, self.sizes = state, {"max_size": 4, **sizes}
+
+    def stats(self) -> Snapshot:
+        return Metrics().snapshot([], state=self.state, **self.sizes)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "stats"
+    path.mkdir(mode=0o700)
+    return path
+
+
+@pytest.fixture
+def publish(directory: Path) -> Iterator[Callable[..., Processes]]:
+    with ExitStack() as stack:
+
+        def publish(**pools: Pool) -> Processes:
+            """Be a worker with these pools."""
+            processes = Processes(pools, directory, "shop")
+            stack.callback(processes.close)
+            assert processes.publish()
+            return processes
+
+        yield publish
+
+
+def views_of(directory: Path, **options: Any) -> Views:
+    settings = AppSettings(**{"details": "always", **options})
+
+    def find() -> Processes:
+        if not list(directory.glob("*.json")):
+            raise ConfigError("there is no application")
+        return Processes({}, directory, "shop")
+
+    return Views(settings, find)
+
+
+def get(views: Views, path: str, **headers: str) -> tuple[int, Any]:
+    answer = views.respond(path, OPEN | headers)
+    return answer.status, json.loads(answer.body)
+
+
+# What is answered
+
+
+def test_it_answers_what_the_workers_published(
+    directory: Path, publish: Callable[..., Processes]
+) -> None:
+    views = views_of(directory)
+    publish(default=Pool(active=2, idle=1, size=3))
+    publish(default=Pool(active=1, idle=1, size=2))
+    status, report = get(views, "/stats")
+    assert status == 200
+    assert report["pools"]["default"]["active"] == 3
+    assert report["findings"][0]["code"] == "DB00"
+    assert "history" not in report
+    assert get(views, "/stats?include=history,journal")[1]["journal"] == []
+    assert get(views, "/stats?include=all")[0] == 400
+    assert get(views, "/nothing")[0] == 404
+    metrics = views.respond("/metrics", OPEN)
+    assert b'db_client_connections{pool_name="default",state="used"} 3.0' in metrics.body
+    assert b'dbpool_finding{code="DB01",pool_name="default"} 0.0' in metrics.body
+
+
+def test_the_page_loads_from_the_door_alone(directory: Path) -> None:
+    page = views_of(directory).respond("/", OPEN)
+    text = page.body.decode()
+    assert "{{" not in text
+    assert 'data-stats="/stats"' in text
+    for name, kind in (("live.js", "javascript"), ("live.css", "css"), ("icon.svg", "svg")):
+        assert f'"/static/{name}"' in text
+        answer = views_of(directory).respond(f"/static/{name}", OPEN)
+        assert (answer.status, kind in answer.content_type) == (200, True)
+    assert "default-src 'none'" in page.all_headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/static/../_views.py", "/static/%2e%2e/app.py", "//etc/passwd", "/static/x.css", "/static/"]
+)  # fmt: skip
+def test_no_other_file_is_served(directory: Path, path: str) -> None:
+    assert views_of(directory).respond(path, OPEN).status == 404
+
+
+def basic(password: str) -> str:
+    return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("offered", "status"),
+    [
+        (None, 401),
+        ("Bearer wrong", 401),
+        ("Basic \xff", 401),
+        ("Basic !!!", 401),
+        ("", 401),
+        (f"Bearer {TOKEN}", 200),
+        (basic(TOKEN), 200),
+        (basic("wrong"), 401),
+    ],
+)
+def test_details_need_the_token(directory: Path, offered: str | None, status: int) -> None:
+    views = views_of(directory, details="token", token=TOKEN)
+    headers = {} if offered is None else {"authorization": offered}
+    for path in ("/stats", "/metrics", "/"):
+        answer = views.respond(path, headers)
+        assert answer.status == status
+        assert ("WWW-Authenticate" in answer.headers) == (status == 401)
+    assert views.respond("/health/live", headers).status == 200
+
+
+def test_without_a_token_nobody_sees_details(directory: Path) -> None:
+    views = views_of(directory, details="token")
+    assert views.respond("/stats", {"authorization": "Bearer "}).status == 403
+    assert "findings" not in json.loads(views.respond("/health", {}).body)
+
+
+def test_open_details_are_for_localhost_alone(directory: Path) -> None:
+    views = views_of(directory)
+    for host in ("evil.example", "localhost.evil.example", "127.evil.example", ""):
+        assert views.respond("/stats", {"host": host}).status == 403
+    for host in ("localhost", "127.0.0.1:8900", "[::1]:8900"):
+        assert views.respond("/stats", {"host": host}).status == 200
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=40), st.dictionaries(st.sampled_from(["host", "authorization", "accept"]), st.text()))  # fmt: skip
+def test_whatever_a_client_sends_gets_an_answer(
+    directory: Path, target: str, headers: dict[str, str]
+) -> None:
+    views = views_of(directory, details="token", token=TOKEN)
+    assert isinstance(views.respond(f"/{target}", headers), Response)
+    assert isinstance(views.respond(target, headers), Response)
+
+
+@pytest.mark.parametrize(
+    ("pools", "status", "word"),
+    [
+        ([Pool("up", idle=1)], 200, "up"),
+        ([Pool("up", active=4, waiting=2)], 200, "degraded"),
+        ([Pool("down"), Pool("up")], 200, "up"),
+        ([Pool("down"), Pool("starting")], 503, "down"),
+        ([Pool("starting")], 503, "starting"),
+        ([], 503, "starting"),
+    ],
+)
+def test_it_is_ready_while_one_worker_is(
+    directory: Path, publish: Callable[..., Processes], pools: list[Pool], status: int, word: str
+) -> None:
+    for pool in pools:
+        publish(default=pool)
+    answer = views_of(directory).respond("/health/ready", {})
+    assert (answer.status, json.loads(answer.body)["status"]) == (status, word)
+    assert ("Retry-After" in answer.headers) == (status == 503)
+
+
+def test_what_a_worker_said_long_ago_does_not_make_it_ready(
+    directory: Path, publish: Callable[..., Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(default=Pool("up"))
+    views, now = views_of(directory), time.monotonic()
+    for later, ready, live in ((9, 200, 200), (12, 503, 200), (29, 503, 200), (40, 503, 503)):
+        monkeypatch.setattr("time.monotonic", lambda later=later: now + later)
+        assert views.respond("/health/ready", {}).status == ready
+        assert views.respond("/health/live", {}).status == live
+
+
+def test_it_lives_without_a_worker_for_a_minute(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views, now = views_of(directory), time.monotonic()
+    for later, live in ((50, 200), (70, 503)):
+        monkeypatch.setattr("dbpool.door._views.monotonic", lambda later=later: now + later)
+        assert views.respond("/health/live", {}).status == live
+
+
+def test_it_watches_while_no_worker_does_and_gives_way_at_once(
+    directory: Path, publish: Callable[..., Processes]
+) -> None:
+    from dbpool.monitor import Monitor
+
+    processes = publish(default=Pool("up"))
+    views = views_of(directory)
+    views.tick()
+    assert json.loads((directory / "shop.lease").read_bytes())["reader"] is True
+    assert json.loads((directory / "shop.findings").read_bytes())["findings"][0]["code"] == "DB00"
+    monitor = Monitor({}, processes)
+    monitor.tick()
+    assert json.loads((directory / "shop.lease").read_bytes())["reader"] is False
+    views.tick()
+    assert json.loads((directory / "shop.lease").read_bytes())["reader"] is False
+    monitor.close()
+    views.close()
+
+
+# Its server
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:8900", ("127.0.0.1", 8900)),
+        (":8900", ("127.0.0.1", 8900)),
+        ("[::1]:8900", ("::1", 8900)),
+        ("unix:/run/x", "/run/x"),
+        ("/run/x", "/run/x"),
+    ],
+)
+def test_addresses(text: str, address: object) -> None:
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["8900", "localhost", "x:y", "127.0.0.1:99999"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="DBPOOL_SERVE"):
+        parse_address(text)
+
+
+@pytest.fixture
+def serve(directory: Path) -> Iterator[Callable[..., Door]]:
+    with ExitStack() as stack:
+
+        def serve(address: tuple[str, int] | str = ("127.0.0.1", 0), *, wait: bool = True) -> Door:
+            door = Door(address, views_of(directory))
+            thread = threading.Thread(target=door.run)
+            thread.start()
+            stack.callback(thread.join, 10)
+            stack.callback(door.stop)
+            if wait:
+                until(lambda: door.address is not None)
+            return door
+
+        yield serve
+
+
+def fetch(port: int, path: str = "/health/live", method: str = "GET") -> http.client.HTTPResponse:
+    conn = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    conn.request(method, path)
+    return conn.getresponse()
+
+
+def test_it_speaks_http(serve: Callable[..., Door]) -> None:
+    port = serve().address[1]
+    answer = fetch(port)
+    assert (answer.status, json.loads(answer.read())) == (200, {"status": "up"})
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    head = fetch(port, method="HEAD")
+    assert (head.status, head.read()) == (200, b"")
+    assert int(head.headers["Content-Length"]) > 0
+    assert fetch(port, method="POST").status == 501
+
+
+def test_connections_are_bounded_in_number_and_time(serve: Callable[..., Door]) -> None:
+    port = serve().address[1]
+    began = time.monotonic()
+    slow = [socket.create_connection(("127.0.0.1", port), 10) for _ in range(16)]
+    for each in slow:
+        each.sendall(b"GET / HTTP/1.0\r\nX-")
+    time.sleep(0.2)
+    with pytest.raises((ConnectionError, http.client.BadStatusLine)):
+        fetch(port)
+    for each in slow:  # though they go on sending
+        while time.monotonic() < began + 4.0:
+            each.sendall(b"x")
+            time.sleep(0.3)
+        each.settimeout(10)
+        with suppress(ConnectionError):
+            each.recv(10_000)
+        each.close()
+    assert 4.5 < time.monotonic() - began < 9
+    until(lambda: fetch(port).status == 200)
+
+
+def test_a_port_that_is_taken_is_one_warning_and_is_tried_again(
+    serve: Callable[..., Door], caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        door = serve(("127.0.0.1", port), wait=False)
+        until(lambda: caplog.records)
+        time.sleep(1.2)
+        assert len(caplog.records) == 1
+        assert f"cannot listen on 127.0.0.1:{port} yet" in caplog.text
+    until(lambda: door.address is not None)
+    assert fetch(port).status == 200
+
+
+def test_a_unix_socket_is_private_and_an_old_one_is_no_obstacle(
+    serve: Callable[..., Door], tmp_path: Path
+) -> None:
+    path = tmp_path / "door.sock"
+    with socket.socket(socket.AF_UNIX) as old:
+        old.bind(str(path))
+    door = serve(str(path))
+    assert path.stat().st_mode & 0o777 == 0o600
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(b"GET /health/live HTTP/1.0\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.0 200")
+    door.stop()
+    until(lambda: not path.exists())
+
+
+def test_open_details_on_an_address_of_others_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DBPOOL_DETAILS", "always")
+    assert main(["serve", "0.0.0.0:8900"]) == 1
+    assert "DBPOOL_TOKEN" in capsys.readouterr().err
+    assert main(["serve"]) == 1
+    assert "DBPOOL_SERVE" in capsys.readouterr().err
+
+
+# Its processes
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(each) for each in found.read_text().split()] if found.exists() else []
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def is_served(port: int) -> bool:
+    with suppress(OSError, http.client.HTTPException):
+        return fetch(port).status == 200
+    return False
+
+
+def test_the_server_is_started_again_and_ends_with_its_master(
+    directory: Path, publish: Callable[..., Processes]
+) -> None:
+    processes, port = publish(default=Pool()), free_port()
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "dbpool.door._supervisor", f"127.0.0.1:{port}", f"--dir={directory}"],
+        stdin=subprocess.PIPE, cwd=ROOT, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until(lambda: is_served(port), 20)
+        (first,) = children(supervisor.pid)
+        os.kill(first, signal.SIGKILL)
+        until(lambda: children(supervisor.pid) not in ([], [first]) and is_served(port), 20)
+        (second,) = children(supervisor.pid)
+        assert supervisor.stdin is not None
+        supervisor.stdin.close()
+        time.sleep(1.5)
+        assert is_served(port), "a worker lives on"
+        processes.close()
+        for path in directory.glob("*.alive"):
+            path.unlink()
+        for path in directory.glob("*.json"):
+            path.unlink()
+        assert supervisor.wait(20) == 0
+        assert is_gone(second)
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+
+
+def test_the_server_ends_if_its_supervisor_is_killed(directory: Path) -> None:
+    port = free_port()
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "dbpool.door._supervisor", f"127.0.0.1:{port}", f"--dir={directory}"],
+        stdin=subprocess.PIPE, cwd=ROOT, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    until(lambda: is_served(port), 20)
+    (server,) = children(supervisor.pid)
+    supervisor.kill()
+    supervisor.wait()
+    until(lambda: is_gone(server), 20)
+    assert supervisor.stdin is not None
+    supervisor.stdin.close()
+
+
+@pytest.fixture
+def site(tmp_path: Path, dsn: str) -> Iterator[tuple[Site, int]]:
+    """Two gunicorn workers with a door."""
+    port = free_port()
+    site = Site(
+        tmp_path, dsn, more=f"loglevel = 'warning'\n{conf_of('gthread', workers=2)}",
+        DBPOOL_SERVE=f"127.0.0.1:{port}", DBPOOL_DETAILS="always", DBPOOL_DOTENV="off",
+    )  # fmt: skip
+    yield site, port
+    with suppress(ProcessLookupError):
+        os.killpg(site.process.pid, signal.SIGKILL)
+    until(lambda: not is_served(port), 20)
+    site.kill()
+
+
+def doors(site: Site) -> list[int]:
+    """The pids of the door's supervisor and its server."""
+    found = [pid for pid in children(site.process.pid) if b"_supervisor" in command(pid)]
+    return found + [child for pid in found for child in children(pid)]
+
+
+def command(pid: int) -> bytes:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def test_it_answers_while_every_thread_of_every_worker_hangs(
+    site: tuple[Site, int], dsn: str
+) -> None:
+    served, port = site
+    until(lambda: is_served(port), 20)
+    until(lambda: fetch(port, "/health/ready").status == 200)  # though nobody asked a worker yet
+    waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+    with psycopg.connect(dsn, autocommit=True) as conn, ThreadPoolExecutor(100) as clients:
+        conn.execute("select pg_advisory_lock(1)")
+
+        def all_hang() -> bool:
+            clients.submit(served.get, "/lock")  # gunicorn spreads them as it likes
+            return bool((conn.execute(waiting).fetchone() or (0,))[0] == 8)
+
+        until(all_hang, 20, pause=0.1)
+        with pytest.raises(TimeoutError):
+            urllib.request.urlopen(f"http://127.0.0.1:{served.port}/db/health/live", timeout=0.5)
+        slowest = 0.0
+        for n in range(100):
+            path = ("/", "/stats", "/metrics", "/health")[n % 4]
+            began = time.monotonic()
+            answer = fetch(port, path)
+            answer.read()
+            slowest = max(slowest, time.monotonic() - began)
+            assert answer.status == 200
+        assert slowest < 1.0  # a tenth of that where nothing else runs
+
+        def findings() -> list[Any]:
+            report = json.loads(fetch(port, "/stats").read())
+            return [each["code"] for each in report["findings"]]
+
+        until(lambda: findings()[0] == "DB04", 20, pause=0.2)
+        conn.execute("select pg_advisory_unlock_all()")
+
+
+def test_a_master_that_is_killed_leaves_no_door(site: tuple[Site, int]) -> None:
+    served, port = site
+    until(lambda: is_served(port), 20)
+    pids = doors(served)
+    assert len(pids) == 2
+    os.kill(served.process.pid, signal.SIGKILL)
+    served.process.wait(10)
+    until(lambda: all(map(is_gone, pids)), 30)
+
+
+def test_it_survives_a_reload_and_ends_with_the_server(site: tuple[Site, int]) -> None:
+    served, port = site
+    until(lambda: is_served(port), 20)
+    pids = doors(served)
+    before = {process["pid"] for process in served.stats()["processes"]}
+    os.kill(served.process.pid, signal.SIGHUP)
+    until(lambda: before.isdisjoint(p["pid"] for p in json.loads(fetch(port, "/stats").read())["processes"]), 30)  # fmt: skip
+    assert doors(served) == pids
+    assert served.stop() < 10
+    until(lambda: all(map(is_gone, pids)), 20)
+    assert served.process.returncode == 0
