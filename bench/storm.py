@@ -33,8 +33,6 @@ WINDOWS = (0.01, 0.1, 1.0)
 FIRST, CAP, BASE = 0.05, 1.0, 1.3  # the pool's: its pauses between two attempts in an outage
 LIFETIME = 1800.0
 
-Schedule = Callable[[random.Random], Iterator[float]]
-
 
 def run(quick: bool) -> Table:
     """Simulate an outage and a deploy for all numbers of workers."""
@@ -59,12 +57,13 @@ def run(quick: bool) -> Table:
 
 def _cell(times: list[float]) -> Cell:
     """Return the peak in each window; the text has that of the shortest."""
-    peaks = {f"peak_{window:g}s": _peak(times, window) for window in WINDOWS}
-    peak, last = peaks[f"peak_{WINDOWS[0]:g}s"], max(times)
-    return Cell(f"{peak:,.0f}/s (last at {last:,.1f} s)", {"peak": peak, "last": last, **peaks})
+    peaks = {f"peak_{window:g}s": peak(times, window) for window in WINDOWS}
+    highest, last = peaks[f"peak_{WINDOWS[0]:g}s"], max(times)
+    text = f"{highest:,.0f}/s (last at {last:,.1f} s)"
+    return Cell(text, {"peak": highest, "last": last, **peaks})
 
 
-def _peak(times: list[float], window: float) -> float:
+def peak(times: list[float], window: float) -> float:
     """Return the most that fall into one window, as a rate per second."""
     return max(Counter(int(t / window) for t in times).values()) / window
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -118,6 +119,8 @@ def _watch(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
         if arguments.dir or arguments.app:
             raise
         return None
+    if sys.stderr.isatty():
+        print(f"dbpool: watching for {arguments.watch:g} s (--for)", file=sys.stderr)
     time.sleep(arguments.watch)
     return before, read_running(str(directory), arguments.app)
 
