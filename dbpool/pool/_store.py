@@ -150,7 +150,9 @@ class Store:
         else:
             self.queued += 1
             self.waiting.append(waiter)
-            if self.bag.idle and not waiter.is_late:  # one came back meanwhile
+            if self.bag.idle and not waiter.is_late(
+                self.breaker.clock()
+            ):  # one came back meanwhile
                 self.hand_over_or_store(self.bag.idle.pop(), is_fresh=False)
             self.refill()
 
