@@ -9,10 +9,7 @@ from __future__ import annotations
 import _thread
 import threading
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, Final, TypeVar, cast
-
-F = TypeVar("F", bound=Callable[..., Any])
+from typing import Final
 
 _START_TIMEOUT: Final = 1.0  # seconds in which a thread that was started runs
 
@@ -50,14 +47,3 @@ def run_in_thread(fn: Callable[[], object]) -> None:
         raise
     if errors:
         raise errors[0]
-
-
-def locked(method: F) -> F:
-    """Have a method hold the `lock` of its object."""
-
-    @wraps(method)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.lock:
-            return method(self, *args, **kwargs)
-
-    return cast("F", step)

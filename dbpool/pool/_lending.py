@@ -41,7 +41,8 @@ def acquire(
 
 def _wait(pool: PoolBase[Any], waiter: Waiter) -> Waiter:
     """Wait until *waiter* has a connection; raise if it gets none."""
-    pool._open_on_use()
+    if not pool._store.is_open:
+        pool._open_on_use()
     pool._store.join(waiter, pool.max_waiting, close_returns=pool.close_returns)
     if waiter.wait():
         pool._notices.timed_out(*pool._store.time_out(waiter))

@@ -26,9 +26,9 @@ from dbpool.pool._connector import Connector
 from dbpool.pool._maintenance import MAX_INTERVAL, Maintenance
 from dbpool.pool._notices import Notices, logger
 from dbpool.pool._returning import finish
-from dbpool.pool._store import Job, Store
+from dbpool.pool._store import Store
 from dbpool.pool._supply import Supply
-from dbpool.pool._workers import Call, Workers
+from dbpool.pool._workers import Workers
 from dbpool.retry import Budget
 from dbpool.settings import Settings
 
@@ -63,21 +63,16 @@ class PoolBase(ConnectionPool[CT]):
 
     def _build(self, sizes: tuple[int, int]) -> None:
         """Make all parts anew, as in a new process."""
-        settings, me = self.settings, ref(self)
-
-        def run_in_worker(fn: Job) -> None:
-            if (pool := me()) is not None:
-                pool._run_in_worker(fn)
-
+        settings = self.settings
+        self._threads = Workers(self)
+        self._tasks, self._sched = self._threads.tasks, self._threads.scheduler
         self._notices = Notices(self.name, self.listeners)
-        self._store = Store(self.name, sizes, settings.outage_grace, self.listeners, run_in_worker)
+        self._store = Store(self.name, sizes, settings.outage_grace, self.listeners, self._threads)
         self._lock = self._store.lock
         connector = Connector(settings, self._notices.warn_once)
         self._supply = Supply(self._store, connector, self._notices)
         self._maintenance = Maintenance(self._supply)
         self._budget = Budget(2 * settings.max_size)
-        self._threads = Workers(self.name, self.worker)
-        self._tasks, self._sched = self._threads.tasks, self._threads.scheduler
 
     def __repr__(self) -> str:
         if not hasattr(self, "_budget"):
@@ -152,7 +147,7 @@ class PoolBase(ConnectionPool[CT]):
             _fork.process.watchdog.watch(self)
         if store.open():
             try:
-                self._threads.start(self.num_workers, self._store)
+                self._threads.start(self.num_workers, lambda: not self.closed)
             except BaseException:  # no threads to be had, say: the next user tries again
                 store.revert_open()
                 _fork.process.watchdog.unwatch(self)
@@ -228,7 +223,7 @@ class PoolBase(ConnectionPool[CT]):
             return
         store.heal(close_returns=self.close_returns, has_idle_workers=self._threads.tasks.empty())
         if store.is_open:
-            self._threads.start(self.num_workers, self._store)
+            self._threads.start(self.num_workers, lambda: not self.closed)
         else:
             self._threads.stop()
             self.listeners.close()
@@ -277,14 +272,6 @@ class PoolBase(ConnectionPool[CT]):
         self._store.was_opened = is_stopped
 
     # Tasks and threads
-
-    def _run_in_worker(self, fn: Job) -> None:
-        """Have a worker call *fn* with the pool."""
-        self.run_task(Call(self, fn))
-
-    def _run_later(self, fn: Job, delay: float) -> None:
-        """Have the scheduler call *fn*, which must be short, with the pool in *delay* seconds."""
-        self.schedule_task(Call(self, fn), delay)
 
     @classmethod
     def worker(cls, q: Any) -> None:

@@ -5,24 +5,34 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import ref
 
-from dbpool import events
-from dbpool._threads import locked
-from dbpool.breaker import Attempt, Breaker
+from dbpool.breaker import Breaker
 from dbpool.errors import DatabaseUnavailable, PoolError
 from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord, Holder, ThreadInfo
-from dbpool.metrics import Metrics, Snapshot
-from dbpool.pool import _explain, _statistics
+from dbpool.metrics import Metrics
+from dbpool.pool import _explain, _growth, _statistics
 from dbpool.pool._bag import Bag, Condition
 from dbpool.pool._notices import Notices
 from dbpool.pool._waiting import Waiter, WaitQueue
+from dbpool.pool._workers import Job, Workers
 
-Job = Callable[[Any], None]  # of a worker, called with the pool
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def locked(method: F) -> F:
+    """Have a method of the store hold its lock."""
+
+    @wraps(method)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return cast("F", step)
 
 
 class Store:
@@ -41,12 +51,12 @@ class Store:
         sizes: tuple[int, int],
         grace: float,
         listeners: Emitter,
-        run_in_worker: Callable[[Job], None],
+        workers: Workers,
     ) -> None:
         self.lock = threading.RLock()  # a garbage collection inside may come back in
         self.name = name
         self.min_size, self.max_size = sizes
-        self.run_in_worker = run_in_worker
+        self.workers = workers
         self.is_open = self.was_opened = False
         self.metrics = Metrics()
         self.bag = Bag(name, self.metrics, listeners)
@@ -73,10 +83,7 @@ class Store:
             return "down"
         return "up" if self.breaker.last_alive_at else "starting"
 
-    @locked
-    def snapshot(self) -> Snapshot:
-        """Return a consistent snapshot of the state and of all counters since opening."""
-        return _statistics.snapshot(self)
+    snapshot = locked(_statistics.snapshot)
 
     @locked
     def parent_stats(self, *, pop: bool = False) -> dict[str, int]:
@@ -140,8 +147,8 @@ class Store:
         if not self.is_open:
             raise _explain.closed(self.name, was_opened=self.was_opened)
         if self.breaker.is_failing:
-            self._close_if_alive()
-            self._trip_if_due()
+            _growth.close_if_alive(self)
+            _growth.trip_if_due(self)
         if self.breaker.is_open:
             self.metrics.rejected += waiter.reject(self.unavailable())
         elif max_waiting and len(self.waiting) >= max_waiting:
@@ -199,7 +206,7 @@ class Store:
         """Have a worker do *job*, which has the connection; false in a closed pool."""
         if self.is_open:  # workers that are told to stop do it first
             record.owner = ref(job)
-            self.run_in_worker(job)
+            self.workers.run(job)
         return self.is_open
 
     @locked
@@ -269,100 +276,16 @@ class Store:
 
     def flush_later(self) -> None:
         """Have a worker close and log what may not be done under the lock or by a caller."""
-        self.run_in_worker(lambda pool: pool._supply.flush())
+        self.workers.run(lambda pool: pool._supply.flush())
 
-    # Connecting
+    # Connecting, see `_growth`
 
-    @locked
-    def refill(self) -> None:
-        """Begin the connects that are missing: up to min_size, then one at a time for waiters."""
-        breaker = self.breaker
-        if not self.is_open or breaker.retry is not None or breaker.is_open:
-            return
-        missing = max(0, self.min_size - self.size)
-        if self.waiting and not breaker.attempts and self.size < self.max_size:
-            missing = max(1, missing)
-        for _ in range(missing):
-            self._enqueue(breaker.add())
-
-    def _enqueue(self, attempt: Attempt) -> None:
-        """Have a worker make that attempt; twice does no harm."""
-        self.run_in_worker(lambda pool: pool._supply.connect(pool, attempt))
-
-    @locked
-    def may_begin(self, attempt: Attempt) -> bool:
-        """Whether a worker is to make that attempt; if nobody needs it, release its place."""
-        if not self.is_open or attempt.started or attempt not in self.breaker.attempts:
-            return False  # another worker was quicker
-        # While nothing is there at all, the next caller is to learn at once whether it works.
-        is_missed = not self.bag.records or self.size <= self.min_size or bool(self.waiting)
-        is_excess = self.size > self.max_size
-        return not self.breaker.release_if_unneeded(
-            attempt, is_missed=is_missed, is_excess=is_excess
-        )
-
-    @locked
-    def begin(self, attempt: Attempt) -> float:
-        """Begin a try; return when."""
-        attempt.started = self.breaker.clock()
-        return attempt.started
-
-    @locked
-    def connected(self, conn: Any, attempt: Attempt) -> tuple[float, float | None]:
-        """Add a new connection; return how long it took, and how long the outage was, if any."""
-        seconds = self.breaker.clock() - attempt.started
-        self.bag.records.add(conn._record)
-        outage = self.breaker.succeeded(attempt)
-        self.metrics.connects += 1
-        self.metrics.connect.add(seconds)
-        if self.size > self.max_size:  # it was made smaller meanwhile
-            conn._record.expires_at = 0.0
-        self.hand_over_or_store(conn, is_fresh=True)
-        self.refill()
-        return seconds, outage
-
-    @locked
-    def failed(
-        self, attempt: Attempt, error: BaseException, kind: str, *, awaits_change: bool
-    ) -> bool:
-        """Record a failed attempt; return whether it is to be tried again."""
-        self.metrics.connect_failures += 1
-        if not self.is_open:
-            return False
-        is_retry = self.breaker.failed(attempt, error, kind, awaits_change=awaits_change)
-        self._trip_if_due()
-        return is_retry
-
-    @locked
-    def overdue(self, attempt: Attempt, started: float) -> float | None:
-        """Count an attempt without an answer as failing; return when to look again, in seconds."""
-        breaker = self.breaker
-        is_over = attempt not in breaker.attempts or attempt.started != started
-        if is_over or not self.is_open:
-            return None
-        breaker.overdue(attempt, _explain.no_answer(breaker.clock() - started))
-        self._trip_if_due()
-        return max(started, breaker.last_alive_at) + breaker.patience - breaker.clock()
-
-    def _close_if_alive(self) -> None:
-        """Close the breaker if a connection came back healthy since it opened."""
-        if (outage := self.breaker.close_if_alive()) is not None:
-            self.notices.append(partial(Notices.back, seconds=outage))
-            self.flush_later()
-
-    def _trip_if_due(self) -> None:
-        """Open the breaker if it is time to; while it is open, nobody waits."""
-        breaker, bag = self.breaker, self.bag
-        if breaker.trip_if_due(idle=len(bag.idle), out=bag.out):
-            opened = events.CircuitOpened(self.name, breaker.last_error or "", breaker.kind)
-            self.notices.append(partial(Notices.down, event=opened))
-            self.metrics.circuit_opened += 1
-            self.flush_later()
-        if breaker.is_open and self.waiting:
-            snapshot = self.snapshot()  # one for all
-            self.metrics.rejected += self.waiting.reject_all(
-                lambda: _explain.unavailable(self.name, snapshot, breaker)
-            )
+    refill = locked(_growth.refill)
+    may_begin = locked(_growth.may_begin)
+    begin = locked(_growth.begin)
+    connected = locked(_growth.connected)
+    failed = locked(_growth.failed)
+    overdue = locked(_growth.overdue)
 
     # Maintaining
 
@@ -373,12 +296,12 @@ class Store:
             self.close()
         self._reclaim(close_returns=close_returns)
         if self.breaker.start_interval():
-            self._close_if_alive()
-        self._trip_if_due()
+            _growth.close_if_alive(self)
+        _growth.trip_if_due(self)
         self.bag.trim(self.max_size)
         if has_idle_workers:
             for attempt in self.breaker.interrupted():
-                self._enqueue(attempt)
+                _growth.enqueue(self, attempt)
 
     @locked
     def mark_held_long(self, before: float) -> list[tuple[ThreadInfo | None, Holder]]:

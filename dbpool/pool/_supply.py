@@ -63,7 +63,7 @@ class Supply:
         self.flush()
         troubles = metrics.dead + metrics.connect_failures
         if self.connector.server_defaults.is_due(pool.max_lifetime, troubles):
-            pool._run_in_worker(lambda pool: pool._supply.check_server_defaults(pool))
+            pool._threads.run(lambda pool: pool._supply.check_server_defaults(pool))
 
     def _failed(
         self, pool: PoolBase[Any], attempt: Attempt, started: float, failure: Failure
@@ -91,14 +91,16 @@ class Supply:
         delay = max(0.0, attempt.due - self.store.breaker.clock())
         if attempt.awaits_change:
             delay = min(delay, _CHANGE_INTERVAL)
-        pool._run_later(
-            lambda pool: pool._run_in_worker(lambda p: p._supply.connect(p, attempt)), delay
+        pool._threads.run_later(
+            lambda pool: pool._threads.run(lambda p: p._supply.connect(p, attempt)), delay
         )
 
     def _check_answer_later(
         self, pool: PoolBase[Any], attempt: Attempt, started: float, delay: float
     ) -> None:
-        pool._run_later(lambda pool: pool._supply.check_answer(pool, attempt, started), delay)
+        pool._threads.run_later(
+            lambda pool: pool._supply.check_answer(pool, attempt, started), delay
+        )
 
     def check_answer(self, pool: PoolBase[Any], attempt: Attempt, started: float) -> None:
         """Count an attempt as failing if it has no answer for too long."""

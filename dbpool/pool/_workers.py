@@ -8,13 +8,15 @@ from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 from psycopg_pool import ConnectionPool
 from psycopg_pool.pool import MaintenanceTask, StopWorker
 from psycopg_pool.sched import Scheduler
 
-from dbpool._threads import locked, run_in_thread
-from dbpool.pool._store import Job, Store
+from dbpool._threads import run_in_thread
+
+Job = Callable[[Any], None]  # of a worker, called with the pool
 
 
 class Call(MaintenanceTask):
@@ -45,22 +47,33 @@ class Call(MaintenanceTask):
 class Workers:
     """The threads of a pool: the scheduler, and workers that take tasks from a queue."""
 
-    def __init__(self, name: str, worker: Callable[[Any], None]) -> None:
-        self.lock = threading.RLock()  # held while the threads are started or stopped
+    def __init__(self, pool: ConnectionPool[Any]) -> None:
         self.tasks: Any = queue.SimpleQueue()  # made in C, unlike the parent's
         self.scheduler = Scheduler()
         self.threads: list[threading.Thread] = []
-        self._name, self._worker = name, worker
+        self._starting = threading.RLock()  # held while the threads are started or stopped
+        self._pool = ref(pool)  # weakly: it dies while they run
+        self._name, self._worker = pool.name, pool.worker
 
-    @locked
-    def start(self, number: int, store: Store) -> None:
+    def run(self, job: Job) -> None:
+        """Have a worker do *job*."""
+        if (pool := self._pool()) is not None:
+            pool.run_task(Call(pool, job))
+
+    def run_later(self, job: Job, delay: float) -> None:
+        """Have the scheduler do *job*, which must be short, in *delay* seconds."""
+        if (pool := self._pool()) is not None:
+            pool.schedule_task(Call(pool, job), delay)
+
+    def start(self, number: int, is_open: Callable[[], bool]) -> None:
         """Start the scheduler and that many workers, unless they run or the pool is closed."""
-        if store.is_open and not any(thread.is_alive() for thread in self.threads):
-            try:
-                run_in_thread(partial(self._start, number))
-            except BaseException:
-                self.stop()
-                raise
+        with self._starting:
+            if is_open() and not any(thread.is_alive() for thread in self.threads):
+                try:
+                    run_in_thread(partial(self._start, number))
+                except BaseException:
+                    self.stop()
+                    raise
 
     def _start(self, number: int) -> None:
         self.threads = []
@@ -71,16 +84,16 @@ class Workers:
             thread.start()
             self.threads.append(thread)
 
-    @locked
     def stop(self) -> list[threading.Thread]:
         """Have the threads end; return them. To be called again if it was interrupted."""
-        threads = self.threads
-        if threads:
-            # What wakes the scheduler is an Event: a worker does that, where there is one.
-            stop: Any = SimpleNamespace(run=partial(self.scheduler.enter, 0.0, None))
-            give: Any = self.tasks.put if threads[1:] else lambda task: task.run()
-            give(stop)
-            for _ in threads[1:]:
-                self.tasks.put(StopWorker(self))  # type: ignore[arg-type]
-            self.threads = []
-        return threads
+        with self._starting:
+            threads = self.threads
+            if threads:
+                # What wakes the scheduler is an Event: a worker does that, where there is one.
+                stop: Any = SimpleNamespace(run=partial(self.scheduler.enter, 0.0, None))
+                give: Any = self.tasks.put if threads[1:] else lambda task: task.run()
+                give(stop)
+                for _ in threads[1:]:
+                    self.tasks.put(StopWorker(self))  # type: ignore[arg-type]
+                self.threads = []
+            return threads

@@ -27,6 +27,7 @@ from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord, Owner, current
 from dbpool.pool._store import Store
 from dbpool.pool._waiting import Waiter
+from dbpool.pool._workers import Workers
 
 GRACE = 2.0
 KINDS = ["refused", "password", "saturated", "timeout"]
@@ -38,6 +39,16 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class NoWorkers(Workers):
+    """What would be done in a worker is done by a rule."""
+
+    def __init__(self) -> None:
+        pass
+
+    def run(self, job: object) -> None:
+        pass
 
 
 class Session:
@@ -70,9 +81,8 @@ class Pools(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.jobs: list[Any] = []
         self.clock = Clock()
-        self.store = Store("rules", (1, 3), GRACE, Emitter(), self.jobs.append)
+        self.store = Store("rules", (1, 3), GRACE, Emitter(), NoWorkers())
         self.store.breaker.clock = self.clock
         self.store.open()
         self.waiting: list[Caller] = []  # in the order in which they came
