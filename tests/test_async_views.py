@@ -263,6 +263,7 @@ def test_nested_checkouts_in_an_async_view_are_told_as_such(
 ) -> None:
     app = make_app(fake, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="50ms", DBPOOL_ERROR_HANDLERS=False)
     pool = app.extensions["dbpool"].databases.default
+    pool.open(wait=True)
 
     @app.get("/")
     async def view() -> str:

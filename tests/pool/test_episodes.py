@@ -69,7 +69,8 @@ def test_an_error_handler_logs_nothing_for_each_refused_request(
     app = make_app(fake, db=db, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="20ms")
     app.add_url_rule("/", view_func=lambda: str(db.pool.fetch_value("select 1")))
     pool = app.extensions["dbpool"].databases.default
-    with pool, pool.connection():
+    pool.open(wait=True)
+    with pool.connection():
         for _ in range(10):
             assert app.test_client().get("/").status_code == 503
     assert len(lines(log, logging.WARNING)) == 1
