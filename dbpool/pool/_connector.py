@@ -15,12 +15,12 @@ from psycopg import Connection, Cursor
 from psycopg.pq import TransactionStatus
 
 from dbpool import errors
-from dbpool._secrets import conceal, conceal_params, secrets_of
+from dbpool._secrets import conceal, secrets_of
 from dbpool.breaker import Attempt
 from dbpool.liveness import PingTimeout, file_limit_error, ping
 from dbpool.pool._psycopg import attach, close, has_stock_class, new_record
 from dbpool.pool._server_defaults import ServerDefaults
-from dbpool.pool._session import reset_message
+from dbpool.pool._session import Names, call_traced, reset_message
 from dbpool.settings import Settings
 from dbpool.settings._conninfo import already_set
 
@@ -48,6 +48,8 @@ class Connector:
     def __init__(self, settings: Settings, warn_once: Callable[[str], None]) -> None:
         self.settings = settings
         self.server_defaults = ServerDefaults(settings, warn_once)
+        # Names of custom settings that `configure` makes; None until they are known.
+        self.custom: Names | None = None if settings.session_reset == "session" else ()
         self.warn_once = warn_once
         self.cursors: type[Cursor[Any]] = Cursor  # of connections for which nothing else is asked
         if settings.pipeline_begin:
@@ -60,7 +62,7 @@ class Connector:
         conninfo = conceal(pool.conninfo() if callable(pool.conninfo) else pool.conninfo)
         kwargs = pool.kwargs() if callable(pool.kwargs) else pool.kwargs
         return self.settings.connect_params(
-            conninfo or self.settings.resolve(), conceal_params(kwargs or {}), defaults=False
+            conninfo or self.settings.resolve(), conceal(kwargs or {}), defaults=False
         )
 
     def have_changed(self, pool: PoolBase[Any], params: dict[str, Any]) -> bool:
@@ -134,11 +136,11 @@ class Connector:
         if has_stock_class(conn) and conn.cursor_factory is Cursor:
             conn.cursor_factory = self.cursors
         if configure:
-            configure(conn)
+            self.custom = call_traced(configure, conn, self.custom)
             insist_on_idle(conn, "configure")
         message = b""
         if self.settings.session_reset == "session":
-            message = reset_message(conn, float(self.settings.connect_timeout))
+            message = reset_message(conn, self.settings.connect_timeout, self.custom or ())
         record = new_record(conn, self.cursors)
         record.reset_message = message
         record.created_at = record.idle_since = now = monotonic()

@@ -18,10 +18,10 @@ from typing import Any, Final
 
 from psycopg.conninfo import make_conninfo
 
-from dbpool._secrets import conceal, conceal_params, conceals_fields, mask_value
+from dbpool._secrets import conceal, conceals_fields, mask_value
 from dbpool.errors import ConfigError
 from dbpool.settings import _conninfo, _parsing, _sources
-from dbpool.settings._parsing import LEFT_TO_SERVER, did_you_mean, nearest, parsed
+from dbpool.settings._parsing import LEFT_TO_SERVER, MAX_INT, did_you_mean, nearest, parsed
 from dbpool.settings._sources import Dotenv, Environ, Sources, find, read_secret
 
 __all__ = ["Settings", "unknown_variables"]
@@ -31,9 +31,7 @@ logger = logging.getLogger("dbpool")
 _Params = Mapping[str, Any] | None
 _Unknown = tuple[str, str | None]  # a variable, and what was probably meant
 NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
-_URL: Final = re.compile(
-    r"DBPOOL_(?:(?:DATABASE|DEFAULT)_|([A-Z][A-Z0-9_]*)_)?(?:URL|URI|DSN|CONNINFO)(_FILE)?"
-)
+_URL: Final = re.compile(r"DBPOOL_(?:DATABASE_|DEFAULT_|(\w+)_)?(?:UR[LI]|DSN|CONNINFO)(_FILE)?")
 
 # The fields that the server enforces, with their names there.
 SERVER_SIDE: Final = {
@@ -41,6 +39,7 @@ SERVER_SIDE: Final = {
     "lock_timeout": "lock_timeout",
     "idle_in_transaction_timeout": "idle_in_transaction_session_timeout",
 }
+_RESETS: Final = {"none": "none", "session": "session"}
 _POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
 # libpq's variables that say which database is meant.
 _NAMES_A_DATABASE: Final = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE")
@@ -53,11 +52,11 @@ _WITHOUT_VARIABLE: Final = frozenset(
 )
 
 
+_POSITIVE: Final = (0.001, MAX_INT)
 _count: Final = partial(parsed, parse=_parsing.parse_number, is_time=False, whole=True)
 _whole_seconds: Final = partial(parsed, parse=_parsing.parse_number, whole=True)
 _seconds: Final = partial(parsed, parse=_parsing.parse_time)
 _server_timeout: Final = partial(parsed, parse=_parsing.parse_server_timeout)
-_choice: Final = partial(parsed, "none", _parsing.parse_choice)
 
 
 @conceals_fields
@@ -76,12 +75,12 @@ class Settings:
     conninfo_file: str | None = parsed(None, _parsing.parse_path)
     password_file: str | None = parsed(None, _parsing.parse_path)
     min_size: int = _count(1)
-    max_size: int = _count(10, least=1)
+    max_size: int = _count(10, limits=(1, MAX_INT))
     timeout: float = _seconds(5.0)
     max_waiting: int = _count(0)
-    max_lifetime: float = _seconds(1800.0, least=0.001, suspect=200_000)
-    max_idle: float = _seconds(600.0, least=0.001, suspect=200_000)
-    connect_timeout: int = _whole_seconds(5, least=2)
+    max_lifetime: float = _seconds(1800.0, limits=_POSITIVE, suspect=200_000)
+    max_idle: float = _seconds(600.0, limits=_POSITIVE, suspect=200_000)
+    connect_timeout: int = _whole_seconds(5, limits=(2, MAX_INT))
     statement_timeout: float | str = _server_timeout(30.0)
     lock_timeout: float | str = _server_timeout(0.0)
     idle_in_transaction_timeout: float | str = _server_timeout(60.0)
@@ -90,11 +89,11 @@ class Settings:
     keepalives_count: int = _count(3)
     tcp_user_timeout: float = parsed(30.0, _parsing.parse_timeout)
     ping_after: float = _seconds(30.0)
-    ping_timeout: float = _seconds(1.0, least=0.001)
+    ping_timeout: float = _seconds(1.0, limits=_POSITIVE)
     outage_grace: float = _seconds(2.0)
     leak_after: float = _seconds(60.0)
-    session_reset: str = _choice(choices={"none": "none", "session": "session"})
-    pooler: str = _choice(choices=_POOLERS)
+    session_reset: str = parsed("none", _parsing.parse_choice, choices=_RESETS)
+    pooler: str = parsed("none", _parsing.parse_choice, choices=_POOLERS)
     pipeline_begin: bool = parsed(False, _parsing.parse_bool, unset=False)
     application_name: str = parsed("", lambda text, known_as: str(text))
     libpq: str = ""
@@ -105,16 +104,20 @@ class Settings:
         self._set("explicit", self.explicit | (changed - {"name", "explicit"}))
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(f.default, str):
-                _parsing.insist_on_text(value, f.name)
+            if isinstance(f.default, str) and not isinstance(value, str):
+                raise ConfigError(f"{f.name} must be a string, not of type {type(value).__name__}")
             if parse := f.metadata.get("parse"):
                 self._set(f.name, parse(value, self._known_as(f.name)))
         if "max_size" not in self.explicit:
             self._set("max_size", max(self.min_size, self.max_size))
         if self.min_size > self.max_size:
             self._refuse("min_size", f"is {self.min_size}, but max_size is {self.max_size}")
-        if self.pooler == "transaction":
-            self._check_pooler()
+        if self.pooler == "transaction" and self.session_reset == "session":
+            self._refuse("session_reset", "cannot work through a transaction pooler")
+        for name in sorted(self.explicit & SERVER_SIDE.keys()):
+            if self.pooler == "transaction" and getattr(self, name) != LEFT_TO_SERVER:
+                advice = f"use ALTER ROLE … SET {SERVER_SIDE[name]} on the server"
+                self._refuse(name, f"cannot be set through a transaction pooler: {advice}")
 
     _set = object.__setattr__  # the class is frozen for everybody else
 
@@ -128,14 +131,6 @@ class Settings:
 
     def _refuse(self, name: str, reason: str) -> None:
         raise ConfigError(f"{self._known_as(name)} {reason}")
-
-    def _check_pooler(self) -> None:
-        if self.session_reset == "session":
-            self._refuse("session_reset", "cannot work through a transaction pooler")
-        for name in sorted(self.explicit & SERVER_SIDE.keys()):
-            if getattr(self, name) != LEFT_TO_SERVER:
-                advice = f"use ALTER ROLE … SET {SERVER_SIDE[name]} on the server"
-                self._refuse(name, f"cannot be set through a transaction pooler: {advice}")
 
     def __repr__(self) -> str:
         return f"Settings({', '.join(f'{key}={value!r}' for key, value in self.masked().items())})"
@@ -165,9 +160,10 @@ class Settings:
         *kwargs* win; those that are psycopg's pass through. Without *defaults* the
         `default_options` are left out.
         """
-        conninfo, kwargs = conceal(conninfo), conceal(kwargs)
-        given = conceal_params(kwargs or {})
-        params = _conninfo.parse(self.resolve() if conninfo is None else conninfo) | given
+        conninfo, given, kwargs = conceal(conninfo), conceal(kwargs or {}), None
+        params: dict[str, Any] = (
+            _conninfo.parse(self.resolve() if conninfo is None else conninfo) | given
+        )
         unseen = _conninfo.parse(self.libpq)
         variables = {_conninfo.VARIABLES[key]: value for key, value in unseen.items()}
         known = _conninfo.already_set(params, {**os.environ, **variables})
@@ -219,7 +215,7 @@ class Settings:
 
         *environ* is the process's environment by default, *dotenv* the path of a `.env`.
         """
-        name, environ, overrides = map(conceal, (name, environ, overrides))
+        name, environ, overrides = conceal(name), conceal(environ), conceal(overrides)
         name = _parsing.parse_name(name)
         sources = _sources.read_sources(environ, dotenv)
         warn_of_unknown(sources, tuple({*names_in(sources), name} - {"default"}))
@@ -264,19 +260,18 @@ def build(name: str, sources: Sources, overrides: Mapping[str, Any]) -> Settings
     variables = {key: find(sources, name) for key, name in _conninfo.VARIABLES.items() if name}
     unseen = {k: v for k, v in variables.items() if v != os.environ.get(_conninfo.VARIABLES[k])}
     found["libpq"] = conceal(make_conninfo("", **unseen)) or None
-    found |= {key: value for key, value in overrides.items() if value is not None}
-    values = {key: value for key, value in found.items() if value is not None}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    values = {key: value for key, value in found.items() if value is not None} | given
     if not (values.get("conninfo") or values.get("conninfo_file")):
         if name != "default":
             raise ConfigError(f"database {name!r} needs {url} or {url}_FILE")
-        _check_that_nothing_was_meant(sources)
+        if not find([*sources, os.environ], *_NAMES_A_DATABASE):
+            _check_that_nothing_was_meant(sources)
     return Settings(name=name, explicit=frozenset(values), **values)
 
 
 def _check_that_nothing_was_meant(sources: Sources) -> None:
     """Raise `ConfigError` if libpq's defaults would be used in place of what the user meant."""
-    if find([*sources, os.environ], *_NAMES_A_DATABASE):
-        return
     if skipped := find(sources, _sources.SKIPPED):
         raise ConfigError(f"DATABASE_URL is not set, and {skipped}; DBPOOL_DOTENV can name it")
     if any(source.get("DATABASE_URL_FILE") == "" for source in sources):
@@ -295,10 +290,9 @@ def unknown(sources: Sources, databases: tuple[str, ...]) -> Iterator[_Unknown]:
     known = COMMON.union(*map(variables_of, databases))
     given = {key for source in sources for key in source if key.startswith("DBPOOL_")}
     for key in sorted(given - known):
-        libpq = key.replace("DBPOOL_", "PG")
         url = _URL.fullmatch(key)
         database = ((url and url[1]) or "default").lower()
-        if libpq in _conninfo.VARIABLES.values():
+        if (libpq := key.replace("DBPOOL_", "PG")) in _conninfo.VARIABLES.values():
             yield key, libpq
         elif url is None:
             yield key, nearest(key, known | {"PGPASSWORD_FILE"})

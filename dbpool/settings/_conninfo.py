@@ -17,7 +17,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Conninfo
 
-from dbpool._secrets import conceal, conceal_params, mask_value
+from dbpool._secrets import conceal, mask_value
 from dbpool.errors import ConfigError
 from dbpool.settings._parsing import NAMES, did_you_mean, nearest
 
@@ -25,9 +25,7 @@ from dbpool.settings._parsing import NAMES, did_you_mean, nearest
 _DRIVER: Final = re.compile(r"^postgres(?:ql)?\+psycopg(?:2|3)?://", re.IGNORECASE)
 
 # libpq's parameters, each with its environment variable, or "".
-VARIABLES: Final = {
-    option.keyword.decode(): (option.envvar or b"").decode() for option in Conninfo.get_defaults()
-}
+VARIABLES: Final = {o.keyword.decode(): (o.envvar or b"").decode() for o in Conninfo.get_defaults()}
 
 # How a string begins that libpq refuses, or a URL that must not reach it, and what is wrong with it.
 _NO_CONNINFO: Final = (
@@ -53,8 +51,7 @@ def normalise(conninfo: str, known_as: str) -> str:
 
 
 def _spell(conninfo: str) -> str:
-    spelt: str = conceal(_DRIVER.sub("postgresql://", conninfo.strip()))
-    return spelt
+    return conceal(_DRIVER.sub("postgresql://", conninfo.strip()))  # type: ignore[no-any-return]
 
 
 def parse(conninfo: str, known_as: str = "the connection string") -> dict[str, Any]:
@@ -71,7 +68,7 @@ def parse(conninfo: str, known_as: str = "the connection string") -> dict[str, A
     # The error is raised here, so that no chained error repeats the string.
     if problem := _problem(text, params):
         raise ConfigError(f"{known_as} is malformed: {problem}")
-    return conceal_params(params or {})
+    return params or {}
 
 
 def _problem(text: str, params: Mapping[str, Any] | None) -> str:
@@ -119,9 +116,9 @@ def _misplaced(params: Mapping[str, Any], *, is_url: bool) -> str:
     """
     for part in ("host", "hostaddr"):
         for value in conceal(params.get(part, "")).split(","):
-            is_path = value.startswith(("/", "@"))
-            if not is_path and (found := re.search(r"[][@;?#/\s]|^[^:]*:[^:]*$", value)):
-                return f"its {part} holds {'a port' if ':' in found[0] else found[0]}"
+            # Neither a path nor an abstract socket.
+            if found := re.match(r"(?s)(?![/@])(?:.*?([][@;?#/\s])|[^:]*:[^:]*$)", value):
+                return f"its {part} holds {found[1] or 'a port'}"
     ports = str(params.get("port", "")).split(",")
     if not all(re.fullmatch("[0-9]{0,5}", each) and 0 < int(each or 1) < 65536 for each in ports):
         return "its port is not a number from 1 to 65535"
@@ -144,7 +141,7 @@ def already_set(params: Mapping[str, Any], environ: Mapping[str, str]) -> dict[s
     variables = {key: environ[var] for key, var in VARIABLES.items() if environ.get(var)}
     service = params.get("service") or variables.get("service")
     entries = _read_service(str(service), environ) if service else {}
-    return conceal_params({**variables, **entries, **params})
+    return {**variables, **conceal(entries), **params}
 
 
 def _read_service(name: str, environ: Mapping[str, str]) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import field
 from difflib import get_close_matches
 from functools import partial
@@ -20,8 +19,11 @@ logger = logging.getLogger("dbpool")
 
 LEFT_TO_SERVER: Final = "server"
 MAX_INT: Final = 2_147_483_647  # of libpq and the server; in seconds, less than any clock's end
+Limits = tuple[float, float]
+ANY: Final = (0.0, MAX_INT)
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 _DURATION: Final = re.compile(r"(-?(?:\d+(?:\.\d*)?|\.\d+))\s*(ms|s|m|h|)", re.ASCII)
+_COUNT: Final = re.compile(r"(-?\d+)()", re.ASCII)
 _SWITCHES: Final = {"1": True, "true": True, "yes": True, "on": True,
                     "0": False, "false": False, "no": False, "off": False}  # fmt: skip
 
@@ -37,19 +39,14 @@ def parsed(default: Any, parse: Callable[..., Any], **options: Any) -> Any:
 
 
 def parse_number(
-    value: Any,
-    known_as: str,
-    *,
-    is_time: bool = True,
-    whole: bool = False,
-    least: float = 0.0,
-    most: float = MAX_INT,
+    value: Any, known_as: str, *, is_time: bool = True, whole: bool = False, limits: Limits = ANY
 ) -> float | int:
     """Return *value* as a number; a time, in seconds, may be text with a unit.
 
     Raises `ConfigError`, which names *known_as*.
     """
-    number, unit = _to_number(value, is_time=is_time), " s" if is_time else ""
+    (least, most), unit = limits, " s" if is_time else ""
+    number = _to_number(value, is_time=is_time)
     if number is None:
         wanted = 'a number of seconds or a time such as "500ms"' if is_time else "a whole number"
     elif not number >= 0:  # NaN neither
@@ -67,16 +64,14 @@ def parse_number(
 
 def _to_number(value: Any, *, is_time: bool) -> float | None:
     if isinstance(value, str):
-        match = _DURATION.fullmatch(value.strip())
-        if match is None or not (is_time or match[0].lstrip("-").isdecimal()):
-            return None
-        return float(match[1]) * _UNITS[match[2]]
+        match = (_DURATION if is_time else _COUNT).fullmatch(value.strip())
+        return float(match[1]) * _UNITS[match[2]] if match else None
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def parse_time(value: Any, known_as: str, *, suspect: float = 1000, **limits: Any) -> float:
+def parse_time(value: Any, known_as: str, *, limits: Limits = ANY, suspect: int = 1000) -> float:
     """Parse seconds; warn of a number from *suspect* on, which was probably meant in milliseconds."""
-    seconds = parse_number(value, known_as, **limits)
+    seconds = parse_number(value, known_as, limits=limits)
     if seconds >= suspect and str(value).strip().isdecimal():
         text = "%s is %d seconds (%.1f hours); for milliseconds write %dms"
         logger.warning(text, known_as, seconds, seconds / 3600, seconds)
@@ -86,7 +81,7 @@ def parse_time(value: Any, known_as: str, *, suspect: float = 1000, **limits: An
 def parse_timeout(value: Any, known_as: str) -> float:
     """Parse a time that is sent as an integer of milliseconds; 0 turns it off."""
     least = 0.001 if parse_number(value, known_as) else 0.0
-    return parse_time(value, known_as, least=least, most=MAX_INT // 1000)
+    return parse_time(value, known_as, limits=(least, MAX_INT // 1000))
 
 
 def parse_server_timeout(value: Any, known_as: str) -> float | str:
@@ -95,23 +90,17 @@ def parse_server_timeout(value: Any, known_as: str) -> float | str:
     return LEFT_TO_SERVER if is_left else parse_timeout(value, known_as)
 
 
-def parse_choice(value: str, known_as: str, *, choices: Mapping[str, str]) -> str:
-    """Return what *choices* has for *value*. Raises `ConfigError`."""
-    if (choice := choices.get(str(value))) is None:
-        raise ConfigError(f"{known_as} must be {' or '.join(dict.fromkeys(choices.values()))}")
+def parse_choice(value: Any, known_as: str, *, choices: Mapping[str, Any]) -> Any:
+    """Return what *choices* has for *value*, in whatever case. Raises `ConfigError`."""
+    if (choice := choices.get(str(value).lower())) is None:
+        wanted = " or ".join(dict.fromkeys(str(each).lower() for each in choices.values()))
+        raise ConfigError(f"{known_as} must be {wanted}, not {safe_repr(value)}")
     return choice
-
-
-def insist_on_text(value: object, known_as: str) -> None:
-    """Raise `ConfigError` for what is no string."""
-    if not isinstance(value, str):
-        raise ConfigError(f"{known_as} must be a string, not of type {type(value).__name__}")
 
 
 def parse_name(value: str, known_as: str = "name") -> str:
     """Return the name of a database. Raises `ConfigError` for a connection string in its place."""
-    insist_on_text(value, known_as)
-    if re.search(r"://|=", value):
+    if re.search(r"://|=", str(value)):
         raise ConfigError(f"{known_as} looks like a connection string, which belongs in conninfo")
     if value == "":
         raise ConfigError(f"{known_as} must not be empty")
@@ -127,11 +116,7 @@ def parse_path(value: Any, known_as: str) -> str | None:
 
 def parse_bool(value: Any, known_as: str, *, unset: bool = True) -> bool:
     """Return *value* as a switch, *unset* for None. Raises `ConfigError`."""
-    if value is None:
-        return unset
-    if (found := _SWITCHES.get(str(value).lower())) is None:
-        raise ConfigError(f"{known_as} must be true or false, not {safe_repr(value)}")
-    return found
+    return unset if value is None else bool(parse_choice(value, known_as, choices=_SWITCHES))
 
 
 def parse_list(value: Any, known_as: str) -> tuple[str, ...]:
@@ -143,7 +128,7 @@ def parse_list(value: Any, known_as: str) -> tuple[str, ...]:
     return tuple(n if n.isidentifier() and n.islower() else Secret(n) for n in names)
 
 
-def nearest(word: str, known: AbstractSet[str]) -> str | None:
+def nearest(word: str, known: Iterable[str]) -> str | None:
     """Return the known name that other libraries call *word*, else the most similar one, if any.
 
     A word that looks like the name of a password never leads to that of another secret.

@@ -56,12 +56,9 @@ def find(sources: Sources, *names: str) -> Any:
 
 def find_secret(sources: Sources, name: str) -> tuple[str | None, str | None]:
     """Return a secret, or the path of its file, from the first source that has either."""
-    for source in sources:
-        if value := source.get(name):
-            return Secret(value), None
-        if path := source.get(f"{name}_FILE"):
-            return None, Secret(path)
-    return None, None
+    pairs = ((source.get(name), source.get(f"{name}_FILE")) for source in sources)
+    value, path = next((pair for pair in pairs if any(pair)), (None, None))
+    return (Secret(value), None) if value else (None, Secret(path) if path else None)
 
 
 def read_secret(path: str, variable: str) -> str:
@@ -78,8 +75,7 @@ def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mappin
 
     Raises `ConfigError` if it is missing, is not UTF-8, or refers to a variable that is not set.
     """
-    known_as = "dotenv (DBPOOL_DOTENV)"
-    name = parse_path(path, known_as) or "off"
+    name = parse_path(path, "dotenv (DBPOOL_DOTENV)") or "off"
     if name == "off":
         return {}
     try:
@@ -89,7 +85,7 @@ def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mappin
             return parse_dotenv(file, environ)
     except OSError as ex:
         problem = ex.strerror
-    raise ConfigError(f"{known_as}: cannot read {safe_repr(name)}: {problem}")
+    raise ConfigError(f"dotenv (DBPOOL_DOTENV): cannot read {safe_repr(name)}: {problem}")
 
 
 def distrust(file: BinaryIO, directories: list[Path]) -> str:

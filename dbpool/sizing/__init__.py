@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from dbpool._secrets import conceal_params
+from dbpool._secrets import conceal
 from dbpool.errors import ConfigError, describe
 from dbpool.sizing._budget import Demand, Limit, Verdict, judge
 from dbpool.sizing._load import Measured, measure
@@ -103,4 +103,4 @@ def _ask_pooler(params: Mapping[str, Any], server: ServerLimits) -> PoolerLimits
 
 
 def _connect(params: Mapping[str, Any]) -> psycopg.Connection[Any]:
-    return psycopg.connect(**conceal_params({**params, "autocommit": True}))
+    return psycopg.connect(**conceal({**params, "autocommit": True}))
