@@ -156,6 +156,20 @@ def test_behind_a_pooler_its_sizes_count(bouncer: Bouncer, plan: Plan) -> None:
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here")
+def test_databases_behind_one_pooler_share_its_clients(bouncer: Bouncer, plan: Plan) -> None:
+    status, printed = plan(
+        "--json",
+        DATABASE_URL=bouncer.conninfo_for(),
+        DBPOOL_DATABASES="reports",
+        DBPOOL_REPORTS_URL=bouncer.conninfo_for(),
+        DBPOOL_POOLER="transaction",
+        DBPOOL_MAX_SIZE="2",
+    )
+    clients = limits(printed)["PgBouncer in front of default, reports"]
+    assert (clients["need"], clients["need_in_deploy"], status) == (4, 8, 1)
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here")
 def test_a_console_that_refuses_is_told(narrow: Server, plan: Plan) -> None:
     bouncer = Bouncer(narrow)
     bouncer.start()

@@ -226,6 +226,28 @@ def used(times: int, hold: float = 0.01) -> Histogram:
     return histogram
 
 
+def test_a_pool_at_which_callers_wait_is_never_called_large_enough() -> None:
+    """Two connections always in use: how many more callers there would be is not seen."""
+    crowded = reported(used(2000), 10.0)
+    crowded["pools"]["default"] |= {
+        "max_size": 2,
+        "wait": used(2000, hold=0.07).snapshot().to_json(),
+    }
+    found = measure(empty(), crowded, "default")
+    assert found.is_too_small
+    assert found.needs() == found.max_size + 1 or (found.needs() or 0) > found.max_size
+    idle = reported(used(200_000, hold=1e-5), 10.0)
+    idle["pools"]["default"] |= {"max_size": 6, "wait": used(2000, hold=0.07).snapshot().to_json()}
+    assert measure(empty(), idle, "default").needs() == 7
+    assert measure(empty(), idle, "default").needs(threads=4) == 1
+
+
+def test_a_great_many_threads_are_no_matter() -> None:
+    load = Load(rate=3000, hold=0.5)
+    assert 1500 < connections_needed(load) < 1700
+    assert 1500 < connections_needed(load, threads=10_000) < 1700
+
+
 def test_a_load_is_one_process_s_share() -> None:
     found = measure(empty(), reported(used(6000), 10.0, processes=3), "default")
     assert found.load is not None

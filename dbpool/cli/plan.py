@@ -141,7 +141,8 @@ def load_text(found: Measured, threads: int | None) -> str:
     """Return one line: what is set, what the load needs, and what twice the load would."""
     if found.load is None:
         return f"{found.max_size} is set; {found.reason}"
-    parts = [f"{found.max_size} is set, {found.needs()} would do"]
+    least = "at least " if found.is_too_small else ""
+    parts = [f"{found.max_size} is set, {least}{found.needs()} would do"]
     if threads is not None:
         parts.append(f"{threads} threads need {found.needs(threads)}")
     parts.append(f"at twice the load {found.needs(threads, 2.0)}")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from dbpool._secrets import conceal
 from dbpool.errors import ConfigError, describe
 from dbpool.sizing._budget import Demand, Limit, Verdict, judge
 from dbpool.sizing._load import Measured, measure
-from dbpool.sizing._pooler import CONSOLE, PoolerLimits, behind, client_limit, read_pooler_limits
+from dbpool.sizing._pooler import CONSOLE, PoolerLimits, behind, client_limits, read_pooler_limits
 from dbpool.sizing._queueing import TARGET, Load, connections_needed
 from dbpool.sizing._server import ServerLimits, read_server_limits, server_limits
 
@@ -62,21 +62,22 @@ def plan_connections(targets: Mapping[str, Target]) -> ConnectionPlan:
     server that cannot be asked is left out, and told in `unknown`.
     """
     seen: list[tuple[Demand, ServerLimits]] = []
-    limits: list[tuple[Limit, Sequence[Demand]]] = []
+    pooled: list[tuple[Demand, PoolerLimits]] = []
     unknown: dict[str, str] = {}
     for name, (demand, params, is_pooled) in targets.items():
         try:
             server = _ask_server(params)
-            if is_pooled:
-                pooler = _ask_pooler(params, server)
-                limits.append(client_limit(demand, pooler))
-                demand = behind(demand, pooler)  # noqa: PLW2901  # what is left of it
-            seen.append((demand, server))
+            if not is_pooled:
+                seen.append((demand, server))
+                continue
+            pooler = _ask_pooler(params, server)
+            pooled.append((demand, pooler))
+            seen.append((behind(demand, pooler), server))
         except _NoConsoleError as ex:
             unknown[name] = str(ex)
         except (psycopg.Error, ConfigError) as ex:
             unknown[name] = describe(ex)
-    return ConnectionPlan(judge([*limits, *server_limits(seen)]), unknown)
+    return ConnectionPlan(judge([*client_limits(pooled), *server_limits(seen)]), unknown)
 
 
 def _ask_server(params: Mapping[str, Any]) -> ServerLimits:

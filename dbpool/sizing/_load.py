@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from dbpool.metrics import BOUNDS, HistogramSnapshot, Snapshot
 from dbpool.report import read_snapshot
-from dbpool.sizing._queueing import Load, connections_needed
+from dbpool.sizing._queueing import TARGET, Load, connections_needed
 
 ENOUGH: Final = 1000  # checkouts; with fewer the 95th percentile rests on a handful
 _SERIOUS: Final = ("warning", "critical")
@@ -28,12 +28,24 @@ class Measured:
     max_size: int  # of one process
     seconds: float
     checkouts: int
+    wait_p95: float = 0.0
     load: Load | None = None
     reason: str | None = None
 
+    @property
+    def is_too_small(self) -> bool:
+        """Whether callers wait for too long already: how many more would come is not seen then."""
+        return self.wait_p95 >= TARGET
+
     def needs(self, threads: int | None = None, times: float = 1.0) -> int | None:
-        """Return the `max_size` that the load needs; None where there is not enough data."""
-        return None if self.load is None else connections_needed(self.load, threads, times)
+        """Return the `max_size` that the load needs; None where there is not enough data.
+
+        Where the pool is too small and the number of threads is unknown, it is at least that.
+        """
+        if self.load is None:
+            return None
+        needed = connections_needed(self.load, threads, times)
+        return max(needed, self.max_size + 1) if self.is_too_small and not threads else needed
 
 
 def measure(before: Mapping[str, Any], after: Mapping[str, Any], pool: str) -> Measured:
@@ -58,7 +70,7 @@ def measure(before: Mapping[str, Any], after: Mapping[str, Any], pool: str) -> M
         variation=_variation(use),
         wait=wait.sum / max(1, wait.count),
     )
-    return Measured(processes, size, seconds, checkouts, load)
+    return Measured(processes, size, seconds, checkouts, wait.quantile(0.95), load)
 
 
 def _snapshot(report: Mapping[str, Any], pool: str) -> Snapshot:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +16,17 @@ CONSOLE = "pgbouncer"  # the name of its database
 
 @dataclass(frozen=True)
 class PoolerLimits:
-    """PgBouncer's limits for one database and role; 0 is no limit.
+    """PgBouncer's limits as seen by one database and role; 0 is no limit.
 
     `pool_size` bounds its connections to the server, its reserve included.
     """
 
+    address: str  # the same for all that go through it
+    database: str
+    role: str
     max_clients: int
-    other_clients: int
+    clients: int
+    ours: int
     pool_size: int
     max_db_connections: int
 
@@ -44,8 +48,12 @@ def read_pooler_limits(
     sizes = [known.get("pool_size"), reserve]
     defaults = [config["default_pool_size"], config["reserve_pool_size"]]
     return PoolerLimits(
+        address=f"{console.info.host}:{console.info.port}",
+        database=database,
+        role=role,
         max_clients=int(config["max_client_conn"]),
-        other_clients=len(clients) - len(ours),
+        clients=len(clients),
+        ours=len(ours),
         pool_size=sum(int(d if s is None else s) for s, d in zip(sizes, defaults, strict=True)),
         max_db_connections=int(known.get("max_connections") or 0),
     )
@@ -56,10 +64,23 @@ def _rows(console: Connection[Any], command: str) -> list[dict[str, Any]]:
         return cursor.execute(command.encode()).fetchall()
 
 
-def client_limit(demand: Demand, seen: PoolerLimits) -> tuple[Limit, Sequence[Demand]]:
-    """Return how many clients it takes, which is what the pools' connections are to it."""
-    what = f"PgBouncer in front of {demand.database}"
-    return Limit(what, "max_client_conn", seen.max_clients, others=seen.other_clients), [demand]
+def client_limits(
+    pools: Iterable[tuple[Demand, PoolerLimits]],
+) -> list[tuple[Limit, list[Demand]]]:
+    """Return how many clients each PgBouncer takes: to it the pools' connections are clients."""
+    found: dict[str, list[tuple[Demand, PoolerLimits]]] = {}
+    for demand, seen in pools:
+        found.setdefault(seen.address, []).append((demand, seen))
+    return [_client_limit(under) for under in found.values()]
+
+
+def _client_limit(under: list[tuple[Demand, PoolerLimits]]) -> tuple[Limit, list[Demand]]:
+    seen = under[-1][1]  # the newest look
+    ours = sum({(s.database, s.role): s.ours for _, s in under}.values())
+    names = ", ".join(sorted(demand.database for demand, _ in under))
+    others = max(0, seen.clients - ours)
+    limit = Limit(f"PgBouncer in front of {names}", "max_client_conn", seen.max_clients, 0, others)
+    return limit, [demand for demand, _ in under]
 
 
 def behind(demand: Demand, seen: PoolerLimits) -> Demand:

@@ -8,12 +8,17 @@ the waits by (1 + variation) / 2, after Allen and Cunneen.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import exp, inf, lgamma, log
+from itertools import count
+from math import erfc, exp, lgamma, log, sqrt
+from operator import mul
 from typing import Final
 
 TARGET: Final = 0.005  # seconds that the 95th percentile of waits may take
 _MAY_WAIT: Final = 0.05  # the share of checkouts that may wait longer
+_LARGE_MEAN: Final = 500.0  # from here on a Poisson distribution is a normal one
 _MOST: Final = 10_000  # connections, and threads; no process has more
 
 
@@ -47,14 +52,17 @@ def connections_needed(
     if threads is not None:
         sources = max(1, min(threads, _MOST))
         think = max(0.0, sources / load.rate - load.hold - load.wait) / times
-        sizes = range(1, sources)
-        waits = (_finite_wait_share(size, sources, think, load, target) for size in sizes)
+
+        def fits(size: int) -> bool:
+            return _finite_wait_share(size, sources, think, load, target) <= _MAY_WAIT
     else:
         sources = _MOST
-        sizes = range(1, _MOST)
-        waits = (_open_wait_share(size, load, times, target) for size in sizes)
-    fits = (size for size, share in zip(sizes, waits, strict=True) if share <= _MAY_WAIT)
-    return next(fits, sources)
+
+        def fits(size: int) -> bool:
+            return _open_wait_share(size, load, times, target) <= _MAY_WAIT
+
+    # The share that waits falls with the size, so that halving finds the first that fits.
+    return 1 + bisect_left(range(1, sources), True, key=fits)
 
 
 def erlang_c(servers: int, busy: float) -> float:
@@ -85,14 +93,12 @@ def _finite_wait_share(size: int, sources: int, think: float, load: Load, target
     if think <= 0.0:
         weights = [0.0] * others + [1.0]
     else:
-        logs = [_log_weight(n, size, others, log(load.hold / think)) for n in range(others + 1)]
-        weights = [exp(each - max(logs)) for each in logs]
+        ratio = log(load.hold / think)
+        logs = [_log_weight(n, size, others, ratio) for n in range(others + 1)]
+        highest = max(logs)
+        weights = [exp(each - highest) for each in logs]
     steps = size * target / (load.hold * _stretch(load))
-    late = sum(
-        weight * _poisson_up_to(n - size, steps)
-        for n, weight in enumerate(weights)
-        if n >= size and weight
-    )
+    late: float = sum(map(mul, weights[size:], _poisson_up_to(steps)))
     return late / sum(weights)
 
 
@@ -103,15 +109,16 @@ def _log_weight(n: int, size: int, others: int, ratio: float) -> float:
     return chosen - served + n * ratio
 
 
-def _poisson_up_to(n: int, mean: float) -> float:
-    """Return the chance that at most *n* connections come back in a time in which *mean* do."""
-    if mean == inf:
-        return 0.0
+def _poisson_up_to(mean: float) -> Iterator[float]:
+    """Yield the chance that at most 0, 1, 2 … connections come back in a time in which *mean* do."""
+    if mean > _LARGE_MEAN:
+        for n in count():
+            yield 0.5 * erfc((mean - n - 0.5) / sqrt(2 * mean))
     term = total = exp(-mean)
-    for k in range(1, n + 1):
-        term *= mean / k
+    for n in count(1):
+        yield min(1.0, total)
+        term *= mean / n
         total += term
-    return min(1.0, total)
 
 
 def _stretch(load: Load) -> float:
