@@ -6,14 +6,7 @@ import psycopg
 import pytest
 
 from dbpool.breaker import Attempt, Breaker
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clock import Clock
 
 
 @pytest.fixture

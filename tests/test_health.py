@@ -16,6 +16,7 @@ import pytest
 
 from dbpool import ConfigError, Databases, Settings
 from dbpool.health import TIMEOUT, Health, Readiness
+from tests.clock import ShiftedClock
 from tests.fake import FakeServer
 from tests.postgres import copy
 from tests.threads import Task, run_in_threads
@@ -80,7 +81,7 @@ def test_ready_says_when_the_pool_tries_next() -> None:
     with Databases({"default": Settings(conninfo=NOWHERE, outage_grace=0.05)}) as databases:
         health = Health(databases)
         until(lambda: health.ready().status == "down")
-        databases.default.breaker.retry_at += 60.0
+        databases.default.breaker.clock = ShiftedClock(-60.0)
         assert (health.ready().retry_after or 0.0) > 30.0
 
 

@@ -14,6 +14,7 @@ import pytest
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable
 from dbpool.errors import classify
 from dbpool.events import ConnectFailed
+from tests.clock import ShiftedClock
 from tests.pools import (
     GRACE,
     SLACK,
@@ -124,8 +125,8 @@ def test_a_password_changed_on_the_server_is_no_outage_while_a_connection_lives(
     assert isinstance(error, DatabaseMisconfigured), "with none left it is told at once, and why"
     assert error.kind == "password"
     app.execute(f"alter role app password '{SECRET}'")
-    assert pool.breaker.retry is not None
-    pool.breaker.retry.due = 0.0  # as after up to 15 s; it looks at its conninfo once a second
+    # The next attempt is due within 15 s; it looks at its conninfo once a second.
+    pool.breaker.clock = ShiftedClock(15.0)
     await_up(pool)
     assert_serves_all(pool)
 

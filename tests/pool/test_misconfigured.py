@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable
+from tests.clock import ShiftedClock
 from tests.fake import FakeServer
 from tests.pools import (
     GRACE,
@@ -63,8 +64,7 @@ def test_a_changed_conninfo_is_seen_within_a_second_however_long_it_was_wrong(
         connection_class=fake.connection_class,
     )
     assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
-    assert pool.breaker.retry is not None
-    pool.breaker.retry.due += 60.0  # as after many attempts
+    pool.breaker.clock = ShiftedClock(-60.0)  # the next attempt is due in a minute
     password["password"] = SECRET
     await_up(pool)
     assert_serves_all(pool)

@@ -28,17 +28,10 @@ from dbpool.holders import ConnectionRecord, Owner, current
 from dbpool.pool._store import Store
 from dbpool.pool._waiting import Waiter
 from dbpool.pool._workers import Workers
+from tests.clock import Clock
 
 GRACE = 2.0
 KINDS = ["refused", "password", "saturated", "timeout"]
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class NoWorkers(Workers):
