@@ -104,7 +104,9 @@ def test_every_panel_of_the_dashboard_has_something_to_show(cluster: Project, pa
         request(page, "/notes")
     for expression in expressions:
         asked = expression.replace("$pool", ".*")
-        asked = asked.replace("$__rate_interval", "1m").replace("[$__range]) > 0", "[1h]) >= 0")
+        asked = (
+            asked.replace("$__rate_interval", "1m").replace("$__range", "1h").replace("> 0", ">= 0")
+        )
         until_true(lambda asked=asked: query(cluster, asked))  # type: ignore[misc]
 
 

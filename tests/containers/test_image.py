@@ -94,15 +94,17 @@ PROXY = "http://127.0.0.1:9"
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param([], id="as it is"),
         pytest.param(["--env=http_proxy=" + PROXY, "--env=HTTP_PROXY=" + PROXY], id="proxies"),
-        pytest.param(["--env=PORT=", "--env=WEB_CONCURRENCY="], id="empty numbers"),
-        pytest.param(["--env=PORT=9001"], id="another port"),
+        pytest.param(
+            ["--env=PORT=", "--env=WEB_CONCURRENCY=", "--env=DBPOOL_MAX_SIZE="],
+            id="empty variables",
+        ),
+        pytest.param(
+            ["--env=PORT=9001", "--env=DBPOOL_PORT=tcp://10.0.0.1:80"], id="a service called dbpool"
+        ),
         pytest.param(["--read-only"], id="read-only and no /tmp"),
         pytest.param(["--read-only", "--user=12345:0", "--env=PORT="], id="another user"),
         pytest.param(["--user=0"], id="root"),
-        pytest.param(["--env=DBPOOL_PORT=tcp://10.0.0.1:80"], id="a service called dbpool"),
-        pytest.param(["--env=DBPOOL_MAX_SIZE="], id="an empty setting"),
     ],
 )
 def test_it_serves_in_odd_surroundings(stack: Project, options: list[str]) -> None:
