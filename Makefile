@@ -40,8 +40,8 @@ check: venv ## lint, check the format and the types
 	@$(python) -m ruff format --check
 	@$(python) -m mypy
 
-manifests: venv-manifests ## check ops/kubernetes against the schemas of Kubernetes
-	@$(VENV)-manifests/bin/python tools/check_manifests.py ops/kubernetes
+manifests: venv-manifests ## check all that is for Kubernetes against its schemas
+	@$(VENV)-manifests/bin/python tools/check_manifests.py ops/kubernetes docs/probes.md
 
 docs: venv-docs ## build the documentation into docs/_build/html; a warning is an error
 	@$(VENV)-docs/bin/python tools/write_docs.py

@@ -1,10 +1,11 @@
 """Check the manifests of a folder against the schemas of Kubernetes and the Prometheus operator.
 
-Usage: python tools/check_manifests.py ops/kubernetes
+Usage: python tools/check_manifests.py ops/kubernetes docs/probes.md
 
 Fields that no schema knows are errors: a cluster drops them without a word.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -28,6 +29,17 @@ def main(folder):
         print(problem, file=sys.stderr)
     print(f"{len(found)} manifests, {len(problems)} problems")
     return len(problems)
+
+
+def check_page(page):
+    """Return the number of problems of the manifests that a page of the documentation shows."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    manifests = [yaml.safe_load(block) for block in blocks]
+    problems = [f"{page}: {problem}" for manifest in manifests for problem in check(manifest)]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{page}: {len(manifests)} manifests, {len(problems)} problems")
+    return len(problems) or not manifests
 
 
 def check(manifest):
@@ -55,4 +67,6 @@ def check_pod_monitor(manifest):
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(Path(sys.argv[1])), 1))
+    paths = [Path(argument) for argument in sys.argv[1:]]
+    problems = sum(main(path) if path.is_dir() else check_page(path) for path in paths)
+    sys.exit(min(problems, 1))

