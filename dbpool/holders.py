@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -28,7 +28,9 @@ __all__ = [
 ]  # fmt: skip
 
 _MAX_HOLDERS = 20  # in one description
-_MAX_LOGGED_FRAMES = 5  # of the application's
+# By psycopg's TransactionStatus.
+_STATUS = ["idle", "query", "idle in transaction", "idle in transaction (aborted)", "unknown"]
+_MAX_LOGGED = 5  # frames of the application's
 _MAX_DEPTH = 100  # frames of a stack that are examined
 _MAX_FILES = 4096  # file names that are remembered
 
@@ -113,8 +115,7 @@ class ConnectionRecord:
     @property
     def is_open(self) -> bool:
         """Whether `fd` is still the connection's: once closed, it may be anything's."""
-        conn = self.conn
-        return conn is not None and not conn.closed
+        return (conn := self.conn) is not None and not conn.closed
 
     def where(self) -> str:
         """Return where the holder asked for it, as `app/views.py:41 list_orders`."""
@@ -124,16 +125,20 @@ class ConnectionRecord:
 @lru_cache(maxsize=1024)
 def _where(code: CodeType, lasti: int) -> str:
     position = next(islice(code.co_positions(), lasti // 2, None), (None,))
-    where = f"{_shortened(code)}:{position[0] or code.co_firstlineno} {code.co_name}"
-    return printable(where)
+    return printable(f"{_shortened(code)}:{position[0] or code.co_firstlineno} {code.co_name}")
 
 
 def _shortened(code: CodeType) -> str:
     return "/".join(PurePath(code.co_filename).parts[-2:])
 
 
-def describe(records: Iterable[ConnectionRecord], now: float) -> tuple[Holder, ...]:
-    """Describe who holds the connections of *records*, longest first, at most 20."""
+def describe(
+    records: Iterable[ConnectionRecord], now: float, waiting: Collection[ThreadInfo] = ()
+) -> tuple[Holder, ...]:
+    """Describe who holds the connections of *records*, longest first, at most 20.
+
+    *waiting* are the threads that wait for one.
+    """
     held = sorted((r for r in records if r.since and r.thread), key=lambda r: r.since)
     return tuple(
         Holder(
@@ -141,10 +146,18 @@ def describe(records: Iterable[ConnectionRecord], now: float) -> tuple[Holder, .
             seconds=now - record.since,
             where=record.where(),
             endpoint=thread.endpoint and printable(thread.endpoint),
+            waits=thread in waiting,
+            **_session_of(record),
         )
         for record in held[:_MAX_HOLDERS]
         if (thread := record.thread) is not None
     )
+
+
+def _session_of(record: ConnectionRecord) -> dict[str, Any]:
+    """Return the backend's pid and what it does, as libpq knows without asking."""
+    pq = record.conn.pgconn if record.is_open else None
+    return {"pid": pq.backend_pid, "status": _STATUS[pq.transaction_status]} if pq else {}
 
 
 def group(held: Iterable[Holder]) -> str:
@@ -165,8 +178,7 @@ def caller(frame: FrameType) -> FrameType:
     """
     found, origin, outer = frame, _PYTHON, frame
     for _ in range(_MAX_DEPTH):
-        whose = _origin(_file_of(outer))
-        if whose < origin:
+        if (whose := _origin(_file_of(outer))) < origin:
             found, origin = outer, whose
         if origin == _APPLICATION or outer.f_back is None:
             break
@@ -181,9 +193,8 @@ def caller(frame: FrameType) -> FrameType:
 def _file_of(frame: FrameType) -> str:
     """Where the code of a frame is from; generated code is of the module whose names it uses."""
     name, module = frame.f_code.co_filename, frame.f_globals
-    if not name.startswith("<") or module.get("__name__") == "__main__":
-        return name
-    return str(module.get("__file__", "<frozen "))
+    is_file = not name.startswith("<") or module.get("__name__") == "__main__"
+    return name if is_file else str(module.get("__file__", "<frozen "))
 
 
 @lru_cache(maxsize=_MAX_FILES)
@@ -203,18 +214,14 @@ def _frame_of(thread: threading.Thread) -> FrameType | None:
 
 def stack_of(thread: threading.Thread) -> str:
     """Return where that thread is now, "" if it has ended."""
-    frame = _frame_of(thread)
-    return "" if frame is None else "".join(traceback.format_stack(frame))
+    return "".join(traceback.format_stack(frame)) if (frame := _frame_of(thread)) else ""
 
 
 def frames_of(thread: threading.Thread) -> str:
     """Return on one line which frames of the application that thread runs, innermost first."""
-    frame = _frame_of(thread)
-    if frame is None:
+    if (frame := _frame_of(thread)) is None:
         return "(its thread has ended)"
     stack = list(islice(traceback.walk_stack(frame), _MAX_DEPTH))
     own = [pair for pair in stack if _origin(_file_of(pair[0])) == _APPLICATION] or stack[:1]
-    lines = (
-        f"{_shortened(f.f_code)}:{n} in {f.f_code.co_name}" for f, n in own[:_MAX_LOGGED_FRAMES]
-    )
+    lines = (f"{_shortened(f.f_code)}:{n} in {f.f_code.co_name}" for f, n in own[:_MAX_LOGGED])
     return printable(", ".join(lines))

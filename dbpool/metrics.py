@@ -48,11 +48,6 @@ class Histogram:
         self.sum_ns = 0  # an integer: a sum of floats may fall when their order changes
         self.max = 0.0
 
-    @property
-    def sum(self) -> float:
-        """The sum of all durations, in seconds."""
-        return self.sum_ns / 1e9
-
     def add(self, seconds: float) -> None:
         """Count one duration."""
         self.counts[bisect_left(BOUNDS, seconds)] += 1
@@ -149,12 +144,20 @@ class BreakerSnapshot:
 
 @dataclass(frozen=True)
 class HolderSnapshot:
-    """Who holds a connection: thread, seconds so far, code location, endpoint if known."""
+    """Who holds a connection: thread, seconds so far, code location, endpoint if known.
+
+    `pid` is its backend's, `worker` its process, `status` what the connection does, `waits`
+    whether the thread waits for another connection of the same pool.
+    """
 
     thread: str
     seconds: float
     where: str
     endpoint: str | None = None
+    pid: int | None = None
+    worker: int | None = None
+    status: str = "unknown"
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,9 +232,8 @@ class Metrics:
         self.count_finished()
         counts = {name: getattr(self, name) for name in COUNTS}
         counts["checkouts"] += len(pending)
-        discarded = {reason: getattr(self, reason) for reason in REASONS}
         return Snapshot(
-            counters=Counters(**counts, discarded=discarded),
+            counters=Counters(**counts, discarded={name: getattr(self, name) for name in REASONS}),
             wait=self.wait.snapshot(pending),
             use=self.use.snapshot(),
             connect=self.connect.snapshot(),

@@ -135,7 +135,18 @@ class Report:
 def merge(*parts: Snapshot) -> Snapshot:
     """Return the snapshots as one; associative and commutative."""
     holders = [holder for part in parts for holder in part.holders]
-    holders.sort(key=lambda h: (-h.seconds, h.thread, h.where, h.endpoint or ""))
+    holders.sort(
+        key=lambda h: (
+            -h.seconds,
+            h.thread,
+            h.where,
+            h.endpoint or "",
+            h.worker or 0,
+            h.pid or 0,
+            h.status,
+            h.waits,
+        )
+    )
     sizes: dict[str, Any] = _sums(SIZES, parts)
     times = {name: _merge_times([getattr(part, name) for part in parts]) for name in TIMES}
     return Snapshot(
@@ -228,6 +239,10 @@ def _read_holder(data: Any) -> HolderSnapshot:
         seconds=read_seconds(data["seconds"]),
         where=read_text(data["where"]),
         endpoint=_optional(read_text, data["endpoint"]),
+        pid=_optional(read_pid, data["pid"]),
+        worker=_optional(read_pid, data["worker"]),
+        status=read_text(data["status"]),
+        waits=data["waits"] is True,
     )
 
 

@@ -9,10 +9,11 @@ import textwrap
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from dbpool import Pool
@@ -297,3 +298,35 @@ def test_the_metrics_tell_both(fake: FakeServer) -> None:
     text, _ = expose(report)
     assert 'dbpool_held_long_total{pool_name="default"} 1.0' in text.decode()
     assert 'dbpool_leaks_total{pool_name="default"} 0.0' in text.decode()
+
+
+def test_a_holder_says_its_session_its_process_and_what_it_does(dsn: str) -> None:
+    with Pool(dsn, max_size=2) as pool:
+        with pool.connection() as conn:
+            (holder,) = pool.holders()
+            assert (holder.pid, holder.status) == (conn.info.backend_pid, "idle")
+            conn.execute("select 1")
+            assert pool.holders()[0].status == "idle in transaction"
+            with suppress(psycopg.Error):
+                conn.execute("select 1/0")
+            assert pool.holders()[0].status == "idle in transaction (aborted)"
+            conn.rollback()
+            with ThreadPoolExecutor(1) as other:
+                other.submit(conn.execute, "select pg_sleep(0.5)")
+                until(lambda: pool.holders()[0].status == "query")
+            conn.close()
+            assert (pool.holders()[0].pid, pool.holders()[0].status) == (None, "unknown")
+
+
+def test_a_holder_that_waits_for_a_second_connection_is_told_from_one_that_works(dsn: str) -> None:
+    with Pool(dsn, max_size=2, timeout=20) as pool, ThreadPoolExecutor(1) as other:
+
+        def nest() -> None:
+            with pool.connection(), pool.connection():
+                pass
+
+        with pool.connection():
+            nesting = other.submit(nest)
+            until(lambda: sorted(holder.waits for holder in pool.holders()) == [False, True])
+            assert pool.stats().waiting == 1
+        nesting.result(10)

@@ -23,40 +23,10 @@ from dbpool.monitor import Monitor
 from dbpool.monitor._episodes import Episodes
 from dbpool.monitor._shelf import Shelf
 from dbpool.processes import Processes
-from dbpool.report import Report
 
 from .postgres import Server, until
 
 NAME = "dbpool:monitor"
-
-
-class Sessions(Processes):
-    """Reports that say which session a holder has, as those who took one told by thread."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.pids: dict[str, int] = {}
-
-    def collect_others(self) -> Any:
-        self.publish()
-        found = super().collect_others()
-        return None if found is None else _WithPids(found, self.pids)
-
-    def collect(self, scope: str = "all") -> Any:
-        return _WithPids(super().collect(scope), self.pids)
-
-
-class _WithPids:
-    def __init__(self, report: Report, pids: dict[str, int]) -> None:
-        self._report, self._pids = report, pids
-
-    def to_json(self) -> dict[str, Any]:
-        report = self._report.to_json()
-        for pool in report["pools"].values():
-            for holder in pool["holders"]:
-                pid = self._pids.get(holder["thread"])
-                holder |= {"pid": pid, "worker": os.getpid(), "status": "query"}
-        return report
 
 
 class Shop:
@@ -66,16 +36,17 @@ class Shop:
         settings = Settings(conninfo=conninfo, **{"max_size": 2, "timeout": 20.0, **options})
         self.databases = Databases({"default": settings})
         self.pool = self.databases.default
-        self.processes = Sessions(self.databases, directory)
+        self.processes = Processes(self.databases, directory)
         self.monitor = Monitor(self.databases, self.processes)
         self.callers = ThreadPoolExecutor(8)
+        self.pids: set[int] = set()  # of the sessions that callers had
 
     def call(self, statement: str, then: Callable[[], object] = lambda: None) -> None:
         """Run a statement over the pool in another thread, and what is done before it returns."""
 
         def run() -> None:
             with suppress(psycopg.Error, PoolError), self.pool.connection() as conn:
-                self.processes.pids[threading.current_thread().name] = conn.info.backend_pid
+                self.pids.add(conn.info.backend_pid)
                 conn.execute(statement.encode())
                 then()
 
@@ -171,7 +142,7 @@ def test_our_own_line_that_holds_a_lock_is_named(
         shop.call("select 1")
         found = shop.await_finding("DB04")
         (blocker,) = found["evidence"]["blockers"]
-        assert blocker["pid"] in shop.processes.pids.values()
+        assert blocker["pid"] in shop.pids
         assert blocker["worker"] == os.getpid()
         assert "test_monitor.py:" in blocker["where"]
         assert f"test_monitor.py:{blocker['where'].partition(':')[2]}" in found["text"]

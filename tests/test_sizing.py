@@ -164,7 +164,7 @@ def closed_queue(draw: Draw, think: float, size: int, threads: int) -> tuple[flo
         heapreplace(asking, started + hold + rng.expovariate(1 / think))
         waits.append(started - now)
         holds.add(hold)
-    load = Load(ARRIVALS / now, holds.sum / ARRIVALS, 1.0, sum(waits) / ARRIVALS)
+    load = Load(ARRIVALS / now, holds.sum_ns / 1e9 / ARRIVALS, 1.0, sum(waits) / ARRIVALS)
     return sorted(waits)[int(0.95 * ARRIVALS)], load
 
 

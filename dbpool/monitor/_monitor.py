@@ -161,7 +161,7 @@ class Monitor:
         found = rows(known.get("findings"))
         if found and 0 <= monotonic() - number(known.get("at")) <= _FRESH:
             return [dict(each) for each in found]
-        report = self._report().to_json() if report is None else report
+        report = _facts_of(self._report()) if report is None else report
         return [finding.to_json() for finding in diagnose(Scene.read(report))]
 
     def extend(self, report: dict[str, Any], include: Collection[str] = ()) -> dict[str, Any]:
@@ -185,9 +185,9 @@ class Monitor:
                 state.watching = Watching(
                     self._databases, state.shelf, self._blockers, self._queries
                 )
-            watching, report, history = state.watching, self._report().to_json(), state.history
+            watching, report, history = state.watching, _facts_of(self._report()), state.history
             if state.shelf is not None:
-                history = watching.add_up(list(report["pools"]), now)
+                history = watching.add_up([*self._databases, *report["pools"]], now)
             watching.look(report, history, now)
         elif state.watching is not None:  # another took over while this one was silent
             state.watching.close()
@@ -270,3 +270,20 @@ def _run(monitor: weakref.ref[Monitor], state: _ProcessState) -> None:
             del found
     finally:
         state.release()
+
+
+def _facts_of(report: Report) -> dict[str, Any]:
+    """Return what a diagnosis looks at, in the shape of `/stats`: all but the histograms."""
+    return {
+        "time": report.time,
+        "processes": [vars(process) for process in report.processes],
+        "pools": {
+            name: {
+                **vars(pool),
+                "breaker": vars(pool.breaker),
+                "counters": vars(pool.counters),
+                "holders": [vars(holder) for holder in pool.holders],
+            }
+            for name, pool in report.pools.items()
+        },
+    }

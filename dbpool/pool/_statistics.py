@@ -34,7 +34,7 @@ def snapshot(store: Store) -> Snapshot:
             last_error=breaker.last_error,
             retry_after=breaker.retry_after,
         ),
-        holders=holders.describe(held, monotonic()),
+        holders=holders.describe(held, monotonic(), {w.thread for w in store.waiting}),
     )
 
 
@@ -44,16 +44,16 @@ def parent_totals(store: Store) -> dict[str, int]:
     metrics.count_finished()
     pending = [record.wait for record in store.bag.held()]
     failed = metrics.timeouts + metrics.rejected
-    wait = metrics.wait.sum + sum(pending) + store.timed_out_wait_seconds
+    wait = metrics.wait.sum_ns / 1e9 + sum(pending) + store.timed_out_wait_seconds
     return {
         "requests_num": metrics.checkouts + len(pending) + failed,
         "requests_queued": store.queued,
         "requests_wait_ms": int(1000.0 * wait),
         "requests_errors": failed,
-        "usage_ms": int(1000.0 * metrics.use.sum),
+        "usage_ms": metrics.use.sum_ns // 1_000_000,
         "returns_bad": metrics.broken,
         "connections_num": metrics.connects + metrics.connect_failures,
-        "connections_ms": int(1000.0 * metrics.connect.sum),
+        "connections_ms": metrics.connect.sum_ns // 1_000_000,
         "connections_errors": metrics.connect_failures,
         "connections_lost": metrics.dead,
     }

@@ -209,7 +209,7 @@ class Processes:
             written=now,
             uptime=now - state.started_at,
         )
-        pools = {name: pool.stats() for name, pool in self._pools.items()}
+        pools = {name: _of_this_process(pool.stats()) for name, pool in self._pools.items()}
         return Report(pools, (process,), "process", time.time())
 
     def _collect(self, own_key: str) -> list[Report]:
@@ -247,3 +247,8 @@ class Processes:
         if subject not in self._warned and len(self._warned) < MAX_FILES:
             self._warned.add(subject)
             logger.warning("statistics: %s", message)
+
+
+def _of_this_process(pool: Snapshot) -> Snapshot:
+    holders = tuple(replace(holder, worker=os.getpid()) for holder in pool.holders)
+    return replace(pool, holders=holders)
