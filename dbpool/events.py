@@ -85,6 +85,13 @@ class WaitTimedOut(Event):
     seconds: float
 
 
+@dataclass
+class SlowAcquire(Event):
+    """A caller has waited that many seconds, longer than `slow_acquire`, and still waits."""
+
+    seconds: float
+
+
 class Rejected(Event):
     """A caller was rejected: open breaker, too many waiters, or the pool closed while it waited."""
 

@@ -87,6 +87,7 @@ class ConnectionRecord:
     readable: Callable[[float], object]
     session_state: tuple[object, ...]  # the attributes a user may change, as set up
     adapters: Any = None  # the connection's adapters as set up
+    backend_pid: int | None = None
     reset_message: bytes = b""  # resets the session, if that is wanted
     has_stock_blocks: bool = False  # whether blocks begin and end by psycopg's own methods
     has_stock_class: bool = False  # the same of the class that a tracer's wrapper stands for
@@ -156,8 +157,10 @@ def describe(
 
 def _session_of(record: ConnectionRecord) -> dict[str, Any]:
     """Return the backend's pid and what it does, as libpq knows without asking."""
-    pq = record.conn.pgconn if record.is_open else None
-    return {"pid": pq.backend_pid, "status": _STATUS[pq.transaction_status]} if pq else {}
+    conn = record.conn if record.is_open else None  # it may be closed at any moment
+    if conn is None:
+        return {}
+    return {"pid": record.backend_pid, "status": _STATUS[conn.pgconn.transaction_status]}
 
 
 def group(held: Iterable[Holder]) -> str:

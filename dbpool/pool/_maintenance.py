@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 # is between two looks for a standby that is preferred.
 _MOVED_INTERVAL: Final = 5.0
 
-MAX_INTERVAL: Final = 0.5  # seconds between two runs: twice that heals what was interrupted
+# Seconds between two runs: twice the longest heals what was interrupted.
+MIN_INTERVAL: Final = 0.05
+MAX_INTERVAL: Final = 0.5
 _CANCEL_SECONDS: Final = 1.0  # for all cancel requests of one run
 
 
@@ -43,6 +45,9 @@ class Maintenance:
             pool._heal()
             self.shrink(pool.max_idle)
             self._look_for_standby(pool, now)
+            slow = pool.settings.slow_acquire
+            if slow and (began := self.store.mark_slow(now - slow)):
+                self.notices.slow_acquire([now - each for each in began], self.store.snapshot())
             limit = pool.settings.leak_after
             if limit and (held := self.store.mark_held_long(now - limit)):
                 self.notices.held_long(held, limit)

@@ -21,6 +21,7 @@ from dbpool import holders as _holders
 from dbpool.errors import is_permanent
 from dbpool.events import Emitter
 from dbpool.holders import Holder, ThreadInfo
+from dbpool.metrics import Snapshot
 from dbpool.pool import _fork
 
 logger = logging.getLogger("dbpool")
@@ -98,6 +99,16 @@ class Notices:
             return
         cause = f"%d callers timed out ({type(error).__name__})"
         self._warn("wait_timed_out", cause, str(error), number)
+
+    def slow_acquire(self, waits: list[float], snapshot: Snapshot) -> None:
+        """These callers have waited for that many seconds, and still wait."""
+        for seconds in waits:
+            self._emit(events.SlowAcquire, seconds)
+        text = f"a caller has waited {max(waits):.1f} s for a connection; {snapshot.waiting} wait,"
+        text += f" {snapshot.active} of {snapshot.max_size} checked out; held longest:"
+        text += f" {_holders.group(snapshot.holders) or 'unknown'}"
+        cause = "%d callers waited for long"
+        self._warn("slow_acquire", cause, text, len(waits), seconds=max(waits))
 
     def not_served(self, error: BaseException | None, seconds: float, is_rejected: bool) -> None:
         """A caller was rejected, or timed out after that time."""

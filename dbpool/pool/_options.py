@@ -43,6 +43,7 @@ class Options(TypedDict, total=False):
     ping_timeout: Seconds
     outage_grace: Seconds
     leak_after: Seconds
+    slow_acquire: Seconds
     session_reset: str
     pooler: str
     pipeline_begin: bool

@@ -106,6 +106,7 @@ def new_record(conn: Any, cursors: type[Cursor[Any]]) -> ConnectionRecord:
     # Judged from the connection: its class may be a generic, or stand behind a tracer's wrapper.
     record.has_stock_class = has_stock_class(conn)
     record.has_stock_cursors = conn.cursor_factory is cursors and is_stock(type(conn), "cursor")
+    record.backend_pid = conn.pgconn.backend_pid
     # As libpq understood it: it may be set by a service file or PGTARGETSESSIONATTRS.
     options = {option.keyword: option.val for option in conn.pgconn.info}
     record.read_write = options.get(b"target_session_attrs") in {b"read-write", b"primary"}

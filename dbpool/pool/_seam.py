@@ -23,7 +23,7 @@ from dbpool.holders import Holder, Owner, current
 from dbpool.metrics import Snapshot
 from dbpool.pool import _explain, _fork
 from dbpool.pool._connector import Connector
-from dbpool.pool._maintenance import MAX_INTERVAL, Maintenance
+from dbpool.pool._maintenance import MAX_INTERVAL, MIN_INTERVAL, Maintenance
 from dbpool.pool._notices import Notices, logger
 from dbpool.pool._returning import finish
 from dbpool.pool._store import Store
@@ -202,7 +202,8 @@ class PoolBase(ConnectionPool[CT]):
     @property
     def maintenance_interval(self) -> float:
         """Seconds between two calls of `maintain`."""
-        return min(MAX_INTERVAL, self.settings.leak_after / 4.0 or MAX_INTERVAL)
+        limits = self.settings.leak_after / 4.0, self.settings.slow_acquire / 2.0
+        return max(MIN_INTERVAL, min(MAX_INTERVAL, *filter(None, limits)))
 
     def maintain(self, now: float) -> None:
         """Do what is due at the monotonic time *now*; the watchdog calls it."""

@@ -304,6 +304,11 @@ class Store:
                 _growth.enqueue(self, attempt)
 
     @locked
+    def mark_slow(self, before: float) -> list[float]:
+        """Mark the callers who wait since *before*; return when those began that are new."""
+        return self.waiting.mark_slow(before)
+
+    @locked
     def mark_held_long(self, before: float) -> list[tuple[ThreadInfo | None, Holder]]:
         """Mark and describe what is held since *before*, unless it was marked earlier."""
         return self.bag.mark_held_long(before)

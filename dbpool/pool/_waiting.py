@@ -22,8 +22,8 @@ class Waiter:
     At its end it has a connection, whose record then names *owner*, or an error.
     """
 
-    __slots__ = ("conn", "deadline", "error", "is_fresh", "is_over", "is_rejected", "latch",
-                 "owner", "started", "thread")  # fmt: skip
+    __slots__ = ("conn", "deadline", "error", "is_fresh", "is_over", "is_rejected", "is_reported",
+                 "latch", "owner", "started", "thread")  # fmt: skip
 
     def __init__(self, owner: ref[Any], started: float, deadline: float) -> None:
         self.owner, self.started, self.deadline = owner, started, deadline
@@ -32,6 +32,7 @@ class Waiter:
         self.error: BaseException | None = None
         self.is_fresh = False  # whether `conn` needs no check: its server spoke just now
         self.is_over = self.is_rejected = False
+        self.is_reported = False  # as waiting for long
         self.latch = threading.Lock()
         self.latch.acquire()
 
@@ -103,6 +104,13 @@ class WaitQueue(deque[Waiter]):
         """Return *waiter* and, from the front, all whose time is over too, if they still wait."""
         late = takewhile(lambda each: each.deadline <= now, list(self))
         return [each for each in dict.fromkeys([waiter, *late]) if each.is_waiting]
+
+    def mark_slow(self, before: float) -> list[float]:
+        """Mark those who have waited since *before*; return when they began, those not marked yet."""
+        slow = [w for w in self if w.started <= before and w.is_waiting and not w.is_reported]
+        for waiter in slow:
+            waiter.is_reported = True
+        return [waiter.started for waiter in slow]
 
     def cancel(self, owner: ref[Any]) -> None:
         """Remove the waiter of *owner*."""

@@ -92,6 +92,7 @@ class Settings:
     ping_timeout: float = _seconds(1.0, limits=_POSITIVE)
     outage_grace: float = _seconds(2.0)
     leak_after: float = _seconds(60.0)
+    slow_acquire: float = _seconds(1.0)
     session_reset: str = parsed("none", _parsing.parse_choice, choices=_RESETS)
     pooler: str = parsed("none", _parsing.parse_choice, choices=_POOLERS)
     pipeline_begin: bool = parsed(False, _parsing.parse_bool, unset=False)

@@ -10,7 +10,7 @@ from time import monotonic
 
 import pytest
 
-from dbpool import Pool
+from dbpool import Pool, events
 from tests.fake import FakeServer
 from tests.postgres import until
 from tests.threads import Task
@@ -75,3 +75,51 @@ def test_a_leak_is_told_of_the_thread_that_left_it_not_of_its_successor(pool: Po
     for task in innocent:
         task.result()
     pool.putconn(held)
+
+
+def test_a_caller_who_waits_for_long_is_an_event_each_and_one_warning(
+    fake: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[events.SlowAcquire] = []
+
+    class Hearing(events.Listener):
+        def slow_acquire(self, event: events.SlowAcquire) -> None:
+            heard.append(event)
+
+    with Pool(
+        fake.conninfo,
+        connection_class=fake.connection_class,
+        max_size=1,
+        timeout=30,
+        slow_acquire=0.1,
+        listeners=[Hearing()],
+    ) as own:
+        conn = own.getconn()
+        waiting = [Task(own.getconn) for _ in range(2)]
+        until(lambda: len(heard) == 2)
+        for task in waiting:  # nobody has failed
+            own.putconn(conn)
+            conn = task.result()
+        own.putconn(conn)
+    assert min(event.seconds for event in heard) >= 0.1
+    (line,) = [r for r in caplog.records if getattr(r, "dbpool", {}).get("event") == "slow_acquire"]
+    assert line.levelname == "WARNING"
+    assert "1 of 1 checked out; held longest: MainThread" in line.getMessage()
+
+
+def test_nobody_is_told_of_a_wait_where_that_is_off(
+    fake: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Pool(
+        fake.conninfo,
+        connection_class=fake.connection_class,
+        max_size=1,
+        slow_acquire=0,
+        leak_after=0.2,
+    ) as own:
+        conn = own.getconn()
+        waiting = Task(own.getconn)
+        until(lambda: "held for" in caplog.text)  # the watchdog came by
+        own.putconn(conn)
+        own.putconn(waiting.result())
+    assert "has waited" not in caplog.text
