@@ -293,7 +293,7 @@ def test_as_an_ordinary_user(
 
 
 @pytest.mark.parametrize("scene", FOREIGN)
-def test_a_named_file_is_read_whoever_wrote_it(
+def test_a_named_file_is_read_even_if_others_could_have_written_it(
     above: Path, scene: Scene, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene(above)
@@ -320,7 +320,7 @@ def test_a_named_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [5, True, "a\0b", ["a"]])
-def test_what_is_no_path_is_refused(path: Any) -> None:
+def test_an_invalid_path_is_refused(path: Any) -> None:
     for read in (
         lambda: Settings.from_env(environ={}, dotenv=path),
         lambda: chosen(DBPOOL_DOTENV=path),
@@ -391,7 +391,7 @@ def test_the_environment_may_be_used_and_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["${MISSING}", '"${MISSING}"', "a${MISSING}b", "${USED}"])
-def test_a_reference_to_what_is_not_set_is_an_error_that_names_it(
+def test_a_reference_to_an_unset_variable_is_an_error_that_names_it(
     tmp_path: Path, text: str
 ) -> None:
     file = write(tmp_path, f"USED=${{MISSING}}\nDBPOOL_APPLICATION_NAME={text}\n")
@@ -426,14 +426,16 @@ def test_a_line_of_ours_that_cannot_be_parsed_is_an_error(tmp_path: Path, line: 
         ("${}", "${}"),
     ],
 )
-def test_what_is_expanded(tmp_path: Path, value: str, name: str) -> None:
+def test_references_are_expanded_outside_single_quotes(
+    tmp_path: Path, value: str, name: str
+) -> None:
     for line in (f"DBPOOL_APPLICATION_NAME={value}", f"export DBPOOL_APPLICATION_NAME = {value}"):
         file = write(tmp_path, line)
         assert Settings.from_env(environ={"X": "x"}, dotenv=file).application_name == name
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
-def test_another_encoding_is_told(tmp_path: Path, encoding: str) -> None:
+def test_another_encoding_is_an_error(tmp_path: Path, encoding: str) -> None:
     file = tmp_path / ".env"
     file.write_bytes("DATABASE_URL=host=é\n".encode(encoding))
     with pytest.raises(ConfigError, match="it is not UTF-8"):

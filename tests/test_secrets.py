@@ -199,9 +199,7 @@ def test_no_frame_of_a_malformed_string_shows_a_part_of_it(
     assert not leaks(frames.shown, PASSWORD, "Staple", "Horse", "Battery")
 
 
-def test_no_frame_of_a_file_that_cannot_be_read_shows_what_is_in_it(
-    frames: Frames, tmp_path: Path
-) -> None:
+def test_no_frame_shows_the_content_of_an_unreadable_file(frames: Frames, tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(URL.encode() + b"\xe9")
     (tmp_path / ".env").write_bytes(b"DATABASE_URL='" + URL.encode() + b"'\xe9\n")
     (tmp_path / "broken.env").write_text(f"DATABASE_URL='{URL}\nX={URL}\n")
@@ -327,7 +325,7 @@ def test_a_secret_in_the_wrong_parameter_is_not_quoted(value: str, frames: Frame
     assert not quotes(value, [*texts, *frames.messages])
 
 
-def test_what_is_harmless_is_shown() -> None:
+def test_harmless_values_are_shown() -> None:
     settings = Settings(
         conninfo="host=h port=5432 dbname=d sslmode=verify-full sslrootcert=/etc/ssl/root.crt"
         " connect_timeout=7 target_session_attrs=read-write",

@@ -251,7 +251,7 @@ def configured(conn: Conn) -> None:
     conn.autocommit = False
 
 
-def test_what_configure_set_is_what_every_holder_finds(dsn: str) -> None:
+def test_every_holder_finds_what_configure_set(dsn: str) -> None:
     with Pool(dsn, max_size=1, session_reset="session", configure=configured) as pool:
         before = state(pool)
         shown = pool.fetch_value("show datestyle")
@@ -276,7 +276,7 @@ def test_what_configure_set_is_what_every_holder_finds(dsn: str) -> None:
         ("declare mine cursor with hold for select 1", "cursor"),
     ],
 )
-def test_what_cannot_be_put_back_is_refused(dsn: str, statement: str, named: str) -> None:
+def test_state_that_cannot_be_put_back_is_refused(dsn: str, statement: str, named: str) -> None:
     def configure(conn: Conn) -> None:
         conn.execute(statement)
         conn.commit()

@@ -60,7 +60,7 @@ def test_another_scheme_is_named(url: str, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("url", [f"{SECRET}://h", f"https://u:{SECRET}@h"])
-def test_what_may_not_be_a_scheme_at_all_is_not_quoted(url: str) -> None:
+def test_a_doubtful_scheme_is_not_quoted(url: str) -> None:
     assert "its scheme is not postgresql://" in refusal(url)
 
 
@@ -86,9 +86,7 @@ def test_what_may_not_be_a_scheme_at_all_is_not_quoted(url: str) -> None:
         ("statement_timeout=3", "statement_timeout", "DBPOOL_STATEMENT_TIMEOUT"),
     ],
 )
-def test_an_unknown_parameter_is_named_with_what_was_meant(
-    query: str, name: str, meant: str
-) -> None:
+def test_an_unknown_parameter_is_named_with_a_suggestion(query: str, name: str, meant: str) -> None:
     text = refusal(f"postgresql://u:{SECRET}@h/d?{query}")
     assert f"the parameter {name};" in text
     assert f"did you mean {meant}" in text
@@ -137,7 +135,7 @@ def test_the_same_for_key_and_value() -> None:
         ("host=h;port=1", "its host holds ;"),
     ],
 )
-def test_what_is_wrong_with_a_string_is_said(string: str, said: str) -> None:
+def test_the_mistake_in_a_string_is_named(string: str, said: str) -> None:
     assert said in refusal(string)
 
 
@@ -165,7 +163,7 @@ def test_hosts_as_sqlalchemy_has_them_are_not_taken_for_one(query: str) -> None:
         "",
     ],
 )
-def test_what_is_right_is_taken(string: str) -> None:
+def test_a_valid_string_is_accepted(string: str) -> None:
     assert Settings(conninfo=string).conninfo.strip() == string.replace("+psycopg2", "")
 
 
@@ -195,7 +193,7 @@ class Dsn:
         return "postgresql://u:***@h/d"
 
 
-def test_a_url_that_hides_its_password_is_told() -> None:
+def test_a_url_with_a_masked_password_is_reported() -> None:
     """SQLAlchemy's, say, which shows *** in place of it."""
     with pytest.raises(ConfigError, match=r"DATABASE_URL.*its password is [*]{3}"):
         settings_from_config({"DATABASE_URL": Dsn()}, environ={})
@@ -203,7 +201,7 @@ def test_a_url_that_hides_its_password_is_told() -> None:
 
 
 @pytest.mark.parametrize("value", [5, b"postgresql://h", ["host=h"], {"NAME": SECRET}])
-def test_what_is_no_string_is_refused(value: object) -> None:
+def test_a_connection_string_of_another_type_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match=r"DATABASE_URL.*is malformed") as caught:
         settings_from_config({"DATABASE_URL": value}, environ={})
     assert SECRET not in str(caught.value)
@@ -230,7 +228,7 @@ def test_an_empty_variable_for_the_file_is_an_error_where_nothing_else_is_set() 
 
 
 @pytest.mark.parametrize("name", ["DATABASE_URI", "SQLALCHEMY_DATABASE_URI", "POSTGRES_URL"])
-def test_another_name_for_the_url_is_told(name: str) -> None:
+def test_another_variable_for_the_url_is_reported(name: str) -> None:
     with pytest.raises(ConfigError, match="DATABASE_URL is not set") as caught:
         settings_from_config({name: f"postgresql://u:{SECRET}@h/d"}, environ={})
     assert name in str(caught.value)
@@ -311,7 +309,7 @@ def test_every_pg_variable_counts(variable: str, keyword: str) -> None:
 
 @pytest.mark.parametrize("name", ["DBPOOL_TIMEOUT", "DBPOOL_MAX_SIZE", "DBPOOL_STATEMENT_TIMEOUT"])
 @pytest.mark.parametrize("value", ["-1", "-0.5", -1])
-def test_a_negative_number_is_told_as_such(name: str, value: Any) -> None:
+def test_a_negative_number_is_reported_as_such(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"{name}\) must be (0 or more|a whole number), not"):
         settings_from_config({name: value}, environ={})
 
@@ -432,9 +430,7 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize(("theirs", "ours"), ELSEWHERE.items())
-def test_what_other_pools_call_it_is_known_by_keyword_variable_and_key(
-    theirs: str, ours: str
-) -> None:
+def test_names_of_other_pools_are_known_as_keyword_variable_and_key(theirs: str, ours: str) -> None:
     keyword: dict[str, Any] = {theirs: 3}
     with pytest.raises(ConfigError, match=f"did you mean {ours}[?]"):
         Pool("host=h", **keyword)
@@ -469,7 +465,7 @@ def test_variables_of_libpq_by_our_prefix(name: str, meant: str) -> None:
     assert unknown_variables({name: "x"}) == [(name, meant)]
 
 
-def test_the_url_of_a_named_database_by_another_name_is_told() -> None:
+def test_another_variable_for_the_url_of_a_named_database_is_reported() -> None:
     environ = {"DBPOOL_DATABASES": "b", "DBPOOL_B_DSN": "host=b"}
     assert unknown_variables(environ) == [("DBPOOL_B_DSN", "DBPOOL_B_URL")]
 
@@ -509,7 +505,7 @@ def test_the_default_database_is_not_listed() -> None:
 # What a pool says
 
 
-def test_a_first_failure_is_told_without_a_span() -> None:
+def test_a_first_failure_is_reported_without_a_span() -> None:
     with Pool("host=127.0.0.1 port=1", timeout=0) as pool:
         with pytest.raises(DatabaseUnavailable) as caught:
             pool.getconn()
@@ -529,7 +525,7 @@ def test_the_log_does_not_call_a_wrong_setting_unavailable(
     assert "unavailable" not in caplog.text
 
 
-def test_the_command_line_shows_what_is_warned_of(
+def test_the_command_line_shows_warnings(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)

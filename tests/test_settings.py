@@ -54,7 +54,7 @@ def test_durations(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["x", "-1", "5 minutes", "1d", "nan", "inf", "1e3", "٣s", "1,5"])
-def test_what_is_no_duration_is_refused_by_name(text: str) -> None:
+def test_an_invalid_duration_is_refused_by_name(text: str) -> None:
     with pytest.raises(ConfigError, match="DBPOOL_TIMEOUT"):
         from_env(DBPOOL_TIMEOUT=text)
 
@@ -76,7 +76,7 @@ def test_a_time_that_is_sent_in_milliseconds_fits_an_integer(dsn: str, field: st
 
 
 @pytest.mark.parametrize("text", ["1.5", "3s", "x", "-1"])
-def test_what_is_no_size_is_refused_by_name(text: str) -> None:
+def test_an_invalid_size_is_refused_by_name(text: str) -> None:
     with pytest.raises(ConfigError, match="DBPOOL_MAX_SIZE"):
         from_env(DBPOOL_MAX_SIZE=text)
 
@@ -98,7 +98,7 @@ def test_contradictions_and_ranges_name_the_variable(environ: dict[str, str], na
 
 
 @pytest.mark.parametrize("pooler", ["transaction", "pgbouncer"])
-def test_a_transaction_pooler_refuses_timeouts_and_says_what_to_do(pooler: str) -> None:
+def test_a_transaction_pooler_refuses_timeouts_with_advice(pooler: str) -> None:
     with pytest.raises(ConfigError, match="ALTER ROLE … SET statement_timeout"):
         from_env(DBPOOL_POOLER=pooler, DBPOOL_STATEMENT_TIMEOUT="5s")
     params = from_env(DBPOOL_POOLER=pooler).connect_params("host=h")
@@ -229,7 +229,7 @@ def test_defaults_are_added_where_nothing_is_set() -> None:
     }
 
 
-def test_what_the_connection_string_sets_wins_over_defaults() -> None:
+def test_the_connection_string_wins_over_defaults() -> None:
     conninfo = "host=h connect_timeout=9 keepalives_idle=1 options='-c statement_timeout=1'"
     params = Settings().connect_params(conninfo)
     assert params["connect_timeout"] == "9"
@@ -237,7 +237,7 @@ def test_what_the_connection_string_sets_wins_over_defaults() -> None:
     assert params["options"].endswith("-c statement_timeout=1")
 
 
-def test_what_is_set_on_purpose_wins_over_the_connection_string() -> None:
+def test_an_explicit_setting_wins_over_the_connection_string() -> None:
     conninfo = "host=h connect_timeout=9 options='-c statement_timeout=1'"
     params = from_env(DBPOOL_STATEMENT_TIMEOUT="30", DBPOOL_CONNECT_TIMEOUT="5").connect_params(
         conninfo
@@ -386,7 +386,7 @@ def test_an_unknown_variable_is_one_warning(caplog: pytest.LogCaptureFixture) ->
     assert "10.0.0.1" not in caplog.text
 
 
-def test_what_names_a_database_in_the_configuration_is_known(
+def test_variables_of_a_database_named_in_the_configuration_are_known(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config: dict[str, Any] = {"DBPOOL_DATABASES": {"replica": {}}}
@@ -395,13 +395,13 @@ def test_what_names_a_database_in_the_configuration_is_known(
     assert not caplog.messages
 
 
-def test_the_url_of_a_database_that_is_not_named_is_told() -> None:
+def test_the_url_of_an_unlisted_database_is_reported() -> None:
     environ = {"DBPOOL_DATABASES": "a", "DBPOOL_A_URL": "host=a", "DBPOOL_B_URL_FILE": "/b"}
     assert unknown_variables(environ) == [("DBPOOL_B_URL_FILE", "DBPOOL_DATABASES=a,b")]
 
 
 @pytest.mark.parametrize("name", ["DBPOOL_URL", "DBPOOL_DATABASE_URL", "DBPOOL_DEFAULT_URL"])
-def test_the_default_databases_url_by_another_name_is_told(name: str) -> None:
+def test_another_variable_for_the_default_url_is_reported(name: str) -> None:
     assert unknown_variables({name: "host=h"}) == [(name, "DATABASE_URL")]
     assert unknown_variables({f"{name}_FILE": "/h"}) == [(f"{name}_FILE", "DATABASE_URL_FILE")]
 
@@ -445,7 +445,7 @@ def test_names_that_are_no_words_are_refused() -> None:
         settings_from_config({"DBPOOL_DATABASES": [1]}, environ={})
 
 
-def test_what_holds_no_names_is_refused_by_name() -> None:
+def test_a_list_of_names_of_another_type_is_refused() -> None:
     with pytest.raises(ConfigError, match="DBPOOL_DATABASES must hold names, not 5"):
         settings_from_config({"DBPOOL_DATABASES": 5}, environ={})
     with pytest.raises(ConfigError, match="DBPOOL_REQUIRED must hold names, not 5"):
@@ -470,13 +470,13 @@ def test_a_value_of_another_type_is_refused_by_field(field: str, value: Any) -> 
         ({"DATABASE_URL": "nonsense"}, "DATABASE_URL"),
     ],
 )
-def test_a_malformed_string_is_told_by_its_variable(environ: dict[str, str], name: str) -> None:
+def test_a_malformed_string_is_reported_by_its_variable(environ: dict[str, str], name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^conninfo \({name}\) is malformed") as caught:
         databases_from_env(environ)
     assert ("percent-encode" in str(caught.value)) == ("://" in environ[name])
 
 
-def test_a_malformed_secret_file_is_told_by_its_variable(tmp_path: Path) -> None:
+def test_a_malformed_secret_file_is_reported_by_its_variable(tmp_path: Path) -> None:
     (tmp_path / "url").write_text("nonsense")
     settings = Settings.from_env(environ={"DATABASE_URL_FILE": str(tmp_path / "url")})
     with pytest.raises(ConfigError, match=r"^DATABASE_URL_FILE is malformed"):
