@@ -8,7 +8,7 @@ import pytest
 
 from bench.storm import CONNECTIONS, OUTAGE, PEERS, peak
 
-WORKERS = 1000
+WORKERS = 500
 
 
 def reconnects(peer: str) -> list[float]:
