@@ -225,4 +225,6 @@ def test_an_idle_application_gives_not_enough_data(dsn: str, tmp_path: Path, pla
         finally:
             processes.close()
     assert status == 0
-    assert printed.splitlines()[-1].startswith("default: 10 is set; not enough data: 0 checkouts")
+    assert printed.splitlines()[-1].startswith(
+        "default: 10 is set; not enough data: 0 of 1000 needed"
+    )

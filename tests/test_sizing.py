@@ -260,7 +260,7 @@ def test_a_load_is_one_process_s_share() -> None:
 @pytest.mark.parametrize(
     ("report", "reason"),
     [
-        (reported(used(999), 10.0), "999 checkouts in 10 s"),
+        (reported(used(999), 10.0), "999 of 1000 needed checkouts in 10 s"),
         (reported(used(5000), 10.0, state="down"), "the pool is down"),
         (
             reported(

@@ -60,7 +60,7 @@ def measure(before: Mapping[str, Any], after: Mapping[str, Any], pool: str) -> M
     if use is None or wait is None:
         reason = reason or "its counts fell meanwhile"
     elif checkouts < ENOUGH or seconds <= 0:
-        reason = reason or f"{checkouts} checkouts in {seconds:.0f} s, {ENOUGH} are needed"
+        reason = reason or f"{checkouts} of {ENOUGH} needed checkouts in {seconds:.0f} s"
     if reason is not None or use is None or wait is None:
         return Measured(processes, size, seconds, checkouts, reason=f"not enough data: {reason}")
     hold = use.sum / checkouts
