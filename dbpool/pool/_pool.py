@@ -28,10 +28,7 @@ from dbpool.pool import _fork, _lending, _options, _returning, _transaction
 from dbpool.pool._bag import Step
 from dbpool.pool._lease import Lease
 from dbpool.pool._outcomes import is_lost_unanswered
-from dbpool.pool._psycopg import (
-    KeptCursor,
-    session_state,
-)
+from dbpool.pool._psycopg import KeptCursor, session_state
 from dbpool.pool._seam import PoolBase
 from dbpool.pool._statement import Statement, fetch_all, fetch_one, row_count, run_statement
 from dbpool.settings import Settings
@@ -39,7 +36,7 @@ from dbpool.settings import Settings
 T = TypeVar("T")
 R = TypeVar("R")
 
-_IDLE, _INTRANS = TransactionStatus.IDLE, TransactionStatus.INTRANS
+_IDLE = TransactionStatus.IDLE
 
 _current = holders.current
 _application_files = holders.application_files
@@ -257,10 +254,8 @@ class Pool(PoolBase[CT]):
         If the connection is lost before the whole answer came, it raises `CommitUncertain`;
         of a statement that begins with SELECT, SHOW, TABLE or VALUES, `execute` alone does.
         """
-        rows: list[Any] = run_statement(
-            self, Statement(query, params, row_factory, fetch_all), sys._getframe()
-        )
-        return rows
+        statement = Statement(query, params, row_factory, fetch_all)
+        return run_statement(self, statement, sys._getframe())
 
     @overload
     def fetch_one(self, query: Query, params: Params | None = None) -> Any | None: ...
@@ -286,10 +281,7 @@ class Pool(PoolBase[CT]):
 
         That is -1 for a statement that has no such number, as in psycopg.
         """
-        number: int = run_statement(
-            self, Statement(query, params, None, row_count), sys._getframe()
-        )
-        return number
+        return run_statement(self, Statement(query, params, None, row_count), sys._getframe())
 
     def run(
         self,

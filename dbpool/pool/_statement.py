@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from operator import attrgetter, methodcaller
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from weakref import ref
 
 import psycopg
@@ -31,26 +31,27 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # What a single statement gives; a cursor class may have its own idea of it.
-fetch_all, fetch_one = methodcaller("fetchall"), methodcaller("fetchone")
+fetch_all: Callable[[Cursor[Any]], list[Any]] = methodcaller("fetchall")
+fetch_one: Callable[[Cursor[Any]], Any] = methodcaller("fetchone")
 row_count: Callable[[Cursor[Any]], int] = attrgetter("rowcount")
 
 _SINGLE: Final = "a statement in autocommit"
 
 
-class Statement:
+class Statement(Generic[T]):
     """One statement, and what is known of how far it came."""
 
     __slots__ = ("cursor", "kept", "params", "query", "result", "row_factory", "sent")
 
     def __init__(
-        self, query: Any, params: Any, row_factory: Any, result: Callable[[Cursor[Any]], Any]
+        self, query: Any, params: Any, row_factory: Any, result: Callable[[Cursor[Any]], T]
     ) -> None:
         self.query, self.params, self.row_factory, self.result = query, params, row_factory, result
         self.cursor: Any = None
         self.kept: KeptCursor | None = None
         self.sent = ""  # what may have been done although its answer does not come
 
-    def run(self, pool: Pool[Any], conn: Any) -> Any:
+    def run(self, pool: Pool[Any], conn: Any) -> T:
         """Run it on *conn* and return its result."""
         record: ConnectionRecord = conn._record
         row_factory = self.row_factory or conn.row_factory
@@ -78,7 +79,7 @@ class Statement:
                 commit(conn, pool._check_certain)
             return value
 
-    def on_lost(self, pool: Pool[Any], conn: Any, ex: psycopg.OperationalError) -> Any:
+    def on_lost(self, pool: Pool[Any], conn: Any, ex: psycopg.OperationalError) -> T:
         """Return the result if all of it came before the connection was lost, else raise."""
         if self.sent is _SINGLE and conn.closed and self.cursor.pgresult:
             return self.result(self.cursor)  # lost over what psycopg tidies up afterwards
@@ -93,7 +94,7 @@ class Statement:
         raise error from error.__cause__
 
 
-def run_statement(pool: Pool[Any], statement: Statement, frame: FrameType) -> Any:
+def run_statement(pool: Pool[Any], statement: Statement[T], frame: FrameType) -> T:
     """Check out, run one statement, return. *frame* is that of the public method."""
     step = Step(pool)
     conn = pool._acquire(None, frame.f_back or frame, ref(step))
