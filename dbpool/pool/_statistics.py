@@ -59,10 +59,9 @@ def parent_totals(store: Store) -> dict[str, int]:
     }
 
 
-def parent_stats(store: Store, before: dict[str, int]) -> dict[str, int]:
-    """Return psycopg_pool's statistics; counts and sums are those beyond *before*."""
-    totals = {key: value - before.get(key, 0) for key, value in parent_totals(store).items()}
-    return totals | {
+def parent_sizes(store: Store) -> dict[str, int]:
+    """Return the sizes of psycopg_pool's statistics."""
+    return {
         "pool_min": store.min_size,
         "pool_max": store.max_size,
         "pool_size": store.size,

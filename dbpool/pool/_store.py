@@ -88,10 +88,11 @@ class Store:
     @locked
     def parent_stats(self, *, pop: bool = False) -> dict[str, int]:
         """Return psycopg_pool's statistics; counts and sums are those since the last *pop*."""
-        stats = _statistics.parent_stats(self, self._popped)
+        totals, before = _statistics.parent_totals(self), self._popped
         if pop:
-            self._popped = _statistics.parent_totals(self)
-        return stats
+            self._popped = totals
+        since = {key: value - before.get(key, 0) for key, value in totals.items()}
+        return since | _statistics.parent_sizes(self)
 
     @locked
     def count_retry(self) -> None:
