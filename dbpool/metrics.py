@@ -140,6 +140,7 @@ class BreakerSnapshot:
     since: float | None = None
     last_error: str | None = None
     retry_after: float | None = None
+    kind: str | None = None
 
 
 @dataclass(frozen=True)

@@ -179,11 +179,11 @@ def _merge_times(parts: Sequence[HistogramSnapshot]) -> HistogramSnapshot:
     )
 
 
-def _severity(breaker: BreakerSnapshot) -> tuple[int, float, str, float]:
+def _severity(breaker: BreakerSnapshot) -> tuple[int, float, str, float, str]:
     """Of equally open breakers the one that has failed for longest counts."""
     since = float("-inf") if breaker.since is None else -breaker.since
     state = _BREAKER_STATES.index(breaker.state)
-    return state, since, breaker.last_error or "", breaker.retry_after or 0.0
+    return state, since, breaker.last_error or "", breaker.retry_after or 0.0, breaker.kind or ""
 
 
 def _aged(pool: Snapshot, elapsed: float) -> Snapshot:
@@ -222,6 +222,7 @@ def read_snapshot(data: Mapping[str, Any]) -> Snapshot:
                 since=_optional(read_seconds, breaker["since"]),
                 last_error=_optional(read_text, breaker["last_error"]),
                 retry_after=_optional(read_seconds, breaker["retry_after"]),
+                kind=_optional(read_text, breaker["kind"]),
             ),
             holders=tuple(map(_read_holder, data["holders"])),
             **sizes | times,

@@ -108,6 +108,13 @@ def test_it_answers_what_the_workers_published(
     assert b'dbpool_finding{code="DB01",pool_name="default"} 0.0' in metrics.body
 
 
+def test_while_there_is_no_application_it_says_so(directory: Path) -> None:
+    status, answer = get(views_of(directory), "/stats")
+    assert (status, answer) == (503, {"error": "there is no application"})
+    assert views_of(directory).respond("/metrics", OPEN).status == 503
+    assert views_of(directory).respond("/", OPEN).status == 200
+
+
 def test_the_page_loads_from_the_door_alone(directory: Path) -> None:
     page = views_of(directory).respond("/", OPEN)
     text = page.body.decode()
@@ -144,7 +151,10 @@ def basic(password: str) -> str:
         (basic("wrong"), 401),
     ],
 )
-def test_details_need_the_token(directory: Path, offered: str | None, status: int) -> None:
+def test_details_need_the_token(
+    directory: Path, publish: Callable[..., Processes], offered: str | None, status: int
+) -> None:
+    publish(default=Pool())
     views = views_of(directory, details="token", token=TOKEN)
     headers = {} if offered is None else {"authorization": offered}
     for path in ("/stats", "/metrics", "/"):
@@ -165,7 +175,7 @@ def test_open_details_are_for_localhost_alone(directory: Path) -> None:
     for host in ("evil.example", "localhost.evil.example", "127.evil.example", ""):
         assert views.respond("/stats", {"host": host}).status == 403
     for host in ("localhost", "127.0.0.1:8900", "[::1]:8900"):
-        assert views.respond("/stats", {"host": host}).status == 200
+        assert views.respond("/", {"host": host}).status == 200
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -94,7 +94,10 @@ class Views:
         if match := _STATIC.fullmatch(path):
             return _static(match[1])
         if restricted := self._restricted.get(path):
-            return self._denied(headers) or restricted(query, headers)
+            try:
+                return self._denied(headers) or restricted(query, headers)
+            except ConfigError as ex:  # there is no application yet, or there are several
+                return _json(503, {"Retry-After": "5"}, error=str(ex))
         return _json(404, error="there is no such page")
 
     def tick(self) -> None:
@@ -193,10 +196,9 @@ class Views:
         return _json(200, **self._report(wanted))
 
     def _report(self, wanted: Collection[str]) -> dict[str, Any]:
+        report = (self._find().collect_others() or Report({})).to_json()
         monitor = self._watching()
-        report = (self._find().collect_others() if monitor is not None else None) or Report({})
-        found = report.to_json()
-        return found | {"findings": []} if monitor is None else monitor.extend(found, wanted)
+        return report if monitor is None else monitor.extend(report, wanted)
 
     def _metrics(self, query: object, headers: Mapping[str, str]) -> Response:
         try:
@@ -204,7 +206,7 @@ class Views:
         except ConfigError as ex:  # the package is not installed; the message names it
             return _json(501, error=str(ex))
         report = self._report(())
-        body, content_type = expose(report, headers.get("accept", ""), report["findings"])
+        body, content_type = expose(report, headers.get("accept", ""), report.get("findings", ()))
         return Response(200, body, content_type)
 
     def _page(self, query: object, headers: object) -> Response:

@@ -33,6 +33,7 @@ def snapshot(store: Store) -> Snapshot:
             since=breaker.since,
             last_error=breaker.last_error,
             retry_after=breaker.retry_after,
+            kind=breaker.kind if breaker.is_failing else None,
         ),
         holders=holders.describe(held, monotonic(), {w.thread for w in store.waiting}),
     )
