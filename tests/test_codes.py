@@ -15,6 +15,7 @@ from dbpool import Pool
 from dbpool.cli import main
 from dbpool.codes import as_text, find, pages, title
 from dbpool.diagnosis import CODES, diagnose
+from dbpool.errors import FailureKind, is_permanent
 from dbpool.settings import Settings
 
 from .postgres import Server, until
@@ -69,6 +70,14 @@ def test_a_page_begins_with_its_code_and_says_what_to_do(code: str) -> None:
 def test_an_errors_page_is_titled_with_its_class(code: str, name: str) -> None:
     assert title(pages()[code]).startswith(f"{code} {name}: ")
     assert issubclass(getattr(dbpool, name), Exception)
+
+
+def test_every_kind_of_a_failure_is_told_of() -> None:
+    pages_of_outages = pages()["DBE02"] + pages()["DBE03"]
+    assert {kind for kind in FailureKind if f"`{kind}`" not in pages_of_outages} == set()
+    assert {kind for kind in FailureKind if is_permanent(kind)} == {
+        kind for kind in FailureKind if f"`{kind}`" in pages()["DBE03"]
+    }
 
 
 # What they quote
