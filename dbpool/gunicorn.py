@@ -152,9 +152,12 @@ def post_worker_init(worker: Any) -> None:
 
 def worker_abort(worker: Any) -> None:
     """Log which connections the worker held when gunicorn's timeout ended it."""
-    if "dbpool.pool" in sys.modules:  # else it has none, and this is no time to import
-        from dbpool.pool import _fork
+    if "dbpool.pool" not in sys.modules:  # then it has none, and this is no time to import
+        return
+    from dbpool.pool import _fork
 
+    # gunicorn calls this in a signal handler: an error would surface in whatever was interrupted.
+    with suppress(Exception):
         for pool in list(_fork.pools):
             for holder in pool.holders():
                 where = f"{holder.where}{f' ({holder.endpoint})' if holder.endpoint else ''}"
