@@ -493,3 +493,25 @@ def test_the_shared_files_are_small_and_seldom_written(
     total = sum(p.stat().st_size for p in directory.iterdir() if p.suffix != ".json")
     assert total < 64 * 1024
     assert json.loads((directory / "app.findings").read_bytes())["findings"]
+
+
+def test_a_full_journal_is_written_the_less_often(directory: Path) -> None:
+    databases = Databases({"default": Settings(conninfo="host=127.0.0.1 port=1")})
+    monitor = Monitor(databases, Processes(databases, directory), blockers=False)
+    lines = [
+        {"time": 1e9 + n, "pool": "default", "event": "down", "text": "x" * 110} for n in range(100)
+    ]
+    path = directory / "app.journal"
+    path.write_text(json.dumps({"journal": lines}))
+    monitor.tick()
+    written = [path.stat().st_ino]
+    size = path.stat().st_size
+    assert size > 15_000
+    with pytest.MonkeyPatch.context() as patch:
+        began = monotonic()
+        for second in range(1, 121):
+            patch.setattr("dbpool.monitor._monitor.monotonic", lambda s=second: began + s)
+            monitor.tick()
+            written += [path.stat().st_ino] if path.stat().st_ino != written[-1] else []
+    assert (len(written) - 1) * size / 120 <= 600  # bytes a second
+    monitor.close()

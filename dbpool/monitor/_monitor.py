@@ -26,7 +26,6 @@ from dbpool.report import Report
 logger = logging.getLogger("dbpool")
 
 INTERVAL: Final = 1.0  # seconds between two looks
-_FRESH: Final = 8.0  # seconds that findings of another process are believed
 _CLOSING: Final = 3.0  # seconds
 INCLUDES: Final = ("history", "journal", "endpoints")  # what `/stats` shows if it is asked to
 
@@ -159,7 +158,7 @@ class Monitor:
         """
         known = self._known("findings")
         found = rows(known.get("findings"))
-        if found and 0 <= monotonic() - number(known.get("at")) <= _FRESH:
+        if found and 0 <= monotonic() - number(known.get("at")) <= number(known.get("valid")):
             return [dict(each) for each in found]
         report = _facts_of(self._report()) if report is None else report
         return [finding.to_json() for finding in diagnose(Scene.read(report))]

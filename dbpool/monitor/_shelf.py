@@ -146,9 +146,11 @@ class Shelf:
         if mapping(self.load("lease")).get("key") == self.key:
             self._path("lease").unlink(missing_ok=True)
 
-    def save(self, ending: str, data: Any) -> None:
-        """Write a file of the application atomically."""
-        write(self._path(ending), data)
+    def save(self, ending: str, data: Any) -> int:
+        """Write a file of the application atomically; return its size in bytes."""
+        path = self._path(ending)
+        write(path, data)
+        return path.stat().st_size
 
     def load(self, ending: str) -> Any:
         """Return what such a file holds, None if it cannot be read."""

@@ -22,6 +22,9 @@ logger = logging.getLogger("dbpool")
 _INTERVAL: Final = 2.0  # seconds between two writes of the same findings
 _CALM_INTERVAL: Final = 5.0  # where nothing is wrong
 _JOURNAL_INTERVAL: Final = 10.0
+_BYTES_A_SECOND: Final = 500  # of each file
+_MAX_FINDINGS: Final = 20
+_GRACE: Final = 6.0  # seconds that findings are believed beyond their next write
 _ADDED_UP_AFTER: Final = 2.0  # seconds after a step, when all processes have written it
 _STALL: Final = 15.0  # seconds that a pause between two looks is remembered
 _SLOW_HOLD: Final = 3.0  # seconds
@@ -56,6 +59,7 @@ class Watching:
         self._looked: float | None = None
         self._stalls: list[tuple[float, float]] = []  # when, and how long
         self._written: dict[str, tuple[float, object]] = {}
+        self._sizes: dict[str, int] = {}  # of the files as written last
         self.said: dict[str, dict[str, Any]] = {}
 
     def add_up(self, names: list[str], now: float) -> dict[str, History]:
@@ -118,23 +122,33 @@ class Watching:
             )  # fmt: skip
 
     def _say(self, found: Collection[Finding], now: float) -> None:
+        found = list(found)[:_MAX_FINDINGS]
         ids = [(finding.id, finding.severity) for finding in found]
         is_calm = all(severity is Severity.OK for _, severity in ids)
-        self.said["findings"] = {"at": now, "findings": [finding.to_json() for finding in found]}
-        self._write("findings", ids, _CALM_INTERVAL if is_calm else _INTERVAL, now)
+        interval = self._interval("findings", _CALM_INTERVAL if is_calm else _INTERVAL)
+        self.said["findings"] = {
+            "at": now,
+            "valid": _GRACE + interval,
+            "findings": [finding.to_json() for finding in found],
+        }
+        self._write("findings", ids, interval, now)
         self.said["journal"] = {
             "journal": self._journal.to_json(),
             "endpoints": self._usage.to_json(),
             "deaths": self._deaths,
         }
-        self._write("journal", None, _JOURNAL_INTERVAL, now)
+        self._write("journal", None, self._interval("journal", _JOURNAL_INTERVAL), now)
+
+    def _interval(self, ending: str, least: float) -> float:
+        """Return how long to wait between two writes of a file: the larger, the longer."""
+        return max(least, self._sizes.get(ending, 0) / _BYTES_A_SECOND)
 
     def _write(self, ending: str, what: object, interval: float, now: float) -> None:
-        """Write what was said if it changed, or some time ago: writes are bounded."""
+        """Write what was said if it changed, or some time ago."""
         at, before = self._written.get(ending, (-interval, object()))
         if self._shelf is not None and (what != before or now - at >= interval):
             self._written[ending] = now, what
-            self._shelf.save(ending, self.said[ending])
+            self._sizes[ending] = self._shelf.save(ending, self.said[ending])
 
     def close(self) -> None:
         """Close the connections to the servers."""
