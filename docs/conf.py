@@ -15,7 +15,7 @@ author = "the dbpool authors"
 release = version = dbpool.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "requirements.txt"]
+exclude_patterns = ["_build", "README.md", "requirements.txt"]
 html_theme = "furo"
 html_title = f"dbpool {release}"
 html_extra_path = ["llms.txt"]

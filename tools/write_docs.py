@@ -23,6 +23,13 @@ from dbpool.settings import COMMON, Settings, variable  # noqa: E402
 
 DOCS = ROOT / "docs"
 GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+FACTS = """\
+- The distribution is psycopg-dbpool, the package dbpool. It needs Python 3.11 and psycopg 3.3; asyncio is not for it.
+- `dbpool.Pool` takes what `psycopg_pool.ConnectionPool` takes. `pool.connection()` is a transaction; `pool.fetch_all`,
+  `fetch_one`, `fetch_value` and `execute` are one statement in one round trip; `pool.run(fn)` is a transaction that is
+  repeated where that is safe.
+- Settings come from `DATABASE_URL` and `DBPOOL_…`, see the page Settings.
+- Errors and diagnoses have codes: `python -m dbpool explain DB04` needs no network."""
 SUMMARY = (
     "A PostgreSQL connection pool for threaded Python applications, a subclass of psycopg_pool's."
 )
@@ -114,17 +121,14 @@ def codes() -> str:
 
 def llms() -> str:
     """Return the list of pages for language models, after llmstxt.org."""
-    return "\n".join([f"# dbpool\n\n> {SUMMARY}\n\n## Pages\n", *llms_pages(), ""])
+    return "\n".join([f"# dbpool\n\n> {SUMMARY}\n\n{FACTS}\n\n## Pages\n", *llms_pages(), ""])
 
 
 def llms_pages() -> Iterator[str]:
     """Yield a line for each page, in the order of the table of contents."""
-    for block in re.findall(
-        r":::\{toctree\}\n(.*?):::", (DOCS / "index.md").read_text(), re.DOTALL
-    ):
-        for name in re.findall(r"^[\w-]+$", block, re.MULTILINE):
-            page = (DOCS / f"{name}.md").read_text()
-            yield f"- [{page.partition(chr(10))[0].removeprefix('# ')}](_sources/{name}.md.txt)"
+    for name in re.findall(r"^   ([\w-]+)$", (DOCS / "index.rst").read_text(), re.MULTILINE):
+        heading = (DOCS / f"{name}.md").read_text().partition("\n")[0]
+        yield f"- [{heading.removeprefix('# ')}](_sources/{name}.md.txt)"
 
 
 PARTS: dict[str, Callable[[], str]] = {
