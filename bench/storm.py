@@ -22,6 +22,8 @@ from unittest import mock
 from psycopg_pool.base import AttemptWithBackoff
 
 from bench._report import Cell, Table
+from dbpool.breaker import _BASE, _CAP, _FIRST
+from dbpool.pool._connector import _LIFETIME_SPREAD
 from dbpool.retry import delays
 
 WORKERS = (10, 100, 1_000, 10_000)
@@ -30,7 +32,6 @@ OUTAGE = 30.0  # seconds
 NOTICED = 0.01  # seconds within which all notice that their connections were closed
 CONNECTING = 0.005  # seconds from one connect to the next of a pool that is being served again
 WINDOWS = (0.01, 0.1, 1.0)
-FIRST, CAP, BASE = 0.05, 1.0, 1.3  # the pool's: its pauses between two attempts in an outage
 LIFETIME = 1800.0
 
 
@@ -72,12 +73,12 @@ def peak(times: list[float], window: float) -> float:
 
 
 def _dbpool() -> Iterator[float]:
-    return _one_then_all(delays(FIRST, CAP, BASE))
+    return _one_then_all(delays(_FIRST, _CAP, _BASE))
 
 
 def _no_jitter() -> Iterator[float]:
     with mock.patch("backoff.full_jitter", side_effect=float):
-        yield from _one_then_all(delays(FIRST, CAP, BASE))
+        yield from _one_then_all(delays(_FIRST, _CAP, _BASE))
 
 
 def _one_then_all(pauses: Iterator[float]) -> Iterator[float]:
@@ -109,7 +110,7 @@ PEERS: dict[str, Callable[[], Iterator[float]]] = {
 
 # A deploy: what opened together, and when it reaches the end of its lifetime
 
-SPREADS = {"dbpool": 0.25, "psycopg_pool": 0.05, "no jitter": 0.0}
+SPREADS = {"dbpool": _LIFETIME_SPREAD, "psycopg_pool": 0.05, "no jitter": 0.0}
 
 
 def _lifetime(spread: float) -> float:
