@@ -24,6 +24,7 @@ from dbpool.monitor._episodes import Episodes
 from dbpool.monitor._shelf import Shelf
 from dbpool.processes import Processes
 
+from .faults.test_pgbouncer import PROGRAM, Bouncer
 from .postgres import Server, until
 
 NAME = "dbpool:monitor"
@@ -515,3 +516,31 @@ def test_a_full_journal_is_written_the_less_often(directory: Path) -> None:
             written += [path.stat().st_ino] if path.stat().st_ino != written[-1] else []
     assert (len(written) - 1) * size / 120 <= 600  # bytes a second
     monitor.close()
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here")
+def test_behind_a_pooler_that_nobody_declared_no_names_are_given(
+    table: Server, make_shop: Callable[..., Shop], caplog: pytest.LogCaptureFixture
+) -> None:
+    table.execute("create role app login password 'right'")
+    table.execute("grant pg_read_all_stats to app")
+    bouncer = Bouncer(table, extra="ignore_startup_parameters = options", patience=30.0)
+    bouncer.start()
+    try:
+        shop = make_shop(bouncer.conninfo_for(), statement_timeout="server", pooler="none")
+        with session(table, "lock table stock"):
+            for _ in range(3):
+                shop.call("select count(*) from stock")
+
+            def is_said() -> bool:
+                shop.monitor.tick()
+                return "a pooler stands before the server" in caplog.text
+
+            until(is_said, 20.0, pause=0.1)
+            for found in shop.monitor.findings():
+                assert found["code"] != "DB04"
+                assert not found["evidence"].get("blockers")
+            assert caplog.text.count("a pooler stands before the server") == 1
+        shop.databases.close()
+    finally:
+        bouncer.kill()
