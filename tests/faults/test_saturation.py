@@ -9,8 +9,7 @@ from contextlib import ExitStack
 import psycopg
 import pytest
 
-from dbpool import DatabaseUnavailable
-from tests.pools import GRACE, SLACK, MakePool, assert_serves_all, await_gone, await_up, fill
+from tests.pools import MakePool, assert_serves_all, await_gone, fill
 from tests.postgres import Server, until
 from tests.threads import Load, Task
 
@@ -75,55 +74,6 @@ def test_a_full_server_serves_by_the_connections_that_are_there(
     assert_serves_all(pool)
 
 
-def test_a_full_server_is_no_outage_while_connections_are_out(
-    small: Server, crowd: Crowd, make_pool: MakePool
-) -> None:
-    pool = make_pool(small.conninfo_for(user="app"), server=small, min_size=1, max_size=4)
-    fill(pool)
-    crowd.take(ROOM - 1)
-    with pool.connection():
-        caller = Task(pool.getconn, 1.0)  # longer than the grace
-        error = caller.error()
-        assert isinstance(error, DatabaseUnavailable)  # growth is failing, it is not the holders
-        assert error.kind == "saturated"
-        assert 0.9 < caller.seconds < 1.0 + SLACK
-        assert pool.breaker.state == "closed"
-        patient = Task(pool.fetch_value, "select 1")
-        until(lambda: pool.stats().waiting == 1)
-    assert patient.result() == 1
-    crowd.leave()
-    until(lambda: not pool.breaker.is_failing)
-    assert_serves_all(pool)
-
-
-def test_a_full_server_and_nothing_to_lend_is_told_after_the_grace(
-    small: Server, crowd: Crowd, make_pool: MakePool
-) -> None:
-    crowd.take(ROOM)
-    pool = make_pool(small.conninfo_for(user="app"), server=small, max_size=4, outage_grace=GRACE)
-    callers = [Task(pool.getconn) for _ in range(4)]
-    for caller in callers:
-        error = caller.error()
-        assert type(error) is DatabaseUnavailable
-        assert error.kind == "saturated"
-        assert caller.seconds < GRACE + 2 * SLACK
-    crowd.leave()
-    await_up(pool)
-    assert_serves_all(pool)
-
-
-def test_room_that_comes_within_the_grace_is_waited_for(
-    small: Server, crowd: Crowd, make_pool: MakePool
-) -> None:
-    crowd.take(ROOM)
-    pool = make_pool(small.conninfo_for(user="app"), server=small, max_size=4)
-    callers = [Task(pool.fetch_value, "select 1") for _ in range(4)]
-    until(lambda: pool.stats().counters.connect_failures >= 2)
-    crowd.leave()
-    assert [caller.result() for caller in callers] == [1] * 4
-    assert_serves_all(pool)
-
-
 def test_more_threads_than_the_server_has_room_for_are_all_served(
     small: Server, make_pool: MakePool
 ) -> None:
@@ -163,20 +113,4 @@ def test_a_full_server_that_restarts_is_one_outage_like_any(
     small.restart("immediate")
     assert pool.fetch_value("select 1") == 1
     assert time.monotonic() - began < 10.0
-    assert_serves_all(pool)
-
-
-def test_a_full_server_is_no_outage_while_idle_connections_live(
-    small: Server, crowd: Crowd, make_pool: MakePool
-) -> None:
-    crowd.take(ROOM - 3)
-    pool = make_pool(
-        small.conninfo_for(user="app"), server=small, min_size=6, max_size=6, outage_grace=GRACE
-    )
-    pool.open()
-    until(lambda: pool.stats().idle == 3 and pool.breaker.failing_for > 3 * GRACE)
-    assert pool.state == "up"
-    assert pool.stats().counters.circuit_opened == 0
-    assert pool.fetch_value("select 1") == 1
-    crowd.leave()
     assert_serves_all(pool)

@@ -1,0 +1,72 @@
+"""A server without room for more: no outage as long as connections come back."""
+
+from __future__ import annotations
+
+from dbpool import DatabaseUnavailable
+from tests.fake import FakeServer
+from tests.pools import GRACE, SLACK, MakePool, assert_serves_all, await_up, fill
+from tests.postgres import until
+from tests.threads import Task
+
+
+def test_a_full_server_is_no_outage_while_connections_are_out(
+    fake: FakeServer, make_pool: MakePool
+) -> None:
+    pool = make_pool(min_size=1, max_size=4, outage_grace=GRACE)
+    fill(pool)
+    fake.room = 1
+    with pool.connection():
+        caller = Task(pool.getconn, 1.0)  # longer than the grace
+        error = caller.error()
+        assert isinstance(error, DatabaseUnavailable)  # growth is failing, it is not the holders
+        assert error.kind == "saturated"
+        assert 0.9 < caller.seconds < 1.0 + SLACK
+        assert pool.breaker.state == "closed"
+        patient = Task(pool.fetch_value, "select 1")
+        until(lambda: pool.stats().waiting == 1)
+    assert patient.result() == 1
+    fake.room = None
+    until(lambda: not pool.breaker.is_failing)
+    assert_serves_all(pool)
+
+
+def test_a_full_server_and_nothing_to_lend_is_told_after_the_grace(
+    fake: FakeServer, make_pool: MakePool
+) -> None:
+    fake.room = 0
+    pool = make_pool(max_size=4, outage_grace=GRACE)
+    callers = [Task(pool.getconn) for _ in range(4)]
+    for caller in callers:
+        error = caller.error()
+        assert type(error) is DatabaseUnavailable
+        assert error.kind == "saturated"
+        assert caller.seconds < GRACE + 2 * SLACK
+    fake.room = None
+    await_up(pool)
+    assert_serves_all(pool)
+
+
+def test_room_that_comes_within_the_grace_is_waited_for(
+    fake: FakeServer, make_pool: MakePool
+) -> None:
+    fake.room = 0
+    pool = make_pool(max_size=4)
+    callers = [Task(pool.fetch_value, "select 1") for _ in range(4)]
+    until(lambda: pool.stats().counters.connect_failures >= 2)
+    fake.room = None
+    assert [caller.result() for caller in callers] == [1] * 4
+    assert_serves_all(pool)
+
+
+def test_a_full_server_is_no_outage_while_idle_connections_live(
+    fake: FakeServer, make_pool: MakePool
+) -> None:
+    fake.room = 3
+    pool = make_pool(min_size=6, max_size=6, outage_grace=GRACE)
+    pool.open()
+    until(lambda: pool.stats().idle == 3 and pool.breaker.failing_for > 3 * GRACE)
+    assert pool.state == "up"
+    assert pool.stats().counters.circuit_opened == 0
+    assert pool.fetch_value("select 1") == 1
+    fake.room = None
+    assert_serves_all(pool)
