@@ -69,6 +69,7 @@ class Breaker:
         self.silent_since = -1.0  # what TCP knows of an outage before connects fail
         self.is_failure_reported = False  # whether `reconnect_failed` was called in this outage
         self.error: BaseException | None = None  # of the last failed attempt, sanitized
+        self.last_error: str | None = None  # its text on one line, None while connects succeed
         self.kind = "unknown"
         self.clock = clock
         self._interval_started = float("-inf")
@@ -109,11 +110,6 @@ class Breaker:
     def retry_after(self) -> float | None:
         """Seconds until the next attempt, None while connects succeed."""
         return max(0.0, self.retry_at - self.clock()) if self.is_failing else None
-
-    @property
-    def last_error(self) -> str | None:
-        """The text of the last failure on one line, None while connects succeed."""
-        return None if self.error is None else describe(self.error)
 
     def pending(self) -> list[float]:
         """Return when the tries that are under way began."""
@@ -171,8 +167,7 @@ class Breaker:
         Returns whether this one does; another gives up its place.
         """
         started, attempt.started = attempt.started, 0.0
-        self.error, self.kind = error, kind
-        self._fails_since(started)
+        self._fails_since(started, error, kind)
         if self.retry not in (None, attempt):
             self.drop(attempt)
             return False
@@ -187,9 +182,9 @@ class Breaker:
         """
         if self.clock() - max(attempt.started, self.last_alive_at) >= self.patience:
             kind = SATURATED if attempt.is_pinging else "timeout"
-            if not (self.is_failing and kind == SATURATED):  # else the reason is known
-                self.error, self.kind = error, kind
-            self._fails_since(attempt.started)
+            if self.is_failing and kind == SATURATED and self.error:  # the reason is known
+                error, kind = self.error, self.kind
+            self._fails_since(attempt.started, error, kind)
 
     def trip_if_due(self, *, idle: int, out: int) -> bool:
         """Open if it is time to; return whether that was now.
@@ -233,9 +228,10 @@ class Breaker:
 
     def reset(self) -> None:
         """Close, and forget the failure: the next one starts a new grace."""
-        self._failing_since = self._opened_at = self.error = None
+        self._failing_since = self._opened_at = self.error = self.last_error = None
         self.kind = "unknown"
 
-    def _fails_since(self, started: float) -> None:
+    def _fails_since(self, started: float, error: BaseException, kind: str) -> None:
+        self.error, self.kind, self.last_error = error, kind, describe(error)
         if self._failing_since is None or self.last_alive_at > self._failing_since:
             self._failing_since = max(started, self.last_alive_at)

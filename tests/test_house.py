@@ -39,29 +39,20 @@ FLOORS = {
         "pool._compatible",
         "pool._psycopg",
         "pool._pipelining",
-        "pool._outcomes",
         "pool._session",
         "pool._server_defaults",
         "pool._fork",
         "pool._notices",
-        "pool._inspect",
-        "pool._explain",
         "pool._bag",
-        "pool._waiting",
-        "pool._statistics",
-        "pool._workers",
-        "pool._growth",
+        "pool._rules",
         "pool._store",
         "pool._connector",
         "pool._supply",
         "pool._lending",
-        "pool._returning",
         "pool._maintenance",
-        "pool._statement",
-        "pool._transaction",
+        "pool._running",
         "pool._options",
         "pool._seam",
-        "pool._lease",
         "pool._pool",
         "pool",
     ],
@@ -148,7 +139,7 @@ def test_no_file_is_long(path: Path) -> None:
 
 def test_the_lower_floors_are_small() -> None:
     total = sum(len(code_lines(path)) for path in CORE)
-    assert total < 4482  # to come down to 3,000: what comes in pays with what goes out
+    assert total < 4353  # to come down to 3,000: what comes in pays with what goes out
 
 
 def test_one_class_stands_between_the_parent_and_the_pool() -> None:

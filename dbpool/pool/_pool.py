@@ -24,13 +24,12 @@ from dbpool.errors import CommitUncertain, PoolError
 from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord, Owner
 from dbpool.metrics import Metrics
-from dbpool.pool import _fork, _lending, _options, _returning, _transaction
+from dbpool.pool import _fork, _lending, _options, _running
 from dbpool.pool._bag import Step
-from dbpool.pool._lease import Lease
-from dbpool.pool._outcomes import is_lost_unanswered
+from dbpool.pool._lending import Lease
 from dbpool.pool._psycopg import KeptCursor, session_state
+from dbpool.pool._running import Statement, fetch_all, fetch_one, row_count, run_statement
 from dbpool.pool._seam import PoolBase
-from dbpool.pool._statement import Statement, fetch_all, fetch_one, row_count, run_statement
 from dbpool.settings import Settings
 
 T = TypeVar("T")
@@ -199,12 +198,12 @@ class Pool(PoolBase[CT]):
             # One tuple comparison covers all that a user may have changed on the connection.
             and (cursor is not None or session_state(conn) == record.session_state)
         ):
-            _returning.take_back(self, conn)
+            _lending.take_back(self, conn)
             return
         record.cursor = cursor
         with store.lock:
             if not record.since:
-                _returning.insist_on_reaped(self, record)
+                _lending.insist_on_reaped(self, record)
                 return
             wait = record.wait
             store.breaker.last_alive_at = record.idle_since = now
@@ -224,7 +223,7 @@ class Pool(PoolBase[CT]):
 
     def _check_certain(self, conn: Any, error: psycopg.Error, what: str = "COMMIT") -> None:
         """Raise `CommitUncertain` if the connection was lost while *what* had no answer."""
-        if is_lost_unanswered(conn, error):
+        if _running.is_lost_unanswered(conn, error):
             raise CommitUncertain(
                 f"pool {self.name!r}: the connection was lost during {what};"
                 " it may or may not have been done",
@@ -305,6 +304,6 @@ class Pool(PoolBase[CT]):
         waiting for connections and retrying; with one, it waits until an outage is over.
         """
         deadline = None if timeout is None else monotonic() + timeout
-        options = _transaction.Options(attempts, idempotent, isolation, read_only, deadline)
+        options = _running.Options(attempts, idempotent, isolation, read_only, deadline)
         caller = sys._getframe().f_back
-        return _transaction.run(self, fn, args, options, caller or sys._getframe())
+        return _running.run(self, fn, args, options, caller or sys._getframe())

@@ -21,14 +21,13 @@ from dbpool.errors import is_permanent
 from dbpool.events import Emitter
 from dbpool.holders import Holder, Owner, current
 from dbpool.metrics import Snapshot
-from dbpool.pool import _explain, _fork
+from dbpool.pool import _fork, _rules
 from dbpool.pool._connector import Connector
+from dbpool.pool._lending import finish
 from dbpool.pool._maintenance import MAX_INTERVAL, MIN_INTERVAL, Maintenance
 from dbpool.pool._notices import Notices, logger
-from dbpool.pool._returning import finish
 from dbpool.pool._store import Store
-from dbpool.pool._supply import Supply
-from dbpool.pool._workers import Workers
+from dbpool.pool._supply import Supply, Workers
 from dbpool.retry import Budget
 from dbpool.settings import Settings
 
@@ -170,7 +169,7 @@ class PoolBase(ConnectionPool[CT]):
         self._open_on_use()
         while self._store.bag.ready() < self.min_size:
             if self.closed:
-                raise _explain.closed(self.name, was_opened=self._store.was_opened)
+                raise _rules.closed(self._store)
             is_hopeless = self.breaker.is_open and is_permanent(self.breaker.kind)
             if monotonic() >= deadline or is_hopeless:
                 error = self._store.unavailable()

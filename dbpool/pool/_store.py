@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from functools import partial, wraps
 from time import monotonic
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import ref
 
 from dbpool.breaker import Breaker
-from dbpool.errors import DatabaseUnavailable, PoolError
 from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord, Holder, ThreadInfo
 from dbpool.metrics import Metrics
-from dbpool.pool import _explain, _growth, _statistics
-from dbpool.pool._bag import Bag, Condition
+from dbpool.pool import _rules
+from dbpool.pool._bag import Bag, Condition, Waiter, WaitQueue
 from dbpool.pool._notices import Notices
-from dbpool.pool._waiting import Waiter, WaitQueue
-from dbpool.pool._workers import Job, Workers
+
+if TYPE_CHECKING:
+    from dbpool.pool._supply import Job, Workers
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,7 +66,7 @@ class Store:
         self.collected: deque[Any] = deque()  # says that a connection was; filled without any lock
         self.queued = 0
         self.timed_out_wait_seconds = 0.0
-        self._popped: dict[str, int] = {}  # what `pop_stats` has returned
+        self.popped: dict[str, int] = {}  # what `pop_stats` has returned
 
     # What there is
 
@@ -83,26 +83,14 @@ class Store:
             return "down"
         return "up" if self.breaker.last_alive_at else "starting"
 
-    snapshot = locked(_statistics.snapshot)
-
-    @locked
-    def parent_stats(self, *, pop: bool = False) -> dict[str, int]:
-        """Return psycopg_pool's statistics; counts and sums are those since the last *pop*."""
-        totals, before = _statistics.parent_totals(self), self._popped
-        if pop:
-            self._popped = totals
-        since = {key: value - before.get(key, 0) for key, value in totals.items()}
-        return since | _statistics.parent_sizes(self)
+    snapshot = locked(_rules.snapshot)
+    parent_stats = locked(_rules.parent_stats)
+    unavailable = locked(_rules.unavailable)
 
     @locked
     def count_retry(self) -> None:
         """Count a transaction that is run again."""
         self.metrics.retries += 1
-
-    @locked
-    def unavailable(self, cause: BaseException | None = None) -> DatabaseUnavailable:
-        """Build DatabaseUnavailable as things stand, see `_explain.unavailable`."""
-        return _explain.unavailable(self.name, self.snapshot(), self.breaker, cause=cause)
 
     # Opening and closing
 
@@ -128,9 +116,7 @@ class Store:
         while self.bag.idle:
             self.bag.forget(self.bag.idle[-1]._record)
             self.bag.idle.pop()
-        self.metrics.rejected += self.waiting.reject_all(
-            lambda: _explain.closed(self.name, was_opened=True)
-        )
+        self.metrics.rejected += self.waiting.reject_all(partial(_rules.closed, self))
         return was_open
 
     # Lending
@@ -146,48 +132,23 @@ class Store:
         if self.collected or (close_returns and self.size >= self.max_size):
             self._reclaim(close_returns=close_returns)
         if not self.is_open:
-            raise _explain.closed(self.name, was_opened=self.was_opened)
+            raise _rules.closed(self)
         if self.breaker.is_failing:
-            _growth.close_if_alive(self)
-            _growth.trip_if_due(self)
+            _rules.close_if_alive(self)
+            _rules.trip_if_due(self)
         if self.breaker.is_open:
             self.metrics.rejected += waiter.reject(self.unavailable())
         elif max_waiting and len(self.waiting) >= max_waiting:
-            error = _explain.too_many(self.name, self.snapshot(), max_waiting)
-            self.metrics.rejected += waiter.reject(error)
+            self.metrics.rejected += waiter.reject(_rules.too_many(self, max_waiting))
         else:
             self.queued += 1
             self.waiting.append(waiter)
-            if self.bag.idle and not waiter.is_late(
-                self.breaker.clock()
-            ):  # one came back meanwhile
+            # One may have come back meanwhile.
+            if self.bag.idle and not waiter.is_late(self.breaker.clock()):
                 self.hand_over_or_store(self.bag.idle.pop(), is_fresh=False)
             self.refill()
 
-    @locked
-    def time_out(self, waiter: Waiter) -> tuple[int, PoolError | None]:
-        """Fail a waiter whose time is over, and those behind it for whom that holds too.
-
-        One snapshot serves all. One that was served this very moment is left alone. Returns how
-        many failed, and the error of one of them.
-        """
-        breaker, held = self.breaker, self.bag.held()
-        now, snapshot = breaker.clock(), self.snapshot()
-        suspicion, is_silent = _explain.suspicion(held, breaker, now - waiter.started)
-        if is_silent and breaker.silent_since < breaker.last_alive_at:
-            breaker.silent_since = waiter.started
-        held_by, error = Counter(record.thread for record in held), None
-        late = self.waiting.expired(waiter, now)
-        for each in late:
-            error = _explain.timed_out(
-                self.name, snapshot, breaker, now - each.started,
-                held_by_caller=held_by[each.thread], suspicion=suspicion,
-            )  # fmt: skip
-            self.waiting.discard(each)
-            self.metrics.timeouts += 1
-            self.timed_out_wait_seconds += now - each.started
-            each.fail(error)
-        return len(late), error
+    time_out = locked(_rules.time_out)
 
     # Taking back
 
@@ -279,14 +240,14 @@ class Store:
         """Have a worker close and log what may not be done under the lock or by a caller."""
         self.workers.run(lambda pool: pool._supply.flush())
 
-    # Connecting, see `_growth`
+    # Connecting
 
-    refill = locked(_growth.refill)
-    may_begin = locked(_growth.may_begin)
-    begin = locked(_growth.begin)
-    connected = locked(_growth.connected)
-    failed = locked(_growth.failed)
-    overdue = locked(_growth.overdue)
+    refill = locked(_rules.refill)
+    may_begin = locked(_rules.may_begin)
+    begin = locked(_rules.begin)
+    connected = locked(_rules.connected)
+    failed = locked(_rules.failed)
+    overdue = locked(_rules.overdue)
 
     # Maintaining
 
@@ -297,12 +258,12 @@ class Store:
             self.close()
         self._reclaim(close_returns=close_returns)
         if self.breaker.start_interval():
-            _growth.close_if_alive(self)
-        _growth.trip_if_due(self)
+            _rules.close_if_alive(self)
+        _rules.trip_if_due(self)
         self.bag.trim(self.max_size)
         if has_idle_workers:
             for attempt in self.breaker.interrupted():
-                _growth.enqueue(self, attempt)
+                _rules.enqueue(self, attempt)
 
     @locked
     def mark_slow(self, before: float) -> list[float]:

@@ -1,21 +1,29 @@
-"""Supply: when to connect and when to retry, and what to evict."""
+"""The threads of a pool, and what they do first: connect and retry, evict and close."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import queue
+import threading
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from time import monotonic
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
 
 import psycopg
+from psycopg_pool import ConnectionPool
+from psycopg_pool.pool import MaintenanceTask, StopWorker
+from psycopg_pool.sched import Scheduler
 
 from dbpool import events
+from dbpool._threads import run_in_thread
 from dbpool.breaker import Attempt
 from dbpool.errors import SATURATED, DatabaseUnavailable, is_permanent
 from dbpool.holders import ConnectionRecord
 from dbpool.liveness import PingTimeout, closed_by_peer
 from dbpool.pool._connector import Connector, Failure
-from dbpool.pool._explain import server_lost
 from dbpool.pool._notices import Notices, logger
 from dbpool.pool._psycopg import close, ping_unmarked
 from dbpool.pool._store import Store
@@ -24,7 +32,91 @@ if TYPE_CHECKING:
     from dbpool.pool._seam import PoolBase
 
 _CHANGE_INTERVAL: Final = 1.0  # seconds between two looks at a conninfo that was refused
+_LOGIN_FAILING: Final = "login has been failing"  # says a pooler that cannot reach the server
 _MIN_OVERDUE_INTERVAL: Final = 0.1  # seconds between two looks at an attempt without an answer
+
+
+Job = Callable[[Any], None]  # of a worker, called with the pool
+
+
+class Call(MaintenanceTask):
+    """Calls *fn* with the pool, if that still lives, in a worker or when due in the scheduler.
+
+    Runs once, also on a closed pool: it may have to close a connection.
+    """
+
+    def __init__(self, pool: ConnectionPool[Any], fn: Job) -> None:
+        super().__init__(pool)
+        self._fn: Job | None = fn
+
+    def tick(self) -> None:
+        """Run in the scheduler's thread: for what is short and must not queue."""
+        self.run()
+
+    def run(self) -> None:
+        """Run in a worker, whether the pool is open or not."""
+        if (pool := self.pool()) is not None:
+            self._run(pool)
+
+    def _run(self, pool: ConnectionPool[Any]) -> None:
+        fn, self._fn = self._fn, None  # a worker keeps its last task until there is another
+        if fn is not None:
+            fn(pool)
+
+
+class Workers:
+    """The threads of a pool: the scheduler, and workers that take tasks from a queue."""
+
+    def __init__(self, pool: ConnectionPool[Any]) -> None:
+        self.tasks: Any = queue.SimpleQueue()  # made in C, unlike the parent's
+        self.scheduler = Scheduler()
+        self.threads: list[threading.Thread] = []
+        self._starting = threading.RLock()  # held while the threads are started or stopped
+        self._pool = ref(pool)  # weakly: it dies while they run
+        self._name, self._worker = pool.name, pool.worker
+
+    def run(self, job: Job) -> None:
+        """Have a worker do *job*."""
+        if (pool := self._pool()) is not None:
+            pool.run_task(Call(pool, job))
+
+    def run_later(self, job: Job, delay: float) -> None:
+        """Have the scheduler do *job*, which must be short, in *delay* seconds."""
+        if (pool := self._pool()) is not None:
+            pool.schedule_task(Call(pool, job), delay)
+
+    def start(self, number: int, is_open: Callable[[], bool]) -> None:
+        """Start the scheduler and that many workers, unless they run or the pool is closed."""
+        with self._starting:
+            if is_open() and not any(thread.is_alive() for thread in self.threads):
+                try:
+                    run_in_thread(partial(self._start, number))
+                except BaseException:
+                    self.stop()
+                    raise
+
+    def _start(self, number: int) -> None:
+        self.threads = []
+        targets: list[Any] = [self.scheduler.run, *[partial(self._worker, self.tasks)] * number]
+        names = ["scheduler", *(f"worker-{n}" for n in range(number))]
+        for target, name in zip(targets, names, strict=True):
+            thread = threading.Thread(target=target, name=f"{self._name}-{name}", daemon=True)
+            thread.start()
+            self.threads.append(thread)
+
+    def stop(self) -> list[threading.Thread]:
+        """Have the threads end; return them. To be called again if it was interrupted."""
+        with self._starting:
+            threads = self.threads
+            if threads:
+                # What wakes the scheduler is an Event: a worker does that, where there is one.
+                stop: Any = SimpleNamespace(run=partial(self.scheduler.enter, 0.0, None))
+                give: Any = self.tasks.put if threads[1:] else lambda task: task.run()
+                give(stop)
+                for _ in threads[1:]:
+                    self.tasks.put(StopWorker(self))  # type: ignore[arg-type]
+                self.threads = []
+            return threads
 
 
 class Supply:
@@ -150,7 +242,7 @@ class Supply:
 
         Then no idle connection can: they are evicted, and the ping of each new one decides.
         """
-        if self.settings.pooler != "transaction" or not server_lost(ex):
+        if self.settings.pooler != "transaction" or _LOGIN_FAILING not in str(ex):
             return None
         self.store.evict_idle("dead", lambda record: True)
         self.close_evicted()

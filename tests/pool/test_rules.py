@@ -25,9 +25,9 @@ from psycopg_pool import PoolClosed
 from dbpool.breaker import Attempt
 from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord, Owner, current
+from dbpool.pool._bag import Waiter
 from dbpool.pool._store import Store
-from dbpool.pool._waiting import Waiter
-from dbpool.pool._workers import Workers
+from dbpool.pool._supply import Workers
 from tests.clock import Clock
 
 GRACE = 2.0
