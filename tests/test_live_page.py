@@ -74,7 +74,9 @@ def complete(report: Answer, answer: Answer) -> Answer:
         "processes": processes,
         "pools": {"default": pool | {"counters": counters} | answer.get("pool", {})},
     }
-    more = {key: answer[key] for key in ("findings", "history", "journal") if key in answer}
+    more = {
+        key: answer[key] for key in ("findings", "history", "journal", "endpoints") if key in answer
+    }
     return report | changed | more
 
 
@@ -177,3 +179,23 @@ def test_history_and_journal_are_shown(page: Callable[[list[Answer]], str]) -> N
     assert "at most 1.5 s" in dom
     assert re.search(r'<div class="refused calm"><dt>refused</dt>', dom)
     assert "down: &lt;i&gt;refused&lt;/i&gt;" in dom
+
+
+def test_who_holds_connections_is_shown_with_session_and_worker(
+    page: Callable[[list[Answer]], str],
+) -> None:
+    held = {"thread": "T-1", "seconds": 14.0, "where": "pay.py:88", "endpoint": "billing.pay"}
+    waiting = {"pid": 5001, "worker": 4711, "status": "idle in transaction", "waits": True}
+    endpoints = {
+        "default": [{"endpoint": "<b>pay</b>", "in_use": 1.5, "use_share": 0.75, "longest": 14.0}]
+    }
+    dom = page([
+        {"time": 100.0, "born": [(1, 0.0)], "checkouts": 1, "endpoints": endpoints,
+         "pool": {"holders": [held | waiting, held | {"status": "query"}]}},
+    ])  # fmt: skip
+    cells = re.findall(r'<td data-label="([^"]*)">([^<]*)</td>', dom)
+    assert cells[3:6] == [
+        ("now", "waits for another connection"), ("session", "5001"), ("worker", "4711"),
+    ]  # fmt: skip
+    assert cells[10:12] == [("now", "query"), ("session", "\N{EN DASH}")]
+    assert "&lt;b&gt;pay&lt;/b&gt;</th><td>1.5</td><td>75 %</td><td>14.0 s</td>" in dom

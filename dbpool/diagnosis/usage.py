@@ -10,6 +10,7 @@ from dbpool.diagnosis._scene import PoolScene, Scene
 __all__ = ["ENDPOINTS", "OTHER", "Usage"]
 
 ENDPOINTS: Final = 200  # that are told apart in one pool
+SHOWN: Final = 50  # of these
 OTHER: Final = "other"
 _HALF_LIFE: Final = 300.0  # seconds after which what was seen counts half
 _MAX_PAUSE: Final = 5.0  # seconds between two looks that a look stands for
@@ -49,7 +50,7 @@ class Usage:
             self._pools[pool.name] = _seen(self._pools[pool.name], pool, pause, kept)
 
     def to_json(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the endpoints of each pool, the largest users first.
+        """Return the endpoints of each pool, the largest users first, `SHOWN` of them.
 
         `in_use` is a mean number of connections, `use_share` the part of all that were in use, and
         `longest` the longest hold that was seen, in seconds. What sampling cannot tell is None.
@@ -58,7 +59,8 @@ class Usage:
 
     def _rows(self, uses: Mapping[str, _Use]) -> Iterable[dict[str, Any]]:
         total = sum(use.seconds for use in uses.values()) or 1.0
-        for name, use in sorted(uses.items(), key=lambda each: (-each[1].seconds, each[0])):
+        ranked = sorted(uses.items(), key=lambda each: (-each[1].seconds, each[0]))
+        for name, use in ranked[:SHOWN]:
             yield {
                 "endpoint": name,
                 "in_use": round(use.seconds / (self._weight or 1.0), 3),

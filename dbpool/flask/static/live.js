@@ -2,7 +2,8 @@
 // Asks for the statistics each second while the page is seen; shows what comes as text only.
 
 const EVERY = 1000; // milliseconds
-const HISTORY_EVERY = 5; // answers
+const ROUND = 5; // answers; of one round each has at most one of these, so that none is large
+const INCLUDES = ["history", "journal", "endpoints"];
 const PATIENCE = 5000;
 
 // Not relative: the page's own address may hold the password, with which nothing is fetched.
@@ -65,6 +66,16 @@ function rate(pool, time, last) {
   return (Math.max(0, checkouts) / (time - last.time)).toFixed(1) + " /s";
 }
 
+// On a narrow screen each cell stands on a line of its own, after the name of its column.
+function labelled(tr, table) {
+  [...table.tHead.rows[0].cells].forEach((head, n) => { tr.cells[n].dataset.label = head.textContent; });
+  return tr;
+}
+
+function doing(holder) {
+  return holder.waits ? "waits for another connection" : holder.status || "–";
+}
+
 function show(name, pool, time, last) {
   const card = section(name);
   const part = (key) => card.querySelector(`[data-${key}]`);
@@ -92,7 +103,8 @@ function show(name, pool, time, last) {
   part("discarded").replaceChildren(...totals(discarded));
   part("held").hidden = pool.holders.length === 0;
   part("holders").replaceChildren(...pool.holders.map((holder) =>
-    row([seconds(holder.seconds), holder.where, holder.endpoint || "–", holder.thread])));
+    labelled(row([seconds(holder.seconds), holder.where, holder.endpoint || "–", doing(holder),
+      holder.pid || "–", holder.worker || "–", holder.thread]), part("held"))));
   if (last && word(last.pool) !== word(pool)) byId("news").textContent = `${name} is ${word(pool)}`;
 }
 
@@ -182,6 +194,16 @@ function showHistory(stats) {
   }
 }
 
+function showEndpoints(stats) {
+  for (const [name, rows] of Object.entries(stats.endpoints)) {
+    if (!(name in stats.pools)) continue;
+    const card = section(name);
+    card.querySelector("[data-used]").hidden = rows.length === 0;
+    card.querySelector("[data-endpoints]").replaceChildren(...rows.slice(0, 10).map((each) =>
+      row([each.endpoint, each.in_use, (100 * each.use_share).toFixed(0) + " %", seconds(each.longest)], true)));
+  }
+}
+
 function showJournal(lines) {
   byId("journal").hidden = lines.length === 0;
   byId("lines").replaceChildren(...lines.slice(0, 20).map((line) =>
@@ -211,6 +233,7 @@ function showAll(stats) {
     if (byId("pools").children[n] !== card) byId("pools").insertBefore(card, byId("pools").children[n]);
   });
   if (stats.history) showHistory(stats);
+  if (stats.endpoints) showEndpoints(stats);
   if (stats.journal) showJournal(stats.journal);
   byId("processes").replaceChildren(...stats.processes.map((each) =>
     row([each.pid, seconds(each.age) + " ago", seconds(each.uptime)])));
@@ -222,8 +245,8 @@ function showAll(stats) {
 
 async function refresh() {
   try {
-    const wanted = asked++ % HISTORY_EVERY === 0 ? "?include=history,journal" : "";
-    const answer = await fetch(address + wanted, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
+    const wanted = INCLUDES[asked++ % ROUND];
+    const answer = await fetch(address + (wanted ? "?include=" + wanted : ""), { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
     if (!answer.ok) throw new Error("HTTP " + answer.status);
     showAll(await answer.json());
     document.body.className = "";

@@ -1,0 +1,83 @@
+"""Who uses a pool how much, sampled: bounded, mergeable by its looks, and robust."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbpool.diagnosis.usage import ENDPOINTS, OTHER, SHOWN, Usage
+
+
+def report(*endpoints: str | None, active: int | None = None, seconds: float = 1.0) -> Any:
+    held = [{"endpoint": each, "where": "app.py:1 f", "seconds": seconds} for each in endpoints]
+    return {"pools": {"default": {"active": active or len(held), "holders": held}}}
+
+
+def rows(usage: Usage) -> dict[str, dict[str, Any]]:
+    return {row["endpoint"]: row for row in usage.to_json()["default"]}
+
+
+def test_the_share_of_an_endpoint_is_that_of_the_looks_which_saw_it() -> None:
+    usage = Usage()
+    for second in range(61):
+        usage.look(report("pay", "pay", *(["list"] if second % 2 else [])), 100.0 + second)
+    found = rows(usage)
+    assert found["pay"]["in_use"] == pytest.approx(2.0, abs=0.01)
+    assert found["list"]["in_use"] == pytest.approx(0.5, abs=0.02)
+    assert found["pay"]["use_share"] == pytest.approx(0.8, abs=0.01)
+    assert found["pay"]["longest"] == 1.0
+    assert found["pay"]["checkouts"] is None, "sampling cannot count"
+
+
+def test_what_was_long_ago_counts_less() -> None:
+    usage = Usage()
+    for second in range(900):
+        usage.look(report("old" if second < 300 else "new"), 100.0 + second)
+    found = rows(usage)
+    assert found["old"]["use_share"] < 0.25
+    assert found["new"]["use_share"] > 0.75
+
+
+def test_a_holder_without_an_endpoint_is_known_by_its_line() -> None:
+    usage = Usage()
+    usage.look(report(None), 100.0)
+    usage.look(report(None), 101.0)
+    assert "app.py:1 f" in rows(usage)
+
+
+def test_those_who_are_not_listed_are_others() -> None:
+    usage = Usage()
+    for second in range(10):
+        usage.look(report("pay", active=5), 100.0 + second)
+    assert rows(usage)[OTHER]["in_use"] == pytest.approx(4.0, abs=0.05)
+
+
+def test_a_thousand_endpoints_take_bounded_room() -> None:
+    usage = Usage()
+    for second in range(20):
+        names = [f"e{n}" for n in range(second * 50, second * 50 + 50)]
+        usage.look(report(*names), 100.0 + second)
+    found = usage.to_json()["default"]
+    assert len(found) == SHOWN <= ENDPOINTS
+    assert found[0]["endpoint"] == OTHER
+    assert len(json.dumps(found)) < 10 * 1024
+
+
+def test_a_clock_that_jumps_weighs_no_look_more_than_others() -> None:
+    usage = Usage()
+    for now in (100.0, 101.0, 5000.0, 10.0, 11.0):
+        usage.look(report("pay"), now)
+    assert rows(usage)["pay"]["in_use"] == pytest.approx(1.0, abs=0.2)
+
+
+@given(st.lists(st.tuples(st.recursive(st.none() | st.floats() | st.text(max_size=5),
+       lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x)), st.floats(0, 1e6))))  # fmt: skip
+def test_no_report_breaks_it(looks: list[tuple[Any, float]]) -> None:
+    usage = Usage()
+    for pools, now in looks:
+        usage.look({"pools": pools}, now)
+    json.dumps(usage.to_json(), allow_nan=False)
