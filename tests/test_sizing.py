@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from heapq import heapify, heapreplace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbpool.metrics import Histogram, Metrics, Snapshot
+from dbpool.metrics import BreakerSnapshot, Histogram, Metrics, Snapshot
 from dbpool.sizing import TARGET, Demand, Limit, Load, Verdict, connections_needed, measure
 from dbpool.sizing._queueing import erlang_c
 
@@ -266,7 +267,7 @@ def test_a_load_is_one_process_s_share() -> None:
             reported(
                 used(5000),
                 10.0,
-                breaker={"state": "open", "since": 1.0, "last_error": "x", "retry_after": 1.0},
+                breaker=asdict(BreakerSnapshot("open", since=1.0)),
             ),
             "its breaker is open",
         ),
