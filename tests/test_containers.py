@@ -206,6 +206,15 @@ def test_the_cluster_fits_into_a_gibibyte_and_a_half() -> None:
     assert sum(int(one["mem_limit"].removesuffix("m")) for one in running) <= 1536
 
 
+def test_what_compose_reads_from_dotenv_is_in_its_example() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    defaults = dict(re.findall(r"(?<!\$)\$\{([A-Z_]+):-([^}]*)\}", text))
+    example = dict(
+        re.findall(r"^#([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    )
+    assert {**defaults, "DEV_USER": "1000"}.items() <= example.items()
+
+
 def test_no_replication_slot_keeps_what_a_stopped_standby_has_not_read() -> None:
     assert "slot" not in str(SERVICES["standby"]["command"])
     assert SERVICES["standby"]["profiles"] == ["cluster"]

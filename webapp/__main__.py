@@ -266,6 +266,7 @@ def _answers(host: str, port: int) -> bool:
 
 def _tell(host: str, port: int, embedded: Server | None, settings: AppSettings) -> None:
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = os.environ.get("WEBAPP_URL") or url  # where a container's port is published
     database = f"PostgreSQL in {embedded.data}" if embedded else _configured_by()
     lines = [
         f"Serving from {database}. Ctrl-C stops it.",

@@ -144,6 +144,7 @@ def test_it_stops_in_its_grace(stack: Project, port: int) -> None:
 
 def test_the_development_service_runs_what_is_saved(stack: Project) -> None:
     port = int(stack.environ["DEV_PORT"])
+    assert f"http://127.0.0.1:{port}/db/ " in stack.logs("dev")
     sources = [
         "dbpool/__init__.py",
         "dbpool/gunicorn.py",
