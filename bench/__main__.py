@@ -35,7 +35,7 @@ PLOTS = {
     "observe": ("median", 1e3, "ms"),
     "recovery": ("seconds", 1e3, "ms"),
     "failover": ("seconds", 1.0, "s"),
-    "storm": ("peak", 1.0, "per second"),
+    "storm": ("peak", 1.0, "/s"),
     "stops": ("failed", 1.0, "failed"),
     "sizes": ("connections", 1.0, "connections"),
 }

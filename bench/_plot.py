@@ -25,7 +25,7 @@ def bars(path: Path, title: str, groups: Mapping[str, Mapping[str, float]], unit
             parts.append(
                 f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR}" fill="{color}"/>'
             )
-            parts.append(_text(_LEFT + width + 6, y + 13, f"{value:.4g} {unit}"))
+            parts.append(_text(_LEFT + width + 6, y + 13, f"{_number(value)} {unit}"))
             y += _BAR + _GAP // 2
         y += _GAP
     width = _LEFT + _WIDTH + 120
@@ -35,6 +35,10 @@ def bars(path: Path, title: str, groups: Mapping[str, Mapping[str, float]], unit
         f'<rect width="100%" height="100%" fill="#fff"/>'
         f"{_text(10, 22, title, weight='700')}{''.join(parts)}</svg>\n"
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str = "400") -> str:
