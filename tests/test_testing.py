@@ -367,6 +367,23 @@ def test_a_connection_that_was_forgotten_fails_the_test(pool: Pool[Any]) -> None
         isolation.close()
 
 
+@pytest.mark.parametrize("statement", ["commit", "rollback"])
+def test_a_statement_that_ends_the_transaction_fails_the_test(
+    pool: Pool[Any], outside: Ids, statement: str
+) -> None:
+    isolation = Isolation(pool)
+    with pool.connection() as conn:
+        insert(conn, 1)
+        conn.execute(statement.encode())
+        insert(conn, 2)
+    pool.execute(statement)
+    pool.execute("insert into t values (3)")
+    with pytest.raises(AssertionError, match="may have stayed"):
+        isolation.close()
+    assert 3 not in outside()
+    assert pool.fetch_value("select 1") == 1
+
+
 def test_what_outlives_a_test_cannot_touch_the_next(pool: Pool[Any], outside: Ids) -> None:
     isolation = Isolation(pool)
     conn = pool.getconn()

@@ -162,6 +162,11 @@ class _Isolated:
             f"pool {pool.name!r}: {each.thread} still holds a connection, checked out at {each.where}"
             for each in held
         ]
+        if self.session.was_ended:
+            problems.append(
+                f"pool {pool.name!r}: a statement (COMMIT, ROLLBACK, a procedure) ended the"
+                " transaction of the test: what was done before it may have stayed"
+            )
         if leaks:
             problems.append(f"pool {pool.name!r}: connections were never returned: {leaks}")
         return problems

@@ -47,6 +47,7 @@ class Session:
         self.lock = threading.Lock()  # one exchange at a time
         self.counters: set[RoundTrips] = set()
         self.is_over = False
+        self.was_ended = False  # by a statement of the test's own
         self.forgotten: list[Level] = []  # by views that were garbage-collected
         self._levels: list[Level] = []
         self._owner: int | None = None  # the thread whose blocks are open
@@ -146,6 +147,15 @@ class Session:
             status = self.pgconn.transaction_status
             if level is None and is_plain and status == TransactionStatus.INTRANS:
                 self._send(b"release dbpool_0")
+            elif status == TransactionStatus.IDLE:
+                self._begin_again()
+
+    def _begin_again(self) -> None:
+        """Go on after a statement, such as COMMIT, that ended the transaction of the test."""
+        self.was_ended = True
+        self._send(b"begin")
+        for each in self._levels:
+            self._send(b"savepoint " + each.name)
 
     def close(self) -> None:
         """Undo everything; what still uses it finds its connection closed."""
