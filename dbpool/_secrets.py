@@ -81,6 +81,20 @@ def conceal(value: Any) -> Any:
     return Secret(value) if value and isinstance(value, str) else value
 
 
+def conceal_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return connection parameters in which only what holds a secret is concealed.
+
+    psycopg's errors quote a host by its `repr()`, and what it looks like says what is wrong.
+    """
+    return {key: _conceal_param(key, value) for key, value in params.items()}
+
+
+def _conceal_param(key: str, value: Any) -> Any:
+    if value and (key in SECRET or (isinstance(value, str) and _mask_forms(value) != value)):
+        return conceal(str(value))
+    return str(value) if isinstance(value, str) else value
+
+
 def may_be_secret(value: object, key: str = "") -> bool:
     """Whether *value* could be a misplaced secret; *key* is the parameter of libpq that has it."""
     is_free = not isinstance(value, str) or _FREE_TEXT.fullmatch(key)

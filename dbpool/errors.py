@@ -93,11 +93,23 @@ _TEXTS: Final = (
 _ATTEMPT: Final = re.compile(r"^- (host: .*), hostaddr: (?:'[^']*'|None): (.*)$", re.MULTILINE)
 
 
-class ConfigError(ValueError):
+class _Coded(Exception):
+    """An error with a code, which ends its text: `python -m dbpool explain CODE` says more."""
+
+    code = ""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text} [{self.code}]" if self.code else text
+
+
+class ConfigError(_Coded, ValueError):
     """Settings are wrong; the message names the variable or keyword, never a secret."""
 
+    code = "DBE07"
 
-class PoolError(psycopg.OperationalError):
+
+class PoolError(_Coded, psycopg.OperationalError):
     """The base of a pool's errors.
 
     `pool` is the pool's name, `snapshot` its state at that moment. Each caller gets its own
@@ -118,6 +130,8 @@ class PoolExhausted(PoolError, PoolTimeout):
     If no connection came back in that time, it also says whether the network may be the cause.
     """
 
+    code = "DBE01"
+
 
 class DatabaseUnavailable(PoolError, PoolTimeout):
     """No connection could be made; `__cause__` is the last connect error.
@@ -125,6 +139,8 @@ class DatabaseUnavailable(PoolError, PoolTimeout):
     `kind` is its `FailureKind`, `since` the Unix time of the first failure, `retry_after` the
     seconds until the pool tries again.
     """
+
+    code = "DBE02"
 
     def __init__(
         self,
@@ -145,12 +161,16 @@ class DatabaseUnavailable(PoolError, PoolTimeout):
 class DatabaseMisconfigured(DatabaseUnavailable):
     """Password, role, database, access, TLS or a parameter is wrong: waiting hardly helps."""
 
+    code = "DBE03"
+
 
 class CommitUncertain(PoolError):
     """The connection was lost before the answer to COMMIT came: the server may have committed.
 
     Also raised for a statement in autocommit. `__cause__` is the connection's error.
     """
+
+    code = "DBE04"
 
 
 for _cls in (ConfigError, PoolError, *PoolError.__subclasses__(), DatabaseMisconfigured):

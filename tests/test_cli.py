@@ -318,7 +318,7 @@ def test_an_unreadable_dotenv_is_one_line(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"DATABASE_URL=\xff\xfe")
     done = dbpool("check", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == f"dbpool: cannot read {tmp_path / '.env'}: it is not UTF-8\n"
+    assert done.stderr == f"dbpool: cannot read {tmp_path / '.env'}: it is not UTF-8 [DBE07]\n"
 
 
 def test_json_is_json_for_wrong_settings_too() -> None:

@@ -41,8 +41,8 @@ def quotes(code: str) -> list[str]:
 
 
 def shape(text: object) -> str:
-    """A text whose numbers are all the same."""
-    return re.sub(r"\d+(\.\d+)?", "0", str(text)).replace("\n\t", " ")
+    """A text whose numbers are all the same, but for those of codes."""
+    return re.sub(r"(?<!DBE0)\b\d+(\.\d+)?", "0", str(text)).replace("\n\t", " ")
 
 
 def run_as(filename: str, source: str, **names: Any) -> None:

@@ -29,7 +29,8 @@ def test_an_error_can_be_pickled(cls: type[PoolError]) -> None:
     error = cls("all out", pool="replica", snapshot=Snapshot(state="up", size=3))
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is cls
-    assert (str(copy), copy.pool, copy.snapshot) == ("all out", "replica", error.snapshot)
+    text = f"all out [{cls.code}]" if cls.code else "all out"
+    assert (str(copy), copy.pool, copy.snapshot) == (text, "replica", error.snapshot)
 
 
 @pytest.mark.parametrize("cls", [DatabaseUnavailable, DatabaseMisconfigured])

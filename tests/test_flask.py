@@ -636,7 +636,7 @@ def test_stats_say_what_the_pool_is_doing(app: Flask, client: FlaskClient) -> No
     assert found["counters"]["checkouts"] == 1
     assert found["wait"]["count"] == 1
     assert found["breaker"] == {
-        "state": "closed", "since": None, "last_error": None, "retry_after": None
+        "state": "closed", "since": None, "last_error": None, "retry_after": None, "kind": None
     }  # fmt: skip
     (holder,) = found["holders"]
     assert "test_stats_say_what_the_pool_is_doing" in holder["where"]

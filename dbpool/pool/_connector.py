@@ -15,7 +15,7 @@ from psycopg import Connection, Cursor
 from psycopg.pq import TransactionStatus
 
 from dbpool import errors
-from dbpool._secrets import conceal, secrets_of
+from dbpool._secrets import conceal, conceal_params, secrets_of
 from dbpool.breaker import Attempt
 from dbpool.liveness import PingTimeout, file_limit_error, ping
 from dbpool.pool._psycopg import attach, close, has_stock_class, new_record
@@ -60,9 +60,9 @@ class Connector:
     def params(self, pool: PoolBase[Any]) -> dict[str, Any]:
         """Return the keywords to connect with now, without default timeouts."""
         conninfo = conceal(pool.conninfo() if callable(pool.conninfo) else pool.conninfo)
-        kwargs = pool.kwargs() if callable(pool.kwargs) else pool.kwargs
+        kwargs = conceal_params((pool.kwargs() if callable(pool.kwargs) else pool.kwargs) or {})
         return self.settings.connect_params(
-            conninfo or self.settings.resolve(), conceal(kwargs or {}), defaults=False
+            conninfo or self.settings.resolve(), kwargs, defaults=False
         )
 
     def have_changed(self, pool: PoolBase[Any], params: dict[str, Any]) -> bool:

@@ -129,7 +129,7 @@ def trip_if_due(store: Store) -> None:
 def closed(store: Store) -> PoolClosed:
     """Build the error of a checkout from a pool that is closed, or not open yet."""
     state = "already closed" if store.was_opened else "not open yet"
-    return PoolClosed(f"the pool {store.name!r} is {state}")
+    return PoolClosed(f"the pool {store.name!r} is {state} [DBE06]")
 
 
 def too_many(store: Store, max_waiting: int) -> TooManyRequests:
@@ -137,7 +137,7 @@ def too_many(store: Store, max_waiting: int) -> TooManyRequests:
     now = snapshot(store)
     return TooManyRequests(
         f"pool {store.name!r}: {now.waiting} waiting already, max_waiting is {max_waiting};"
-        f" {now.active} of {now.max_size} connections checked out"
+        f" {now.active} of {now.max_size} connections checked out [DBE05]"
     )
 
 

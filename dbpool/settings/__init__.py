@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from psycopg.conninfo import make_conninfo
 
-from dbpool._secrets import conceal, conceals_fields, mask_value
+from dbpool._secrets import conceal, conceal_params, conceals_fields, mask_value
 from dbpool.errors import ConfigError
 from dbpool.settings import _conninfo, _parsing, _sources
 from dbpool.settings._parsing import LEFT_TO_SERVER, MAX_INT, did_you_mean, nearest, parsed
@@ -161,7 +161,7 @@ class Settings:
         *kwargs* win; those that are psycopg's pass through. Without *defaults* the
         `default_options` are left out.
         """
-        conninfo, given, kwargs = conceal(conninfo), conceal(kwargs or {}), None
+        conninfo, given, kwargs = conceal(conninfo), conceal_params(kwargs or {}), None
         params: dict[str, Any] = (
             _conninfo.parse(self.resolve() if conninfo is None else conninfo) | given
         )
