@@ -116,7 +116,7 @@ for data in {pickles}:
     for module in [m for m in sys.modules if m.partition(".")[0] == "dbpool"]:
         del sys.modules[module]
     ex = pickle.loads(data)
-    print(type(ex).__name__, ex)
+    print(type(ex).__name__, *ex.args)
 """
     assert fresh(script).splitlines() == [f"{name} why" for name in ERRORS]
 
