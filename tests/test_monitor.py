@@ -292,6 +292,28 @@ def test_its_connection_is_closed_when_it_is_not_needed_any_more(
     until(is_closed, 20.0, pause=0.2)
 
 
+def test_the_limits_of_a_server_are_read_without_a_checkout(
+    own_server: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_server.execute("create role shop login password 'a-good-password' connection limit 8")
+    passed = [0.0]
+    monkeypatch.setattr("dbpool.monitor._inspector.monotonic", lambda: monotonic() + passed[0])
+    shop = make_shop(own_server.conninfo_for(user="shop", password="a-good-password"), max_size=9)
+    shop.pool.fetch_value("select 1")
+    shop.monitor.tick()
+    passed[0] = 11.0
+    found = shop.await_finding("DB11")
+    assert found["evidence"]["role_limit"] == 8
+    assert "may open 9 connections, but the server allows them 8" in found["text"]
+    assert shop.pool.stats().counters.checkouts == 1
+
+    def is_closed() -> bool:
+        shop.monitor.tick()
+        return not own_server.backends(NAME)
+
+    until(is_closed, pause=0.1)
+
+
 def test_nothing_is_asked_where_it_is_turned_off(
     table: Server, make_shop: Callable[..., Shop]
 ) -> None:

@@ -41,7 +41,8 @@ class Inspector:
     """What is seen of one pool's server.
 
     An idle connection of the pool is asked if nobody waits for one, else a connection of its own:
-    one at most, beyond max_size, and closed ten seconds after the last need. Nothing is looked at
+    one at most, beyond max_size, and closed ten seconds after the last need. The limits of a server
+    are read once without need, and how far a standby is behind each minute. Nothing is looked at
     behind a transaction pooler.
     """
 
@@ -95,7 +96,8 @@ class Inspector:
             self._start(self._close_own)
         elif now >= self._facts_at and self._has_idle():
             self._facts_at = now + _FACTS_PAUSE
-            self._start(self._look)
+            if self.view is None or (self.view.facts and self.view.facts.role == "standby"):
+                self._start(self._read_facts)
 
     def _start(self, task: Callable[[], object]) -> None:
         self._started = monotonic()
@@ -104,9 +106,16 @@ class Inspector:
             thread.start()
             self._thread = thread
 
-    def _look(self) -> None:
+    def _read_facts(self) -> None:
+        """Read the server's limits, and how far a standby is behind.
+
+        Not over the pool: its numbers are those of the application alone.
+        """
+        self._look(is_own=True)
+
+    def _look(self, *, is_own: bool = False) -> None:
         try:
-            with self._connection() as conn:
+            with self._connection(is_own=is_own) as conn:
                 self._asked = conn
                 name, prefix = _names(self._pool, conn)
                 self.view = look(conn, name, prefix, queries=self._queries)
@@ -120,8 +129,8 @@ class Inspector:
             self._asked = None
 
     @contextmanager
-    def _connection(self) -> Iterator[psycopg.Connection[Any]]:
-        if self._conn is None and self._has_idle():
+    def _connection(self, *, is_own: bool) -> Iterator[psycopg.Connection[Any]]:
+        if not is_own and self._conn is None and self._has_idle():
             with self._pool.connection(timeout=0.0) as conn:
                 yield conn
             return
