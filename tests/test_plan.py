@@ -31,7 +31,8 @@ def plan(
         monkeypatch.chdir(tmp_path)
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
-        return main(["plan", *arguments]), capsys.readouterr().out
+        # Without a directory it would find whatever application runs on this machine.
+        return main(["plan", "--for", "0", *arguments]), capsys.readouterr().out
 
     return plan
 

@@ -62,7 +62,7 @@ def main() -> int:
     stop = Stop()
     try:
         with _listening(stop):
-            pass  # a port in use is told at once; the application binds it itself
+            pass  # a port in use is reported at once; the application binds it itself
         with ExitStack() as stack:
             folder = stack.enter_context(_folder())
             primary = stack.enter_context(_primary(folder, stop))

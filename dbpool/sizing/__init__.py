@@ -59,7 +59,7 @@ def plan_connections(targets: Mapping[str, Target]) -> ConnectionPlan:
     """Compare what the pools may open with what their servers allow.
 
     One connection to each database is opened and closed again, and one to PgBouncer's console. A
-    server that cannot be asked is left out, and told in `unknown`.
+    server that cannot be asked is left out and listed in `unknown`.
     """
     seen: list[tuple[Demand, ServerLimits]] = []
     pooled: list[tuple[Demand, PoolerLimits]] = []

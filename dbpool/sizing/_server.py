@@ -12,7 +12,7 @@ from psycopg.rows import class_row
 from dbpool.sizing._budget import Demand, Limit
 
 # An ordinary role does not see the backend_type of other users' sessions. It sees their database,
-# and background processes have none. Ours are told by what comes before the host in their name.
+# and background processes have none. What comes before the host in their name tells ours apart.
 _QUERY = """
 with sessions as (
     select datname, usename,
