@@ -24,7 +24,7 @@ import psycopg
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "images" / "page.png"
-SIZE = "1200,790"
+SIZE = "1200,920"
 LOADED_FOR, LOCKED_FOR = 75.0, 3.0  # seconds
 CLIENTS = 14
 
