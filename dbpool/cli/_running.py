@@ -19,8 +19,11 @@ _FILE: Final = re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive")
 
 def statistics_directory(given: str | None) -> str | Path | None:
     """Return the directory that is given or set, else that of the one application that runs here."""
-    if known := given or AppSettings.from_env(dotenv=find_dotenv()).stats_dir:
-        return known
+    return given or AppSettings.from_env(dotenv=find_dotenv()).stats_dir or running_directory()
+
+
+def running_directory() -> Path | None:
+    """Return the directory of the one application that runs here, None if none does."""
     found = find_directories()
     if len(found) > 1:
         names = ", ".join(map(str, found))

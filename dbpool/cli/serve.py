@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
-from dbpool.cli._running import find_processes, statistics_directory
+from dbpool.cli._running import find_processes, running_directory
 from dbpool.door._server import Door, is_private, parse_address, wait_until
 from dbpool.door._views import Views
 from dbpool.errors import ConfigError
@@ -46,22 +46,26 @@ def run(arguments: argparse.Namespace) -> int:
             " set DBPOOL_TOKEN instead, or listen on 127.0.0.1"
         )
     _log_to_stderr()
-    views = Views(settings, lambda: _find(arguments), arguments.patience)
+    known = arguments.dir or settings.stats_dir
+    views = Views(settings, lambda: _find(known, arguments.app), arguments.patience)
     door = Door(address, views)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop_soon(door, stop))
-    if arguments.until_eof:
+    if arguments.until_eof:  # else somebody looks on
         threading.Thread(None, _stop_at_eof, "dbpool-eof", (door, views, stop), daemon=True).start()
+    else:
+        print(f"dbpool: page, stats, metrics and health on {text}", file=sys.stderr, flush=True)
     door.run()
     return 0
 
 
-def _find(arguments: argparse.Namespace) -> Processes:
-    directory = statistics_directory(arguments.dir)
+def _find(known: str | None, app: str | None) -> Processes:
+    """Return the processes of the application that runs now: it may have been started anew."""
+    directory = known or running_directory()
     if directory is None:
         raise ConfigError("no application runs here that shares its statistics")
-    return find_processes(Path(directory), arguments.app)
+    return find_processes(Path(directory), app)
 
 
 def _stop_soon(door: Door, stop: threading.Event) -> None:
