@@ -129,7 +129,7 @@ class Bag:
 
     def evict_idle(self, reason: str, condition: Condition, most: int | None = None) -> int:
         """Evict idle connections for whose record *condition* holds, the coldest first."""
-        chosen = [conn for conn in self.idle if condition(conn._record)][:most]
+        chosen = [conn for conn in list(self.idle) if condition(conn._record)][:most]
         for conn in chosen:
             self.take(NOBODY, conn)
             self.evict(conn._record, reason)
@@ -299,7 +299,7 @@ class WaitQueue(deque[Waiter]):
 
     def mark_slow(self, before: float) -> list[float]:
         """Mark those who have waited since *before*; return when they began, those not marked yet."""
-        slow = [w for w in self if w.started <= before and w.is_waiting and not w.is_reported]
+        slow = [w for w in list(self) if w.started <= before and w.is_waiting and not w.is_reported]
         for waiter in slow:
             waiter.is_reported = True
         return [waiter.started for waiter in slow]

@@ -26,7 +26,7 @@ from dbpool.pool import _fork
 
 logger = logging.getLogger("dbpool")
 
-_MIN_QUIET: Final = 10.0  # seconds at least without another of its kind that end an episode
+MIN_QUIET: Final = 10.0  # seconds at least without another of its kind that end an episode
 _REPLACED: Final = "replaced %d connections that the server closed"
 
 
@@ -201,7 +201,7 @@ class Notices:
 
     def end_episodes(self, quiet: float) -> None:
         """Log how often it happened of each episode without news for *quiet* seconds."""
-        now, quiet = monotonic(), max(_MIN_QUIET, quiet) if quiet else 0.0
+        now = monotonic()
         with self._lock:
             over = {
                 cause: self._episodes.pop(cause)[0]

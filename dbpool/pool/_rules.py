@@ -276,7 +276,7 @@ def snapshot(store: Store) -> Snapshot:
             retry_after=breaker.retry_after,
             kind=breaker.kind if breaker.is_failing else None,
         ),
-        holders=holders.describe(held, monotonic(), {w.thread for w in store.waiting}),
+        holders=holders.describe(held, monotonic(), {w.thread for w in list(store.waiting)}),
     )
 
 

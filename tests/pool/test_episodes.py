@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -32,6 +33,19 @@ def test_exhaustion_is_one_warning_with_numbers_and_one_line_with_a_count(
         for conn in held:
             pool.putconn(conn)
     assert lines(log, logging.INFO) == ["pool 'default': 20 callers timed out (PoolExhausted)"]
+
+
+def test_an_episode_lasts_as_long_where_callers_do_not_wait(
+    fake: FakeServer, log: pytest.LogCaptureFixture
+) -> None:
+    with fake.pool(timeout=0, max_size=1) as pool:
+        pool.wait()
+        with pool.connection():
+            give_up(pool, 2)
+            pool.maintain(time.monotonic())
+            give_up(pool, 2)
+        assert len(lines(log, logging.WARNING)) == 1
+    assert lines(log, logging.INFO) == ["pool 'default': 4 callers timed out (PoolExhausted)"]
 
 
 def test_a_full_queue_is_one_warning_with_numbers(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -106,6 +109,37 @@ def test_nothing_is_handed_over_by_a_pool_that_closes() -> None:
         if got is not None:
             assert not got.closed, point
         if not returned:
+            return
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda pool: pool.stats(),
+        lambda pool: pool.getconn(timeout=0.001),
+        lambda pool: pool.maintain(time.monotonic()),
+        lambda pool: pool.drain(),
+    ],
+    ids=["stats", "a wait in vain", "maintenance", "drain"],
+)
+def test_what_comes_back_in_the_midst_of_it_disturbs_nothing(act: Callable[[Pool], Any]) -> None:
+    """Wherever a connection comes back, as what a collection ends or a signal handler may do."""
+    for point in itertools.count(1):
+        with make(max_size=2, slow_acquire=0.001, leak_after=0) as pool:
+            conn, other = pool.getconn(), pool.getconn()
+            waiting = Task(pool.getconn)
+            until(lambda: pool.stats().waiting == 1)  # at once
+            with (
+                suppress(PoolExhausted),
+                interrupted(point, call=lambda: pool.putconn(conn)) as points,  # noqa: B023
+            ):
+                act(pool)
+            pool.putconn(other)
+            if not points.is_met:
+                pool.putconn(conn)
+            pool.putconn(waiting.result())
+            until(lambda: pool.stats().idle == pool.stats().size)
+        if not points.is_met:
             return
 
 
