@@ -220,8 +220,6 @@ def take_back(pool: PoolBase[Any], conn: Any) -> None:
             return
         pool._notices.checked_in(use, record.where(), is_late=is_late)
         store.bag.cancel_later(conn)
-        if (message := record.reset_message) and store.is_open:
-            _reset(pool, conn, lambda conn: reset(conn, message, pool.settings.ping_timeout))
         if not (pool._callbacks.reset and store.give_to_worker(record, lambda p: finish(p, conn))):
             finish(pool, conn)
 
@@ -230,6 +228,8 @@ def finish(pool: PoolBase[Any], conn: Any) -> None:
     """Make a connection in transit fit for the next holder, or evict it."""
     store, record, liveness = pool._store, conn._record, Liveness.UNKNOWN
     if store.is_open:
+        if message := record.reset_message:
+            _reset(pool, conn, lambda conn: reset(conn, message, pool.settings.ping_timeout))
         _reset(pool, conn, pool._callbacks.reset)
         reason = ""
         if conn.pgconn.transaction_status == _UNKNOWN:

@@ -9,6 +9,7 @@ from psycopg.rows import dict_row, tuple_row
 from psycopg.types.string import TextLoader
 
 from dbpool import Pool
+from tests.interrupts import every_point
 
 
 class Loud(TextLoader):
@@ -60,3 +61,20 @@ def test_what_a_holder_registers_is_gone_with_it_and_what_configure_registers_st
             conn = pool.getconn()
             assert told(conn) == ["a", "B", "c"]
             pool.putconn(conn)  # in a transaction, to be rolled back
+
+
+def test_a_return_that_is_interrupted_leaves_no_session_to_the_next(dsn: str) -> None:
+    with Pool(dsn, max_size=1, timeout=5, leak_after=0.4, session_reset="session") as pool:
+        held: list[Connection] = []
+
+        def change() -> None:
+            held.append(pool.getconn())
+            held[0].execute("set work_mem = '3MB'")
+            held[0].commit()
+
+        change()
+        for _ in every_point(lambda: pool.putconn(held.pop())):
+            held.clear()
+            assert pool.fetch_value("show work_mem") != "3MB"
+            change()
+        pool.putconn(held.pop())
