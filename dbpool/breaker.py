@@ -218,13 +218,13 @@ class Breaker:
         return seconds
 
     def report_failure(self, after: float) -> bool:
-        """Return true once in an outage, when connects have failed for *after* seconds.
+        """Return true once until a connect succeeds, when they have failed for *after* seconds.
 
         Called by the one attempt that goes on, without the lock.
         """
-        is_due = self.retry is not None and self.failing_for >= after
-        is_first, self.is_failure_reported = not self.is_failure_reported, is_due
-        return is_due and is_first
+        was_reported = self.is_failure_reported
+        self.is_failure_reported |= self.retry is not None and self.failing_for >= after
+        return self.is_failure_reported and not was_reported
 
     def reset(self) -> None:
         """Close, and forget the failure: the next one starts a new grace."""

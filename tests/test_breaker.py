@@ -195,6 +195,22 @@ def test_a_connection_that_comes_back_healthy_closes_it(breaker: Breaker, clock:
     assert breaker.last_error == "failed: password"
 
 
+def test_an_outage_is_reported_once_until_a_connect_succeeds(
+    breaker: Breaker, clock: Clock
+) -> None:
+    fail(breaker, clock)
+    assert not breaker.report_failure(1.0)
+    clock.now += 1.0
+    assert breaker.report_failure(1.0)
+    fail(breaker, clock, alive_at=clock.now)  # which starts the grace anew
+    assert not breaker.report_failure(1.0)
+    clock.now += 1.0
+    assert not breaker.report_failure(1.0)
+    breaker.succeeded(breaker.add())
+    fail(breaker, clock)
+    assert breaker.report_failure(0.0)
+
+
 def test_reset_forgets_everything(breaker: Breaker, clock: Clock) -> None:
     fail(breaker, clock, "password")
     breaker.reset()

@@ -12,7 +12,6 @@ from dbpool.holders import ConnectionRecord
 from dbpool.liveness import cancel
 from dbpool.pool import _fork
 from dbpool.pool._bag import Step
-from dbpool.pool._notices import MIN_QUIET
 from dbpool.pool._supply import Supply
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Maintenance:
         """Do all that is due."""
         self.send_cancels()
         with _fork.process.log_lock:
-            self.notices.end_episodes(max(MIN_QUIET, 2.0 * pool.timeout))
+            self.notices.end_episodes(pool.timeout)
             pool._heal()
             self.shrink(pool.max_idle)
             self._look_for_standby(pool, now)

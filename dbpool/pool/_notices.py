@@ -26,7 +26,7 @@ from dbpool.pool import _fork
 
 logger = logging.getLogger("dbpool")
 
-MIN_QUIET: Final = 10.0  # seconds at least without another of its kind that end an episode
+_MIN_QUIET: Final = 10.0  # seconds at least without another of its kind that end an episode
 _REPLACED: Final = "replaced %d connections that the server closed"
 
 
@@ -186,7 +186,7 @@ class Notices:
 
     def closed(self, seconds: float) -> None:
         """The pool closed; its listeners have that long to finish."""
-        self.end_episodes(0.0)
+        self.end_episodes()
         if self.listeners.active:
             self._emit(events.Closed)
             self.listeners.close(seconds)
@@ -199,9 +199,9 @@ class Notices:
         if is_new:
             logger.warning("pool %r: %s", self.name, text)
 
-    def end_episodes(self, quiet: float) -> None:
-        """Log how often it happened of each episode without news for *quiet* seconds."""
-        now = monotonic()
+    def end_episodes(self, timeout: float | None = None) -> None:
+        """Log how often it happened of each episode: of all, or those quiet for two *timeout*."""
+        now, quiet = monotonic(), 0.0 if timeout is None else max(_MIN_QUIET, 2.0 * timeout)
         with self._lock:
             over = {
                 cause: self._episodes.pop(cause)[0]

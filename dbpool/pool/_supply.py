@@ -176,7 +176,7 @@ class Supply:
         exist = len(store.bag.records) if is_growth else 0
         self.notices.connect_failed(failed, exist, store.max_size, len(store.waiting))
         self.flush()
-        if breaker.report_failure(pool.reconnect_timeout):
+        if is_retry and breaker.report_failure(pool.reconnect_timeout):
             pool.reconnect_failed()
 
     def _connect_later(self, pool: PoolBase[Any], attempt: Attempt) -> None:
