@@ -18,7 +18,7 @@ import pytest
 from webapp import ROOT
 from webapp.reload import INTERVAL_SECONDS, Sources
 
-from .postgres import free_port, until
+from .waiting import free_port, until
 
 # -- what counts as a change -----------------------------------------------------------------
 

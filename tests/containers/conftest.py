@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.postgres import free_port
+from tests.waiting import free_port
 
 from .engine import Project, attempt, copy_checkout
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.postgres import free_port
+from tests.waiting import free_port
 
 from .conftest import BASE
 from .engine import Project, attempt, docker, inspect, logs, request, until_true

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.postgres import free_port
+from tests.waiting import free_port
 
 from .engine import Project, answers, docker, inspect, request, until_true
 
