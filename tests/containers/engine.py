@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +118,10 @@ class Load:
                     self.written += 1
                 else:
                     self.failed.append(f"{answer.status} {answer.body}")
+
+    def kinds(self) -> dict[str, int]:
+        """How often each failure was met."""
+        return dict(Counter(self.failed))
 
     def goes_on(self, requests: int = 50) -> None:
         """Wait until that many more notes are written."""
