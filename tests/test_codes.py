@@ -106,7 +106,7 @@ def test_a_nested_checkout_and_slow_statements_are_told_as_its_page_says(dsn: st
         with pool.connection(), pytest.raises(dbpool.PoolExhausted) as nested:
             pool.getconn(timeout=0.05)
         asleep = Task(pool.fetch_one, "select pg_sleep(0.5)")
-        until(pool.holders)
+        until(lambda: [each.status for each in pool.holders()] == ["query"])
         with pytest.raises(dbpool.PoolExhausted) as slow:
             pool.getconn(timeout=0.05)
         asleep.result()
