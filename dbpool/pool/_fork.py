@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -82,8 +82,7 @@ class _Watchdog:
                 pool.maintain(now)
             except Exception:
                 logger.exception("maintaining %r failed", pool)
-        pause: float = min(pool.maintenance_interval for pool in open_pools)
-        return pause
+        return float(min(pool.maintenance_interval for pool in open_pools))
 
 
 process = _ProcessState()
@@ -103,12 +102,11 @@ def close_all(timeout: float = 2.0) -> None:
         pool.close(timeout=max(0.0, deadline - monotonic()))
 
 
-def detach_inherited_sockets(records: Iterable[ConnectionRecord]) -> None:
+def detach_inherited_sockets(records: list[ConnectionRecord]) -> None:
     """Replace the sockets of inherited connections by /dev/null.
 
     Whatever this process does with them, close them included, the sessions stay the parent's.
     """
-    records = list(records)
     fds = [record.fd for record in records if record.fd >= 0 and record.is_open]
     for record in records:
         record.fd, record.is_reported = -1, True  # keeps it off the hot path if it is returned
@@ -146,12 +144,12 @@ def _after_fork_in_child() -> None:
 
 def notice_fork() -> None:
     """Do what the hooks below would have done, in a server that forks without calling them."""
-    with _noticing.setdefault(os.getpid(), threading.Lock()):  # one thread does it for all
+    with _noticing.setdefault(os.getpid(), threading.RLock()):  # one thread does it for all
         if process.pid != os.getpid():
             _after_fork_in_child()
 
 
-_noticing: dict[int, threading.Lock] = {}  # by pid
+_noticing: dict[int, Any] = {}  # by pid
 _forking = threading.local()  # `held`: the locks that a forking thread holds meanwhile
 
 os.register_at_fork(

@@ -138,6 +138,7 @@ class PoolBase(ConnectionPool[CT]):
             self.wait(timeout)
 
     def _open(self) -> None:
+        _fork.notice_fork()
         store = self._store
         if store.was_opened and not store.is_open:
             raise PoolClosed("pool has already been opened/closed and cannot be reused")
@@ -185,6 +186,7 @@ class PoolBase(ConnectionPool[CT]):
         by itself.
         """
         deadline = monotonic() + timeout
+        _fork.notice_fork()
         was_open = (self._lazy or self._store.was_opened) and self._store.close()
         threads = self._threads.stop()
         self._supply.close_evicted()
@@ -264,7 +266,7 @@ class PoolBase(ConnectionPool[CT]):
         store = self._store
         if store.bag.pid == os.getpid():
             return
-        _fork.detach_inherited_sockets(store.bag.records)
+        _fork.detach_inherited_sockets(list(store.bag.records))
         self.listeners.reset()
         is_stopped = store.was_opened and not store.is_open
         self._lazy = self._lazy or store.was_opened

@@ -592,3 +592,39 @@ def test_a_descriptor_that_was_a_closed_connections_is_left_alone(run: Run) -> N
     pool.putconn(conn)
     end()
     """)
+
+
+def test_a_child_whose_fork_no_hook_saw(run: Run) -> None:
+    """As under uWSGI: the parent's sessions are left alone, and the child's pools are maintained."""
+    run("""
+    hooks, os.register_at_fork = os.register_at_fork, lambda **how: None
+    sys.modules["uwsgi"] = sys
+    pool = dbpool.Pool(sys.argv[1], min_size=2, max_size=2)
+    os.register_at_fork = hooks
+    pool.wait()
+    conns = [pool.getconn(), pool.getconn()]
+    parents = {conn.execute(PID).fetchone()[0] for conn in conns}
+    for conn in conns:
+        conn.commit()
+        pool.putconn(conn)
+    child = os.fork()
+    if child == 0:  # which uses no pool before it opens one
+        with dbpool.Pool(sys.argv[1], leak_after=0.2) as own:
+            conn = own.getconn()
+            deadline = time.monotonic() + 10
+            while not own.stats().counters.held_long:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            own.putconn(conn)
+        sys.exit(0)
+    assert wait_for(child) == 0
+    child = os.fork()
+    if child == 0:  # which uses none at all, and closes what it inherited as it exits
+        sys.exit(0)
+    assert wait_for(child) == 0
+    conns = [pool.getconn(), pool.getconn()]
+    assert {conn.execute(PID).fetchone()[0] for conn in conns} == parents
+    for conn in conns:
+        pool.putconn(conn)
+    end()
+    """)
