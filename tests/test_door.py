@@ -306,6 +306,15 @@ def test_it_speaks_http(serve: Callable[..., Door]) -> None:
     assert fetch(port, method="POST").status == 501
 
 
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="there is no IPv6 here")
+def test_it_listens_on_ipv6_too(serve: Callable[..., Door]) -> None:
+    port = serve(("::1", 0)).address[1]
+    conn = http.client.HTTPConnection("::1", port, timeout=10)
+    conn.request("GET", "/health/live")
+    assert conn.getresponse().status == 200
+    conn.close()
+
+
 def test_connections_are_bounded_in_number_and_time(
     serve: Callable[..., Door], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,7 +172,8 @@ class Door:
 
     def _bound(self) -> socket.socket:
         if isinstance(self._address, tuple):
-            return socket.create_server(self._address, reuse_port=False, backlog=_CONNECTIONS)
+            family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
+            return socket.create_server(self._address, family=family, backlog=_CONNECTIONS)
         path = Path(self._address)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -210,7 +211,10 @@ class Door:
 
 
 def _shown(address: tuple[str, int] | str) -> str:
-    return address if isinstance(address, str) else f"{address[0]}:{address[1]}"
+    if isinstance(address, str):
+        return address
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def wait_until(condition: Any, seconds: float, stop: threading.Event) -> None:
