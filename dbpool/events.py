@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, dataclass_transform
 
 from dbpool._threads import run_in_thread
 from dbpool.errors import ConfigError
@@ -26,11 +26,18 @@ logger = logging.getLogger("dbpool")
 
 # Neither frozen nor with slots: frozen doubles what an event costs, and both together half of what
 # this import takes.
+@dataclass_transform()
 @dataclass
 class Event:
-    """Something that happened in the pool of that name; all durations are in seconds."""
+    """Something that happened in the pool of that name; all durations are in seconds.
+
+    Its subclasses are dataclasses too.
+    """
 
     pool: str
+
+    def __init_subclass__(cls) -> None:
+        dataclass(cls)
 
 
 class Opened(Event):
@@ -41,14 +48,12 @@ class Closed(Event):
     """The pool closed."""
 
 
-@dataclass
 class Connected(Event):
     """A connection was made; it took `seconds`."""
 
     seconds: float
 
 
-@dataclass
 class ConnectFailed(Event):
     """An attempt to connect failed after `seconds`; `kind` is a `dbpool.errors.FailureKind`."""
 
@@ -57,35 +62,30 @@ class ConnectFailed(Event):
     kind: str
 
 
-@dataclass
 class CheckedOut(Event):
     """A caller acquired a connection after waiting for `wait` seconds."""
 
     wait: float
 
 
-@dataclass
 class CheckedIn(Event):
     """A caller returned a connection after using it for `use` seconds."""
 
     use: float
 
 
-@dataclass
 class Discarded(Event):
     """The pool closed a connection; `reason` is one of `dbpool.metrics.REASONS`."""
 
     reason: str
 
 
-@dataclass
 class WaitTimedOut(Event):
     """A caller got no connection within `seconds`."""
 
     seconds: float
 
 
-@dataclass
 class SlowAcquire(Event):
     """A caller has waited that many seconds, longer than `slow_acquire`, and still waits."""
 
@@ -96,7 +96,6 @@ class Rejected(Event):
     """A caller was rejected: open breaker, too many waiters, or the pool closed while it waited."""
 
 
-@dataclass
 class HeldLong(Event):
     """A connection has been held for longer than `leak_after`; `stack` is where its holder is now."""
 
@@ -104,7 +103,6 @@ class HeldLong(Event):
     stack: str
 
 
-@dataclass
 class ReturnedLate(Event):
     """A connection reported as `HeldLong` was returned; `where` is where it was checked out."""
 
@@ -112,14 +110,12 @@ class ReturnedLate(Event):
     where: str
 
 
-@dataclass
 class Leaked(Event):
     """A holder forgot a connection: it was garbage-collected, or taken back after a request."""
 
     holder: HolderSnapshot
 
 
-@dataclass
 class Retried(Event):
     """A transaction will run again after `attempt` attempts and a pause of `delay` seconds."""
 
@@ -128,7 +124,6 @@ class Retried(Event):
     delay: float
 
 
-@dataclass
 class CircuitOpened(Event):
     """The database is unavailable: callers are rejected instead of waiting."""
 
@@ -136,7 +131,6 @@ class CircuitOpened(Event):
     kind: str
 
 
-@dataclass
 class CircuitClosed(Event):
     """The database is back, `seconds` after the first failure."""
 

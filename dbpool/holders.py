@@ -20,12 +20,9 @@ from types import CodeType, FrameType
 from typing import Any
 
 from dbpool._secrets import printable
-from dbpool.metrics import HolderSnapshot as Holder
+from dbpool.metrics import HolderSnapshot
 
-__all__ = [
-    "ConnectionRecord", "Holder", "Owner", "ThreadInfo", "application_files", "caller", "current",
-    "describe", "frames_of", "group", "stack_of",
-]  # fmt: skip
+Holder = HolderSnapshot
 
 _MAX_HOLDERS = 20  # in one description
 # By psycopg's TransactionStatus.

@@ -37,7 +37,7 @@ class State:
             "schedule_task": lambda task, delay: None,
         }
         vars(self.pool).update(seams)
-        vars(self.pool._threads)["start"] = lambda number, is_open: None
+        vars(self.pool._threads)["start"] = lambda pool: None
         self.pool._open()
         if made:
             self.pool.resize(size, size)

@@ -13,7 +13,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.pq import TransactionStatus
 
 from dbpool import ConfigError, DatabaseMisconfigured, Pool, Settings
-from dbpool.pool._session import reset
+from dbpool.pool._psycopg import reset_session
 from tests.postgres import Server, until
 from tests.proxy import Proxy
 
@@ -449,7 +449,7 @@ def test_libpq_forgets_the_mark_with_whatever_is_sent(dsn: str) -> None:
     ]  # fmt: skip
     for way in ways:
         with closing(psycopg.connect(dsn, autocommit=True)) as conn:
-            reset(conn, b"select 1", 5.0)
+            reset_session(conn, b"select 1", 5.0)
             mark = conn.pgconn.error_message
             assert mark
             way(conn)

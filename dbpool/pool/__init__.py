@@ -6,7 +6,7 @@
 - `_seam`: `PoolBase`, opening and closing, psycopg_pool's protected members.
 - `_maintenance`: what the watchdog does. `_supply`: the threads of a pool; when to connect and
   retry, what to evict.
-- `_connector`: one attempt to connect, with `_server_defaults` and `_session`.
+- `_connector`: one attempt to connect, with the server's default timeouts; `_session`: its reset.
 - `_store`: what the lock protects. In it `_bag` the connections and the waiters, `dbpool.breaker`
   the outage; `_rules` what it decides: connects, the breaker, errors, numbers.
 - `_notices`: each happening with its log line and its event.

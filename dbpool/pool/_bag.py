@@ -13,18 +13,19 @@ from itertools import takewhile
 from operator import attrgetter
 from os import getpid
 from time import monotonic
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
 import psycopg
 from psycopg import capabilities
 
 from dbpool import events, holders
-from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord, Holder, Owner, ThreadInfo, current
 from dbpool.liveness import is_active
-from dbpool.metrics import Metrics
 from dbpool.pool._psycopg import detach
+
+if TYPE_CHECKING:
+    from dbpool.pool._store import Store
 
 _MAX_CANCELS: Final = 100  # requests that wait to be sent; beyond them the oldest is dropped
 
@@ -59,13 +60,12 @@ class Bag:
     call in between: a signal handler may raise after any call.
     """
 
-    def __init__(self, name: str, metrics: Metrics, listeners: Emitter) -> None:
+    def __init__(self) -> None:
         self.idle: deque[Any] = deque()  # the one used last at the right
         self.records: set[ConnectionRecord] = set()
         self.to_close: deque[Any] = deque()  # forgotten, but still open
         self.cancels: deque[Any] = deque(maxlen=_MAX_CANCELS)  # requests to be sent
         self.pid = getpid()
-        self._name, self._metrics, self._listeners = name, metrics, listeners
 
     @property
     def out(self) -> int:
@@ -79,8 +79,6 @@ class Bag:
     def ready(self) -> int:
         """Return how many are idle or held."""
         return sum(record.owner is None or record.since > 0.0 for record in list(self.records))
-
-    # Taking and storing
 
     def take(self, owner: ref[Any], conn: Any = None) -> Any:
         """Return *conn*, or the one used last, for *owner*; None if it is not idle."""
@@ -99,74 +97,12 @@ class Bag:
         record.since, record.owner = 0.0, None
         self.idle.append(conn)
 
-    def recover(self, owner: ref[Any], step: ref[Any]) -> list[Any]:
-        """Evict what *owner* holds. Return what it had in transit, which now *step* has."""
-        in_transit = []
-        for record in [record for record in list(self.records) if record.owner is owner]:
-            conn = None if record.since else record.conn
-            if conn is None:  # it is held: its user's code may still have it
-                self.reap(record, "broken")
-            else:
-                record.owner = step
-                in_transit.append(conn)
-        return in_transit
-
-    # Giving up
-
-    def evict(self, record: ConnectionRecord, reason: str) -> None:
-        """Forget a connection for that reason, which is counted, and have it closed."""
-        self.forget(record)
-        self._metrics.count(reason)
-        if self._listeners.active:
-            self._listeners.emit(events.Discarded(self._name, reason))
-
     def forget(self, record: ConnectionRecord) -> None:
         """Forget a connection, and have it closed."""
         if (conn := record.conn) is not None:
             self.to_close.append(conn)
         self.records.discard(record)
         record.since, record.ref, record.owner = 0.0, None, None  # its collection means nothing now
-
-    def evict_idle(self, reason: str, condition: Condition, most: int | None = None) -> int:
-        """Evict idle connections for whose record *condition* holds, the coldest first."""
-        chosen = [conn for conn in list(self.idle) if condition(conn._record)][:most]
-        for conn in chosen:
-            self.take(NOBODY, conn)
-            self.evict(conn._record, reason)
-        return len(chosen)
-
-    def reap(self, record: ConnectionRecord, reason: str) -> None:
-        """Take a connection from its holder, and evict it."""
-        if record.since:
-            self._metrics.finished += [(record.wait, monotonic() - record.since)]
-        record.since, record.is_reaped, record.owner = 0.0, True, NOBODY
-        if (conn := record.conn) is not None:
-            self.cancel_later(conn)
-        self.evict(record, reason)
-
-    def reap_held(self, thread: ThreadInfo, since: float) -> tuple[Holder, ...]:
-        """Take from *thread* what it checked out after *since* and still holds; describe it."""
-        held = [r for r in self.held() if r.thread is thread and r.since >= since]
-        described = holders.describe(held, monotonic())
-        for record in held:
-            self.reap(record, "broken")
-        self._metrics.leaks += len(held)
-        return described
-
-    def reap_ownerless(self) -> tuple[Holder, ...]:
-        """Evict the connections whose owner is gone; describe those that were held."""
-        owners = [(record, record.owner or record.ref) for record in list(self.records)]
-        gone = [record for record, owner in owners if owner is None or owner() is None]
-        described = holders.describe(gone, monotonic())
-        for record in gone:
-            self._metrics.leaks += bool(record.since)
-            self.reap(record, "collected")
-        return described
-
-    def reap_closed(self) -> None:
-        """Evict the connections that their holder closed."""
-        for record in [record for record in self.held() if not record.is_open]:
-            self.reap(record, "broken")
 
     def cancel_later(self, conn: Any) -> None:
         """Have the statement cancelled that still runs on a connection, which is closed next.
@@ -179,33 +115,6 @@ class Bag:
         if is_ours and is_active(conn) and capabilities.has_cancel_safe():
             with suppress(psycopg.Error):
                 self.cancels.append(conn.pgconn.cancel_conn())
-
-    # Replacing
-
-    def expire(self, condition: Condition) -> int:
-        """Have the connections replaced for whose record *condition* holds; return how many."""
-        chosen = [record for record in list(self.records) if condition(record)]
-        for record in chosen:
-            record.expires_at = 0.0
-        return len(chosen)
-
-    def trim(self, size: int) -> None:
-        """Evict what is beyond *size*: at once if idle, else when it returns, the oldest first."""
-        excess = len(self.records) - size
-        if excess > 0:
-            excess -= self.evict_idle("idle", lambda record: True, excess)
-            out = [record for record in list(self.records) if record.owner is not None]
-            for record in sorted(out, key=attrgetter("expires_at"))[:excess]:
-                record.expires_at = 0.0
-
-    def mark_held_long(self, before: float) -> list[tuple[ThreadInfo | None, Holder]]:
-        """Mark and describe what is held since *before*, unless it was marked earlier."""
-        late = [r for r in self.held() if r.since <= before and not r.is_reported]
-        for record in late:
-            record.is_reported = True
-        self._metrics.held_long += len(late)
-        now = monotonic()
-        return [(r.thread, holder) for r in late for holder in holders.describe([r], now)]
 
 
 class Waiter:
@@ -297,18 +206,6 @@ class WaitQueue(deque[Waiter]):
         late = takewhile(lambda each: each.deadline <= now, list(self))
         return [each for each in dict.fromkeys([waiter, *late]) if each.is_waiting]
 
-    def mark_slow(self, before: float) -> list[float]:
-        """Mark those who have waited since *before*; return when they began, those not marked yet."""
-        slow = [w for w in list(self) if w.started <= before and w.is_waiting and not w.is_reported]
-        for waiter in slow:
-            waiter.is_reported = True
-        return [waiter.started for waiter in slow]
-
-    def cancel(self, owner: ref[Any]) -> None:
-        """Remove the waiter of *owner*."""
-        for waiter in [each for each in list(self) if each.owner is owner]:
-            self.discard(waiter)
-
     def discard(self, waiter: Waiter) -> None:
         """Remove *waiter* if it is there."""
         if waiter in self:
@@ -318,3 +215,112 @@ class WaitQueue(deque[Waiter]):
 def lock_timeout(seconds: float) -> float:
     """Return a timeout that a lock takes: -1 would wait for ever, too large a one would overflow."""
     return min(max(seconds, 0.0), threading.TIMEOUT_MAX)
+
+
+# Steps of the store, with its lock held
+
+
+def evict(store: Store, record: ConnectionRecord, reason: str) -> None:
+    """Forget a connection for that reason, and have it closed; replace it if it is needed."""
+    store.bag.forget(record)
+    store.metrics.count(reason)
+    if store.listeners.active:
+        store.listeners.emit(events.Discarded(store.name, reason))
+    store.refill()
+
+
+def evict_idle(store: Store, reason: str, condition: Condition, most: int | None = None) -> int:
+    """Evict idle connections for whose record *condition* holds, the coldest first."""
+    chosen = [conn for conn in list(store.bag.idle) if condition(conn._record)][:most]
+    for conn in chosen:
+        store.bag.take(NOBODY, conn)
+        evict(store, conn._record, reason)
+    return len(chosen)
+
+
+def reap(store: Store, record: ConnectionRecord, reason: str) -> None:
+    """Take a connection from its holder, and evict it."""
+    if record.since:
+        store.metrics.finished += [(record.wait, monotonic() - record.since)]
+    record.since, record.is_reaped, record.owner = 0.0, True, NOBODY
+    if (conn := record.conn) is not None:
+        store.bag.cancel_later(conn)
+    evict(store, record, reason)
+
+
+def reap_held(store: Store, thread: ThreadInfo, since: float) -> tuple[Holder, ...]:
+    """Take from *thread* what it checked out after *since* and still holds; describe it."""
+    held = [r for r in store.bag.held() if r.thread is thread and r.since >= since]
+    described = holders.describe(held, monotonic())
+    for record in held:
+        reap(store, record, "broken")
+    store.metrics.leaks += len(held)
+    return described
+
+
+def reap_ownerless(store: Store) -> tuple[Holder, ...]:
+    """Evict the connections whose owner is gone; describe those that were held."""
+    owners = [(record, record.owner or record.ref) for record in list(store.bag.records)]
+    gone = [record for record, owner in owners if owner is None or owner() is None]
+    described = holders.describe(gone, monotonic())
+    for record in gone:
+        store.metrics.leaks += bool(record.since)
+        reap(store, record, "collected")
+    return described
+
+
+def recover(store: Store, owner: ref[Any], step: ref[Any]) -> list[Any]:
+    """End what an exception interrupted: remove the waiter of *owner*, evict what it holds.
+
+    Returns the connections that it had in transit, which are now those of *step*.
+    """
+    for waiter in [each for each in list(store.waiting) if each.owner is owner]:
+        store.waiting.discard(waiter)
+    in_transit = []
+    for record in [record for record in list(store.bag.records) if record.owner is owner]:
+        conn = None if record.since else record.conn
+        if conn is None:  # it is held: its user's code may still have it
+            reap(store, record, "broken")
+        else:
+            record.owner = step
+            in_transit.append(conn)
+    store.refill()
+    return in_transit
+
+
+def expire(store: Store, condition: Condition = lambda record: True) -> int:
+    """Replace connections: the idle ones now, those that are out when they return."""
+    chosen = [record for record in list(store.bag.records) if condition(record)]
+    for record in chosen:
+        record.expires_at = 0.0
+    evict_idle(store, "expired", lambda record: not record.expires_at)
+    return len(chosen)
+
+
+def trim(store: Store) -> None:
+    """Evict what is beyond max_size: at once if idle, else when it returns, the oldest first."""
+    excess = len(store.bag.records) - store.max_size
+    if excess > 0:
+        excess -= evict_idle(store, "idle", lambda record: True, excess)
+        out = [record for record in list(store.bag.records) if record.owner is not None]
+        for record in sorted(out, key=attrgetter("expires_at"))[:excess]:
+            record.expires_at = 0.0
+
+
+def mark_held_long(store: Store, before: float) -> list[tuple[ThreadInfo | None, Holder]]:
+    """Mark and describe what is held since *before*, unless it was marked earlier."""
+    late = [r for r in store.bag.held() if r.since <= before and not r.is_reported]
+    for record in late:
+        record.is_reported = True
+    store.metrics.held_long += len(late)
+    now = monotonic()
+    return [(r.thread, holder) for r in late for holder in holders.describe([r], now)]
+
+
+def mark_slow(store: Store, before: float) -> list[float]:
+    """Mark those who have waited since *before*; return when they began, those not marked yet."""
+    waiting = [w for w in list(store.waiting) if w.is_waiting and not w.is_reported]
+    slow = [waiter for waiter in waiting if waiter.started <= before]
+    for waiter in slow:
+        waiter.is_reported = True
+    return [waiter.started for waiter in slow]

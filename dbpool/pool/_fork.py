@@ -153,8 +153,6 @@ _noticing: dict[int, Any] = {}  # by pid
 _forking = threading.local()  # `held`: the locks that a forking thread holds meanwhile
 
 os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
 )
 atexit.register(close_all, 1.0)

@@ -6,11 +6,9 @@ was set up.
 
 from __future__ import annotations
 
-import enum
 import sys
 from collections.abc import Callable
 from time import monotonic, sleep
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic
 from weakref import ref
 
@@ -26,7 +24,6 @@ from dbpool.pool import _psycopg
 from dbpool.pool._bag import Step, Waiter, lock_timeout
 from dbpool.pool._connector import insist_on_idle
 from dbpool.pool._notices import logger
-from dbpool.pool._session import reset
 
 if TYPE_CHECKING:
     from dbpool.pool._pool import Pool
@@ -44,6 +41,7 @@ class Lease(Generic[CT]):
 
     # A plain class: a generator-based context manager costs a microsecond more.
     __slots__ = ("__weakref__", "_conn", "_pool", "_timeout")
+    _conn: Any
 
     def __init__(self, pool: Pool[CT], timeout: float | None) -> None:
         self._pool = pool
@@ -65,19 +63,14 @@ class Lease(Generic[CT]):
             pool._release(conn)
             raise
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, exc_type: object, exc: BaseException | None, tb: object) -> None:
         pool, conn = self._pool, self._conn
         try:
             try:
                 if exc is not None:
                     _inspect_error(pool, conn, exc)
                 status = conn.pgconn.transaction_status
-                is_stock = conn._record.has_stock_blocks  # type: ignore[attr-defined]
+                is_stock = conn._record.has_stock_blocks
                 if exc is None and status == _INTRANS and is_stock:
                     _psycopg.commit(conn, pool._check_certain)
                 # With nothing begun there is nothing to end: saves a lock and two calls.
@@ -108,32 +101,6 @@ def _inspect_error(pool: Pool[CT], conn: Any, error: BaseException) -> None:
 # Acquiring
 
 
-class Verdict(enum.Enum):
-    """What an inspection found."""
-
-    USABLE = "usable"
-    UNSURE = "unsure"  # only a ping can tell
-    EXPIRED = "expired"
-    DEAD = "dead"
-
-
-def inspect(conn: Any, ping_after: float, *, is_failing: bool) -> Verdict:
-    """Return whether *conn* may be lent, without a round trip.
-
-    One idle for *ping_after* seconds needs a ping. While connects fail (*is_failing*) one past its
-    lifetime is better than none. What the server sent meanwhile is read into libpq's buffer.
-    """
-    record: ConnectionRecord = conn._record
-    now = monotonic()
-    if now >= record.expires_at and not is_failing:
-        return Verdict.EXPIRED
-    found = check_socket(conn, record.readable)
-    if found is Liveness.DEAD:
-        return Verdict.DEAD
-    is_old = now - record.idle_since >= ping_after
-    return Verdict.UNSURE if is_old or found is Liveness.UNKNOWN else Verdict.USABLE
-
-
 def acquire(
     pool: PoolBase[Any], conn: Any, owner: ref[Any], started: float, timeout: float | None
 ) -> Any:
@@ -143,10 +110,10 @@ def acquire(
         is_fresh = False
         if conn is None:
             waiter = _wait(pool, Waiter(owner, started, deadline))
-            conn, is_fresh = waiter.conn, waiter.is_fresh and not pool._has_user_check
-        if is_fresh or _is_usable(pool, conn, deadline):
+            conn, is_fresh = waiter.conn, waiter.is_fresh and not pool._user_check
+        if is_fresh or _evict_unless_usable(pool, conn, deadline):
             return conn
-        if pool._has_user_check and conn._record.created_at >= started:
+        if pool._user_check and conn._record.created_at >= started:
             sleep(lock_timeout(min(_CHECK_PAUSE, deadline - monotonic())))
         is_late = started < deadline <= monotonic()
         conn = None if is_late else pool._store.take_idle(owner)
@@ -165,28 +132,32 @@ def _wait(pool: PoolBase[Any], waiter: Waiter) -> Waiter:
     return waiter
 
 
-def _is_usable(pool: PoolBase[Any], conn: Any, deadline: float) -> bool:
-    """Whether to lend a connection; evict it if not."""
-    settings, supply = pool.settings, pool._supply
-    verdict = inspect(conn, settings.ping_after, is_failing=pool._store.breaker.is_failing)
-    if verdict is Verdict.EXPIRED:
+def _evict_unless_usable(pool: PoolBase[Any], conn: Any, deadline: float) -> bool:
+    """Return whether *conn* may be lent; evict it if not.
+
+    Only a ping can tell of one that was idle for ping_after, or sent something. While connects fail
+    one past its lifetime is better than none.
+    """
+    settings, supply, record, now = pool.settings, pool._supply, conn._record, monotonic()
+    if now >= record.expires_at and not pool._store.breaker.is_failing:
         supply.evict(conn, "expired")
         return False
-    if verdict is Verdict.DEAD:
+    found = check_socket(conn, record.readable)
+    if found is Liveness.DEAD:
         supply.evict(conn, "dead", by_server=True)
         supply.evict_closed_by_server()
         return False
-    timeout = min(settings.ping_timeout, deadline - monotonic())
-    if verdict is Verdict.UNSURE and timeout > 0.0 and not supply.ping(conn, timeout):
+    timeout = min(settings.ping_timeout, deadline - now)
+    is_unsure = found is Liveness.UNKNOWN or now - record.idle_since >= settings.ping_after
+    if is_unsure and timeout > 0.0 and not supply.ping(conn, timeout):
         return False
-    return not pool._has_user_check or _passes_check(pool, conn)
+    return not pool._user_check or _passes_check(pool, conn, pool._user_check)
 
 
-def _passes_check(pool: PoolBase[Any], conn: Any) -> bool:
+def _passes_check(pool: PoolBase[Any], conn: Any, check: Callable[[Any], None]) -> bool:
     """Run the user's `check`; the timeout does not bound it."""
     _psycopg.attach(conn, pool)
     conn._record.cursor = None
-    check: Any = pool._callbacks.check
     try:
         check(conn)
         if conn.pgconn.transaction_status != _IDLE:
@@ -220,7 +191,7 @@ def take_back(pool: PoolBase[Any], conn: Any) -> None:
             return
         pool._notices.checked_in(use, record.where(), is_late=is_late)
         store.bag.cancel_later(conn)
-        if not (pool._callbacks.reset and store.give_to_worker(record, lambda p: finish(p, conn))):
+        if not (pool._user_reset and store.give_to_worker(record, lambda p: finish(p, conn))):
             finish(pool, conn)
 
 
@@ -228,9 +199,10 @@ def finish(pool: PoolBase[Any], conn: Any) -> None:
     """Make a connection in transit fit for the next holder, or evict it."""
     store, record, liveness = pool._store, conn._record, Liveness.UNKNOWN
     if store.is_open:
+        timeout = pool.settings.ping_timeout
         if message := record.reset_message:
-            _reset(pool, conn, lambda conn: reset(conn, message, pool.settings.ping_timeout))
-        _reset(pool, conn, pool._callbacks.reset)
+            _reset(pool, conn, lambda conn: _psycopg.reset_session(conn, message, timeout))
+        _reset(pool, conn, pool._user_reset)
         reason = ""
         if conn.pgconn.transaction_status == _UNKNOWN:
             reason = "broken"

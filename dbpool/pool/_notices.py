@@ -48,28 +48,22 @@ class Notices:
             self.back(outage)
         self._emit(events.Connected, seconds)
 
-    def connect_failed(
-        self, failed: events.ConnectFailed, exist: int, max_size: int, waiting: int
-    ) -> None:
-        """An attempt failed; worth a warning only where *exist* connections, and growth fails."""
-        logger.debug("pool %r: connecting failed (%s): %s", self.name, failed.kind, failed.error)
-        if exist:
-            text = f"no new connection ({failed.kind}): {failed.error}; {exist} of at most"
-            text += f" {max_size} exist, {waiting} waiting"
+    def connect_failed(self, seconds: float, error: str, kind: str, sizes: str) -> None:
+        """An attempt failed; worth a warning only with *sizes*: connections exist, growth fails."""
+        logger.debug("pool %r: connecting failed (%s): %s", self.name, kind, error)
+        if sizes:
+            text, cause = f"no new connection ({kind}): {error}; {sizes}", "%d failed connects"
             with _fork.process.log_lock:
-                cause = f"%d failed connects ({failed.kind})"
-                self._warn("connect_failed", cause, text, kind=failed.kind)
-        if self.listeners.active:
-            self.listeners.emit(failed)
+                self._warn("connect_failed", f"{cause} ({kind})", text, kind=kind)
+        self._emit(events.ConnectFailed, seconds, error, kind)
 
-    def down(self, event: events.CircuitOpened) -> None:
+    def down(self, error: str, kind: str) -> None:
         """The breaker opened."""
-        state = "cannot be used as configured" if is_permanent(event.kind) else "is unavailable"
-        text = f"the database {state} ({event.kind}): {event.error}"
+        state = "cannot be used as configured" if is_permanent(kind) else "is unavailable"
+        text = f"the database {state} ({kind}): {error}"
         with _fork.process.log_lock:
-            self._log(logging.ERROR, text, "circuit_opened", kind=event.kind)
-        if self.listeners.active:
-            self.listeners.emit(event)
+            self._log(logging.ERROR, text, "circuit_opened", kind=kind)
+        self._emit(events.CircuitOpened, error, kind)
 
     def back(self, seconds: float) -> None:
         """The breaker closed after an outage of that length."""
@@ -95,10 +89,9 @@ class Notices:
 
     def timed_out(self, number: int, error: BaseException | None) -> None:
         """That many callers got no connection in time; *error* is that of one of them."""
-        if error is None:
-            return
         cause = f"%d callers timed out ({type(error).__name__})"
-        self._warn("wait_timed_out", cause, str(error), number)
+        if error is not None:
+            self._warn("wait_timed_out", cause, str(error), number)
 
     def slow_acquire(self, waits: list[float], snapshot: Snapshot) -> None:
         """These callers have waited for that many seconds, and still wait."""
@@ -107,8 +100,8 @@ class Notices:
         text = f"a caller has waited {max(waits):.1f} s for a connection; {snapshot.waiting} wait,"
         text += f" {snapshot.active} of {snapshot.max_size} checked out; held longest:"
         text += f" {_holders.group(snapshot.holders) or 'unknown'}"
-        cause = "%d callers waited for long"
-        self._warn("slow_acquire", cause, text, len(waits), seconds=max(waits))
+        cause, number = "%d callers waited for long", len(waits)
+        self._warn("slow_acquire", cause, text, number, seconds=max(waits))
 
     def not_served(self, error: BaseException | None, seconds: float, is_rejected: bool) -> None:
         """A caller was rejected, or timed out after that time."""
@@ -130,11 +123,9 @@ class Notices:
             number = sum(holder.where == where for _, holder in held)
             cause = f"%d connections held for more than {limit:g} s, from {where}"
             more = f" and {number - 1} more" if number > 1 else ""
-            text = (
-                f"a connection has been held for {longest.seconds:.1f} s by {longest.thread}{more},"
-            )
-            text += f" checked out at {where};"
-            text += f" now at {_holders.frames_of(info.thread) if info else '?'}"
+            text = f"a connection has been held for {longest.seconds:.1f} s by {longest.thread}"
+            text += f"{more}, checked out at {where}; now at "
+            text += _holders.frames_of(info.thread) if info else "?"
             self._warn("held_long", cause, text, number, holder=asdict(longest))
 
     def forgotten(self, holders: Iterable[Holder]) -> None:

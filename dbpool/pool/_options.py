@@ -67,9 +67,7 @@ _SHARED: Final = (
     "name", "min_size", "max_size", "timeout", "max_waiting", "max_lifetime", "max_idle",
 )  # fmt: skip
 _CALLBACKS: Final = ("configure", "check", "reset", "reconnect_failed")
-_PARENT_ONLY: Final = frozenset(
-    {"kwargs", "open", "close_returns", "reconnect_timeout", "num_workers", *_CALLBACKS}
-)
+_PARENT_ONLY: Final = frozenset(Options.__annotations__) - _SETTINGS
 
 
 def resolve(

@@ -224,12 +224,9 @@ class Pool(PoolBase[CT]):
     def _check_certain(self, conn: Any, error: psycopg.Error, what: str = "COMMIT") -> None:
         """Raise `CommitUncertain` if the connection was lost while *what* had no answer."""
         if _running.is_lost_unanswered(conn, error):
-            raise CommitUncertain(
-                f"pool {self.name!r}: the connection was lost during {what};"
-                " it may or may not have been done",
-                pool=self.name,
-                snapshot=self.stats(),
-            ) from error
+            lost = f"the connection was lost during {what}; it may or may not have been done"
+            text = f"pool {self.name!r}: {lost}"
+            raise CommitUncertain(text, pool=self.name, snapshot=self.stats()) from error
 
     # Statements and transactions
 
@@ -266,9 +263,8 @@ class Pool(PoolBase[CT]):
         self, query: Query, params: Params | None = None, *, row_factory: Any = None
     ) -> Any | None:
         """Like `fetch_all`, but return the first row, or None if there is none."""
-        return run_statement(
-            self, Statement(query, params, row_factory, fetch_one), sys._getframe()
-        )
+        statement = Statement(query, params, row_factory, fetch_one)
+        return run_statement(self, statement, sys._getframe())
 
     def fetch_value(self, query: Query, params: Params | None = None) -> Any:
         """Like `fetch_all`, but return the first column of the first row, or None."""
@@ -305,5 +301,5 @@ class Pool(PoolBase[CT]):
         """
         deadline = None if timeout is None else monotonic() + timeout
         options = _running.Options(attempts, idempotent, isolation, read_only, deadline)
-        caller = sys._getframe().f_back
-        return _running.run(self, fn, args, options, caller or sys._getframe())
+        caller = sys._getframe().f_back or sys._getframe()
+        return _running.run(self, lambda conn: fn(conn, *args), options, caller)

@@ -33,24 +33,14 @@ _BLOCK_METHODS: Final = (
 )  # fmt: skip
 
 # What a user may change on a connection and would not want to find changed by another.
-session_state: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(
-    "_autocommit",
-    "row_factory",
-    "cursor_factory",
-    "server_cursor_factory",
-    "_isolation_level",
-    "_read_only",
-    "_deferrable",
-    "_prepared.prepare_threshold",
-    "_prepared.prepared_max",
-    "_tpc",
-    "_pipeline",
-    "_notice_handlers",
-    "_notify_handlers",
-    "_adapters.changes",
-    "_adapters.types._registry",  # what registers a type copies it first
-    "_num_transactions",  # not 0 once an exception tore a block's end
-)
+# What registers a type copies the registry first; an exception that tore a block's end leaves a
+# number of transactions.
+_STATE: Final = """
+    _autocommit row_factory cursor_factory server_cursor_factory _isolation_level _read_only
+    _deferrable _prepared.prepare_threshold _prepared.prepared_max _tpc _pipeline _notice_handlers
+    _notify_handlers _adapters.changes _adapters.types._registry _num_transactions
+"""
+session_state: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(*_STATE.split())
 
 # Row factories that look at a cursor's result alone.
 STOCK_ROW_FACTORIES: Final = (tuple_row, dict_row, namedtuple_row, scalar_row)
@@ -297,8 +287,7 @@ _MARK: Final = b"no COPY in progress\n"
 
 def is_session_marked(conn: Any) -> bool:
     """Whether nothing was sent since `mark_session`."""
-    is_marked: bool = conn.pgconn.error_message == _MARK
-    return is_marked
+    return bool(conn.pgconn.error_message == _MARK)
 
 
 def mark_session(conn: Any) -> None:
@@ -315,10 +304,14 @@ def ping_unmarked(conn: Any, timeout: float) -> None:
         mark_session(conn)
 
 
-def drop_notifies(conn: Any) -> None:
-    """Forget the notifications that came for an earlier holder."""
-    if conn._notifies_backlog:
-        conn._notifies_backlog.clear()
+def reset_session(conn: Any, message: bytes, timeout: float) -> None:
+    """Reset the session, unless nothing at all was sent since that was done last."""
+    if not is_session_marked(conn):
+        if query_value(conn, message, timeout) == b"t":
+            forget_plans(conn)  # what is prepared may be for temporary tables
+        if conn._notifies_backlog:  # what came for an earlier holder
+            conn._notifies_backlog.clear()
+        mark_session(conn)
 
 
 def query_value(conn: Any, statements: bytes, timeout: float) -> bytes:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg_pool import PoolClosed, TooManyRequests
 
-from dbpool import errors, events, holders
+from dbpool import errors, holders
 from dbpool.breaker import Attempt
 from dbpool.errors import DatabaseUnavailable, PoolError
 from dbpool.liveness import is_active, is_retransmitting
@@ -27,23 +27,6 @@ if TYPE_CHECKING:
     from dbpool.pool._store import Store
 
 # Connecting
-
-
-def refill(store: Store) -> None:
-    """Begin the connects that are missing: up to min_size, then one at a time for waiters."""
-    breaker = store.breaker
-    if not store.is_open or breaker.retry is not None or breaker.is_open:
-        return
-    missing = max(0, store.min_size - store.size)
-    if store.waiting and not breaker.attempts and store.size < store.max_size:
-        missing = max(1, missing)
-    for _ in range(missing):
-        enqueue(store, breaker.add())
-
-
-def enqueue(store: Store, attempt: Attempt) -> None:
-    """Have a worker make that attempt; twice does no harm."""
-    store.workers.run(lambda pool: pool._supply.connect(pool, attempt))
 
 
 def may_begin(store: Store, attempt: Attempt) -> bool:
@@ -72,7 +55,7 @@ def connected(store: Store, conn: Any, attempt: Attempt) -> tuple[float, float |
     if store.size > store.max_size:  # it was made smaller meanwhile
         conn._record.expires_at = 0.0
     store.hand_over_or_store(conn, is_fresh=True)
-    refill(store)
+    store.refill()
     return seconds, outage
 
 
@@ -113,8 +96,8 @@ def trip_if_due(store: Store) -> None:
     """Open the breaker if it is time to; while it is open, nobody waits."""
     breaker, bag = store.breaker, store.bag
     if breaker.trip_if_due(idle=len(bag.idle), out=bag.out):
-        opened = events.CircuitOpened(store.name, breaker.last_error or "", breaker.kind)
-        store.notices.append(partial(Notices.down, event=opened))
+        error, kind = breaker.last_error or "", breaker.kind
+        store.notices.append(partial(Notices.down, error=error, kind=kind))
         store.metrics.circuit_opened += 1
         store.flush_later()
     if breaker.is_open and store.waiting:
@@ -167,13 +150,10 @@ def _unavailable(
     cls = errors.DatabaseMisconfigured if errors.is_permanent(kind) else DatabaseUnavailable
     span = f" for {seconds:.1f} s" if seconds >= 0.1 else ""
     shown = "" if kind == "unknown" else f" ({kind})"
+    text = f"pool {store.name!r}: no connection to the database{span}{shown}: {text}"
+    since, retry_after = time.time() - seconds, breaker.retry_after or 0.0
     error = cls(
-        f"pool {store.name!r}: no connection to the database{span}{shown}: {text}",
-        pool=store.name,
-        snapshot=now,
-        kind=kind,
-        since=time.time() - seconds,
-        retry_after=breaker.retry_after or 0.0,
+        text, pool=store.name, snapshot=now, kind=kind, since=since, retry_after=retry_after
     )
     error.__cause__ = reason
     return error
@@ -225,14 +205,12 @@ def _timed_out(
         f"; nested: this thread itself holds {n}, and n threads that hold {n + 1} at once"
         f" need a max_size of at least n * {n} + 1"
     )
-    return errors.PoolExhausted(
-        f"pool {store.name!r}: no connection within {seconds:.2f} s: {now.active} of"
-        f" {now.max_size} checked out, {now.idle} idle, {now.waiting - 1} more"
-        f" waiting; held longest: {holders.group(now.holders) or 'unknown'}"
-        f"{nested if n else suspicion}",
-        pool=store.name,
-        snapshot=now,
+    text = (
+        f"pool {store.name!r}: no connection within {seconds:.2f} s: {now.active} of {now.max_size}"
+        f" checked out, {now.idle} idle, {now.waiting - 1} more waiting; held longest:"
+        f" {holders.group(now.holders) or 'unknown'}{nested if n else suspicion}"
     )
+    return errors.PoolExhausted(text, pool=store.name, snapshot=now)
 
 
 def _suspicion(store: Store, seconds: float) -> tuple[str, bool]:

@@ -37,9 +37,10 @@ _OPAQUE: Final = rb"""'(?:[^']|'')*'|"[^"]*"|--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\1
 _READING: Final = rb"[\s(]*(?:select|show|table|values)\b[^;]*[;\s]*"
 
 # What a single statement gives; a cursor class may have its own idea of it.
-fetch_all: Callable[[Cursor[Any]], list[Any]] = methodcaller("fetchall")
-fetch_one: Callable[[Cursor[Any]], Any] = methodcaller("fetchone")
-row_count: Callable[[Cursor[Any]], int] = attrgetter("rowcount")
+Result = Callable[[Cursor[Any]], T]
+fetch_all: Result[list[Any]] = methodcaller("fetchall")
+fetch_one: Result[Any] = methodcaller("fetchone")
+row_count: Result[int] = attrgetter("rowcount")
 
 _SINGLE: Final = "a statement in autocommit"
 
@@ -52,9 +53,7 @@ class Statement(Generic[T]):
 
     __slots__ = ("cursor", "kept", "params", "query", "result", "row_factory", "sent")
 
-    def __init__(
-        self, query: Any, params: Any, row_factory: Any, result: Callable[[Cursor[Any]], T]
-    ) -> None:
+    def __init__(self, query: Any, params: Any, row_factory: Any, result: Result[T]) -> None:
         self.query, self.params, self.row_factory, self.result = query, params, row_factory, result
         self.cursor: Any = None
         self.kept: KeptCursor | None = None
@@ -79,9 +78,8 @@ class Statement(Generic[T]):
             try:
                 return self.result(cursor.execute(self.query, self.params))
             except psycopg.errors.FeatureNotSupported as ex:
-                _psycopg.forget_stale_plan(
-                    ex, conn, converted_query(cursor, self.query, self.params)
-                )
+                converted = converted_query(cursor, self.query, self.params)
+                _psycopg.forget_stale_plan(ex, conn, converted)
             return self.result(cursor.execute(self.query, self.params, prepare=False))
         with conn:
             value = self.result(cursor.execute(self.query, self.params))
@@ -122,7 +120,7 @@ def run_statement(pool: Pool[Any], statement: Statement[T], frame: FrameType) ->
             kept = statement.kept
             if kept is not None:
                 kept.detach()
-            pool._release(conn, None if pool._has_user_check else kept)  # else a check saw it
+            pool._release(conn, None if pool._user_check else kept)  # else a check saw it
 
 
 def is_lost_unanswered(conn: Any, error: psycopg.Error) -> bool:
@@ -162,21 +160,15 @@ class Options(NamedTuple):
     deadline: float | None
 
 
-def run(
-    pool: Pool[Any],
-    fn: Callable[..., T],
-    args: tuple[Any, ...],
-    options: Options,
-    caller: FrameType,
-) -> T:
-    """Call `fn(conn, *args)` as `Pool.run` says."""
+def run(pool: Pool[Any], fn: Callable[[Any], T], options: Options, caller: FrameType) -> T:
+    """Call `fn(conn)` as `Pool.run` says."""
     pauses = delays(first=0.05, cap=1.0)
     for attempt in count(1):
         step = Step(pool)
         conn = _acquire(pool, options.deadline, caller, ref(step))
         with step:
             try:
-                result = _transact(pool, conn, fn, args, options)
+                result = _transact(pool, conn, fn, options)
             except psycopg.Error as ex:
                 pause = next(pauses)
                 is_last = attempt >= options.attempts or _is_late(options.deadline, pause)
@@ -211,16 +203,14 @@ def _acquire(pool: Pool[Any], deadline: float | None, caller: FrameType, owner: 
             sleep(min(left, _OUTAGE_INTERVAL))
 
 
-def _transact(
-    pool: Pool[Any], conn: Any, fn: Callable[..., T], args: tuple[Any, ...], options: Options
-) -> T:
+def _transact(pool: Pool[Any], conn: Any, fn: Callable[[Any], T], options: Options) -> T:
     if options.isolation is not None:
         conn.isolation_level = options.isolation
     if options.read_only:
         conn.read_only = True
     block = _begin_block(conn)
     try:
-        result = fn(conn, *args)
+        result = fn(conn)
         insist_on_alive(conn)
     except BaseException as ex:
         if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from time import monotonic, sleep
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ref
 
 from psycopg_pool import ConnectionPool, PoolClosed
@@ -34,14 +33,6 @@ from dbpool.settings import Settings
 _WAIT_INTERVAL = 0.005  # seconds between two looks of `wait`
 
 
-class Callbacks(NamedTuple):
-    """The functions of a user's that a pool calls with a connection."""
-
-    configure: Callable[[Any], None] | None
-    check: Callable[[Any], None] | None
-    reset: Callable[[Any], None] | None
-
-
 class PoolBase(ConnectionPool[CT]):
     """psycopg_pool's pool around parts of ours in place of its own state: its life and its threads."""
 
@@ -51,12 +42,12 @@ class PoolBase(ConnectionPool[CT]):
         super().__init__(conninfo, open=False, **options)
         self.settings = settings
         self.listeners = listeners
-        self._callbacks = Callbacks(self._configure, self._check, self._reset)
+        self._user_configure, self._user_reset = self._configure, self._reset
         # The stock check does no more than is done anyway.
-        self._has_user_check = self._callbacks.check not in (None, self.check_connection)
+        self._user_check = None if self._check == self.check_connection else self._check
         # An idle connection is lent after a look alone for so long.
-        self._unchecked_seconds = 0.0 if self._has_user_check else settings.ping_after
-        self._resets = self._callbacks.reset or settings.session_reset != "none"
+        self._unchecked_seconds = 0.0 if self._user_check else settings.ping_after
+        self._resets = self._user_reset or settings.session_reset != "none"
         self._lazy = True  # whether it may open itself, once
         self._build((settings.min_size, settings.max_size))
 
@@ -147,7 +138,7 @@ class PoolBase(ConnectionPool[CT]):
             _fork.process.watchdog.watch(self)
         if store.open():
             try:
-                self._threads.start(self.num_workers, lambda: not self.closed)
+                self._threads.start(self)
             except BaseException:  # no threads to be had, say: the next user tries again
                 store.revert_open()
                 _fork.process.watchdog.unwatch(self)
@@ -225,7 +216,7 @@ class PoolBase(ConnectionPool[CT]):
             return
         store.heal(close_returns=self.close_returns, has_idle_workers=self._threads.tasks.empty())
         if store.is_open:
-            self._threads.start(self.num_workers, lambda: not self.closed)
+            self._threads.start(self)
         else:
             self._threads.stop()
             self.listeners.close()

@@ -12,13 +12,7 @@ from typing import Any, Final
 from psycopg import sql
 
 from dbpool.errors import ConfigError
-from dbpool.pool._psycopg import (
-    drop_notifies,
-    forget_plans,
-    is_session_marked,
-    mark_session,
-    query_value,
-)
+from dbpool.pool._psycopg import mark_session, query_value, reset_session
 
 Names = Collection[str]
 
@@ -90,7 +84,7 @@ def reset_message(conn: Any, timeout: float, custom: Names) -> bytes:
         for name, value in ((state["settings"] or {}) | (state["custom settings"] or {})).items()
     ]
     message = _RESET + (b"; SELECT " + b", ".join(calls) if calls else b"")
-    reset(conn, message, timeout)
+    reset_session(conn, message, timeout)
     after = json.loads(query_value(conn, query, timeout))
     if changed := [name for name in state if after[name] != state[name]]:
         raise ConfigError(
@@ -99,12 +93,3 @@ def reset_message(conn: Any, timeout: float, custom: Names) -> bytes:
         )
     mark_session(conn)
     return message
-
-
-def reset(conn: Any, message: bytes, timeout: float) -> None:
-    """Reset the session, unless nothing at all was sent since that was done last."""
-    if not is_session_marked(conn):
-        if query_value(conn, message, timeout) == b"t":
-            forget_plans(conn)  # what is prepared may be for temporary tables
-        drop_notifies(conn)
-        mark_session(conn)

@@ -10,12 +10,12 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import ref
 
-from dbpool.breaker import Breaker
+from dbpool.breaker import Attempt, Breaker
 from dbpool.events import Emitter
-from dbpool.holders import ConnectionRecord, Holder, ThreadInfo
+from dbpool.holders import ConnectionRecord
 from dbpool.metrics import Metrics
-from dbpool.pool import _rules
-from dbpool.pool._bag import Bag, Condition, Waiter, WaitQueue
+from dbpool.pool import _bag, _rules
+from dbpool.pool._bag import Bag, Waiter, WaitQueue
 from dbpool.pool._notices import Notices
 
 if TYPE_CHECKING:
@@ -46,12 +46,7 @@ class Store:
     """
 
     def __init__(
-        self,
-        name: str,
-        sizes: tuple[int, int],
-        grace: float,
-        listeners: Emitter,
-        workers: Workers,
+        self, name: str, sizes: tuple[int, int], grace: float, listeners: Emitter, workers: Workers
     ) -> None:
         self.lock = threading.RLock()  # a garbage collection inside may come back in
         self.name = name
@@ -59,7 +54,8 @@ class Store:
         self.workers = workers
         self.is_open = self.was_opened = False
         self.metrics = Metrics()
-        self.bag = Bag(name, self.metrics, listeners)
+        self.listeners = listeners
+        self.bag = Bag()
         self.waiting = WaitQueue()
         self.breaker = Breaker(grace)
         self.notices: deque[Callable[[Notices], None]] = deque()
@@ -171,55 +167,28 @@ class Store:
             self.workers.run(job)
         return self.is_open
 
-    @locked
-    def add(self, conn: Any, *, is_fresh: bool) -> None:
-        """Lend a healthy connection to the first waiter, else make it idle.
+    def hand_over_or_store(self, conn: Any, *, is_fresh: bool) -> None:
+        """Lend a healthy connection to the first waiter, else make it idle; the lock is held.
 
-        *is_fresh* says that its server spoke just now: the waiter need not check it.
+        *is_fresh* says that its server spoke just now: the waiter need not check it. In a closed
+        pool the connection is to be closed.
         """
         if is_fresh:
             self.breaker.last_alive_at = self.breaker.clock()
-        self.hand_over_or_store(conn, is_fresh=is_fresh)
-
-    def hand_over_or_store(self, conn: Any, *, is_fresh: bool) -> None:
-        """As `add`, with the lock held. In a closed pool the connection is to be closed."""
         if not self.is_open:
             self.bag.forget(conn._record)
         elif not self.waiting.serve(conn, is_fresh=is_fresh):
             self.bag.store(conn)
 
-    @locked
-    def recover(self, owner: ref[Any], step: ref[Any]) -> list[Any]:
-        """End what an exception interrupted: remove the waiter of *owner*, evict what it holds.
-
-        Returns the connections that it had in transit, which are now those of *step*.
-        """
-        self.waiting.cancel(owner)
-        in_transit = self.bag.recover(owner, step)
-        self.refill()
-        return in_transit
+    add = locked(hand_over_or_store)
+    recover = locked(_bag.recover)
 
     # Giving up
 
-    @locked
-    def evict(self, conn: Any, reason: str) -> None:
-        """Evict a connection that is in transit; replace it if it is needed."""
-        self.bag.evict(conn._record, reason)
-        self.refill()
-
-    @locked
-    def evict_idle(self, reason: str, condition: Condition, most: int | None = None) -> int:
-        """Evict idle connections for whose record *condition* holds, the coldest first."""
-        number = self.bag.evict_idle(reason, condition, most)
-        self.refill()
-        return number
-
-    @locked
-    def reap_held(self, thread: ThreadInfo, since: float) -> tuple[Holder, ...]:
-        """Take from *thread* what it checked out after *since* and still holds; describe it."""
-        described = self.bag.reap_held(thread, since)
-        self.refill()
-        return described
+    evict = locked(_bag.evict)
+    evict_idle = locked(_bag.evict_idle)
+    reap_held = locked(_bag.reap_held)
+    expire = locked(_bag.expire)
 
     def _reclaim(self, *, close_returns: bool) -> None:
         """Evict the connections whose owner is gone.
@@ -228,10 +197,11 @@ class Store:
         went away.
         """
         self.collected.clear()
-        if forgotten := self.bag.reap_ownerless():
+        if forgotten := _bag.reap_ownerless(self):
             self.notices.append(partial(Notices.forgotten, holders=forgotten))
         if close_returns:
-            self.bag.reap_closed()
+            for record in [record for record in self.bag.held() if not record.is_open]:
+                _bag.reap(self, record, "broken")
         if self.bag.to_close or self.notices:
             self.flush_later()
         self.refill()
@@ -242,7 +212,23 @@ class Store:
 
     # Connecting
 
-    refill = locked(_rules.refill)
+    @locked
+    def refill(self) -> None:
+        """Begin the connects that are missing: up to min_size, then one at a time for waiters."""
+        breaker = self.breaker
+        if not self.is_open or breaker.retry is not None or breaker.is_open:
+            return
+        missing = max(0, self.min_size - self.size)
+        if self.waiting and not breaker.attempts and self.size < self.max_size:
+            missing = max(1, missing)
+        for _ in range(missing):
+            self.enqueue(breaker.add())
+
+    @locked
+    def enqueue(self, attempt: Attempt) -> None:
+        """Have a worker make that attempt; twice does no harm."""
+        self.workers.run(lambda pool: pool._supply.connect(pool, attempt))
+
     may_begin = locked(_rules.may_begin)
     begin = locked(_rules.begin)
     connected = locked(_rules.connected)
@@ -260,31 +246,17 @@ class Store:
         if self.breaker.start_interval():
             _rules.close_if_alive(self)
         _rules.trip_if_due(self)
-        self.bag.trim(self.max_size)
+        _bag.trim(self)
         if has_idle_workers:
             for attempt in self.breaker.interrupted():
-                _rules.enqueue(self, attempt)
+                self.enqueue(attempt)
 
-    @locked
-    def mark_slow(self, before: float) -> list[float]:
-        """Mark the callers who wait since *before*; return when those began that are new."""
-        return self.waiting.mark_slow(before)
-
-    @locked
-    def mark_held_long(self, before: float) -> list[tuple[ThreadInfo | None, Holder]]:
-        """Mark and describe what is held since *before*, unless it was marked earlier."""
-        return self.bag.mark_held_long(before)
-
-    @locked
-    def expire(self, condition: Condition = lambda record: True) -> int:
-        """Replace connections: the idle ones now, those that are out when they return."""
-        number = self.bag.expire(condition)
-        self.evict_idle("expired", lambda record: not record.expires_at)
-        return number
+    mark_slow = locked(_bag.mark_slow)
+    mark_held_long = locked(_bag.mark_held_long)
 
     @locked
     def resize(self, min_size: int, max_size: int) -> None:
         """Change the sizes; what is too many goes at once if idle, else when it returns."""
         self.min_size, self.max_size = min_size, max_size
-        self.bag.trim(max_size)
+        _bag.trim(self)
         self.refill()

@@ -17,7 +17,6 @@ from psycopg_pool import ConnectionPool
 from psycopg_pool.pool import MaintenanceTask, StopWorker
 from psycopg_pool.sched import Scheduler
 
-from dbpool import events
 from dbpool._threads import run_in_thread
 from dbpool.breaker import Attempt
 from dbpool.errors import SATURATED, DatabaseUnavailable, is_permanent
@@ -49,14 +48,12 @@ class Call(MaintenanceTask):
         super().__init__(pool)
         self._fn: Job | None = fn
 
-    def tick(self) -> None:
-        """Run in the scheduler's thread: for what is short and must not queue."""
-        self.run()
-
     def run(self) -> None:
         """Run in a worker, whether the pool is open or not."""
         if (pool := self.pool()) is not None:
             self._run(pool)
+
+    tick = run  # in the scheduler's thread: for what is short and must not queue
 
     def _run(self, pool: ConnectionPool[Any]) -> None:
         fn, self._fn = self._fn, None  # a worker keeps its last task until there is another
@@ -85,12 +82,12 @@ class Workers:
         if (pool := self._pool()) is not None:
             pool.schedule_task(Call(pool, job), delay)
 
-    def start(self, number: int, is_open: Callable[[], bool]) -> None:
-        """Start the scheduler and that many workers, unless they run or the pool is closed."""
+    def start(self, pool: ConnectionPool[Any]) -> None:
+        """Start the scheduler and the workers, unless they run or the pool is closed."""
         with self._starting:
-            if is_open() and not any(thread.is_alive() for thread in self.threads):
+            if not pool.closed and not any(thread.is_alive() for thread in self.threads):
                 try:
-                    run_in_thread(partial(self._start, number))
+                    run_in_thread(partial(self._start, pool.num_workers))
                 except BaseException:
                     self.stop()
                     raise
@@ -142,7 +139,7 @@ class Supply:
             self._connect_later(pool, attempt)
             return
         started = store.begin(attempt)
-        self._check_answer_later(pool, attempt, started, store.breaker.patience)
+        self.check_answer(pool, attempt, started)
         made = connector.connect(pool, attempt)
         if isinstance(made, Failure):
             self._failed(pool, attempt, started, made)
@@ -169,12 +166,11 @@ class Supply:
             return
         if is_retry:
             self._connect_later(pool, attempt)
-        text = breaker.last_error or ""
-        failed = events.ConnectFailed(pool.name, breaker.clock() - started, text, kind)
+        text, sizes, exist = breaker.last_error or "", "", len(store.bag.records)
         # Where no connection exists, the opening of the breaker is logged.
-        is_growth = (kind == SATURATED or is_permanent(kind)) and not breaker.is_open
-        exist = len(store.bag.records) if is_growth else 0
-        self.notices.connect_failed(failed, exist, store.max_size, len(store.waiting))
+        if exist and (kind == SATURATED or is_permanent(kind)) and not breaker.is_open:
+            sizes = f"{exist} of at most {store.max_size} exist, {len(store.waiting)} waiting"
+        self.notices.connect_failed(breaker.clock() - started, text, kind, sizes)
         self.flush()
         if is_retry and breaker.report_failure(pool.reconnect_timeout):
             pool.reconnect_failed()
@@ -183,32 +179,25 @@ class Supply:
         delay = max(0.0, attempt.due - self.store.breaker.clock())
         if attempt.awaits_change:
             delay = min(delay, _CHANGE_INTERVAL)
-        pool._threads.run_later(
-            lambda pool: pool._threads.run(lambda p: p._supply.connect(p, attempt)), delay
-        )
-
-    def _check_answer_later(
-        self, pool: PoolBase[Any], attempt: Attempt, started: float, delay: float
-    ) -> None:
-        pool._threads.run_later(
-            lambda pool: pool._supply.check_answer(pool, attempt, started), delay
-        )
+        pool._threads.run_later(lambda pool: pool._store.enqueue(attempt), delay)
 
     def check_answer(self, pool: PoolBase[Any], attempt: Attempt, started: float) -> None:
-        """Count an attempt as failing if it has no answer for too long."""
-        left = self.store.overdue(attempt, started)
-        if left is not None:
-            self._check_answer_later(pool, attempt, started, max(left, _MIN_OVERDUE_INTERVAL))
+        """Count an attempt as failing if it has no answer for too long; look again until it has."""
+        if (left := self.store.overdue(attempt, started)) is not None:
+            delay = max(left, _MIN_OVERDUE_INTERVAL)
+            pool._threads.run_later(lambda p: p._supply.check_answer(p, attempt, started), delay)
             self.flush()
 
     def check_server_defaults(self, pool: PoolBase[Any]) -> None:
         """Ask for the server's timeouts again, and replace connections if they have changed."""
+        connector, defaults = self.connector, self.connector.server_defaults
         if not self.store.is_open or self.store.breaker.is_failing:
             return
         try:
-            have_changed = self.connector.server_defaults_changed(pool)
+            params = connector.params(pool)
+            have_changed = defaults.ask_again(lambda p: connector.open(pool, p), params)
         except Exception as ex:  # noqa: BLE001  # whatever it is, the next connect asks again
-            self.connector.server_defaults.troubles = -1
+            defaults.troubles = -1
             name = type(ex).__name__
             logger.debug("pool %r: asking for timeouts failed: %s", pool.name, name)
             return
@@ -220,7 +209,7 @@ class Supply:
 
     def evict(self, conn: Any, reason: str, *, by_server: bool = False) -> None:
         """Close a connection that is in transit, and replace it if it is needed."""
-        self.store.evict(conn, reason)
+        self.store.evict(conn._record, reason)
         if by_server:
             self.notices.replaced()
         self.close_evicted()

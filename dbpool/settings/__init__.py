@@ -162,9 +162,7 @@ class Settings:
         `default_options` are left out.
         """
         conninfo, given, kwargs = conceal(conninfo), conceal_params(kwargs or {}), None
-        params: dict[str, Any] = (
-            _conninfo.parse(self.resolve() if conninfo is None else conninfo) | given
-        )
+        params = {**_conninfo.parse(self.resolve() if conninfo is None else conninfo), **given}
         unseen = _conninfo.parse(self.libpq)
         variables = {_conninfo.VARIABLES[key]: value for key, value in unseen.items()}
         known = _conninfo.already_set(params, {**os.environ, **variables})
@@ -185,11 +183,8 @@ class Settings:
         return params | ({"options": options} if options else {})
 
     def _defaults(self) -> dict[str, object]:
-        return {
-            "connect_timeout": self.connect_timeout,
-            "keepalives_idle": self.keepalives_idle,
-            "keepalives_interval": self.keepalives_interval,
-            "keepalives_count": self.keepalives_count,
+        same = ("connect_timeout", "keepalives_idle", "keepalives_interval", "keepalives_count")
+        return {name: getattr(self, name) for name in same} | {
             "tcp_user_timeout": round(self.tcp_user_timeout * 1000),
             "fallback_application_name": self.application_name or f"dbpool:{self.name}",
         }
