@@ -330,6 +330,13 @@ def test_links_lead_somewhere_on_a_forge_too(path: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+def test_the_runbooks_of_the_alert_rules_are_there() -> None:
+    runbooks = re.findall(r'runbook: "([\w-]+)\.html#?([\w-]*)"', (DOCS / "alerts.md").read_text())
+    assert runbooks
+    for name, anchor in runbooks:
+        assert not anchor or anchor in anchors(DOCS / f"{name}.md")
+
+
 def test_every_page_is_in_the_table_of_contents() -> None:
     told = set(re.findall(r"^   ([\w-]+)$", (DOCS / "index.rst").read_text(), re.MULTILINE))
     start = (DOCS / "README.md").read_text()
