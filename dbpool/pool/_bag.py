@@ -80,16 +80,6 @@ class Bag:
         """Return how many are idle or held."""
         return sum(record.owner is None or record.since > 0.0 for record in list(self.records))
 
-    def take(self, owner: ref[Any], conn: Any = None) -> Any:
-        """Return *conn*, or the one used last, for *owner*; None if it is not idle."""
-        if conn is None and self.idle:
-            conn = self.idle[-1]
-        if conn not in self.idle:
-            return None
-        conn._record.owner = owner  # before it is taken: an exception may come in between
-        self.idle.remove(conn)
-        return conn
-
     def store(self, conn: Any) -> None:
         """Make a connection idle."""
         detach(conn)
@@ -220,6 +210,18 @@ def lock_timeout(seconds: float) -> float:
 # Steps of the store, with its lock held
 
 
+def take_idle(store: Store, owner: ref[Any], conn: Any = None) -> Any:
+    """Take *conn*, by default the one used last, for *owner*; return None if it is not idle."""
+    idle = store.bag.idle
+    if conn is None and idle:
+        conn = idle[-1]
+    if conn not in idle:
+        return None
+    conn._record.owner = owner  # before it is taken: an exception may come in between
+    idle.remove(conn)
+    return conn
+
+
 def evict(store: Store, record: ConnectionRecord, reason: str) -> None:
     """Forget a connection for that reason, and have it closed; replace it if it is needed."""
     store.bag.forget(record)
@@ -233,7 +235,7 @@ def evict_idle(store: Store, reason: str, condition: Condition, most: int | None
     """Evict idle connections for whose record *condition* holds, the coldest first."""
     chosen = [conn for conn in list(store.bag.idle) if condition(conn._record)][:most]
     for conn in chosen:
-        store.bag.take(NOBODY, conn)
+        take_idle(store, NOBODY, conn)
         evict(store, conn._record, reason)
     return len(chosen)
 

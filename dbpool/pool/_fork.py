@@ -25,20 +25,17 @@ adapters: list[Callable[[Any], None]] = []  # what the server's hooks do to each
 
 
 class _ProcessState:
-    """What a forked child must not inherit: it gets one of its own."""
+    """What a forked child must not inherit: it gets one of its own.
+
+    Above all the watchdog, the one daemon thread that maintains all the open pools of a process; it
+    ends with the last.
+    """
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         # Held by our own threads while they log. A fork waits for it, and for listeners to return:
         # the buffer of standard error has a lock that nobody would ever release in the child.
         self.log_lock = threading.RLock()
-        self.watchdog = _Watchdog()
-
-
-class _Watchdog:
-    """One daemon thread that maintains all the open pools of a process; it ends with the last."""
-
-    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()

@@ -135,13 +135,13 @@ class PoolBase(ConnectionPool[CT]):
             raise PoolClosed("pool has already been opened/closed and cannot be reused")
         if not store.is_open:
             # First: what is interrupted from here on is healed.
-            _fork.process.watchdog.watch(self)
+            _fork.process.watch(self)
         if store.open():
             try:
                 self._threads.start(self)
             except BaseException:  # no threads to be had, say: the next user tries again
                 store.revert_open()
-                _fork.process.watchdog.unwatch(self)
+                _fork.process.unwatch(self)
                 raise
             store.refill()
             self._notices.opened()
@@ -187,7 +187,7 @@ class PoolBase(ConnectionPool[CT]):
         if was_open:
             self._maintenance.send_cancels()
             self._notices.closed(max(0.0, deadline - monotonic()))
-        _fork.process.watchdog.unwatch(self)  # last: the watchdog ends what is interrupted before
+        _fork.process.unwatch(self)  # last: the watchdog ends what is interrupted before
 
     # Maintenance
 
@@ -220,7 +220,7 @@ class PoolBase(ConnectionPool[CT]):
         else:
             self._threads.stop()
             self.listeners.close()
-            _fork.process.watchdog.unwatch(self)
+            _fork.process.unwatch(self)
         self._supply.flush()
 
     def resize(self, min_size: int, max_size: int | None = None) -> None:

@@ -117,10 +117,7 @@ class Store:
 
     # Lending
 
-    @locked
-    def take_idle(self, owner: ref[Any], conn: Any = None) -> Any:
-        """Take *conn*, by default the one used last; return None if it is not idle."""
-        return self.bag.take(owner, conn)
+    take_idle = locked(_bag.take_idle)
 
     @locked
     def join(self, waiter: Waiter, max_waiting: int, *, close_returns: bool) -> None:
