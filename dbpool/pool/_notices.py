@@ -2,7 +2,7 @@
 
 Each method is one kind of happening: its line of the log and its event, side by side. What may
 happen many times in a row is logged the first time; a line at the end of the episode says how often.
-Whoever calls one holds no lock of the pool.
+The caller of one holds no lock of the pool.
 """
 
 from __future__ import annotations
@@ -42,10 +42,8 @@ class Notices:
 
     # Connecting
 
-    def connected(self, seconds: float, outage: float | None) -> None:
-        """A connection was made, in that time; it ended an outage of that length, if any."""
-        if outage is not None:
-            self.back(outage)
+    def connected(self, seconds: float) -> None:
+        """A connection was made, in that time."""
         self._emit(events.Connected, seconds)
 
     def connect_failed(self, seconds: float, error: str, kind: str, sizes: str) -> None:
@@ -61,15 +59,13 @@ class Notices:
         """The breaker opened."""
         state = "cannot be used as configured" if is_permanent(kind) else "is unavailable"
         text = f"the database {state} ({kind}): {error}"
-        with _fork.process.log_lock:
-            self._log(logging.ERROR, text, "circuit_opened", kind=kind)
+        self._log(logging.ERROR, text, "circuit_opened", kind=kind)
         self._emit(events.CircuitOpened, error, kind)
 
     def back(self, seconds: float) -> None:
         """The breaker closed after an outage of that length."""
         text = f"the database is back after {seconds:.1f} s"
-        with _fork.process.log_lock:
-            self._log(logging.WARNING, text, "circuit_closed", seconds=seconds)
+        self._log(logging.WARNING, text, "circuit_closed", seconds=seconds)
         self._emit(events.CircuitClosed, seconds)
 
     def replaced(self, number: int = 1) -> None:
@@ -135,8 +131,7 @@ class Notices:
             cause = f"%d connections forgotten, from {holder.where}"
             text = "a connection was never returned and has been garbage-collected; it was"
             text += f" checked out at {holder.where}"
-            with _fork.process.log_lock:
-                self._warn("leaked", cause, text, holder=asdict(holder))
+            self._warn("leaked", cause, text, holder=asdict(holder))
 
     # Taking back
 

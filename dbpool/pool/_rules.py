@@ -45,18 +45,19 @@ def begin(store: Store, attempt: Attempt) -> float:
     return attempt.started
 
 
-def connected(store: Store, conn: Any, attempt: Attempt) -> tuple[float, float | None]:
-    """Add a new connection; return how long it took, and how long the outage was, if any."""
+def connected(store: Store, conn: Any, attempt: Attempt) -> float:
+    """Add a new connection; return how long it took."""
     seconds = store.breaker.clock() - attempt.started
     store.bag.records.add(conn._record)
-    outage = store.breaker.succeeded(attempt)
+    if (outage := store.breaker.succeeded(attempt)) is not None:
+        store.notices.append(partial(Notices.back, seconds=outage))
     store.metrics.connects += 1
     store.metrics.connect.add(seconds)
     if store.size > store.max_size:  # it was made smaller meanwhile
         conn._record.expires_at = 0.0
     store.hand_over_or_store(conn, is_fresh=True)
     store.refill()
-    return seconds, outage
+    return seconds
 
 
 def failed(

@@ -22,6 +22,7 @@ from dbpool.breaker import Attempt
 from dbpool.errors import SATURATED, DatabaseUnavailable, is_permanent
 from dbpool.holders import ConnectionRecord
 from dbpool.liveness import PingTimeout, closed_by_peer
+from dbpool.pool import _fork
 from dbpool.pool._connector import Connector, Failure
 from dbpool.pool._notices import Notices, logger
 from dbpool.pool._psycopg import close, ping_unmarked
@@ -148,8 +149,9 @@ class Supply:
 
     def _connected(self, pool: PoolBase[Any], attempt: Attempt, conn: Any) -> None:
         metrics = self.store.metrics
-        self.notices.connected(*self.store.connected(conn, attempt))
-        self.flush()
+        seconds = self.store.connected(conn, attempt)
+        self.flush()  # the end of an outage comes before the connection that ended it
+        self.notices.connected(seconds)
         troubles = metrics.dead + metrics.connect_failures
         if self.connector.server_defaults.is_due(pool.max_lifetime, troubles):
             pool._threads.run(lambda pool: pool._supply.check_server_defaults(pool))
@@ -263,7 +265,7 @@ class Supply:
         """Close what was evicted, and send the notices that were queued under the lock."""
         self.close_evicted()
         while self.store.notices:
-            with suppress(IndexError):  # another thread may be quicker
+            with _fork.process.log_lock, suppress(IndexError):  # another thread may be quicker
                 self.store.notices.popleft()(self.notices)
 
     def close_evicted(self) -> None:
