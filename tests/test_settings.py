@@ -149,6 +149,7 @@ VARIABLES = sorted(
 @given(st.dictionaries(st.sampled_from(VARIABLES), VALUES["texts"] | VALUES["objects"], max_size=4))
 @example({"DATABASE_URL_FILE": "\0"})
 @example({"PGPORT": "1" * 5000})
+@example({"PGPORT": "\r\x00"})
 def test_any_configuration_is_taken_or_a_config_error(config: dict[str, Any]) -> None:
     with suppress(ConfigError):
         AppSettings.from_config(config, {})

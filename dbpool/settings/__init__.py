@@ -255,6 +255,8 @@ def build(name: str, sources: Sources, overrides: Mapping[str, Any]) -> Settings
     found["password_file"] = find(sources, "PGPASSWORD_FILE")
     variables = {key: find(sources, name) for key, name in _conninfo.VARIABLES.items() if name}
     unseen = {k: v for k, v in variables.items() if v != os.environ.get(_conninfo.VARIABLES[k])}
+    if cut := [key for key, value in unseen.items() if "\0" in str(value)]:
+        raise ConfigError(f"{_conninfo.VARIABLES[cut[0]]} must not hold a NUL character")
     found["libpq"] = conceal(make_conninfo("", **unseen)) or None
     given = {key: value for key, value in overrides.items() if value is not None}
     values = {key: value for key, value in found.items() if value is not None} | given
