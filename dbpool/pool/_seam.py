@@ -133,16 +133,17 @@ class PoolBase(ConnectionPool[CT]):
         store = self._store
         if store.was_opened and not store.is_open:
             raise PoolClosed("pool has already been opened/closed and cannot be reused")
-        if not store.is_open:
-            # First: what is interrupted from here on is healed.
-            _fork.process.watch(self)
-        if store.open():
-            try:
-                self._threads.start(self)
-            except BaseException:  # no threads to be had, say: the next user tries again
-                store.revert_open()
-                _fork.process.unwatch(self)
-                raise
+        with self._threads.starting:  # those who come meanwhile wait for it
+            if not store.is_open:
+                # First: what is interrupted from here on is healed.
+                _fork.process.watch(self)
+                try:
+                    self._threads.start(self)
+                except BaseException:  # no threads to be had, say: the next user tries again
+                    _fork.process.unwatch(self)
+                    raise
+            is_new = store.open()
+        if is_new:
             store.refill()
             self._notices.opened()
 
@@ -277,6 +278,6 @@ class PoolBase(ConnectionPool[CT]):
 
     def __del__(self) -> None:
         # Nobody waits for the threads here: this may be one of them, or the process's end.
-        if hasattr(self, "_budget") and self._store.is_open:
+        if hasattr(self, "_budget"):
             self._threads.stop()
             self.listeners.close()

@@ -98,11 +98,6 @@ class Store:
         return is_new
 
     @locked
-    def revert_open(self) -> None:
-        """Undo `open`: there were no threads to be had."""
-        self.is_open = self.was_opened = False
-
-    @locked
     def close(self) -> bool:
         """Close: reject the waiters, give up what is idle. Return whether it was open.
 

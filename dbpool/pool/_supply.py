@@ -69,7 +69,7 @@ class Workers:
         self.tasks: Any = queue.SimpleQueue()  # made in C, unlike the parent's
         self.scheduler = Scheduler()
         self.threads: list[threading.Thread] = []
-        self._starting = threading.RLock()  # held while the threads are started or stopped
+        self.starting = threading.RLock()  # held while the threads are started or stopped
         self._pool = ref(pool)  # weakly: it dies while they run
         self._name, self._worker = pool.name, pool.worker
 
@@ -83,10 +83,10 @@ class Workers:
         if (pool := self._pool()) is not None:
             pool.schedule_task(Call(pool, job), delay)
 
-    def start(self, pool: ConnectionPool[Any]) -> None:
+    def start(self, pool: PoolBase[Any]) -> None:
         """Start the scheduler and the workers, unless they run or the pool is closed."""
-        with self._starting:
-            if not pool.closed and not any(thread.is_alive() for thread in self.threads):
+        with self.starting:
+            if pool.state != "stopped" and not any(thread.is_alive() for thread in self.threads):
                 try:
                     run_in_thread(partial(self._start, pool.num_workers))
                 except BaseException:
@@ -104,7 +104,7 @@ class Workers:
 
     def stop(self) -> list[threading.Thread]:
         """Have the threads end; return them. To be called again if it was interrupted."""
-        with self._starting:
+        with self.starting:
             threads = self.threads
             if threads:
                 # What wakes the scheduler is an Event: a worker does that, where there is one.

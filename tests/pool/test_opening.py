@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from contextlib import suppress
 
 import pytest
 from psycopg.rows import dict_row
@@ -45,6 +46,49 @@ def test_open_true_opens_now(fake: FakeServer) -> None:
     with fake.pool(open=True) as pool:
         assert not pool.closed
         until(lambda: pool.stats().idle == 1)
+
+
+class NoThreads:
+    """A number of workers that the system does not have, as it says after a while."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer = threading.Event(), threading.Event()
+
+    def __rmul__(self, threads: object) -> object:
+        self.asked.set()
+        self.answer.wait(10)
+        raise RuntimeError("can't start new thread")
+
+
+def test_an_opening_that_fails_leaves_it_to_the_next(fake: FakeServer) -> None:
+    pool = fake.pool(timeout=8)
+    pool.num_workers = number = NoThreads()  # type: ignore[assignment]
+    first = Task(pool.fetch_value, "select 1")
+    number.asked.wait(10)
+    pool.num_workers = 3
+    second = Task(pool.fetch_value, "select 1")
+    with suppress(AssertionError):
+        until(lambda: pool.stats().waiting, 0.2)
+    number.answer.set()
+    assert str(first.error()) == "can't start new thread"
+    assert second.result(4.0) == 1
+    pool.close()
+
+
+def test_a_pool_that_is_closed_during_an_opening_that_fails_stays_closed(fake: FakeServer) -> None:
+    pool = fake.pool()
+    pool.num_workers = number = NoThreads()  # type: ignore[assignment]
+    opening = Task(pool.open)
+    number.asked.wait(10)
+    closing = Task(pool.close)
+    until(lambda: pool.state == "stopped")
+    pool.num_workers = 3
+    number.answer.set()
+    assert str(opening.error()) == "can't start new thread"
+    closing.result()
+    with pytest.raises(PoolClosed):
+        pool.fetch_value("select 1")
+    assert pool.state == "stopped"
 
 
 def test_wait_waits_for_min_size(fake: FakeServer) -> None:
