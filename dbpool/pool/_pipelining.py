@@ -1,6 +1,6 @@
 """A cursor that begins a transaction and runs its first statement in one round trip.
 
-Part of the one place that touches protected members of psycopg, see `_supply`.
+Part of the one place that touches protected members of psycopg, see `_psycopg`.
 """
 
 from __future__ import annotations
