@@ -74,9 +74,7 @@ class Connector:
         """Return the keywords to connect with now, without default timeouts."""
         conninfo = conceal(pool.conninfo() if callable(pool.conninfo) else pool.conninfo)
         kwargs = conceal_params((pool.kwargs() if callable(pool.kwargs) else pool.kwargs) or {})
-        return self.settings.connect_params(
-            conninfo or self.settings.resolve(), kwargs, defaults=False
-        )
+        return self.settings.connect_params(conninfo or None, kwargs, defaults=False)
 
     def have_changed(self, pool: PoolBase[Any], params: dict[str, Any]) -> bool:
         """Whether the parameters are not *params* any more."""
@@ -270,10 +268,8 @@ class ServerDefaults:
         if not names or (honoured := self._names(conn, b"('client', 'session')")) is None:
             return
         if ignored := names - honoured:
-            self._warn(
-                f"the options of a connection are ignored ({', '.join(sorted(ignored))}): a"
-                " transaction pooler in between needs DBPOOL_POOLER=transaction"
-            )
+            text = f"the options of a connection are ignored ({', '.join(sorted(ignored))})"
+            self._warn(f"{text}: a transaction pooler in between needs DBPOOL_POOLER=transaction")
 
     def _names(self, conn: Any, sources: bytes) -> Defaults | None:
         result = run_query(conn, _NAMES + sources, float(self._settings.connect_timeout))

@@ -64,9 +64,7 @@ class PipeliningCursor(Cursor[Row]):
         except Exception:  # noqa: BLE001  # an adapter of the user's may raise anything
             return None
 
-    def _begin_with_gen(
-        self, pgq: Any, prep: Prepare, name: bytes, binary: bool | None
-    ) -> PQGen[None]:
+    def _begin_with_gen(self, pgq: Any, prep: Prepare, name: bytes, binary: Any) -> PQGen[None]:
         conn, pgconn = self._conn, self._pgconn
         begin, lost = conn._get_tx_start_command(), None
         answers: list[Any] = []

@@ -94,7 +94,7 @@ class Pool(PoolBase[CT]):
         del options  # as they came they would show a password to whoever looks at this frame
         opening = rest.pop("open", None)
         settings, rest = _options.resolve(conninfo, connection_class, settings, rest)
-        super().__init__(settings, Emitter(listeners), conninfo, **rest)
+        super().__init__(settings, Emitter(listeners), conninfo=conninfo, **rest)
         self._lazy = opening is None
         _fork.add(self)
         if opening:

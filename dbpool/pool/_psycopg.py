@@ -263,9 +263,8 @@ def commit(conn: Any, check_certain: CheckCertain) -> None:
 def insist_on_alive(conn: Any) -> None:
     """Raise if COMMIT would do nothing, or what the server said last if it is known to be gone."""
     if conn.pgconn.transaction_status == _INERROR:
-        raise psycopg.errors.InFailedSqlTransaction(
-            "the transaction is in error, nothing was committed"
-        )
+        text = "the transaction is in error, nothing was committed"
+        raise psycopg.errors.InFailedSqlTransaction(text)
     fatal_errors: list[psycopg.Error] = []
     if check_socket(conn, conn._record.readable, fatal_errors) is Liveness.DEAD:
         conn.pgconn.finish()

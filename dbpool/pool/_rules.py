@@ -119,10 +119,8 @@ def closed(store: Store) -> PoolClosed:
 def too_many(store: Store, max_waiting: int) -> TooManyRequests:
     """Build the error of a caller who may not wait beside the others."""
     now = snapshot(store)
-    return TooManyRequests(
-        f"pool {store.name!r}: {now.waiting} waiting already, max_waiting is {max_waiting};"
-        f" {now.active} of {now.max_size} connections checked out [DBE05]"
-    )
+    text = f"pool {store.name!r}: {now.waiting} waiting already, max_waiting is {max_waiting};"
+    return TooManyRequests(f"{text} {now.active} of {now.max_size} connections checked out [DBE05]")
 
 
 def unavailable(store: Store, cause: BaseException | None = None) -> DatabaseUnavailable:
@@ -188,15 +186,13 @@ def time_out(store: Store, waiter: Waiter) -> tuple[int, PoolError | None]:
     return len(late), error
 
 
-def _timed_out(
-    store: Store, now: Snapshot, seconds: float, held_by_caller: int, suspicion: str
-) -> PoolError:
-    """Build the error of a caller who waited *seconds*, and holds that many connections itself.
+def _timed_out(store: Store, now: Snapshot, seconds: float, held: int, suspicion: str) -> PoolError:
+    """Build the error of a caller who waited *seconds*, and itself has *held* connections.
 
     PoolExhausted only if every connection is checked out and making one does not fail, else
     DatabaseUnavailable. *suspicion* says what may keep the holders, if anything is known.
     """
-    breaker, n = store.breaker, held_by_caller
+    breaker, n = store.breaker, held
     if breaker.is_failing or now.connecting or now.active < now.max_size:
         return _unavailable(store, now)
     if not now.holders and breaker.last_alive_at < breaker.clock() - seconds:

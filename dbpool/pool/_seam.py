@@ -36,10 +36,8 @@ _WAIT_INTERVAL = 0.005  # seconds between two looks of `wait`
 class PoolBase(ConnectionPool[CT]):
     """psycopg_pool's pool around parts of ours in place of its own state: its life and its threads."""
 
-    def __init__(
-        self, settings: Settings, listeners: Emitter, conninfo: Any, **options: Any
-    ) -> None:
-        super().__init__(conninfo, open=False, **options)
+    def __init__(self, settings: Settings, listeners: Emitter, **options: Any) -> None:
+        super().__init__(open=False, **options)
         self.settings = settings
         self.listeners = listeners
         self._user_configure, self._user_reset = self._configure, self._reset

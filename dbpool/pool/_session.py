@@ -87,9 +87,7 @@ def reset_message(conn: Any, timeout: float, custom: Names) -> bytes:
     reset_session(conn, message, timeout)
     after = json.loads(query_value(conn, query, timeout))
     if changed := [name for name in state if after[name] != state[name]]:
-        raise ConfigError(
-            "session_reset cannot put back what configure or the connection class set up:"
-            f" {', '.join(changed)}"
-        )
+        text = "session_reset cannot put back what configure or the connection class set up"
+        raise ConfigError(f"{text}: {', '.join(changed)}")
     mark_session(conn)
     return message

@@ -156,14 +156,12 @@ class Supply:
         if self.connector.server_defaults.is_due(pool.max_lifetime, troubles):
             pool._threads.run(lambda pool: pool._supply.check_server_defaults(pool))
 
-    def _failed(
-        self, pool: PoolBase[Any], attempt: Attempt, started: float, failure: Failure
-    ) -> None:
-        store, breaker, kind = self.store, self.store.breaker, failure.kind
-        awaits_change = is_permanent(kind) and not self.connector.have_changed(pool, failure.params)
+    def _failed(self, pool: PoolBase[Any], attempt: Attempt, started: float, why: Failure) -> None:
+        store, breaker, kind = self.store, self.store.breaker, why.kind
+        awaits_change = is_permanent(kind) and not self.connector.have_changed(pool, why.params)
         self.evict_closed_by_server()  # an idle one that is alive keeps the breaker closed
-        attempt.params = failure.params
-        is_retry = store.failed(attempt, failure.error, kind, awaits_change=awaits_change)
+        attempt.params = why.params
+        is_retry = store.failed(attempt, why.error, kind, awaits_change=awaits_change)
         if not store.is_open:
             return
         if is_retry:
@@ -248,15 +246,13 @@ class Supply:
         try:
             ping_unmarked(conn, timeout)
         except psycopg.Error as ex:
-            is_late, settings = isinstance(ex, PingTimeout), self.settings
+            is_late, settings, store = isinstance(ex, PingTimeout), self.settings, self.store
             self.evict(conn, "dead", by_server=not is_late)
             if settings.pooler == "transaction":  # a ping without an answer is saturation
                 self.evict_lost(ex)
             elif is_late and timeout >= settings.ping_timeout:
                 oldest = monotonic() - settings.ping_after
-                self.store.evict_idle(
-                    "dead", lambda r: r.idle_since <= oldest and r not in answered
-                )
+                store.evict_idle("dead", lambda r: r.idle_since <= oldest and r not in answered)
                 self.close_evicted()
             return False
         return True
