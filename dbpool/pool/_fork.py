@@ -77,7 +77,7 @@ class _ProcessState:
         for pool in open_pools:
             try:
                 pool.maintain(now)
-            except Exception:
+            except BaseException:  # SystemExit of a log handler, say
                 logger.exception("maintaining %r failed", pool)
         return float(min(pool.maintenance_interval for pool in open_pools))
 

@@ -128,6 +128,6 @@ class Maintenance:
         """
         if not record.prefers_standby or (conn := record.conn) is None:
             return False
-        is_idle = record.owner is None
+        is_idle = record.owner is None and not conn.closed
         standby = conn.pgconn.parameter_status(b"in_hot_standby") if is_idle else record.standby
         return bool(standby == b"off")

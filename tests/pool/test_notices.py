@@ -43,6 +43,37 @@ def test_a_log_handler_may_use_the_pool(fake: FakeServer) -> None:
         logger.removeHandler(handler)
 
 
+def test_a_log_handler_that_ends_its_thread_does_not_end_maintenance(fake: FakeServer) -> None:
+    ended: list[str] = []
+
+    class Ending(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "has been held" in record.getMessage() and not ended:
+                ended.append(record.getMessage())
+                raise SystemExit
+
+    handler, logger = Ending(), logging.getLogger("dbpool")
+    logger.addHandler(handler)
+    try:
+        with fake.pool(leak_after=0.1) as pool, pool.connection():
+            until(lambda: ended)
+            with pool.connection():
+                until(lambda: pool.stats().counters.held_long == 2)
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_maintenance_minds_no_idle_connection_that_its_user_closed(
+    dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Pool(dsn, kwargs={"target_session_attrs": "prefer-standby"}) as pool:
+        conn = pool.getconn()
+        pool.putconn(conn)
+        conn.close()
+        pool.maintain(monotonic() + 10.0)  # when it looks for a standby again
+    assert [r.message for r in caplog.records if r.levelno >= logging.ERROR] == []
+
+
 def test_what_is_held_long_is_reported_once_with_the_holders_stack(
     fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
