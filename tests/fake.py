@@ -132,12 +132,13 @@ class FakeServer:
         time.sleep(self.delay)
         if self._refusal and not self._unless(params):
             raise psycopg.OperationalError(self._refusal)
-        if self.room is not None and len(self.backends()) >= self.room:
-            raise psycopg.OperationalError("FATAL:  sorry, too many clients already")
-        pgconn = FakePGconn(self, next(self._pids))
-        self.logins += 1
-        self._backends[pgconn.backend_pid] = pgconn
-        return pgconn
+        with self._changed:  # one after the other: none finds room that another has taken
+            if self.room is not None and len(self.backends()) >= self.room:
+                raise psycopg.OperationalError("FATAL:  sorry, too many clients already")
+            pgconn = FakePGconn(self, next(self._pids))
+            self.logins += 1
+            self._backends[pgconn.backend_pid] = pgconn
+            return pgconn
 
     def answer(self, pgconn: FakePGconn, query: Any, params: Sequence[Any]) -> Rows:
         """Return the rows of a statement, or raise its error."""
