@@ -28,7 +28,7 @@ def test_the_server_and_then_the_file_change_under_load(own_server: Server, tmp_
             conninfo=own_server.conninfo_for(user="app"),
             password_file=str(file),
             max_size=4,
-            max_lifetime=0.2,  # so that there are new connections all the time
+            max_lifetime=2.0,  # so that there are new connections all the time, one by one
             outage_grace=0.05,  # it takes longer than that until the file changes
         )
         with Pool(settings=settings) as pool:
