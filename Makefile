@@ -29,7 +29,7 @@ dev: venv ## the same, and start again what serves whenever a source changes
 cluster: venv ## the same over a primary, a standby and PgBouncer, without containers
 	@PORT=$(PORT) exec $(python) -m webapp.cluster
 
-test: venv ## run the tests, two files at a time
+test: venv ## run the tests, four files at a time
 	@$(python) -m pytest --numprocesses 4 --dist loadfile
 
 test-slow: venv ## run the tests that take their time
