@@ -364,10 +364,11 @@ def test_an_error_in_the_reset_replaces_the_connection(dsn: str, server: Server)
     with Pool(dsn, max_size=1, session_reset="session") as pool:
         pid = pool.fetch_value("select pg_backend_pid()")
         with pool.connection() as conn:
-            conn.execute("set statement_timeout = 1")
-            conn.commit()
             conn.execute("create temporary table t as select generate_series(1, 3)")
-            conn.execute("set idle_in_transaction_session_timeout = 0; rollback")
+            conn.execute("set idle_in_transaction_session_timeout = 0")
+            conn.commit()
+            conn.autocommit = True
+            conn.execute("set statement_timeout = 1")  # last: the reset may meet it, nothing else
         conn = pool.getconn()
         conn.execute("select 1")
         conn.commit()
