@@ -30,7 +30,7 @@ cluster: venv ## the same over a primary, a standby and PgBouncer, without conta
 	@PORT=$(PORT) exec $(python) -m webapp.cluster
 
 test: venv ## run the tests, four files at a time
-	@$(python) -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	@$(python) -m pytest --numprocesses 4 --dist loadfile
 
 test-slow: venv ## run the tests that take their time
 	@$(python) -m pytest -m slow

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 
@@ -15,7 +17,7 @@ from dbpool.cli import main
 from dbpool.processes import Processes
 from tests.faults.test_pgbouncer import PROGRAM, Bouncer
 
-from .postgres import Server
+from .postgres import Server, until
 from .threads import Load
 
 Plan = Callable[..., tuple[int, str]]
@@ -42,7 +44,17 @@ def narrow(make_server: Callable[..., Server]) -> Server:
     """A server with 30 connections, 3 of them reserved, and a role that is no superuser."""
     server = make_server(max_connections=30, superuser_reserved_connections=3)
     server.execute("create role app login password 'right'")
+    until(lambda: not sessions(server))  # it would count as one of others
     return server
+
+
+def sessions(server: Server) -> list[str]:
+    """The sessions of a server as the system's process list has them: a query would add its own."""
+    titles = []
+    for child in psutil.Process(server.postmaster_pid).children():
+        with suppress(psutil.Error):  # it has just ended
+            titles.append(" ".join(child.cmdline()))
+    return [title for title in titles if "127.0.0.1(" in title or "[local]" in title]
 
 
 def url_of(server: Server) -> str:
