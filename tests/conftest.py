@@ -24,6 +24,7 @@ from dbpool import Pool
 from dbpool.flask import DBPool, create_blueprint
 
 from .fake import FakeServer
+from .gunicorn_site import Site
 from .pools import MakePool, assert_closes, assert_whole
 from .postgres import Server, copy, until
 from .proxy import Proxy
@@ -209,6 +210,20 @@ def make_app(request: pytest.FixtureRequest) -> MakeApp:
         return app
 
     return make
+
+
+@pytest.fixture
+def make_site(tmp_path: Path, dsn: str) -> Iterator[Callable[..., Site]]:
+    """Start a gunicorn that serves an application with a pool; it is killed at the end."""
+    sites: list[Site] = []
+
+    def make(**options: Any) -> Site:
+        sites.append(Site(tmp_path, dsn, **options))
+        return sites[-1]
+
+    yield make
+    for site in sites:
+        site.kill()
 
 
 @pytest.fixture(autouse=True)

@@ -264,6 +264,16 @@ def _runs(process: psutil.Process) -> bool:
 
 
 @contextmanager
+def session(server: Server, *statements: str, name: str = "psql") -> Iterator[int]:
+    """A foreign session in a transaction with these statements."""
+    with psycopg.connect(server.conninfo, application_name=name) as conn:
+        for statement in statements:
+            conn.execute(statement.encode())
+        yield conn.info.backend_pid
+        conn.rollback()
+
+
+@contextmanager
 def served(**options: object) -> Iterator[Server]:
     """Serve for the length of a block, on a copy of one data directory."""
     with closing(Server(copy(_template().data), **options)) as server:

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psycopg
 import pytest
@@ -25,21 +24,8 @@ from .gunicorn_site import ROOT, Site, conf_of
 from .postgres import Server, until
 
 
-@pytest.fixture
-def start(tmp_path: Path, dsn: str) -> Iterator[Callable[..., Site]]:
-    sites: list[Site] = []
-
-    def start(**options: Any) -> Site:
-        sites.append(Site(tmp_path, dsn, **options))
-        return sites[-1]
-
-    yield start
-    for site in sites:
-        site.kill()
-
-
-def test_a_thousand_requests_are_a_thousand_checkouts(start: Callable[..., Site]) -> None:
-    site = start()
+def test_a_thousand_requests_are_a_thousand_checkouts(make_site: Callable[..., Site]) -> None:
+    site = make_site()
     until(lambda: len(site.stats()["processes"]) == 3)  # all have started
     with ThreadPoolExecutor(12) as threads:
         workers = Counter(threads.map(lambda _: site.get("/"), range(1000)))
@@ -61,8 +47,8 @@ def test_a_thousand_requests_are_a_thousand_checkouts(start: Callable[..., Site]
     assert site.checkouts() == 1000
 
 
-def test_workers_that_are_recycled_leave_their_counts(start: Callable[..., Site]) -> None:
-    site = start(max_requests=40)
+def test_workers_that_are_recycled_leave_their_counts(make_site: Callable[..., Site]) -> None:
+    site = make_site(max_requests=40)
     workers: set[str] = set()
     served = 0
     for _ in range(300):
@@ -155,23 +141,23 @@ def test_the_master_imports_neither_psycopg_nor_the_pool(served: tuple[str, Site
     assert ours == {"dbpool", "dbpool.gunicorn", "dbpool.processes", *files}
 
 
-def test_a_pool_of_a_preloaded_application_is_sized_too(start: Callable[..., Site]) -> None:
-    site = start(preload=True)
+def test_a_pool_of_a_preloaded_application_is_sized_too(make_site: Callable[..., Site]) -> None:
+    site = make_site(preload=True)
     assert site.get("/size") == site.get("/late/1") == "5"
 
 
 @pytest.mark.parametrize("given", [1, 3, 10])
-def test_a_size_that_is_set_stays(start: Callable[..., Site], given: int) -> None:
-    site = start(more=conf_of("gthread"), DBPOOL_MAX_SIZE=str(given))
+def test_a_size_that_is_set_stays(make_site: Callable[..., Site], given: int) -> None:
+    site = make_site(more=conf_of("gthread"), DBPOOL_MAX_SIZE=str(given))
     assert site.get("/size") == str(given)
 
 
 def test_more_connections_than_the_server_has_are_told_once_at_the_start(
-    start: Callable[..., Site],
+    make_site: Callable[..., Site],
 ) -> None:
     """The master says nothing itself: it must not import psycopg."""
     conf = f"loglevel = 'warning'\n{conf_of('gthread', workers=3)}"
-    site = start(more=conf, DBPOOL_MAX_SIZE="40")
+    site = make_site(more=conf, DBPOOL_MAX_SIZE="40")
     until(lambda: "more connections are configured" in site.said(), 20.0)
     warning = "the server of default allows 100"
     assert site.said().count(warning) == 1
@@ -180,12 +166,12 @@ def test_more_connections_than_the_server_has_are_told_once_at_the_start(
     assert site.checkouts() == 0  # it is not one of the pool's connections that asks
 
 
-def test_a_pool_that_was_resized_before_the_fork_stays_so(start: Callable[..., Site]) -> None:
+def test_a_pool_that_was_resized_before_the_fork_stays_so(make_site: Callable[..., Site]) -> None:
     app = """
     with app.app_context():
         db.pool.resize(2, 17)
     """
-    assert start(more=conf_of("gthread"), preload=True, app=app).get("/size") == "17"
+    assert make_site(more=conf_of("gthread"), preload=True, app=app).get("/size") == "17"
 
 
 LATE = "before gevent patched"
@@ -211,19 +197,19 @@ def assert_serves_while_a_query_waits(site: Site, held_lock: psycopg.Connection)
 
 
 def test_a_query_does_not_stop_a_gevent_worker(
-    start: Callable[..., Site], held_lock: psycopg.Connection
+    make_site: Callable[..., Site], held_lock: psycopg.Connection
 ) -> None:
-    site = start(more=f"loglevel = 'warning'\n{conf_of('gevent')}")
+    site = make_site(more=f"loglevel = 'warning'\n{conf_of('gevent')}")
     assert_serves_while_a_query_waits(site, held_lock)
     assert LATE not in site.said()
 
 
 def test_an_application_may_be_preloaded_where_gevent_patched_first(
-    start: Callable[..., Site], held_lock: psycopg.Connection
+    make_site: Callable[..., Site], held_lock: psycopg.Connection
 ) -> None:
     patch = "import gevent.monkey; gevent.monkey.patch_all()"
     conf = f"loglevel = 'warning'\n{conf_of('gevent')}\n"
-    site = start(preload=True, first=patch, more=conf)
+    site = make_site(preload=True, first=patch, more=conf)
     assert_serves_while_a_query_waits(site, held_lock)
     assert LATE not in site.said()
 
@@ -238,10 +224,10 @@ def test_an_application_may_be_preloaded_where_gevent_patched_first(
     ],
 )
 def test_a_patch_that_comes_too_late_is_told_once(
-    start: Callable[..., Site], preload: bool, more: str
+    make_site: Callable[..., Site], preload: bool, more: str
 ) -> None:
     conf = f"loglevel = 'warning'\n{conf_of('gevent', workers=3)}\n{more}"
-    site = start(preload=preload, more=conf)
+    site = make_site(preload=preload, more=conf)
     until(lambda: len(site.stats()["processes"]) == 3)  # by then each has run its hooks
     assert site.said().count(LATE) == 1
 
@@ -258,10 +244,10 @@ def marks():
 
 @pytest.mark.parametrize("is_watched", [False, True], ids=["HUP", "--reload"])
 def test_a_reload_is_one_of_the_whole_library(
-    start: Callable[..., Site], tmp_path: Path, is_watched: bool
+    make_site: Callable[..., Site], tmp_path: Path, is_watched: bool
 ) -> None:
     shutil.copytree(ROOT / "dbpool", tmp_path / "dbpool", ignore=shutil.ignore_patterns("*.pyc"))
-    site = start(
+    site = make_site(
         more=f"{conf_of('gthread')}\nreload = {is_watched}", app=MARKED, PYTHONPATH=str(tmp_path)
     )
     assert site.get("/marks") == "0"
@@ -283,8 +269,8 @@ def test_a_reload_is_one_of_the_whole_library(
     assert site.get("/size") == "5"
 
 
-def test_a_worker_publishes_before_it_has_served(start: Callable[..., Site]) -> None:
-    site = start(is_awaited=False)
+def test_a_worker_publishes_before_it_has_served(make_site: Callable[..., Site]) -> None:
+    site = make_site(is_awaited=False)
 
     def living() -> set[int]:
         found: list[Process] = []
@@ -301,8 +287,8 @@ def test_a_worker_publishes_before_it_has_served(start: Callable[..., Site]) -> 
     assert living() >= before - {killed}
 
 
-def test_the_directory_is_private_and_goes_with_the_master(start: Callable[..., Site]) -> None:
-    site = start()
+def test_the_directory_is_private_and_goes_with_the_master(make_site: Callable[..., Site]) -> None:
+    site = make_site()
     site.get("/")
     (directory,) = site.directories()
     assert directory.stat().st_mode & 0o777 == 0o700
@@ -311,14 +297,14 @@ def test_the_directory_is_private_and_goes_with_the_master(start: Callable[..., 
     assert site.directories() == []
 
 
-def test_what_a_dead_master_left_is_swept_at_the_next_start(start: Callable[..., Site]) -> None:
-    first = start()
+def test_what_a_dead_master_left_is_swept_at_the_next_start(make_site: Callable[..., Site]) -> None:
+    first = make_site()
     first.get("/")
     (left,) = first.directories()
     os.killpg(first.process.pid, signal.SIGKILL)
     first.process.wait(30)
     assert left.exists()
-    second = start()
+    second = make_site()
     second.get("/")
     (made,) = second.directories()
     assert made != left

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psycopg
 import pytest
@@ -25,20 +24,7 @@ CLASSES = ["gthread", "sync", "gevent"]
 # Class and requests; what takes long is the start of workers.
 LOADS = [("gthread", 200), *(pytest.param(c, 2000, marks=pytest.mark.slow) for c in CLASSES)]
 
-Start = Callable[..., Site]
-
-
-@pytest.fixture
-def start(tmp_path: Path, dsn: str) -> Iterator[Start]:
-    sites: list[Site] = []
-
-    def start(**options: Any) -> Site:
-        sites.append(Site(tmp_path, dsn, **options))
-        return sites[-1]
-
-    yield start
-    for site in sites:
-        site.kill()
+MakeSite = Callable[..., Site]
 
 
 @pytest.fixture
@@ -75,25 +61,27 @@ def outcomes(
 
 
 @pytest.mark.parametrize(("worker_class", "number"), LOADS)
-def test_a_reload_under_load_fails_no_request(start: Start, worker_class: str, number: int) -> None:
-    site = start(more=conf_of(worker_class, workers=2))
+def test_a_reload_under_load_fails_no_request(
+    make_site: MakeSite, worker_class: str, number: int
+) -> None:
+    site = make_site(more=conf_of(worker_class, workers=2))
     found = outcomes(site, number, number // 3, lambda: site.process.send_signal(signal.SIGHUP))
     assert found == {"ok": number}
 
 
 @pytest.mark.parametrize(("worker_class", "number"), LOADS)
 def test_workers_that_are_recycled_under_load_fail_no_request(
-    start: Start, worker_class: str, number: int
+    make_site: MakeSite, worker_class: str, number: int
 ) -> None:
-    site = start(max_requests=number // 5, more=conf_of(worker_class, workers=2))
+    site = make_site(max_requests=number // 5, more=conf_of(worker_class, workers=2))
     assert outcomes(site, number) == {"ok": number}
 
 
 @pytest.mark.parametrize("worker_class", CLASSES)
 def test_requests_in_flight_are_answered_before_a_stop(
-    start: Start, held_lock: psycopg.Connection, worker_class: str
+    make_site: MakeSite, held_lock: psycopg.Connection, worker_class: str
 ) -> None:
-    site = start(more=conf_of(worker_class, workers=2))
+    site = make_site(more=conf_of(worker_class, workers=2))
     number = 2 if worker_class == "sync" else 4
     waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
     with ThreadPoolExecutor(number) as threads:
@@ -109,9 +97,9 @@ def test_requests_in_flight_are_answered_before_a_stop(
 
 
 def test_an_aborted_worker_says_what_it_held_and_leaves_no_query(
-    start: Start, dsn: str, held_lock: psycopg.Connection
+    make_site: MakeSite, dsn: str, held_lock: psycopg.Connection
 ) -> None:
-    site = start(more=f"{conf_of('sync')}loglevel = 'error'\ntimeout = 1\n")
+    site = make_site(more=f"{conf_of('sync')}loglevel = 'error'\ntimeout = 1\n")
     with socket.create_connection(("127.0.0.1", site.port), timeout=30) as client:
         client.sendall(b"GET /lock HTTP/1.0\r\n\r\n")
         client.recv(1)  # there is no answer, but an end
@@ -170,13 +158,15 @@ def report():
 """
 
 
-def test_dirty_workers_have_pools_of_their_own(start: Start, tmp_path: Path, dsn: str) -> None:
+def test_dirty_workers_have_pools_of_their_own(
+    make_site: MakeSite, tmp_path: Path, dsn: str
+) -> None:
     pytest.importorskip("gunicorn.dirty", reason="gunicorn 25 and newer have dirty workers")
     (tmp_path / "reports.py").write_text(DIRTY_APP.format(dsn=dsn))
     conf = conf_of("gthread", workers=2) + (
         "dirty_apps = ['reports:Reports']\ndirty_workers = 2\ndirty_threads = 3\n"
     )
-    site = start(more=conf, app=DIRTY_VIEW, preload=True)
+    site = make_site(more=conf, app=DIRTY_VIEW, preload=True)
     with ThreadPoolExecutor(8) as threads:
         reports = list(threads.map(lambda _: tuple(eval(site.get("/report"))), range(60)))
     workers = {pid for pid, _, _ in reports}
@@ -227,9 +217,9 @@ def on_exit(server):
 """
 
 
-def test_hooks_combine_with_the_users_own(start: Start, tmp_path: Path) -> None:
+def test_hooks_combine_with_the_users_own(make_site: MakeSite, tmp_path: Path) -> None:
     notes = tmp_path / "notes"
-    site = start(more=conf_of("gthread") + OWN_HOOKS.format(path=str(notes)))
+    site = make_site(more=conf_of("gthread") + OWN_HOOKS.format(path=str(notes)))
     site.get("/")
     (directory,) = site.directories()
     site.stop()

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -25,7 +25,7 @@ from dbpool.monitor._shelf import Shelf
 from dbpool.processes import Processes
 
 from .faults.test_pgbouncer import PROGRAM, Bouncer
-from .postgres import Server, until
+from .postgres import Server, session, until
 
 NAME = "dbpool:monitor"
 
@@ -89,16 +89,6 @@ def directory(tmp_path: Path) -> Path:
     path = tmp_path / "stats"
     path.mkdir(mode=0o700)
     return path
-
-
-@contextmanager
-def session(server: Server, *statements: str, name: str = "psql") -> Iterator[int]:
-    """A foreign session in a transaction with these statements."""
-    with psycopg.connect(server.conninfo, application_name=name) as conn:
-        for statement in statements:
-            conn.execute(statement.encode())
-        yield conn.info.backend_pid
-        conn.rollback()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from tests.gunicorn_site import Site, conf_of
-from tests.postgres import Server
+from tests.postgres import Server, session
 from tests.waiting import until
 
 pytestmark = pytest.mark.slow
@@ -147,15 +147,6 @@ def make_shop(tmp_path: Path, make_server: Callable[..., Server]) -> Iterator[Ca
             return shop
 
         yield make
-
-
-@contextmanager
-def session(server: Server, *statements: str, name: str = "psql") -> Iterator[int]:
-    with psycopg.connect(server.conninfo, application_name=name) as conn:
-        for statement in statements:
-            conn.execute(statement.encode())
-        yield conn.info.backend_pid
-        conn.rollback()
 
 
 @pytest.mark.parametrize("may_see", [True, False], ids=["pg_read_all_stats", "ordinary role"])
