@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from operator import attrgetter
+from dataclasses import dataclass, field, replace
+from operator import attrgetter, itemgetter
 from typing import Any, Final, TypeVar
 
 from dbpool.metrics import (
@@ -35,6 +35,7 @@ _MAX_COUNT: Final = 1 << 100  # a thousand of them still fit into a float
 _MAX_SECONDS: Final = 1e18
 _MAX_PID: Final = (1 << 31) - 1
 _MAX_HOLDERS: Final = 20  # of one pool
+_MAX_WORKERS: Final = 64  # of one pool, that are shown
 # Ordered by severity: of several the last one counts.
 _STATES: Final = tuple(PoolState)
 _BREAKER_STATES: Final = ("closed", "half-open", "open")
@@ -66,13 +67,14 @@ class Report:
     """Pools by name, merged over all *processes*.
 
     `scope` is "process" if the process that was asked answers for itself alone, else "all".
-    `time` is Unix time.
+    `time` is Unix time. `parts` are the reports of the living processes, if it is made of several.
     """
 
     pools: Mapping[str, Snapshot]
     processes: tuple[Process, ...] = ()
     scope: str = "all"
     time: float = 0.0
+    parts: tuple[Report, ...] = field(default=(), compare=False, repr=False)
 
     def merge(self, *others: Report) -> Report:
         """Return all of them as one, with this one's scope and time."""
@@ -87,7 +89,11 @@ class Report:
             self,
             pools={name: merge(*pools) for name, pools in found.items()},
             processes=tuple(process for _, process in sorted(youngest.items())),
+            parts=tuple(part for report in (self, *others) for part in report._living()),
         )
+
+    def _living(self) -> tuple[Report, ...]:
+        return self.parts or ((self,) if len(self.processes) == 1 else ())
 
     def as_of(self, now: float) -> Report:
         """Return one process's report as it would be *now*: holders have held for longer."""
@@ -121,6 +127,17 @@ class Report:
             "pools": {name: pool.to_json() for name, pool in self.pools.items()},
         }
 
+    def workers_to_json(self) -> dict[str, list[dict[str, Any]]]:
+        """Return what each living process has of each pool, by pid; the busiest 64.
+
+        `checkouts`, `refused` and `use_seconds` are totals since the process opened the pool.
+        """
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in self.pools}
+        for part in self._living():
+            for name, pool in part.pools.items():
+                found[name].append(_worker_to_json(part.processes[0], pool))
+        return {name: _busiest(workers) for name, workers in found.items()}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
         """Rebuild a report from what `to_json` made; raise `ValueError` for anything else."""
@@ -130,6 +147,27 @@ class Report:
                 for each in data["processes"]
             )
             return cls(read_pools(data["pools"]), tuple(processes))
+
+
+def _worker_to_json(process: Process, pool: Snapshot) -> dict[str, Any]:
+    counters = pool.counters
+    return {
+        "pid": process.pid,
+        "age": round(process.age, 1),
+        "uptime": round(process.uptime, 1),
+        "state": pool.state,
+        "in_use": pool.active,
+        "waiting": pool.waiting,
+        "max_size": pool.max_size,
+        "checkouts": counters.checkouts,
+        "refused": counters.timeouts + counters.rejected,
+        "use_seconds": round(pool.use.sum, 3),
+    }
+
+
+def _busiest(workers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    workers.sort(key=lambda each: (-each["in_use"], -each["use_seconds"]))
+    return sorted(workers[:_MAX_WORKERS], key=itemgetter("pid"))
 
 
 def merge(*parts: Snapshot) -> Snapshot:

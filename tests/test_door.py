@@ -101,6 +101,8 @@ def test_it_answers_what_the_workers_published(
     assert report["findings"][0]["code"] == "DB00"
     assert "history" not in report
     assert get(views, "/stats?include=history,journal")[1]["journal"] == []
+    workers = get(views, "/stats?include=workers")[1]["workers"]["default"]
+    assert sorted(worker["in_use"] for worker in workers) == [1, 2]
     assert get(views, "/stats?include=all")[0] == 400
     assert get(views, "/nothing")[0] == 404
     metrics = views.respond("/metrics", OPEN)

@@ -23,6 +23,7 @@ from dbpool.monitor import Monitor
 from dbpool.monitor._episodes import Episodes
 from dbpool.monitor._shelf import Shelf
 from dbpool.processes import Processes
+from dbpool.report import Report
 
 from .faults.test_pgbouncer import PROGRAM, Bouncer
 from .postgres import Server, session, until
@@ -386,7 +387,7 @@ def test_garbage_in_the_shared_files_is_contained(directory: Path, content: byte
     databases = Databases({"default": Settings(conninfo="host=127.0.0.1 port=1")})
     monitor = Monitor(databases, Processes(databases, directory))
     monitor.tick()
-    report = monitor.extend({}, ("history", "journal", "endpoints"))
+    report = monitor.extend(Report({}), ("history", "journal", "endpoints"))
     assert report["findings"][0]["code"] == "DB00"
     assert report["journal"] == []
     monitor.close()
@@ -439,7 +440,7 @@ def test_the_history_of_this_process_is_in_its_report(
         clock[0] = 1000 * STEP + second
         shop.pool.fetch_value("select 1")
         shop.monitor.tick()
-    history = shop.monitor.extend({}, ("history",))["history"]
+    history = shop.monitor.extend(Report({}), ("history",))["history"]
     assert history["step"] == 5.0
     checkouts = history["pools"]["default"]["checkouts"]
     assert checkouts[-3:] == [5, 5, 5]
@@ -490,11 +491,11 @@ def test_the_line_has_the_code_what_to_do_and_no_running_numbers(
     ]
     assert records[0].levelno == logging.ERROR
     assert vars(records[0])["dbpool"]["id"] == "DB01/default"
-    journal = shop.monitor.extend({}, ("journal",))["journal"]
+    journal = shop.monitor.extend(Report({}), ("journal",))["journal"]
     assert [line["event"] for line in journal] == ["down"]
     own_server.start()
     shop.await_finding("DB00")
-    journal = shop.monitor.extend({}, ("journal",))["journal"]
+    journal = shop.monitor.extend(Report({}), ("journal",))["journal"]
     assert [line["event"] for line in journal] == ["back", "down"]
 
 

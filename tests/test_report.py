@@ -85,6 +85,24 @@ def test_of_processes_that_ended_the_totals_remain() -> None:
     assert (pool.counters.checkouts, pool.wait.count) == (1, 1)
 
 
+def test_each_worker_that_lives_keeps_its_own_numbers() -> None:
+    ended = part(9, busy(3.0)).totals_only()
+    merged = ended.merge(part(2, busy(1.0), written=8.0).as_of(10.0), part(1, Snapshot()))
+    again = Report({}).merge(merged)
+    first, second = again.workers_to_json()["default"]
+    assert (first["pid"], first["in_use"], first["checkouts"]) == (1, 0, 0)
+    assert (second["pid"], second["age"], second["uptime"]) == (2, 2.0, 3.0)
+    assert (second["state"], second["in_use"], second["checkouts"]) == ("down", 1, 1)
+    assert merged.pools["default"].counters.checkouts == 2, "with that of the one that ended"
+
+
+def test_of_many_workers_the_busiest_are_shown() -> None:
+    parts = [part(pid, busy(1.0) if pid > 90 else Snapshot()) for pid in range(1, 101)]
+    shown = parts[0].merge(*parts[1:]).workers_to_json()["default"]
+    assert len(shown) == 64
+    assert {each["pid"] for each in shown} >= set(range(91, 101))
+
+
 @pytest.mark.parametrize(
     "data",
     [

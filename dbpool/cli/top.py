@@ -52,4 +52,4 @@ def read_running(given: str | None, app: str | None) -> dict[str, Any]:
     report = processes.collect_others()
     if report is None:
         raise ConfigError(f"{directory} is not a directory that is private to this user")
-    return Monitor({}, processes).extend(report.to_json(), INCLUDES)
+    return Monitor({}, processes).extend(report, INCLUDES)

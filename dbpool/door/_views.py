@@ -196,9 +196,9 @@ class Views:
         return _json(200, **self._report(wanted))
 
     def _report(self, wanted: Collection[str]) -> dict[str, Any]:
-        report = (self._find().collect_others() or Report({})).to_json()
+        report = self._find().collect_others() or Report({})
         monitor = self._watching()
-        return report if monitor is None else monitor.extend(report, wanted)
+        return report.to_json() if monitor is None else monitor.extend(report, wanted)
 
     def _metrics(self, query: object, headers: Mapping[str, str]) -> Response:
         try:

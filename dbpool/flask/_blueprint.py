@@ -137,8 +137,7 @@ def _health_response(health: Mapping[str, Any], seconds: float | None) -> Respon
 
 
 def _stats(own: State) -> AnyResponse:
-    report = own.processes.collect(_scope()).to_json()
-    return jsonify(own.monitor.extend(report, _included()))
+    return jsonify(own.monitor.extend(own.processes.collect(_scope()), _included()))
 
 
 def _metrics(own: State) -> AnyResponse:

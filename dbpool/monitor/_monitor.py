@@ -27,7 +27,12 @@ logger = logging.getLogger("dbpool")
 
 INTERVAL: Final = 1.0  # seconds between two looks
 _CLOSING: Final = 3.0  # seconds
-INCLUDES: Final = ("history", "journal", "endpoints")  # what `/stats` shows if it is asked to
+INCLUDES: Final = (
+    "history",
+    "journal",
+    "endpoints",
+    "workers",
+)  # what `/stats` shows if it is asked to
 
 
 _instances: weakref.WeakSet[Monitor] = weakref.WeakSet()
@@ -163,9 +168,10 @@ class Monitor:
         report = _facts_of(self._report()) if report is None else report
         return [finding.to_json() for finding in diagnose(Scene.read(report))]
 
-    def extend(self, report: dict[str, Any], include: Collection[str] = ()) -> dict[str, Any]:
-        """Return a report with `findings`, and with those of `INCLUDES` that are wanted."""
-        more: dict[str, Any] = {"findings": self.findings(report)}
+    def extend(self, report: Report, include: Collection[str] = ()) -> dict[str, Any]:
+        """Return a report as JSON, with `findings` and with those of `INCLUDES` that are wanted."""
+        shown = report.to_json()
+        more: dict[str, Any] = {"findings": self.findings(shown)}
         if "history" in include:
             more["history"] = self._history_json()
         kept = self._known("journal") if {"journal", "endpoints"} & set(include) else {}
@@ -173,7 +179,9 @@ class Monitor:
             more["journal"] = [dict(line) for line in rows(kept.get("journal"))]
         if "endpoints" in include:
             more["endpoints"] = dict(mapping(kept.get("endpoints")))
-        return report | more
+        if "workers" in include:
+            more["workers"] = report.workers_to_json()
+        return shown | more
 
     def tick(self) -> None:
         """Take one look. `start` has it done each second."""
