@@ -566,3 +566,19 @@ def test_behind_a_pooler_that_nobody_declared_no_names_are_given(
         shop.databases.close()
     finally:
         bouncer.kill()
+
+
+@pytest.mark.parametrize("ends", [Monitor.close, lambda monitor: None])
+def test_its_thread_ends_at_once_when_it_is_closed_or_nobody_holds_it(
+    ends: Callable[[Monitor], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dbpool.monitor._monitor.INTERVAL", 3600.0)
+    with Databases({"default": Settings(conninfo="host=127.0.0.1 port=1")}) as databases:
+        before = set(threading.enumerate())
+        monitor = Monitor(databases, Processes(databases, None))
+        monitor.start()
+        (thread,) = set(threading.enumerate()) - before
+        ends(monitor)
+        del monitor
+        thread.join(5.0)
+        assert not thread.is_alive()

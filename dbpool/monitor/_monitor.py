@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Final, Protocol
 
@@ -77,7 +78,8 @@ class _ProcessState:
     def __init__(self) -> None:
         self.started = monotonic()
         self.starting = threading.Lock()
-        self.stop = threading.Event()
+        # Its put() may be called by a garbage collection, that of an Event may not.
+        self.stops: SimpleQueue[None] = SimpleQueue()
         self.thread: threading.Thread | None = None
         self.recorders: dict[str, Recorder] = {}
         self.record: Record | None = None
@@ -85,6 +87,13 @@ class _ProcessState:
         self.key = f"{os.getpid()}-{os.urandom(6).hex()}"
         self.history: dict[str, History] = {}  # of this process, where it is alone
         self.watching: Watching | None = None
+
+    def is_stopped(self, seconds: float) -> bool:
+        """Wait for the end, so many seconds at most; whether it came."""
+        with suppress(Empty):
+            self.stops.get(timeout=seconds)
+            return True
+        return False
 
     def release(self) -> None:
         """Close what watching opened, and let another process watch."""
@@ -141,7 +150,7 @@ class Monitor:
 
     def _start(self, state: _ProcessState) -> None:
         # The thread keeps no monitor alive, and so no pool.
-        arguments = (weakref.ref(self), state)
+        arguments = (weakref.ref(self, lambda _: state.stops.put(None)), state)
         thread = threading.Thread(None, _run, "dbpool-monitor", arguments, daemon=True)
         with suppress(RuntimeError):  # no thread can be had: tried again later
             thread.start()
@@ -151,7 +160,7 @@ class Monitor:
         """Stop, close what was opened, and let another process watch."""
         state = self._states.get(os.getpid())
         if state is not None:
-            state.stop.set()
+            state.stops.put(None)
             if state.thread is not None and state.thread is not threading.current_thread():
                 state.thread.join(_CLOSING)
             state.release()
@@ -270,7 +279,7 @@ class Monitor:
 def _run(monitor: weakref.ref[Monitor], state: _ProcessState) -> None:
     """Look each second until the monitor is gone, closed, or has nothing left to look at."""
     try:
-        while not state.stop.wait(INTERVAL):
+        while not state.is_stopped(INTERVAL):
             if (found := monitor()) is None or found.is_over():
                 return
             found.try_tick()
