@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 
 from dbpool import ConfigError
 from dbpool.cli import main
+from dbpool.door._pages import Response
 from dbpool.door._server import Door, parse_address
-from dbpool.door._views import Response, Views
+from dbpool.door._views import Views
 from dbpool.metrics import Metrics, Snapshot
 from dbpool.processes import Processes
 from dbpool.settings.app import AppSettings
@@ -561,3 +562,77 @@ def test_it_survives_a_reload_and_ends_with_the_server(site: tuple[Site, int]) -
     assert served.stop() < 10
     until(lambda: all(map(is_gone, pids)), 20)
     assert served.process.returncode == 0
+
+
+# Signing in with a browser
+
+
+@pytest.fixture
+def closed(directory: Path, publish: Callable[..., Processes]) -> Views:
+    publish(default=Pool())
+    return views_of(directory, details="token", token=TOKEN)
+
+
+HTML = {"accept": "text/html,*/*;q=0.8"}
+
+
+def test_a_browser_signs_in_at_the_door_and_out_again(closed: Views) -> None:
+    form = closed.respond("/stats", HTML)
+    assert (form.status, form.content_type) == (401, "text/html; charset=utf-8")
+    assert form.headers["WWW-Authenticate"] == 'Bearer realm="dbpool"'
+    assert b'action="/sign-in"' in form.body
+    assert b'name="next" value="stats"' in form.body
+    assert b"{{" not in form.body
+    wrong = closed.submit("/sign-in", HTML, b"token=no")
+    assert (wrong.status, b"This token is wrong." in wrong.body) == (401, True)
+    right = closed.submit("/sign-in", HTML, f"token={TOKEN}&next=stats".encode())
+    assert (right.status, right.headers["Location"]) == (303, "/stats")
+    cookie = right.headers["Set-Cookie"]
+    assert cookie.endswith("Path=/; HttpOnly; SameSite=Strict")
+    signed_in = HTML | {"cookie": f"other=1; {cookie.partition(';')[0]}"}
+    for path in ("/stats", "/metrics", "/"):
+        assert closed.respond(path, signed_in).status == 200
+    assert closed.respond("/sign-in", signed_in).headers["Location"] == "/"
+    assert b'action="/sign-out" >' in closed.respond("/", signed_in).body
+    out = closed.submit("/sign-out", signed_in, b"")
+    assert out.headers["Location"] == "/sign-in"
+    assert "Max-Age=0" in out.headers["Set-Cookie"]
+    old = HTML | {"cookie": cookie.partition("=")[0] + "=old"}
+    assert b"Your session has ended" in closed.respond("/", old).body
+
+
+def test_a_browser_signs_in_behind_a_proxy_that_takes_a_prefix_off(closed: Views) -> None:
+    proxied = HTML | {"x-forwarded-prefix": "/ops/db", "x-forwarded-proto": "https"}
+    assert b'href="/ops/db/static/live.css"' in closed.respond("/", proxied).body
+    right = closed.submit("/sign-in", proxied, f"token={TOKEN}".encode())
+    assert right.headers["Location"] == "/ops/db/"
+    assert right.headers["Set-Cookie"].endswith("Path=/ops/db; HttpOnly; SameSite=Strict; Secure")
+    for prefix in ("//evil.example", "/a\r\nX: y", "evil", '/"><b>', "/" + "a" * 999):
+        away = HTML | {"x-forwarded-prefix": prefix}
+        assert b'action="/sign-in"' in closed.respond("/", away).body
+
+
+def test_forms_that_are_not_ours_are_refused(closed: Views, directory: Path) -> None:
+    form = f"token={TOKEN}".encode()
+    assert closed.submit("/sign-in", {"sec-fetch-site": "cross-site"}, form).status == 403
+    assert closed.submit("/stats", HTML, form).status == 501
+    assert closed.submit("/sign-in", HTML, b"&".join([b"a=b"] * 99)).status == 401
+    assert b"closed: set" in views_of(directory, details="token").respond("/", HTML).body
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=30), st.binary(max_size=200), st.text(max_size=60))
+def test_whatever_a_form_holds_gets_an_answer(
+    closed: Views, target: str, form: bytes, cookie: str
+) -> None:
+    for path in ("/sign-in", "/sign-out", target):
+        assert "token" not in closed.submit(path, HTML | {"cookie": cookie}, form).headers
+
+
+def test_a_form_is_read_up_to_a_bound(serve: Callable[..., Door]) -> None:
+    port = serve().address[1]
+    for length in ("5000", "-1", "x", None):
+        with socket.create_connection(("127.0.0.1", port), 10) as client:
+            given = b"" if length is None else f"Content-Length: {length}\r\n".encode()
+            client.sendall(b"POST /sign-in HTTP/1.0\r\n" + given + b"\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.0 413")

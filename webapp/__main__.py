@@ -281,16 +281,10 @@ def _tell(host: str, port: int, embedded: Server | None, settings: AppSettings) 
         lines += views
     elif settings.token:
         lines += views
-        lines.append(
-            "  These two want the token: when a browser asks, enter any name, and the token"
-        )
-        lines.append(
-            '  as the password; curl sends it with -H "Authorization: Bearer $DBPOOL_TOKEN".'
-        )
+        lines.append("  These two want the token: a browser gets a form that asks for it,")
+        lines.append('  curl sends it with -H "Authorization: Bearer $DBPOOL_TOKEN".')
     else:
-        lines.append(
-            f"  {url}/db/ is closed: set DBPOOL_TOKEN, and sign in with it as the password"
-        )
+        lines.append(f"  {url}/db/ is closed: set DBPOOL_TOKEN, and sign in with it")
     if embedded:
         psql = "psql" if shutil.which("psql") else str(binaries() / "psql")
         lines.append(f"  {shlex.join([psql, embedded.conninfo])}")

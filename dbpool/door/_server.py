@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
@@ -16,7 +17,9 @@ from socketserver import BaseServer, ThreadingMixIn, UnixStreamServer
 from time import monotonic
 from typing import Any, Final
 
-from dbpool.door._views import Response, Views, _json
+from dbpool._sign_in import MAX_BODY
+from dbpool.door._pages import Response, json_answer
+from dbpool.door._views import Views
 from dbpool.errors import ConfigError
 
 logger = logging.getLogger("dbpool")
@@ -55,15 +58,28 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _SECONDS
 
     def do_GET(self) -> None:
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        try:
-            answer = self.server.views.respond(self.path, headers)
-        except Exception as ex:  # noqa: BLE001  # the next request is answered all the same
-            logger.warning("door: a view failed: %s", type(ex).__name__)
-            answer = _json(500, error="this view failed")
-        self._send(answer)
+        self._answer(self.server.views.respond)
 
     do_HEAD = do_GET  # noqa: N815  # http.server's name for it
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MAX_BODY:
+            self._send(
+                json_answer(413, error=f"send a form of at most {MAX_BODY} bytes, and its length")
+            )
+            return
+        form = self.rfile.read(int(length))
+        self._answer(lambda path, headers: self.server.views.submit(path, headers, form))
+
+    def _answer(self, respond: Callable[[str, dict[str, str]], Response]) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        try:
+            answer = respond(self.path, headers)
+        except Exception as ex:  # noqa: BLE001  # the next request is answered all the same
+            logger.warning("door: a view failed: %s", type(ex).__name__)
+            answer = json_answer(500, error="this view failed")
+        self._send(answer)
 
     def _send(self, answer: Response) -> None:
         self.send_response(answer.status)

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import binascii
-import hmac
-import json
 import logging
-import mimetypes
 import re
 from base64 import b64decode
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
+from dbpool import _sign_in
+from dbpool._sign_in import SignIn
+from dbpool.door._pages import (
+    STATIC,
+    Response,
+    form_page,
+    is_secure,
+    json_answer,
+    page,
+    prefix_of,
+    read_form,
+    redirect,
+    static_file,
+)
 from dbpool.errors import ConfigError
 from dbpool.metrics import PoolState
 from dbpool.monitor import INCLUDES, Monitor
@@ -25,39 +35,10 @@ from dbpool.settings.app import AppSettings
 
 logger = logging.getLogger("dbpool")
 
-_FILES: Final = Path(__file__).parent.parent / "flask"  # the blueprint's page and what it loads
-_PAGE: Final = _FILES / "templates" / "dbpool" / "live.html"
-_STATIC: Final = re.compile(r"/static/([a-z-]+\.(?:js|css|svg))")
-_LINK: Final = re.compile(r"\{\{ url_for\('\.(\w+)'(?:, filename='([\w.-]+)')?\) \}\}")
 _LOCAL: Final = re.compile(r"(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?", re.IGNORECASE)
-_HEADERS: Final = {
-    "Cache-Control": "no-store",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
-        " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-}
 _FRESH: Final = 10.0  # seconds that what a worker says of its databases counts
 _START: Final = 60.0  # seconds in which there need be no worker yet
 _SERVING: Final = frozenset({PoolState.UP, PoolState.DEGRADED})
-
-
-@dataclass(frozen=True)
-class Response:
-    """An answer; `headers` beside those that every answer has."""
-
-    status: int
-    body: bytes
-    content_type: str = "application/json"
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def all_headers(self) -> dict[str, str]:
-        """Return all headers, in the order to send them."""
-        known = {"Content-Type": self.content_type, "Content-Length": str(len(self.body))}
-        return {**known, **_HEADERS, **self.headers}
 
 
 class Views:
@@ -71,6 +52,7 @@ class Views:
         self, settings: AppSettings, find: Callable[[], Processes], patience: float = 30.0
     ) -> None:
         self._settings = settings
+        self._sign_in = SignIn(settings.token) if settings.token else None
         self._find = find
         self._patience = max(30.0, patience)
         self._started = monotonic()
@@ -88,17 +70,39 @@ class Views:
             path = parts.path.rstrip("/") or "/"
             query = parse_qs(parts.query)
         except ValueError:
-            return _json(400, error="this is no address")
+            return json_answer(400, error="this is no address")
         if public := self._public.get(path):
             return public(query, headers)
-        if match := _STATIC.fullmatch(path):
-            return _static(match[1])
+        if match := STATIC.fullmatch(path):
+            return static_file(match[1])
+        if path == "/sign-in":
+            return self._offer_form(headers)
         if restricted := self._restricted.get(path):
             try:
-                return self._denied(headers) or restricted(query, headers)
+                return self._denied(headers, path) or restricted(query, headers)
             except ConfigError as ex:  # there is no application yet, or there are several
-                return _json(503, {"Retry-After": "5"}, error=str(ex))
-        return _json(404, error="there is no such page")
+                return json_answer(503, {"Retry-After": "5"}, error=str(ex))
+        return json_answer(404, error="there is no such page")
+
+    def submit(self, target: str, headers: Mapping[str, str], form: bytes) -> Response:
+        """Return the answer to a form that a browser sends to that target."""
+        path = target.partition("?")[0]
+        if path not in ("/sign-in", "/sign-out"):
+            return json_answer(501, error="nothing is sent there")
+        if self._sign_in is None or self._settings.details == "always":
+            return redirect("/", headers)
+        if _sign_in.is_cross_site(headers.get("sec-fetch-site")):
+            return json_answer(403, error="forms of other sites are not accepted")
+        path_of_cookie, secure = prefix_of(headers) + "/", is_secure(headers)
+        if path == "/sign-out":
+            return redirect(
+                "/sign-in", headers, self._sign_in.withdraw(path_of_cookie, is_secure=secure)
+            )
+        offered, wanted = read_form(form)
+        if (problem := self._sign_in.attempt(offered)) is not None:
+            return form_page(problem, headers, wanted)
+        wanted = f"/{wanted}" if wanted in ("stats", "metrics") else "/"
+        return redirect(wanted, headers, self._sign_in.issue(path_of_cookie, is_secure=secure))
 
     def tick(self) -> None:
         """Watch in the workers' place while none of them does."""
@@ -133,23 +137,43 @@ class Views:
         except (ConfigError, OSError):
             return []
 
-    def _denied(self, headers: Mapping[str, str]) -> Response | None:
+    def _denied(self, headers: Mapping[str, str], path: str = "") -> Response | None:
         """Return the answer for a client that may not see details, None for one that may."""
-        token = self._settings.token
         if self._settings.details == "always":
             # A name of somebody else's may lead a browser here.
             is_local = _LOCAL.fullmatch(headers.get("host", "")) is not None
-            return None if is_local else _json(403, error="open to localhost alone")
-        if not token:
+            return None if is_local else json_answer(403, error="open to localhost alone")
+        is_browser = "text/html" in headers.get("accept", "")
+        if self._sign_in is None:
+            if is_browser:
+                return form_page(_sign_in.CLOSED, headers)
             reason = "closed: set DBPOOL_TOKEN for this process, and send it, to see this"
-            return _json(403, error=reason)
-        if hmac.compare_digest(_offered(headers.get("authorization", "")), token.encode()):
+            return json_answer(403, error=reason)
+        is_offered = "authorization" in headers
+        is_known = self._sign_in.is_token(_offered(headers.get("authorization", "")))
+        if is_known or self._is_signed_in(headers):
             return None
+        if is_browser:
+            absent = _sign_in.ENDED if self._cookie(headers) else _sign_in.MISSING
+            return form_page(_sign_in.WRONG if is_offered else absent, headers, path[1:])
         schemes = 'Basic realm="dbpool", charset="UTF-8"'
         reason = "send the token as a Bearer token, or as the password of HTTP Basic"
-        if "authorization" in headers:
+        if is_offered:
             reason = f"wrong token: {reason}"
-        return _json(401, {"WWW-Authenticate": schemes}, error=reason)
+        return json_answer(401, {"WWW-Authenticate": schemes}, error=reason)
+
+    def _cookie(self, headers: Mapping[str, str]) -> str:
+        name = "" if self._sign_in is None else self._sign_in.cookie_name
+        pairs = (each.strip().partition("=") for each in headers.get("cookie", "").split(";"))
+        return next((value for key, _, value in pairs if name and key == name), "")
+
+    def _is_signed_in(self, headers: Mapping[str, str]) -> bool:
+        return self._sign_in is not None and self._sign_in.recognises(self._cookie(headers))
+
+    def _offer_form(self, headers: Mapping[str, str]) -> Response:
+        if self._sign_in is None or self._denied(headers) is None:
+            return redirect("/", headers)
+        return form_page(_sign_in.MISSING, headers, status=200)
 
     # Health
 
@@ -157,8 +181,8 @@ class Views:
         ages = [process.age for report in self._reports() for process in report.processes]
         is_starting = not ages and monotonic() - self._started < _START
         if is_starting or min(ages, default=self._patience + 1) <= self._patience:
-            return _json(200, status=PoolState.UP)
-        return _json(503, {"Retry-After": "5"}, status=PoolState.DOWN)
+            return json_answer(200, status=PoolState.UP)
+        return json_answer(503, {"Retry-After": "5"}, status=PoolState.DOWN)
 
     def _ready(self, query: object, headers: object) -> Response:
         return self._readiness()
@@ -184,16 +208,16 @@ class Views:
         if status in _SERVING:
             is_well = set(words.values()) <= {PoolState.UP}
             status = PoolState.UP if is_well else PoolState.DEGRADED
-            return _json(200, status=status, databases=words, **more)
-        return _json(503, {"Retry-After": "1"}, status=status, databases=words, **more)
+            return json_answer(200, status=status, databases=words, **more)
+        return json_answer(503, {"Retry-After": "1"}, status=status, databases=words, **more)
 
     # Details
 
     def _stats(self, query: Mapping[str, list[str]], headers: object) -> Response:
         wanted = {name for each in query.get("include", ()) for name in each.split(",") if name}
         if not wanted <= set(INCLUDES):
-            return _json(400, error=f"include is a list of {', '.join(INCLUDES)}")
-        return _json(200, **self._report(wanted))
+            return json_answer(400, error=f"include is a list of {', '.join(INCLUDES)}")
+        return json_answer(200, **self._report(wanted))
 
     def _report(self, wanted: Collection[str]) -> dict[str, Any]:
         report = self._find().collect_others() or Report({})
@@ -204,16 +228,14 @@ class Views:
         try:
             from dbpool.prometheus import expose
         except ConfigError as ex:  # the package is not installed; the message names it
-            return _json(501, error=str(ex))
+            return json_answer(501, error=str(ex))
         report = self._report(())
         body, content_type = expose(report, headers.get("accept", ""), report.get("findings", ()))
         return Response(200, body, content_type)
 
-    def _page(self, query: object, headers: object) -> Response:
-        page = _LINK.sub(
-            lambda link: f"/static/{link[2]}" if link[2] else "/stats", _PAGE.read_text()
-        )
-        return Response(200, page.encode(), "text/html; charset=utf-8")
+    def _page(self, query: object, headers: Mapping[str, str]) -> Response:
+        hidden = "" if self._is_signed_in(headers) else "hidden"
+        return page("live.html", headers, hidden=hidden)
 
 
 # Of several workers the best counts: requests are served while one of them can.
@@ -239,15 +261,3 @@ def _offered(header: str) -> bytes:
         except (binascii.Error, ValueError):
             return b""
     return b""
-
-
-def _static(name: str) -> Response:
-    try:
-        body = (_FILES / "static" / name).read_bytes()
-    except OSError:
-        return _json(404, error="there is no such file")
-    return Response(200, body, mimetypes.guess_type(name)[0] or "application/octet-stream")
-
-
-def _json(status: int, headers: Mapping[str, str] | None = None, /, **content: Any) -> Response:
-    return Response(status, json.dumps(content).encode(), headers=headers or {})

@@ -5,7 +5,6 @@ Never decided by address: behind a proxy all clients are local.
 
 from __future__ import annotations
 
-import hmac
 import inspect
 import logging
 from collections.abc import Callable
@@ -16,7 +15,10 @@ from flask import Response, current_app, jsonify, request
 from werkzeug import Response as AnyResponse
 from werkzeug.exceptions import HTTPException
 
+from dbpool._sign_in import CLOSED
+from dbpool.flask._errors import prefers_html
 from dbpool.flask._extension import KEY, State
+from dbpool.flask._signing import ask_for_token, is_signed_in
 
 logger = logging.getLogger("dbpool")
 
@@ -41,7 +43,11 @@ def restricted(view: View, authorize: Authorize | None) -> Callable[[], AnyRespo
     def run() -> AnyResponse:
         own: State = current_app.extensions[KEY]
         denied = access_denied(own, authorize)
-        return view(own) if denied is None else denied
+        if denied is None:
+            return view(own)
+        if authorize is None and prefers_html():
+            return ask_for_token(own, is_wrong=_offered_token() is not None)
+        return denied
 
     return run
 
@@ -58,11 +64,10 @@ def access_denied(own: State, authorize: Authorize | None) -> AnyResponse | None
     if settings.details == "always":
         return None
     if not settings.token:
-        return _error(403, "closed: set DBPOOL_TOKEN, and send it, to see this")
+        return _error(403, CLOSED)
+    assert own.sign_in is not None
     offered = _offered_token()
-    if offered is not None and hmac.compare_digest(
-        offered, settings.token.encode(errors="surrogateescape")
-    ):
+    if is_signed_in(own) or (offered is not None and own.sign_in.is_token(offered)):
         return None
     reason = "send the token as a Bearer token, or as the password of HTTP Basic"
     answer = _error(401, reason if offered is None else f"wrong token: {reason}")

@@ -13,24 +13,18 @@ from flask.blueprints import BlueprintSetupState
 from werkzeug import Response as AnyResponse
 
 from dbpool._secrets import conceal
+from dbpool._sign_in import PAGE_HEADERS
 from dbpool.databases import safe_name
 from dbpool.errors import ConfigError
 from dbpool.flask._access import Authorize, access_denied, public, restricted
 from dbpool.flask._errors import retry_after
 from dbpool.flask._extension import KEY, State
+from dbpool.flask._signing import is_signed_in, sign_in, sign_out
 from dbpool.metrics import PoolState
 from dbpool.monitor import INCLUDES
 
 logger = logging.getLogger("dbpool")
 
-# The page loads nothing from elsewhere, and nothing in it is inline.
-_HEADERS: Final = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
-        " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "Referrer-Policy": "no-referrer",
-}
 _PAGE: Final = "dbpool/live.html"
 
 
@@ -81,6 +75,10 @@ def create_blueprint(name: str = "dbpool", authorize: Authorize | None = None) -
         blueprint.add_url_rule(
             rule, view.__name__.lstrip("_"), view, strict_slashes=False, methods=["GET"]
         )
+    # An application with a function of its own has its own way to sign in, too.
+    forms = (sign_in, sign_out) if authorize is None else (_nothing, _nothing)
+    blueprint.add_url_rule("/sign-in", "sign_in", public(forms[0]), methods=["GET", "POST"])
+    blueprint.add_url_rule("/sign-out", "sign_out", public(forms[1]), methods=["POST"])
     return blueprint
 
 
@@ -152,7 +150,12 @@ def _metrics(own: State) -> AnyResponse:
 
 
 def _index(own: State) -> AnyResponse:
-    return Response(render_template(_PAGE), headers=_HEADERS, mimetype="text/html")
+    page = render_template(_PAGE, hidden="" if is_signed_in(own) else "hidden")
+    return Response(page, headers=PAGE_HEADERS, mimetype="text/html")
+
+
+def _nothing(own: State) -> AnyResponse:
+    abort(404)
 
 
 def _scope() -> str:

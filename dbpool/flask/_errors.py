@@ -97,7 +97,7 @@ def _answer(exc: Exception) -> Response:
         reason = "the database is unavailable"
     else:
         reason = "the service is busy"
-    if _prefers_html():
+    if prefers_html():
         title = f"{status} {HTTP_STATUS_CODES[status]}"
         page = _PAGE.format(title=title, reason=reason.capitalize())
         answer = Response(page, mimetype="text/html")
@@ -111,7 +111,8 @@ def _answer(exc: Exception) -> Response:
     return answer
 
 
-def _prefers_html() -> bool:
+def prefers_html() -> bool:
+    """Whether the client would rather have HTML than JSON: a browser that opens a page."""
     try:
         wanted = request.accept_mimetypes.best_match(["application/json", "text/html"])
     except Exception:  # noqa: BLE001  # parsers fail in many ways at what a stranger sends

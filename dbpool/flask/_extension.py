@@ -21,6 +21,7 @@ from flask import (
 
 from dbpool import holders
 from dbpool._secrets import conceal
+from dbpool._sign_in import SignIn
 from dbpool.databases import Databases, settings_from_config
 from dbpool.errors import describe
 from dbpool.events import validate_listeners
@@ -71,6 +72,7 @@ class State:
     processes: Processes
     settings: AppSettings
     monitor: Monitor
+    sign_in: SignIn | None = None  # where a token is set
     pools: tuple[Pool[Any], ...] = ()  # all of *databases*
     publishing_pids: set[int] = field(default_factory=set)  # where `Processes.start` is done
     warned: set[str] = field(default_factory=set)
@@ -120,6 +122,7 @@ class DBPool:
                 blockers=settings.blockers,
                 queries=settings.show_queries,
             ),
+            sign_in=SignIn(settings.token) if settings.token else None,
             pools=tuple(databases.values()),
         )
         # First: Flask refuses this if the application serves requests already.

@@ -1,0 +1,119 @@
+"""What answers are made of: JSON, the blueprint's templates, and the files that they load."""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qs
+
+from dbpool import _sign_in
+
+_FILES: Final = Path(__file__).parent.parent / "flask"  # the blueprint's page and what it loads
+_TEMPLATES: Final = _FILES / "templates" / "dbpool"
+STATIC: Final = re.compile(r"/static/([a-z-]+\.(?:js|css|svg))")
+_PLACE: Final = re.compile(r"\{\{ (?:url_for\('\.(\w+)'(?:, filename='([\w.-]+)')?\)|(\w+)) \}\}")
+_PATHS: Final = {"index": "/", "stats": "/stats", "sign_in": "/sign-in", "sign_out": "/sign-out"}
+_PREFIX: Final = re.compile(r"(?:/[\w.~-]{1,99}){1,9}", re.ASCII)  # as X-Forwarded-Prefix has it
+_HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    **_sign_in.PAGE_HEADERS,
+}
+
+
+@dataclass(frozen=True)
+class Response:
+    """An answer; `headers` beside those that every answer has."""
+
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def all_headers(self) -> dict[str, str]:
+        """Return all headers, in the order to send them."""
+        known = {"Content-Type": self.content_type, "Content-Length": str(len(self.body))}
+        return {**known, **_HEADERS, **self.headers}
+
+
+def read_form(form: bytes) -> tuple[str, str]:
+    """Return the token that a form offers, and the view that it leads to."""
+    try:
+        fields = parse_qs(form.decode("ascii", "replace"), max_num_fields=9)
+    except ValueError:
+        return "", ""
+    return fields.get("token", [""])[0], fields.get("next", [""])[0]
+
+
+def form_page(
+    problem: str, headers: Mapping[str, str], wanted: str = "", status: int | None = None
+) -> Response:
+    """Return the form that asks for the token, with what was wrong about the request."""
+    more = {401: {"WWW-Authenticate": _sign_in.CHALLENGE}, 429: {"Retry-After": "60"}}
+    status = status or _sign_in.status_of(problem)
+    found = dict(more.get(status, {}))
+    if problem == _sign_in.MISSING and headers.get("sec-fetch-site") == "cross-site":
+        # After a link from elsewhere the browser keeps the cookie back; from here it sends it.
+        found["Refresh"] = "0"
+    return page(
+        "sign-in.html", headers, status, found, problem=problem, next=wanted,
+        invalid="true" if problem == _sign_in.WRONG else "false",
+        hidden="hidden" if problem == _sign_in.CLOSED else "",
+    )  # fmt: skip
+
+
+def page(
+    name: str,
+    headers: Mapping[str, str],
+    status: int = 200,
+    more: Mapping[str, str] | None = None,
+    /,
+    **values: str,
+) -> Response:
+    """Fill a template of the blueprint's, which has nothing in it but addresses and *values*."""
+    prefix = prefix_of(headers)
+
+    def fill(place: re.Match[str]) -> str:
+        view, file, value = place.groups()
+        if value:
+            return escape(values[value])
+        return escape(prefix + (f"/static/{file}" if file else _PATHS[view]))
+
+    page = _PLACE.sub(fill, (_TEMPLATES / name).read_text("utf-8"))
+    return Response(status, page.encode(), "text/html; charset=utf-8", more or {})
+
+
+def redirect(path: str, headers: Mapping[str, str], cookie: str = "") -> Response:
+    more = {"Location": prefix_of(headers) + path}
+    return Response(303, b"", headers=more | ({"Set-Cookie": cookie} if cookie else {}))
+
+
+def prefix_of(headers: Mapping[str, str]) -> str:
+    """Return the prefix that a proxy in front has taken off, "" if there is none."""
+    prefix = headers.get("x-forwarded-prefix", "").rstrip("/")
+    return prefix if _PREFIX.fullmatch(prefix) else ""
+
+
+def is_secure(headers: Mapping[str, str]) -> bool:
+    return headers.get("x-forwarded-proto", "") == "https"
+
+
+def static_file(name: str) -> Response:
+    try:
+        body = (_FILES / "static" / name).read_bytes()
+    except OSError:
+        return json_answer(404, error="there is no such file")
+    return Response(200, body, mimetypes.guess_type(name)[0] or "application/octet-stream")
+
+
+def json_answer(
+    status: int, headers: Mapping[str, str] | None = None, /, **content: Any
+) -> Response:
+    return Response(status, json.dumps(content).encode(), headers=headers or {})
