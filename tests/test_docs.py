@@ -19,8 +19,11 @@ import re
 import shlex
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from dbpool.prometheus import PoolCollector
 from dbpool.settings import COMMON
 
 from .conftest import MakeApp
+from .postgres import free_port, until
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -49,6 +53,8 @@ TRIED = {
     "flask dbpool check": ".ci/package",
     "flask dbpool stats": "tests/test_flask_commands.py",
     "flask dbpool explain DB04": ".ci/package",
+    "flask run": "tests/test_docs.py",
+    'gunicorn "app:create_app()"': "tests/test_docs.py",
     "make run": ".ci/end-to-end",
     "make test": ".ci/run",
 }
@@ -277,6 +283,56 @@ def test_what_is_exported_are_settings_that_go_together(path: Path, code: str) -
     )
     if pairs:
         databases_from_env(pairs)
+
+
+def samples_of_start(directory: Path) -> None:
+    """Write the samples of the page that begin with a file's name, as a user does."""
+    for piece in pieces(DOCS / "start.md"):
+        if name := re.match(r"# (\S+\.py)\n", piece.text):
+            (directory / name[1]).write_text(piece.text)
+
+
+@pytest.mark.parametrize("command", ["flask run", 'gunicorn "app:create_app()"'])
+def test_the_site_of_the_start_page_is_served(command: str, dsn: str, tmp_path: Path) -> None:
+    pytest.importorskip("gunicorn")
+    samples_of_start(tmp_path)
+    port = free_port()
+    environ = {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
+        "DATABASE_URL": dsn,
+        "DBPOOL_TOKEN": "a token of the test",
+        "FLASK_RUN_PORT": f"{port}",
+        "GUNICORN_CMD_ARGS": f"--bind 127.0.0.1:{port} --no-control-socket",
+    }
+    get = partial(fetch, f"http://127.0.0.1:{port}")
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", *shlex.split(command)],
+            cwd=tmp_path,
+            env=os.environ | environ,
+            stdout=log,
+            stderr=log,
+        ) as process,
+    ):
+        try:
+            until(lambda: get("/db/health/live") == 200, 30.0, pause=0.05)
+            assert get("/db/health/ready") == 200
+            assert get("/db/stats") == 401
+            assert get("/db/stats", Authorization="Bearer a token of the test") == 200
+        finally:
+            process.terminate()
+
+
+def fetch(site: str, path: str, **headers: str) -> int:
+    """The status of an answer, 0 while nobody listens."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(site + path, headers=headers)) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as ex:
+        return ex.code
+    except OSError:
+        return 0
 
 
 # What it says of the code
