@@ -296,6 +296,18 @@ TROUBLES: dict[str, Case] = {
 
 # Beyond the 24: what needs other facts.
 MORE_TROUBLES: dict[str, Case] = {
+    "server stopped a moment ago": Case(
+        "DB01", always(failing("connection refused", 1.2, "closed")), ("is down for 1.2 s",)
+    ),
+    "server frozen while it held every connection": Case(
+        "DB01", always(full(4, holders(12, 2.5, "query"))),
+        ("accepts connections but does not answer for 2.5 s", "12 connections wait for one"),
+        view=ServerView(0.0, silent_since=NOW - 0.6),
+    ),
+    "slow statements in all threads, room for one more": Case(
+        "DB07", lambda ago: pool(active=10, idle=2, holders=holders(10, 8.0 - ago, "query")),
+        ("slow statements hold 10 of 12",), seconds=8,
+    ),
     "replica does not stream": Case(
         "DB13", always(pool()), ("does not stream", "90 s"),
         view=seen(facts=ServerFacts(role="standby", is_streaming=False, lag_seconds=90.0)),
@@ -420,6 +432,33 @@ def test_what_a_role_may_not_see_is_said_with_the_grant() -> None:
     found = diagnose(TROUBLES["lock whose holder our role may not see"].scene())[0]
     assert found.evidence["limited"] is True
     assert "GRANT pg_read_all_stats" in found.do
+
+
+def busy_rows(ago: int) -> dict[str, Any]:
+    return full(4, holders(12, 0.4, "query", where=f"a.py:{ago}"))
+
+
+@pytest.mark.parametrize("code", ["DB04", "DB07", "DB05"])
+def test_a_look_at_the_server_says_nothing_of_checkouts_that_began_after_it(code: str) -> None:
+    state = "idle in transaction" if code == "DB05" else "active"
+    blocked_by = (99,) if code == "DB04" else ()
+    sessions = [
+        ours(5001 + n, blocked_by, state=state, query_seconds=0.8, state_seconds=0.8)
+        for n in range(12)
+    ]
+    view = replace(seen(*sessions, foreign(99)), time=NOW - 6)
+    found = diagnose(Case("DB00", busy_rows, seconds=6, view=view).scene())
+    assert code not in {each.code for each in found}
+
+
+def test_an_outage_may_be_a_restart_for_five_seconds() -> None:
+    def severity(seconds: float, **more: Any) -> Severity:
+        state = failing("connection refused", seconds, **more)
+        return diagnose(Scene.read({"time": NOW, "pools": {NAME: state}}))[0].severity
+
+    assert [severity(3), severity(6)] == [Severity.NOTICE, Severity.CRITICAL]
+    # One that never served is not restarted.
+    assert severity(3, counters={"checkouts": 0}) is Severity.CRITICAL
 
 
 def test_the_longest_queue_is_named_first() -> None:

@@ -374,6 +374,15 @@ def test_another_process_watches_once_the_first_was_silent_for_five_seconds(
     assert first.lead(107.5)
 
 
+def test_another_process_watches_at_once_if_the_first_was_killed(directory: Path) -> None:
+    first, second = (Shelf(directory, "app", key) for key in ("1-a", "2-b"))
+    record = first.record(["default"])
+    assert first.lead(100.0)
+    assert not second.lead(100.5)
+    record.abandon()  # as the system does
+    assert second.lead(100.6)
+
+
 def test_a_lease_from_before_the_system_started_holds_nobody_up(directory: Path) -> None:
     Shelf(directory, "app", "1-a").lead(90_000.0)
     assert Shelf(directory, "app", "2-b").lead(10.0)
@@ -469,6 +478,15 @@ def test_a_finding_that_comes_back_within_a_minute_is_the_same_episode() -> None
     assert not episodes.due([finding()], 1050.0)
     assert not episodes.due([], 1100.0)
     assert episodes.due([finding()], 1120.0)
+
+
+def test_a_finding_that_grows_worse_is_logged_again() -> None:
+    episodes = Episodes()
+    notice, critical = finding(severity=Severity.NOTICE), finding()
+    assert episodes.due([notice], 1000.0)
+    assert episodes.due([critical], 1004.0) == [(critical, 2)]
+    assert not episodes.due([notice], 1005.0)
+    assert not episodes.due([critical], 1006.0)
 
 
 def test_what_is_well_is_not_logged() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Final
 
 import psycopg
 
 from dbpool.diagnosis._finding import Finding, Severity, count, duration
-from dbpool.diagnosis._scene import PoolScene, number, text
+from dbpool.diagnosis._scene import QUERY, UNKNOWN, PoolScene, number, text
 from dbpool.errors import classify, is_permanent
 
 _NO_ANSWER: Final = "timeout"
@@ -19,7 +20,8 @@ _OTHER_LIMIT: Final = re.compile(
     r"|(role|database) \"[^\"]*\".* connection limit",
     re.IGNORECASE,
 )
-_STARTUP_GRACE: Final = 1.0  # seconds that connects may fail before a full server is named
+_FAILING_AFTER: Final = 1.0  # seconds that connects may fail before that is said
+_DOWN_AFTER: Final = 5.0  # seconds; a server that restarts answers again by then
 
 
 def connecting(pool: PoolScene) -> Finding | None:
@@ -28,28 +30,54 @@ def connecting(pool: PoolScene) -> Finding | None:
     since = number(pool.breaker.get("since"), pool.now)
     is_open = pool.breaker.get("state") in ("open", "half-open")
     if error is None and not is_open:
-        return None
+        return _unanswered(pool)
     error = error or "no error is known"
     kind = text(pool.breaker.get("kind")) or _kind_of(error)
     lasted = max(0.0, pool.now - since)
+    if not is_open and lasted < _FAILING_AFTER:
+        return None
     evidence = {"error": error, "kind": kind, "seconds": lasted, "waiting": pool.waiting}
     if kind == _SATURATED:
-        return _limit(pool, error, since, evidence) if is_open or lasted >= _STARTUP_GRACE else None
-    if not is_open:
-        return None
+        return _limit(pool, error, since, evidence)
     if is_permanent(kind):
         return Finding(
-            "DB02", Severity.CRITICAL, pool=pool.name, since=since, evidence=evidence,
+            "DB02", Severity.CRITICAL if is_open else Severity.WARNING,
+            pool=pool.name, since=since, evidence=evidence,
             text=f"{pool.name} cannot connect for {duration(lasted)}: {error}",
             do=_SETTINGS.get(kind, _SETTINGS["conninfo"]),
         )  # fmt: skip
-    accepts = " accepts connections but does not answer" if kind == _NO_ANSWER else " is down"
+    return _down(pool, since, evidence, error=error, is_sure=is_open)
+
+
+def _down(
+    pool: PoolScene, since: float, evidence: Mapping[str, object], *, error: str, is_sure: bool
+) -> Finding:
+    """DB01: a notice for as long as the server may just be restarting."""
+    lasted = max(0.0, pool.now - since)
+    is_long = lasted >= _DOWN_AFTER or not number(pool.counters.get("checkouts"))
+    accepts = " accepts connections but does not answer"
+    state = accepts if evidence["kind"] == _NO_ANSWER else " is down"
     return Finding(
-        "DB01", Severity.CRITICAL, pool=pool.name, since=since, evidence=evidence,
-        text=f"the database of {pool.name}{accepts} for {duration(lasted)}: {error}",
+        "DB01", Severity.CRITICAL if is_sure and is_long else Severity.NOTICE,
+        pool=pool.name, since=since, evidence=evidence,
+        text=f"the database of {pool.name}{state} for {duration(lasted)}: {error}",
         do="Look at the server and the network to it. The pool tries again by itself and needs no"
         " restart of the application.",
     )  # fmt: skip
+
+
+def _unanswered(pool: PoolScene) -> Finding | None:
+    """DB01: no connect has failed, but the server answers neither the holders nor the monitor."""
+    since = None if pool.view is None else pool.view.silent_since
+    asking = [holder for holder in pool.holders if holder.status in (QUERY, UNKNOWN)]
+    if since is None or not asking:
+        return None
+    # Not since the youngest of these statements was sent, either.
+    since = min(since, pool.now - min(holder.seconds for holder in asking))
+    lasted = pool.now - since
+    error = f"no answer to the monitor, and {count(len(asking), 'connection')} wait for one"
+    evidence = {"error": None, "kind": _NO_ANSWER, "seconds": lasted, "waiting": pool.waiting}
+    return _down(pool, since, evidence, error=error, is_sure=True)
 
 
 _SETTINGS: Final = {

@@ -41,8 +41,10 @@ class Severity(StrEnum):
     WARNING = "warning"
     CRITICAL = "critical"
 
-
-_WORST_FIRST: Final = tuple(reversed(Severity))
+    @property
+    def rank(self) -> int:
+        """The higher, the worse."""
+        return list(Severity).index(self)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
     Of several with one id, as of pools whose names look alike once printed, the first.
     """
-    ranked = sorted(findings, key=lambda f: (_WORST_FIRST.index(f.severity), f.since, f.code, f.id))
+    ranked = sorted(findings, key=lambda f: (-f.severity.rank, f.since, f.code, f.id))
     unique: dict[str, Finding] = {}
     for finding in ranked:
         unique.setdefault(finding.id, finding)

@@ -11,6 +11,7 @@ from dbpool.diagnosis._scene import (
     ABORTED,
     IDLE_IN_TRANSACTION,
     QUERY,
+    UNKNOWN,
     Holder,
     PoolScene,
 )
@@ -22,6 +23,7 @@ _IDLE_AFTER: Final = 5.0
 _IDLE_LOOKS: Final = 10
 _SLOW_AFTER: Final = 5.0
 _SLOW_LOOKS: Final = 5
+_MOST: Final = 2 / 3
 _UNUSED_AFTER: Final = 10.0
 _UNUSED_SHARE: Final = 0.5
 _MAX_BLOCKERS: Final = 5  # in one finding
@@ -31,10 +33,11 @@ _GRANT: Final = " GRANT pg_read_all_stats to the role shows what other roles' se
 def waiting_for_lock(pool: PoolScene) -> Finding | None:
     """DB04: our connections wait for a lock; who is at the root of the queue."""
     view = pool.last_view
-    waiting = [] if view is None else view.waiting_for_locks()
-    seconds = max((session.query_seconds or 0.0 for session in waiting), default=0.0)
-    seconds += pool.now - view.time if view is not None else 0.0
-    if view is None or not waiting or seconds < _LOCK_AFTER:
+    known = [] if view is None else view.waiting_for_locks()
+    waited = {each.pid: _seconds(pool, each, each.query_seconds) or 0.0 for each in known}
+    waiting = [each for each in known if waited[each.pid]]
+    seconds = max(waited.values(), default=0.0)
+    if view is None or seconds < _LOCK_AFTER:
         return None
     roots = view.roots(waiting)
     blockers = [_blocker(pool, view, pid) for pid in roots[:_MAX_BLOCKERS]]
@@ -57,6 +60,20 @@ def waiting_for_lock(pool: PoolScene) -> Finding | None:
             "limited": view.is_limited,
         },
     )  # fmt: skip
+
+
+def _seconds(pool: PoolScene, session: Session, then: float | None) -> float | None:
+    """Return for how long one of our sessions does what it did *then*; None if it has ended.
+
+    A server is not asked at each look. What it said is still so if the same checkout goes on.
+    """
+    holder, view = pool.holder_of(session.pid), pool.last_view
+    if holder is None or view is None or then is None:  # of another host, or not among the longest
+        return then
+    age = max(0.0, pool.now - view.time)
+    is_idle = (session.state or "").startswith(IDLE_IN_TRANSACTION)
+    is_same = holder.status == UNKNOWN or holder.is_unused == is_idle
+    return min(then + age, holder.seconds) if is_same and holder.seconds >= age else None
 
 
 def _lock_severity(pool: PoolScene, seconds: float) -> Severity:
@@ -192,7 +209,7 @@ def _idle(pool: PoolScene, holder: Holder) -> tuple[float | None, bool]:
     session = pool.session_of(holder)
     if session is not None and session.state_seconds is not None:
         is_idle = (session.state or "").startswith(IDLE_IN_TRANSACTION)
-        seconds = session.state_seconds + max(0.0, pool.now - (pool.view or _NOTHING).time)
+        seconds = _seconds(pool, session, session.state_seconds) or 0.0
         return (seconds if is_idle and seconds >= _IDLE_AFTER else None), True
     run = pool.watch.run_of(holder, pool.now)
     if holder.is_waiting or run is None or run.status not in (IDLE_IN_TRANSACTION, ABORTED):
@@ -200,17 +217,21 @@ def _idle(pool: PoolScene, holder: Holder) -> tuple[float | None, bool]:
     return (min(float(run.looks), holder.seconds) if run.looks >= _IDLE_LOOKS else None), False
 
 
-_NOTHING: Final = ServerView(0.0)
-
-
 def slow_statements(pool: PoolScene) -> Finding | None:
-    """DB07: at least half of the connections are in statements that take long; no lock is found."""
+    """DB07: at least half of the connections are in statements that take long; no lock is found.
+
+    Where nobody waits for a connection, all threads may be among the holders: then it is told of
+    most connections that there may be.
+    """
     slow = [(holder, seconds) for holder in pool.holders if (seconds := _slow(pool, holder))]
-    if not slow or not pool.is_stuck or 2 * len(slow) < len(pool.holders):
+    if not slow or 2 * len(slow) < len(pool.holders):
+        return None
+    if not pool.is_stuck and len(slow) < _MOST * pool.max_size:
         return None
     seconds = max(seconds for _, seconds in slow)
     return Finding(
-        "DB07", Severity.CRITICAL, pool=pool.name, since=pool.now - seconds,
+        "DB07", Severity.CRITICAL if pool.is_stuck else Severity.NOTICE,
+        pool=pool.name, since=pool.now - seconds,
         text=f"slow statements hold {len(slow)} of {count(pool.max_size, 'connection')} of"
         f" {pool.name}, the longest for {duration(seconds)}, from {_places(h for h, _ in slow)};"
         f" {count(pool.waiting, 'caller')} waiting",
@@ -227,13 +248,14 @@ def _slow(pool: PoolScene, holder: Holder) -> float | None:
     """Return for how long a holder's statement has run, if that is long."""
     session = pool.session_of(holder)
     if session is not None and session.query_seconds is not None:
-        seconds = session.query_seconds + max(0.0, pool.now - (pool.view or _NOTHING).time)
+        seconds = _seconds(pool, session, session.query_seconds) or 0.0
         is_busy = session.state == "active" and session.wait_type != "Lock"
         return seconds if is_busy and seconds >= _SLOW_AFTER else None
     run = pool.watch.run_of(holder, pool.now)
     if run is None or run.status != QUERY or run.looks < _SLOW_LOOKS:
         return None
-    return min(float(run.looks), holder.seconds)
+    seconds = min(float(run.looks), holder.seconds)
+    return seconds if seconds >= _SLOW_AFTER else None
 
 
 def nested(pool: PoolScene) -> Finding | None:

@@ -74,7 +74,8 @@ class ServerView:
     """What one look at a server showed; `time` is Unix time.
 
     `is_joined` is false where pids mean nothing, behind a pooler. `is_limited` says that other
-    roles' sessions are hidden. `problem` is why there was nothing to see.
+    roles' sessions are hidden. `silent_since` is the Unix time since which the server has not
+    answered, None if it did.
     """
 
     time: float
@@ -83,7 +84,7 @@ class ServerView:
     facts: ServerFacts | None = None
     is_joined: bool = True
     is_limited: bool = False
-    problem: str | None = None
+    silent_since: float | None = None
 
     def waiting_for_locks(self) -> list[Session]:
         """Return our sessions that wait for a lock, longest first."""

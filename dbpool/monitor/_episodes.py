@@ -1,4 +1,4 @@
-"""When a finding is logged: as it begins, and again after 1, 10 and 60 minutes. Pure."""
+"""When a finding is logged: as it begins, grows worse, and after 1, 10 and 60 minutes. Pure."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _MAX_EPISODES: Final = 256
 class _Episode:
     began: float
     seen: float
+    severity: Severity
     count: int = 0
     reminded: int = 0
 
@@ -30,6 +31,8 @@ class Episodes:
     def due(self, findings: Iterable[Finding], now: float) -> list[tuple[Finding, int]]:
         """Return the findings to log, each with how often it was seen; 1 as it begins.
 
+        One that becomes worse than it was ever logged is logged again.
+
         A finding of severity `ok` is never logged.
         """
         self._open = {
@@ -41,9 +44,12 @@ class Episodes:
         for finding in findings:
             if finding.severity is Severity.OK or len(self._open) >= _MAX_EPISODES:
                 continue
-            episode = self._open.setdefault(finding.id, _Episode(now, now))
+            episode = self._open.setdefault(finding.id, _Episode(now, now, finding.severity))
             episode.seen, episode.count = now, episode.count + 1
-            if episode.count == 1 or self._is_due(episode, now):
+            is_worse = finding.severity.rank > episode.severity.rank
+            if is_worse:
+                episode.severity = finding.severity
+            if episode.count == 1 or is_worse or self._is_due(episode, now):
                 found.append((finding, episode.count))
         return found
 

@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,13 +24,14 @@ from dbpool.monitor._server import look
 logger = logging.getLogger("dbpool")
 
 NAME: Final = "dbpool:monitor"  # the application_name of its connection
-_SPREAD: Final = 0.5  # seconds at most before the first look, so that hosts do not look at once
+_SPREAD: Final = 0.25  # seconds at most before the first look, so that hosts do not look at once
 _PAUSES: Final = (2.0,) * 10 + (4.0, 6.0, 8.0)  # seconds between two looks, then the longest
 _LONGEST_PAUSE: Final = 10.0
 _FACTS_PAUSE: Final = 60.0
 _FACTS_FIRST: Final = 10.0
 _KEPT: Final = 10.0  # seconds that its connection is kept without need
 _HUNG: Final = 3.0  # seconds that a look may take
+_SILENT: Final = 0.5  # seconds after which a server counts as one that does not answer
 _OPTIONS: Final = (
     "-c statement_timeout=1000 -c lock_timeout=100 -c default_transaction_read_only=on"
     " -c idle_in_transaction_session_timeout=10000"
@@ -47,7 +49,9 @@ class Inspector:
     """
 
     def __init__(self, pool: Any, *, queries: bool = False) -> None:
-        self.view: ServerView | None = None
+        self._view: ServerView | None = None  # of the last look that was answered
+        self._asked_at: float | None = None  # when the look began that is under way, Unix time
+        self._silent_since: float | None = None  # of the first that was not answered
         self._pool = pool
         self._queries = queries
         self._is_off = pool.settings.pooler == "transaction"
@@ -72,13 +76,27 @@ class Inspector:
             return
         if not is_needed:
             self._rest(now)
-        elif self._next is None:
-            self._needed_at, self._next = now, now + random.uniform(0.0, _SPREAD)  # noqa: S311
-        elif now >= self._next:
+        elif self._next is None or now >= self._next:
+            first_look = self._next is None
             self._needed_at = now
             pause = _PAUSES[self._looks] if self._looks < len(_PAUSES) else _LONGEST_PAUSE
             self._looks, self._next = self._looks + 1, now + pause
-            self._start(self._look)
+            self._start(self._look_soon if first_look else self._look)
+
+    def view(self) -> ServerView | None:
+        """Return what the server said last, and since when it has not answered, if it does not."""
+        now = time.time()
+        since = self._silent_since
+        if since is None and (asked := self._asked_at) is not None and now - asked > _SILENT:
+            since = asked
+        if since is None:
+            return self._view
+        return replace(self._view or ServerView(0.0), silent_since=since)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the look that is under way has ended, for so long at most."""
+        if self._thread is not None:
+            self._thread.join(max(0.0, seconds))
 
     def close(self) -> None:
         """Close its connection; a look that is under way fails."""
@@ -89,14 +107,14 @@ class Inspector:
 
     def _rest(self, now: float) -> None:
         """Nobody waits for long: close what is not needed, and read the server's limits at times."""
-        if self._next is not None and self.view is not None:  # what was seen there is over
-            self.view = replace(self.view, sessions={}, prepared=())
-        self._looks, self._next = 0, None
+        if self._next is not None and self._view is not None:  # what was seen there is over
+            self._view = replace(self._view, sessions={}, prepared=())
+        self._looks, self._next, self._silent_since = 0, None, None
         if self._conn is not None and now - self._needed_at > _KEPT:
             self._start(self._close_own)
         elif now >= self._facts_at and self._has_idle():
             self._facts_at = now + _FACTS_PAUSE
-            if self.view is None or (self.view.facts and self.view.facts.role == "standby"):
+            if self._view is None or (self._view.facts and self._view.facts.role == "standby"):
                 self._start(self._read_facts)
 
     def _start(self, task: Callable[[], object]) -> None:
@@ -113,20 +131,30 @@ class Inspector:
         """
         self._look(is_own=True)
 
+    def _look_soon(self) -> None:
+        time.sleep(random.uniform(0.0, _SPREAD))  # noqa: S311
+        self._look()
+
     def _look(self, *, is_own: bool = False) -> None:
+        began = self._asked_at = time.time()
         try:
             with self._connection(is_own=is_own) as conn:
                 self._asked = conn
                 name, prefix = _names(self._pool, conn)
-                self.view = look(conn, name, prefix, queries=self._queries)
-            if not self.view.is_joined:
+                view = self._view = look(conn, name, prefix, queries=self._queries)
+            self._silent_since = None
+            if not view.is_joined:
                 self._say("a pooler stands before the server, so that it cannot be said who blocks"
                           " whom; DBPOOL_POOLER=transaction says so")  # fmt: skip
         except Exception as ex:  # noqa: BLE001  # whatever it is, the application goes on
+            if time.time() - began < _SILENT:  # it answered that it will not say
+                self._silent_since = None
+            elif self._silent_since is None:
+                self._silent_since = began
             self._close_own()
             self._say(f"it cannot be said who blocks whom: {describe(ex, self._asked)}")
         finally:
-            self._asked = None
+            self._asked = self._asked_at = None
 
     @contextmanager
     def _connection(self, *, is_own: bool) -> Iterator[psycopg.Connection[Any]]:

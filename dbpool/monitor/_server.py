@@ -29,7 +29,9 @@ with known as (
                false) as is_ours
       from pg_stat_activity where pid <> pg_backend_pid()),
 found as (select * from known where {where} limit 500),
-waiting as (select pid from found where wait_event_type = 'Lock' order by query_start limit 20)
+waiting as (select pid from found
+             where wait_event_type = 'Lock' or query = '<insufficient privilege>'
+             order by query_start limit 20)
 select pid, state, wait_event_type, backend_type, application_name, usename::text,
        host(client_addr),
        extract(epoch from clock_timestamp() - query_start)::float8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from dbpool.diagnosis._scene import mapping, number
 from dbpool.diagnosis.history import STEPS, History, Step, merged, slot_of
 from dbpool.processes._files import NoLocks, ProcessLock, is_held, locked, read, write
 
+_KEY: Final = re.compile(r"\d+-[0-9a-f]+")
 _MAX_FILES: Final = 256
 _LEASE: Final = 5.0  # seconds after which a silent watcher is passed over
 _OWN_STEPS: Final = 24  # of each process; the one that watches adds them up in time
@@ -80,7 +82,7 @@ class Shelf:
 
     def record(self, names: Sequence[str]) -> Record:
         """Begin this process's own history."""
-        return Record(self._directory / f"{self._app}-{self.key}.steps", names)
+        return Record(self._record_path(self.key), names)
 
     def history(self, now: float) -> dict[str, History]:
         """Return the history of all processes together; *now* is monotonic."""
@@ -139,7 +141,15 @@ class Shelf:
         lease = mapping(self.load("lease"))
         is_stale = not 0 <= now - number(lease.get("at")) <= _LEASE
         is_lesser = lease.get("reader") is True and not is_reader
-        return is_stale or is_lesser or lease.get("key") == self.key
+        key = str(lease.get("key"))
+        return is_stale or is_lesser or key == self.key or self._is_dead(key)
+
+    def _is_dead(self, key: str) -> bool:
+        """Whether the process of that key was killed; false in doubt."""
+        return bool(_KEY.fullmatch(key)) and is_held(self._record_path(key)) is False
+
+    def _record_path(self, key: str) -> Path:
+        return self._directory / f"{self._app}-{key}.steps"
 
     def give_up(self) -> None:
         """Let another process watch."""

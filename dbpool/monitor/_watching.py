@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from dbpool.diagnosis import Finding, PoolScene, Scene, Severity, Watch, diagnose
+from dbpool.diagnosis import Finding, PoolScene, Scene, ServerView, Severity, Watch, diagnose
 from dbpool.diagnosis._scene import mapping, number
 from dbpool.diagnosis.history import History, slot_of
 from dbpool.diagnosis.journal import Journal, Reporter
@@ -27,7 +27,9 @@ _MAX_FINDINGS: Final = 20
 _GRACE: Final = 6.0  # seconds that findings are believed beyond their next write
 _ADDED_UP_AFTER: Final = 2.0  # seconds after a step, when all processes have written it
 _STALL: Final = 15.0  # seconds that a pause between two looks is remembered
-_SLOW_HOLD: Final = 3.0  # seconds
+_SLOW_HOLD: Final = 2.0  # seconds in one statement
+_LONG_WAIT: Final = 1.0
+_PATIENCE: Final = 0.8  # seconds that a look at the pools waits for those at the servers
 _MAX_DEATHS: Final = 20
 _LEVELS: Final = {
     Severity.NOTICE: logging.INFO,
@@ -89,7 +91,7 @@ class Watching:
             now=wall,
             steps={name: each.last(now) for name, each in history.items()},
             watches=watches,
-            views={name: each.view for name, each in self._inspectors.items() if each.view},
+            views=self._views(),
             poolers=self._poolers,
             deaths=tuple(self._deaths.values()),
             stalled=self._stalled(now),
@@ -98,10 +100,17 @@ class Watching:
         self._log(found, now)
         self._say(found, now)
 
+    def _views(self) -> dict[str, ServerView]:
+        views = {name: each.view() for name, each in self._inspectors.items()}
+        return {name: view for name, view in views.items() if view is not None}
+
     def _inspect(self, report: Any, watches: Mapping[str, Watch], wall: float) -> None:
         for pool in Scene.read(report, now=wall).pools:
             if (inspector := self._inspectors.get(pool.name)) is not None:
                 inspector.tick(is_needed=_needs_look(pool, watches.get(pool.name, Watch()), wall))
+        deadline = time.monotonic() + _PATIENCE
+        for inspector in self._inspectors.values():
+            inspector.wait(deadline - time.monotonic())
 
     def _stalled(self, now: float) -> float:
         """Return the longest pause between two looks of late."""
@@ -158,9 +167,10 @@ class Watching:
 
 def _needs_look(pool: PoolScene, watch: Watch, wall: float) -> bool:
     """Whether callers have waited for more than a second, or statements take long."""
-    if watch.waiting_since is not None and wall - watch.waiting_since >= 1.0:
+    if watch.waiting_since is not None and wall - watch.waiting_since >= _LONG_WAIT:
         return True
+    # Callers who wait may have done so since before the last report.
+    least = _LONG_WAIT if pool.waiting else _SLOW_HOLD
     return any(
-        holder.seconds >= _SLOW_HOLD and holder.status in ("query", "unknown")
-        for holder in pool.holders
+        holder.seconds >= least and holder.status in ("query", "unknown") for holder in pool.holders
     )
