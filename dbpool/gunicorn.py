@@ -179,7 +179,7 @@ def dirty_worker_init(worker: Any) -> None:
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """Close the pools of a worker that exits."""
+    """Close the pools of a worker that exits, and export what OpenTelemetry has of them."""
     # gunicorn calls this in the master too, when it finds a worker gone.
     if os.getpid() != getattr(server, "pid", None):
         from dbpool import monitor
@@ -187,6 +187,8 @@ def worker_exit(server: Any, worker: Any) -> None:
 
         monitor.close_all()
         close_all(timeout=1.0)
+        if (telemetry := sys.modules.get("dbpool.opentelemetry")) is not None:
+            telemetry.flush()
 
 
 def on_exit(server: Any) -> None:

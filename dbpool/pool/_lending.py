@@ -109,7 +109,7 @@ def acquire(
     while True:
         is_fresh = False
         if conn is None:
-            waiter = _wait(pool, Waiter(owner, started, deadline))
+            waiter = pool.trace(_wait, pool, Waiter(owner, started, deadline))
             conn, is_fresh = waiter.conn, waiter.is_fresh and not pool._user_check
         if is_fresh or _evict_unless_usable(pool, conn, deadline):
             return conn

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from operator import call
 from time import monotonic, sleep
 from typing import Any
 from weakref import ref
@@ -35,6 +36,10 @@ _WAIT_INTERVAL = 0.005  # seconds between two looks of `wait`
 
 class PoolBase(ConnectionPool[CT]):
     """psycopg_pool's pool around parts of ours in place of its own state: its life and its threads."""
+
+    # Calls a function of the pool and what it is for: a waiter to wait, or an attempt to connect.
+    # A tracer takes its place, see `dbpool.opentelemetry`.
+    trace: Any = staticmethod(call)
 
     def __init__(self, settings: Settings, listeners: Emitter, **options: Any) -> None:
         super().__init__(open=False, **options)

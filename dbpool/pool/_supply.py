@@ -133,15 +133,13 @@ class Supply:
         store, connector = self.store, self.connector
         if not store.may_begin(attempt):
             return
-        is_early = attempt.due > store.breaker.clock()
-        if attempt.awaits_change and is_early:
-            is_early = not connector.have_changed(pool, attempt.params)
-        if is_early:
+        is_due = attempt.due <= store.breaker.clock()
+        if not (is_due or (attempt.awaits_change and connector.have_changed(pool, attempt.params))):
             self._connect_later(pool, attempt)
             return
         started = store.begin(attempt)
         self.check_answer(pool, attempt, started)
-        made = connector.connect(pool, attempt)
+        made = pool.trace(connector.connect, pool, attempt)
         if isinstance(made, Failure):
             self._failed(pool, attempt, started, made)
         else:

@@ -1,0 +1,117 @@
+"""OpenTelemetry for pools: the conventions' metrics of connection pools, and spans of slow steps.
+
+Needs the package opentelemetry-api alone. Without an SDK nothing is recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+from weakref import WeakKeyDictionary, WeakSet
+
+from dbpool.errors import ConfigError
+from dbpool.pool import Pool, _fork
+
+try:
+    from opentelemetry import metrics, trace
+except ImportError as ex:  # pragma: no cover - tried in an environment without it
+    raise ConfigError(
+        "opentelemetry is missing: metrics and spans need the package opentelemetry-api"
+    ) from ex
+
+from dbpool.opentelemetry._meter import Meter
+from dbpool.opentelemetry._tracer import Tracer
+
+__all__ = ["flush", "instrument", "uninstrument"]
+
+logger = logging.getLogger("dbpool")
+
+Pools = Pool[Any] | Mapping[str, Pool[Any]]
+
+_FLUSH_TIMEOUT: Final = 5.0  # seconds
+
+_meters: WeakKeyDictionary[metrics.MeterProvider, Meter] = WeakKeyDictionary()
+_global: list[Meter] = []  # that of the global provider, also from before it was set
+_traced: WeakSet[trace.TracerProvider] = WeakSet()
+_locks: dict[int, threading.Lock] = {}  # by pid: a child may inherit one that is held
+
+
+def instrument(
+    pools: Pools,
+    meter_provider: metrics.MeterProvider | None = None,
+    tracer_provider: trace.TracerProvider | None = None,
+) -> None:
+    """Record what a pool does, or each pool of a mapping such as `Databases`, from its opening on.
+
+    By default in the global providers, which may be set later. Histograms count every checkout
+    that ends, and each process records its own. To call it again changes the providers.
+    """
+    found = _each(pools)
+    with _locks.setdefault(os.getpid(), threading.Lock()):
+        meter = _meter_of(meter_provider)
+        tracer = Tracer(tracer_provider or trace.get_tracer_provider())
+        _traced.add(tracer.provider)
+        for other in {*_meters.values()} - {meter}:
+            other.remove(found)
+        for pool in found:
+            meter.add(pool)
+            pool.trace = tracer
+
+
+def uninstrument(pools: Pools | None = None) -> None:
+    """Record these pools no more, by default all; what has ended until now is recorded."""
+    found = list(_fork.pools) if pools is None else _each(pools)
+    with _locks.setdefault(os.getpid(), threading.Lock()):
+        for meter in {*_meters.values()}:
+            meter.remove(found)
+        for pool in found:
+            vars(pool).pop("trace", None)
+
+
+def flush(timeout: float = _FLUSH_TIMEOUT) -> bool:
+    """Have the providers in use export what they have; return whether they did within *timeout*.
+
+    A provider without `force_flush` is left out. The gunicorn hooks call it when a worker exits.
+    """
+    providers: set[Any] = {*_meters, *_traced}
+    if _global:  # the proxies in front of them cannot flush
+        providers |= {metrics.get_meter_provider(), trace.get_tracer_provider()}
+    flushes = [f for each in providers if (f := getattr(each, "force_flush", None)) is not None]
+    thread = threading.Thread(None, _flush, "dbpool-flush", (flushes,), daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return not thread.is_alive()
+
+
+def _flush(flushes: Iterable[Any]) -> None:
+    for force_flush in flushes:
+        try:
+            force_flush()
+        except Exception as ex:  # noqa: BLE001  # of any provider; the others flush all the same
+            logger.warning("OpenTelemetry: a provider cannot flush: %s", type(ex).__name__)
+
+
+def _meter_of(provider: metrics.MeterProvider | None) -> Meter:
+    """Return the meter of a provider, always the same: its instruments take one callback each."""
+    current = metrics.get_meter_provider()
+    provider = provider or current
+    found = _meters.get(provider)
+    if found is None and provider is current and _global:
+        found = _global[0]
+    if found is None:
+        found = Meter(provider)
+    _meters[provider] = found
+    if provider is current:
+        _global[:] = [found]
+    return found
+
+
+def _each(pools: Pools) -> list[Pool[Any]]:
+    found = [*pools.values()] if isinstance(pools, Mapping) else [pools]
+    for pool in found:
+        if not isinstance(pool, Pool):
+            raise TypeError(f"only a dbpool.Pool can be instrumented, not {type(pool).__name__}")
+    return found
