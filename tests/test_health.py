@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,16 @@ def on_server(dsn: str) -> Iterator[Databases]:
 def test_a_database_nobody_asked_yet_is_opened_and_up(databases: Databases) -> None:
     ready = Health(databases).ready()
     assert (ready.status, ready.is_ready) == ("up", True)
+
+
+def test_the_servers_are_described_in_the_words_of_stats(on_server: Databases) -> None:
+    assert on_server.default.fetch_value("select 1") == 1
+    found = Health(on_server).servers()["default"]
+    assert found["version"].partition(".")[0].isdecimal()
+    assert (found["role"], found["lag"], found["tls"]) == ("primary", None, False)
+    assert 0 < found["ours"] <= found["used"] <= found["max"]
+    assert 0 < found["latency"] < 1
+    assert abs(found["time"] - time.time()) < 5
 
 
 def test_busy_is_not_down(databases: Databases) -> None:

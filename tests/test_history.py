@@ -361,3 +361,14 @@ def test_lines_are_short_printable_and_without_secrets() -> None:
 def test_whatever_is_read_as_a_journal_breaks_nothing(data: object) -> None:
     json.dumps(Journal.from_json(data).to_json())
     Reporter().look({"pools": data, "processes": data}, 1.0)
+
+
+def test_the_last_minute_has_its_own_percentiles() -> None:
+    minute = full_history().minute(NOW)
+    assert minute.keys() == {"wait", "use", "connect"}
+    for times in minute.values():
+        low, middle, high = (times[f"p{q}"] or 0.0 for q in (50, 95, 99))
+        assert times["count"]
+        assert 0.0 < low <= middle <= high
+    nothing = {"count": 0, "p50": None, "p95": None, "p99": None}
+    assert full_history().minute(NOW + 65)["use"] == nothing, "what is older does not count"

@@ -55,7 +55,7 @@ FLOORS = {
         "pool._pool",
         "pool",
     ],
-    3: ["embedded", "databases", "settings.app", "diagnosis"],
+    3: ["embedded", "databases", "settings.app", "settings.origins", "diagnosis"],
     4: ["_sign_in", "report", "health", "processes", "monitor", "sizing"],
     5: [
         "opentelemetry",

@@ -27,6 +27,7 @@ _MOST: Final = 2 / 3
 _UNUSED_AFTER: Final = 10.0
 _UNUSED_SHARE: Final = 0.5
 _MAX_BLOCKERS: Final = 5  # in one finding
+_MAX_BLOCKED: Final = 20
 _GRANT: Final = " GRANT pg_read_all_stats to the role shows what other roles' sessions do."
 
 
@@ -51,7 +52,10 @@ def waiting_for_lock(pool: PoolScene) -> Finding | None:
         do=_lock_advice(blockers, change) + (_GRANT if view.is_limited else ""),
         evidence={
             "waiting": pool.waiting + len(waiting),
-            "blocked": [_describe(pool, each.pid) for each in waiting[:_MAX_BLOCKERS]],
+            "blocked": [
+                _describe(pool, each.pid) | {"blocked_by": list(each.blocked_by)}
+                for each in waiting[:_MAX_BLOCKED]
+            ],
             "blockers": blockers,
             "roots": len(roots),
             "schema_change": None if change is None else _describe(pool, change.pid) | {

@@ -51,6 +51,9 @@ class ServerFacts:
     role: str | None = None  # primary or standby
     is_streaming: bool | None = None
     lag_seconds: float | None = None
+    version: str | None = None
+    latency: float | None = None  # seconds of a round trip
+    tls: bool | None = None
 
     @property
     def room(self) -> int | None:
@@ -85,6 +88,21 @@ class ServerView:
     is_joined: bool = True
     is_limited: bool = False
     silent_since: float | None = None
+
+    def about(self) -> dict[str, object]:
+        """Return what a reader wants to know of the server, for `/stats`."""
+        facts = self.facts or ServerFacts()
+        return {
+            "time": round(self.time, 1),
+            "version": facts.version,
+            "role": facts.role,
+            "latency": facts.latency,
+            "lag": facts.lag_seconds,
+            "tls": facts.tls,
+            "used": facts.used,
+            "max": facts.max_connections,
+            "ours": facts.ours,
+        }
 
     def waiting_for_locks(self) -> list[Session]:
         """Return our sessions that wait for a lock, longest first."""

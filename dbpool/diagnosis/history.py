@@ -19,6 +19,7 @@ __all__ = ["BOUNDS", "STEP", "STEPS", "Buckets", "History", "Recorder", "Step", 
 
 STEP: Final = 5.0  # seconds
 STEPS: Final = 180
+_MINUTE: Final = 12  # steps
 _WARM_UP: Final = 60.0  # seconds of a worker's life in which its connects are no churn
 
 # Every fourth of the pool's own bounds, 100 us to 10 s, two to a decade; a twelfth bucket takes
@@ -153,6 +154,18 @@ class History:
         """Return the *number* steps before the one of *now*, oldest first; unknown ones are None."""
         end = slot_of(now)
         return [self.steps.get(slot) for slot in range(end - number, end)]
+
+    def minute(self, now: float) -> dict[str, dict[str, float | int | None]]:
+        """Return count, p50, p95 and p99 of each kind of time in the last minute, in seconds."""
+        steps = [step for step in self.last(now, _MINUTE) if step is not None]
+        found: dict[str, dict[str, float | int | None]] = {}
+        for name in TIMES:
+            times = Buckets().merge(*(getattr(step, name) for step in steps))
+            quantiles = {f"p{q}": times.quantile(q / 100) for q in (50, 95, 99)}
+            found[name] = {"count": times.count} | {
+                k: v and _rounded(v) for k, v in quantiles.items()
+            }
+        return found
 
     def around(self, now: float) -> History:
         """Return it without steps that cannot be of the last quarter of an hour.

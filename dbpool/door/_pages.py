@@ -116,4 +116,6 @@ def static_file(name: str) -> Response:
 def json_answer(
     status: int, headers: Mapping[str, str] | None = None, /, **content: Any
 ) -> Response:
-    return Response(status, json.dumps(content).encode(), headers=headers or {})
+    return Response(
+        status, json.dumps(content, separators=(",", ":")).encode(), headers=headers or {}
+    )

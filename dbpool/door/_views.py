@@ -28,7 +28,7 @@ from dbpool.door._pages import (
 )
 from dbpool.errors import ConfigError
 from dbpool.metrics import PoolState
-from dbpool.monitor import INCLUDES, Monitor
+from dbpool.monitor import Monitor, Query
 from dbpool.processes import Processes
 from dbpool.report import Report
 from dbpool.settings.app import AppSettings
@@ -214,10 +214,11 @@ class Views:
     # Details
 
     def _stats(self, query: Mapping[str, list[str]], headers: object) -> Response:
-        wanted = {name for each in query.get("include", ()) for name in each.split(",") if name}
-        if not wanted <= set(INCLUDES):
-            return json_answer(400, error=f"include is a list of {', '.join(INCLUDES)}")
-        return json_answer(200, **self._report(wanted))
+        try:
+            wanted = Query.parse({name: values[0] for name, values in query.items()})
+        except ValueError as ex:
+            return json_answer(400, error=str(ex))
+        return json_answer(200, **wanted.trim(self._report(wanted.include)))
 
     def _report(self, wanted: Collection[str]) -> dict[str, Any]:
         report = self._find().collect_others() or Report({})

@@ -21,7 +21,7 @@ from dbpool.flask._errors import retry_after
 from dbpool.flask._extension import KEY, State
 from dbpool.flask._signing import is_signed_in, sign_in, sign_out
 from dbpool.metrics import PoolState
-from dbpool.monitor import INCLUDES
+from dbpool.monitor import Query
 
 logger = logging.getLogger("dbpool")
 
@@ -135,7 +135,14 @@ def _health_response(health: Mapping[str, Any], seconds: float | None) -> Respon
 
 
 def _stats(own: State) -> AnyResponse:
-    return jsonify(own.monitor.extend(own.processes.collect(_scope()), _included()))
+    try:
+        query = Query.parse(request.args)
+    except ValueError as ex:
+        _refuse(400, str(ex))
+    report = own.monitor.extend(own.processes.collect(_scope()), query.include)
+    if "servers" in query.include:
+        report["servers"] |= own.health.servers()
+    return jsonify(query.trim(report))
 
 
 def _metrics(own: State) -> AnyResponse:
@@ -163,13 +170,6 @@ def _scope() -> str:
     if scope not in ("all", "process"):
         _refuse(400, "scope is all or process")
     return scope
-
-
-def _included() -> set[str]:
-    wanted = set(filter(None, request.args.get("include", "").split(",")))
-    if not wanted <= set(INCLUDES):
-        _refuse(400, f"include is a list of {', '.join(INCLUDES)}")
-    return wanted
 
 
 def _refuse(status: int, reason: str) -> NoReturn:

@@ -33,6 +33,7 @@ from dbpool.pool import Pool
 from dbpool.pool._options import Options
 from dbpool.processes import Processes
 from dbpool.settings.app import AppSettings, find_dotenv
+from dbpool.settings.origins import describe_settings
 
 logger = logging.getLogger("dbpool")
 
@@ -121,6 +122,12 @@ class DBPool:
                 processes,
                 blockers=settings.blockers,
                 queries=settings.show_queries,
+                settings=describe_settings(
+                    {name: pool.settings for name, pool in databases.items()},
+                    app.config,
+                    dotenv,
+                    settings,
+                ),
             ),
             sign_in=SignIn(settings.token) if settings.token else None,
             pools=tuple(databases.values()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -130,13 +131,7 @@ class Health:
         states = self._ask_databases()
         reads = self._start_reads()
         outcomes = self._await_checks(checks)
-        for name, call in reads.items():
-            if not call.wait(deadline - call.started):
-                continue
-            if call.error is None:
-                self._logged_failures.pop(("server info", name), None)
-            elif not isinstance(call.error, PoolError):  # the pool itself logs those
-                self._log_failure("server info", name, call.error)
+        self._await_reads(reads, deadline)
         ready = self._evaluate(states, outcomes)
         details = {name: self._describe(name, pool, states[name]) for name, pool in self._items()}
         answer = ready.to_json() | {"databases": details, "retry_after": ready.retry_after}
@@ -146,6 +141,24 @@ class Health:
                 for name, each in outcomes.items()
             }
         return answer
+
+    def servers(self) -> dict[str, dict[str, Any]]:
+        """Return what is known of each database's server, in the words of `/stats`.
+
+        A few seconds old at most, and missing if the server did not answer within half a second.
+        """
+        self._await_reads(self._start_reads(), monotonic() + TIMEOUT)
+        now = time.time() - monotonic()
+        return {name: _about(info, now + at) for name, (at, info) in self._server_info.items()}
+
+    def _await_reads(self, reads: Mapping[str, Call[None]], deadline: float) -> None:
+        for name, call in reads.items():
+            if not call.wait(deadline - call.started):
+                continue
+            if call.error is None:
+                self._logged_failures.pop(("server info", name), None)
+            elif not isinstance(call.error, PoolError):  # the pool itself logs those
+                self._log_failure("server info", name, call.error)
 
     def _items(self) -> list[tuple[str, Pool[Any]]]:
         return list(self._databases.items())
@@ -249,6 +262,21 @@ class Health:
         if self._logged_failures.get((what, name)) != kind:
             self._logged_failures[what, name] = kind
             logger.warning("health: %s %r failed: %s: %s", what, name, kind, _text_of(error))
+
+
+def _about(info: Mapping[str, Any], at: float) -> dict[str, Any]:
+    connections, lag = info["connections"], info["replication_lag"]
+    return {
+        "time": round(at, 1),
+        "version": info["server_version"],
+        "role": info["role"],
+        "latency": info["latency"],
+        "lag": lag and lag["seconds"],
+        "tls": info["tls"],
+        "used": connections["used"],
+        "max": connections["max"],
+        "ours": sum(connections["ours"].values()),
+    }
 
 
 def _known_state(pool: Pool[Any]) -> PoolState | None:

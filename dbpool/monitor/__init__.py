@@ -6,6 +6,7 @@ a clock, files or a connection.
 - `_monitor.py`: `Monitor`, a look each second in each process
 - `_watching.py`: what one process does of those that share a directory: it watches them all
 - `_inspector.py`: when to ask a server, over which connection
+- `_query.py`: what a reader of `/stats` asks for
 - `_server.py`: what to ask it
 - `_shelf.py`: the files that the processes share
 - `_episodes.py`: when a finding is logged
@@ -13,6 +14,7 @@ a clock, files or a connection.
 
 from __future__ import annotations
 
-from dbpool.monitor._monitor import INCLUDES, Monitor, close_all, watch_from_the_start
+from dbpool.monitor._monitor import Monitor, close_all, watch_from_the_start
+from dbpool.monitor._query import INCLUDES, Query
 
-__all__ = ["INCLUDES", "Monitor", "close_all", "watch_from_the_start"]
+__all__ = ["INCLUDES", "Monitor", "Query", "close_all", "watch_from_the_start"]

@@ -28,12 +28,6 @@ logger = logging.getLogger("dbpool")
 
 INTERVAL: Final = 1.0  # seconds between two looks
 _CLOSING: Final = 3.0  # seconds
-INCLUDES: Final = (
-    "history",
-    "journal",
-    "endpoints",
-    "workers",
-)  # what `/stats` shows if it is asked to
 
 
 _instances: weakref.WeakSet[Monitor] = weakref.WeakSet()
@@ -111,7 +105,8 @@ class Monitor:
 
     Each process keeps its own history; one of those that share a directory watches all, asks the
     servers while callers wait for long (unless *blockers* is false), logs each finding as it
-    begins, and leaves what it found for the others to show. *queries* shows statements, too. A
+    begins, and leaves what it found for the others to show. *queries* shows statements, too;
+    *settings*, as `describe_settings` returns them, are left for the others as they are. A
     reader has no pools; it watches while no process does that has.
     """
 
@@ -123,12 +118,14 @@ class Monitor:
         blockers: bool = True,
         queries: bool = False,
         is_reader: bool = False,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._databases = databases
         self._processes = processes
         self._blockers = blockers
         self._queries = queries
         self._is_reader = is_reader
+        self._settings = settings or {}
         self._states: dict[int, _ProcessState] = {}
         self._complained: set[str] = set()
         _instances.add(self)
@@ -190,6 +187,11 @@ class Monitor:
             more["endpoints"] = dict(mapping(kept.get("endpoints")))
         if "workers" in include:
             more["workers"] = report.workers_to_json()
+        if about := {"servers", "settings"} & set(include):
+            known = self._known("about")
+            more |= {part: dict(mapping(known.get(part))) for part in about}
+        if "settings" in include:
+            more["settings"] = more["settings"] or dict(self._settings)
         return shown | more
 
     def tick(self) -> None:
@@ -199,7 +201,7 @@ class Monitor:
         if state.shelf is None or state.shelf.lead(now, is_reader=self._is_reader):
             if state.watching is None:
                 state.watching = Watching(
-                    self._databases, state.shelf, self._blockers, self._queries
+                    self._databases, state.shelf, self._blockers, self._queries, self._settings
                 )
             watching, report, history = state.watching, _facts_of(self._report()), state.history
             if state.shelf is not None:
@@ -268,7 +270,8 @@ class Monitor:
         known = state.history if shelf is None else shelf.history(now)
         until = time.time() - now % 5.0
         pools = {name: history.to_json(now) for name, history in known.items()}
-        return {"step": 5.0, "until": round(until, 1), "pools": pools}
+        minute = {name: history.minute(now) for name, history in known.items()}
+        return {"step": 5.0, "until": round(until, 1), "pools": pools, "minute": minute}
 
     def _complain(self, text: str) -> None:
         if text not in self._complained and len(self._complained) < 20:

@@ -7,6 +7,7 @@ called for at most 20 sessions a query.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any, Final
 
 import psycopg
@@ -89,7 +90,9 @@ def look(conn: psycopg.Connection[Any], name: str, prefix: str, *, queries: bool
     """
     known = {"name": name, "prefix": prefix, "show": queries}
     with conn.cursor(row_factory=tuple_row) as cursor:
+        began = time.monotonic()
         pid = cursor.execute("select pg_backend_pid()").fetchone()
+        latency = time.monotonic() - began
         is_joined = pid is not None and pid[0] == conn.info.backend_pid
         facts = cursor.execute(_FACTS, known).fetchone()
         sessions, hidden = _sessions(cursor, known) if is_joined else ({}, False)
@@ -101,7 +104,14 @@ def look(conn: psycopg.Connection[Any], name: str, prefix: str, *, queries: bool
         time.time(),
         sessions,
         prepared,
-        ServerFacts(*facts) if facts else None,
+        replace(
+            ServerFacts(*facts),
+            version=conn.info.parameter_status("server_version"),
+            latency=latency,
+            tls=bool(conn.pgconn.ssl_in_use),
+        )
+        if facts
+        else None,
         is_joined=is_joined,
         is_limited=hidden,
     )

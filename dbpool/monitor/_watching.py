@@ -22,6 +22,7 @@ logger = logging.getLogger("dbpool")
 _INTERVAL: Final = 2.0  # seconds between two writes of the same findings
 _CALM_INTERVAL: Final = 5.0  # where nothing is wrong
 _JOURNAL_INTERVAL: Final = 10.0
+_ABOUT_INTERVAL: Final = 60.0
 _BYTES_A_SECOND: Final = 500  # of each file
 _MAX_FINDINGS: Final = 20
 _GRACE: Final = 6.0  # seconds that findings are believed beyond their next write
@@ -42,9 +43,14 @@ class Watching:
     """What the one process keeps that watches all: memory, the servers' views, what it said."""
 
     def __init__(
-        self, databases: Mapping[str, Any], shelf: Shelf | None, blockers: bool, queries: bool
+        self,
+        databases: Mapping[str, Any],
+        shelf: Shelf | None,
+        blockers: bool,
+        queries: bool,
+        settings: Mapping[str, Any],
     ) -> None:
-        self._shelf = shelf
+        self._shelf, self._settings = shelf, settings
         self._watcher, self._reporter = Watcher(), Reporter()
         self._usage, self._episodes = Usage(), Episodes()
         self._inspectors = {
@@ -147,6 +153,11 @@ class Watching:
             "deaths": self._deaths,
         }
         self._write("journal", None, self._interval("journal", _JOURNAL_INTERVAL), now)
+        views = self._views()
+        servers = {name: view.about() for name, view in views.items() if view.facts}
+        self.said["about"] = {"settings": self._settings, "servers": servers}
+        known = {name: view.time for name, view in views.items()}
+        self._write("about", known, self._interval("about", _ABOUT_INTERVAL), now)
 
     def _interval(self, ending: str, least: float) -> float:
         """Return how long to wait between two writes of a file: the larger, the longer."""

@@ -1,0 +1,65 @@
+"""What a reader of `/stats` may ask for, and how much of it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbpool.monitor import INCLUDES, Query
+
+REPORT: dict[str, Any] = {
+    "schema": 2,
+    "history": {"step": 5.0, "until": 1000.0, "pools": {"default": {"in_use": [1, 2, 3, 4]}}, "minute": {}},
+    "journal": [{"time": 990.0, "text": "late"}, {"time": 900.0, "text": "early"}],
+    "endpoints": {"default": [{"endpoint": "a"}, {"endpoint": "b"}]},
+    "workers": {"default": [{"pid": 1}, {"pid": 2}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("since", "steps"),
+    [("", [1, 2, 3, 4]), ("1000", []), ("995", [4]), ("994.9", [4]), ("990.1", [3, 4]), ("1", [1, 2, 3, 4]), ("2000", [])],
+)  # fmt: skip
+def test_of_the_history_only_newer_steps_are_shown(since: str, steps: list[int]) -> None:
+    shown = Query.parse({"since": since}).trim(REPORT)
+    assert shown["history"]["pools"]["default"]["in_use"] == steps
+    assert len(REPORT["history"]["pools"]["default"]["in_use"]) == 4, "the report is as it was"
+
+
+def test_lists_are_cut_and_old_lines_left_out() -> None:
+    shown = Query.parse({"limit": "1"}).trim(REPORT)
+    assert [line["text"] for line in shown["journal"]] == ["late"]
+    assert shown["endpoints"] == {"default": [{"endpoint": "a"}]}
+    assert shown["workers"] == {"default": [{"pid": 1}]}
+    assert len(Query.parse({"since": "950"}).trim(REPORT)["journal"]) == 1
+    assert Query().trim(REPORT) == REPORT
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"include": "all"}, "include is a list of history"),
+        ({"include": "history,,x"}, "include is"),
+        ({"since": "yesterday"}, "since is Unix time"),
+        ({"since": "nan"}, "since is Unix time"),
+        ({"since": "-1"}, "since is"),
+        ({"limit": "-1"}, "limit is a number"),
+        ({"limit": "1e3"}, "limit is"),
+        ({"limit": "\u0663"}, "limit is"),
+    ],
+)
+def test_what_cannot_be_read_is_an_error_that_names_it(given: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Query.parse(given)
+
+
+@given(st.dictionaries(st.sampled_from(["include", "since", "limit"]), st.text(max_size=9)))
+def test_anything_is_read_or_refused_by_a_value_error(given: dict[str, str]) -> None:
+    with suppress(ValueError):
+        query = Query.parse(given)
+        assert set(query.include) <= set(INCLUDES)
+        assert query.trim(REPORT)["schema"] == 2
