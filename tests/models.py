@@ -32,12 +32,9 @@ class State:
         self.pool: Any = Pool(
             connection_class=FakeConnection, kwargs={"host": "nowhere"}, min_size=0, max_size=size
         )
-        seams = {
-            "run_task": self.tasks.put,
-            "schedule_task": lambda task, delay: None,
-        }
-        vars(self.pool).update(seams)
-        vars(self.pool._threads)["start"] = lambda pool: None
+        vars(self.pool._store)["jobs"] = self.tasks
+        seams = {"start": lambda pool: None, "run_later": lambda job, delay: None}
+        vars(self.pool._threads).update(seams)
         self.pool._open()
         if made:
             self.pool.resize(size, size)
@@ -48,8 +45,8 @@ class State:
 
     def work(self) -> None:
         """Be a worker until told to stop."""
-        while (task := self.tasks.get()) is not None:
-            task.run()
+        while (job := self.tasks.get()) is not None:
+            job(self.pool)
 
     def take(self, timeout: float | None = None) -> Any:
         conn = self.pool.getconn(timeout)

@@ -43,13 +43,10 @@ PUBLIC = {
     "putconn": "self, conn",
     "resize": "self, min_size, max_size",
     "wait": "self, timeout",
-    "worker": "q",
 }
 CALLED = {
     "_check_size": "self, min_size, max_size",
     "reconnect_failed": "self",
-    "run_task": "self, task",
-    "schedule_task": "self, task, delay",
 }
 PROPERTIES = {"closed", "max_size", "min_size"}
 # Methods of the parent that ours never reach, since what calls them is overridden.
@@ -80,12 +77,15 @@ REPLACED = {
     "_signal_stop_worker",
     "_start_initial_tasks",
     "_start_workers",
+    "run_task",
+    "schedule_task",
+    "worker",
 }
 INHERITED = {"__enter__", "__exit__", "check_connection"}
 OURS_AS_WELL = {"__repr__", "_open"}
 
 # The protected members of psycopg_pool that are read, called or set, all of them in `_seam`.
-PROTECTED = {"_check", "_check_size", "_configure", "_lock", "_reset", "_sched", "_tasks"}
+PROTECTED = {"_check", "_check_size", "_configure", "_lock", "_reset"}
 
 
 def _parameters(function: Any) -> str:
@@ -126,8 +126,6 @@ def test_the_parents_state_is_as_assumed() -> None:
     pool: ConnectionPool = ConnectionPool("", open=False, min_size=2)
     assert pool._lock is not None
     assert (pool._check, pool._configure, pool._reset) == (None, None, None)
-    assert "self._tasks.put_nowait(task)" in inspect.getsource(ConnectionPool.run_task)
-    assert "self._sched.enter(delay, task.tick)" in inspect.getsource(ConnectionPool.schedule_task)
 
 
 def _private_names(path: Path, *holders: str) -> set[str]:

@@ -17,8 +17,7 @@ from psycopg_pool import ConnectionPool
 
 # By class: attributes, and methods with the parameters that they are called with.
 NEEDED: Final[dict[type, str]] = {
-    ConnectionPool: "_lock _tasks _sched _configure _check _reset"
-    " _check_size(min_size,max_size) run_task(task) schedule_task(task,delay) worker(q)"
+    ConnectionPool: "_lock _configure _check _reset _check_size(min_size,max_size)"
     " reconnect_failed() check_connection(conn)",
     Connection: "_autocommit _isolation_level _read_only _deferrable _begin_statement _tpc"
     " _pipeline _prepared _adapters _notice_handlers _notify_handlers _notifies_backlog"
@@ -36,7 +35,6 @@ MODULES: Final = {
     "psycopg.generators": "execute fetch send",
     "psycopg.errors": "error_from_result",
     "psycopg._preparing": "Prepare",
-    "psycopg_pool.pool": "MaintenanceTask StopWorker",
     "psycopg_pool.sched": "Scheduler",
 }
 

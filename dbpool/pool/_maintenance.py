@@ -106,7 +106,7 @@ class Maintenance:
         is_due = now >= self._standby_due and not self.store.breaker.is_failing
         if is_due and any(self._on_primary(record) for record in list(self.store.bag.records)):
             self._standby_due = now + _MOVED_INTERVAL
-            pool._threads.run(lambda pool: pool._maintenance.return_to_standby(pool))
+            pool._threads.jobs.put(lambda pool: pool._maintenance.return_to_standby(pool))
 
     def return_to_standby(self, pool: PoolBase[Any]) -> None:
         """Replace the connections to a primary if a new one would be to a standby."""

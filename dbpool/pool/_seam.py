@@ -25,7 +25,7 @@ from dbpool.pool import _fork, _rules
 from dbpool.pool._connector import Connector
 from dbpool.pool._lending import finish
 from dbpool.pool._maintenance import MAX_INTERVAL, MIN_INTERVAL, Maintenance
-from dbpool.pool._notices import Notices, logger
+from dbpool.pool._notices import Notices
 from dbpool.pool._store import Store
 from dbpool.pool._supply import Supply, Workers
 from dbpool.retry import Budget
@@ -58,9 +58,10 @@ class PoolBase(ConnectionPool[CT]):
         """Make all parts anew, as in a new process."""
         settings = self.settings
         self._threads = Workers(self)
-        self._tasks, self._sched = self._threads.tasks, self._threads.scheduler
         self._notices = Notices(self.name, self.listeners)
-        self._store = Store(self.name, sizes, settings.outage_grace, self.listeners, self._threads)
+        self._store = Store(
+            self.name, sizes, settings.outage_grace, self.listeners, self._threads.jobs
+        )
         self._lock = self._store.lock
         connector = Connector(settings, self._notices.warn_once)
         self._supply = Supply(self._store, connector, self._notices)
@@ -218,7 +219,7 @@ class PoolBase(ConnectionPool[CT]):
         store = self._store
         if not store.was_opened:  # its opening was given up
             return
-        store.heal(close_returns=self.close_returns, has_idle_workers=self._threads.tasks.empty())
+        store.heal(close_returns=self.close_returns, has_idle_workers=self._threads.jobs.empty())
         if store.is_open:
             self._threads.start(self)
         else:
@@ -267,17 +268,6 @@ class PoolBase(ConnectionPool[CT]):
         self._lazy = self._lazy or store.was_opened
         self._build((store.min_size, store.max_size))
         self._store.was_opened = is_stopped
-
-    # Tasks and threads
-
-    @classmethod
-    def worker(cls, q: Any) -> None:
-        """Run maintenance tasks from *q* until told to stop, whatever a user's callback raises."""
-        while True:
-            try:
-                return super().worker(q)
-            except BaseException as ex:  # noqa: BLE001  # SystemExit of a callback, say
-                logger.warning("a maintenance task failed: %s", type(ex).__name__)
 
     def __del__(self) -> None:
         # Nobody waits for the threads here: this may be one of them, or the process's end.

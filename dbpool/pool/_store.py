@@ -19,7 +19,7 @@ from dbpool.pool._bag import Bag, Waiter, WaitQueue
 from dbpool.pool._notices import Notices
 
 if TYPE_CHECKING:
-    from dbpool.pool._supply import Job, Workers
+    from dbpool.pool._supply import Job, Jobs
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,12 +46,12 @@ class Store:
     """
 
     def __init__(
-        self, name: str, sizes: tuple[int, int], grace: float, listeners: Emitter, workers: Workers
+        self, name: str, sizes: tuple[int, int], grace: float, listeners: Emitter, jobs: Jobs
     ) -> None:
         self.lock = threading.RLock()  # a garbage collection inside may come back in
         self.name = name
         self.min_size, self.max_size = sizes
-        self.workers = workers
+        self.jobs = jobs  # for the workers
         self.is_open = self.was_opened = False
         self.metrics = Metrics()
         self.listeners = listeners
@@ -156,7 +156,7 @@ class Store:
         """Have a worker do *job*, which has the connection; false in a closed pool."""
         if self.is_open:  # workers that are told to stop do it first
             record.owner = ref(job)
-            self.workers.run(job)
+            self.jobs.put(job)
         return self.is_open
 
     def hand_over_or_store(self, conn: Any, *, is_fresh: bool) -> None:
@@ -200,7 +200,7 @@ class Store:
 
     def flush_later(self) -> None:
         """Have a worker close and log what may not be done under the lock or by a caller."""
-        self.workers.run(lambda pool: pool._supply.flush())
+        self.jobs.put(lambda pool: pool._supply.flush())
 
     # Connecting
 
@@ -219,7 +219,7 @@ class Store:
     @locked
     def enqueue(self, attempt: Attempt) -> None:
         """Have a worker make that attempt; twice does no harm."""
-        self.workers.run(lambda pool: pool._supply.connect(pool, attempt))
+        self.jobs.put(lambda pool: pool._supply.connect(pool, attempt))
 
     may_begin = locked(_rules.may_begin)
     begin = locked(_rules.begin)

@@ -8,13 +8,10 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from time import monotonic
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
 import psycopg
-from psycopg_pool import ConnectionPool
-from psycopg_pool.pool import MaintenanceTask, StopWorker
 from psycopg_pool.sched import Scheduler
 
 from dbpool._threads import run_in_thread
@@ -36,52 +33,40 @@ _LOGIN_FAILING: Final = "login has been failing"  # says a pooler that cannot re
 _MIN_OVERDUE_INTERVAL: Final = 0.1  # seconds between two looks at an attempt without an answer
 
 
-Job = Callable[[Any], None]  # of a worker, called with the pool
-
-
-class Call(MaintenanceTask):
-    """Calls *fn* with the pool, if that still lives, in a worker or when due in the scheduler.
-
-    Runs once, also on a closed pool: it may have to close a connection.
-    """
-
-    def __init__(self, pool: ConnectionPool[Any], fn: Job) -> None:
-        super().__init__(pool)
-        self._fn: Job | None = fn
-
-    def run(self) -> None:
-        """Run in a worker, whether the pool is open or not."""
-        if (pool := self.pool()) is not None:
-            self._run(pool)
-
-    tick = run  # in the scheduler's thread: for what is short and must not queue
-
-    def _run(self, pool: ConnectionPool[Any]) -> None:
-        fn, self._fn = self._fn, None  # a worker keeps its last task until there is another
-        if fn is not None:
-            fn(pool)
+Job = Callable[[Any], None]  # called with the pool
+Jobs = queue.SimpleQueue[Job | None]  # None ends a worker
 
 
 class Workers:
-    """The threads of a pool: the scheduler, and workers that take tasks from a queue."""
+    """The threads of a pool: the scheduler, and workers that do jobs from a queue.
 
-    def __init__(self, pool: ConnectionPool[Any]) -> None:
-        self.tasks: Any = queue.SimpleQueue()  # made in C, unlike the parent's
+    They have the pool weakly, so that it dies while they run. In a closed pool they do first what
+    was queued before: it may be to close a connection.
+    """
+
+    def __init__(self, pool: PoolBase[Any]) -> None:
+        self.jobs: Jobs = queue.SimpleQueue()
         self.scheduler = Scheduler()
         self.threads: list[threading.Thread] = []
         self.starting = threading.RLock()  # held while the threads are started or stopped
-        self._pool = ref(pool)  # weakly: it dies while they run
-        self._name, self._worker = pool.name, pool.worker
-
-    def run(self, job: Job) -> None:
-        """Have a worker do *job*."""
-        if (pool := self._pool()) is not None:
-            pool.run_task(Call(pool, job))
+        self._pool, self._name = ref(pool), pool.name
 
     def run_later(self, job: Job, delay: float) -> None:
         """Have the scheduler do *job*, which must be short, in *delay* seconds."""
-        if (pool := self._pool()) is not None:
-            pool.schedule_task(Call(pool, job), delay)
+        self.scheduler.enter(delay, partial(self._do, job))
+
+    def _do(self, job: Job) -> None:
+        try:
+            if (pool := self._pool()) is not None:
+                job(pool)
+        except BaseException as ex:  # noqa: BLE001  # SystemExit of a callback, say
+            logger.warning("a maintenance task failed: %s", type(ex).__name__)
+
+    def _work(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            self._do(job)
+            del job  # it may hold a connection
+        self.scheduler.enter(0.0, None)  # which ends it
 
     def start(self, pool: PoolBase[Any]) -> None:
         """Start the scheduler and the workers, unless they run or the pool is closed."""
@@ -95,9 +80,8 @@ class Workers:
 
     def _start(self, number: int) -> None:
         self.threads = []
-        targets: list[Any] = [self.scheduler.run, *[partial(self._worker, self.tasks)] * number]
-        names = ["scheduler", *(f"worker-{n}" for n in range(number))]
-        for target, name in zip(targets, names, strict=True):
+        for n, target in enumerate([self.scheduler.run, *[self._work] * number]):
+            name = f"worker-{n - 1}" if n else "scheduler"
             thread = threading.Thread(target=target, name=f"{self._name}-{name}", daemon=True)
             thread.start()
             self.threads.append(thread)
@@ -106,14 +90,11 @@ class Workers:
         """Have the threads end; return them. To be called again if it was interrupted."""
         with self.starting:
             threads = self.threads
-            if threads:
-                # What wakes the scheduler is an Event: a worker does that, where there is one.
-                stop: Any = SimpleNamespace(run=partial(self.scheduler.enter, 0.0, None))
-                give: Any = self.tasks.put if threads[1:] else lambda task: task.run()
-                give(stop)
-                for _ in threads[1:]:
-                    self.tasks.put(StopWorker(self))  # type: ignore[arg-type]
-                self.threads = []
+            for _ in threads[1:]:
+                self.jobs.put(None)
+            if len(threads) == 1:  # else a worker does it: what wakes the scheduler is an Event
+                self.scheduler.enter(0.0, None)
+            self.threads = []
             return threads
 
 
@@ -152,7 +133,7 @@ class Supply:
         self.notices.connected(seconds)
         troubles = metrics.dead + metrics.connect_failures
         if self.connector.server_defaults.is_due(pool.max_lifetime, troubles):
-            pool._threads.run(lambda pool: pool._supply.check_server_defaults(pool))
+            pool._threads.jobs.put(lambda pool: pool._supply.check_server_defaults(pool))
 
     def _failed(self, pool: PoolBase[Any], attempt: Attempt, started: float, why: Failure) -> None:
         store, breaker, kind = self.store, self.store.breaker, why.kind

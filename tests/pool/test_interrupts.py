@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,15 +228,15 @@ def test_one_whose_time_is_over_loses_nothing() -> None:
 def test_growth_whose_task_was_never_queued_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make(min_size=0)
     pool.open()
-    queue, asked = pool.run_task, []
+    jobs: list[Any] = []
 
-    def run_task(task: Any) -> None:
-        asked.append(task)
-        if len(asked) == 1:
+    def put(job: Any) -> None:
+        jobs.append(job)
+        if len(jobs) == 1:
             raise Interrupt
-        queue(task)
+        pool._threads.jobs.put(job)
 
-    monkeypatch.setattr(pool, "run_task", run_task)
+    monkeypatch.setattr(pool._store, "jobs", SimpleNamespace(put=put))
     with pytest.raises(Interrupt):
         pool.getconn()
     assert_whole(pool)

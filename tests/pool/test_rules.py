@@ -6,6 +6,7 @@ After every step nothing is lost, the order is kept, and the sizes add up.
 from __future__ import annotations
 
 import gc
+from queue import SimpleQueue
 from typing import Any
 from weakref import ref
 
@@ -27,21 +28,10 @@ from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord, Owner, current
 from dbpool.pool._bag import Waiter
 from dbpool.pool._store import Store
-from dbpool.pool._supply import Workers
 from tests.clock import Clock
 
 GRACE = 2.0
 KINDS = ["refused", "password", "saturated", "timeout"]
-
-
-class NoWorkers(Workers):
-    """What would be done in a worker is done by a rule."""
-
-    def __init__(self) -> None:
-        pass
-
-    def run(self, job: object) -> None:
-        pass
 
 
 class Session:
@@ -75,7 +65,9 @@ class Pools(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.store = Store("rules", (1, 3), GRACE, Emitter(), NoWorkers())
+        self.store = Store(
+            "rules", (1, 3), GRACE, Emitter(), SimpleQueue()
+        )  # what a worker would do a rule does
         self.store.breaker.clock = self.clock
         self.store.open()
         self.waiting: list[Caller] = []  # in the order in which they came
