@@ -13,8 +13,7 @@ from statistics import median
 from bench._report import Cell, Table
 from dbpool import Databases, Settings
 from dbpool.health import Health
-from dbpool.holders import Holder
-from dbpool.metrics import Metrics
+from dbpool.metrics import Holder, Metrics
 from dbpool.processes import Processes
 from dbpool.processes._files import start_time
 from tests.postgres import served

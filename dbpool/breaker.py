@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from dbpool.errors import SATURATED, describe, is_permanent
+from dbpool import errors
+from dbpool.errors import SATURATED, DatabaseUnavailable, PoolError, describe, is_permanent
+from dbpool.metrics import BreakerSnapshot, Snapshot
 from dbpool.retry import delays
 
 CLOSED: Final = "closed"
@@ -216,6 +218,55 @@ class Breaker:
             return None
         seconds, self._opened_at, self._failing_since = self.failing_for, None, self.last_alive_at
         return seconds
+
+    def snapshot(self) -> BreakerSnapshot:
+        """Return its state, as views show it."""
+        kind = self.kind if self.is_failing else None
+        return BreakerSnapshot(self.state, self.since, self.last_error, self.retry_after, kind)
+
+    def unavailable(
+        self, pool: str, now: Snapshot, cause: BaseException | None = None, answered_at: float = 0.0
+    ) -> DatabaseUnavailable:
+        """Build the error of a caller; a *cause* counts instead of the last failed connect.
+
+        *answered_at* is when the server answered last, 0 if that does not matter. Without a failed
+        connect the cause is "no answer".
+        """
+        seconds, kind, reason = self.failing_for, self.kind, self.error
+        text = self.last_error or "none was made in time"
+        silent_since = min(self.pending(), default=answered_at)
+        if cause is not None:
+            kind, reason = errors.classify(cause), errors.sanitize(cause)
+            text = describe(reason)
+        elif reason is None and silent_since:
+            seconds, kind = self.clock() - silent_since, "timeout"
+            reason = errors.no_answer(seconds)
+            text = str(reason)
+        cls = errors.DatabaseMisconfigured if is_permanent(kind) else DatabaseUnavailable
+        span = f" for {seconds:.1f} s" if seconds >= 0.1 else ""
+        shown = "" if kind == "unknown" else f" ({kind})"
+        error = cls(
+            f"pool {pool!r}: no connection to the database{span}{shown}: {text}",
+            pool=pool, snapshot=now, kind=kind, since=time.time() - seconds,
+            retry_after=self.retry_after or 0.0,
+        )  # fmt: skip
+        error.__cause__ = reason
+        return error
+
+    def timed_out(
+        self, pool: str, now: Snapshot, seconds: float, held: int, suspicion: str
+    ) -> PoolError:
+        """Build the error of a caller who waited *seconds*; the others are as for `exhausted`.
+
+        PoolExhausted only if every connection is checked out and making one does not fail, else
+        DatabaseUnavailable.
+        """
+        if self.is_failing or now.connecting or now.active < now.max_size:
+            return self.unavailable(pool, now)
+        if not now.holders and self.last_alive_at < self.clock() - seconds:
+            # All connections are being asked whether they are alive, and none has answered.
+            return self.unavailable(pool, now, answered_at=self.last_alive_at)
+        return errors.exhausted(pool, now, seconds, held, suspicion)
 
     def report_failure(self, after: float) -> bool:
         """Return true once until a connect succeeds, when they have failed for *after* seconds.

@@ -9,15 +9,13 @@ import re
 from collections.abc import Collection
 from contextlib import suppress
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import psycopg
 from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 
 from dbpool._secrets import mask, printable, secrets_of
-
-if TYPE_CHECKING:
-    from dbpool.metrics import Snapshot
+from dbpool.metrics import Snapshot, group
 
 __all__ = [
     "CommitUncertain", "ConfigError", "DatabaseMisconfigured", "DatabaseUnavailable", "FailureKind",
@@ -116,12 +114,12 @@ class PoolError(_Coded, psycopg.OperationalError):
     instance. It can be pickled; the chained cause is not part of the pickle.
     """
 
-    def __init__(
-        self, message: str = "", *, pool: str = "", snapshot: Snapshot | None = None
-    ) -> None:
+    pool: str = ""
+    snapshot: Snapshot | None = None
+
+    def __init__(self, message: str = "", **attributes: Any) -> None:
         super().__init__(message)
-        self.pool = pool
-        self.snapshot = snapshot
+        vars(self).update(attributes)
 
 
 class PoolExhausted(PoolError, PoolTimeout):
@@ -141,21 +139,9 @@ class DatabaseUnavailable(PoolError, PoolTimeout):
     """
 
     code = "DBE02"
-
-    def __init__(
-        self,
-        message: str = "",
-        *,
-        pool: str = "",
-        snapshot: Snapshot | None = None,
-        kind: str = FailureKind.UNKNOWN,
-        since: float = 0.0,
-        retry_after: float = 0.0,
-    ) -> None:
-        super().__init__(message, pool=pool, snapshot=snapshot)
-        self.kind = kind
-        self.since = since
-        self.retry_after = retry_after
+    kind: str = FailureKind.UNKNOWN
+    since: float = 0.0
+    retry_after: float = 0.0
 
 
 class DatabaseMisconfigured(DatabaseUnavailable):
@@ -175,6 +161,41 @@ class CommitUncertain(PoolError):
 
 for _cls in (ConfigError, PoolError, *PoolError.__subclasses__(), DatabaseMisconfigured):
     _cls.__module__ = "dbpool"  # the path that users import them from, for tracebacks and pickles
+
+
+def closed(pool: str, was_opened: bool) -> PoolClosed:
+    """Build the error of a checkout from a pool that is closed, or not open yet."""
+    state = "already closed" if was_opened else "not open yet"
+    return PoolClosed(f"the pool {pool!r} is {state} [DBE06]")
+
+
+def too_many(pool: str, now: Snapshot, max_waiting: int) -> TooManyRequests:
+    """Build the error of a caller who may not wait beside the others."""
+    text = f"pool {pool!r}: {now.waiting} waiting already, max_waiting is {max_waiting};"
+    return TooManyRequests(f"{text} {now.active} of {now.max_size} connections checked out [DBE05]")
+
+
+def exhausted(pool: str, now: Snapshot, seconds: float, held: int, suspicion: str) -> PoolExhausted:
+    """Build the error of a caller who waited *seconds*, and itself has *held* connections.
+
+    *suspicion* says what may keep the holders, if anything is known.
+    """
+    nested = (
+        f"; nested: this thread itself holds {held}, and n threads that hold {held + 1} at once"
+        f" need a max_size of at least n * {held} + 1"
+    )
+    text = (
+        f"pool {pool!r}: no connection within {seconds:.2f} s: {now.active} of {now.max_size}"
+        f" checked out, {now.idle} idle, {now.waiting - 1} more waiting; held longest:"
+        f" {group(now.holders) or 'unknown'}{nested if held else suspicion}"
+    )
+    return PoolExhausted(text, pool=pool, snapshot=now)
+
+
+def no_answer(seconds: float) -> psycopg.OperationalError:
+    """Build the error of a server that has been silent for that time."""
+    span = f"for {seconds:.1f} s" if seconds >= 0.1 else "yet"
+    return psycopg.errors.ConnectionTimeout(f"no answer from the server {span}")
 
 
 def classify(exc: BaseException) -> FailureKind:

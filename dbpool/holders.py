@@ -11,22 +11,16 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePath
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, Final
 
 from dbpool._secrets import printable
-from dbpool.metrics import HolderSnapshot
 
-Holder = HolderSnapshot
-
-_MAX_HOLDERS = 20  # in one description
-# By psycopg's TransactionStatus.
-_STATUS = ["idle", "query", "idle in transaction", "idle in transaction (aborted)", "unknown"]
 _MAX_LOGGED = 5  # frames of the application's
 _MAX_DEPTH = 100  # frames of a stack that are examined
 _MAX_FILES = 4096  # file names that are remembered
@@ -43,6 +37,9 @@ application_files: set[str] = set()
 
 class Owner:
     """One step of a thread that has a connection in transit: once it is gone, so is the step."""
+
+
+NOBODY: Final[weakref.ref[Any]] = weakref.ref(Owner())  # that of what is gone already
 
 
 class ThreadInfo:
@@ -93,7 +90,7 @@ class ConnectionRecord:
     is_reported: bool = False  # as held for too long
     read_write: bool = False  # whether the conninfo asked for a server that can write
     prefers_standby: bool = False
-    ref: weakref.ref[Any] | None = None
+    ref: weakref.ref[Any] = NOBODY  # to the connection, until it is collected or forgotten
     owner: weakref.ref[Any] | None = None
     created_at: float = 0.0
     expires_at: float = 0.0
@@ -106,14 +103,9 @@ class ConnectionRecord:
     cursor: Any = None  # kept from one `fetch_*` to the next
 
     @property
-    def conn(self) -> Any:
-        """The connection, None if it was collected or is forgotten."""
-        return None if self.ref is None else self.ref()
-
-    @property
     def is_open(self) -> bool:
         """Whether `fd` is still the connection's: once closed, it may be anything's."""
-        return (conn := self.conn) is not None and not conn.closed
+        return (conn := self.ref()) is not None and not conn.closed
 
     def where(self) -> str:
         """Return where the holder asked for it, as `app/views.py:41 list_orders`."""
@@ -128,47 +120,6 @@ def _where(code: CodeType, lasti: int) -> str:
 
 def _shortened(code: CodeType) -> str:
     return "/".join(PurePath(code.co_filename).parts[-2:])
-
-
-def describe(
-    records: Iterable[ConnectionRecord], now: float, waiting: Collection[ThreadInfo] = ()
-) -> tuple[Holder, ...]:
-    """Describe who holds the connections of *records*, longest first, at most 20.
-
-    *waiting* are the threads that wait for one.
-    """
-    held = sorted((r for r in records if r.since and r.thread), key=lambda r: r.since)
-    return tuple(
-        Holder(
-            thread=printable(thread.name()),
-            seconds=now - record.since,
-            where=record.where(),
-            endpoint=thread.endpoint and printable(thread.endpoint),
-            waits=thread in waiting,
-            **_session_of(record),
-        )
-        for record in held[:_MAX_HOLDERS]
-        if (thread := record.thread) is not None
-    )
-
-
-def _session_of(record: ConnectionRecord) -> dict[str, Any]:
-    """Return the backend's pid and what it does, as libpq knows without asking."""
-    conn = record.conn if record.is_open else None  # it may be closed at any moment
-    if conn is None:
-        return {}
-    return {"pid": record.backend_pid, "status": _STATUS[conn.pgconn.transaction_status]}
-
-
-def group(held: Iterable[Holder]) -> str:
-    """Return on one line who holds connections, those of one place together; five at most."""
-    places: dict[str, list[Holder]] = {}
-    for holder in held:
-        places.setdefault(holder.where, []).append(holder)
-    return "; ".join(
-        f"{first.thread}{f' and {len(others)} more' if others else ''} {first.seconds:.1f} s at {where}"
-        for where, (first, *others) in list(places.items())[:5]
-    )
 
 
 def caller(frame: FrameType) -> FrameType:

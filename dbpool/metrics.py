@@ -1,4 +1,4 @@
-"""Counters and histograms of one pool, exact and of constant size, and snapshots of them.
+"""Counters and histograms of one pool, exact and of constant size; snapshots of them and of holders.
 
 Nothing here takes a lock: a pool changes its metrics while it holds its own.
 """
@@ -6,11 +6,16 @@ Nothing here takes a lock: a pool changes its metrics while it holds its own.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from itertools import accumulate
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from dbpool._secrets import printable
+
+if TYPE_CHECKING:
+    from dbpool.holders import ConnectionRecord, ThreadInfo
 
 # Upper bounds in seconds, eight to a decade from 1 us to 1000 s; a last bucket holds what is
 # longer. The error of a quantile is a third at most.
@@ -19,6 +24,16 @@ BUCKETS: Final = len(BOUNDS) + 1
 
 REASONS: Final = ("dead", "expired", "broken", "idle", "collected")  # to evict a connection
 TIMES: Final = ("wait", "use", "connect")
+_PARENT_SIZES: Final = ("pool_min", "pool_max", "pool_size", "pool_available", "requests_waiting")
+_MAX_HOLDERS: Final = 20  # in one description
+# By psycopg's TransactionStatus.
+_STATUS: Final = (
+    "idle",
+    "query",
+    "idle in transaction",
+    "idle in transaction (aborted)",
+    "unknown",
+)
 SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", "max_size")
 
 
@@ -161,6 +176,50 @@ class HolderSnapshot:
     waits: bool = False
 
 
+Holder = HolderSnapshot
+
+
+def describe(
+    records: Iterable[ConnectionRecord], now: float, waiting: Collection[ThreadInfo] = ()
+) -> tuple[Holder, ...]:
+    """Describe who holds the connections of *records*, longest first, at most 20.
+
+    *waiting* are the threads that wait for one.
+    """
+    held = sorted((r for r in records if r.since and r.thread), key=lambda r: r.since)
+    return tuple(
+        Holder(
+            thread=printable(thread.name()),
+            seconds=now - record.since,
+            where=record.where(),
+            endpoint=thread.endpoint and printable(thread.endpoint),
+            waits=thread in waiting,
+            **_session_of(record),
+        )
+        for record in held[:_MAX_HOLDERS]
+        if (thread := record.thread) is not None
+    )
+
+
+def _session_of(record: ConnectionRecord) -> dict[str, Any]:
+    """Return the backend's pid and what it does, as libpq knows without asking."""
+    conn = record.ref() if record.is_open else None  # it may be closed at any moment
+    if conn is None:
+        return {}
+    return {"pid": record.backend_pid, "status": _STATUS[conn.pgconn.transaction_status]}
+
+
+def group(held: Iterable[Holder]) -> str:
+    """Return on one line who holds connections, those of one place together; five at most."""
+    places: dict[str, list[Holder]] = {}
+    for holder in held:
+        places.setdefault(holder.where, []).append(holder)
+    return "; ".join(
+        f"{first.thread}{f' and {len(others)} more' if others else ''} {first.seconds:.1f} s at {where}"
+        for where, (first, *others) in list(places.items())[:5]
+    )
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A pool at one moment, or the pools of one name in several processes, merged.
@@ -211,6 +270,8 @@ class Metrics:
         self.dead = self.expired = self.broken = self.idle = self.collected = 0
         self.retries = self.leaks = self.held_long = self.returned_late = self.circuit_opened = 0
         self.wait, self.use, self.connect = Histogram(), Histogram(), Histogram()
+        self.queued, self.timed_out_seconds = 0, 0.0
+        self._popped: dict[str, int] = {}
 
     def count(self, counter: str) -> None:
         """Add one to a counter."""
@@ -240,3 +301,27 @@ class Metrics:
             connect=self.connect.snapshot(),
             **rest,
         )
+
+    def parent_stats(
+        self, pending: Sequence[float], sizes: tuple[int, ...], *, pop: bool
+    ) -> dict[str, int]:
+        """Return psycopg_pool's statistics: *sizes*, and what was counted since the last *pop*."""
+        self.count_finished()
+        failed, before = self.timeouts + self.rejected, self._popped
+        wait = self.wait.sum_ns / 1e9 + sum(pending) + self.timed_out_seconds
+        totals = {
+            "requests_num": self.checkouts + len(pending) + failed,
+            "requests_queued": self.queued,
+            "requests_wait_ms": int(1000.0 * wait),
+            "requests_errors": failed,
+            "usage_ms": self.use.sum_ns // 1_000_000,
+            "returns_bad": self.broken,
+            "connections_num": self.connects + self.connect_failures,
+            "connections_ms": self.connect.sum_ns // 1_000_000,
+            "connections_errors": self.connect_failures,
+            "connections_lost": self.dead,
+        }
+        if pop:
+            self._popped = totals
+        counted = {key: value - before.get(key, 0) for key, value in totals.items()}
+        return counted | dict(zip(_PARENT_SIZES, sizes, strict=True))

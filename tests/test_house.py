@@ -25,7 +25,7 @@ PACKAGE = ROOT / "dbpool"
 
 # A folder is listed as one name, or file by file: then its own name stands for its `__init__`.
 FLOORS = {
-    0: ["_threads", "_secrets", "errors", "liveness", "events", "metrics"],
+    0: ["_threads", "_secrets", "metrics", "errors", "liveness", "events"],
     1: [
         "settings._parsing",
         "settings._sources",
@@ -43,7 +43,6 @@ FLOORS = {
         "pool._fork",
         "pool._notices",
         "pool._bag",
-        "pool._rules",
         "pool._store",
         "pool._connector",
         "pool._supply",
@@ -148,7 +147,7 @@ def test_no_file_is_long(path: Path) -> None:
 
 def test_the_lower_floors_are_small() -> None:
     total = sum(len(code_lines(path)) for path in CORE)
-    assert total < 4194  # to come down to 3,000: what comes in pays with what goes out
+    assert total < 4144  # to come down to 3,000: what comes in pays with what goes out
 
 
 def test_one_class_stands_between_the_parent_and_the_pool() -> None:

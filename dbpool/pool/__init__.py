@@ -7,8 +7,8 @@
 - `_maintenance`: what the watchdog does. `_supply`: the threads of a pool; when to connect and
   retry, what to evict.
 - `_connector`: one attempt to connect, with the server's default timeouts; `_session`: its reset.
-- `_store`: what the lock protects. In it `_bag` the connections and the waiters, `dbpool.breaker`
-  the outage; `_rules` what it decides: connects, the breaker, errors, numbers.
+- `_store`: what the lock protects, and what is decided under it. In it `_bag` the connections and
+  the waiters, `dbpool.breaker` the outage, `dbpool.metrics` the numbers.
 - `_notices`: each happening with its log line and its event.
 - `_psycopg`, `_pipelining`: psycopg's protected members; `_compatible`: what is needed of both.
 - `_fork`: what the pools of a process share.

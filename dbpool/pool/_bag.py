@@ -12,6 +12,7 @@ from contextlib import suppress
 from itertools import takewhile
 from operator import attrgetter
 from os import getpid
+from queue import SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
@@ -19,9 +20,10 @@ from weakref import ref
 import psycopg
 from psycopg import capabilities
 
-from dbpool import events, holders
-from dbpool.holders import ConnectionRecord, Holder, Owner, ThreadInfo, current
-from dbpool.liveness import is_active
+from dbpool import events
+from dbpool.holders import NOBODY, ConnectionRecord, Owner, ThreadInfo, current
+from dbpool.liveness import is_active, is_retransmitting
+from dbpool.metrics import Holder, describe
 from dbpool.pool._psycopg import detach
 
 if TYPE_CHECKING:
@@ -29,10 +31,9 @@ if TYPE_CHECKING:
 
 _MAX_CANCELS: Final = 100  # requests that wait to be sent; beyond them the oldest is dropped
 
-# An owner that is gone: what it has is evicted.
-NOBODY: Final = ref(Owner())
-
 Condition = Callable[[ConnectionRecord], bool]
+Job = Callable[[Any], None]  # of a worker, called with the pool
+Jobs = SimpleQueue[Job | None]  # None ends a worker
 
 
 class Step(Owner):
@@ -80,6 +81,19 @@ class Bag:
         """Return how many are idle or held."""
         return sum(record.owner is None or record.since > 0.0 for record in list(self.records))
 
+    def suspicion(self) -> tuple[str, bool]:
+        """Say what to suspect if none came back for long and statements run on some.
+
+        Returns also whether TCP knows that the network is silent.
+        """
+        held = self.held()
+        if not any(is_active(record.ref()) for record in held):
+            return "", False
+        silent = sum(is_retransmitting(record.fd) for record in held if record.is_open)
+        sockets = f": {silent} of {len(held)} sockets wait for acknowledgements" if silent else ""
+        text = f"; none came back in that time: slow statements or a silent network{sockets}"
+        return text, bool(silent)
+
     def store(self, conn: Any) -> None:
         """Make a connection idle."""
         detach(conn)
@@ -89,10 +103,10 @@ class Bag:
 
     def forget(self, record: ConnectionRecord) -> None:
         """Forget a connection, and have it closed."""
-        if (conn := record.conn) is not None:
+        if (conn := record.ref()) is not None:
             self.to_close.append(conn)
         self.records.discard(record)
-        record.since, record.ref, record.owner = 0.0, None, None  # its collection means nothing now
+        record.since, record.ref, record.owner = 0.0, NOBODY, None  # its collection means nothing
 
     def cancel_later(self, conn: Any) -> None:
         """Have the statement cancelled that still runs on a connection, which is closed next.
@@ -245,7 +259,7 @@ def reap(store: Store, record: ConnectionRecord, reason: str) -> None:
     if record.since:
         store.metrics.finished += [(record.wait, monotonic() - record.since)]
     record.since, record.is_reaped, record.owner = 0.0, True, NOBODY
-    if (conn := record.conn) is not None:
+    if (conn := record.ref()) is not None:
         store.bag.cancel_later(conn)
     evict(store, record, reason)
 
@@ -253,7 +267,7 @@ def reap(store: Store, record: ConnectionRecord, reason: str) -> None:
 def reap_held(store: Store, thread: ThreadInfo, since: float) -> tuple[Holder, ...]:
     """Take from *thread* what it checked out after *since* and still holds; describe it."""
     held = [r for r in store.bag.held() if r.thread is thread and r.since >= since]
-    described = holders.describe(held, monotonic())
+    described = describe(held, monotonic())
     for record in held:
         reap(store, record, "broken")
     store.metrics.leaks += len(held)
@@ -263,8 +277,8 @@ def reap_held(store: Store, thread: ThreadInfo, since: float) -> tuple[Holder, .
 def reap_ownerless(store: Store) -> tuple[Holder, ...]:
     """Evict the connections whose owner is gone; describe those that were held."""
     owners = [(record, record.owner or record.ref) for record in list(store.bag.records)]
-    gone = [record for record, owner in owners if owner is None or owner() is None]
-    described = holders.describe(gone, monotonic())
+    gone = [record for record, owner in owners if owner() is None]
+    described = describe(gone, monotonic())
     for record in gone:
         store.metrics.leaks += bool(record.since)
         reap(store, record, "collected")
@@ -280,7 +294,7 @@ def recover(store: Store, owner: ref[Any], step: ref[Any]) -> list[Any]:
         store.waiting.discard(waiter)
     in_transit = []
     for record in [record for record in list(store.bag.records) if record.owner is owner]:
-        conn = None if record.since else record.conn
+        conn = None if record.since else record.ref()
         if conn is None:  # it is held: its user's code may still have it
             reap(store, record, "broken")
         else:
@@ -316,7 +330,7 @@ def mark_held_long(store: Store, before: float) -> list[tuple[ThreadInfo | None,
         record.is_reported = True
     store.metrics.held_long += len(late)
     now = monotonic()
-    return [(r.thread, holder) for r in late for holder in holders.describe([r], now)]
+    return [(r.thread, holder) for r in late for holder in describe([r], now)]
 
 
 def mark_slow(store: Store, before: float) -> list[float]:

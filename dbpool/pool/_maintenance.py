@@ -126,7 +126,7 @@ class Maintenance:
 
         What an idle one says now may be read; of one that is out, what it said at first counts.
         """
-        if not record.prefers_standby or (conn := record.conn) is None:
+        if not record.prefers_standby or (conn := record.ref()) is None:
             return False
         is_idle = record.owner is None and not conn.closed
         standby = conn.pgconn.parameter_status(b"in_hot_standby") if is_idle else record.standby

@@ -20,8 +20,8 @@ from dbpool import events
 from dbpool import holders as _holders
 from dbpool.errors import is_permanent
 from dbpool.events import Emitter
-from dbpool.holders import Holder, ThreadInfo
-from dbpool.metrics import Snapshot
+from dbpool.holders import ThreadInfo
+from dbpool.metrics import Holder, Snapshot, group
 from dbpool.pool import _fork
 
 logger = logging.getLogger("dbpool")
@@ -95,7 +95,7 @@ class Notices:
             self._emit(events.SlowAcquire, seconds)
         text = f"a caller has waited {max(waits):.1f} s for a connection; {snapshot.waiting} wait,"
         text += f" {snapshot.active} of {snapshot.max_size} checked out; held longest:"
-        text += f" {_holders.group(snapshot.holders) or 'unknown'}"
+        text += f" {group(snapshot.holders) or 'unknown'}"
         cause, number = "%d callers waited for long", len(waits)
         self._warn("slow_acquire", cause, text, number, seconds=max(waits))
 

@@ -135,7 +135,7 @@ class Pool(PoolBase[CT]):
             if record is not None and record.since:
                 record.owner = owner  # from here on this step has it
             # Where a tracer wraps connections, what its wrapper holds comes back by `close()`.
-            self._release((record and record.conn) or conn)
+            self._release((record and record.ref()) or conn)
 
     def _acquire(self, timeout: float | None, frame: FrameType, owner: ref[Any]) -> CT:
         """Lend a connection that is alive to the code of *frame*; *owner* is one of its own.

@@ -17,11 +17,11 @@ from psycopg_pool import ConnectionPool, PoolClosed
 from psycopg_pool.abc import CT
 
 from dbpool.breaker import Breaker
-from dbpool.errors import is_permanent
+from dbpool.errors import closed, is_permanent
 from dbpool.events import Emitter
-from dbpool.holders import Holder, Owner, current
-from dbpool.metrics import Snapshot
-from dbpool.pool import _fork, _rules
+from dbpool.holders import Owner, current
+from dbpool.metrics import Holder, Snapshot
+from dbpool.pool import _fork
 from dbpool.pool._connector import Connector
 from dbpool.pool._lending import finish
 from dbpool.pool._maintenance import MAX_INTERVAL, MIN_INTERVAL, Maintenance
@@ -166,10 +166,10 @@ class PoolBase(ConnectionPool[CT]):
         self._open_on_use()
         while self._store.bag.ready() < self.min_size:
             if self.closed:
-                raise _rules.closed(self._store)
+                raise closed(self.name, was_opened=True)
             is_hopeless = self.breaker.is_open and is_permanent(self.breaker.kind)
             if monotonic() >= deadline or is_hopeless:
-                error = self._store.unavailable()
+                error = self.breaker.unavailable(self.name, self.stats())
                 self.close()
                 raise error
             sleep(_WAIT_INTERVAL)  # an interrupted thread might not notify

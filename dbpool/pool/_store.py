@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any
 from weakref import ref
 
+from dbpool import errors
+from dbpool._threads import locked
 from dbpool.breaker import Attempt, Breaker
 from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord
-from dbpool.metrics import Metrics
-from dbpool.pool import _bag, _rules
-from dbpool.pool._bag import Bag, Waiter, WaitQueue
+from dbpool.metrics import SIZES, Metrics, Snapshot, describe
+from dbpool.pool import _bag
+from dbpool.pool._bag import Bag, Job, Jobs, Waiter, WaitQueue
 from dbpool.pool._notices import Notices
-
-if TYPE_CHECKING:
-    from dbpool.pool._supply import Job, Jobs
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def locked(method: F) -> F:
-    """Have a method of the store hold its lock."""
-
-    @wraps(method)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.lock:
-            return method(self, *args, **kwargs)
-
-    return cast("F", step)
 
 
 class Store:
@@ -60,9 +46,6 @@ class Store:
         self.breaker = Breaker(grace)
         self.notices: deque[Callable[[Notices], None]] = deque()
         self.collected: deque[Any] = deque()  # says that a connection was; filled without any lock
-        self.queued = 0
-        self.timed_out_wait_seconds = 0.0
-        self.popped: dict[str, int] = {}  # what `pop_stats` has returned
 
     # What there is
 
@@ -79,9 +62,27 @@ class Store:
             return "down"
         return "up" if self.breaker.last_alive_at else "starting"
 
-    snapshot = locked(_rules.snapshot)
-    parent_stats = locked(_rules.parent_stats)
-    unavailable = locked(_rules.unavailable)
+    @locked
+    def snapshot(self) -> Snapshot:
+        """Return the state, the sizes, the holders, and all counters since opening."""
+        bag, held, counts = self.bag, self.bag.held(), (0, 0, 0)
+        if self.is_open:  # all sizes are 0 after close, whatever is still out
+            counts = bag.out, len(bag.idle), len(self.breaker.attempts)
+        sizes = sum(counts), *counts, len(self.waiting), self.min_size, self.max_size
+        return self.metrics.snapshot(
+            [record.wait for record in held],
+            state=self.state,
+            breaker=self.breaker.snapshot(),
+            holders=describe(held, monotonic(), {w.thread for w in list(self.waiting)}),
+            **dict(zip(SIZES, sizes, strict=True)),
+        )
+
+    @locked
+    def parent_stats(self, *, pop: bool = False) -> dict[str, int]:
+        """Return psycopg_pool's statistics; counts and sums are those since the last *pop*."""
+        pending = [record.wait for record in self.bag.held()]
+        sizes = self.min_size, self.max_size, self.size, len(self.bag.idle), len(self.waiting)
+        return self.metrics.parent_stats(pending, sizes, pop=pop)
 
     @locked
     def count_retry(self) -> None:
@@ -107,7 +108,7 @@ class Store:
         while self.bag.idle:
             self.bag.forget(self.bag.idle[-1]._record)
             self.bag.idle.pop()
-        self.metrics.rejected += self.waiting.reject_all(partial(_rules.closed, self))
+        self.metrics.rejected += self.waiting.reject_all(partial(errors.closed, self.name, True))
         return was_open
 
     # Lending
@@ -120,23 +121,48 @@ class Store:
         if self.collected or (close_returns and self.size >= self.max_size):
             self._reclaim(close_returns=close_returns)
         if not self.is_open:
-            raise _rules.closed(self)
-        if self.breaker.is_failing:
-            _rules.close_if_alive(self)
-            _rules.trip_if_due(self)
-        if self.breaker.is_open:
-            self.metrics.rejected += waiter.reject(self.unavailable())
+            raise errors.closed(self.name, self.was_opened)
+        breaker = self.breaker
+        error: Exception | None = None
+        if breaker.is_failing:
+            self._close_if_alive()
+            self._trip_if_due()
+        if breaker.is_open:
+            error = breaker.unavailable(self.name, self.snapshot())
         elif max_waiting and len(self.waiting) >= max_waiting:
-            self.metrics.rejected += waiter.reject(_rules.too_many(self, max_waiting))
-        else:
-            self.queued += 1
-            self.waiting.append(waiter)
-            # One may have come back meanwhile.
-            if self.bag.idle and not waiter.is_late(self.breaker.clock()):
-                self.hand_over_or_store(self.bag.idle.pop(), is_fresh=False)
-            self.refill()
+            error = errors.too_many(self.name, self.snapshot(), max_waiting)
+        if error is not None:
+            self.metrics.rejected += waiter.reject(error)
+            return
+        self.metrics.queued += 1
+        self.waiting.append(waiter)
+        if self.bag.idle and not waiter.is_late(breaker.clock()):  # one may have come back
+            self.hand_over_or_store(self.bag.idle.pop(), is_fresh=False)
+        self.refill()
 
-    time_out = locked(_rules.time_out)
+    @locked
+    def time_out(self, waiter: Waiter) -> tuple[int, errors.PoolError | None]:
+        """Fail a waiter whose time is over, and those behind it for whom that holds too.
+
+        One snapshot serves all. One that was served this very moment is left alone. Returns how
+        many failed, and the error of one of them.
+        """
+        breaker, now, error, suspicion = self.breaker, self.snapshot(), None, ""
+        moment = breaker.clock()
+        if breaker.last_alive_at < waiter.started:
+            suspicion, is_silent = self.bag.suspicion()
+            if is_silent and breaker.silent_since < breaker.last_alive_at:
+                breaker.silent_since = waiter.started
+        held_by = Counter(record.thread for record in self.bag.held())
+        late = self.waiting.expired(waiter, moment)
+        for each in late:
+            seconds = moment - each.started
+            error = breaker.timed_out(self.name, now, seconds, held_by[each.thread], suspicion)
+            self.waiting.discard(each)
+            self.metrics.timeouts += 1
+            self.metrics.timed_out_seconds += seconds
+            each.fail(error)
+        return len(late), error
 
     # Taking back
 
@@ -221,13 +247,72 @@ class Store:
         """Have a worker make that attempt; twice does no harm."""
         self.jobs.put(lambda pool: pool._supply.connect(pool, attempt))
 
-    may_begin = locked(_rules.may_begin)
-    begin = locked(_rules.begin)
-    connected = locked(_rules.connected)
-    failed = locked(_rules.failed)
-    overdue = locked(_rules.overdue)
+    @locked
+    def may_begin(self, attempt: Attempt) -> bool:
+        """Whether a worker is to make that attempt; if nobody needs it, release its place."""
+        breaker = self.breaker
+        if not self.is_open or attempt.started or attempt not in breaker.attempts:
+            return False  # another worker was quicker
+        # While nothing is there at all, the next caller is to learn at once whether it works.
+        is_missed = not self.bag.records or self.size <= self.min_size or bool(self.waiting)
+        is_excess = self.size > self.max_size
+        return not breaker.release_if_unneeded(attempt, is_missed=is_missed, is_excess=is_excess)
 
-    # Maintaining
+    @locked
+    def connected(self, conn: Any, attempt: Attempt) -> float:
+        """Add a new connection; return how long it took."""
+        seconds = self.breaker.clock() - attempt.started
+        self.bag.records.add(conn._record)
+        if (outage := self.breaker.succeeded(attempt)) is not None:
+            self.notices.append(partial(Notices.back, seconds=outage))
+        self.metrics.connects += 1
+        self.metrics.connect.add(seconds)
+        if self.size > self.max_size:  # it was made smaller meanwhile
+            conn._record.expires_at = 0.0
+        self.hand_over_or_store(conn, is_fresh=True)
+        self.refill()
+        return seconds
+
+    @locked
+    def failed(
+        self, attempt: Attempt, error: BaseException, kind: str, *, awaits_change: bool
+    ) -> bool:
+        """Record a failed attempt; return whether it is to be tried again."""
+        self.metrics.connect_failures += 1
+        if not self.is_open:
+            return False
+        is_retry = self.breaker.failed(attempt, error, kind, awaits_change=awaits_change)
+        self._trip_if_due()
+        return is_retry
+
+    @locked
+    def overdue(self, attempt: Attempt, started: float) -> float | None:
+        """Count an attempt without an answer as failing; return when to look again, in seconds."""
+        breaker = self.breaker
+        is_over = attempt not in breaker.attempts or attempt.started != started
+        if is_over or not self.is_open:
+            return None
+        breaker.overdue(attempt, errors.no_answer(breaker.clock() - started))
+        self._trip_if_due()
+        return max(started, breaker.last_alive_at) + breaker.patience - breaker.clock()
+
+    def _close_if_alive(self) -> None:
+        """Close the breaker if a connection came back healthy since it opened."""
+        if (outage := self.breaker.close_if_alive()) is not None:
+            self.notices.append(partial(Notices.back, seconds=outage))
+            self.flush_later()
+
+    def _trip_if_due(self) -> None:
+        """Open the breaker if it is time to; while it is open, nobody waits."""
+        breaker, bag = self.breaker, self.bag
+        if breaker.trip_if_due(idle=len(bag.idle), out=bag.out):
+            error, kind = breaker.last_error or "", breaker.kind
+            self.notices.append(partial(Notices.down, error=error, kind=kind))
+            self.metrics.circuit_opened += 1
+            self.flush_later()
+        if breaker.is_open and self.waiting:  # one snapshot for all
+            reject = partial(breaker.unavailable, self.name, self.snapshot())
+            self.metrics.rejected += self.waiting.reject_all(reject)
 
     @locked
     def heal(self, *, close_returns: bool, has_idle_workers: bool) -> None:
@@ -236,8 +321,8 @@ class Store:
             self.close()
         self._reclaim(close_returns=close_returns)
         if self.breaker.start_interval():
-            _rules.close_if_alive(self)
-        _rules.trip_if_due(self)
+            self._close_if_alive()
+        self._trip_if_due()
         _bag.trim(self)
         if has_idle_workers:
             for attempt in self.breaker.interrupted():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
 from time import monotonic
@@ -20,6 +20,7 @@ from dbpool.errors import SATURATED, DatabaseUnavailable, is_permanent
 from dbpool.holders import ConnectionRecord
 from dbpool.liveness import PingTimeout, closed_by_peer
 from dbpool.pool import _fork
+from dbpool.pool._bag import Job, Jobs
 from dbpool.pool._connector import Connector, Failure
 from dbpool.pool._notices import Notices, logger
 from dbpool.pool._psycopg import close, ping_unmarked
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
 _CHANGE_INTERVAL: Final = 1.0  # seconds between two looks at a conninfo that was refused
 _LOGIN_FAILING: Final = "login has been failing"  # says a pooler that cannot reach the server
 _MIN_OVERDUE_INTERVAL: Final = 0.1  # seconds between two looks at an attempt without an answer
-
-
-Job = Callable[[Any], None]  # called with the pool
-Jobs = queue.SimpleQueue[Job | None]  # None ends a worker
 
 
 class Workers:
@@ -118,7 +115,7 @@ class Supply:
         if not (is_due or (attempt.awaits_change and connector.have_changed(pool, attempt.params))):
             self._connect_later(pool, attempt)
             return
-        started = store.begin(attempt)
+        started = attempt.started = store.breaker.clock()
         self.check_answer(pool, attempt, started)
         made = pool.trace(connector.connect, pool, attempt)
         if isinstance(made, Failure):
@@ -212,9 +209,10 @@ class Supply:
         """
         if self.settings.pooler != "transaction" or _LOGIN_FAILING not in str(ex):
             return None
-        self.store.evict_idle("dead", lambda record: True)
+        store = self.store
+        store.evict_idle("dead", lambda record: True)
         self.close_evicted()
-        return self.store.unavailable(cause=ex)
+        return store.breaker.unavailable(store.name, store.snapshot(), cause=ex)
 
     def ping(self, conn: Any, timeout: float, answered: Collection[ConnectionRecord] = ()) -> bool:
         """Ping a connection in transit; return whether it answered in time. Evict it if not.

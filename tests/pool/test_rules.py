@@ -194,7 +194,7 @@ class Pools(RuleBasedStateMachine):
         attempt: Attempt = data.draw(st.sampled_from(attempts))
         if not self.store.may_begin(attempt):
             return
-        self.store.begin(attempt)
+        attempt.started = self.clock.now
         if is_made:
             conn: Any = Session()
             record = ConnectionRecord(-1, b"off", lambda _: False, ())
@@ -221,7 +221,7 @@ class Pools(RuleBasedStateMachine):
         gc.collect(0)
         self.store.heal(close_returns=False, has_idle_workers=False)
         self.collect_answers()
-        gone = [r for r in self.store.bag.records if (r.owner or r.ref) is None]
+        gone = [r for r in self.store.bag.records if (r.owner or r.ref)() is None]
         assert gone == []
 
     @rule(reason=st.sampled_from(["dead", "expired"]))
