@@ -349,6 +349,18 @@ def test_what_is_generated_is_up_to_date() -> None:
     assert (DOCS / "llms.txt").read_text() == tool.llms()
 
 
+def test_the_page_on_metrics_names_what_stats_holds(make_app: MakeApp, dsn: str) -> None:
+    app = make_app(dsn, DBPOOL_DETAILS="always")
+    report = app.test_client().get("/db/stats").json
+    assert report is not None
+    page = (DOCS / "observability.md").read_text()
+    table = page.partition("## What /stats holds")[2].partition("\n\n`?scope")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert report.keys() <= named
+    (pool,) = report["pools"].values()
+    assert named >= {*pool} - {"max_size", "min_size"}
+
+
 def test_every_setting_and_variable_is_told_of() -> None:
     page = (DOCS / "settings.md").read_text()
     assert {name for name in COMMON if f"`{name}`" not in page} == set()

@@ -58,6 +58,12 @@ def test_no_line_is_wider_than_the_terminal() -> None:
     assert max(map(len, as_text(REPORT, 30).splitlines())) <= 30
 
 
+def test_what_is_wrong_is_told_in_full() -> None:
+    finding = {"code": "DB04", "severity": "critical", "text": "x " * 200 + "end", "do": "y " * 99}
+    shown = as_text(REPORT | {"findings": [finding]}, 60).partition("\n\n")[0]
+    assert shown.split()[3:] == f"{finding['text']} {finding['do']}".split()
+
+
 JSON = st.recursive(
     st.none() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
+from textwrap import wrap
 from typing import Any, Final
 
 from dbpool.cli._output import line
@@ -21,7 +22,9 @@ def as_text(report: Mapping[str, Any], width: int = 100) -> str:
     """Return a report as `/stats` shows it on lines of at most *width* characters."""
     scene = Scene.read(report)
     lines = [
-        each for finding in rows(report.get("findings")) for each in _finding(finding, scene.now)
+        each
+        for finding in rows(report.get("findings"))
+        for each in _finding(finding, scene.now, width)
     ]
     lines.append("")
     pools = mapping(mapping(report.get("history")).get("pools"))
@@ -35,13 +38,19 @@ def as_text(report: Mapping[str, Any], width: int = 100) -> str:
     return "\n".join(_cut(each, width) for each in lines)
 
 
-def _finding(finding: Mapping[str, Any], now: float) -> Iterator[str]:
+def _finding(finding: Mapping[str, Any], now: float, width: int) -> Iterator[str]:
     severity, code = text(finding.get("severity")) or "?", text(finding.get("code")) or "?"
     lasted = (
         "" if severity == "ok" else f" for {duration(max(0.0, now - number(finding.get('since'))))}"
     )
-    yield f"{severity.upper()} {code}{lasted}: {line(finding.get('text'))}"
-    yield f"    {line(finding.get('do'))}"
+    yield from wrap(
+        f"{severity.upper()} {code}{lasted}: {line(finding.get('text'))}",
+        width,
+        subsequent_indent="  ",
+    )
+    yield from wrap(
+        line(finding.get("do")), width, initial_indent="    ", subsequent_indent="    "
+    )
 
 
 def _pool(pool: PoolScene, series: Mapping[str, Any], width: int) -> Iterator[str]:
