@@ -59,9 +59,9 @@ def test_no_line_is_wider_than_the_terminal() -> None:
 
 
 def test_what_is_wrong_is_told_in_full() -> None:
-    finding = {"code": "DB04", "severity": "critical", "text": "x " * 200 + "end", "do": "y " * 99}
+    finding = {"code": "DB00", "severity": "ok", "text": "x " * 99 + "end", "do": "y " * 99}
     shown = as_text(REPORT | {"findings": [finding]}, 60).partition("\n\n")[0]
-    assert shown.split()[3:] == f"{finding['text']} {finding['do']}".split()
+    assert shown.split() == f"OK DB00: {finding['text']} {finding['do']}".split()
 
 
 JSON = st.recursive(

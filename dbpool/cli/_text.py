@@ -48,9 +48,7 @@ def _finding(finding: Mapping[str, Any], now: float, width: int) -> Iterator[str
         width,
         subsequent_indent="  ",
     )
-    yield from wrap(
-        line(finding.get("do")), width, initial_indent="    ", subsequent_indent="    "
-    )
+    yield from wrap(line(finding.get("do")), width, initial_indent="    ", subsequent_indent="    ")
 
 
 def _pool(pool: PoolScene, series: Mapping[str, Any], width: int) -> Iterator[str]:
