@@ -215,7 +215,7 @@ def test_connections_have_the_attributes_that_are_put_back(dsn: str) -> None:
     with psycopg.connect(dsn) as conn:
         assert conn.adapters is conn._adapters
         remember_session_state(conn)
-        assert len(session_state(conn)) == 16
+        assert len(session_state(conn)) == 17
         assert conn._begin_statement == b""
         assert conn._notifies_backlog is not None
         assert session_state(conn)[0] is False

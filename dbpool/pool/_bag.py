@@ -136,8 +136,7 @@ class Waiter:
         self.conn: Any = None
         self.error: BaseException | None = None
         self.is_fresh = False  # whether `conn` needs no check: its server spoke just now
-        self.is_over = self.is_rejected = False
-        self.is_reported = False  # as waiting for long
+        self.is_over = self.is_rejected = self.is_reported = False  # reported as waiting for long
         self.latch = threading.Lock()
         self.latch.acquire()
 

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from dbpool.pool._pool import Pool
     from dbpool.pool._seam import PoolBase
 
-_IDLE, _INTRANS = TransactionStatus.IDLE, TransactionStatus.INTRANS
-_ACTIVE, _UNKNOWN = TransactionStatus.ACTIVE, TransactionStatus.UNKNOWN
+_IDLE, _ACTIVE, _INTRANS, _INERROR, _UNKNOWN = TransactionStatus
 
 # Seconds to pause when the user's own check refuses a connection that was just made.
 _CHECK_PAUSE = 0.25
@@ -67,9 +66,9 @@ class Lease(Generic[CT]):
         pool, conn = self._pool, self._conn
         try:
             try:
-                if exc is not None:
-                    _inspect_error(pool, conn, exc)
                 status = conn.pgconn.transaction_status
+                if exc is not None or status == _ACTIVE:
+                    _inspect(pool, conn, exc)
                 is_stock = conn._record.has_stock_blocks
                 if exc is None and status == _INTRANS and is_stock:
                     _psycopg.commit(conn, pool._check_certain)
@@ -87,15 +86,18 @@ class Lease(Generic[CT]):
             raise
 
 
-def _inspect_error(pool: Pool[CT], conn: Any, error: BaseException) -> None:
-    """Do what the error that leaves a block says about its connection or its server."""
+def _inspect(pool: Pool[CT], conn: Any, error: BaseException | None) -> None:
+    """Do what the error that leaves a block says about its connection or its server.
+
+    Without an error, insist on a connection that can commit.
+    """
     if type(error) is psycopg.errors.ReadOnlySqlTransaction:
         pool._maintenance.on_read_only_error(conn)
     elif type(error) is ProtocolViolation and (lost := pool._supply.evict_lost(error)):
         raise lost
     elif _psycopg.is_stale_plan(error):
         _psycopg.forget_plans(conn)
-    _psycopg.end_torn_pipeline(conn)
+    _psycopg.insist_on_unlocked(conn, lock_timeout(pool.timeout), error)
 
 
 # Acquiring
@@ -209,7 +211,9 @@ def finish(pool: PoolBase[Any], conn: Any) -> None:
         elif monotonic() >= record.expires_at and not store.breaker.is_failing:
             reason = "expired"
         elif not _psycopg.restore_session_state(conn):
-            logger.warning("discarding connection returned in a two-phase commit or a pipeline")
+            logger.warning(
+                "discarding connection returned in a two-phase commit, pipeline or notifies()"
+            )
             reason = "broken"
         elif (liveness := _check(pool, conn)) is Liveness.DEAD:
             reason = "dead"

@@ -63,9 +63,7 @@ class Options(TypedDict, total=False):
 
 _SETTINGS: Final = frozenset(field.name for field in fields(Settings)) - {"explicit"}
 # Those that are the parent's parameters too, and then its parameters that are no settings.
-_SHARED: Final = (
-    "name", "min_size", "max_size", "timeout", "max_waiting", "max_lifetime", "max_idle",
-)  # fmt: skip
+_SHARED: Final = "name min_size max_size timeout max_waiting max_lifetime max_idle"
 _CALLBACKS: Final = ("configure", "check", "reset", "reconnect_failed")
 _PARENT_ONLY: Final = frozenset(Options.__annotations__) - _SETTINGS
 
@@ -91,7 +89,7 @@ def resolve(
         whole = name == "num_workers"
         options[name] = parse_number(options[name], name, whole=whole, is_time=not whole)
     found = _settings(conninfo, settings, chosen, options.get("kwargs"))
-    shared = {name: getattr(found, name) for name in _SHARED}
+    shared = {name: getattr(found, name) for name in _SHARED.split()}
     return found, options | shared | {"connection_class": connection_class}
 
 

@@ -27,10 +27,8 @@ _IDLE, _INERROR = TransactionStatus.IDLE, TransactionStatus.INERROR
 CheckCertain = Callable[[Any, psycopg.Error], None]
 
 # How a block begins and ends.
-_BLOCK_METHODS: Final = (
-    "__enter__", "__exit__", "commit", "rollback", "_commit_gen", "_exec_command", "_start_query",
-    "_get_tx_start_command",
-)  # fmt: skip
+_BLOCK_METHODS: Final = """__enter__ __exit__ commit rollback
+    _commit_gen _exec_command _start_query _get_tx_start_command"""
 
 # What a user may change on a connection and would not want to find changed by another.
 # What registers a type copies the registry first; an exception that tore a block's end leaves a
@@ -39,7 +37,7 @@ _STATE: Final = """
     _autocommit row_factory cursor_factory server_cursor_factory _isolation_level _read_only
     _deferrable _prepared.prepare_threshold _prepared.prepared_max _tpc _pipeline _notice_handlers
     _notify_handlers _adapters.changes _adapters.types._registry _num_transactions
-"""
+    _notifies_backlog"""
 session_state: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(*_STATE.split())
 
 # Row factories that look at a cursor's result alone.
@@ -76,7 +74,7 @@ def restore_session_state(conn: Any) -> bool:
     state = record.session_state
     if session_state(conn) == state:
         return True
-    if conn._tpc is not None or conn._pipeline is not None or conn._num_transactions:
+    if conn._tpc or conn._pipeline or conn._num_transactions or conn._notifies_backlog is None:
         return False
     (conn._autocommit, conn.row_factory, conn.cursor_factory, conn.server_cursor_factory,
      conn._isolation_level, conn._read_only, conn._deferrable,
@@ -92,7 +90,7 @@ def new_record(conn: Any, cursors: type[Cursor[Any]]) -> ConnectionRecord:
     fd = conn.fileno()
     standby = conn.pgconn.parameter_status(b"in_hot_standby")
     record = ConnectionRecord(fd, standby, poller(fd), *remember_session_state(conn))
-    record.has_stock_blocks = is_stock(type(conn), *_BLOCK_METHODS)
+    record.has_stock_blocks = is_stock(type(conn), *_BLOCK_METHODS.split())
     # Judged from the connection: its class may be a generic, or stand behind a tracer's wrapper.
     record.has_stock_class = has_stock_class(conn)
     record.has_stock_cursors = conn.cursor_factory is cursors and is_stock(type(conn), "cursor")
@@ -105,7 +103,7 @@ def new_record(conn: Any, cursors: type[Cursor[Any]]) -> ConnectionRecord:
 
 def has_stock_class(conn: Any) -> bool:
     """Whether blocks begin and end by psycopg's own methods in the class that *conn* shows."""
-    return is_stock(conn.__class__, *_BLOCK_METHODS)
+    return is_stock(conn.__class__, *_BLOCK_METHODS.split())
 
 
 def is_stock(cls: type, *names: str) -> bool:
@@ -237,7 +235,8 @@ def commit(conn: Any, check_certain: CheckCertain) -> None:
 
     Once COMMIT was sent, an error is first given to *check_certain*, which may raise another.
     """
-    if conn._num_transactions or conn._tpc or conn._pipeline:
+    if conn._num_transactions or conn._tpc or conn._pipeline or conn._notifies_backlog is None:
+        insist_on_unlocked(conn, 0.0)
         conn.commit()  # which says what is wrong with that
         return
     pgconn = conn.pgconn
@@ -260,6 +259,22 @@ def commit(conn: Any, check_certain: CheckCertain) -> None:
         raise error
 
 
+def insist_on_unlocked(conn: Any, timeout: float, error: BaseException | None = None) -> None:
+    """Close a connection on which `stream()`, `copy()` or `notifies()` was left open.
+
+    Such a generator holds psycopg's lock until it is closed: what ends the block would wait for
+    ever. Another thread may have the lock for *timeout* seconds. Raises unless *error* ends the
+    block; then a pipeline whose end the error tore is closed too.
+    """
+    is_torn = conn._notifies_backlog is None or (error and conn.pgconn.pipeline_status)
+    if not is_torn and conn.lock.acquire(timeout=timeout):
+        conn.lock.release()
+        return
+    close(conn)
+    if error is None:
+        raise psycopg.ProgrammingError("not committed: a stream, copy or notifies() was left open")
+
+
 def insist_on_alive(conn: Any) -> None:
     """Raise if COMMIT would do nothing, or what the server said last if it is known to be gone."""
     if conn.pgconn.transaction_status == _INERROR:
@@ -270,12 +285,6 @@ def insist_on_alive(conn: Any) -> None:
         conn.pgconn.finish()
         fatal_errors.append(psycopg.OperationalError("the connection was lost before COMMIT"))
         raise fatal_errors[0]
-
-
-def end_torn_pipeline(conn: Any) -> None:
-    """Close a connection if an error tore the end of a pipeline."""
-    if conn.pgconn.pipeline_status and not conn._pipeline:
-        conn.pgconn.finish()
 
 
 # What was sent since the last session reset. libpq forgets an error's text as soon as it begins to

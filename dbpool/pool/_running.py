@@ -19,7 +19,7 @@ from psycopg.pq import TransactionStatus
 from dbpool.errors import CommitUncertain, DatabaseMisconfigured, DatabaseUnavailable, describe
 from dbpool.holders import ConnectionRecord
 from dbpool.pool import _psycopg
-from dbpool.pool._bag import Step
+from dbpool.pool._bag import Step, lock_timeout
 from dbpool.pool._psycopg import KeptCursor, converted_query, insist_on_alive
 from dbpool.retry import delays, is_conflict
 
@@ -211,10 +211,12 @@ def _transact(pool: Pool[Any], conn: Any, fn: Callable[[Any], T], options: Optio
     block = _begin_block(conn)
     try:
         result = fn(conn)
+        _psycopg.insist_on_unlocked(conn, lock_timeout(pool.timeout))
         insist_on_alive(conn)
     except BaseException as ex:
         if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):
             pool._maintenance.on_read_only_error(conn)
+        _psycopg.insist_on_unlocked(conn, lock_timeout(pool.timeout), ex)
         _roll_back_block(conn, block, ex)
         if isinstance(ex, psycopg.Rollback) and ex.transaction in (None, block):
             return None  # type: ignore[return-value]
@@ -231,7 +233,8 @@ def _is_safe(pool: Pool[Any], ex: psycopg.Error, conn: Any, *, idempotent: bool)
     """Whether the transaction may run again; after a lost connection that draws on the budget."""
     if is_conflict(ex):
         return True
-    was_undone = idempotent if isinstance(ex, CommitUncertain) else conn.closed
+    # A connection that was closed on this side is not `broken`.
+    was_undone = idempotent if isinstance(ex, CommitUncertain) else conn.broken
     return bool(was_undone) and pool._budget.draw()
 
 
@@ -255,9 +258,7 @@ def _begin_block(conn: Any) -> Any:
 
 def _roll_back_block(conn: Any, block: Any, error: BaseException) -> None:
     """Roll back the transaction of `_begin_block`; if that fails, the return closes it."""
-    if conn.pgconn.pipeline_status:  # left by what interrupted it
-        conn.pgconn.finish()
     with suppress(psycopg.Error):
         block.__exit__(type(error), error, error.__traceback__)
-        if conn.pgconn.transaction_status != _IDLE:
+        if not conn.closed and conn.pgconn.transaction_status != _IDLE:
             conn.rollback()

@@ -46,10 +46,8 @@ _NAMES_A_DATABASE: Final = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGS
 # What others call DATABASE_URL.
 _MEANT: Final = "DATABASE_URI SQLALCHEMY_DATABASE_URI DB_URL DATABASE_DSN POSTGRES_URL PG_URL"
 # Fields without a variable: nobody was seen to need one.
-_WITHOUT_VARIABLE: Final = frozenset(
-    {"name", "conninfo_file", "password_file", "libpq", "explicit"}
-    | {"keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"}
-)
+_WITHOUT_VARIABLE: Final = """name conninfo_file password_file libpq explicit
+    keepalives_idle keepalives_interval keepalives_count tcp_user_timeout"""
 
 
 _POSITIVE: Final = (0.001, MAX_INT)
@@ -124,7 +122,7 @@ class Settings:
 
     def _known_as(self, name: str) -> str:
         """Return a field's name for a message, with the variables that can set it."""
-        if name in _WITHOUT_VARIABLE or not NAME.fullmatch(self.name):
+        if name in _WITHOUT_VARIABLE.split() or not NAME.fullmatch(self.name):
             return name
         own, common = variable(name, self.name), variable(name)
         either = own if name == "conninfo" or own == common else f"{own} or {common}"
@@ -233,7 +231,7 @@ def variable(name: str, database: str = "default") -> str:
     return f"DBPOOL_{'' if database == 'default' else f'{database}_'}{name}".upper()
 
 
-_FIELDS: Final = tuple(f.name for f in fields(Settings) if f.name not in _WITHOUT_VARIABLE)
+_FIELDS: Final = tuple(f.name for f in fields(Settings) if f.name not in _WITHOUT_VARIABLE.split())
 # The variables of an application, beside those of its pools.
 _OTHERS: Final = "DATABASES REQUIRED TOKEN TOKEN_FILE DETAILS DOTENV STATS_DIR ERROR_HANDLERS BLOCKERS SHOW_QUERIES SERVE"
 COMMON: Final = frozenset(map(variable, [*_FIELDS, *_OTHERS.lower().split()])) - {"DATABASE_URL"}

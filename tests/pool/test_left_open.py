@@ -1,0 +1,111 @@
+"""A stream, copy or notifies() that is left open keeps psycopg's lock: nobody may wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import Pool
+from tests.threads import Task
+
+SECONDS = 20.0  # more than the pool's timeout, for which another thread may have the lock
+
+
+def stream(conn: Any) -> Generator[Any]:
+    rows: Generator[Any] = conn.cursor().stream("select generate_series(1, 9999)")
+    next(rows)
+    return rows
+
+
+def copy(conn: Any) -> Generator[Any]:
+    def rows() -> Generator[Any]:
+        with conn.cursor().copy("copy (select generate_series(1, 9999)) to stdout") as found:
+            yield from found
+
+    opened = rows()
+    next(opened)
+    return opened
+
+
+def notifies(conn: Any) -> Generator[Any]:
+    conn.execute("listen here")
+    conn.commit()
+    conn.execute("notify here")
+    conn.commit()
+    found: Generator[Any] = conn.notifies()
+    next(found)
+    return found
+
+
+LEFT_OPEN = [stream, copy, notifies]
+Open = Callable[[Any], Generator[Any]]
+
+
+def assert_serves(pool: Pool) -> None:
+    assert Task(pool.fetch_value, "select 1").result(SECONDS) == 1
+    assert Task(pool.run, lambda conn: conn.execute("select 2").fetchone()).result(SECONDS) == (2,)
+    assert pool.stats().active == 0
+
+
+@pytest.fixture
+def small(dsn: str) -> Any:
+    with Pool(dsn, max_size=1, timeout=1) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("leave", LEFT_OPEN)
+@pytest.mark.parametrize("autocommit", [False, True])
+def test_the_block_ends(small: Pool, leave: Open, autocommit: bool) -> None:
+    left = []
+
+    def use() -> None:
+        with small.connection() as conn:
+            conn.autocommit = autocommit
+            left.append(leave(conn))
+
+    ended = Task(use).outcome(SECONDS)
+    assert ended is None or "was left open" in str(ended)
+    if leave is stream:
+        assert isinstance(ended, psycopg.ProgrammingError), "its transaction is not committed"
+    assert_serves(small)
+
+
+@pytest.mark.parametrize("leave", LEFT_OPEN)
+def test_an_error_that_ends_the_block_stays_what_it_is(small: Pool, leave: Open) -> None:
+    left = []
+
+    def use(conn: Any) -> None:
+        left.append(leave(conn))
+        raise KeyError("mine")
+
+    def block() -> None:
+        with small.connection() as conn:
+            use(conn)
+
+    assert isinstance(Task(block).error(SECONDS), KeyError)
+    if leave is not notifies:  # which come outside transactions alone
+        assert isinstance(Task(small.run, use).error(SECONDS), KeyError)
+    assert_serves(small)
+
+
+@pytest.mark.parametrize("leave", [stream, copy])
+def test_run_does_not_repeat_it(small: Pool, leave: Open) -> None:
+    left = []
+    error = Task(small.run, lambda conn: left.append(leave(conn))).error(SECONDS)
+    assert isinstance(error, psycopg.ProgrammingError)
+    assert len(left) == 1
+    assert_serves(small)
+
+
+def test_another_thread_may_finish_its_statement(small: Pool) -> None:
+    small.timeout = SECONDS
+    with small.connection() as conn:
+        conn.execute("create table kept (id int)")
+        other = Task(conn.execute, "insert into kept select 1 from pg_sleep(0.3)")
+        while conn.info.transaction_status != psycopg.pq.TransactionStatus.ACTIVE:
+            pass
+    other.result()
+    assert small.fetch_value("select count(*) from kept") == 1
