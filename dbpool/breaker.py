@@ -15,19 +15,13 @@ from dbpool.errors import SATURATED, DatabaseUnavailable, PoolError, describe, i
 from dbpool.metrics import BreakerSnapshot, Snapshot
 from dbpool.retry import delays
 
-CLOSED: Final = "closed"
-OPEN: Final = "open"
-HALF_OPEN: Final = "half-open"
-
 # Seconds that an attempt may take, however short the grace, before it counts as failing: over
 # TLS to another region a healthy server needs a third of one.
 _MIN_PATIENCE: Final = 0.5
 
-# Delays between attempts: 50 ms to 1 s. The base keeps a delay below some 0.6 of the outage so far,
-# so that a short restart is noticed soon.
-_FIRST, _CAP, _BASE = 0.05, 1.0, 1.3
-_PERMANENT_FIRST, _PERMANENT_CAP = 1.0, 15.0
-
+# Delays between attempts: up to 250 ms at first, up to 1 s later, so that a short restart is noticed
+# soon. With a shorter first one, all the workers there are would try again within a few hundredths.
+_FIRST, _CAP, _BASE = 0.25, 1.0, 1.3
 
 _CLOSE_INTERVAL: Final = 1.0  # seconds
 _RESUME_AFTER: Final = 0.2  # seconds after which an attempt that no worker began is late
@@ -44,7 +38,7 @@ class Attempt:
         self.params: dict[str, Any] = {}  # of the last failed try
         self.awaits_change = False  # whether other params make it due at once
         self._fast = delays(_FIRST, _CAP, _BASE)
-        self._slow = delays(_PERMANENT_FIRST, _PERMANENT_CAP)
+        self._slow = delays(first=1.0, cap=15.0)  # of what waiting hardly cures
 
     def delay(self, kind: str) -> float:
         """Return the seconds until the next try, after a failure of that *kind*."""
@@ -85,8 +79,8 @@ class Breaker:
     def state(self) -> str:
         """`"closed"`, `"open"`, or `"half-open"` while an attempt is made that may close it."""
         if self._opened_at is None:
-            return CLOSED
-        return HALF_OPEN if self.pending() else OPEN
+            return "closed"
+        return "half-open" if self.pending() else "open"
 
     @property
     def is_open(self) -> bool:
