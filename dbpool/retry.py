@@ -8,8 +8,12 @@ from collections.abc import Iterator
 import backoff
 import psycopg
 
-# A serialization failure or a deadlock says itself that the transaction may be retried.
-_CONFLICTS = frozenset({"40001", "40P01"})
+# Says PgBouncer to a client whose statement it has passed on to no server. Where it has, or may
+# have, it says something else, such as "server conn crashed?" or "query timeout".
+_REFUSALS = (
+    "server shutting down", "server login has been failing", "pgbouncer cannot connect to server",
+    "query_wait_timeout", "query_timeout", "client_idle_timeout",
+)  # fmt: skip
 
 # What one retry costs a budget, in successes: the ratio of gRPC's retry throttling.
 _COST = 10
@@ -22,13 +26,17 @@ def delays(first: float, cap: float, base: float = 2.0) -> Iterator[float]:
     """
     bounds = backoff.expo(base=base, factor=first, max_value=cap)
     next(bounds)  # the package's generators want to be primed
-    for bound in bounds:
-        yield backoff.full_jitter(bound)
+    yield from map(backoff.full_jitter, bounds)
 
 
 def is_conflict(exc: BaseException) -> bool:
-    """Whether *exc* is a serialization failure or a deadlock."""
-    return isinstance(exc, psycopg.Error) and exc.sqlstate in _CONFLICTS
+    """Whether *exc* is a serialization failure or a deadlock: the transaction may be retried."""
+    return isinstance(exc, psycopg.Error) and exc.sqlstate in {"40001", "40P01"}
+
+
+def is_refused(exc: BaseException | None) -> bool:
+    """Whether *exc* is a pooler's word that no server has got the statement: it may be sent again."""
+    return isinstance(exc, psycopg.errors.ProtocolViolation) and str(exc).startswith(_REFUSALS)
 
 
 class Budget:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Generic
 from weakref import ref
 
 import psycopg
-from psycopg.errors import ProtocolViolation
 from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
 
@@ -93,7 +92,7 @@ def _inspect(pool: Pool[CT], conn: Any, error: BaseException | None) -> None:
     """
     if type(error) is psycopg.errors.ReadOnlySqlTransaction:
         pool._maintenance.on_read_only_error(conn)
-    elif type(error) is ProtocolViolation and (lost := pool._supply.evict_lost(error)):
+    elif lost := pool._supply.evict_refused(error):
         raise lost
     elif _psycopg.is_stale_plan(error):
         _psycopg.forget_plans(conn)

@@ -28,7 +28,7 @@ from dbpool.pool import _fork, _lending, _options, _running
 from dbpool.pool._bag import Step
 from dbpool.pool._lending import Lease
 from dbpool.pool._psycopg import KeptCursor, session_state
-from dbpool.pool._running import Statement, fetch_all, fetch_one, row_count, run_statement
+from dbpool.pool._running import Statement, fetch_all, fetch_one, resend, row_count
 from dbpool.pool._seam import PoolBase
 from dbpool.settings import Settings
 
@@ -242,16 +242,16 @@ class Pool(PoolBase[CT]):
         """Run one statement in one round trip and return its rows.
 
         It runs in autocommit, or in a transaction if the connection is set up with an
-        isolation level, read only or deferrable. It is never sent twice, but for a prepared
-        plan that the server refused before doing anything because a table has changed. A
-        statement that returns no rows is done all the same, and raises
-        `psycopg.ProgrammingError`: use `execute` for it.
+        isolation level, read only or deferrable. It is never sent twice, unless nothing of it
+        was done: the server refused a prepared plan because a table has changed, or a pooler
+        refused the statement before the server got it. A statement that returns no rows is
+        done all the same, and raises `psycopg.ProgrammingError`: use `execute` for it.
 
         If the connection is lost before the whole answer came, it raises `CommitUncertain`;
         of a statement that begins with SELECT, SHOW, TABLE or VALUES, `execute` alone does.
         """
         statement = Statement(query, params, row_factory, fetch_all)
-        return run_statement(self, statement, sys._getframe())
+        return resend(statement.run_once, self, sys._getframe())
 
     @overload
     def fetch_one(self, query: Query, params: Params | None = None) -> Any | None: ...
@@ -264,11 +264,11 @@ class Pool(PoolBase[CT]):
     ) -> Any | None:
         """Like `fetch_all`, but return the first row, or None if there is none."""
         statement = Statement(query, params, row_factory, fetch_one)
-        return run_statement(self, statement, sys._getframe())
+        return resend(statement.run_once, self, sys._getframe())
 
     def fetch_value(self, query: Query, params: Params | None = None) -> Any:
         """Like `fetch_all`, but return the first column of the first row, or None."""
-        row = run_statement(self, Statement(query, params, tuple_row, fetch_one), sys._getframe())
+        row = resend(Statement(query, params, tuple_row, fetch_one).run_once, self, sys._getframe())
         return None if row is None else row[0]
 
     def execute(self, query: Query, params: Params | None = None) -> int:
@@ -276,7 +276,7 @@ class Pool(PoolBase[CT]):
 
         That is -1 for a statement that has no such number, as in psycopg.
         """
-        return run_statement(self, Statement(query, params, None, row_count), sys._getframe())
+        return resend(Statement(query, params, None, row_count).run_once, self, sys._getframe())
 
     def run(
         self,
@@ -302,4 +302,4 @@ class Pool(PoolBase[CT]):
         deadline = None if timeout is None else monotonic() + timeout
         options = _running.Options(attempts, idempotent, isolation, read_only, deadline)
         caller = sys._getframe().f_back or sys._getframe()
-        return _running.run(self, lambda conn: fn(conn, *args), options, caller)
+        return resend(_running.run, self, lambda c: fn(c, *args), options, caller, until=deadline)  # type: ignore[no-any-return]

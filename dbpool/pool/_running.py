@@ -21,7 +21,7 @@ from dbpool.holders import ConnectionRecord
 from dbpool.pool import _psycopg
 from dbpool.pool._bag import Step, lock_timeout
 from dbpool.pool._psycopg import KeptCursor, converted_query, insist_on_alive
-from dbpool.retry import delays, is_conflict
+from dbpool.retry import delays, is_conflict, is_refused
 
 if TYPE_CHECKING:
     from dbpool.pool._pool import Pool
@@ -57,7 +57,26 @@ class Statement(Generic[T]):
         self.query, self.params, self.row_factory, self.result = query, params, row_factory, result
         self.cursor: Any = None
         self.kept: KeptCursor | None = None
+
+    def run_once(self, pool: Pool[Any], frame: FrameType) -> T:
+        """Check out, run it, return. *frame* is that of the public method."""
         self.sent = ""  # what may have been done although its answer does not come
+        step = Step(pool)
+        conn = pool._acquire(None, frame.f_back or frame, ref(step))
+        with step:
+            try:
+                return self.run(pool, conn)
+            except psycopg.errors.ReadOnlySqlTransaction:
+                pool._maintenance.on_read_only_error(conn)
+                raise
+            except psycopg.OperationalError as ex:
+                return self.on_lost(pool, conn, ex)
+            finally:
+                _psycopg.set_autocommit(conn, conn._record.session_state[0])
+                kept = self.kept
+                if kept is not None:
+                    kept.detach()
+                pool._release(conn, None if pool._user_check else kept)  # else a check saw it
 
     def run(self, pool: Pool[Any], conn: Any) -> T:
         """Run it on *conn* and return its result."""
@@ -99,41 +118,36 @@ class Statement(Generic[T]):
             is_fetch and is_reading(converted_query(self.cursor, self.query).query)
         ):
             pool._check_certain(conn, error, self.sent)
-        error = pool._supply.evict_lost(error) or error
         raise error from error.__cause__
 
 
-def run_statement(pool: Pool[Any], statement: Statement[T], frame: FrameType) -> T:
-    """Check out, run one statement, return. *frame* is that of the public method."""
-    step = Step(pool)
-    conn = pool._acquire(None, frame.f_back or frame, ref(step))
-    with step:
+def resend(fn: Callable[..., T], pool: Pool[Any], *args: Any, until: float | None = None) -> T:
+    """Call `fn(pool, *args)`, and again if a pooler refuses what it sends.
+
+    It does so until *until*, by default for the pool's timeout.
+    """
+    while True:
         try:
-            return statement.run(pool, conn)
-        except psycopg.errors.ReadOnlySqlTransaction:
-            pool._maintenance.on_read_only_error(conn)
-            raise
-        except psycopg.OperationalError as ex:
-            return statement.on_lost(pool, conn, ex)
-        finally:
-            _psycopg.set_autocommit(conn, conn._record.session_state[0])
-            kept = statement.kept
-            if kept is not None:
-                kept.detach()
-            pool._release(conn, None if pool._user_check else kept)  # else a check saw it
+            return fn(pool, *args)
+        except psycopg.errors.ProtocolViolation as ex:
+            if (refused := pool._supply.evict_refused(ex)) is None:
+                raise
+            until = until or monotonic() + pool.timeout
+            if monotonic() >= until:
+                raise refused from refused.__cause__
 
 
 def is_lost_unanswered(conn: Any, error: psycopg.Error) -> bool:
     """Whether the connection was lost before any answer of the server's to what it was sent.
 
-    SQLSTATE class 08 is the answer of a pooler that lost the server. What cannot write has
-    nothing to be uncertain about.
+    SQLSTATE class 08 is the answer of a pooler that lost the server. What a pooler refused, or what
+    cannot write, has nothing to be uncertain about.
     """
     parameter = conn.pgconn.parameter_status
-    is_read_only = conn.read_only or parameter(b"in_hot_standby") == b"on"
+    is_certain = is_refused(error) or conn.read_only or parameter(b"in_hot_standby") == b"on"
     if conn.read_only is None:
-        is_read_only |= parameter(b"default_transaction_read_only") == b"on"
-    return bool(conn.closed and (error.sqlstate or "08")[:2] == "08" and not is_read_only)
+        is_certain |= parameter(b"default_transaction_read_only") == b"on"
+    return bool(conn.closed and (error.sqlstate or "08")[:2] == "08" and not is_certain)
 
 
 def is_reading(statement: bytes) -> bool:
@@ -141,10 +155,9 @@ def is_reading(statement: bytes) -> bool:
 
     Where that cannot be told, as of several statements in one or of nested comments, it is not.
     """
-    if b"\\" in statement and b";" in statement:
-        return False
     text = re.sub(_OPAQUE, b" ", statement, flags=re.DOTALL)
-    return b"*/" not in text and bool(re.fullmatch(_READING, text, re.IGNORECASE | re.DOTALL))
+    is_clear = b"*/" not in text and not (b"\\" in statement and b";" in statement)
+    return is_clear and bool(re.fullmatch(_READING, text, re.IGNORECASE | re.DOTALL))
 
 
 # Transactions
@@ -162,7 +175,7 @@ class Options(NamedTuple):
 
 def run(pool: Pool[Any], fn: Callable[[Any], T], options: Options, caller: FrameType) -> T:
     """Call `fn(conn)` as `Pool.run` says."""
-    pauses = delays(first=0.05, cap=1.0)
+    pauses, deadline = delays(first=0.05, cap=1.0), options.deadline or float("inf")
     for attempt in count(1):
         step = Step(pool)
         conn = _acquire(pool, options.deadline, caller, ref(step))
@@ -171,10 +184,9 @@ def run(pool: Pool[Any], fn: Callable[[Any], T], options: Options, caller: Frame
                 result = _transact(pool, conn, fn, options)
             except psycopg.Error as ex:
                 pause = next(pauses)
-                is_last = attempt >= options.attempts or _is_late(options.deadline, pause)
+                is_last = attempt >= options.attempts or monotonic() + pause >= deadline
                 if is_last or not _is_safe(pool, ex, conn, idempotent=options.idempotent):
-                    failed: psycopg.Error = pool._supply.evict_lost(ex) or ex
-                    raise failed from failed.__cause__
+                    raise
                 # The error itself would hold this frame, and so the connection.
                 error = describe(ex, conn)
             else:
@@ -190,14 +202,12 @@ def run(pool: Pool[Any], fn: Callable[[Any], T], options: Options, caller: Frame
 
 def _acquire(pool: Pool[Any], deadline: float | None, caller: FrameType, owner: ref[Any]) -> Any:
     """Acquire; with a deadline, wait out an outage that waiting may cure."""
-    if deadline is None:
-        return pool._acquire(None, caller, owner)
     while True:
-        remaining = deadline - monotonic()
+        remaining = None if deadline is None else max(0.0, deadline - monotonic())
         try:
-            return pool._acquire(max(0.0, remaining), caller, owner)
+            return pool._acquire(remaining, caller, owner)
         except DatabaseUnavailable as ex:
-            if remaining <= 0.0 or isinstance(ex, DatabaseMisconfigured):
+            if not (deadline and remaining) or isinstance(ex, DatabaseMisconfigured):
                 raise
         while pool.state == "down" and (left := deadline - monotonic()) > 0.0:
             sleep(min(left, _OUTAGE_INTERVAL))
@@ -225,17 +235,12 @@ def _transact(pool: Pool[Any], conn: Any, fn: Callable[[Any], T], options: Optio
     return result
 
 
-def _is_late(deadline: float | None, pause: float) -> bool:
-    return deadline is not None and monotonic() + pause >= deadline
-
-
 def _is_safe(pool: Pool[Any], ex: psycopg.Error, conn: Any, *, idempotent: bool) -> bool:
     """Whether the transaction may run again; after a lost connection that draws on the budget."""
-    if is_conflict(ex):
-        return True
     # A connection that was closed on this side is not `broken`.
     was_undone = idempotent if isinstance(ex, CommitUncertain) else conn.broken
-    return bool(was_undone) and pool._budget.draw()
+    is_lost = bool(was_undone) and not is_refused(ex)  # what is refused is sent again anyway
+    return is_conflict(ex) or (is_lost and pool._budget.draw())
 
 
 def _begin_block(conn: Any) -> Any:

@@ -25,12 +25,12 @@ from dbpool.pool._connector import Connector, Failure
 from dbpool.pool._notices import Notices, logger
 from dbpool.pool._psycopg import close, ping_unmarked
 from dbpool.pool._store import Store
+from dbpool.retry import is_refused
 
 if TYPE_CHECKING:
     from dbpool.pool._seam import PoolBase
 
 _CHANGE_INTERVAL: Final = 1.0  # seconds between two looks at a conninfo that was refused
-_LOGIN_FAILING: Final = "login has been failing"  # says a pooler that cannot reach the server
 _MIN_OVERDUE_INTERVAL: Final = 0.1  # seconds between two looks at an attempt without an answer
 
 
@@ -202,16 +202,18 @@ class Supply:
         self.store.expire()
         self.close_evicted()
 
-    def evict_lost(self, ex: BaseException | None) -> DatabaseUnavailable | None:
-        """Return what to raise for *ex* if a pooler says by it that it cannot reach the server.
+    def evict_refused(self, ex: BaseException | None) -> DatabaseUnavailable | None:
+        """Return what to raise for *ex* if a pooler refuses a statement by it, see `is_refused`.
 
-        Then no idle connection can: they are evicted, and the ping of each new one decides.
+        If it ends, or cannot reach the server, no idle connection can: they are evicted, and the
+        ping of each new one decides.
         """
-        if self.settings.pooler != "transaction" or _LOGIN_FAILING not in str(ex):
+        if not is_refused(ex):
             return None
         store = self.store
-        store.evict_idle("dead", lambda record: True)
-        self.close_evicted()
+        if "timeout" not in str(ex):
+            store.evict_idle("dead", lambda record: True)
+            self.close_evicted()
         return store.breaker.unavailable(store.name, store.snapshot(), cause=ex)
 
     def ping(self, conn: Any, timeout: float, answered: Collection[ConnectionRecord] = ()) -> bool:
@@ -226,7 +228,7 @@ class Supply:
             is_late, settings, store = isinstance(ex, PingTimeout), self.settings, self.store
             self.evict(conn, "dead", by_server=not is_late)
             if settings.pooler == "transaction":  # a ping without an answer is saturation
-                self.evict_lost(ex)
+                self.evict_refused(ex)
             elif is_late and timeout >= settings.ping_timeout:
                 oldest = monotonic() - settings.ping_after
                 store.evict_idle("dead", lambda r: r.idle_since <= oldest and r not in answered)

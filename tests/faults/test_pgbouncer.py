@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +32,15 @@ from tests.postgres import Server, free_port, until
 from tests.replication import TABLE, Appends, Findings, append_blindly, check, rows
 from tests.threads import Load, Task
 
-PROGRAM = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
+PROGRAM = os.environ.get("TEST_PGBOUNCER") or shutil.which(
+    "pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin"
+)
+
+VERSION = (
+    tuple(map(int, re.findall(r"\d+", subprocess.check_output([PROGRAM, "-V"], text=True))[:2]))
+    if PROGRAM
+    else ()
+)
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here")
 
@@ -54,6 +64,7 @@ query_wait_timeout = {patience}
 default_pool_size = {size}
 server_login_retry = 0.1
 server_idle_timeout = 0.5
+admin_users = app
 logfile = {directory}/log
 {extra}
 """
@@ -111,6 +122,16 @@ class Bouncer:
         """SIGINT: transactions end first."""
         self._process.send_signal(signal.SIGINT)
         self._process.wait(30)
+
+    def log(self) -> str:
+        """What it has logged."""
+        return self._log.read_text()
+
+    def command(self, text: str) -> None:
+        """Tell it something on its console."""
+        conninfo = self.conninfo_for(dbname="pgbouncer")
+        with psycopg.connect(conninfo, autocommit=True) as console:
+            console.execute(text)
 
     def kill(self) -> None:
         """SIGKILL: its clients find their connections closed."""
@@ -244,6 +265,56 @@ def test_a_safe_shutdown_under_load_fails_nobody(
     history = appends.stop()
     assert history.errors == []
     assert check(history.outcomes, rows(own_server.execute)) == Findings([], [], [])
+
+
+def test_a_safe_shutdown_under_load_fails_no_single_statement(
+    bouncer: Bouncer, own_server: Server, appending: Pool[Any]
+) -> None:
+    """It refuses a statement before the server gets any of it, and then it is sent again.
+
+    Before 1.23 it kept such clients waiting, and closed their connections without a word.
+    """
+    load = Load(lambda: appending.execute("insert into appends values (1)"), threads=THREADS)
+    for _ in range(3):
+        load.await_calls()
+        bouncer.stop_safely()
+        bouncer.start()
+    load.await_calls()
+    load.stop()
+    assert len(load.errors) <= (0 if VERSION >= (1, 23) else 3 * THREADS), load.errors
+    assert all(isinstance(error, CommitUncertain) for error in load.errors)
+    ((there,),) = own_server.execute("select count(*) from appends")
+    assert load.calls - len(load.errors) <= there <= load.calls
+
+
+def test_what_waited_too_long_for_a_server_is_sent_again(
+    bouncer: Bouncer, own_server: Server, make_pool: MakePool
+) -> None:
+    """The server never got it, so that nobody need be told that it may have been done."""
+    own_server.execute(TABLE)
+    own_server.execute("grant all on appends to app")
+    pool = make_pool(bouncer.conninfo_for(), pooler="transaction", max_size=4, timeout=20)
+    bouncer.command("PAUSE")
+    append = Task(pool.execute, "insert into appends values (1)")
+    until(lambda: "query_wait_timeout" in bouncer.log())
+    bouncer.command("RESUME")
+    assert append.result() == 1
+    assert own_server.execute("select count(*) from appends") == [(1,)]
+
+
+def test_a_write_refused_for_a_failing_login_is_certain_not_to_be_done(
+    own_server: Server, bouncer: Bouncer, make_pool: MakePool
+) -> None:
+    own_server.execute(TABLE)
+    own_server.execute("grant all on appends to app")
+    pool = make_pool(
+        bouncer.conninfo_for(), pooler="transaction", max_size=1, outage_grace=GRACE, timeout=1
+    )
+    fill(pool)
+    dead_behind(pool, own_server)
+    with pytest.raises(DatabaseUnavailable) as caught:
+        pool.execute("insert into appends values (1)")
+    assert caught.value.kind == "refused"
 
 
 def test_killed_under_load_it_fails_no_more_than_the_statements_in_flight(
