@@ -2,10 +2,10 @@
 
 Comments in a page say how, out of sight of its readers:
 
-- `env: NAME=VALUE`, `setup-sql:`, `setup-first:` and `needs: PACKAGE` come before everything else;
+- `env: NAME=VALUE`, `setup-first:` and `needs: PACKAGE` come before everything else;
 - `setup:` is Python that runs where it stands, `cleanup:` when the page is done;
 - `check:` is an expression that must be true there, `output:` what the last block has printed;
-- `exit:` is the exit status of the commands before it;
+- `exit:` is the exit status of the commands before it, `setup-sql:` what the SQL before it needs;
 - `replace: TEXT = OTHER` is put into the samples, as the address of the test's database is.
 """
 
@@ -90,12 +90,12 @@ def blocks(language: str) -> list[Any]:
     ]
 
 
-def expected_status(path: Path, code: str) -> int:
-    """What `exit:` behind a block says, else 0."""
+def comment_behind(path: Path, code: str, word: str) -> str | None:
+    """What the comment right behind a block says, if it begins with that word."""
     found = pieces(path)
     at = next(n for n, piece in enumerate(found) if piece.text == code)
     behind = found[at + 1 : at + 2]
-    return int(behind[0].text) if behind and behind[0].word == "exit" else 0
+    return behind[0].text if behind and behind[0].word == word else None
 
 
 def shape(text: str) -> str:
@@ -230,9 +230,7 @@ def test_every_metric_that_a_page_names_is_exposed() -> None:
 @pytest.mark.parametrize(("path", "code"), blocks("sql"))
 def test_sql_runs(path: Path, code: str, dsn: str) -> None:
     with psycopg.connect(dsn) as conn:
-        for piece in pieces(path):
-            if piece.word == "setup-sql":
-                conn.execute(f"{piece.text.strip()}".encode())
+        conn.execute((comment_behind(path, code, "setup-sql") or "").encode())
         conn.execute(code.encode())
         conn.rollback()
 
@@ -262,7 +260,8 @@ def test_commands_do_as_shown(path: Path, code: str, dsn: str, tmp_path: Path) -
             check=False,
             timeout=60,
         )
-        assert done.returncode == expected_status(path, code), done.stdout + done.stderr
+        status = int(comment_behind(path, code, "exit") or 0)
+        assert done.returncode == status, done.stdout + done.stderr
         pattern = re.escape(shape(output)).replace(re.escape("..."), ".*")
         assert not output.strip() or re.fullmatch(pattern, shape(done.stdout), re.DOTALL)
 
