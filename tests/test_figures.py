@@ -1,0 +1,97 @@
+"""The figures that the documentation quotes are those of `bench/README.md`, row by row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MEASURED = (ROOT / "bench" / "README.md").read_text()
+QUOTED = (ROOT / "docs" / "benchmarks.md").read_text()
+
+# The same row or column under another name.
+ALIASES = {
+    "dbpool, fetch_one and execute": "dbpool, one trip",
+    "dbpool, DBPOOL_PIPELINE_BEGIN": "dbpool, pipeline_begin",
+    "Django's pool": "Django pool",
+    "a connection for each request": "connect per request",
+    "one SELECT, server far away": "the same, server far away",
+    "ratio": "requests per second",
+}
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def cells(text: str) -> Iterator[tuple[str, str, str]]:
+    """Each cell of the tables of a page that is not empty, with the names of its row and column."""
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        header, _, *rows = [
+            [plain(cell) for cell in line.strip("|\n").split("|")] for line in table.splitlines()
+        ]
+        for name, *values in rows:
+            yield from (
+                (name, column, value)
+                for column, value in zip(header[1:], values, strict=True)
+                if value
+            )
+
+
+def plain(cell: str) -> str:
+    text = cell.replace("`", "").strip()
+    return ALIASES.get(text, text)
+
+
+SOURCE = {(row, column): value for row, column, value in cells(MEASURED)}
+
+
+@pytest.mark.parametrize(("row", "column", "quoted"), list(cells(QUOTED)))
+def test_a_figure_of_the_page_is_that_of_the_measurements(
+    row: str, column: str, quoted: str
+) -> None:
+    measured = SOURCE[row, column]
+    spread = re.compile(r"±[\d.]+%?|\(at most [^)]*\)")
+    figures = NUMBER.findall(spread.sub("", measured))
+    assert set(NUMBER.findall(quoted)) <= set(figures), measured
+    assert bool(NUMBER.search(quoted)) == bool(figures)
+    assert ("waits" in quoted) == ("waits" in measured)
+
+
+def figure(row: str, column: str, pattern: str) -> float:
+    """A figure of the measurements in seconds, or as it stands there."""
+    found = re.search(pattern, SOURCE[row, column])
+    assert found is not None, SOURCE[row, column]
+    return float(found[1]) * (0.001 if found[0].endswith("ms") else 1.0)
+
+
+RESTART = "restart (immediate), 10 idle, next 30 requests"
+OUTAGE = "20 s outage under load: served after"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/why.md"])
+def test_what_the_comparison_says_was_measured(page: str) -> None:
+    """The table of both pages in round figures, each beside what it is rounded from."""
+    text = (ROOT / page).read_text()
+    assert "10 failed requests, or with `check=` more than 30 s" in text
+    assert figure(RESTART, "psycopg_pool", r"(\d+) errors") == 10
+    assert figure(RESTART, "psycopg_pool, check", r"([\d.]+) s") > 30
+    assert "no failed request" in text
+    assert figure(RESTART, "dbpool", r"(\d+) errors") == 0
+    assert "served again 8 s after it is back | served within 1 s" in text
+    assert round(figure(OUTAGE, "psycopg_pool", r"([\d.]+) s")) == 8
+    assert round(figure(OUTAGE, "psycopg_pool, check", r"([\d.]+) s")) == 8
+    assert figure(OUTAGE, "dbpool", r"([\d.]+) m?s") < 1
+    assert "`PoolTimeout` after 30 s" in text
+    assert figure("wrong password", "psycopg_pool", r"([\d.]+) s, PoolTimeout") == 30
+    assert "with cause" in SOURCE["wrong password", "dbpool"]
+    assert figure("gunicorn --preload, 3 workers, 300 requests", "dbpool", r"(\d+) shared") == 0
+    assert figure("gunicorn --preload, 3 workers, 300 requests", "psycopg_pool", r"(\d+) sh") > 1
+
+
+def test_what_a_check_costs_was_measured() -> None:
+    text = (ROOT / "docs" / "why.md").read_text()
+    ratio = r"\(([\d.]+) x\)"
+    check = figure("psycopg_pool, check", "checkout and return", ratio)
+    dbpool = figure("dbpool", "checkout and return", ratio)
+    assert f"| {check:.0f} times the cost of a checkout | {dbpool:g} times" in text
