@@ -108,7 +108,7 @@ def _memory() -> Cell:
     metrics = Metrics()
     for n in range(100_000):
         metrics.connect.add(n / 1000)
-        metrics.finished.append((n / 1000, n / 100))
+        metrics.finished.append((n / 1000, n / 100, None, None, 0))
         if len(metrics.finished) >= metrics.BATCH:
             metrics.count_finished()
     size, _ = tracemalloc.get_traced_memory()

@@ -98,6 +98,7 @@ class ConnectionRecord:
     since: float = 0.0
     wait: float = 0.0
     thread: ThreadInfo | None = None
+    endpoint: str | None = None  # which the thread served when it checked out
     code: CodeType | None = None
     lasti: int = 0
     cursor: Any = None  # kept from one `fetch_*` to the next
@@ -109,11 +110,12 @@ class ConnectionRecord:
 
     def where(self) -> str:
         """Return where the holder asked for it, as `app/views.py:41 list_orders`."""
-        return "unknown" if self.code is None else _where(self.code, self.lasti)
+        return "unknown" if self.code is None else where(self.code, self.lasti)
 
 
 @lru_cache(maxsize=1024)
-def _where(code: CodeType, lasti: int) -> str:
+def where(code: CodeType, lasti: int) -> str:
+    """Name a line of code, as `app/views.py:41 list_orders`."""
     position = next(islice(code.co_positions(), lasti // 2, None), (None,))
     return printable(f"{_shortened(code)}:{position[0] or code.co_firstlineno} {code.co_name}")
 

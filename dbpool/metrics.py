@@ -27,13 +27,7 @@ TIMES: Final = ("wait", "use", "connect")
 _PARENT_SIZES: Final = ("pool_min", "pool_max", "pool_size", "pool_available", "requests_waiting")
 _MAX_HOLDERS: Final = 20  # in one description
 # By psycopg's TransactionStatus.
-_STATUS: Final = (
-    "idle",
-    "query",
-    "idle in transaction",
-    "idle in transaction (aborted)",
-    "unknown",
-)
+_STATUS = "idle", "query", "idle in transaction", "idle in transaction (aborted)", "unknown"
 SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", "max_size")
 
 
@@ -192,7 +186,7 @@ def describe(
             thread=printable(thread.name()),
             seconds=now - record.since,
             where=record.where(),
-            endpoint=thread.endpoint and printable(thread.endpoint),
+            endpoint=record.endpoint and printable(record.endpoint),
             waits=thread in waiting,
             **_session_of(record),
         )
@@ -256,35 +250,40 @@ class Snapshot:
 class Metrics:
     """One pool's counters and histograms. The caller holds the pool's lock.
 
-    A checkout that ends appends its wait and use to `finished`. They are counted `BATCH` at a
-    time, or when a snapshot is taken: between two queries nothing of this is in the processor's
-    caches, so that counting one costs as much as counting four in a row.
+    A checkout that ends appends its wait, its use and whose it was to `finished`. They are counted
+    `BATCH` at a time, or when a snapshot is taken: between two queries nothing of this is in the
+    processor's caches, so that counting one costs as much as counting four in a row. Who wants to
+    know the use by endpoint has `usage` count it too.
     """
 
     BATCH = 64
 
     def __init__(self) -> None:
-        self.finished: list[tuple[float, float]] = []
-        self.checkouts = self.timeouts = self.rejected = 0
-        self.connects = self.connect_failures = 0
+        self.finished: list[tuple[Any, ...]] = []
+        self.usage: Any = None
+        self.checkouts = self.timeouts = self.rejected = self.connects = self.connect_failures = 0
         self.dead = self.expired = self.broken = self.idle = self.collected = 0
         self.retries = self.leaks = self.held_long = self.returned_late = self.circuit_opened = 0
         self.wait, self.use, self.connect = Histogram(), Histogram(), Histogram()
         self.queued, self.timed_out_seconds = 0, 0.0
         self._popped: dict[str, int] = {}
 
-    def count(self, counter: str) -> None:
-        """Add one to a counter."""
-        setattr(self, counter, getattr(self, counter) + 1)
-
     def count_finished(self) -> None:
         """Count the checkouts that ended."""
         while self.finished:  # one by one: a signal handler may raise in between
-            wait, use = self.finished[-1]
+            wait, use, endpoint, code, lasti = self.finished[-1]
             del self.finished[-1]
             self.checkouts += 1
             self.wait.add(wait)
             self.use.add(use)
+            if self.usage:
+                self.usage.ended(wait, use, endpoint, code, lasti)
+
+    def count_forgotten(self, record: Any) -> None:
+        """Count a connection that its holder forgot."""
+        self.leaks += 1
+        if self.usage:
+            self.usage.forgotten(record.endpoint, record.code, record.lasti)
 
     def snapshot(self, pending: Sequence[float], **rest: Any) -> Snapshot:
         """Return a snapshot of these, with the other fields in *rest*.

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter, itemgetter
 from typing import Any, Final, TypeVar
 
+from dbpool.diagnosis.endpoints import MAX_NAMES, Rows, read_rows
+from dbpool.diagnosis.endpoints import merge as merge_rows
 from dbpool.metrics import (
     BUCKETS,
     COUNTS,
@@ -35,6 +37,7 @@ _MAX_COUNT: Final = 1 << 100  # a thousand of them still fit into a float
 _MAX_SECONDS: Final = 1e18
 _MAX_PID: Final = (1 << 31) - 1
 _MAX_HOLDERS: Final = 20  # of one pool
+_MAX_ROWS: Final = 1600  # of use by endpoint, in all pools: what a file has room for
 _MAX_WORKERS: Final = 64  # of one pool, that are shown
 # Ordered by severity: of several the last one counts.
 _STATES: Final = tuple(PoolState)
@@ -68,6 +71,7 @@ class Report:
 
     `scope` is "process" if the process that was asked answers for itself alone, else "all".
     `time` is Unix time. `parts` are the reports of the living processes, if it is made of several.
+    `usage` are each pool's rows of `dbpool.diagnosis.endpoints`, where they were asked for.
     """
 
     pools: Mapping[str, Snapshot]
@@ -75,6 +79,7 @@ class Report:
     scope: str = "all"
     time: float = 0.0
     parts: tuple[Report, ...] = field(default=(), compare=False, repr=False)
+    usage: Mapping[str, Rows] = field(default_factory=dict, compare=False, repr=False)
 
     def merge(self, *others: Report) -> Report:
         """Return all of them as one, with this one's scope and time."""
@@ -90,6 +95,7 @@ class Report:
             pools={name: merge(*pools) for name, pools in found.items()},
             processes=tuple(process for _, process in sorted(youngest.items())),
             parts=tuple(part for report in (self, *others) for part in report._living()),
+            usage=_merge_usage([report.usage for report in (self, *others)]),
         )
 
     def _living(self) -> tuple[Report, ...]:
@@ -196,6 +202,12 @@ def merge(*parts: Snapshot) -> Snapshot:
     )
 
 
+def _merge_usage(parts: Sequence[Mapping[str, Rows]]) -> dict[str, Rows]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    most = min(MAX_NAMES, _MAX_ROWS // max(1, len(names)))
+    return {name: merge_rows((part.get(name, {}) for part in parts), most) for name in names}
+
+
 def _merge_counters(parts: Sequence[Counters]) -> Counters:
     return Counters(
         discarded={reason: sum(part.discarded[reason] for part in parts) for reason in REASONS},
@@ -270,6 +282,11 @@ def read_snapshot(data: Mapping[str, Any]) -> Snapshot:
 def read_pools(data: Any) -> dict[str, Snapshot]:
     """Rebuild the pools of a report or of a file."""
     return {read_text(name): read_snapshot(pool) for name, pool in data.items()}
+
+
+def read_usage(data: Any) -> dict[str, Rows]:
+    """Rebuild the use by endpoint of a file."""
+    return {read_text(name): read_rows(rows) for name, rows in data.items()}
 
 
 def _read_holder(data: Any) -> HolderSnapshot:

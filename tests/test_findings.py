@@ -58,7 +58,9 @@ def test_what_takes_room_comes_only_if_it_is_asked_for(down: Flask) -> None:
     report = get(down, "/db/stats?include=history,journal,endpoints")
     assert report["history"]["step"] == 5.0
     assert [line["event"] for line in report["journal"]] == ["down"]
-    assert report["endpoints"] == {"default": []}
+    (row,) = report["endpoints"]["default"]
+    assert (row["checkouts"], row["gave_up"]) == (0, 1)
+    assert row["endpoint"].startswith("tests/test_findings.py:"), "no request, but a line of code"
     assert len(json.dumps(report, separators=(",", ":"))) < 20 * 1024
     assert down.test_client().get("/db/stats?include=everything").status_code == 400
     monitor.close()
@@ -99,7 +101,8 @@ def test_who_held_connections_is_shown_by_endpoint(
     app.add_url_rule("/report", "orders.report", report)
     assert app.test_client().get("/report").text == "done"
     (row,) = get(app, "/db/stats?include=endpoints")["endpoints"]["default"]
-    assert (row["endpoint"], row["use_share"]) == ("orders.report", 1.0)
+    assert (row["endpoint"], row["checkouts"], row["use_share"]) == ("orders.report", 1, 1.0)
+    assert row["in_use"] == 1.0
     own.monitor.close()
 
 

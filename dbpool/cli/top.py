@@ -49,7 +49,7 @@ def read_running(given: str | None, app: str | None) -> dict[str, Any]:
             "no application runs here that shares its statistics: see DBPOOL_STATS_DIR"
         )
     processes = find_processes(Path(directory), app)
-    report = processes.collect_others()
+    report = processes.collect_others(usage=True)
     if report is None:
         raise ConfigError(f"{directory} is not a directory that is private to this user")
     return Monitor({}, processes).extend(report, INCLUDES)

@@ -162,9 +162,7 @@ class History:
         for name in TIMES:
             times = Buckets().merge(*(getattr(step, name) for step in steps))
             quantiles = {f"p{q}": times.quantile(q / 100) for q in (50, 95, 99)}
-            found[name] = {"count": times.count} | {
-                k: v and _rounded(v) for k, v in quantiles.items()
-            }
+            found[name] = {"count": times.count} | {k: rounded(v) for k, v in quantiles.items()}
         return found
 
     def around(self, now: float) -> History:
@@ -180,17 +178,18 @@ class History:
         """Return series of one length, oldest first, for `/stats`; times in seconds."""
         steps = self.last(now)
         series: dict[str, list[float | None]] = {
-            name: [None if s is None else _rounded(getattr(s, name)) for s in steps]
+            name: [None if s is None else rounded(getattr(s, name)) for s in steps]
             for name in _SERIES
         }
         for name in TIMES[:2]:
             quantiles = [None if s is None else getattr(s, name).quantile(0.95) for s in steps]
-            series[f"{name}_p95"] = [q and _rounded(q) for q in quantiles]
+            series[f"{name}_p95"] = [rounded(q) for q in quantiles]
         return series
 
 
-def _rounded(value: float) -> float:
-    return value if isinstance(value, int) else float(f"{value:.3g}")
+def rounded(value: float | None) -> float | None:
+    """Return three digits of a number; a whole number as it is."""
+    return value if value is None or isinstance(value, int) else float(f"{value:.3g}")
 
 
 class Recorder:

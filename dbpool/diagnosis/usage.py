@@ -1,17 +1,15 @@
-"""Which endpoint uses a pool how much: sampled from who holds its connections. Pure."""
+"""Which endpoints have used a pool of late: sampled from who holds its connections. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from dbpool.diagnosis._scene import PoolScene, Scene
+from dbpool.diagnosis.endpoints import LONGEST, MAX_NAMES, OTHER, SHOWN
 
-__all__ = ["ENDPOINTS", "OTHER", "Usage"]
+__all__ = ["Usage"]
 
-ENDPOINTS: Final = 200  # that are told apart in one pool
-SHOWN: Final = 50  # of these
-OTHER: Final = "other"
 _HALF_LIFE: Final = 300.0  # seconds after which what was seen counts half
 _MAX_PAUSE: Final = 5.0  # seconds between two looks that a look stands for
 _MAX_POOLS: Final = 256
@@ -30,7 +28,7 @@ class Usage:
     """The use of each pool by endpoint, or by line of code where no endpoint is known.
 
     A look each second sees who holds a connection then; many looks show who holds how many on
-    average. It costs a checkout nothing, and cannot count checkouts.
+    average. Unlike what is counted when a checkout ends, that shows those that never end.
     """
 
     def __init__(self) -> None:
@@ -49,29 +47,21 @@ class Usage:
         for pool in pools:
             self._pools[pool.name] = _seen(self._pools[pool.name], pool, pause, kept)
 
-    def to_json(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the endpoints of each pool, the largest users first, `SHOWN` of them.
+    def to_json(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Return the endpoints of each pool by name, `SHOWN` of them, the largest users first.
 
-        `in_use` is a mean number of connections, `use_share` the part of all that were in use, and
-        `longest` the longest hold that was seen, in seconds. What sampling cannot tell is None.
+        `in_use` is a mean number of connections of the last minutes, `longest` the longest hold that
+        was seen, in seconds.
         """
-        return {name: list(self._rows(uses)) for name, uses in self._pools.items()}
+        return {name: self._shown(uses) for name, uses in self._pools.items()}
 
-    def _rows(self, uses: Mapping[str, _Use]) -> Iterable[dict[str, Any]]:
-        total = sum(use.seconds for use in uses.values()) or 1.0
+    def _shown(self, uses: Mapping[str, _Use]) -> dict[str, dict[str, float]]:
+        weight = self._weight or 1.0
         ranked = sorted(uses.items(), key=lambda each: (-each[1].seconds, each[0]))
-        for name, use in ranked[:SHOWN]:
-            yield {
-                "endpoint": name,
-                "in_use": round(use.seconds / (self._weight or 1.0), 3),
-                "use_share": round(use.seconds / total, 3),
-                "longest": round(use.longest, 1),
-                "checkouts": None,
-                "use_p95": None,
-                "wait_p95": None,
-                "gave_up": None,
-                "forgotten": None,
-            }
+        return {
+            name: {"in_use": round(use.seconds / weight, 3), "longest": round(use.longest, 1)}
+            for name, use in ranked[:SHOWN]
+        }
 
 
 def _seen(uses: dict[str, _Use], pool: PoolScene, pause: float, kept: float) -> dict[str, _Use]:
@@ -80,7 +70,10 @@ def _seen(uses: dict[str, _Use], pool: PoolScene, pause: float, kept: float) -> 
     # The report names the longest holders; who the others are is not known.
     unknown = max(0, pool.active - len(pool.holders))
     held = [(holder.endpoint or holder.where or OTHER, holder.seconds) for holder in pool.holders]
-    for name, seconds in [*held, *[(OTHER, 0.0)] * min(unknown, 10_000)]:
+    for name, seconds in [
+        *[(name[:LONGEST], seconds) for name, seconds in held],
+        *[(OTHER, 0.0)] * min(unknown, 10_000),
+    ]:
         use = uses.get(name) or _added(uses, name)
         use.seconds += pause
         use.longest = max(use.longest, seconds)
@@ -89,5 +82,5 @@ def _seen(uses: dict[str, _Use], pool: PoolScene, pause: float, kept: float) -> 
 
 def _added(uses: dict[str, _Use], name: str) -> _Use:
     """Return a new endpoint's use; beyond so many all new ones are one."""
-    is_full = len(uses) >= ENDPOINTS - (OTHER not in uses)
+    is_full = len(uses) >= MAX_NAMES - (OTHER not in uses)
     return uses.setdefault(OTHER if is_full else name, _Use())

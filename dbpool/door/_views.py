@@ -221,7 +221,7 @@ class Views:
         return json_answer(200, **wanted.trim(self._report(wanted.include)))
 
     def _report(self, wanted: Collection[str]) -> dict[str, Any]:
-        report = self._find().collect_others() or Report({})
+        report = self._find().collect_others(usage="endpoints" in wanted) or Report({})
         monitor = self._watching()
         return report.to_json() if monitor is None else monitor.extend(report, wanted)
 

@@ -139,7 +139,8 @@ def _stats(own: State) -> AnyResponse:
         query = Query.parse(request.args)
     except ValueError as ex:
         _refuse(400, str(ex))
-    report = own.monitor.extend(own.processes.collect(_scope()), query.include)
+    found = own.processes.collect(_scope(), usage="endpoints" in query.include)
+    report = own.monitor.extend(found, query.include)
     if "servers" in query.include:
         report["servers"] |= own.health.servers()
     return jsonify(query.trim(report))

@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Final, Protocol
 
-from dbpool.diagnosis import Scene, diagnose
+from dbpool.diagnosis import Scene, diagnose, endpoints
 from dbpool.diagnosis._scene import mapping, number, rows
 from dbpool.diagnosis.history import History, Recorder
 from dbpool.errors import describe
@@ -175,7 +175,10 @@ class Monitor:
         return [finding.to_json() for finding in diagnose(Scene.read(report))]
 
     def extend(self, report: Report, include: Collection[str] = ()) -> dict[str, Any]:
-        """Return a report as JSON, with `findings` and with those of `INCLUDES` that are wanted."""
+        """Return a report as JSON, with `findings` and with those of `INCLUDES` that are wanted.
+
+        For the endpoints it must have its `usage`.
+        """
         shown = report.to_json()
         more: dict[str, Any] = {"findings": self.findings(shown)}
         if "history" in include:
@@ -184,7 +187,11 @@ class Monitor:
         if "journal" in include:
             more["journal"] = [dict(line) for line in rows(kept.get("journal"))]
         if "endpoints" in include:
-            more["endpoints"] = dict(mapping(kept.get("endpoints")))
+            seen = mapping(kept.get("endpoints"))
+            more["endpoints"] = {
+                name: endpoints.to_json(report.usage.get(name, {}), mapping(seen.get(name)))
+                for name in report.pools
+            }
         if "workers" in include:
             more["workers"] = report.workers_to_json()
         if about := {"servers", "settings"} & set(include):

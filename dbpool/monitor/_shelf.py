@@ -158,9 +158,7 @@ class Shelf:
 
     def save(self, ending: str, data: Any) -> int:
         """Write a file of the application atomically; return its size in bytes."""
-        path = self._path(ending)
-        write(path, data)
-        return path.stat().st_size
+        return write(self._path(ending), data)
 
     def load(self, ending: str) -> Any:
         """Return what such a file holds, None if it cannot be read."""

@@ -238,7 +238,7 @@ def take_idle(store: Store, owner: ref[Any], conn: Any = None) -> Any:
 def evict(store: Store, record: ConnectionRecord, reason: str) -> None:
     """Forget a connection for that reason, and have it closed; replace it if it is needed."""
     store.bag.forget(record)
-    store.metrics.count(reason)
+    vars(store.metrics)[reason] += 1
     if store.listeners.active:
         store.listeners.emit(events.Discarded(store.name, reason))
     store.refill()
@@ -256,7 +256,8 @@ def evict_idle(store: Store, reason: str, condition: Condition, most: int | None
 def reap(store: Store, record: ConnectionRecord, reason: str) -> None:
     """Take a connection from its holder, and evict it."""
     if record.since:
-        store.metrics.finished += [(record.wait, monotonic() - record.since)]
+        use = monotonic() - record.since
+        store.metrics.finished += [(record.wait, use, record.endpoint, record.code, record.lasti)]
     record.since, record.is_reaped, record.owner = 0.0, True, NOBODY
     if (conn := record.ref()) is not None:
         store.bag.cancel_later(conn)
@@ -269,7 +270,7 @@ def reap_held(store: Store, thread: ThreadInfo, since: float) -> tuple[Holder, .
     described = describe(held, monotonic())
     for record in held:
         reap(store, record, "broken")
-    store.metrics.leaks += len(held)
+        store.metrics.count_forgotten(record)
     return described
 
 
@@ -279,7 +280,8 @@ def reap_ownerless(store: Store) -> tuple[Holder, ...]:
     gone = [record for record, owner in owners if owner() is None]
     described = describe(gone, monotonic())
     for record in gone:
-        store.metrics.leaks += bool(record.since)
+        if record.since:
+            store.metrics.count_forgotten(record)
         reap(store, record, "collected")
     return described
 
@@ -328,8 +330,7 @@ def mark_held_long(store: Store, before: float) -> list[tuple[ThreadInfo | None,
     for record in late:
         record.is_reported = True
     store.metrics.held_long += len(late)
-    now = monotonic()
-    return [(r.thread, holder) for r in late for holder in describe([r], now)]
+    return [(r.thread, holder) for r in late for holder in describe([r], monotonic())]
 
 
 def mark_slow(store: Store, before: float) -> list[float]:

@@ -117,8 +117,7 @@ class Connector:
                 self._ping_server(conn, patience, attempt)
             self._prepare(pool, conn)
             # psycopg tries twice then, and never tells libpq of the preference.
-            prefers_standby = known.get("target_session_attrs") == "prefer-standby"
-            conn._record.prefers_standby = prefers_standby
+            conn._record.prefers_standby = known.get("target_session_attrs") == "prefer-standby"
         except BaseException:
             secrets |= secrets_of(params, conn.pgconn)
             close(conn)
@@ -139,10 +138,9 @@ class Connector:
     def _prepare(self, pool: PoolBase[Any], conn: Any) -> None:
         """Configure a new connection, and remember how it was set up."""
         attach(conn, pool)
-        configure = pool._user_configure
         if has_stock_class(conn) and conn.cursor_factory is Cursor:
             conn.cursor_factory = self.cursors
-        if configure:
+        if configure := pool._user_configure:
             self.custom = call_traced(configure, conn, self.custom)
             insist_on_idle(conn, "configure")
         message, settings = b"", self.settings
@@ -153,8 +151,7 @@ class Connector:
         record.created_at = record.idle_since = now = monotonic()
         record.expires_at = now + pool.max_lifetime * (1.0 - _LIFETIME_SPREAD * random())  # noqa: S311
         if self.cursors is not Cursor and not issubclass(conn.cursor_factory, self.cursors):
-            reason = "the connections have cursors of their own"
-            self.warn_once(f"pipeline_begin has no effect: {reason}")
+            self.warn_once("pipeline_begin has no effect: the connections have their own cursors")
         conn._record = record
         record.ref = record.owner = ref(conn, pool._store.collected.append)  # in C: not interrupted
 

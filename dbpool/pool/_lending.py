@@ -116,8 +116,7 @@ def acquire(
             return conn
         if pool._user_check and conn._record.created_at >= started:
             sleep(lock_timeout(min(_CHECK_PAUSE, deadline - monotonic())))
-        is_late = started < deadline <= monotonic()
-        conn = None if is_late else pool._store.take_idle(owner)
+        conn = None if started < deadline <= monotonic() else pool._store.take_idle(owner)
 
 
 def _wait(pool: PoolBase[Any], waiter: Waiter) -> Waiter:
@@ -128,6 +127,8 @@ def _wait(pool: PoolBase[Any], waiter: Waiter) -> Waiter:
     if waiter.wait():
         pool._notices.timed_out(*pool._store.time_out(waiter))
     if waiter.is_over:
+        if usage := pool._store.metrics.usage:
+            usage.gave_up(waiter.thread.endpoint, sys._getframe())
         pool._notices.not_served(waiter.error, monotonic() - waiter.started, waiter.is_rejected)
         raise waiter.take_error()  # no variable keeps it: it would keep this frame
     return waiter

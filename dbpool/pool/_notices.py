@@ -96,8 +96,8 @@ class Notices:
         text = f"a caller has waited {max(waits):.1f} s for a connection; {snapshot.waiting} wait,"
         text += f" {snapshot.active} of {snapshot.max_size} checked out; held longest:"
         text += f" {group(snapshot.holders) or 'unknown'}"
-        cause, number = "%d callers waited for long", len(waits)
-        self._warn("slow_acquire", cause, text, number, seconds=max(waits))
+        cause = "%d callers waited for long"
+        self._warn("slow_acquire", cause, text, len(waits), seconds=max(waits))
 
     def not_served(self, error: BaseException | None, seconds: float, is_rejected: bool) -> None:
         """A caller was rejected, or timed out after that time."""
@@ -112,8 +112,7 @@ class Notices:
         """These connections have been held for more than *limit* seconds."""
         if self.listeners.active:
             for info, holder in held:
-                stack = _holders.stack_of(info.thread) if info else ""
-                self._emit(events.HeldLong, holder, stack)
+                self._emit(events.HeldLong, holder, _holders.stack_of(info.thread) if info else "")
         held.sort(key=lambda each: each[1].seconds)
         for where, (info, longest) in {each[1].where: each for each in held}.items():
             number = sum(holder.where == where for _, holder in held)

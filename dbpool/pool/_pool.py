@@ -167,7 +167,8 @@ class Pool(PoolBase[CT]):
             if code.co_filename not in _application_files:
                 frame = holders.caller(frame)
                 code = frame.f_code
-            record.thread, record.code, record.lasti = _current.thread, code, frame.f_lasti
+            record.thread = thread = _current.thread
+            record.endpoint, record.code, record.lasti = thread.endpoint, code, frame.f_lasti
             conn._pool = self
             record.since = now = monotonic()
             record.wait = now - started
@@ -213,7 +214,7 @@ class Pool(PoolBase[CT]):
                 record.since, record.owner, conn._pool = 0.0, None, None
                 store.bag.idle.append(conn)
             finished = store.metrics.finished
-            finished += [(wait, use)]
+            finished += [(wait, use, record.endpoint, record.code, record.lasti)]
             if len(finished) >= Metrics.BATCH:
                 store.metrics.count_finished()
         if store.bag.to_close:

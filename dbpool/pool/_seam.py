@@ -63,6 +63,7 @@ class PoolBase(ConnectionPool[CT]):
             self.name, sizes, settings.outage_grace, self.listeners, self._threads.jobs
         )
         self._lock = self._store.lock
+        self.count_usage(getattr(self, "_make_usage", type(None)))
         connector = Connector(settings, self._notices.warn_once)
         self._supply = Supply(self._store, connector, self._notices)
         self._maintenance = Maintenance(self._supply)
@@ -116,6 +117,11 @@ class PoolBase(ConnectionPool[CT]):
     def stats(self) -> Snapshot:
         """Return a consistent snapshot of the state and of all counters since opening."""
         return self._store.snapshot()
+
+    def count_usage(self, make: Any) -> None:
+        """Have what *make* returns count the use by endpoint; called again after a fork."""
+        self._make_usage = make
+        self.usage = self._store.metrics.usage = make()
 
     def holders(self) -> list[Holder]:
         """Return who holds connections, longest first, at most 20."""

@@ -172,7 +172,7 @@ class Store:
         if not record.since:
             return None
         use = monotonic() - record.since
-        self.metrics.finished += [(record.wait, use)]
+        self.metrics.finished += [(record.wait, use, record.endpoint, record.code, record.lasti)]
         self.metrics.returned_late += record.is_reported
         record.since, record.owner, record.is_reported = 0.0, owner, False
         return use

@@ -99,10 +99,8 @@ class Supply:
     """Brings connections into the store, and takes them out of it."""
 
     def __init__(self, store: Store, connector: Connector, notices: Notices) -> None:
-        self.store = store
-        self.connector = connector
-        self.notices = notices
-        self.settings = connector.settings
+        self.store, self.notices = store, notices
+        self.connector, self.settings = connector, connector.settings
 
     # Connecting, in a worker
 
@@ -174,8 +172,7 @@ class Supply:
             have_changed = defaults.ask_again(lambda p: connector.open(pool, p), params)
         except Exception as ex:  # noqa: BLE001  # whatever it is, the next connect asks again
             defaults.troubles = -1
-            name = type(ex).__name__
-            logger.debug("pool %r: asking for timeouts failed: %s", pool.name, name)
+            logger.debug("pool %r: asking for timeouts failed: %s", pool.name, type(ex).__name__)
             return
         if have_changed:
             logger.info("pool %r: the server's timeouts have changed", pool.name)

@@ -7,9 +7,11 @@ namespaces see that lock too: containers may share the directory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+from dbpool.diagnosis.endpoints import Rows, complete
 from dbpool.processes._files import is_held, locked, read, start_time, write
 from dbpool.report import (
     SCHEMA,
@@ -21,11 +23,14 @@ from dbpool.report import (
     read_pools,
     read_seconds,
     read_text,
+    read_usage,
 )
 
 ALIVE: Final = ".alive"
+USAGE: Final = ".usage"
 MAX_FILES: Final = 1024  # that are read
 
+T = TypeVar("T")
 Warn = Callable[[str, str], None]  # once for each subject, with a message
 
 
@@ -64,10 +69,11 @@ class Archive:
         self._path = directory / f"{app}.archive"
         self._warn = warn
 
-    def collect(self, own_key: str) -> list[Report]:
+    def collect(self, own_key: str, *, usage: bool) -> list[Report]:
         """Return the reports of the other living processes, and of all that have ended.
 
-        Files of processes that have ended since are moved into the archive.
+        Files of processes that have ended since are moved into the archive. *usage* says whether to
+        read the use by endpoint of those that live.
         """
         with locked(self._directory / f"{self._app}.lock") as is_locked:
             folded, archived = self._read()
@@ -78,9 +84,9 @@ class Archive:
                 if part is None or part.processes[0].key == own_key:
                     continue
                 if _is_alive(path, part.processes[0]):
-                    living.append(part)
+                    living.append(self._with_usage(path, part) if usage else part)
                 else:
-                    dead[path] = part
+                    dead[path] = _completed(self._with_usage(path, part))
             ended = [p.totals_only() for p in dead.values() if p.processes[0].key not in folded]
             archived = archived.merge(*ended)
             if dead and is_locked:
@@ -93,7 +99,8 @@ class Archive:
             data = read(self._path)
             with malformed("archive"):
                 _check_schema(data)
-                return set(map(read_text, data["folded"])), Report(read_pools(data["pools"]))
+                totals = Report(read_pools(data["pools"]), usage=read_usage(data.get("usage", {})))
+                return set(map(read_text, data["folded"])), totals
         except FileNotFoundError:
             return set(), Report({})
         except (OSError, ValueError) as ex:
@@ -106,23 +113,43 @@ class Archive:
             "schema": SCHEMA,
             "folded": [part.processes[0].key for part in dead.values()],
             "pools": archived.to_json()["pools"],
+            "usage": archived.usage,
         }
         try:
             write(self._path, data)
             for path in dead:
                 path.with_suffix(ALIVE).unlink(missing_ok=True)
+                path.with_suffix(USAGE).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
         except OSError as ex:
             self._warn("archive", f"cannot archive statistics: {ex.strerror}")
 
     def _read_part(self, path: Path) -> Report | None:
+        return self._try_read(path, _part_from_json)
+
+    def _with_usage(self, path: Path, part: Report) -> Report:
+        return replace(part, usage=self._try_read(path.with_suffix(USAGE), _usage_from_json) or {})
+
+    def _try_read(self, path: Path, parse: Callable[[Any], T]) -> T | None:
         try:
-            return _part_from_json(read(path))
+            return parse(read(path))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as ex:
             self._warn(path.name, f"{path} cannot be used: {ex}")
             return None
+
+
+def _usage_from_json(data: Any) -> dict[str, Rows]:
+    with malformed("use by endpoint"):
+        _check_schema(data)
+        return read_usage(data["usage"])
+
+
+def _completed(part: Report) -> Report:
+    """Return the report of a process that ended: its file of use by endpoint is older."""
+    usage = {name: complete(part.usage.get(name, {}), pool) for name, pool in part.pools.items()}
+    return replace(part, usage=usage)
 
 
 def _is_alive(path: Path, process: Process) -> bool:

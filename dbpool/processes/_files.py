@@ -51,17 +51,18 @@ def start_time(pid: int) -> str | None:
     return None if fields[0] in b"ZX" else fields[19].decode()
 
 
-def write(path: Path, data: object) -> None:
-    """Write atomically: a reader finds the old file or the new one."""
+def write(path: Path, data: object) -> int:
+    """Write atomically: a reader finds the old file or the new one. Return the size in bytes."""
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=".")
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(json.dumps(data))  # dump() would not use the C encoder
+            size = file.write(json.dumps(data))  # dump() would not use the C encoder
         Path(name).replace(path)
     except BaseException:
         with suppress(OSError):
             Path(name).unlink()
         raise
+    return size  # of ASCII
 
 
 def read(path: Path) -> Any:

@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from dbpool._secrets import safe_repr
+from dbpool.diagnosis.endpoints import Rows, UsageCounter
 from dbpool.metrics import Snapshot
-from dbpool.processes._archive import ALIVE, MAX_FILES, Archive, part_to_json
+from dbpool.processes._archive import ALIVE, MAX_FILES, USAGE, Archive, part_to_json
 from dbpool.processes._files import STATS_DIR, NoLocks, ProcessLock, start_time, write
-from dbpool.report import Process, Report, read_text
+from dbpool.report import SCHEMA, Process, Report, read_text
 
 logger = logging.getLogger("dbpool")
 
 PUBLISH_INTERVAL: Final = 1.0  # seconds
+_USAGE_INTERVAL: Final = 5.0  # seconds at least between two writes of the use by endpoint
+_USAGE_BYTES_A_SECOND: Final = 1024
 WRITE_TIMEOUT: Final = 1.0  # seconds that a publication waits for another of this process
 
 _instances: weakref.WeakSet[Processes] = weakref.WeakSet()
@@ -40,7 +43,7 @@ def publish_from_the_start() -> None:
 
 
 class HasStats(Protocol):
-    """All that is needed of a pool."""
+    """All that is needed of a pool; one of dbpool's also counts the use by endpoint."""
 
     def stats(self) -> Snapshot:
         """Return a snapshot."""
@@ -60,6 +63,7 @@ class _ProcessState:
         self.retry_at = 0.0  # when to try again to start the thread
         self.stop = threading.Event()
         self.alive: ProcessLock | None = None
+        self.usage_due = 0.0  # when to write the use by endpoint again
         # Held from the snapshot until it is written, so that no older one comes after a newer.
         self.writing = threading.Lock()
 
@@ -78,6 +82,8 @@ class Processes:
         app: str = "app",
     ) -> None:
         self._pools = {read_text(name): pool for name, pool in databases.items()}
+        for pool in self._pools.values():
+            _count_usage(pool)
         self._directory = directory
         self.app = re.sub(r"[^A-Za-z0-9_]+", "_", app)
         self._warned: set[str] = set()
@@ -114,24 +120,28 @@ class Processes:
         """Write this process's file; return false if that is not possible, which is logged once."""
         return self._publish() is not None
 
-    def collect(self, scope: str = "all") -> Report:
+    def collect(self, scope: str = "all", *, usage: bool = False) -> Report:
         """Return the report of all processes, or of this one if *scope* is "process".
 
-        `Report.scope` says which it is: without a directory only this process can be asked.
+        `Report.scope` says which it is: without a directory only this process can be asked. With
+        *usage* it has the use by endpoint, which other processes write each five seconds.
         """
         self.start()
         # Use what was published of this process: a report of another is never ahead of it.
         own = self._publish() if scope == "all" else None
+        found = own or self._describe()
+        if usage:
+            found = replace(found, usage=self._usage())
         if own is None:
-            return self._describe()
-        others = self._collect(own.processes[0].key)
-        return replace(own.as_of(time.monotonic()).merge(*others), scope="all")
+            return found
+        others = self._collect(own.processes[0].key, usage=usage)
+        return replace(found.as_of(time.monotonic()).merge(*others), scope="all")
 
-    def collect_others(self) -> Report | None:
+    def collect_others(self, *, usage: bool = False) -> Report | None:
         """Return the report of all other processes; None if there is no directory."""
         if self.directory() is None:
             return None
-        return Report({}, time=time.time()).merge(*self._collect(""))
+        return Report({}, time=time.time()).merge(*self._collect("", usage=usage))
 
     def collect_each(self) -> list[Report]:
         """Return the report of each other process that lives; none if there is no directory."""
@@ -183,12 +193,25 @@ class Processes:
             path = directory / f"{self.app}-{own.processes[0].key}.json"
             self._hold_alive(state, path.with_suffix(ALIVE))
             write(path, part_to_json(own))
+            self._write_usage(state, path.with_suffix(USAGE))
         except OSError as ex:
             self._warn("write", f"cannot write statistics to {directory}: {ex.strerror}")
             return None
         finally:
             state.writing.release()
         return own
+
+    def _write_usage(self, state: _ProcessState, path: Path) -> None:
+        """Write the use by endpoint now and then, and at the end. The caller holds `writing`."""
+        now = time.monotonic()
+        if (usage := self._usage()) and (now >= state.usage_due or state.stop.is_set()):
+            size = write(path, {"schema": SCHEMA, "usage": usage})
+            state.usage_due = now + max(_USAGE_INTERVAL, size / _USAGE_BYTES_A_SECOND)
+
+    def _usage(self) -> dict[str, Rows]:
+        """Return the use of this process's pools by endpoint, where there is any."""
+        counters = {name: getattr(pool, "usage", None) for name, pool in self._pools.items()}
+        return {name: rows for name, x in counters.items() if x is not None and (rows := x.rows())}
 
     def _hold_alive(self, state: _ProcessState, path: Path) -> None:
         """Hold this process's lock from its first file on. The caller holds `writing`."""
@@ -212,12 +235,12 @@ class Processes:
         pools = {name: _of_this_process(pool.stats()) for name, pool in self._pools.items()}
         return Report(pools, (process,), "process", time.time())
 
-    def _collect(self, own_key: str) -> list[Report]:
+    def _collect(self, own_key: str, *, usage: bool = False) -> list[Report]:
         """Return the reports of all processes but the one of that key."""
         directory = self.directory()
         if directory is None:
             return []
-        archived, *living = Archive(directory, self.app, self._warn).collect(own_key)
+        archived, *living = Archive(directory, self.app, self._warn).collect(own_key, usage=usage)
         now = time.monotonic()
         return [archived, *(part.as_of(now) for part in living)]
 
@@ -247,6 +270,12 @@ class Processes:
         if subject not in self._warned and len(self._warned) < MAX_FILES:
             self._warned.add(subject)
             logger.warning("statistics: %s", message)
+
+
+def _count_usage(pool: Any) -> None:
+    """Have a pool count its use by endpoint, if it can and does not yet."""
+    if getattr(pool, "usage", pool) is None:
+        pool.count_usage(UsageCounter)
 
 
 def _of_this_process(pool: Snapshot) -> Snapshot:

@@ -1,0 +1,329 @@
+"""The use by endpoint: exact over processes, those that ended among them, and bounded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbpool import Pool, PoolError, holders
+from dbpool.diagnosis.endpoints import (
+    LONGEST,
+    MAX_NAMES,
+    OTHER,
+    SHOWN,
+    Rows,
+    UsageCounter,
+    complete,
+    merge,
+    read_rows,
+    to_json,
+    totals,
+)
+from dbpool.metrics import Metrics
+from dbpool.processes import Processes
+
+from .conftest import MakeApp
+from .fake import FakeServer
+from .threads import run_in_threads
+from .waiting import until
+
+CODE = (lambda: None).__code__
+
+
+def counted(**uses: list[float]) -> Rows:
+    """The rows of one process whose endpoints used connections for so long."""
+    counter = UsageCounter()
+    for name, seconds in uses.items():
+        for each in seconds:
+            counter.ended(0.0, each, name, CODE, 0)
+    return counter.rows()
+
+
+def shown(rows: Rows, **seen: Any) -> dict[str, dict[str, Any]]:
+    return {row["endpoint"]: row for row in to_json(rows, seen)}
+
+
+# Rows
+
+
+def test_percentiles_of_several_processes_are_those_of_all_uses() -> None:
+    """Not the mean of their percentiles: that would be 0.5 s."""
+    busy = counted(pay=[0.002] * 990)
+    slow = counted(pay=[1.0] * 10)
+    (row,) = to_json(merge([busy, slow]), {})
+    assert row["checkouts"] == 1000
+    assert row["use_seconds"] == pytest.approx(990 * 0.002 + 10.0)
+    assert 0.001 <= row["use_p95"] <= 0.0032
+    (row,) = to_json(merge([busy, counted(pay=[1.0] * 110)]), {})
+    assert 0.31 <= row["use_p95"] <= 1.0
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abcde"), st.lists(st.floats(0, 1e4)))))
+def test_the_order_of_merging_changes_nothing(parts: list[dict[str, list[float]]]) -> None:
+    rows = [counted(**part) for part in parts]
+    assert merge(rows) == merge(reversed(rows)) == merge([merge(rows[:1]), merge(rows[1:])])
+    number = sum(len(uses) for part in parts for uses in part.values())
+    assert sum(row["checkouts"] for row in to_json(merge(rows), {})) == number
+
+
+def test_what_has_too_many_names_is_one_and_nothing_is_lost() -> None:
+    counter = UsageCounter()
+    for n in range(5000):
+        counter.ended(0.0, 0.01, f"endpoint-{n}", CODE, 0)
+    assert len(counter.rows()) == MAX_NAMES + 1
+    other = UsageCounter()
+    for n in range(5000, 5150):
+        other.ended(0.0, 1.0, f"endpoint-{n}", CODE, 0)
+    both = merge([counter.rows(), other.rows()])
+    assert len(both) == MAX_NAMES + 1
+    assert {f"endpoint-{n}" for n in range(5000, 5150)} <= both.keys(), "the largest are kept"
+    found = shown(both)
+    assert len(found) == SHOWN + 1
+    assert sum(row["checkouts"] for row in found.values()) == 5150
+    assert sum(n for _, n, _, _ in totals(both)) == 5150
+    assert len(json.dumps(to_json(both, {}))) < 12 * 1024
+
+
+def test_an_endpoint_that_never_returns_is_shown_before_those_that_do() -> None:
+    rows = counted(**{f"e{n}": [float(n)] for n in range(100)})
+    found = to_json(rows, {"stuck": {"in_use": 3.0, "longest": 60.0}})
+    assert found[0]["endpoint"] == "stuck"
+    assert (found[0]["checkouts"], found[0]["in_use"], found[0]["longest"]) == (0, 3.0, 60.0)
+    assert found[0]["use_p95"] is None
+
+
+def test_what_an_ended_process_had_not_written_is_one_of_the_others() -> None:
+    metrics = Metrics()
+    metrics.usage = UsageCounter()
+    metrics.finished += [(0.5, 2.0, "pay", CODE, 0)] * 3
+    metrics.timeouts, metrics.leaks = 2, 1
+    pool = metrics.snapshot([])
+    written = counted(pay=[2.0])  # one of the three
+    found = shown(complete(written, pool))
+    assert (found["pay"]["checkouts"], found[OTHER]["checkouts"]) == (1, 3)
+    metrics.usage.gave_up("pay", sys._getframe())
+    known = complete(metrics.usage.rows(), pool)
+    assert shown(known)["pay"]["checkouts"] == 3
+    assert shown(known)[OTHER]["gave_up"] == 1
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(max_size=9) | st.floats(),
+       lambda x: st.lists(x, max_size=30) | st.dictionaries(st.text(max_size=9), x)))  # fmt: skip
+def test_garbage_is_refused(data: Any) -> None:
+    try:
+        rows = read_rows(data)
+    except ValueError:
+        return
+    json.dumps(to_json(rows, {}), allow_nan=False)
+
+
+def test_a_name_is_printed_on_one_line_of_bounded_length() -> None:
+    counter = UsageCounter()
+    counter.ended(0.0, 1.0, "a\nb\x1b[31m" + "x" * 999, CODE, 0)
+    (name,) = counter.rows()
+    assert len(name) <= LONGEST
+    assert name.isprintable()
+
+
+# Pools
+
+
+@pytest.fixture
+def pool(fake: FakeServer) -> Iterator[Pool]:
+    with fake.pool(max_size=2, timeout=0.05) as pool:
+        pool.count_usage(UsageCounter)
+        yield pool
+    holders.current.thread.endpoint = None
+
+
+def test_a_checkout_belongs_to_the_endpoint_that_began_it(pool: Pool) -> None:
+    who = holders.current.thread
+    who.endpoint = "pay"
+    conn = pool.getconn()
+    who.endpoint = "list"  # the next request of that thread
+    (holder,) = pool.holders()
+    assert holder.endpoint == "pay"
+    pool.putconn(conn)
+    pool.fetch_value("select 1")
+    who.endpoint = None
+    pool.stats()
+    assert {name: row["checkouts"] for name, row in shown(pool.usage.rows()).items()} == {
+        "pay": 1, "list": 1,
+    }  # fmt: skip
+
+
+def test_who_gave_up_and_who_forgot_is_counted_by_endpoint(pool: Pool) -> None:
+    who = holders.current.thread
+    who.endpoint = "greedy"
+    held = [pool.getconn(), pool.getconn()]
+    who.endpoint = "hungry"
+    for _ in range(3):
+        with suppress(PoolError):
+            pool.getconn()
+    who.endpoint = None
+    with suppress(PoolError):
+        pool.getconn()
+    del held
+    until(lambda: pool.stats().counters.leaks == 2)
+    found = shown(pool.usage.rows())
+    assert (found["hungry"]["gave_up"], found["greedy"]["forgotten"]) == (3, 2)
+    assert found["greedy"]["checkouts"] == 2
+    (line,) = [name for name in found if name.startswith("tests/test_endpoints.py:")]
+    assert found[line]["gave_up"] == 1
+
+
+def test_counts_add_up_to_those_of_the_pool(pool: Pool) -> None:
+    names = iter(["a", "b", "a", None, "c", "a", "b", None])
+
+    def requests() -> None:
+        holders.current.thread.endpoint = next(names)
+        for _ in range(50):
+            with suppress(PoolError), pool.connection():
+                pass
+
+    run_in_threads(8, requests)
+    stats, found = pool.stats(), shown(pool.usage.rows())
+    assert sum(row["checkouts"] for row in found.values()) == stats.counters.checkouts
+    assert sum(row["use_seconds"] for row in found.values()) == pytest.approx(stats.use.sum)
+    refused = stats.counters.timeouts + stats.counters.rejected
+    assert sum(row["gave_up"] for row in found.values()) == refused
+    assert stats.counters.checkouts + refused == 400
+
+
+# Processes
+
+WORKER = """
+import sys
+from dbpool import holders
+from dbpool.processes import Processes
+from tests.fake import FakeServer
+
+with FakeServer().pool(max_size=1) as pool:
+    processes = Processes({"default": pool}, directory=sys.argv[1])
+    for endpoint, number in (("pay", 3), (sys.argv[2], 4)):
+        holders.current.thread.endpoint = endpoint
+        for _ in range(number):
+            pool.fetch_value("select 1")
+    processes.start()
+    processes.publish()
+    print("published", flush=True)
+    for line in sys.stdin:
+        pool.fetch_value("select 1")
+        processes.publish()
+        print("published", flush=True)
+    processes.close()
+"""
+
+
+def test_the_use_of_workers_that_ended_stays_also_if_they_were_killed(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path), f"of-{n}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parent.parent,
+        ) for n in (1, 2)
+    ]  # fmt: skip
+    for worker in workers:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "published\n"
+    reader = Processes({}, directory=tmp_path)
+
+    def counts() -> dict[str, int]:
+        report = reader.collect_others(usage=True)
+        assert report is not None
+        return {name: row["checkouts"] for name, row in shown(report.usage["default"]).items()}
+
+    assert counts() == {"pay": 6, "of-1": 4, "of-2": 4}
+    killed, orderly = workers
+    assert killed.stdin is not None
+    assert killed.stdout is not None
+    killed.stdin.write("\n")  # one more, which is published, but not yet by endpoint
+    killed.stdin.flush()
+    assert killed.stdout.readline() == "published\n"
+    killed.kill()
+    for worker in workers:
+        worker.communicate()
+    assert orderly.returncode == 0
+    assert counts() == {"pay": 6, "of-1": 4, "of-2": 4, OTHER: 1}
+    assert counts() == {"pay": 6, "of-1": 4, "of-2": 4, OTHER: 1}, "counted once"
+    assert not list(tmp_path.glob("*.usage"))
+
+
+def test_garbage_in_a_file_of_use_is_contained(
+    tmp_path: Path, fake: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    tmp_path.chmod(0o700)
+    with fake.pool(max_size=1) as pool:
+        processes = Processes({"default": pool}, directory=tmp_path)
+        pool.fetch_value("select 1")
+        processes.publish()
+        (path,) = tmp_path.glob("*.usage")
+        path.write_text('{"schema": 2, "usage": {"default": {"pay": [1, 2]}}}')
+        for _ in range(3):
+            report = Processes({}, directory=tmp_path).collect_others(usage=True)
+            assert report is not None
+            assert report.usage == {}
+            assert report.pools["default"].counters.checkouts == 1
+        processes.close()
+    assert sum(".usage cannot be used" in record.message for record in caplog.records) == 3
+
+
+def test_the_file_of_two_hundred_endpoints_is_written_at_a_bounded_rate(
+    tmp_path: Path, fake: FakeServer
+) -> None:
+    tmp_path.chmod(0o700)
+    with fake.pool(max_size=1) as pool:
+        processes = Processes({"default": pool}, directory=tmp_path)
+        for n in range(300):
+            holders.current.thread.endpoint = f"blueprint.endpoint_number_{n}"
+            pool.fetch_value("select 1")
+        holders.current.thread.endpoint = None
+        processes.publish()
+        (path,) = tmp_path.glob("*.usage")
+        before, size = path.stat().st_mtime_ns, path.stat().st_size
+        assert size < 32 * 1024
+        processes.publish()
+        assert path.stat().st_mtime_ns == before, "not again within five seconds"
+        processes.close()
+        assert path.stat().st_mtime_ns > before, "but at the end"
+
+
+# Flask
+
+
+def test_requests_are_counted_by_endpoint_in_the_stats(dsn: str, make_app: MakeApp) -> None:
+    app = make_app(dsn, DBPOOL_DETAILS="always")
+    pool = app.extensions["dbpool"].databases.default
+
+    def orders() -> str:
+        pool.fetch_value("select 1")
+        pool.fetch_value("select 1")
+        return "done"
+
+    app.add_url_rule("/orders", "orders.index", orders)
+
+    def requests() -> None:
+        for _ in range(5):
+            app.test_client().get("/orders")
+
+    run_in_threads(4, requests)
+    in_background = threading.Thread(target=lambda: pool.fetch_value("select 1"))
+    in_background.start()
+    in_background.join()
+    report: Any = app.test_client().get("/db/stats?include=endpoints").json
+    found = {row["endpoint"]: row for row in report["endpoints"]["default"]}
+    assert found["orders.index"]["checkouts"] == 40
+    assert sum(row["checkouts"] for row in found.values()) == 41
+    assert report["pools"]["default"]["counters"]["checkouts"] == 41
+    assert sum(row["use_share"] for row in found.values()) == pytest.approx(1.0, abs=0.01)
