@@ -537,6 +537,13 @@ def test_a_child_begins_at_zero(own: bool) -> None:
     assert said(script, PYTHONWARNINGS="ignore").splitlines() == ["child [3]", "parent [2]"]
 
 
+def test_a_child_says_if_it_reports_its_parents_numbers_again() -> None:
+    script = GLOBAL + FORK.format(parent="counts(reader)", own=False)
+    done = python("-c", script, env={"PYTHONWARNINGS": "ignore"}, check=True)
+    warning = "OpenTelemetry: the provider is the parent's: this process reports again"
+    assert done.stderr.count(warning) == 1
+
+
 def test_a_child_may_be_forked_in_the_middle_of_a_collection() -> None:
     script = """
 import os
@@ -555,6 +562,43 @@ collecting.join()
 pool.close()
 """
     assert said(script, PYTHONWARNINGS="ignore").split() == ["0"] * 5
+
+
+# Exporting at the end
+
+
+EXPORTING = """
+import io, time
+from types import SimpleNamespace
+from opentelemetry.sdk.metrics.export import ConsoleMetricExporter, PeriodicExportingMetricReader
+from dbpool.gunicorn import worker_exit
+
+exported = io.StringIO()
+reader = PeriodicExportingMetricReader(ConsoleMetricExporter(exported), 1e7)
+instrument(pool, MeterProvider([reader], shutdown_on_exit=False))
+use(pool, 5)
+"""
+
+
+def test_the_hooks_export_when_a_worker_exits() -> None:
+    script = """
+worker_exit(SimpleNamespace(pid=0), None)
+print(exported.getvalue().count('"count": 5'), pool.closed)
+"""
+    assert said(EXPORTING + script) == "2 True"
+
+
+def test_an_exporter_that_hangs_is_not_waited_for_too_long() -> None:
+    script = """
+class Hanging(ConsoleMetricExporter):
+    def export(self, *args, **kwargs):
+        time.sleep(1000)
+
+reader = PeriodicExportingMetricReader(Hanging(), 1e7)
+instrument(pool, MeterProvider([reader], shutdown_on_exit=False))
+print(flush(0.2))
+"""
+    assert said(EXPORTING + script) == "False"
 
 
 # Spans

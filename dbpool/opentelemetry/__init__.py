@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
-from weakref import WeakKeyDictionary, WeakSet
 
 from dbpool.errors import ConfigError
 from dbpool.pool import Pool, _fork
@@ -33,9 +32,10 @@ Pools = Pool[Any] | Mapping[str, Pool[Any]]
 
 _FLUSH_TIMEOUT: Final = 5.0  # seconds
 
-_meters: WeakKeyDictionary[metrics.MeterProvider, Meter] = WeakKeyDictionary()
+# Kept for good: a provider makes an instrument once, with the callback of its first meter.
+_meters: dict[metrics.MeterProvider, Meter] = {}
 _global: list[Meter] = []  # that of the global provider, also from before it was set
-_traced: WeakSet[trace.TracerProvider] = WeakSet()
+_traced: set[trace.TracerProvider] = set()
 _locks: dict[int, threading.Lock] = {}  # by pid: a child may inherit one that is held
 
 

@@ -60,13 +60,17 @@ class _Watched:
         self.pid = os.getpid()
         self.seen = Snapshot()
 
+    def begin_in_child(self) -> bool:
+        """Begin at zero after a fork; return whether the parent recorded anything before."""
+        if self.pid == os.getpid():
+            return False
+        had_recorded = self.seen.wait.count > 0
+        self.pid, self.seen, self.metrics = os.getpid(), Snapshot(), Metrics()
+        return had_recorded
+
     def snapshot(self) -> Snapshot:
         """Return the pool's numbers, or the last ones of a pool that is gone."""
-        pool = self.pool()
-        if self.pid != os.getpid():  # what ended before the fork is the parent's
-            self.pid, self.seen = os.getpid(), Snapshot()
-            self.metrics = Metrics()
-        if pool is None:
+        if (pool := self.pool()) is None:
             return self.metrics.snapshot(())
         self.metrics = pool._store.metrics
         return pool.stats()
@@ -79,7 +83,7 @@ class _ProcessState:
         self.lock = threading.Lock()  # held while what was gained is recorded
         self.timeouts: Counter[str] = Counter()  # by pool's name, of those that are gone too
         self.thread: threading.Thread | None = None
-        self.stop = threading.Event()
+        self.wake = threading.Event()
 
 
 class Meter:
@@ -89,7 +93,7 @@ class Meter:
         self._watched: dict[_Watched, None] = {}  # in order
         self._known: WeakKeyDictionary[Pool[Any], _Watched] = WeakKeyDictionary()
         self._states: dict[int, _ProcessState] = {}  # by pid
-        self._has_failed = False
+        self._warned: set[str] = set()
         meter = provider.get_meter("dbpool", __version__)
         self._histograms = {
             field: meter.create_histogram(
@@ -125,10 +129,11 @@ class Meter:
         with state.lock:
             for watched in list(self._watched):
                 if (pool := watched.pool()) is None or pool in pools:
-                    self._record(state, watched)
+                    if watched.pid == os.getpid():  # else the instruments are the parent's
+                        self._record(state, watched)
                     self._watched.pop(watched, None)
         if not self._watched:
-            state.stop.set()
+            state.wake.set()
 
     # What is called at a collection
 
@@ -175,6 +180,11 @@ class Meter:
 
     def _record(self, state: _ProcessState, watched: _Watched) -> Snapshot:
         """Record what one pool has gained; the lock is held."""
+        if watched.begin_in_child():
+            self._warn(
+                "the provider is the parent's: this process reports again what its parent had"
+                " recorded; make a provider after the fork"
+            )
         now, seen = watched.snapshot(), watched.seen
         watched.seen = now  # first: whatever fails below, nothing is recorded twice
         state.timeouts[watched.name] += max(0, now.counters.timeouts - seen.counters.timeouts)
@@ -184,10 +194,14 @@ class Meter:
                     for _ in range(number):
                         histogram.record(value, watched.attributes)
         except Exception as ex:  # noqa: BLE001  # of any provider
-            if not self._has_failed:
-                self._has_failed = True
-                logger.warning("OpenTelemetry: recording failed: %s", type(ex).__name__)
+            self._warn(f"recording failed: {type(ex).__name__}")
         return now
+
+    def _warn(self, text: str) -> None:
+        """Log a warning, once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning("OpenTelemetry: %s", text)
 
     def _state(self) -> _ProcessState:
         pid = os.getpid()
@@ -198,26 +212,21 @@ class Meter:
         with state.lock:
             if state.thread is not None or not self._watched:
                 return
-            state.stop = threading.Event()
-            arguments = (ref(self), state, state.stop)
-            thread = threading.Thread(None, _run, "dbpool-opentelemetry", arguments, daemon=True)
+            name = "dbpool-opentelemetry"
+            thread = threading.Thread(None, self._run, name, (state,), daemon=True)
             thread.start()
             state.thread = thread
 
-
-def _run(meter: ref[Meter], state: _ProcessState, stop: threading.Event) -> None:
-    """Record each second, until nothing is watched or the provider is gone."""
-    while True:
-        stop.wait(RECORD_INTERVAL)
-        stop.clear()
-        if (found := meter()) is None:
-            return
-        found.record(state)
-        with state.lock:
-            if not found._watched:
-                state.thread = None
-                return
-        del found
+    def _run(self, state: _ProcessState) -> None:
+        """Record each second, until nothing is watched."""
+        while True:
+            state.wake.wait(RECORD_INTERVAL)
+            state.wake.clear()
+            self.record(state)
+            with state.lock:
+                if not self._watched:
+                    state.thread = None
+                    return
 
 
 def gained(old: HistogramSnapshot, new: HistogramSnapshot) -> Iterable[tuple[float, int]]:
