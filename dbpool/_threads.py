@@ -1,7 +1,7 @@
-"""Locks and threads that no exception can upset: a signal handler may raise between any two steps.
+"""Runs a call in a thread of its own, so that no exception can interrupt it.
 
-A lock that is entered by `with lock:` itself is safe from that; Python's Event, Condition and Queue
-are not. What uses them runs in a thread of its own.
+A signal handler may raise between any two steps of the main thread. A lock that is entered by
+`with lock:` itself is safe from that; Python's Event, Condition and Queue are not.
 """
 
 from __future__ import annotations
@@ -9,23 +9,9 @@ from __future__ import annotations
 import _thread
 import threading
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, Final, TypeVar, cast
-
-F = TypeVar("F", bound=Callable[..., Any])
+from typing import Final
 
 _START_TIMEOUT: Final = 1.0  # seconds in which a thread that was started runs
-
-
-def locked(method: F) -> F:
-    """Have a method hold the `lock` of its object."""
-
-    @wraps(method)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.lock:
-            return method(self, *args, **kwargs)
-
-    return cast("F", step)
 
 
 def run_in_thread(fn: Callable[[], object]) -> None:

@@ -1,9 +1,11 @@
-"""When to try again: back-off schedules and the budget that keeps retries from storming."""
+"""When to try again: back-off, the budget against storms, and whether a lost call may have been done."""
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
+from typing import Any, Final
 
 import backoff
 import psycopg
@@ -17,6 +19,10 @@ _REFUSALS = (
 
 # What one retry costs a budget, in successes: the ratio of gRPC's retry throttling.
 _COST = 10
+
+# Where a semicolon or a keyword means nothing: in literals, names, comments.
+_OPAQUE: Final = rb"""'(?:[^']|'')*'|"[^"]*"|--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\1\$"""
+_READING: Final = rb"[\s(]*(?:select|show|table|values)\b[^;]*[;\s]*"
 
 
 def delays(first: float, cap: float, base: float = 2.0) -> Iterator[float]:
@@ -37,6 +43,29 @@ def is_conflict(exc: BaseException) -> bool:
 def is_refused(exc: BaseException | None) -> bool:
     """Whether *exc* is a pooler's word that no server has got the statement: it may be sent again."""
     return isinstance(exc, psycopg.errors.ProtocolViolation) and str(exc).startswith(_REFUSALS)
+
+
+def is_lost_unanswered(conn: Any, error: psycopg.Error) -> bool:
+    """Whether the connection was lost before any answer of the server's to what it was sent.
+
+    SQLSTATE class 08 is the answer of a pooler that lost the server. What a pooler refused, or what
+    cannot write, has nothing to be uncertain about.
+    """
+    parameter = conn.pgconn.parameter_status
+    is_certain = is_refused(error) or conn.read_only or parameter(b"in_hot_standby") == b"on"
+    if conn.read_only is None:
+        is_certain |= parameter(b"default_transaction_read_only") == b"on"
+    return bool(conn.closed and (error.sqlstate or "08")[:2] == "08" and not is_certain)
+
+
+def is_reading(statement: bytes) -> bool:
+    """Whether it begins with SELECT, SHOW, TABLE or VALUES; comments and parentheses may precede.
+
+    Where that cannot be told, as of several statements in one or of nested comments, it is not.
+    """
+    text = re.sub(_OPAQUE, b" ", statement, flags=re.DOTALL)
+    is_clear = b"*/" not in text and not (b"\\" in statement and b";" in statement)
+    return is_clear and bool(re.fullmatch(_READING, text, re.IGNORECASE | re.DOTALL))
 
 
 class Budget:

@@ -1,11 +1,10 @@
 """The pool, from the outside inwards:
 
 - `_pool`: `Pool`, what users call, and the two hot halves of a checkout; `_options` its keywords.
-- `_lending`: the lease, and the slow sides of a checkout and of a return. `_running`: single
-  statements and `run()`, and whether a lost one may have been done.
+- `_lending`: the lease, single statements, and the slow side of a checkout: wait, check, evict.
+  `_returning`: a connection that did not come back as it was set up. `_transaction`: `run()`.
 - `_seam`: `PoolBase`, opening and closing, psycopg_pool's protected members.
-- `_maintenance`: what the watchdog does. `_supply`: the threads of a pool; when to connect and
-  retry, what to evict.
+- `_maintenance`: what a pool's own threads do: workers connect and retry, the watchdog heals.
 - `_connector`: one attempt to connect, with the server's default timeouts; `_session`: its reset.
 - `_store`: what the lock protects, and what is decided under it. In it `_bag` the connections and
   the waiters, `dbpool.breaker` the outage, `dbpool.metrics` the numbers.

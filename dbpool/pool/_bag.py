@@ -21,10 +21,10 @@ import psycopg
 from psycopg import capabilities
 
 from dbpool import events
-from dbpool.holders import NOBODY, ConnectionRecord, Owner, ThreadInfo, current
+from dbpool.holders import NOBODY, ConnectionRecord, ThreadInfo, current
 from dbpool.liveness import is_active, is_retransmitting
 from dbpool.metrics import Holder, describe
-from dbpool.pool._psycopg import detach
+from dbpool.pool._psycopg import close, detach
 
 if TYPE_CHECKING:
     from dbpool.pool._store import Store
@@ -34,23 +34,6 @@ _MAX_CANCELS: Final = 100  # requests that wait to be sent; beyond them the olde
 Condition = Callable[[ConnectionRecord], bool]
 Job = Callable[[Any], None]  # of a worker, called with the pool
 Jobs = SimpleQueue[Job | None]  # None ends a worker
-
-
-class Step(Owner):
-    """One step in which a connection is in transit: `with Step(pool)`.
-
-    If it is interrupted, the pool takes back what it has.
-    """
-
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
-
-    def __enter__(self) -> ref[Any]:
-        return ref(self)
-
-    def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
-        if exc_type is not None:  # does nothing if the connection was returned
-            self._pool._recover(ref(self))
 
 
 class Bag:
@@ -108,6 +91,13 @@ class Bag:
         self.records.discard(record)
         record.since, record.ref, record.owner = 0.0, NOBODY, None  # its collection means nothing
 
+    def close_evicted(self) -> None:
+        """Close what was forgotten; called without the lock."""
+        for conn in list(self.to_close):  # to close one twice does no harm
+            close(conn)
+            with suppress(ValueError):
+                self.to_close.remove(conn)
+
     def cancel_later(self, conn: Any) -> None:
         """Have the statement cancelled that still runs on a connection, which is closed next.
 
@@ -126,9 +116,6 @@ class Waiter:
 
     At its end it has a connection, whose record then names *owner*, or an error.
     """
-
-    __slots__ = ("conn", "deadline", "error", "is_fresh", "is_over", "is_rejected", "is_reported",
-                 "latch", "owner", "started", "thread")  # fmt: skip
 
     def __init__(self, owner: ref[Any], started: float, deadline: float) -> None:
         self.owner, self.started, self.deadline = owner, started, deadline

@@ -1,37 +1,66 @@
-"""Lending: a lease, and the slow sides of a checkout and of a return.
+"""Lending: to a block or a single statement; how a connection is found, and evicted if it is dead.
 
-On a slow side a caller waits, a connection needs more than a look, or it did not come back as it
-was set up.
+The hot half of a checkout is in `Pool`: here a caller waits, or a connection needs more than a look.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from operator import attrgetter, methodcaller
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Generic
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from weakref import ref
 
 import psycopg
+from psycopg import Cursor
 from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
 
-from dbpool.errors import describe
-from dbpool.holders import ConnectionRecord
-from dbpool.liveness import Liveness, check_socket, ping
+from dbpool.errors import CommitUncertain, DatabaseUnavailable, PoolError, describe
+from dbpool.holders import ConnectionRecord, Owner
+from dbpool.liveness import Liveness, PingTimeout, check_socket, closed_by_peer
 from dbpool.pool import _psycopg
-from dbpool.pool._bag import Step, Waiter, lock_timeout
-from dbpool.pool._connector import insist_on_idle
-from dbpool.pool._notices import logger
+from dbpool.pool._bag import Waiter, lock_timeout
+from dbpool.pool._notices import Notices, logger
+from dbpool.pool._psycopg import KeptCursor, converted_query
+from dbpool.retry import is_reading, is_refused
 
 if TYPE_CHECKING:
     from dbpool.pool._pool import Pool
     from dbpool.pool._seam import PoolBase
 
+T = TypeVar("T")
+
 _IDLE, _ACTIVE, _INTRANS, _INERROR, _UNKNOWN = TransactionStatus
+_SINGLE: Final = "a statement in autocommit"
 
 # Seconds to pause when the user's own check refuses a connection that was just made.
-_CHECK_PAUSE = 0.25
+_CHECK_PAUSE: Final = 0.25
+
+# What a single statement gives; a cursor class may have its own idea of it.
+Result = Callable[[Cursor[Any]], T]
+fetch_all: Result[list[Any]] = methodcaller("fetchall")
+fetch_one: Result[Any] = methodcaller("fetchone")
+row_count: Result[int] = attrgetter("rowcount")
+
+
+class Step(Owner):
+    """One step in which a connection is in transit: `with Step(pool)`.
+
+    If it is interrupted, the pool takes back what it has.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    def __enter__(self) -> ref[Any]:
+        return ref(self)
+
+    def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
+        if exc_type is not None:  # does nothing if the connection was returned
+            self._pool._recover(ref(self))
 
 
 class Lease(Generic[CT]):
@@ -91,15 +120,99 @@ def _inspect(pool: Pool[CT], conn: Any, error: BaseException | None) -> None:
     Without an error, insist on a connection that can commit.
     """
     if type(error) is psycopg.errors.ReadOnlySqlTransaction:
-        pool._maintenance.on_read_only_error(conn)
-    elif lost := pool._supply.evict_refused(error):
+        pool._maintenance.on_read_only_error(pool, conn)
+    elif lost := evict_refused(pool, error):
         raise lost
     elif _psycopg.is_stale_plan(error):
         _psycopg.forget_plans(conn)
     _psycopg.insist_on_unlocked(conn, lock_timeout(pool.timeout), error)
 
 
-# Acquiring
+class Statement(Generic[T]):
+    """One statement, and what is known of how far it came."""
+
+    __slots__ = ("cursor", "kept", "params", "query", "result", "row_factory", "sent")
+
+    def __init__(self, query: Any, params: Any, row_factory: Any, result: Result[T]) -> None:
+        self.query, self.params, self.row_factory, self.result = query, params, row_factory, result
+        self.cursor: Any = None
+        self.kept: KeptCursor | None = None
+
+    def run_once(self, pool: Pool[Any], frame: FrameType) -> T:
+        """Check out, run it, return. *frame* is that of the public method."""
+        self.sent = ""  # what may have been done although its answer does not come
+        step = Step(pool)
+        conn = pool._acquire(None, frame.f_back or frame, ref(step))
+        with step:
+            try:
+                return self.run(pool, conn)
+            except psycopg.errors.ReadOnlySqlTransaction:
+                pool._maintenance.on_read_only_error(pool, conn)
+                raise
+            except psycopg.OperationalError as ex:
+                return self.on_lost(pool, conn, ex)
+            finally:
+                _psycopg.set_autocommit(conn, conn._record.session_state[0])
+                kept = self.kept
+                if kept is not None:
+                    kept.detach()
+                pool._release(conn, None if pool._user_check else kept)  # else a check saw it
+
+    def run(self, pool: Pool[Any], conn: Any) -> T:
+        """Run it on *conn* and return its result."""
+        record: ConnectionRecord = conn._record
+        row_factory = self.row_factory or conn.row_factory
+        if record.has_stock_cursors:
+            is_stock = row_factory in _psycopg.STOCK_ROW_FACTORIES
+            cursor = (is_stock and record.cursor) or KeptCursor(conn)
+            self.kept, record.cursor = cursor if is_stock else None, None
+            cursor.attach(conn, row_factory)
+        else:
+            cursor = conn.cursor(row_factory=row_factory)  # so that a tracer sees it
+        self.cursor = cursor
+        # A connection from the pool is as it was set up, so these are the set-up's.
+        if record.has_stock_class and _psycopg.is_set_up_plainly(conn):
+            _psycopg.set_autocommit(conn, True)
+            self.sent = _SINGLE
+            try:
+                return self.result(cursor.execute(self.query, self.params))
+            except psycopg.errors.FeatureNotSupported as ex:
+                converted = converted_query(cursor, self.query, self.params)
+                _psycopg.forget_stale_plan(ex, conn, converted)
+            return self.result(cursor.execute(self.query, self.params, prepare=False))
+        with conn:
+            value = self.result(cursor.execute(self.query, self.params))
+            self.sent = "COMMIT"
+            if record.has_stock_blocks:
+                _psycopg.commit(conn, pool._check_certain)
+            return value
+
+    def on_lost(self, pool: Pool[Any], conn: Any, ex: psycopg.OperationalError) -> T:
+        """Return the result if all of it came before the connection was lost, else raise."""
+        if self.sent is _SINGLE and conn.closed and self.cursor.pgresult:
+            return self.result(self.cursor)  # lost over what psycopg tidies up afterwards
+        error: Any = ex.__cause__ if isinstance(ex, CommitUncertain) else ex
+        if self.sent and getattr(self.cursor, "is_sent", True):
+            is_fetch = self.result is not row_count
+            if not (is_fetch and is_reading(converted_query(self.cursor, self.query).query)):
+                pool._check_certain(conn, error, self.sent)
+        raise error from error.__cause__
+
+
+def resend(fn: Callable[..., T], pool: Pool[Any], *args: Any, until: float | None = None) -> T:
+    """Call `fn(pool, *args)`, and again if a pooler refuses what it sends.
+
+    It does so until *until*, by default for the pool's timeout.
+    """
+    while True:
+        try:
+            return fn(pool, *args)
+        except psycopg.errors.ProtocolViolation as ex:
+            if (refused := evict_refused(pool, ex)) is None:
+                raise
+            until = until or monotonic() + pool.timeout
+            if monotonic() >= until:
+                raise refused from refused.__cause__
 
 
 def acquire(
@@ -129,7 +242,9 @@ def _wait(pool: PoolBase[Any], waiter: Waiter) -> Waiter:
     if waiter.is_over:
         if usage := pool._store.metrics.usage:
             usage.gave_up(waiter.thread.endpoint, sys._getframe())
-        pool._notices.not_served(waiter.error, monotonic() - waiter.started, waiter.is_rejected)
+        if pool.listeners.active or not isinstance(waiter.error, PoolError):
+            seconds = monotonic() - waiter.started
+            pool._notices.not_served(waiter.error, seconds, waiter.is_rejected)
         raise waiter.take_error()  # no variable keeps it: it would keep this frame
     return waiter
 
@@ -140,18 +255,18 @@ def _evict_unless_usable(pool: PoolBase[Any], conn: Any, deadline: float) -> boo
     Only a ping can tell of one that was idle for ping_after, or sent something. While connects fail
     one past its lifetime is better than none.
     """
-    settings, supply, record, now = pool.settings, pool._supply, conn._record, monotonic()
+    settings, record, now = pool.settings, conn._record, monotonic()
     if now >= record.expires_at and not pool._store.breaker.is_failing:
-        supply.evict(conn, "expired")
+        evict(pool, conn, "expired")
         return False
     found = check_socket(conn, record.readable)
     if found is Liveness.DEAD:
-        supply.evict(conn, "dead", by_server=True)
-        supply.evict_closed_by_server()
+        evict(pool, conn, "dead", by_server=True)
+        evict_closed_by_server(pool)
         return False
     timeout = min(settings.ping_timeout, deadline - now)
     is_unsure = found is Liveness.UNKNOWN or now - record.idle_since >= settings.ping_after
-    if is_unsure and timeout > 0.0 and not supply.ping(conn, timeout):
+    if is_unsure and timeout > 0.0 and not ping(pool, conn, timeout):
         return False
     return not pool._user_check or _passes_check(pool, conn, pool._user_check)
 
@@ -169,98 +284,58 @@ def _passes_check(pool: PoolBase[Any], conn: Any, check: Callable[[Any], None]) 
     else:
         return True
     logger.info("connection failed check: %s", reason)  # where no frame has the error
-    pool._supply.evict(conn, "dead")
+    evict(pool, conn, "dead")
     return False
 
 
-# Taking back
+def evict(pool: PoolBase[Any], conn: Any, reason: str, *, by_server: bool = False) -> None:
+    """Close a connection that is in transit, and replace it if it is needed."""
+    pool._store.evict(conn._record, reason)
+    pool._store.notices += [Notices.replaced] * by_server
+    pool._store.bag.close_evicted()
 
 
-def take_back(pool: PoolBase[Any], conn: Any) -> None:
-    """Take back a connection that is not as it was set up, too old, or was held for too long.
+def evict_closed_by_server(pool: PoolBase[Any]) -> None:
+    """Evict all idle connections whose server closed them."""
+    store = pool._store
+    if lost := closed_by_peer(conn._record.fd for conn in list(store.bag.idle)):
+        number = store.evict_idle("dead", lambda record: record.fd in lost)
+        store.notices += [Notices.replaced] * number
+        store.flush_later()  # a caller may wait: it should not have to close many
 
-    A user's `reset` runs in a worker.
+
+def evict_refused(pool: PoolBase[Any], ex: BaseException | None) -> DatabaseUnavailable | None:
+    """Return what to raise for *ex* if a pooler refuses a statement by it, see `is_refused`.
+
+    If it ends, or cannot reach the server, no idle connection can: they are evicted, and the
+    ping of each new one decides.
     """
-    store, record = pool._store, conn._record
-    record.cursor = None
-    if record.fd < 0:  # inherited by a fork: its session is the parent's
-        _psycopg.close(conn)
-        return
-    with Step(pool) as owner:
-        is_late = record.is_reported
-        if (use := store.end_use(record, owner)) is None:
-            insist_on_reaped(pool, record)
-            return
-        pool._notices.checked_in(use, record.where(), is_late=is_late)
-        store.bag.cancel_later(conn)
-        if not (pool._user_reset and store.give_to_worker(record, lambda p: finish(p, conn))):
-            finish(pool, conn)
+    if not is_refused(ex):
+        return None
+    if "timeout" not in str(ex):
+        pool._store.evict_idle("dead", lambda record: True)
+        pool._store.bag.close_evicted()
+    return pool.breaker.unavailable(pool.name, pool.stats(), cause=ex)
 
 
-def finish(pool: PoolBase[Any], conn: Any) -> None:
-    """Make a connection in transit fit for the next holder, or evict it."""
-    store, record, liveness = pool._store, conn._record, Liveness.UNKNOWN
-    if store.is_open:
-        timeout = pool.settings.ping_timeout
-        if message := record.reset_message:
-            _reset(pool, conn, lambda conn: _psycopg.reset_session(conn, message, timeout))
-        _reset(pool, conn, pool._user_reset)
-        reason = ""
-        if conn.pgconn.transaction_status == _UNKNOWN:
-            reason = "broken"
-        elif monotonic() >= record.expires_at and not store.breaker.is_failing:
-            reason = "expired"
-        elif not _psycopg.restore_session_state(conn):
-            logger.warning(
-                "discarding connection returned in a two-phase commit, pipeline or notifies()"
-            )
-            reason = "broken"
-        elif (liveness := _check(pool, conn)) is Liveness.DEAD:
-            reason = "dead"
-        if reason:
-            pool._supply.evict(conn, reason, by_server=reason == "dead" or conn.broken)
-            return
-        record.idle_since = monotonic()
-    store.add(conn, is_fresh=liveness is Liveness.ALIVE)  # which closes it in a closed pool
-    pool._supply.close_evicted()
+def ping(
+    pool: PoolBase[Any], conn: Any, timeout: float, answered: Collection[ConnectionRecord] = ()
+) -> bool:
+    """Ping a connection in transit; return whether it answered in time. Evict it if not.
 
-
-def _reset(pool: PoolBase[Any], conn: Any, reset: Callable[[Any], None] | None) -> None:
-    """Roll back and call *reset*; a connection for which that fails is closed."""
-    status, where = conn.pgconn.transaction_status, conn._record.where()
+    After a timeout also evict all connections idle longer than ping_after, except those that
+    *answered*: where one ping times out, the others will not answer either.
+    """
     try:
-        if status == _ACTIVE:
-            raise psycopg.ProgrammingError("it was returned in the middle of an operation")
-        if status not in (_IDLE, _UNKNOWN):
-            pool._notices.rolled_back(conn, where)
-            conn.rollback()
-        if reset and status != _UNKNOWN:
-            reset(conn)
-            insist_on_idle(conn, "reset")
-    except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
-        reason = describe(ex, conn)
-    except BaseException:
-        pool._supply.evict(conn, "broken")
-        raise
-    else:
-        return
-    pool._notices.not_reusable(reason, where)  # out here, where no frame has the error
-    _psycopg.close(conn)
-
-
-def _check(pool: PoolBase[Any], conn: Any) -> Liveness:
-    """Check the socket; while connects fail, silence behind a pooler proves nothing."""
-    liveness = check_socket(conn, conn._record.readable)
-    is_proof = not pool._store.breaker.is_failing or pool.settings.pooler != "transaction"
-    if liveness is Liveness.ALIVE and not is_proof:
-        try:
-            ping(conn, pool.settings.ping_timeout)
-        except psycopg.Error:
-            return Liveness.DEAD
-    return liveness
-
-
-def insist_on_reaped(pool: PoolBase[Any], record: ConnectionRecord) -> None:
-    """Raise `ValueError` for a second return, not for that of what was taken from its holder."""
-    if not record.is_reaped:
-        raise ValueError(f"can't return connection to pool {pool.name!r}, it is not out")
+        _psycopg.ping_unmarked(conn, timeout)
+    except psycopg.Error as ex:
+        is_late, settings, store = isinstance(ex, PingTimeout), pool.settings, pool._store
+        evict(pool, conn, "dead", by_server=not is_late)
+        if settings.pooler == "transaction":  # a ping without an answer is saturation
+            evict_refused(pool, ex)
+        elif is_late and timeout >= settings.ping_timeout:
+            oldest = monotonic() - settings.ping_after
+            store.evict_idle("dead", lambda r: r.idle_since <= oldest and r not in answered)
+            store.bag.close_evicted()
+        return False
+    return True

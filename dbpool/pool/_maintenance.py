@@ -1,22 +1,34 @@
-"""Maintenance: what the watchdog does for a pool, twice a second or more often."""
+"""What a pool's own threads do: workers connect and close, the watchdog replaces, heals and reports."""
 
 from __future__ import annotations
 
+import queue
+import threading
 from contextlib import suppress
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
 
 import psycopg
+from psycopg_pool.sched import Scheduler
 
+from dbpool._threads import run_in_thread
+from dbpool.breaker import Attempt
+from dbpool.errors import SATURATED, is_permanent
 from dbpool.holders import ConnectionRecord
 from dbpool.liveness import cancel
 from dbpool.pool import _fork
-from dbpool.pool._bag import Step
-from dbpool.pool._supply import Supply
+from dbpool.pool._bag import Job, Jobs
+from dbpool.pool._connector import Connector, Failure
+from dbpool.pool._lending import Step, evict_closed_by_server, ping
+from dbpool.pool._notices import logger
 
 if TYPE_CHECKING:
     from dbpool.pool._seam import PoolBase
 
+_CHANGE_INTERVAL: Final = 1.0  # seconds between two looks at a conninfo that was refused
+_MIN_OVERDUE_INTERVAL: Final = 0.1  # seconds between two looks at an attempt without an answer
 # A primary that moved may make many statements fail at once; one drain is enough. And how long it
 # is between two looks for a standby that is preferred.
 _MOVED_INTERVAL: Final = 5.0
@@ -27,48 +39,201 @@ MAX_INTERVAL: Final = 0.5
 _CANCEL_SECONDS: Final = 1.0  # for all cancel requests of one run
 
 
-class Maintenance:
-    """Shrinks, replaces, heals and reports, away from the callers' threads."""
+class Workers:
+    """The threads of a pool: the scheduler, and workers that do jobs from a queue.
 
-    def __init__(self, supply: Supply) -> None:
-        self.supply = supply
-        self.store = supply.store
-        self.notices = supply.notices
+    They have the pool weakly, so that it dies while they run. In a closed pool they do first what
+    was queued before: it may be to close a connection.
+    """
+
+    def __init__(self, pool: PoolBase[Any]) -> None:
+        self.jobs: Jobs = queue.SimpleQueue()
+        self.scheduler = Scheduler()
+        self.threads: list[threading.Thread] = []
+        self.starting = threading.RLock()  # held while the threads are started or stopped
+        self._pool, self._name = ref(pool), pool.name
+
+    def run_later(self, job: Job, delay: float) -> None:
+        """Have the scheduler do *job*, which must be short, in *delay* seconds."""
+        self.scheduler.enter(delay, partial(self._do, job))
+
+    def _do(self, job: Job) -> None:
+        try:
+            if (pool := self._pool()) is not None:
+                job(pool)
+        except BaseException as ex:  # noqa: BLE001  # SystemExit of a callback, say
+            logger.warning("a maintenance task failed: %s", type(ex).__name__)
+
+    def _work(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            self._do(job)
+            del job  # it may hold a connection
+        self.scheduler.enter(0.0, None)  # which ends it
+
+    def start(self, pool: PoolBase[Any]) -> None:
+        """Start the scheduler and the workers, unless they run or the pool is closed."""
+        with self.starting:
+            if pool.state != "stopped" and not any(thread.is_alive() for thread in self.threads):
+                try:
+                    run_in_thread(partial(self._start, pool.num_workers))
+                except BaseException:
+                    self.stop()
+                    raise
+
+    def _start(self, number: int) -> None:
+        self.threads = []
+        for n, target in enumerate([self.scheduler.run, *[self._work] * number]):
+            name = f"worker-{n - 1}" if n else "scheduler"
+            thread = threading.Thread(target=target, name=f"{self._name}-{name}", daemon=True)
+            thread.start()
+            self.threads.append(thread)
+
+    def stop(self) -> list[threading.Thread]:
+        """Have the threads end; return them. To be called again if it was interrupted."""
+        with self.starting:
+            threads = self.threads
+            for _ in threads[1:]:
+                self.jobs.put(None)
+            if len(threads) == 1:  # else a worker does it: what wakes the scheduler is an Event
+                self.scheduler.enter(0.0, None)
+            self.threads = []
+            return threads
+
+
+class Maintenance:
+    """Connects, shrinks, replaces, heals and reports, away from the callers' threads."""
+
+    def __init__(self, connector: Connector) -> None:
+        self.connector = connector
         self._moved_at = float("-inf")
         self._standby_due = 0.0
 
+    # Connecting
+
+    def connect(self, pool: PoolBase[Any], attempt: Attempt) -> None:
+        """Make one attempt, if its connection is still needed and it is due."""
+        store = pool._store
+        if not store.may_begin(attempt):
+            return
+        is_early = attempt.due > store.breaker.clock()
+        if attempt.awaits_change and is_early:
+            is_early = not self.connector.have_changed(pool, attempt.params)
+        if is_early:
+            self._connect_later(pool, attempt)
+            return
+        started = attempt.started = store.breaker.clock()
+        self.check_answer(pool, attempt, started)
+        made = self.connector.connect(pool, attempt)
+        if isinstance(made, Failure):
+            self._failed(pool, attempt, started, made)
+        else:
+            self._connected(pool, attempt, made)
+
+    def _connected(self, pool: PoolBase[Any], attempt: Attempt, conn: Any) -> None:
+        metrics = pool._store.metrics
+        seconds = pool._store.connected(conn, attempt)
+        self.flush(pool)  # the end of an outage comes before the connection that ended it
+        pool._notices.connected(seconds)
+        troubles = metrics.dead + metrics.connect_failures
+        if self.connector.server_defaults.is_due(pool.max_lifetime, troubles):
+            pool._threads.jobs.put(lambda pool: pool._maintenance.check_server_defaults(pool))
+
+    def _failed(self, pool: PoolBase[Any], attempt: Attempt, started: float, why: Failure) -> None:
+        store, breaker, kind = pool._store, pool._store.breaker, why.kind
+        awaits_change = is_permanent(kind) and not self.connector.have_changed(pool, why.params)
+        evict_closed_by_server(pool)  # an idle one that is alive keeps the breaker closed
+        attempt.params = why.params
+        is_retry = store.failed(attempt, why.error, kind, awaits_change=awaits_change)
+        if not store.is_open:
+            return
+        if is_retry:
+            self._connect_later(pool, attempt)
+        text, sizes, exist = breaker.last_error or "", "", len(store.bag.records)
+        # Where no connection exists, the opening of the breaker is logged.
+        if exist and (kind == SATURATED or is_permanent(kind)) and not breaker.is_open:
+            sizes = f"{exist} of at most {store.max_size} exist, {len(store.waiting)} waiting"
+        pool._notices.connect_failed(breaker.clock() - started, text, kind, sizes)
+        self.flush(pool)
+        if is_retry and breaker.report_failure(pool.reconnect_timeout):
+            pool.reconnect_failed()
+
+    def _connect_later(self, pool: PoolBase[Any], attempt: Attempt) -> None:
+        delay = max(0.0, attempt.due - pool._store.breaker.clock())
+        if attempt.awaits_change:
+            delay = min(delay, _CHANGE_INTERVAL)
+        pool._threads.run_later(lambda pool: pool._store.enqueue(attempt), delay)
+
+    def check_answer(self, pool: PoolBase[Any], attempt: Attempt, started: float) -> None:
+        """Count an attempt as failing if it has no answer for too long; look again until it has."""
+        if (left := pool._store.overdue(attempt, started)) is not None:
+            delay = max(left, _MIN_OVERDUE_INTERVAL)
+            pool._threads.run_later(
+                lambda p: p._maintenance.check_answer(p, attempt, started), delay
+            )
+            self.flush(pool)
+
+    def check_server_defaults(self, pool: PoolBase[Any]) -> None:
+        """Ask for the server's timeouts again, and replace connections if they have changed."""
+        connector, defaults = self.connector, self.connector.server_defaults
+        if not pool._store.is_open or pool._store.breaker.is_failing:
+            return
+        try:
+            params = connector.params(pool)
+            have_changed = defaults.ask_again(lambda p: connector.open(pool, p), params)
+        except Exception as ex:  # noqa: BLE001  # whatever it is, the next connect asks again
+            defaults.troubles = -1
+            logger.debug("pool %r: asking for timeouts failed: %s", pool.name, type(ex).__name__)
+            return
+        if have_changed:
+            logger.info("pool %r: the server's timeouts have changed", pool.name)
+            self.replace_all(pool)
+
+    def replace_all(self, pool: PoolBase[Any]) -> None:
+        """Replace all connections: the idle ones now, those that are out when they return."""
+        pool._store.expire()
+        pool._store.bag.close_evicted()
+
+    def flush(self, pool: PoolBase[Any]) -> None:
+        """Close what was evicted, and send the notices that were queued under the lock."""
+        pool._store.bag.close_evicted()
+        while pool._store.notices:
+            with _fork.process.log_lock, suppress(IndexError):  # another thread may be quicker
+                pool._store.notices.popleft()(pool._notices)
+
+    # Maintaining
+
     def run(self, pool: PoolBase[Any], now: float) -> None:
         """Do all that is due."""
-        self.send_cancels()
+        self.send_cancels(pool)
         with _fork.process.log_lock:
-            self.notices.end_episodes(pool.timeout)
+            pool._notices.end_episodes(pool.timeout)
             pool._heal()
-            self.shrink(pool.max_idle)
+            self.shrink(pool)
             self._look_for_standby(pool, now)
             slow = pool.settings.slow_acquire
-            if slow and (began := self.store.mark_slow(now - slow)):
-                self.notices.slow_acquire([now - each for each in began], self.store.snapshot())
+            if slow and (began := pool._store.mark_slow(now - slow)):
+                pool._notices.slow_acquire([now - each for each in began], pool._store.snapshot())
             limit = pool.settings.leak_after
-            if limit and (held := self.store.mark_held_long(now - limit)):
-                self.notices.held_long(held, limit)
+            if limit and (held := pool._store.mark_held_long(now - limit)):
+                pool._notices.held_long(held, limit)
 
-    def shrink(self, max_idle: float) -> None:
+    def shrink(self, pool: PoolBase[Any]) -> None:
         """Close what has been idle for *max_idle* beyond min_size, or is past its lifetime."""
-        now, store = monotonic(), self.store
+        now, store = monotonic(), pool._store
         spare = store.size - store.min_size
         if spare > 0:
-            store.evict_idle("idle", lambda record: record.idle_since <= now - max_idle, spare)
+            store.evict_idle("idle", lambda record: record.idle_since <= now - pool.max_idle, spare)
         if not store.breaker.is_failing:
             store.evict_idle("expired", lambda record: record.expires_at <= now)
-        self.supply.close_evicted()
+        pool._store.bag.close_evicted()
 
-    def send_cancels(self) -> None:
+    def send_cancels(self, pool: PoolBase[Any]) -> None:
         """Send the cancel requests, one after the other, for a second at most."""
         deadline = monotonic() + _CANCEL_SECONDS
         with suppress(IndexError):  # there are no more
             while (remaining := deadline - monotonic()) > 0.0:
-                request = self.store.bag.cancels.popleft()
-                if not self.store.breaker.is_failing:
+                request = pool._store.bag.cancels.popleft()
+                if not pool._store.breaker.is_failing:
                     with suppress(psycopg.Error):
                         cancel(request, remaining)
 
@@ -79,15 +244,15 @@ class Maintenance:
         """
         answered: set[ConnectionRecord] = set()
         with Step(pool) as owner:
-            for idle in list(self.store.bag.idle):
-                conn = self.store.take_idle(owner, idle)
-                if conn and self.supply.ping(conn, pool.settings.ping_timeout, answered):
+            for idle in list(pool._store.bag.idle):
+                conn = pool._store.take_idle(owner, idle)
+                if conn and ping(pool, conn, pool.settings.ping_timeout, answered):
                     answered.add(conn._record)
-                    self.store.add(conn, is_fresh=True)
+                    pool._store.add(conn, is_fresh=True)
 
     # Failover
 
-    def on_read_only_error(self, conn: Any) -> None:
+    def on_read_only_error(self, pool: PoolBase[Any], conn: Any) -> None:
         """Replace all connections if a statement failed because the server became read-only.
 
         That is so where the conninfo asked for a server that can write, and the transaction was
@@ -98,19 +263,19 @@ class Maintenance:
         has_moved = standby != record.standby or (record.read_write and not conn.read_only)
         if has_moved and (now := monotonic()) >= self._moved_at + _MOVED_INTERVAL:
             self._moved_at = now
-            self.notices.moved()
-            self.supply.replace_all()
+            pool._notices.moved()
+            self.replace_all(pool)
 
     def _look_for_standby(self, pool: PoolBase[Any], now: float) -> None:
         """Have a worker look now and then whether a standby is back, while the primary serves."""
-        is_due = now >= self._standby_due and not self.store.breaker.is_failing
-        if is_due and any(self._on_primary(record) for record in list(self.store.bag.records)):
+        is_due = now >= self._standby_due and not pool._store.breaker.is_failing
+        if is_due and any(self._on_primary(record) for record in list(pool._store.bag.records)):
             self._standby_due = now + _MOVED_INTERVAL
             pool._threads.jobs.put(lambda pool: pool._maintenance.return_to_standby(pool))
 
     def return_to_standby(self, pool: PoolBase[Any]) -> None:
         """Replace the connections to a primary if a new one would be to a standby."""
-        connector = self.supply.connector
+        connector = self.connector
         try:
             conn = connector.open(pool, connector.params(pool))
         except Exception:  # noqa: BLE001  # whatever it is, the connections in use are better
@@ -118,8 +283,8 @@ class Maintenance:
         standby = conn.pgconn.parameter_status(b"in_hot_standby")
         conn.close()
         if standby == b"on":
-            self.notices.standby_back(self.store.expire(self._on_primary))
-            self.supply.close_evicted()
+            pool._notices.standby_back(pool._store.expire(self._on_primary))
+            pool._store.bag.close_evicted()
 
     def _on_primary(self, record: ConnectionRecord) -> bool:
         """Whether a connection that prefers a standby is to a primary.

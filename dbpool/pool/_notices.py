@@ -68,9 +68,9 @@ class Notices:
         self._log(logging.WARNING, text, "circuit_closed", seconds=seconds)
         self._emit(events.CircuitClosed, seconds)
 
-    def replaced(self, number: int = 1) -> None:
-        """That many connections were closed by their server."""
-        self._count(_REPLACED, number)
+    def replaced(self) -> None:
+        """A connection was closed by its server."""
+        self._count(_REPLACED, 1)
 
     def moved(self) -> None:
         """The server became read-only."""

@@ -24,12 +24,11 @@ from dbpool.errors import CommitUncertain, PoolError
 from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord, Owner
 from dbpool.metrics import Metrics
-from dbpool.pool import _fork, _lending, _options, _running
-from dbpool.pool._bag import Step
-from dbpool.pool._lending import Lease
+from dbpool.pool import _fork, _lending, _options, _returning, _transaction
+from dbpool.pool._lending import Lease, Statement, Step, resend
 from dbpool.pool._psycopg import KeptCursor, session_state
-from dbpool.pool._running import Statement, fetch_all, fetch_one, resend, row_count
 from dbpool.pool._seam import PoolBase
+from dbpool.retry import is_lost_unanswered
 from dbpool.settings import Settings
 
 T = TypeVar("T")
@@ -199,12 +198,12 @@ class Pool(PoolBase[CT]):
             # One tuple comparison covers all that a user may have changed on the connection.
             and (cursor is not None or session_state(conn) == record.session_state)
         ):
-            _lending.take_back(self, conn)
+            _returning.take_back(self, conn)
             return
         record.cursor = cursor
         with store.lock:
             if not record.since:
-                _lending.insist_on_reaped(self, record)
+                _returning.insist_on_reaped(self, record)
                 return
             wait = record.wait
             store.breaker.last_alive_at = record.idle_since = now
@@ -218,13 +217,13 @@ class Pool(PoolBase[CT]):
             if len(finished) >= Metrics.BATCH:
                 store.metrics.count_finished()
         if store.bag.to_close:
-            self._supply.close_evicted()
+            store.bag.close_evicted()
         if self.listeners.active:
             self.listeners.emit(events.CheckedIn(self.name, use))
 
     def _check_certain(self, conn: Any, error: psycopg.Error, what: str = "COMMIT") -> None:
         """Raise `CommitUncertain` if the connection was lost while *what* had no answer."""
-        if _running.is_lost_unanswered(conn, error):
+        if is_lost_unanswered(conn, error):
             lost = f"the connection was lost during {what}; it may or may not have been done"
             text = f"pool {self.name!r}: {lost}"
             raise CommitUncertain(text, pool=self.name, snapshot=self.stats()) from error
@@ -251,7 +250,7 @@ class Pool(PoolBase[CT]):
         If the connection is lost before the whole answer came, it raises `CommitUncertain`;
         of a statement that begins with SELECT, SHOW, TABLE or VALUES, `execute` alone does.
         """
-        statement = Statement(query, params, row_factory, fetch_all)
+        statement = Statement(query, params, row_factory, _lending.fetch_all)
         return resend(statement.run_once, self, sys._getframe())
 
     @overload
@@ -264,12 +263,13 @@ class Pool(PoolBase[CT]):
         self, query: Query, params: Params | None = None, *, row_factory: Any = None
     ) -> Any | None:
         """Like `fetch_all`, but return the first row, or None if there is none."""
-        statement = Statement(query, params, row_factory, fetch_one)
+        statement = Statement(query, params, row_factory, _lending.fetch_one)
         return resend(statement.run_once, self, sys._getframe())
 
     def fetch_value(self, query: Query, params: Params | None = None) -> Any:
         """Like `fetch_all`, but return the first column of the first row, or None."""
-        row = resend(Statement(query, params, tuple_row, fetch_one).run_once, self, sys._getframe())
+        statement = Statement(query, params, tuple_row, _lending.fetch_one)
+        row = resend(statement.run_once, self, sys._getframe())
         return None if row is None else row[0]
 
     def execute(self, query: Query, params: Params | None = None) -> int:
@@ -277,7 +277,8 @@ class Pool(PoolBase[CT]):
 
         That is -1 for a statement that has no such number, as in psycopg.
         """
-        return resend(Statement(query, params, None, row_count).run_once, self, sys._getframe())
+        statement = Statement(query, params, None, _lending.row_count)
+        return resend(statement.run_once, self, sys._getframe())
 
     def run(
         self,
@@ -301,6 +302,7 @@ class Pool(PoolBase[CT]):
         waiting for connections and retrying; with one, it waits until an outage is over.
         """
         deadline = None if timeout is None else monotonic() + timeout
-        options = _running.Options(attempts, idempotent, isolation, read_only, deadline)
+        options = _transaction.Options(attempts, idempotent, isolation, read_only, deadline)
         caller = sys._getframe().f_back or sys._getframe()
-        return resend(_running.run, self, lambda c: fn(c, *args), options, caller, until=deadline)  # type: ignore[no-any-return]
+        run: Callable[..., T] = _transaction.run
+        return resend(run, self, lambda c: fn(c, *args), options, caller, until=deadline)

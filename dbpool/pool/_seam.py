@@ -23,11 +23,10 @@ from dbpool.holders import Owner, current
 from dbpool.metrics import Holder, Snapshot
 from dbpool.pool import _fork
 from dbpool.pool._connector import Connector
-from dbpool.pool._lending import finish
-from dbpool.pool._maintenance import MAX_INTERVAL, MIN_INTERVAL, Maintenance
+from dbpool.pool._maintenance import MAX_INTERVAL, MIN_INTERVAL, Maintenance, Workers
 from dbpool.pool._notices import Notices
+from dbpool.pool._returning import finish
 from dbpool.pool._store import Store
-from dbpool.pool._supply import Supply, Workers
 from dbpool.retry import Budget
 from dbpool.settings import Settings
 
@@ -64,9 +63,7 @@ class PoolBase(ConnectionPool[CT]):
         )
         self._lock = self._store.lock
         self.count_usage(getattr(self, "_make_usage", type(None)))
-        connector = Connector(settings, self._notices.warn_once)
-        self._supply = Supply(self._store, connector, self._notices)
-        self._maintenance = Maintenance(self._supply)
+        self._maintenance = Maintenance(Connector(settings, self._notices.warn_once))
         self._budget = Budget(2 * settings.max_size)
 
     def __repr__(self) -> str:
@@ -191,12 +188,12 @@ class PoolBase(ConnectionPool[CT]):
         _fork.notice_fork()
         was_open = (self._lazy or self._store.was_opened) and self._store.close()
         threads = self._threads.stop()
-        self._supply.close_evicted()
+        self._maintenance.flush(self)
         for thread in threads:
             if thread is not threading.current_thread() and thread.is_alive():
                 thread.join(max(0.0, deadline - monotonic()))
         if was_open:
-            self._maintenance.send_cancels()
+            self._maintenance.send_cancels(self)
             self._notices.closed(max(0.0, deadline - monotonic()))
         _fork.process.unwatch(self)  # last: the watchdog ends what is interrupted before
 
@@ -216,7 +213,7 @@ class PoolBase(ConnectionPool[CT]):
         """Take back what *owner* has or waits for: an exception has ended its step."""
         step = Owner()
         in_transit = self._store.recover(owner, ref(step))
-        self._supply.close_evicted()
+        self._store.bag.close_evicted()
         for conn in in_transit:
             finish(self, conn)
 
@@ -232,16 +229,16 @@ class PoolBase(ConnectionPool[CT]):
             self._threads.stop()
             self.listeners.close()
             _fork.process.unwatch(self)
-        self._supply.flush()
+        self._maintenance.flush(self)
 
     def resize(self, min_size: int, max_size: int | None = None) -> None:
         """Change the sizes; what is too many goes at once if idle, else when it returns."""
         self._store.resize(*self._check_size(min_size, max_size))
-        self._supply.close_evicted()
+        self._store.bag.close_evicted()
 
     def drain(self) -> None:
         """Replace all connections: the idle ones now, those that are out when they return."""
-        self._supply.replace_all()
+        self._maintenance.replace_all(self)
 
     def check(self) -> None:
         """Ping every idle connection, within ping_timeout each; replace those that fail.
@@ -260,7 +257,7 @@ class PoolBase(ConnectionPool[CT]):
             return []
         taken = self._store.reap_held(current.thread, since)
         self._notices.reaped(taken)
-        self._supply.close_evicted()
+        self._store.bag.close_evicted()
         return list(taken)
 
     def after_fork(self) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import ref
 
 from dbpool import errors
-from dbpool._threads import locked
 from dbpool.breaker import Attempt, Breaker
 from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord
@@ -19,6 +18,19 @@ from dbpool.metrics import SIZES, Metrics, Snapshot, describe
 from dbpool.pool import _bag
 from dbpool.pool._bag import Bag, Job, Jobs, Waiter, WaitQueue
 from dbpool.pool._notices import Notices
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def locked(method: F) -> F:
+    """Have a method of the store hold its lock."""
+
+    @wraps(method)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return cast("F", step)
 
 
 class Store:
@@ -46,8 +58,6 @@ class Store:
         self.breaker = Breaker(grace)
         self.notices: deque[Callable[[Notices], None]] = deque()
         self.collected: deque[Any] = deque()  # says that a connection was; filled without any lock
-
-    # What there is
 
     @property
     def size(self) -> int:
@@ -201,8 +211,6 @@ class Store:
     add = locked(hand_over_or_store)
     recover = locked(_bag.recover)
 
-    # Giving up
-
     evict = locked(_bag.evict)
     evict_idle = locked(_bag.evict_idle)
     reap_held = locked(_bag.reap_held)
@@ -226,7 +234,7 @@ class Store:
 
     def flush_later(self) -> None:
         """Have a worker close and log what may not be done under the lock or by a caller."""
-        self.jobs.put(lambda pool: pool._supply.flush())
+        self.jobs.put(lambda pool: pool._maintenance.flush(pool))
 
     # Connecting
 
@@ -245,7 +253,7 @@ class Store:
     @locked
     def enqueue(self, attempt: Attempt) -> None:
         """Have a worker make that attempt; twice does no harm."""
-        self.jobs.put(lambda pool: pool._supply.connect(pool, attempt))
+        self.jobs.put(lambda pool: pool._maintenance.connect(pool, attempt))
 
     @locked
     def may_begin(self, attempt: Attempt) -> bool:

@@ -1,0 +1,116 @@
+"""Returning: what to do with a connection that did not come back as it was set up.
+
+It is rolled back, reset by the user's `reset`, put back as it was, and checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg.pq import TransactionStatus
+
+from dbpool.errors import describe
+from dbpool.holders import ConnectionRecord
+from dbpool.liveness import Liveness, check_socket, ping
+from dbpool.pool import _psycopg
+from dbpool.pool._connector import insist_on_idle
+from dbpool.pool._lending import Step, evict
+from dbpool.pool._notices import logger
+
+if TYPE_CHECKING:
+    from dbpool.pool._seam import PoolBase
+
+_IDLE, _ACTIVE, _INTRANS, _INERROR, _UNKNOWN = TransactionStatus
+
+
+def take_back(pool: PoolBase[Any], conn: Any) -> None:
+    """Take back a connection that is not as it was set up, too old, or was held for too long.
+
+    A user's `reset` runs in a worker.
+    """
+    store, record = pool._store, conn._record
+    record.cursor = None
+    if record.fd < 0:  # inherited by a fork: its session is the parent's
+        _psycopg.close(conn)
+        return
+    with Step(pool) as owner:
+        is_late = record.is_reported
+        if (use := store.end_use(record, owner)) is None:
+            insist_on_reaped(pool, record)
+            return
+        pool._notices.checked_in(use, record.where(), is_late=is_late)
+        store.bag.cancel_later(conn)
+        if not (pool._user_reset and store.give_to_worker(record, lambda p: finish(p, conn))):
+            finish(pool, conn)
+
+
+def finish(pool: PoolBase[Any], conn: Any) -> None:
+    """Make a connection in transit fit for the next holder, or evict it."""
+    store, record, liveness = pool._store, conn._record, Liveness.UNKNOWN
+    if store.is_open:
+        timeout = pool.settings.ping_timeout
+        if message := record.reset_message:
+            _reset(pool, conn, lambda conn: _psycopg.reset_session(conn, message, timeout))
+        _reset(pool, conn, pool._user_reset)
+        reason = ""
+        if conn.pgconn.transaction_status == _UNKNOWN:
+            reason = "broken"
+        elif monotonic() >= record.expires_at and not store.breaker.is_failing:
+            reason = "expired"
+        elif not _psycopg.restore_session_state(conn):
+            logger.warning(
+                "discarding connection returned in a two-phase commit, pipeline or notifies()"
+            )
+            reason = "broken"
+        elif (liveness := _check(pool, conn)) is Liveness.DEAD:
+            reason = "dead"
+        if reason:
+            evict(pool, conn, reason, by_server=reason == "dead" or conn.broken)
+            return
+        record.idle_since = monotonic()
+    store.add(conn, is_fresh=liveness is Liveness.ALIVE)  # which closes it in a closed pool
+    store.bag.close_evicted()
+
+
+def _reset(pool: PoolBase[Any], conn: Any, reset: Callable[[Any], None] | None) -> None:
+    """Roll back and call *reset*; a connection for which that fails is closed."""
+    status, where = conn.pgconn.transaction_status, conn._record.where()
+    try:
+        if status == _ACTIVE:
+            raise psycopg.ProgrammingError("it was returned in the middle of an operation")
+        if status not in (_IDLE, _UNKNOWN):
+            pool._notices.rolled_back(conn, where)
+            conn.rollback()
+        if reset and status != _UNKNOWN:
+            reset(conn)
+            insist_on_idle(conn, "reset")
+    except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
+        reason = describe(ex, conn)
+    except BaseException:
+        evict(pool, conn, "broken")
+        raise
+    else:
+        return
+    pool._notices.not_reusable(reason, where)  # out here, where no frame has the error
+    _psycopg.close(conn)
+
+
+def _check(pool: PoolBase[Any], conn: Any) -> Liveness:
+    """Check the socket; while connects fail, silence behind a pooler proves nothing."""
+    liveness = check_socket(conn, conn._record.readable)
+    is_proof = not pool._store.breaker.is_failing or pool.settings.pooler != "transaction"
+    if liveness is Liveness.ALIVE and not is_proof:
+        try:
+            ping(conn, pool.settings.ping_timeout)
+        except psycopg.Error:
+            return Liveness.DEAD
+    return liveness
+
+
+def insist_on_reaped(pool: PoolBase[Any], record: ConnectionRecord) -> None:
+    """Raise `ValueError` for a second return, not for that of what was taken from its holder."""
+    if not record.is_reaped:
+        raise ValueError(f"can't return connection to pool {pool.name!r}, it is not out")
