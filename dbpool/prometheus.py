@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any, Final
 
 from dbpool.diagnosis import CODES, Severity
+from dbpool.diagnosis.endpoints import totals
 from dbpool.errors import ConfigError
 from dbpool.metrics import BOUNDS, REASONS, HistogramSnapshot, Snapshot
 from dbpool.report import Process, Report
@@ -55,6 +56,11 @@ _TOTALS: Final = {
     "dbpool_held_long": ("held_long", "Connections held for longer than leak_after"),
     "dbpool_returned_late": ("returned_late", "Connections returned after they were held too long"),
     "dbpool_circuit_opened": ("circuit_opened", "Times the breaker opened"),
+}
+_OF_ENDPOINTS: Final = {  # in the order of `totals`
+    "checkouts": "Connections returned that an endpoint had; where there is none, a line of code",
+    "use_seconds": "Time for which an endpoint had connections",
+    "gave_up": "Callers of an endpoint that got no connection",
 }
 
 
@@ -111,6 +117,7 @@ def _families(report: Report) -> Iterator[Metric]:
         yield histogram
     yield _discarded(pools)
     yield _breaker(pools)
+    yield from _endpoints(report)
     yield _ages(report.processes)
 
 
@@ -137,6 +144,19 @@ def _findings(report: Report, findings: Iterable[Mapping[str, Any]]) -> Metric:
         for code in CODES:
             gauge.add_metric([pool, code], int((pool, code) in found))
     return gauge
+
+
+def _endpoints(report: Report) -> Iterator[Metric]:
+    """Yield the use by endpoint, which is empty unless the report was asked for it."""
+    families = [
+        CounterMetricFamily(f"dbpool_endpoint_{name}", about, labels=[_POOL, "endpoint"])
+        for name, about in _OF_ENDPOINTS.items()
+    ]
+    for pool, rows in report.usage.items():
+        for endpoint, *values in totals(rows):
+            for family, value in zip(families, values, strict=True):
+                family.add_metric([pool, endpoint], value)
+    yield from families
 
 
 def _discarded(pools: Mapping[str, Snapshot]) -> Metric:

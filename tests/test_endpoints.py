@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from dbpool import Pool, PoolError, holders
 from dbpool.diagnosis.endpoints import (
@@ -300,6 +301,34 @@ def test_the_file_of_two_hundred_endpoints_is_written_at_a_bounded_rate(
 
 
 # Flask
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_metrics_have_the_use_by_endpoint_where_it_is_asked_for(
+    dsn: str, make_app: MakeApp, is_wanted: bool
+) -> None:
+    app = make_app(dsn, DBPOOL_DETAILS="always", DBPOOL_ENDPOINT_METRICS=is_wanted)
+    pool = app.extensions["dbpool"].databases.default
+
+    def view(n: int) -> str:
+        holders.current.thread.endpoint = f"e{n}"
+        pool.fetch_value("select 1")
+        return "done"
+
+    app.add_url_rule("/<int:n>", "view", view)
+    for n in range(60):
+        app.test_client().get(f"/{n}")
+    body = app.test_client().get("/db/metrics").text
+    samples = [
+        sample
+        for family in text_string_to_metric_families(body)
+        for sample in family.samples
+        if sample.name == "dbpool_endpoint_checkouts_total"
+    ]
+    assert len(samples) == (SHOWN + 1 if is_wanted else 0)
+    assert sum(sample.value for sample in samples) == (60 if is_wanted else 0)
+    assert {sample.labels["pool_name"] for sample in samples} <= {"default"}
+    assert ('dbpool_endpoint_use_seconds_total{endpoint="other"' in body) is is_wanted
 
 
 def test_requests_are_counted_by_endpoint_in_the_stats(dsn: str, make_app: MakeApp) -> None:

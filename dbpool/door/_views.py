@@ -230,8 +230,11 @@ class Views:
             from dbpool.prometheus import expose
         except ConfigError as ex:  # the package is not installed; the message names it
             return json_answer(501, error=str(ex))
-        report = self._report(())
-        body, content_type = expose(report, headers.get("accept", ""), report.get("findings", ()))
+        wants_endpoints = self._settings.endpoint_metrics
+        report = self._find().collect_others(usage=wants_endpoints) or Report({})
+        monitor = self._watching()
+        findings = () if monitor is None else monitor.findings(report.to_json())
+        body, content_type = expose(report, headers.get("accept", ""), findings)
         return Response(200, body, content_type)
 
     def _page(self, query: object, headers: Mapping[str, str]) -> Response:

@@ -151,7 +151,7 @@ def _metrics(own: State) -> AnyResponse:
         from dbpool.prometheus import expose
     except ConfigError as ex:  # the package is not installed; the message names it
         _refuse(501, str(ex))
-    report = own.processes.collect(_scope())
+    report = own.processes.collect(_scope(), usage=own.settings.endpoint_metrics)
     findings = own.monitor.findings()
     body, content_type = expose(report, request.headers.get("Accept", ""), findings)
     return Response(body, content_type=content_type)

@@ -233,7 +233,7 @@ def variable(name: str, database: str = "default") -> str:
 
 _FIELDS: Final = tuple(f.name for f in fields(Settings) if f.name not in _WITHOUT_VARIABLE.split())
 # The variables of an application, beside those of its pools.
-_OTHERS: Final = "DATABASES REQUIRED TOKEN TOKEN_FILE DETAILS DOTENV STATS_DIR ERROR_HANDLERS BLOCKERS SHOW_QUERIES SERVE"
+_OTHERS: Final = "DATABASES REQUIRED TOKEN TOKEN_FILE DETAILS DOTENV STATS_DIR ERROR_HANDLERS BLOCKERS SHOW_QUERIES SERVE ENDPOINT_METRICS"
 COMMON: Final = frozenset(map(variable, [*_FIELDS, *_OTHERS.lower().split()])) - {"DATABASE_URL"}
 
 

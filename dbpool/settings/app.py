@@ -37,6 +37,7 @@ class AppSettings:
     blockers: bool = parsed(True, parse_bool)
     show_queries: bool = parsed(False, parse_bool)
     serve: str | None = None
+    endpoint_metrics: bool = parsed(False, parse_bool)
 
     def __post_init__(self) -> None:
         for f in fields(self):
