@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .waiting import free_port
+from .waiting import free_port, until
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -316,6 +317,27 @@ def test_the_health_check_judges_by_the_status_and_asks_no_proxy(
     done = healthcheck(PORT=str(answering(answer)))
     assert done.returncode == status, done
     assert len(done.stderr.splitlines()) == status, "one line that says what is wrong"
+
+
+@pytest.mark.parametrize("host", ["::", "[::1]", "127.0.0.2"])
+def test_the_image_s_command_serves_where_it_is_told_and_the_health_check_finds_it(
+    tmp_path: Path, host: str
+) -> None:
+    environ = {"WEBAPP_HOST": host, "PORT": str(free_port()), "WEB_CONCURRENCY": "1"}
+    nowhere = {"DATABASE_URL": "postgresql://app@127.0.0.1:1/app", "DBPOOL_DOTENV": "off"}
+    command = [sys.executable, *shlex.split(steps("CMD")[-1].strip("[]").replace(",", " "))[1:]]
+    log = (tmp_path / "log").open("w+")
+    with (
+        log,
+        subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **environ, **nowhere}, stdout=log, stderr=log
+        ) as server,
+    ):
+        try:
+            until(lambda: healthcheck(**environ).returncode == 0, 20.0, pause=0.1)
+        finally:
+            server.terminate()
+            assert server.wait(20) == 0, (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("port", ["", " ", "x", "-1", "70000", "8000 8001", "closed"])

@@ -1,4 +1,4 @@
-"""Numbers that the environment gives to whatever starts gunicorn: the port, the workers."""
+"""What the environment gives to whatever starts gunicorn: the address, the port, the workers."""
 
 import os
 import re
@@ -19,3 +19,10 @@ def set_number(name: str) -> int:
         sys.exit(f"webapp: {name} must be a number from 1 to {most}, not {given[:20]!r}")
     os.environ[name] = given
     return int(given)
+
+
+def bind_address() -> str:
+    """Return where to listen as gunicorn wants it: with brackets around an address of IPv6."""
+    host = os.environ.get("WEBAPP_HOST", "").strip("[] ") or "127.0.0.1"
+    host = f"[{host}]" if ":" in host else host
+    return f"{host}:{os.environ.get('PORT') or NUMBERS['PORT'][0]}"

@@ -13,7 +13,7 @@ from dbpool.gunicorn import *  # noqa: F403 -- the server hooks; its __all__ hol
 
 # Run and not imported: a module that the master holds stays as it was in every worker, after a
 # reload too.
-set_number = run_path(str(Path(__file__).with_name("environment.py")))["set_number"]
+_environment = run_path(str(Path(__file__).with_name("environment.py")))
 
 # As gunicorn's own lines, which do not come this way.
 logging.basicConfig(
@@ -22,9 +22,9 @@ logging.basicConfig(
     datefmt="%Y-%m-%d %H:%M:%S %z",
 )
 
-bind = f"{os.environ.get('WEBAPP_HOST') or '127.0.0.1'}:{os.environ.get('PORT') or '8000'}"
+bind = _environment["bind_address"]()
 worker_class = "gthread"
-workers = set_number("WEB_CONCURRENCY")
+workers = _environment["set_number"]("WEB_CONCURRENCY")
 threads = 8
 graceful_timeout = 2
 # Its heartbeat file does not belong on a disk, whose writes can stall.
