@@ -36,12 +36,13 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     from flask import Flask
 
     from dbpool.flask import create_blueprint
-    from webapp import errors, notes
+    from webapp import errors, logs, notes
 
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = 256 * 1024  # the longest note, with every character escaped
     app.config["DBPOOL_DOTENV"] = dotenv() or "off"  # the extension would look further up
     app.config.update(config or {})
+    logs.init_app(app)
     notes.db.init_app(app)
     errors.init_app(app)
     _insist_on_host(app)

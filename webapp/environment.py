@@ -1,4 +1,4 @@
-"""What the environment gives to whatever starts gunicorn: the address, the port, the workers."""
+"""What the environment gives to whatever starts gunicorn: address, port, workers, kind of log."""
 
 import os
 import re
@@ -26,3 +26,12 @@ def bind_address() -> str:
     host = os.environ.get("WEBAPP_HOST", "").strip("[] ") or "127.0.0.1"
     host = f"[{host}]" if ":" in host else host
     return f"{host}:{os.environ.get('PORT') or NUMBERS['PORT'][0]}"
+
+
+def log_kind() -> str:
+    """Leave `text`, the default, or `json` in WEBAPP_LOG and return it; exit for anything else."""
+    given = os.environ.get("WEBAPP_LOG", "").strip().lower() or "text"
+    if given not in ("text", "json"):
+        sys.exit(f"webapp: WEBAPP_LOG must be text or json, not {given[:20]!r}")
+    os.environ["WEBAPP_LOG"] = given
+    return given

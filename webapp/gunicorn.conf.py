@@ -1,9 +1,9 @@
 """How gunicorn serves the application, under `make run` and in the container alike."""
 
 import atexit
-import logging
 import os
 import signal
+from logging.config import dictConfig
 from pathlib import Path
 from runpy import run_path
 from types import FrameType
@@ -13,14 +13,14 @@ from dbpool.gunicorn import *  # noqa: F403 -- the server hooks; its __all__ hol
 
 # Run and not imported: a module that the master holds stays as it was in every worker, after a
 # reload too.
-_environment = run_path(str(Path(__file__).with_name("environment.py")))
-
-# As gunicorn's own lines, which do not come this way.
-logging.basicConfig(
-    level=logging.INFO,
-    format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s",
-    datefmt="%Y-%m-%d %H:%M:%S %z",
+_environment, _logs = (
+    run_path(str(Path(__file__).with_name(name))) for name in ("environment.py", "logs.py")
 )
+
+_log = _logs["config"](_environment["log_kind"]())
+dictConfig(_log)
+# As text gunicorn's own lines look the same, and do not come this way.
+logconfig_dict = _log if os.environ["WEBAPP_LOG"] == "json" else {}
 
 bind = _environment["bind_address"]()
 worker_class = "gthread"
