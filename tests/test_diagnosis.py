@@ -54,7 +54,14 @@ def holders(number: int, seconds: float, status: str, **more: Any) -> list[dict[
 
 def pool(**changes: Any) -> dict[str, Any]:
     """A pool as `/stats` shows it: up, one of 12 connections in use."""
-    counters = {"checkouts": 1000, "timeouts": 0, "rejected": 0, "leaks": 0, "retries": 0}
+    counters = {
+        "checkouts": 1000,
+        "connects": 20,
+        "timeouts": 0,
+        "rejected": 0,
+        "leaks": 0,
+        "retries": 0,
+    }
     idle = {
         "state": "up", "size": 12, "active": 1, "idle": 11, "connecting": 0, "waiting": 0,
         "min_size": 3, "max_size": 12, "counters": counters, "breaker": HEALTHY, "holders": [],
@@ -312,6 +319,10 @@ MORE_TROUBLES: dict[str, Case] = {
         "DB13", always(pool()), ("does not stream", "90 s"),
         view=seen(facts=ServerFacts(role="standby", is_streaming=False, lag_seconds=90.0)),
     ),
+    "replica promoted": Case(
+        "DB13", always(pool()), ("was a standby and is a primary now",),
+        view=seen(facts=ServerFacts(role="primary"), role_before="standby", role_changed_at=NOW - 9),
+    ),
     "transactions conflict": Case(
         "DB14", always(pool()), ("ran 120 transactions again, of 1200",),
         steps=lately(12, step(retries=10)),
@@ -457,8 +468,8 @@ def test_an_outage_may_be_a_restart_for_five_seconds() -> None:
         return diagnose(Scene.read({"time": NOW, "pools": {NAME: state}}))[0].severity
 
     assert [severity(3), severity(6)] == [Severity.NOTICE, Severity.CRITICAL]
-    # One that never served is not restarted.
-    assert severity(3, counters={"checkouts": 0}) is Severity.CRITICAL
+    # One that was never connected to is not restarted.
+    assert severity(3, counters={"connects": 0}) is Severity.CRITICAL
 
 
 def test_the_longest_queue_is_named_first() -> None:

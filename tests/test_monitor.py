@@ -292,6 +292,33 @@ def test_its_connection_is_closed_when_it_is_not_needed_any_more(
     until(is_closed, 20.0, pause=0.2)
 
 
+def test_a_server_that_changes_its_role_is_named_and_so_is_one_that_replays_no_more(
+    own_server: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = [0.0]
+    monkeypatch.setattr("dbpool.monitor._inspector.monotonic", lambda: monotonic() + passed[0])
+    own_server.stop()
+    own_server.demote()  # it follows nobody, and has replayed no commit in this life
+    own_server.start()
+    shop = make_shop(own_server.conninfo)
+    shop.pool.fetch_value("select 1")
+
+    def await_first(code: str) -> dict[str, Any]:
+        def is_first() -> bool:
+            passed[0] += 16.0
+            shop.monitor.tick()
+            return bool(shop.monitor.findings()[0]["code"] == code)
+
+        until(is_first, 15.0, pause=0.1)
+        return shop.monitor.findings()[0]
+
+    found = await_first("DB13")
+    assert found["evidence"]["streaming"] is False
+    assert found["evidence"]["lag_seconds"] >= 60.0
+    own_server.promote()
+    until(lambda: "was a standby and is a primary now" in await_first("DB13")["text"], 15.0)
+
+
 def test_the_limits_of_a_server_are_read_without_a_checkout(
     own_server: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,6 +408,38 @@ def test_another_process_watches_at_once_if_the_first_was_killed(directory: Path
     assert not second.lead(100.5)
     record.abandon()  # as the system does
     assert second.lead(100.6)
+
+
+def test_what_one_process_saw_end_is_known_to_the_next_that_watches(
+    directory: Path, make_shop: Callable[..., Shop]
+) -> None:
+    killed = [Shelf(directory, "app", f"{n}-a").record(["default"]) for n in (1, 2, 3)]
+    first, second = (make_shop("host=127.0.0.1 port=1", directory) for _ in range(2))
+    first.monitor.tick()
+    for record in killed[:2]:
+        record.abandon()
+        first.monitor.tick()
+    killed[2].abandon()
+    first.monitor.close()
+    for path in directory.glob("*.steps"):
+        if path.stem in ("app-1-a", "app-2-a"):
+            path.unlink(missing_ok=True)  # as they are once they are old
+    second.monitor.tick()
+    assert second.monitor.findings()[0]["code"] == "DB16"
+
+
+def test_a_process_that_stood_still_says_so_whoever_watched_before(
+    directory: Path, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = [0.0]
+    monkeypatch.setattr("dbpool.monitor._monitor.monotonic", lambda: monotonic() + passed[0])
+    first, second = (make_shop("host=127.0.0.1 port=1", directory) for _ in range(2))
+    first.monitor.tick()
+    second.monitor.tick()
+    passed[0] += 15.0
+    second.monitor.tick()
+    found = second.monitor.findings()
+    assert (found[0]["code"], found[0]["severity"]) == ("DB12", "notice")
 
 
 def test_a_lease_from_before_the_system_started_holds_nobody_up(directory: Path) -> None:

@@ -54,7 +54,7 @@ def _down(
 ) -> Finding:
     """DB01: a notice for as long as the server may just be restarting."""
     lasted = max(0.0, pool.now - since)
-    is_long = lasted >= _DOWN_AFTER or not number(pool.counters.get("checkouts"))
+    is_long = lasted >= _DOWN_AFTER or not number(pool.counters.get("connects"))
     accepts = " accepts connections but does not answer"
     state = accepts if evidence["kind"] == _NO_ANSWER else " is down"
     return Finding(

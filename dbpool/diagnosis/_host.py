@@ -36,10 +36,20 @@ def over_configured(pool: PoolScene) -> Finding | None:
 
 
 def replica(pool: PoolScene) -> Finding | None:
-    """DB13: the pool's server is a standby that does not stream, or is far behind."""
+    """DB13: the pool's server changed its role, or is a standby that is far behind."""
     view = pool.view
     facts = None if view is None else view.facts
-    if view is None or facts is None or facts.role != "standby":
+    if view is None or facts is None:
+        return None
+    if view.role_before is not None:
+        return Finding(
+            "DB13", Severity.WARNING, pool=pool.name, since=view.role_changed_at or view.time,
+            text=f"the server of {pool.name} was a {view.role_before} and is a {facts.role} now",
+            do="If that was planned, nothing is to be done. Else see that the pool's connection"
+            " settings name the right host; target_session_attrs keeps it to a role.",
+            evidence={"role": facts.role, "role_before": view.role_before},
+        )  # fmt: skip
+    if facts.role != "standby":
         return None
     lag = facts.lag_seconds or 0.0
     if lag < _LAG:

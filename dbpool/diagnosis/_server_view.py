@@ -78,7 +78,8 @@ class ServerView:
 
     `is_joined` is false where pids mean nothing, behind a pooler. `is_limited` says that other
     roles' sessions are hidden. `silent_since` is the Unix time since which the server has not
-    answered, None if it did.
+    answered, None if it did. `role_before` is what the server was until `role_changed_at`, if it
+    has changed of late.
     """
 
     time: float
@@ -88,6 +89,8 @@ class ServerView:
     is_joined: bool = True
     is_limited: bool = False
     silent_since: float | None = None
+    role_before: str | None = None
+    role_changed_at: float | None = None
 
     def about(self) -> dict[str, object]:
         """Return what a reader wants to know of the server, for `/stats`."""

@@ -27,8 +27,11 @@ NAME: Final = "dbpool:monitor"  # the application_name of its connection
 _SPREAD: Final = 0.25  # seconds at most before the first look, so that hosts do not look at once
 _PAUSES: Final = (2.0,) * 10 + (4.0, 6.0, 8.0)  # seconds between two looks, then the longest
 _LONGEST_PAUSE: Final = 10.0
+_FACTS_FIRST: Final = 1.0  # seconds until the server's limits and its role are read first
 _FACTS_PAUSE: Final = 60.0
-_FACTS_FIRST: Final = 10.0
+_STANDBY_PAUSE: Final = 15.0
+_LAG: Final = 60.0  # seconds that are reported
+_USUAL_AFTER: Final = 900.0  # seconds after which a server's new role is no news
 _KEPT: Final = 10.0  # seconds that its connection is kept without need
 _HUNG: Final = 3.0  # seconds that a look may take
 _SILENT: Final = 0.5  # seconds after which a server counts as one that does not answer
@@ -44,8 +47,8 @@ class Inspector:
 
     An idle connection of the pool is asked if nobody waits for one, else a connection of its own:
     one at most, beyond max_size, and closed ten seconds after the last need. The limits of a server
-    are read once without need, and how far a standby is behind each minute. Nothing is looked at
-    behind a transaction pooler.
+    and its role are read each minute without need, and how far a standby is behind more often.
+    Nothing is looked at behind a transaction pooler.
     """
 
     def __init__(self, pool: Any, *, queries: bool = False) -> None:
@@ -62,6 +65,10 @@ class Inspector:
         self._looks = 0  # since looking became necessary
         self._next: float | None = None
         self._facts_at = monotonic() + _FACTS_FIRST
+        self._caught_up_at: float | None = None  # when a standby last had replayed all
+        self._role: tuple[str | None, float] | None = (
+            None  # the usual one, and when it was last seen
+        )
         self._needed_at = 0.0
         self._said: set[str] = set()
 
@@ -114,8 +121,7 @@ class Inspector:
             self._start(self._close_own)
         elif now >= self._facts_at and self._has_idle():
             self._facts_at = now + _FACTS_PAUSE
-            if self._view is None or (self._view.facts and self._view.facts.role == "standby"):
-                self._start(self._read_facts)
+            self._start(self._read_facts)
 
     def _start(self, task: Callable[[], object]) -> None:
         self._started = monotonic()
@@ -141,7 +147,8 @@ class Inspector:
             with self._connection(is_own=is_own) as conn:
                 self._asked = conn
                 name, prefix = _names(self._pool, conn)
-                view = self._view = look(conn, name, prefix, queries=self._queries)
+                view = look(conn, name, prefix, queries=self._queries)
+            self._view = self._with_past(view)
             self._silent_since = None
             if not view.is_joined:
                 self._say("a pooler stands before the server, so that it cannot be said who blocks"
@@ -155,6 +162,28 @@ class Inspector:
             self._say(f"it cannot be said who blocks whom: {describe(ex, self._asked)}")
         finally:
             self._asked = self._asked_at = None
+
+    def _with_past(self, view: ServerView) -> ServerView:
+        """Add what earlier looks at the server showed, and decide when to read its role again."""
+        now, facts = monotonic(), view.facts
+        if facts is None:
+            return view
+        usual, seen = self._role or (facts.role, view.time)
+        if facts.role == usual or view.time - seen > _USUAL_AFTER:
+            self._role = facts.role, view.time
+        else:
+            view = replace(view, role_before=usual, role_changed_at=seen)
+        if facts.role != "standby":
+            return view
+        # The last commit that it replayed may be old because nothing was committed, or of another
+        # life of this server, which does not know it any more.
+        lag = facts.lag_seconds
+        if lag == 0 or (lag is None and self._caught_up_at is None):
+            self._caught_up_at = now
+        if self._caught_up_at is not None:
+            lag = min(now - self._caught_up_at, now if lag is None else lag)
+        self._facts_at = now + min(_STANDBY_PAUSE, max(1.0, _LAG - (lag or 0.0)))
+        return replace(view, facts=replace(facts, lag_seconds=lag))
 
     @contextmanager
     def _connection(self, *, is_own: bool) -> Iterator[psycopg.Connection[Any]]:

@@ -28,6 +28,7 @@ logger = logging.getLogger("dbpool")
 
 INTERVAL: Final = 1.0  # seconds between two looks
 _CLOSING: Final = 3.0  # seconds
+_STALL: Final = 15.0  # seconds that a pause between two looks is remembered
 
 
 _instances: weakref.WeakSet[Monitor] = weakref.WeakSet()
@@ -81,6 +82,14 @@ class _ProcessState:
         self.key = f"{os.getpid()}-{os.urandom(6).hex()}"
         self.history: dict[str, History] = {}  # of this process, where it is alone
         self.watching: Watching | None = None
+        self._pauses: list[tuple[float, float]] = []  # when a look was, and how long after the last
+
+    def stalled(self, now: float) -> float:
+        """Take a look's time; return the longest pause between two looks of late."""
+        before = self._pauses[-1][0] if self._pauses else now
+        self._pauses = [each for each in self._pauses if now - each[0] <= _STALL]
+        self._pauses.append((now, now - before))
+        return max(pause for _, pause in self._pauses)
 
     def is_stopped(self, seconds: float) -> bool:
         """Wait for the end, so many seconds at most; whether it came."""
@@ -204,6 +213,7 @@ class Monitor:
     def tick(self) -> None:
         """Take one look. `start` has it done each second."""
         state, now = self._state(), monotonic()
+        stalled = state.stalled(now)
         self._record(state, now)
         if state.shelf is None or state.shelf.lead(now, is_reader=self._is_reader):
             if state.watching is None:
@@ -213,7 +223,7 @@ class Monitor:
             watching, report, history = state.watching, _facts_of(self._report()), state.history
             if state.shelf is not None:
                 history = watching.add_up([*self._databases, *report["pools"]], now)
-            watching.look(report, history, now)
+            watching.look(report, history, now, stalled)
         elif state.watching is not None:  # another took over while this one was silent
             state.watching.close()
             state.watching = None

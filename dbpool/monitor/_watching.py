@@ -27,7 +27,6 @@ _BYTES_A_SECOND: Final = 500  # of each file
 _MAX_FINDINGS: Final = 20
 _GRACE: Final = 6.0  # seconds that findings are believed beyond their next write
 _ADDED_UP_AFTER: Final = 2.0  # seconds after a step, when all processes have written it
-_STALL: Final = 15.0  # seconds that a pause between two looks is remembered
 _SLOW_HOLD: Final = 2.0  # seconds in one statement
 _LONG_WAIT: Final = 1.0
 _PATIENCE: Final = 0.8  # seconds that a look at the pools waits for those at the servers
@@ -64,8 +63,6 @@ class Watching:
         self._deaths = {str(k): number(v) for k, v in mapping(before.get("deaths")).items()}
         self._history: dict[str, History] = {}
         self._added_up = -1
-        self._looked: float | None = None
-        self._stalls: list[tuple[float, float]] = []  # when, and how long
         self._written: dict[str, tuple[float, object]] = {}
         self._sizes: dict[str, int] = {}  # of the files as written last
         self.said: dict[str, dict[str, Any]] = {}
@@ -84,8 +81,13 @@ class Watching:
             self._added_up = slot
         return self._history
 
-    def look(self, report: dict[str, Any], history: Mapping[str, History], now: float) -> None:
-        """Take a look at the pools, find what is wrong, and say it."""
+    def look(
+        self, report: dict[str, Any], history: Mapping[str, History], now: float, stalled: float
+    ) -> None:
+        """Take a look at the pools, find what is wrong, and say it.
+
+        *stalled* is for how long this process stood still of late.
+        """
         wall = time.time()
         watches = self._watcher.look(report, wall)
         self._usage.look(report, now)
@@ -100,7 +102,7 @@ class Watching:
             views=self._views(),
             poolers=self._poolers,
             deaths=tuple(self._deaths.values()),
-            stalled=self._stalled(now),
+            stalled=stalled,
         )
         found = diagnose(scene)
         self._log(found, now)
@@ -117,13 +119,6 @@ class Watching:
         deadline = time.monotonic() + _PATIENCE
         for inspector in self._inspectors.values():
             inspector.wait(deadline - time.monotonic())
-
-    def _stalled(self, now: float) -> float:
-        """Return the longest pause between two looks of late."""
-        pause, self._looked = now - (self._looked or now), now
-        self._stalls = [each for each in self._stalls if now - each[0] <= _STALL]
-        self._stalls.append((now, pause))
-        return max(pause for _, pause in self._stalls)
 
     def _log(self, found: Collection[Finding], now: float) -> None:
         for finding, count in self._episodes.due(found, now):
@@ -152,7 +147,9 @@ class Watching:
             "endpoints": self._usage.to_json(),
             "deaths": self._deaths,
         }
-        self._write("journal", None, self._interval("journal", _JOURNAL_INTERVAL), now)
+        # Who watches next needs to know of all deaths: it may be the end of this process that is next.
+        deaths = tuple(self._deaths)
+        self._write("journal", deaths, self._interval("journal", _JOURNAL_INTERVAL), now)
         views = self._views()
         servers = {name: view.about() for name, view in views.items() if view.facts}
         self.said["about"] = {"settings": self._settings, "servers": servers}
