@@ -120,7 +120,8 @@ class Counters:
     """Totals since the pool was opened.
 
     `leaks` counts connections that were forgotten, `held_long` those held for longer than
-    `leak_after`; `returned_late` counts how many of the latter came back.
+    `leak_after`; `returned_late` counts how many of the latter came back. `nested` counts those of
+    `timeouts` whose own thread held a connection.
     """
 
     checkouts: int = 0
@@ -133,6 +134,7 @@ class Counters:
     held_long: int = 0
     returned_late: int = 0
     circuit_opened: int = 0
+    nested: int = 0
     discarded: Mapping[str, int] = field(
         default_factory=lambda: dict.fromkeys(REASONS, 0), hash=False
     )
@@ -265,7 +267,7 @@ class Metrics:
         self.dead = self.expired = self.broken = self.idle = self.collected = 0
         self.retries = self.leaks = self.held_long = self.returned_late = self.circuit_opened = 0
         self.wait, self.use, self.connect = Histogram(), Histogram(), Histogram()
-        self.queued, self.timed_out_seconds = 0, 0.0
+        self.nested, self.queued, self.timed_out_seconds = 0, 0, 0.0
         self._popped: dict[str, int] = {}
 
     def count_finished(self) -> None:

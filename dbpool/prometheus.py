@@ -48,6 +48,7 @@ _TIMES: Final = {
 _TOTALS: Final = {
     "dbpool_checkouts": ("checkouts", "Connections handed out"),
     "db_client_connection_timeouts": ("timeouts", "Callers that got no connection in time"),
+    "dbpool_nested": ("nested", "Callers that got no connection in time while they held another"),
     "dbpool_rejected": ("rejected", "Callers refused: outage, full queue, or closing"),
     "dbpool_connects": ("connects", "Connections made"),
     "dbpool_connect_failures": ("connect_failures", "Failed attempts to connect"),

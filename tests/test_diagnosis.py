@@ -22,6 +22,7 @@ from dbpool.diagnosis import (
     Severity,
     Watch,
     diagnose,
+    suspicions,
 )
 from dbpool.diagnosis.history import BOUNDS, Buckets, Step
 from dbpool.diagnosis.watching import Watcher
@@ -443,6 +444,24 @@ def test_what_a_role_may_not_see_is_said_with_the_grant() -> None:
     found = diagnose(TROUBLES["lock whose holder our role may not see"].scene())[0]
     assert found.evidence["limited"] is True
     assert "GRANT pg_read_all_stats" in found.do
+
+
+def test_an_error_names_the_worst_finding_and_of_strangers_pid_and_application_name_alone() -> None:
+    stranger = replace(foreign(99), client="10.1.2.3", application_name="psql")
+    view = seen(ours(5001, (99,), query_seconds=4.0), stranger)
+    found = diagnose(Case("DB04", always(full(4, holders(12, 4.0, "query"))), view=view).scene())
+    assert "10.1.2.3" in found[0].text
+    (said,) = suspicions(found).values()
+    assert said.startswith("; DB04: 1 connection of default waits for a lock that the session 99")
+    assert "(psql)" in said
+    assert "10.1.2.3" not in said
+    assert suspicions(diagnose(Case("DB00", always(pool())).scene())) == {}
+
+
+def test_nested_checkouts_that_timed_out_are_counted_since_the_first() -> None:
+    found = diagnose(MORE_TROUBLES["nested, known from those who gave up"].scene())[0]
+    assert found.evidence["timed_out"] == 3
+    assert found.since == NOW - 2, "not since now, look after look"
 
 
 def busy_rows(ago: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from dbpool import Databases, PoolError, Settings
+from dbpool import Databases, PoolError, PoolExhausted, Settings
 from dbpool.diagnosis import Finding, Severity
 from dbpool.diagnosis.history import STEP, Step, slot_of
 from dbpool.monitor import Monitor
@@ -27,6 +28,7 @@ from dbpool.report import Report
 
 from .faults.test_pgbouncer import PROGRAM, Bouncer
 from .postgres import Server, session, until
+from .threads import Task
 
 NAME = "dbpool:monitor"
 
@@ -115,7 +117,38 @@ def test_a_foreign_session_that_holds_a_lock_is_named(
         assert f"session {pid} (psql, 127.0.0.1) holds, idle in transaction" in found["text"]
         assert f"pg_terminate_backend({pid})" in found["do"]
         assert len(table.backends(NAME)) == 1, "asked over one connection beyond the pool's"
+        with pytest.raises(PoolExhausted) as info:
+            shop.pool.getconn(timeout=0.05)
+        assert "; DB04: 2 connections of default wait for a lock that the" in str(info.value)
+        assert f"session {pid} (psql) holds" in str(info.value)
+        assert "127.0.0.1" not in str(info.value), "an error may be read by more people"
     shop.await_finding("DB00")
+    shop.monitor.tick()
+    held = [shop.pool.getconn() for _ in range(2)]
+    with pytest.raises(PoolExhausted) as info:
+        shop.pool.getconn(timeout=0.0)
+    assert "DB0" not in str(info.value), "it is over"
+    for conn in held:
+        shop.pool.putconn(conn)
+
+
+def test_errors_in_another_process_say_what_the_watching_one_found(
+    table: Server, directory: Path, make_shop: Callable[..., Shop]
+) -> None:
+    watching, other = (make_shop(table.conninfo, directory) for _ in range(2))
+    watching.processes.start()
+    with session(table, "lock table stock") as pid:
+        for _ in range(3):
+            watching.call("select count(*) from stock")
+        until(lambda: watching.pool.stats().waiting)
+        found = watching.await_finding("DB04")
+        assert str(pid) in found["text"]
+        held = [other.pool.getconn() for _ in range(2)]
+        other.monitor.tick()
+        error = Task(other.pool.getconn, 0.05).error()
+        assert re.search(f"; DB04: .*session {pid}", str(error))
+        for conn in held:
+            other.pool.putconn(conn)
 
 
 def test_our_own_line_that_holds_a_lock_is_named(

@@ -12,13 +12,13 @@ from types import MappingProxyType
 from typing import Final
 
 from dbpool.diagnosis import _connecting, _holding, _host, _trends
-from dbpool.diagnosis._finding import CODES, Finding, Severity, ordered
+from dbpool.diagnosis._finding import CODES, Finding, Severity, ordered, suspicions
 from dbpool.diagnosis._scene import Holder, PoolScene, Process, Run, Scene, Watch
 from dbpool.diagnosis._server_view import Prepared, ServerFacts, ServerView, Session
 
 __all__ = [
     "CODES", "Finding", "Holder", "PoolScene", "Prepared", "Process", "Run", "Scene", "ServerFacts",
-    "ServerView", "Session", "Severity", "Watch", "diagnose",
+    "ServerView", "Session", "Severity", "Watch", "diagnose", "suspicions",
 ]  # fmt: skip
 
 # What is wrong with one pool: causes before their effects.

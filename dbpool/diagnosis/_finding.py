@@ -63,6 +63,7 @@ class Finding:
     pool: str | None = None
     subject: str | None = None
     evidence: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    brief: str = ""  # what errors and logs say in place of the text
 
     @property
     def id(self) -> str:
@@ -98,6 +99,18 @@ def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     for finding in ranked:
         unique.setdefault(finding.id, finding)
     return tuple(unique.values())
+
+
+def suspicions(findings: Iterable[Finding]) -> dict[str, str]:
+    """Return by pool what the errors of callers who get no connection say of the worst finding.
+
+    Of sessions that are not ours it names pid and application_name alone.
+    """
+    found: dict[str, str] = {}
+    for each in findings:
+        if each.pool is not None and each.severity in (Severity.WARNING, Severity.CRITICAL):
+            found.setdefault(each.pool, mask(f"; {each.code}: {each.brief or each.text}"))
+    return found
 
 
 def _masked(value: Any) -> Any:

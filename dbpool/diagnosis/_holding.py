@@ -49,6 +49,7 @@ def waiting_for_lock(pool: PoolScene) -> Finding | None:
         pool=pool.name,
         since=pool.now - seconds,
         text=_lock_text(pool, waiting, blockers, change, view),
+        brief=_lock_text(pool, waiting, [b | {"client": None} for b in blockers], change, view),
         do=_lock_advice(blockers, change) + (_GRANT if view.is_limited else ""),
         evidence={
             "waiting": pool.waiting + len(waiting),
@@ -268,17 +269,18 @@ def nested(pool: PoolScene) -> Finding | None:
     timeouts = pool.watch.nested
     if not (holders and pool.is_short) and not timeouts:
         return None
-    seconds = max((holder.seconds for holder in holders), default=0.0)
+    since = pool.watch.nested_since if timeouts else None
+    since = min([pool.now - holder.seconds for holder in holders] + [since or pool.now])
     places = f" at {_places(holders)}" if holders else ""
     everybody = len(holders) >= pool.max_size
     return Finding(
-        "DB09", Severity.CRITICAL, pool=pool.name, since=pool.now - seconds,
+        "DB09", Severity.CRITICAL, pool=pool.name, since=since,
         text=f"{count(len(holders) or timeouts, 'caller')} of {pool.name} wait for a second"
         f" connection while holding one{places}"
         + (": all connections are held so, and none can come free" if everybody else ""),
         do="Pass the connection on instead of checking out another inside the block. Else max_size"
         " must be at least threads * (held at once - 1) + 1.",
-        evidence={"waiting": pool.waiting, "max_size": pool.max_size,
+        evidence={"waiting": pool.waiting, "max_size": pool.max_size, "timed_out": timeouts,
                   "holders": _holders(pool, holders)},
     )  # fmt: skip
 

@@ -119,6 +119,7 @@ class Watch:
     forgotten_since: float | None = None
     refused: int = 0
     nested: int = 0
+    nested_since: float | None = None
     runs: Mapping[tuple[object, ...], Run] = field(default_factory=dict)
 
     def run_of(self, holder: Holder, now: float) -> Run | None:

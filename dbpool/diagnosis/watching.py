@@ -82,6 +82,7 @@ class _Pool:
 
     def watch(self, now: float) -> Watch:
         forgotten = self._recent("forgotten", now, _EPISODE)
+        nested = self._recent("nested", now, _REFUSED)
         return Watch(
             waiting_since=self.waiting_since,
             unused_since=self.unused_since,
@@ -90,7 +91,8 @@ class _Pool:
             forgotten=sum(n for _, n in forgotten),
             forgotten_since=forgotten[0][0] if forgotten else None,
             refused=sum(n for _, n in self._recent("refused", now, _REFUSED)),
-            nested=sum(n for _, n in self._recent("nested", now, _REFUSED)),
+            nested=sum(n for _, n in nested),
+            nested_since=nested[0][0] if nested else None,
         )
 
     def _recent(self, name: str, now: float, seconds: float) -> list[tuple[float, int]]:

@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any, Final, Protocol
 
 from dbpool.diagnosis import Scene, diagnose, endpoints
-from dbpool.diagnosis._scene import mapping, number, rows
+from dbpool.diagnosis._scene import mapping, number, rows, text
 from dbpool.diagnosis.history import History, Recorder
 from dbpool.errors import describe
 from dbpool.metrics import PoolState
@@ -176,9 +176,7 @@ class Monitor:
 
         Where nobody watches yet, what *report* alone shows; that of now by default.
         """
-        known = self._known("findings")
-        found = rows(known.get("findings"))
-        if found and 0 <= monotonic() - number(known.get("at")) <= number(known.get("valid")):
+        if found := rows(self._found().get("findings")):
             return [dict(each) for each in found]
         report = _facts_of(self._report()) if report is None else report
         return [finding.to_json() for finding in diagnose(Scene.read(report))]
@@ -214,7 +212,7 @@ class Monitor:
         """Take one look. `start` has it done each second."""
         state, now = self._state(), monotonic()
         stalled = state.stalled(now)
-        self._record(state, now)
+        short = self._record(state, now)
         if state.shelf is None or state.shelf.lead(now, is_reader=self._is_reader):
             if state.watching is None:
                 state.watching = Watching(
@@ -227,6 +225,7 @@ class Monitor:
         elif state.watching is not None:  # another took over while this one was silent
             state.watching.close()
             state.watching = None
+        self._suspect(short)
 
     def is_over(self) -> bool:
         """Whether all pools are closed."""
@@ -248,8 +247,9 @@ class Monitor:
             state.shelf = Shelf(directory, self._processes.app, state.key)
         return state.shelf
 
-    def _record(self, state: _ProcessState, now: float) -> None:
-        """Take this process's own part in the history."""
+    def _record(self, state: _ProcessState, now: float) -> list[str]:
+        """Take this process's own part in the history; return the pools that callers wait for."""
+        short = []
         if self._is_reader:
             self._shelf(state)
         elif state.record is None and (shelf := self._shelf(state)) is not None:
@@ -259,19 +259,35 @@ class Monitor:
             state.record = shelf.record(list(self._databases))
         for name, pool in self._databases.items():
             recorder = state.recorders.setdefault(name, Recorder(state.started))
-            ended = recorder.sample(pool.stats(), now)
+            stats = pool.stats()
+            if stats.waiting or 0 < stats.max_size <= stats.active:
+                short.append(name)
+            ended = recorder.sample(stats, now)
             if ended is None:
                 continue
             if state.record is not None:
                 state.record.write(name, *ended)
             else:
                 state.history.setdefault(name, History()).add(*ended)
+        return short
 
     def _report(self) -> Report:
         with suppress(OSError):  # no more files can be opened
             if (found := self._processes.collect_others()) is not None:
                 return found
         return self._processes.collect("process")
+
+    def _found(self) -> Mapping[str, Any]:
+        """Return what was found, unless that is too old."""
+        known = self._known("findings")
+        is_valid = 0 <= monotonic() - number(known.get("at")) <= number(known.get("valid"))
+        return known if is_valid else {}
+
+    def _suspect(self, short: Collection[str]) -> None:
+        """Let the errors of these pools say what was found; those of the others say nothing."""
+        found = mapping(self._found().get("suspicions")) if short else {}
+        for name, pool in self._databases.items():
+            pool.suspicion = (name in short and text(found.get(name))) or ""
 
     def _known(self, ending: str) -> Mapping[str, Any]:
         """Return what the watching process says: of this one, or of the file that it wrote."""

@@ -7,7 +7,16 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from dbpool.diagnosis import Finding, PoolScene, Scene, ServerView, Severity, Watch, diagnose
+from dbpool.diagnosis import (
+    Finding,
+    PoolScene,
+    Scene,
+    ServerView,
+    Severity,
+    Watch,
+    diagnose,
+    suspicions,
+)
 from dbpool.diagnosis._scene import mapping, number
 from dbpool.diagnosis.history import History, slot_of
 from dbpool.diagnosis.journal import Journal, Reporter
@@ -140,6 +149,7 @@ class Watching:
             "at": now,
             "valid": _GRACE + interval,
             "findings": [finding.to_json() for finding in found],
+            "suspicions": suspicions(found),
         }
         self._write("findings", ids, interval, now)
         self.said["journal"] = {

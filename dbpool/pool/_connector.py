@@ -59,11 +59,10 @@ class Connector:
     """Makes the connections of a pool, in a worker; the pool's attributes are read at each attempt."""
 
     def __init__(self, settings: Settings, warn_once: Callable[[str], None]) -> None:
-        self.settings = settings
+        self.settings, self.warn_once = settings, warn_once
         self.server_defaults = ServerDefaults(settings, warn_once)
         # Names of custom settings that `configure` makes; None until they are known.
         self.custom: Names | None = None if settings.session_reset == "session" else ()
-        self.warn_once = warn_once
         self.cursors: type[Cursor[Any]] = Cursor  # of connections for which nothing else is asked
         if settings.pipeline_begin:
             from dbpool.pool._pipelining import PipeliningCursor
@@ -185,8 +184,7 @@ class ServerDefaults:
     """
 
     def __init__(self, settings: Settings, warn: Callable[[str], None]) -> None:
-        self._settings = settings
-        self._warn = warn
+        self._settings, self._warn = settings, warn
         self._defaults = settings.default_options()
         self._answers: dict[tuple[object, ...], Defaults] = {}
         self._verified: set[tuple[object, ...]] = set()

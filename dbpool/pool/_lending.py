@@ -238,7 +238,7 @@ def _wait(pool: PoolBase[Any], waiter: Waiter) -> Waiter:
         pool._open_on_use()
     pool._store.join(waiter, pool.max_waiting, close_returns=pool.close_returns)
     if waiter.wait():
-        pool._notices.timed_out(*pool._store.time_out(waiter))
+        pool._notices.timed_out(*pool._store.time_out(waiter, pool.suspicion))
     if waiter.is_over:
         if usage := pool._store.metrics.usage:
             usage.gave_up(waiter.thread.endpoint, sys._getframe())

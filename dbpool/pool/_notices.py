@@ -34,8 +34,7 @@ class Notices:
     """The log and the listeners of one pool."""
 
     def __init__(self, name: str, listeners: Emitter) -> None:
-        self.name = name
-        self.listeners = listeners
+        self.name, self.listeners = name, listeners
         self._lock = threading.RLock()  # a garbage collection inside may come back in
         self._episodes: dict[str, tuple[int, float]] = {}  # by cause: how often, and when last
         self._said: set[str] = set()

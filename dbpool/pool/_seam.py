@@ -39,11 +39,11 @@ class PoolBase(ConnectionPool[CT]):
     # Calls a function of the pool and what it is for: a waiter to wait, or an attempt to connect.
     # A tracer takes its place, see `dbpool.opentelemetry`.
     trace: Any = staticmethod(call)
+    suspicion = ""  # what keeps the holders, as the monitor found last; "" if nothing is known
 
     def __init__(self, settings: Settings, listeners: Emitter, **options: Any) -> None:
         super().__init__(open=False, **options)
-        self.settings = settings
-        self.listeners = listeners
+        self.settings, self.listeners = settings, listeners
         self._user_configure, self._user_reset = self._configure, self._reset
         # The stock check does no more than is done anyway.
         self._user_check = None if self._check == self.check_connection else self._check

@@ -151,16 +151,18 @@ class Store:
         self.refill()
 
     @locked
-    def time_out(self, waiter: Waiter) -> tuple[int, errors.PoolError | None]:
+    def time_out(self, waiter: Waiter, suspicion: str = "") -> tuple[int, errors.PoolError | None]:
         """Fail a waiter whose time is over, and those behind it for whom that holds too.
 
         One snapshot serves all. One that was served this very moment is left alone. Returns how
-        many failed, and the error of one of them.
+        many failed, and the error of one of them. *suspicion* says what keeps the holders, if
+        anything is known; else the sockets may tell.
         """
-        breaker, now, error, suspicion = self.breaker, self.snapshot(), None, ""
+        breaker, now, error = self.breaker, self.snapshot(), None
         moment = breaker.clock()
         if breaker.last_alive_at < waiter.started:
-            suspicion, is_silent = self.bag.suspicion()
+            silence, is_silent = self.bag.suspicion()
+            suspicion = suspicion or silence
             if is_silent and breaker.silent_since < breaker.last_alive_at:
                 breaker.silent_since = waiter.started
         held_by = Counter(record.thread for record in self.bag.held())
@@ -170,6 +172,7 @@ class Store:
             error = breaker.timed_out(self.name, now, seconds, held_by[each.thread], suspicion)
             self.waiting.discard(each)
             self.metrics.timeouts += 1
+            self.metrics.nested += held_by[each.thread] > 0
             self.metrics.timed_out_seconds += seconds
             each.fail(error)
         return len(late), error

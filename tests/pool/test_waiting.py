@@ -50,6 +50,10 @@ def test_exhaustion_tells_a_nested_checkout(fake: FakeServer) -> None:
     with fake.pool(max_size=1) as pool, pool.connection():
         with pytest.raises(PoolExhausted, match=r"holds 1, .* hold 2 at once .* n \* 1 \+ 1"):
             pool.getconn(timeout=0.05)
+        other = Task(pool.getconn, 0.05).error(5)
+        assert "nested:" not in str(other)
+        counters = pool.stats().counters
+        assert (counters.nested, counters.timeouts) == (1, 2)
 
 
 def test_a_timed_out_waiter_no_longer_counts(fake: FakeServer) -> None:
