@@ -97,16 +97,16 @@ def _conceal_param(key: str, value: Any) -> Any:
 
 def may_be_secret(value: object, key: str = "") -> bool:
     """Whether *value* could be a misplaced secret; *key* is the parameter of libpq that has it."""
-    is_free = not isinstance(value, str) or _FREE_TEXT.fullmatch(key)
+    is_free = not isinstance(value, str) or _FREE_TEXT.fullmatch(str(key))
     return not is_free and not _HARMLESS.fullmatch(str(value))
 
 
 def safe_repr(value: object) -> str:
     """Return *value* as a message may quote it: its `repr`, or only its kind if it may be secret."""
     if isinstance(value, str):
-        hidden = "a text (hidden, as it may be a secret)"
-        return hidden if may_be_secret(value) else repr(str(value))
-    is_plain = isinstance(value, (int, float, type(None)))
+        return "a text (hidden: it may be a secret)" if may_be_secret(value) else repr(str(value))
+    # Python refuses to write out a very large number.
+    is_plain = isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 1e40)
     return f"{value!r:.40}" if is_plain else f"a {type(value).__name__}"
 
 

@@ -206,5 +206,5 @@ def _next_result(pgconn: PGconn, deadline: float) -> PGresult | None:
 
 def _wait_ready(ready: Callable[[float], object], deadline: float) -> None:
     remaining = deadline - monotonic()
-    if remaining <= 0 or not ready(remaining * 1000.0):
+    if remaining <= 0 or not ready(min(remaining, 1e6) * 1000.0):
         raise PingTimeout("the server did not answer a ping in time")

@@ -24,7 +24,7 @@ from dbpool import events
 from dbpool.holders import NOBODY, ConnectionRecord, ThreadInfo, current
 from dbpool.liveness import is_active, is_retransmitting
 from dbpool.metrics import Holder, describe
-from dbpool.pool._psycopg import close, detach
+from dbpool.pool._psycopg import attach, close
 
 if TYPE_CHECKING:
     from dbpool.pool._store import Store
@@ -79,7 +79,7 @@ class Bag:
 
     def store(self, conn: Any) -> None:
         """Make a connection idle."""
-        detach(conn)
+        attach(conn, None)
         record: ConnectionRecord = conn._record
         record.since, record.owner = 0.0, None
         self.idle.append(conn)

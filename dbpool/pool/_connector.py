@@ -21,13 +21,13 @@ from psycopg import Connection, Cursor
 from psycopg.pq import ExecStatus, TransactionStatus
 
 from dbpool import errors
-from dbpool._secrets import conceal, conceal_params, secrets_of
+from dbpool._secrets import conceal, secrets_of
 from dbpool.breaker import Attempt
 from dbpool.liveness import PingTimeout, file_limit_error, ping, poller, run_query
 from dbpool.pool._psycopg import attach, close, has_stock_class, new_record
 from dbpool.pool._session import Names, call_traced, reset_message
 from dbpool.settings import Settings
-from dbpool.settings._conninfo import already_set
+from dbpool.settings._conninfo import already_set, insist_on_types
 
 if TYPE_CHECKING:
     from dbpool.pool._seam import PoolBase
@@ -72,7 +72,8 @@ class Connector:
     def params(self, pool: PoolBase[Any]) -> dict[str, Any]:
         """Return the keywords to connect with now, without default timeouts."""
         conninfo = conceal(pool.conninfo() if callable(pool.conninfo) else pool.conninfo)
-        kwargs = conceal_params((pool.kwargs() if callable(pool.kwargs) else pool.kwargs) or {})
+        kwargs = conceal(pool.kwargs() if callable(pool.kwargs) else pool.kwargs)
+        insist_on_types(conninfo, kwargs)
         return self.settings.connect_params(conninfo or None, kwargs, defaults=False)
 
     def have_changed(self, pool: PoolBase[Any], params: dict[str, Any]) -> bool:
@@ -190,8 +191,7 @@ class ServerDefaults:
         self._verified: set[tuple[object, ...]] = set()
         self._last: Defaults | None = None
         self._first = threading.Lock()  # held by who asks first: the others go by the answer
-        self.asked_at = monotonic()
-        self.troubles = 0
+        self.asked_at, self.troubles = monotonic(), 0
 
     def connect(self, connect: Connect, params: dict[str, Any]) -> Any:
         """Connect, with the defaults that the server leaves to us; warn if it ignores any."""

@@ -11,6 +11,7 @@ from psycopg_pool.abc import KwargsParam
 from dbpool._secrets import safe_repr
 from dbpool.errors import ConfigError
 from dbpool.settings import Settings
+from dbpool.settings._conninfo import insist_on_types
 from dbpool.settings._parsing import did_you_mean, nearest, parse_number
 
 Seconds = float | str
@@ -85,6 +86,7 @@ def resolve(
         if not callable(options.get(name) or print):
             hint = ' (session_reset="session" resets the session)' if name == "reset" else ""
             raise ConfigError(f"{name} must be callable{hint}, not {safe_repr(options[name])}")
+    insist_on_types(*(None if callable(x) else x for x in (conninfo, options.get("kwargs"))))
     for name in options.keys() & {"reconnect_timeout", "num_workers"}:
         whole = name == "num_workers"
         options[name] = parse_number(options[name], name, whole=whole, is_time=not whole)

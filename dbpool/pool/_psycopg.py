@@ -117,18 +117,16 @@ def is_stock(cls: type, *names: str) -> bool:
 
 
 def attach(conn: Any, pool: Any) -> None:
-    """Tell a connection its pool: it belongs to a callback of the user's, or to a holder."""
+    """Tell a connection its pool, if it belongs to a callback of the user's, or to a holder.
+
+    None tells it that it is idle: so it keeps no pool alive.
+    """
     conn._pool = pool
-
-
-def detach(conn: Any) -> None:
-    """Tell a connection that it is idle: so it keeps no pool alive."""
-    conn._pool = None
 
 
 def close(conn: Any) -> None:
     """Close a connection for good, also one whose `close()` would return it to its pool."""
-    detach(conn)
+    attach(conn, None)
     conn.close()
 
 

@@ -56,11 +56,9 @@ class PoolBase(ConnectionPool[CT]):
     def _build(self, sizes: tuple[int, int]) -> None:
         """Make all parts anew, as in a new process."""
         settings = self.settings
-        self._threads = Workers(self)
+        threads = self._threads = Workers(self)
         self._notices = Notices(self.name, self.listeners)
-        self._store = Store(
-            self.name, sizes, settings.outage_grace, self.listeners, self._threads.jobs
-        )
+        self._store = Store(self.name, sizes, settings.outage_grace, self.listeners, threads.jobs)
         self._lock = self._store.lock
         self.count_usage(getattr(self, "_make_usage", type(None)))
         self._maintenance = Maintenance(Connector(settings, self._notices.warn_once))

@@ -34,17 +34,14 @@ NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
 _URL: Final = re.compile(r"DBPOOL_(?:DATABASE_|DEFAULT_|(\w+)_)?(?:UR[LI]|DSN|CONNINFO)(_FILE)?")
 
 # The fields that the server enforces, with their names there.
-SERVER_SIDE: Final = {
-    "statement_timeout": "statement_timeout",
-    "lock_timeout": "lock_timeout",
-    "idle_in_transaction_timeout": "idle_in_transaction_session_timeout",
-}
+SERVER_SIDE: Final = {name: name for name in ("statement_timeout", "lock_timeout")}
+SERVER_SIDE["idle_in_transaction_timeout"] = "idle_in_transaction_session_timeout"
 _RESETS: Final = {"none": "none", "session": "session"}
 _POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
 # libpq's variables that say which database is meant.
 _NAMES_A_DATABASE: Final = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE")
 # What others call DATABASE_URL.
-_MEANT: Final = "DATABASE_URI SQLALCHEMY_DATABASE_URI DB_URL DATABASE_DSN POSTGRES_URL PG_URL"
+_MEANT: Final = "(?i)(sqlalchemy_)?(database|db|pg|psql|postgres(ql)?)_?(ur[il]|dsn|conninfo)"
 # Fields without a variable: nobody was seen to need one.
 _WITHOUT_VARIABLE: Final = """name conninfo_file password_file libpq explicit
     keepalives_idle keepalives_interval keepalives_count tcp_user_timeout"""
@@ -82,9 +79,9 @@ class Settings:
     statement_timeout: float | str = _server_timeout(30.0)
     lock_timeout: float | str = _server_timeout(0.0)
     idle_in_transaction_timeout: float | str = _server_timeout(60.0)
-    keepalives_idle: int = _whole_seconds(30)
-    keepalives_interval: int = _whole_seconds(10)
-    keepalives_count: int = _count(3)
+    keepalives_idle: int = _whole_seconds(30, limits=(1, 32_767))  # as on Linux
+    keepalives_interval: int = _whole_seconds(10, limits=(1, 32_767))
+    keepalives_count: int = _count(3, limits=(1, 127))
     tcp_user_timeout: float = parsed(30.0, _parsing.parse_timeout)
     ping_after: float = _seconds(30.0)
     ping_timeout: float = _seconds(1.0, limits=_POSITIVE)
@@ -170,8 +167,8 @@ class Settings:
             params["connect_timeout"] = self.connect_timeout
         if self.password_file and "password" not in known:
             params["password"] = read_secret(self.password_file, "PGPASSWORD_FILE")
-        if cut := [key for key, value in params.items() if "\0" in str(value)]:
-            raise ConfigError(f"{cut[0]} must not hold a NUL character")
+        if bad := [k for k, value in params.items() if re.search("[\0\ud800-\udfff]", str(value))]:
+            raise ConfigError(f"{bad[0]} must not hold a NUL character, nor what is not UTF-8")
         if self.pooler == "transaction":
             return {"prepare_threshold": None} | params
         # Of equal options the server takes the last.
@@ -272,7 +269,7 @@ def _check_that_nothing_was_meant(sources: Sources) -> None:
         raise ConfigError(f"DATABASE_URL is not set, and {skipped}; DBPOOL_DOTENV can name it")
     if any(source.get("DATABASE_URL_FILE") == "" for source in sources):
         raise ConfigError("DATABASE_URL_FILE is empty, and DATABASE_URL is not set")
-    if meant := [key for key in _MEANT.split() if find(sources, key)]:
+    if meant := sorted(k for s in sources for k, v in s.items() if v and re.fullmatch(_MEANT, k)):
         raise ConfigError(f"DATABASE_URL is not set, but {meant[0]} is: rename it")
 
 
@@ -284,7 +281,7 @@ def names_in(sources: Sources) -> tuple[str, ...]:
 def unknown(sources: Sources, databases: tuple[str, ...]) -> Iterator[_Unknown]:
     """Yield the `DBPOOL_` keys that mean nothing, each with what was probably meant."""
     known = COMMON.union(*map(variables_of, databases))
-    given = {key for source in sources for key in source if key.startswith("DBPOOL_")}
+    given = {key for source in sources for key in source if key.upper().startswith("DBPOOL_")}
     for key in sorted(given - known):
         url = _URL.fullmatch(key)
         database = ((url and url[1]) or "default").lower()

@@ -17,7 +17,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Conninfo
 
-from dbpool._secrets import conceal, mask_value
+from dbpool._secrets import conceal, mask_value, safe_repr
 from dbpool.errors import ConfigError
 from dbpool.settings._parsing import NAMES, did_you_mean, nearest
 
@@ -125,6 +125,13 @@ def _misplaced(params: Mapping[str, Any], *, is_url: bool) -> str:
     if is_url and (found := re.search("[@;]", str(params.get("dbname", "")))):
         return f"its database holds {found[0]}"
     return ""
+
+
+def insist_on_types(conninfo: Any, kwargs: Any) -> None:
+    """Raise `ConfigError` if a pool's parameters are of types that it cannot use."""
+    for name, value, cls in ("conninfo", conninfo, str), ("kwargs", kwargs, Mapping):
+        if not isinstance(value, cls | None):
+            raise ConfigError(f"{name} must be a {cls.__name__.lower()}, not {safe_repr(value)}")
 
 
 def mask_conninfo(conninfo: str) -> str:

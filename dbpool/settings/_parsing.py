@@ -9,7 +9,7 @@ from dataclasses import field
 from difflib import get_close_matches
 from functools import partial
 from os import PathLike
-from pathlib import Path
+from pkgutil import get_data
 from typing import Any, Final
 
 from dbpool._secrets import Secret, safe_repr
@@ -29,8 +29,8 @@ _SWITCHES: Final = {"1": True, "true": True, "yes": True, "on": True,
 
 # Names of this package, each with what SQLAlchemy, Django, asyncpg, pgxpool, HikariCP, Npgsql,
 # Prisma and others call the same, in lower case and without underscores.
-_TABLE: Final = Path(__file__).with_name("names.txt").read_text("utf-8")
-NAMES: Final = dict(line.split(": ") for line in _TABLE.splitlines())
+_TABLE: Final = get_data(__package__, "names.txt") or b""  # also from a zip file
+NAMES: Final = dict(line.split(": ") for line in _TABLE.decode().splitlines())
 
 
 def parsed(default: Any, parse: Callable[..., Any], **options: Any) -> Any:
@@ -86,13 +86,14 @@ def parse_timeout(value: Any, known_as: str) -> float:
 
 def parse_server_timeout(value: Any, known_as: str) -> float | str:
     """Parse a timeout; `server` leaves it to role, database or configuration."""
-    is_left = str(value).strip().lower() == LEFT_TO_SERVER
+    is_left = isinstance(value, str) and value.strip().lower() == LEFT_TO_SERVER
     return LEFT_TO_SERVER if is_left else parse_timeout(value, known_as)
 
 
 def parse_choice(value: Any, known_as: str, *, choices: Mapping[str, Any]) -> Any:
     """Return what *choices* has for *value*, in whatever case. Raises `ConfigError`."""
-    if (choice := choices.get(str(value).lower())) is None:
+    text = value if isinstance(value, str) else safe_repr(value)
+    if (choice := choices.get(text.strip().lower())) is None:
         wanted = " or ".join(dict.fromkeys(str(each).lower() for each in choices.values()))
         raise ConfigError(f"{known_as} must be {wanted}, not {safe_repr(value)}")
     return choice

@@ -10,10 +10,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
-from dbpool._secrets import conceal, conceals_fields
+from dbpool._secrets import Secret, conceal, conceals_fields, safe_repr
 from dbpool.errors import ConfigError
 from dbpool.settings import _sources
-from dbpool.settings._parsing import parse_bool, parse_choice, parse_list, parsed
+from dbpool.settings._parsing import parse_bool, parse_choice, parse_list, parse_path, parsed
 from dbpool.settings._sources import Dotenv, Environ, find
 
 __all__ = ["AppSettings", "find_dotenv"]
@@ -24,20 +24,29 @@ _MIN_TOKEN: Final = 16  # characters; a shorter token may be guessed
 _DETAILS: Final = {"token": "token", "always": "always"}
 
 
+def _parse_text(value: object, known_as: str) -> str | None:
+    """Return text, a number included; None for None. Raises `ConfigError`."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 128:
+        value = Secret(value)
+    if not isinstance(value, str | None):
+        raise ConfigError(f"{known_as} must be a string, not {safe_repr(value)}")
+    return value
+
+
 @conceals_fields
 @dataclass(frozen=True)
 class AppSettings:
     """The settings of an application beside its pools. Raises `ConfigError`."""
 
     required: tuple[str, ...] = parsed(("default",), parse_list)
-    token: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False, metadata={"parse": _parse_text})
     details: str = parsed("token", parse_choice, choices=_DETAILS)
-    stats_dir: str | None = None
+    stats_dir: str | None = parsed(None, parse_path)
     error_handlers: bool = parsed(True, parse_bool)
     blockers: bool = parsed(True, parse_bool)
     show_queries: bool = parsed(False, parse_bool)
-    serve: str | None = None
     endpoint_metrics: bool = parsed(False, parse_bool)
+    serve: str | None = parsed(None, _parse_text)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -81,6 +90,7 @@ class AppSettings:
         config, environ = conceal(config), conceal(environ)
         sources = [config, *_sources.read_sources(environ, dotenv)]
         found = {f.name: find(sources, f"DBPOOL_{f.name}".upper()) for f in fields(cls)}
+        _parse_text(config.get("DBPOOL_TOKEN") or None, "DBPOOL_TOKEN")  # before it is text
         found["token"], path = _sources.find_secret(sources, "DBPOOL_TOKEN")
         if path:
             found["token"] = _sources.read_secret(path, "DBPOOL_TOKEN_FILE")

@@ -1,0 +1,134 @@
+"""Values of any type and size, and names that are nearly right: refused at once, by name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from dbpool import ConfigError, DatabaseMisconfigured, Pool, Settings
+from dbpool.settings import unknown_variables
+from dbpool.settings.app import AppSettings
+
+ROOT = Path(__file__).parent.parent
+HUGE = 10**5000  # which Python refuses to write out
+FIELDS = [field.name for field in fields(Settings) if field.name != "explicit"]
+LARGEST = 2_147_483_647
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize(
+    "value", [HUGE, -HUGE, [], {}, b"5", object()], ids=lambda v: type(v).__name__
+)
+def test_a_setting_of_any_type_and_size_is_a_config_error(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize("key", ["DBPOOL_TOKEN", "DBPOOL_STATS_DIR", "DBPOOL_SERVE"])
+@pytest.mark.parametrize(
+    "value", [True, HUGE, b"a token of bytes", ["x"], 1.5, object()], ids=lambda v: type(v).__name__
+)
+def test_an_application_setting_that_is_no_text_is_a_config_error(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=key):
+        AppSettings.from_config({key: value}, environ={})
+
+
+def test_a_token_may_be_a_number() -> None:
+    found = AppSettings.from_config({"DBPOOL_TOKEN": 1234567890123456}, environ={})
+    assert found.token == "1234567890123456"
+
+
+@pytest.mark.parametrize("wrong", [5, b"host=h", Path("/run"), ["host=h"]])
+def test_a_conninfo_of_another_type_is_no_outage(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="conninfo must be"):
+        Pool(wrong)
+    with Pool(lambda: wrong, timeout=2) as pool, pytest.raises(DatabaseMisconfigured) as caught:
+        pool.getconn()
+    assert "conninfo must be" in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [5, "host=h", [("host", "h")]])
+def test_keywords_of_another_type_are_no_outage(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="kwargs must be a mapping"):
+        Pool("host=h", kwargs=wrong)
+    pool = Pool("host=h", kwargs=lambda: wrong, timeout=2)
+    with pool, pytest.raises(DatabaseMisconfigured, match="kwargs must be a mapping"):
+        pool.getconn()
+
+
+@pytest.mark.parametrize("parameter", ["password", "application_name", "options"])
+def test_what_is_not_utf_8_is_no_outage(parameter: str) -> None:
+    """As a variable of the environment has it that holds other bytes."""
+    kwargs = {parameter: os.fsdecode(b"\xff")}
+    with Pool("host=127.0.0.1 port=1", kwargs=kwargs, timeout=2) as pool:
+        with pytest.raises(DatabaseMisconfigured, match=f"{parameter} must not hold") as caught:
+            pool.getconn()
+    assert "\udcff" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["keepalives_idle", "keepalives_interval", "keepalives_count"])
+@pytest.mark.parametrize("value", [0, 40_000])
+def test_keepalives_that_the_system_refuses_are_named(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be at (least 1|most)"):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["connect_timeout", "ping_timeout"])
+def test_the_largest_timeouts_are_waited_for(name: str, dsn: str) -> None:
+    options: Any = {name: LARGEST, "session_reset": "session", "ping_after": 0}
+    with Pool(dsn, max_size=1, timeout=10, **options) as pool:
+        pids = [pool.fetch_value("select pg_backend_pid()") for _ in range(3)]
+        with pool.connection() as conn:
+            assert conn.info.backend_pid == pids[0]
+        assert set(pids) == {pids[0]}, "each was kept"
+        with pytest.raises(psycopg.Error):
+            pool.execute("select 1/0")
+
+
+@pytest.mark.parametrize("value", ["transaction\r", " Transaction ", "PGBOUNCER\n"])
+def test_blanks_around_a_word_do_not_count(value: str) -> None:
+    """As Windows' line ends leave them; they do not count around numbers either."""
+    environ = {"DATABASE_URL": "host=h", "DBPOOL_POOLER": value, "DBPOOL_PIPELINE_BEGIN": "true\r"}
+    found = Settings.from_env(environ=environ)
+    assert (found.pooler, found.pipeline_begin) == ("transaction", True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "database_url", "Database_Url", "DATABASE_URI", "SQLALCHEMY_DATABASE_URI", "POSTGRES_DSN",
+        "POSTGRESQL_URL", "PGURL", "DB_DSN", "PG_CONNINFO",
+    ],
+)  # fmt: skip
+def test_a_variable_that_is_called_nearly_so_is_reported(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"DATABASE_URL is not set, but {name} is: rename it"):
+        Settings.from_env(environ={name: "postgresql://h/d", "PGUSER": "app"})
+
+
+def test_a_variable_in_small_letters_is_reported() -> None:
+    assert unknown_variables({"dbpool_timeout": "3"}) == [("dbpool_timeout", "DBPOOL_TIMEOUT")]
+
+
+def test_it_runs_from_a_zip_file(tmp_path: Path) -> None:
+    """As zipapp, shiv and pex have it."""
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for path in (ROOT / "dbpool").rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                archive.write(path, path.relative_to(ROOT))
+    script = "import dbpool; print(dbpool.Pool('host=h').settings.max_size, dbpool.__file__)"
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path / "all.zip")}
+    for command in (["-c", script], ["-m", "dbpool", "explain", "DBE01"]):
+        done = subprocess.run(
+            [sys.executable, *command], env=environ, cwd=tmp_path, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "DBE01" in done.stdout
