@@ -15,6 +15,7 @@ import pytest
 from psycopg_pool import ConnectionPool
 
 from dbpool import Pool
+from tests.fake import FakeServer
 
 
 def calls_of(fn: Callable[[], object]) -> Counter[str]:
@@ -88,3 +89,18 @@ def test_the_cost_of_a_checkout_does_not_grow_with_the_pool(dsn: str) -> None:
             return calls_of(lambda: lend(pool))
 
     assert cost(32) == cost(2)
+
+
+def test_a_wait_and_a_connect_can_be_traced_and_nothing_else_is(fake: FakeServer) -> None:
+    with fake.pool(max_size=1) as pool:
+        traced = []
+
+        def trace(fn: Callable[..., Any], *args: Any) -> Any:
+            traced.append(type(args[-1]).__name__)
+            return fn(*args)
+
+        pool.trace = trace
+        lend(pool)
+        assert sorted(traced) == ["Attempt", "Waiter"]
+        lend(pool)
+        assert len(traced) == 2

@@ -123,7 +123,7 @@ class Maintenance:
             return
         started = attempt.started = store.breaker.clock()
         self.check_answer(pool, attempt, started)
-        made = self.connector.connect(pool, attempt)
+        made = pool.trace(self.connector.connect, pool, attempt)
         if isinstance(made, Failure):
             self._failed(pool, attempt, started, made)
         else:
