@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from dbpool import errors
-from dbpool.errors import SATURATED, DatabaseUnavailable, PoolError, describe, is_permanent
 from dbpool.metrics import BreakerSnapshot, Snapshot
 from dbpool.retry import delays
 
@@ -42,7 +41,7 @@ class Attempt:
 
     def delay(self, kind: str) -> float:
         """Return the seconds until the next try, after a failure of that *kind*."""
-        return next(self._slow if is_permanent(kind) else self._fast)
+        return next(self._slow if errors.is_permanent(kind) else self._fast)
 
 
 class Breaker:
@@ -177,8 +176,8 @@ class Breaker:
         Not yet if a connection came back healthy less than the patience ago: call it again.
         """
         if self.clock() - max(attempt.started, self.last_alive_at) >= self.patience:
-            kind = SATURATED if attempt.is_pinging else "timeout"
-            if self.is_failing and kind == SATURATED and self.error:  # the reason is known
+            kind = errors.SATURATED if attempt.is_pinging else "timeout"
+            if self.is_failing and kind == errors.SATURATED and self.error:  # the reason is known
                 error, kind = self.error, self.kind
             self._fails_since(attempt.started, error, kind)
 
@@ -190,9 +189,9 @@ class Breaker:
         if self._failing_since is None or self._opened_at is not None or idle:
             return False
         self._failing_since = max(self._failing_since, self.last_alive_at)
-        if out and self.kind == SATURATED:
+        if out and self.kind == errors.SATURATED:
             return False
-        if self.failing_for < (0.0 if is_permanent(self.kind) and not out else self.grace):
+        if self.failing_for < (0.0 if errors.is_permanent(self.kind) and not out else self.grace):
             return False
         self._opened_at = self.clock()
         return True
@@ -220,7 +219,7 @@ class Breaker:
 
     def unavailable(
         self, pool: str, now: Snapshot, cause: BaseException | None = None, answered_at: float = 0.0
-    ) -> DatabaseUnavailable:
+    ) -> errors.DatabaseUnavailable:
         """Build the error of a caller; a *cause* counts instead of the last failed connect.
 
         *answered_at* is when the server answered last, 0 if that does not matter. Without a failed
@@ -231,12 +230,13 @@ class Breaker:
         silent_since = min(self.pending(), default=answered_at)
         if cause is not None:
             kind, reason = errors.classify(cause), errors.sanitize(cause)
-            text = describe(reason)
+            text = errors.describe(reason)
         elif reason is None and silent_since:
             seconds, kind = self.clock() - silent_since, "timeout"
             reason = errors.no_answer(seconds)
             text = str(reason)
-        cls = errors.DatabaseMisconfigured if is_permanent(kind) else DatabaseUnavailable
+        is_wrong = errors.is_permanent(kind)
+        cls = errors.DatabaseMisconfigured if is_wrong else errors.DatabaseUnavailable
         span = f" for {seconds:.1f} s" if seconds >= 0.1 else ""
         shown = "" if kind == "unknown" else f" ({kind})"
         error = cls(
@@ -249,7 +249,7 @@ class Breaker:
 
     def timed_out(
         self, pool: str, now: Snapshot, seconds: float, held: int, suspicion: str
-    ) -> PoolError:
+    ) -> errors.PoolError:
         """Build the error of a caller who waited *seconds*; the others are as for `exhausted`.
 
         PoolExhausted only if every connection is checked out and making one does not fail, else
@@ -277,6 +277,6 @@ class Breaker:
         self.kind = "unknown"
 
     def _fails_since(self, started: float, error: BaseException, kind: str) -> None:
-        self.error, self.kind, self.last_error = error, kind, describe(error)
+        self.error, self.kind, self.last_error = error, kind, errors.describe(error)
         if self._failing_since is None or self.last_alive_at > self._failing_since:
             self._failing_since = max(started, self.last_alive_at)

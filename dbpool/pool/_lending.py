@@ -15,7 +15,6 @@ from weakref import ref
 
 import psycopg
 from psycopg import Cursor
-from psycopg.pq import TransactionStatus
 from psycopg_pool.abc import CT
 
 from dbpool.errors import CommitUncertain, DatabaseUnavailable, PoolError, describe
@@ -24,7 +23,7 @@ from dbpool.liveness import Liveness, PingTimeout, check_socket, closed_by_peer
 from dbpool.pool import _psycopg
 from dbpool.pool._bag import Waiter, lock_timeout
 from dbpool.pool._notices import Notices, logger
-from dbpool.pool._psycopg import KeptCursor, converted_query
+from dbpool.pool._psycopg import ACTIVE, IDLE, INTRANS
 from dbpool.retry import is_reading, is_refused
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_IDLE, _ACTIVE, _INTRANS, _INERROR, _UNKNOWN = TransactionStatus
 _SINGLE: Final = "a statement in autocommit"
 
 # Seconds to pause when the user's own check refuses a connection that was just made.
@@ -95,16 +93,16 @@ class Lease(Generic[CT]):
         try:
             try:
                 status = conn.pgconn.transaction_status
-                if exc is not None or status == _ACTIVE:
+                if exc is not None or status == ACTIVE:
                     _inspect(pool, conn, exc)
                 is_stock = conn._record.has_stock_blocks
-                if exc is None and status == _INTRANS and is_stock:
+                if exc is None and status == INTRANS and is_stock:
                     _psycopg.commit(conn, pool._check_certain)
                 # With nothing begun there is nothing to end: saves a lock and two calls.
-                elif status != _IDLE or not is_stock:
+                elif status != IDLE or not is_stock:
                     conn.__exit__(exc_type, exc, tb)
             except psycopg.OperationalError as ex:
-                if exc_type is None and status == _INTRANS and not is_stock:
+                if exc_type is None and status == INTRANS and not is_stock:
                     pool._check_certain(conn, ex)
                 raise
             finally:
@@ -136,7 +134,7 @@ class Statement(Generic[T]):
     def __init__(self, query: Any, params: Any, row_factory: Any, result: Result[T]) -> None:
         self.query, self.params, self.row_factory, self.result = query, params, row_factory, result
         self.cursor: Any = None
-        self.kept: KeptCursor | None = None
+        self.kept: _psycopg.KeptCursor | None = None
 
     def run_once(self, pool: Pool[Any], frame: FrameType) -> T:
         """Check out, run it, return. *frame* is that of the public method."""
@@ -164,7 +162,7 @@ class Statement(Generic[T]):
         row_factory = self.row_factory or conn.row_factory
         if record.has_stock_cursors:
             is_stock = row_factory in _psycopg.STOCK_ROW_FACTORIES
-            cursor = (is_stock and record.cursor) or KeptCursor(conn)
+            cursor = (is_stock and record.cursor) or _psycopg.KeptCursor(conn)
             self.kept, record.cursor = cursor if is_stock else None, None
             cursor.attach(conn, row_factory)
         else:
@@ -177,7 +175,7 @@ class Statement(Generic[T]):
             try:
                 return self.result(cursor.execute(self.query, self.params))
             except psycopg.errors.FeatureNotSupported as ex:
-                converted = converted_query(cursor, self.query, self.params)
+                converted = _psycopg.converted_query(cursor, self.query, self.params)
                 _psycopg.forget_stale_plan(ex, conn, converted)
             return self.result(cursor.execute(self.query, self.params, prepare=False))
         with conn:
@@ -194,7 +192,9 @@ class Statement(Generic[T]):
         error: Any = ex.__cause__ if isinstance(ex, CommitUncertain) else ex
         if self.sent and getattr(self.cursor, "is_sent", True):
             is_fetch = self.result is not row_count
-            if not (is_fetch and is_reading(converted_query(self.cursor, self.query).query)):
+            if not (
+                is_fetch and is_reading(_psycopg.converted_query(self.cursor, self.query).query)
+            ):
                 pool._check_certain(conn, error, self.sent)
         raise error from error.__cause__
 
@@ -277,7 +277,7 @@ def _passes_check(pool: PoolBase[Any], conn: Any, check: Callable[[Any], None]) 
     conn._record.cursor = None
     try:
         check(conn)
-        if conn.pgconn.transaction_status != _IDLE:
+        if conn.pgconn.transaction_status != IDLE:
             conn.commit()  # what it began is not its user's
     except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
         reason = describe(ex, conn)

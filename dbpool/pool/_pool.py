@@ -13,7 +13,6 @@ from weakref import ref
 import psycopg
 from psycopg import Connection, IsolationLevel
 from psycopg.abc import Params, Query
-from psycopg.pq import TransactionStatus
 from psycopg.rows import RowFactory, tuple_row
 from psycopg_pool import PoolClosed, TooManyRequests
 from psycopg_pool.abc import CT, ConninfoParam
@@ -21,20 +20,17 @@ from psycopg_pool.abc import CT, ConninfoParam
 from dbpool import events, holders
 from dbpool._secrets import conceal
 from dbpool.errors import CommitUncertain, PoolError
-from dbpool.events import Emitter
-from dbpool.holders import ConnectionRecord, Owner
+from dbpool.holders import ConnectionRecord
 from dbpool.metrics import Metrics
 from dbpool.pool import _fork, _lending, _options, _returning, _transaction
 from dbpool.pool._lending import Lease, Statement, Step, resend
-from dbpool.pool._psycopg import KeptCursor, session_state
+from dbpool.pool._psycopg import IDLE, KeptCursor, session_state
 from dbpool.pool._seam import PoolBase
 from dbpool.retry import is_lost_unanswered
 from dbpool.settings import Settings
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-_IDLE = TransactionStatus.IDLE
 
 _current = holders.current
 _application_files = holders.application_files
@@ -93,7 +89,7 @@ class Pool(PoolBase[CT]):
         del options  # as they came they would show a password to whoever looks at this frame
         opening = rest.pop("open", None)
         settings, rest = _options.resolve(conninfo, connection_class, settings, rest)
-        super().__init__(settings, Emitter(listeners), conninfo=conninfo, **rest)
+        super().__init__(settings, events.Emitter(listeners), conninfo=conninfo, **rest)
         self._lazy = opening is None
         _fork.add(self)
         if opening:
@@ -112,7 +108,7 @@ class Pool(PoolBase[CT]):
 
     def getconn(self, timeout: float | None = None) -> CT:
         """Check out a connection; it *must* be returned by `putconn`. See `connection`."""
-        step = Owner()
+        step = holders.Owner()
         # There is no caller where C calls. No frame is kept in a variable, where it might hold itself.
         conn = self._acquire(timeout, sys._getframe().f_back or sys._getframe(), ref(step))
         record: ConnectionRecord = conn._record  # type: ignore[attr-defined]
@@ -190,7 +186,7 @@ class Pool(PoolBase[CT]):
         now = monotonic()
         use = now - record.since
         if not (
-            conn.pgconn.transaction_status == _IDLE
+            conn.pgconn.transaction_status == IDLE
             and now < record.expires_at
             and not record.is_reported
             and not self._resets

@@ -22,7 +22,7 @@ from psycopg.rows import RowFactory, dict_row, namedtuple_row, scalar_row, tuple
 from dbpool.holders import ConnectionRecord
 from dbpool.liveness import Liveness, check_socket, ping, poller, run_query
 
-_IDLE, _INERROR = TransactionStatus.IDLE, TransactionStatus.INERROR
+IDLE, ACTIVE, INTRANS, INERROR, UNKNOWN = TransactionStatus
 
 CheckCertain = Callable[[Any, psycopg.Error], None]
 
@@ -202,7 +202,7 @@ def forget_stale_plan(error: psycopg.Error, conn: Any, converted: Any) -> None:
 
     Else raise *error*: a procedure that commits first and then meets a stale plan has a context.
     """
-    is_idle = conn.pgconn.transaction_status == _IDLE
+    is_idle = conn.pgconn.transaction_status == IDLE
     is_psycopgs = conn._prepared.key(converted) in conn._prepared._names
     if not (is_stale_plan(error) and is_idle and is_psycopgs and not error.diag.context):
         raise error
@@ -221,7 +221,7 @@ def commit_block(conn: Any, block: Any, check_certain: CheckCertain) -> None:
         return
     try:
         block.__exit__(None, None, None)
-        if conn.pgconn.transaction_status != _IDLE:
+        if conn.pgconn.transaction_status != IDLE:
             conn.commit()
     except psycopg.Error as ex:
         check_certain(conn, ex)
@@ -275,7 +275,7 @@ def insist_on_unlocked(conn: Any, timeout: float, error: BaseException | None = 
 
 def insist_on_alive(conn: Any) -> None:
     """Raise if COMMIT would do nothing, or what the server said last if it is known to be gone."""
-    if conn.pgconn.transaction_status == _INERROR:
+    if conn.pgconn.transaction_status == INERROR:
         text = "the transaction is in error, nothing was committed"
         raise psycopg.errors.InFailedSqlTransaction(text)
     fatal_errors: list[psycopg.Error] = []

@@ -10,7 +10,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-from psycopg.pq import TransactionStatus
 
 from dbpool.errors import describe
 from dbpool.holders import ConnectionRecord
@@ -22,8 +21,6 @@ from dbpool.pool._notices import logger
 
 if TYPE_CHECKING:
     from dbpool.pool._seam import PoolBase
-
-_IDLE, _ACTIVE, _INTRANS, _INERROR, _UNKNOWN = TransactionStatus
 
 
 def take_back(pool: PoolBase[Any], conn: Any) -> None:
@@ -56,7 +53,7 @@ def finish(pool: PoolBase[Any], conn: Any) -> None:
             _reset(pool, conn, lambda conn: _psycopg.reset_session(conn, message, timeout))
         _reset(pool, conn, pool._user_reset)
         reason = ""
-        if conn.pgconn.transaction_status == _UNKNOWN:
+        if conn.pgconn.transaction_status == _psycopg.UNKNOWN:
             reason = "broken"
         elif monotonic() >= record.expires_at and not store.breaker.is_failing:
             reason = "expired"
@@ -79,12 +76,12 @@ def _reset(pool: PoolBase[Any], conn: Any, reset: Callable[[Any], None] | None) 
     """Roll back and call *reset*; a connection for which that fails is closed."""
     status, where = conn.pgconn.transaction_status, conn._record.where()
     try:
-        if status == _ACTIVE:
+        if status == _psycopg.ACTIVE:
             raise psycopg.ProgrammingError("it was returned in the middle of an operation")
-        if status not in (_IDLE, _UNKNOWN):
+        if status not in (_psycopg.IDLE, _psycopg.UNKNOWN):
             pool._notices.rolled_back(conn, where)
             conn.rollback()
-        if reset and status != _UNKNOWN:
+        if reset and status != _psycopg.UNKNOWN:
             reset(conn)
             insist_on_idle(conn, "reset")
     except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything

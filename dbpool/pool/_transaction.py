@@ -12,21 +12,17 @@ from weakref import ref
 
 import psycopg
 from psycopg import IsolationLevel
-from psycopg.pq import TransactionStatus
 
 from dbpool.errors import CommitUncertain, DatabaseMisconfigured, DatabaseUnavailable, describe
 from dbpool.pool import _psycopg
 from dbpool.pool._bag import lock_timeout
 from dbpool.pool._lending import Step
-from dbpool.pool._psycopg import insist_on_alive
 from dbpool.retry import delays, is_conflict, is_refused
 
 if TYPE_CHECKING:
     from dbpool.pool._pool import Pool
 
 T = TypeVar("T")
-
-_IDLE = TransactionStatus.IDLE
 
 _OUTAGE_INTERVAL = 0.02  # seconds between two looks whether an outage is over
 
@@ -90,7 +86,7 @@ def _transact(pool: Pool[Any], conn: Any, fn: Callable[[Any], T], options: Optio
     try:
         result = fn(conn)
         _psycopg.insist_on_unlocked(conn, lock_timeout(pool.timeout))
-        insist_on_alive(conn)
+        _psycopg.insist_on_alive(conn)
     except BaseException as ex:
         if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):
             pool._maintenance.on_read_only_error(pool, conn)
@@ -123,7 +119,7 @@ def _begin_block(conn: Any) -> Any:
             conn.execute("")  # begins: the block does not end what the class is to end
         block.__enter__()
     except BaseException:
-        if conn.pgconn.transaction_status != _IDLE:  # whether it began is not known
+        if conn.pgconn.transaction_status != _psycopg.IDLE:  # whether it began is not known
             conn.pgconn.finish()
         raise
     return block
@@ -133,5 +129,5 @@ def _roll_back_block(conn: Any, block: Any, error: BaseException) -> None:
     """Roll back the transaction of `_begin_block`; if that fails, the return closes it."""
     with suppress(psycopg.Error):
         block.__exit__(type(error), error, error.__traceback__)
-        if not conn.closed and conn.pgconn.transaction_status != _IDLE:
+        if not conn.closed and conn.pgconn.transaction_status != _psycopg.IDLE:
             conn.rollback()
