@@ -594,6 +594,8 @@ def test_a_browser_signs_in_at_the_door_and_out_again(closed: Views) -> None:
         assert closed.respond(path, signed_in).status == 200
     assert closed.respond("/sign-in", signed_in).headers["Location"] == "/"
     assert b'action="/sign-out" >' in closed.respond("/", signed_in).body
+    asked = closed.respond("/stats", {"accept": "*/*", "x-requested-with": "fetch"})
+    assert asked.headers["WWW-Authenticate"] == 'Bearer realm="dbpool"', "no dialog"
     out = closed.submit("/sign-out", signed_in, b"")
     assert out.headers["Location"] == "/sign-in"
     assert "Max-Age=0" in out.headers["Set-Cookie"]

@@ -1,126 +1,123 @@
-"""The live page in a browser: what it makes of the answers of several workers."""
+"""The live page in a browser: what it makes of the answers of several workers, and for whom.
+
+Uses Debian's Chromium and downloads no browser.
+"""
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
-from flask import Flask, jsonify
-from werkzeug.serving import make_server
 
-from .conftest import MakeApp
+from .browser import CHROMIUM, OPTIONS, TOKEN, Site
+from .page_states import NOW, RATES, STATES, Answer, later, many
 
-BROWSER = next(
-    filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), ""
-)
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+axe = pytest.importorskip("axe_playwright_python.base", reason="axe is not installed")
+expect = sync_api.expect
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium")
 
-pytestmark = pytest.mark.skipif(not BROWSER, reason="there is no chromium")
+Page = Any
+WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
-Answer = dict[str, Any]
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    site = Site(DBPOOL_DETAILS="always")
+    with site.serving():
+        yield site
 
 
 @pytest.fixture
-def page(make_app: MakeApp, tmp_path: Path) -> Iterator[Callable[[list[Answer]], str]]:
-    """Show the page to a browser, with these answers one after the other; return what is seen."""
-    app: Flask = make_app("host=127.0.0.1 port=1", DBPOOL_DETAILS="always")
-    answers: list[Answer] = []
-    asked = 0
-
-    def stats() -> Any:
-        nonlocal asked
-        asked += 1
-        return jsonify(answers[min(asked, len(answers)) - 1])
-
-    report = app.extensions["dbpool"].processes.report()
-    app.view_functions["dbpool.stats"] = stats
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-
-    def show(wanted: list[Answer]) -> str:
-        answers.extend(complete(report, answer) for answer in wanted)
-        done = subprocess.run(
-            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", "--no-first-run",
-             f"--user-data-dir={tmp_path}", f"--virtual-time-budget={1000 * len(wanted) - 500}",
-             "--dump-dom", f"http://127.0.0.1:{server.server_port}/db/"],
-            capture_output=True, text=True, check=True, timeout=60,
-        )  # fmt: skip
-        assert asked >= len(wanted)
-        return done.stdout
-
-    yield show
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def page(browser: Any) -> Iterator[Page]:
+    page = browser.new_page(viewport=WIDE, locale="en-GB")
+    yield page
+    page.close()
 
 
-def complete(report: Answer, answer: Answer) -> Answer:
+@pytest.fixture
+def see(site: Site, page: Page) -> Callable[..., Page]:
+    """Show the page with these answers one after the other; return it once all have come."""
+
+    def see(*answers: Answer, at_least: int = 0) -> Page:
+        site.show(*answers)
+        page.goto(site.url)
+        # What was asked before has been shown once the next is asked for.
+        deadline = monotonic() + 20
+        while site.asked <= max(len(answers), at_least) and monotonic() < deadline:
+            page.wait_for_timeout(20)  # meanwhile its events come
+        return page
+
+    return see
+
+
+REPORT = STATES["up"]()
+
+
+def reply(
+    time: float,
+    born: list[tuple[int, float]],
+    checkouts: int,
+    *,
+    scope: str = "process",
+    **more: Any,
+) -> Answer:
     """The JSON of `/stats` for a worker's time, pids, checkouts and state."""
-    pool = report["pools"]["default"]
-    counters = pool["counters"] | {"checkouts": answer["checkouts"]}
-    processes = [
-        {"pid": pid, "age": 0.0, "uptime": answer["time"] - born} for pid, born in answer["born"]
-    ]
-    changed: Answer = {
-        "time": answer["time"],
-        "scope": answer.get("scope", "process"),
-        "processes": processes,
-        "pools": {"default": pool | {"counters": counters} | answer.get("pool", {})},
-    }
-    more = {
-        key: answer[key] for key in ("findings", "history", "journal", "endpoints") if key in answer
-    }
-    return report | changed | more
+    pool = REPORT["pools"]["default"]
+    counters = pool["counters"] | {"checkouts": checkouts}
+    processes = [{"pid": pid, "age": 0.0, "uptime": time - start} for pid, start in born]
+    pools = {"default": pool | {"counters": counters} | more.pop("pool", {})}
+    return REPORT | {"time": time, "scope": scope, "processes": processes, "pools": pools} | more
 
 
-def rate(dom: str) -> str:
-    found = re.search(r'data-rate="">([^<]*)<', dom)
-    assert found
-    return found[1]
+def text(page: Page, selector: str) -> str:
+    return str(page.locator(selector).first.inner_text())
 
 
-def test_the_rates_of_different_workers_are_not_mixed(page: Callable[[list[Answer]], str]) -> None:
+# What the numbers mean
+
+
+def test_the_rates_of_different_workers_are_not_mixed(see: Callable[..., Page]) -> None:
     one, two = [(11, 0.0)], [(22, 0.5)]
-    dom = page([
-        {"time": 100.0, "born": one, "checkouts": 50},
-        {"time": 101.0, "born": two, "checkouts": 9000},
-        {"time": 102.0, "born": two, "checkouts": 9007},
-        {"time": 104.0, "born": one, "checkouts": 90},
-    ])  # fmt: skip
-    assert rate(dom) == "10.0 /s"
-    assert "process 11 only" in dom
-    assert re.search(r'<p id="alone" class="note">', dom), "it says that it shows one worker"
-    assert "dbpool.gunicorn" in dom
+    page = see(
+        reply(100.0, one, 50), reply(101.0, two, 9000), reply(102.0, two, 9007), reply(104.0, one, 90)
+    )  # fmt: skip
+    assert text(page, "[data-rate]") == "10.0 /s"
+    assert text(page, "#summary") == "process 11 only"
+    expect(page.locator("#alone")).to_be_visible()
+    assert "dbpool.gunicorn" in text(page, "#alone"), "it says that it shows one worker"
 
 
 @pytest.mark.parametrize("second", [(22, 0.0), (11, 50.0)], ids=["other pid", "pid given again"])
 def test_a_worker_seen_for_the_first_time_has_no_rate(
-    page: Callable[[list[Answer]], str], second: tuple[int, float]
+    see: Callable[..., Page], second: tuple[int, float]
 ) -> None:
-    dom = page([
-        {"time": 100.0, "born": [(11, 0.0)], "checkouts": 50},
-        {"time": 101.0, "born": [second], "checkouts": 9000},
-    ])  # fmt: skip
-    assert rate(dom) == "\N{EN DASH}"
+    page = see(reply(100.0, [(11, 0.0)], 50), reply(101.0, [second], 9000))
+    assert text(page, "[data-rate]") == "\N{EN DASH}"
 
 
 def test_the_answers_of_all_workers_are_compared_though_one_is_new(
-    page: Callable[[list[Answer]], str],
+    see: Callable[..., Page],
 ) -> None:
-    dom = page([
-        {"time": 100.0, "scope": "all", "born": [(11, 0.0), (22, 0.0)], "checkouts": 100},
-        {"time": 102.0, "scope": "all", "born": [(11, 0.0), (33, 100.0)], "checkouts": 150},
-    ])  # fmt: skip
-    assert rate(dom) == "25.0 /s"
-    assert ">2 processes<" in dom
-    assert re.search(r'<p id="alone" class="note" hidden="">', dom)
+    page = see(
+        reply(100.0, [(11, 0.0), (22, 0.0)], 100, scope="all"),
+        reply(102.0, [(11, 0.0), (33, 100.0)], 150, scope="all"),
+    )
+    assert text(page, "[data-rate]") == "25.0 /s"
+    assert text(page, "#summary") == "2 processes"
+    expect(page.locator("#alone")).to_be_hidden()
 
 
 FINDING = {
@@ -130,72 +127,336 @@ FINDING = {
 }  # fmt: skip
 
 
-def test_the_verdict_comes_first_and_is_in_title_and_icon(
-    page: Callable[[list[Answer]], str],
-) -> None:
-    notice = FINDING | {
-        "id": "DB18/default",
-        "code": "DB18",
-        "severity": "notice",
-        "text": "slower",
-    }
-    dom = page([
-        {"time": 100.0, "born": [(1, 0.0)], "checkouts": 1, "findings": [FINDING, notice]},
-    ])  # fmt: skip
-    assert re.search(r'<section id="verdict" [^>]*class="verdict critical"', dom)
-    assert "wait for a lock that &lt;b&gt;psql&lt;/b&gt; holds</h2>" in dom, "shown as text"
-    assert ">DB04 \N{MIDDLE DOT} critical \N{MIDDLE DOT} default \N{MIDDLE DOT} for 14.0 s<" in dom
-    assert "<title>critical: DB04 default" in dom
-    assert re.search(r'<link rel="icon" id="icon" href="[^"]*icon-critical.svg"', dom)
-    assert re.search(r'<li class="notice">slower \(DB18', dom)
-    assert dom.index("End it.") < dom.index("checked out at")
+def test_the_verdict_comes_first_and_is_in_title_and_icon(see: Callable[..., Page]) -> None:
+    more = {"id": "DB18/default", "code": "DB18", "severity": "notice", "text": "slower"}
+    page = see(reply(100.0, [(1, 0.0)], 1, findings=[FINDING, FINDING | more]))
+    verdict = page.locator("section").first
+    expect(verdict).to_have_class("verdict critical")
+    expect(verdict.locator("h2")).to_have_text(FINDING["text"])  # shown as text
+    assert verdict.locator("b").count() == 0
+    said = "critical DB04 \N{MIDDLE DOT} default \N{MIDDLE DOT} for 14.0 s"
+    assert text(page, "#verdict .facts").replace("\n", " ") == said
+    assert page.title().startswith("critical: DB04 default")
+    assert page.locator("#icon").get_attribute("href").endswith("icon-critical.svg")
+    assert page.locator("#verdict-more .notice").inner_text().startswith("notice slower (DB18")
+    assert text(page, "#verdict-do") == "End it."
+    assert text(page, "#verdict-explain") == "python -m dbpool explain DB04"
+    expect(page.get_by_role("status")).to_have_text(FINDING["text"])  # to a screen reader, too
 
 
-def test_a_pool_without_a_free_connection_is_full_not_up(
-    page: Callable[[list[Answer]], str],
-) -> None:
+def test_the_worst_pool_is_on_top(see: Callable[..., Page]) -> None:
+    pools = dict.fromkeys(("default", "a", "replica"), REPORT["pools"]["default"])
+    found = [FINDING | {"pool": "replica"}, FINDING | {"pool": "a", "id": "DB04/a"}]
+    page = see(REPORT | {"pools": pools, "findings": found})
+    assert page.locator("[data-name]").all_inner_texts() == ["replica", "a", "default"]
+
+
+def test_a_pool_without_a_free_connection_is_full_not_up(see: Callable[..., Page]) -> None:
     full = {"state": "up", "size": 4, "active": 4, "max_size": 4, "waiting": 6}
-    dom = page([{"time": 100.0, "born": [(1, 0.0)], "checkouts": 1, "pool": full}])
-    assert re.search(r'class="state full" data-state="">full<', dom)
+    page = see(reply(100.0, [(1, 0.0)], 1, pool=full))
+    expect(page.locator("[data-state]")).to_have_text("full")
+    expect(page.locator("[data-state]")).to_have_class("state full")
 
 
-def test_history_and_journal_are_shown(page: Callable[[list[Answer]], str]) -> None:
-    series = {
-        key: [None] * 90 + [0] * 80 + [value] * 10
-        for key, value in (
-            ("in_use", 4),
-            ("waiting", 6),
-            ("wait_p95", 1.5),
-            ("checkouts", 9),
-            ("refused", 0),
-        )
-    }
+def series(**last: float) -> dict[str, list[float | None]]:
+    keys = ("in_use", "waiting", "wait_p95", "checkouts", "refused")
+    return {key: [None] * 90 + [0] * 80 + [last.get(key, 0)] * 10 for key in keys}
+
+
+def test_history_and_journal_are_shown(see: Callable[..., Page]) -> None:
+    shown = series(in_use=4, waiting=6, wait_p95=1.5, checkouts=9)
+    minute = {"default": {"wait": {"count": 7, "p50": 0.25, "p95": 1.5, "p99": None}}}
+    history = {"step": 5.0, "until": NOW, "pools": {"default": shown}, "minute": minute}
     lines = [{"time": 99.0, "pool": "default", "event": "down", "text": "down: <i>refused</i>"}]
-    dom = page([
-        {"time": 100.0, "born": [(1, 0.0)], "checkouts": 1, "journal": lines,
-         "history": {"step": 5.0, "until": 100.0, "pools": {"default": series}}},
-    ])  # fmt: skip
-    assert dom.count("<svg") == 5
-    assert "at most 1.5 s" in dom
-    assert re.search(r'<div class="refused calm"><dt>refused</dt>', dom)
-    assert "down: &lt;i&gt;refused&lt;/i&gt;" in dom
+    page = see(reply(100.0, [(1, 0.0)], 1, journal=lines, history=history))
+    expect(page.locator(".strips svg")).to_have_count(5)
+    expect(page.locator(".wait_p95 dd").last).to_have_text("at most 1.5 s")
+    expect(page.locator(".refused")).to_have_class("refused calm")
+    assert page.locator(".unknown").first.get_attribute("d").count("M") == 90, "gaps are shown"
+    expect(page.locator("#lines td").last).to_have_text("down: <i>refused</i>")
+    wait = page.locator("[data-minute] tbody tr").first.locator("td").all_inner_texts()
+    assert wait == ["7", "250 ms", "1.5 s", "\N{EN DASH}"], "of the last minute"
+
+
+def cells(page: Page, selector: str) -> list[list[str]]:
+    rows = page.locator(f"{selector} tbody tr").all()
+    return [row.locator("th, td").all_inner_texts() for row in rows]
 
 
 def test_who_holds_connections_is_shown_with_session_and_worker(
-    page: Callable[[list[Answer]], str],
+    see: Callable[..., Page],
 ) -> None:
     held = {"thread": "T-1", "seconds": 14.0, "where": "pay.py:88", "endpoint": "billing.pay"}
     waiting = {"pid": 5001, "worker": 4711, "status": "idle in transaction", "waits": True}
     endpoints = {
         "default": [{"endpoint": "<b>pay</b>", "in_use": 1.5, "use_share": 0.75, "longest": 14.0}]
     }
-    dom = page([
-        {"time": 100.0, "born": [(1, 0.0)], "checkouts": 1, "endpoints": endpoints,
-         "pool": {"holders": [held | waiting, held | {"status": "query"}]}},
-    ])  # fmt: skip
-    cells = re.findall(r'<td data-label="([^"]*)">([^<]*)</td>', dom)
-    assert cells[3:6] == [
-        ("now", "waits for another connection"), ("session", "5001"), ("worker", "4711"),
-    ]  # fmt: skip
-    assert cells[10:12] == [("now", "query"), ("session", "\N{EN DASH}")]
-    assert "&lt;b&gt;pay&lt;/b&gt;</th><td>1.5</td><td>75 %</td><td>14.0 s</td>" in dom
+    page = see(
+        reply(100.0, [(1, 0.0)], 1, endpoints=endpoints,
+              pool={"holders": [held | waiting, held | {"status": "query"}]})
+    )  # fmt: skip
+    dash = "\N{EN DASH}"
+    first, second = cells(page, "[data-held]")
+    assert first[3:6] == ["waits for another connection", "5001", "4711"]
+    assert second[3:6] == ["query", dash, dash]
+    labels = page.locator("[data-held] tbody tr").first.locator("th, td")
+    assert [each.get_attribute("data-label") for each in labels.all()][3:6] == ["now", "session", "worker"]  # fmt: skip
+    assert cells(page, "[data-used]") == [["<b>pay</b>", "1.5", "75 %", "14.0 s"]]
+
+
+def test_a_named_blocker_is_shown_and_beside_whom_it_blocks(see: Callable[..., Page]) -> None:
+    page = see(STATES["locked"]())
+    assert cells(page, "#blockers")[0][:3] == ["17023", "nightly report, 10.0.3.9", "idle in transaction"]  # fmt: skip
+    assert {row[4] for row in cells(page, "[data-held]")} == {"17023 nightly report"}
+
+
+def test_the_numbers_on_the_page_are_those_of_stats(see: Callable[..., Page]) -> None:
+    first = STATES["busy"]()
+    last = later(first, RATES["busy"])
+    page = see(first, last, at_least=8)
+    pool = last["pools"]["default"]
+    for key in ("active", "idle", "connecting", "waiting", "state"):
+        assert text(page, f"[data-{key}]") == str(pool[key])
+    assert text(page, "[data-size]") == f"{pool['size']} of {pool['max_size']}"
+    assert text(page, "[data-rate]") == f"{RATES['busy']}.0 /s"
+    for part, counts in (
+        ("totals", pool["counters"]),
+        ("discarded", pool["counters"]["discarded"]),
+    ):
+        shown = page.locator(f"[data-{part}] > div").all()
+        found = {box.locator("dt").inner_text(): box.locator("dd").inner_text() for box in shown}
+        assert found == {k.replace("_", " "): str(v) for k, v in counts.items() if k != "discarded"}
+    workers = last["workers"]["default"]
+    assert [row[0] for row in cells(page, "[data-workers]")] == [str(w["pid"]) for w in workers]
+    assert [row[6] for row in cells(page, "[data-workers]")] == [
+        str(w["checkouts"]) for w in workers
+    ]
+    assert [row[1] for row in cells(page, "[data-times]")] == [str(pool[k]["count"]) for k in ("wait", "use", "connect")]  # fmt: skip
+    assert len(cells(page, "[data-held]")) == len(pool["holders"])
+    assert [row[0] for row in cells(page, "[data-used]")] == [e["endpoint"] for e in last["endpoints"]["default"]]  # fmt: skip
+    assert len(cells(page, "#lines")) == len(last["journal"])
+    server = last["servers"]["default"]
+    assert f"{server['used']} of {server['max']} connections used" in text(page, "[data-server]")
+    page.locator("[data-settings] summary").click()
+    settings = {row[0]: row[1:] for row in cells(page, "[data-rows]")}
+    assert settings["max_size"] == ["4", "DBPOOL_MAX_SIZE"]
+    assert settings["conninfo"] == [
+        "user=shop password=*** dbname=shop host=db.internal",
+        "DATABASE_URL",
+    ]
+    assert settings["min_size"] == ["1", "default"]
+
+
+def test_what_moved_is_bold_and_zeros_are_grey(see: Callable[..., Page]) -> None:
+    page = see(reply(100.0, [(11, 0.0)], 50), reply(101.0, [(11, 0.0)], 57))
+    assert page.locator("[data-totals] .moved").all_inner_texts() == ["57"]
+    assert "zero" in page.locator("[data-totals] dd").last.get_attribute("class")
+
+
+# Time
+
+
+def test_of_the_history_only_what_is_new_is_asked_for(see: Callable[..., Page], page: Page) -> None:
+    first = STATES["busy"]()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    see(first, at_least=6)
+    history = [url for url in asked if "history" in url]
+    assert "since" not in history[0]
+    assert f"since={NOW - 20:.1f}" in history[1]
+    steps = page.locator(".in_use .known").get_attribute("d").count("M")
+    assert steps == len(first["history"]["pools"]["default"]["in_use"]), "and nothing is lost"
+
+
+def test_a_cursor_shows_the_values_of_another_time(see: Callable[..., Page]) -> None:
+    page = see(STATES["locked"](), at_least=5)
+    cursor = page.get_by_role("slider", name="Time")
+    assert cursor.get_attribute("aria-valuetext").startswith("now: in use 12, waiting 6")
+    cursor.focus()
+    for _ in range(20):
+        page.keyboard.press("ArrowLeft")
+    said = cursor.get_attribute("aria-valuetext")
+    assert re.match(r"\d\d:\d\d:\d\d: in use \d+\.?\d*, waiting 0", said)
+    assert text(page, ".waiting dd") == "0"
+    page.keyboard.press("End")
+    assert text(page, ".waiting dd") == "6"
+
+
+# For everybody
+
+
+def violations(page: Page, *rules: str) -> list[str]:
+    """What axe-core finds wrong, by all its rules or by these."""
+    if not page.evaluate("'axe' in window"):
+        page.evaluate(axe.AXE_SCRIPT)
+    options: dict[str, Any] = {"resultTypes": ["violations"]}
+    if rules:
+        options["runOnly"] = {"type": "rule", "values": list(rules)}
+    found: list[str] = page.evaluate(
+        """async (options) => (await axe.run(options)).violations.flatMap(
+            (each) => each.nodes.map((node) => `${each.id}: ${node.html}`))""",
+        options,
+    )
+    return found
+
+
+def look_at(page: Page) -> None:
+    """Look at a page at both widths in both schemes, and on a very small screen."""
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size(WIDE)
+    assert violations(page) == []
+    page.emulate_media(color_scheme="dark")
+    assert violations(page, "color-contrast") == []
+    page.set_viewport_size(NARROW)
+    assert violations(page) == []
+    page.emulate_media(color_scheme="light")
+    assert violations(page, "color-contrast") == []
+    for width in (390, 360):
+        page.set_viewport_size({"width": width, "height": 700})
+        cut = page.evaluate(
+            """() => [...document.querySelectorAll("body *")].filter((each) => {
+                const box = each.getBoundingClientRect();
+                return each.checkVisibility() && !each.closest(".unseen, thead, svg")
+                    && (box.right > innerWidth + 0.5 || each.scrollWidth > Math.ceil(each.clientWidth) + 1
+                        && getComputedStyle(each).display !== "inline");
+            }).map((each) => each.outerHTML.slice(0, 99))"""
+        )
+        assert cut == [], "nothing is cut off, and nothing scrolls sideways"
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_state_can_be_read_by_everybody(see: Callable[..., Page], name: str) -> None:
+    page = see(STATES[name](), at_least=5)
+    for summary in page.locator("summary").all():
+        summary.click()
+    page.locator("#pause").click()
+    page.wait_for_timeout(350)  # the bars move
+    look_at(page)
+
+
+def test_bars_stand_out_from_what_is_behind_them() -> None:
+    css = (Path(__file__).parent.parent / "dbpool/flask/static/live.css").read_text()
+    schemes = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colours = dict(re.findall(r"--(\w+): (#\w+)", scheme))
+        for bar in ("blue", "green", "amber", "red", "slate"):
+            for behind in ("card", "track") if bar in ("blue", "green", "amber") else ("card",):
+                assert contrast(colours[bar], colours[behind]) >= 3.0, (bar, behind)
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colours, as WCAG has it."""
+
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(c * 2 for c in colour[1:])
+        parts = [int(digits[n : n + 2], 16) / 255 for n in (0, 2, 4)]
+        red, green, blue = (
+            c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_nothing_moves_for_readers_who_ask_for_that(see: Callable[..., Page]) -> None:
+    page = see(STATES["up"]())
+    duration = "getComputedStyle(document.querySelector('.bar i')).transitionDuration"
+    assert page.evaluate(duration) == "0.3s"
+    page.emulate_media(reduced_motion="reduce")
+    assert page.evaluate(duration) == "0s"
+
+
+def test_the_keyboard_reaches_everything(see: Callable[..., Page]) -> None:
+    page = see(STATES["busy"](), at_least=5)
+    reached = []
+    for _ in range(4):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert reached == ["pause", "INPUT", "SUMMARY", "SUMMARY"]
+    page.keyboard.press("Enter")
+    expect(page.locator("#application-settings")).to_be_visible()
+
+
+# What it costs
+
+
+def test_the_page_is_small_and_asks_nobody_else(
+    see: Callable[..., Page], page: Page, site: Site
+) -> None:
+    answers: list[Any] = []
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("response", lambda answer: answers.append(answer))  # noqa: PLW0108  # no method of a list will do
+    see(many(), at_least=5)
+    origin = site.url.removesuffix("/db/")
+    assert complaints == [], "the policy forbids nothing that it does"
+    sizes = {each.url: len(each.body()) for each in answers if "/stats" not in each.url}
+    assert len(sizes) >= 6
+    assert all(each.url.startswith(origin) for each in answers)
+    assert sum(sizes.values()) < 150 * 1024
+
+
+def test_a_poll_is_small_with_sixteen_workers(see: Callable[..., Page], site: Site) -> None:
+    site.sizes.clear()
+    page = see(many(), at_least=7)
+    assert len(cells(page, "[data-workers]")) == 16
+    assert max(site.sizes) <= 20 * 1024
+
+
+# Signing in
+
+
+@pytest.fixture(scope="module")
+def closed() -> Iterator[Site]:
+    site = Site(DBPOOL_TOKEN=TOKEN)
+    with site.serving():
+        yield site
+
+
+def test_a_browser_without_javascript_signs_in_and_out(browser: Any, closed: Site) -> None:
+    page = browser.new_page(java_script_enabled=False)
+    page.goto(closed.url)
+    assert page.locator("[role=alert]").inner_text() == ""
+    expect(page.get_by_label("Token")).to_be_focused()
+    page.keyboard.type("wrong token")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_have_text("This token is wrong.")
+    page.get_by_label("Token").fill(TOKEN)
+    page.get_by_role("button", name="Sign in").click()
+    assert page.url == closed.url, "no token in the address"
+    expect(page.get_by_role("heading", name="dbpool")).to_be_visible()
+    (cookie,) = page.context.cookies()
+    assert (cookie["httpOnly"], cookie["sameSite"], cookie["path"]) == (True, "Strict", "/db")
+    page.goto(closed.url + "stats")
+    assert '"pools"' in page.content()
+    page.goto(closed.url)
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_label("Token")).to_be_visible()
+    assert page.context.cookies() == []
+    page.close()
+
+
+def test_a_session_that_ends_is_said_beside_the_last_numbers(browser: Any, closed: Site) -> None:
+    page = browser.new_page()
+    page.goto(closed.url)
+    page.get_by_label("Token").fill(TOKEN)
+    page.keyboard.press("Enter")
+    expect(page.locator("[data-state]")).to_be_visible()
+    page.context.clear_cookies()
+    expect(page.locator("#signed-out")).to_be_visible()
+    expect(page.locator("[data-state]")).to_be_visible()
+    page.get_by_role("link", name="Sign in").click()
+    expect(page.get_by_label("Token")).to_be_visible()
+    page.close()
+
+
+def test_the_form_can_be_used_by_everybody(page: Page, closed: Site) -> None:
+    page.goto(closed.url)
+    look_at(page)
+    page.get_by_label("Token").fill("wrong")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Token")).to_have_attribute("aria-invalid", "true")
+    look_at(page)

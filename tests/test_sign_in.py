@@ -106,6 +106,12 @@ def test_a_browser_gets_a_form_and_others_get_json(app: Flask) -> None:
             assert client.get(path, headers=accept).get_json()["error"].startswith("send the token")
 
 
+def test_the_page_itself_has_the_browser_open_no_dialog(app: Flask) -> None:
+    answer = app.test_client().get("/db/stats", headers={"X-Requested-With": "fetch"})
+    assert answer.headers.getlist("WWW-Authenticate") == ['Bearer realm="dbpool"']
+    assert answer.get_json()["error"].startswith("send the token")
+
+
 def problem(answer: TestResponse) -> str:
     found = re.search(r'role="alert">(.*?)</p>', answer.text)
     assert found

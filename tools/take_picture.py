@@ -1,92 +1,78 @@
-"""Take the README's picture of the live page: `python tools/take_picture.py`, with Chromium installed.
+"""Take pictures of the live page: `python tools/take_picture.py DIRECTORY`, with Chromium installed.
 
-Serves the sample application with a PostgreSQL of its own, puts it under load, has a session lock
-the table that the load needs, and writes docs/images/page.png.
+One for each state of tests/page_states.py, at two widths and in both colour schemes. Without a
+directory the README's pictures are made anew, in docs/images.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import re
-import socket
-import subprocess
+import logging
 import sys
-import tempfile
-import threading
-import time
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import psycopg
+from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURE = ROOT / "docs" / "images" / "page.png"
-SIZE = "1200,920"
-LOADED_FOR, LOCKED_FOR = 75.0, 3.0  # seconds
-CLIENTS = 14
+sys.path.insert(0, str(ROOT))
+
+from tests.browser import CHROMIUM, OPTIONS, TOKEN, Site  # noqa: E402
+from tests.page_states import RATES, STATES, later  # noqa: E402
+
+WIDTHS = {"wide": (1280, 900), "narrow": (390, 844)}
 
 
 def main() -> None:
-    """Serve, load, lock, and take the picture."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("DATABASE_URL", "DBPOOL_"))}
-    environ |= {"PORT": str(port), "WEB_CONCURRENCY": "3", "DBPOOL_MAX_SIZE": "4"}
-    with tempfile.TemporaryDirectory() as place, (Path(place) / "log").open("w+") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "webapp"], cwd=ROOT, env=environ, stdout=log, stderr=log
-        )
-        try:
-            site = f"http://127.0.0.1:{port}"
-            wait_for(f"{site}/db/health/ready")
-            for _ in range(CLIENTS):
-                threading.Thread(target=use, args=(site,), daemon=True).start()
-            time.sleep(LOADED_FOR)
-            found = re.search(r"psql '(.*?)'", Path(log.name).read_text())
-            assert found, "the application did not say how its database is reached"
-            with psycopg.connect(found[1], application_name="nightly report") as conn:
-                conn.execute("lock table notes in access exclusive mode")
-                time.sleep(LOCKED_FOR)
-                take(f"{site}/db/", place)
-        finally:
-            server.terminate()
-            server.wait(30)
-
-
-def wait_for(url: str) -> None:
-    """Wait until *url* is answered with 200."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        with suppress(OSError), urllib.request.urlopen(url, timeout=5):
+    """Serve the states, and take a picture of each."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    open_site, closed_site = Site(DBPOOL_DETAILS="always"), Site(DBPOOL_TOKEN=TOKEN)
+    with open_site.serving(), closed_site.serving(), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        if len(sys.argv) == 1:
+            for scheme in ("light", "dark"):
+                open_site.show(*seconds_of("locked"))
+                path = ROOT / "docs" / "images" / f"page-{scheme}.png"
+                take(browser, open_site.url, path, (1280, 800), scheme, is_cut=True)
             return
-        time.sleep(0.2)
-    raise SystemExit(f"{url} does not answer")
+        directory = Path(sys.argv[1])
+        directory.mkdir(exist_ok=True)
+        for scheme in ("light", "dark"):
+            for width, size in WIDTHS.items():
+                for name in STATES:
+                    open_site.show(*seconds_of(name))
+                    take(
+                        browser,
+                        open_site.url,
+                        directory / f"{name}-{width}-{scheme}.png",
+                        size,
+                        scheme,
+                    )
+                path = directory / f"sign-in-{width}-{scheme}.png"
+                take(browser, closed_site.url, path, size, scheme, is_cut=True)
 
 
-def use(site: str) -> None:
-    """Read notes, and write one now and then, for ever."""
-    body = json.dumps({"title": "note"}).encode()
-    write = urllib.request.Request(
-        f"{site}/notes", data=body, headers={"Content-Type": "application/json"}
-    )
-    while True:
-        request = write if random.random() < 0.2 else f"{site}/notes?limit=5"
-        with suppress(OSError), urllib.request.urlopen(request, timeout=30) as answer:
-            answer.read()
-        time.sleep(random.random() * 0.05)
+def seconds_of(name: str) -> list[dict[str, Any]]:
+    """Ten seconds of a state, so that there are rates."""
+    answers = [STATES[name]()]
+    while len(answers) < 10:
+        answers.append(later(answers[-1], RATES.get(name, 0)))
+    return answers
 
 
-def take(url: str, place: str) -> None:
-    """Have Chromium draw the page after it has asked for the numbers some times."""
-    subprocess.run(
-        ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-         f"--user-data-dir={place}/profile", f"--window-size={SIZE}",
-         "--virtual-time-budget=7000", f"--screenshot={PICTURE}", url],
-        check=True, timeout=120, stderr=subprocess.DEVNULL,
+def take(
+    browser: Any, url: str, path: Path, size: tuple[int, int], scheme: str, *, is_cut: bool = False
+) -> None:
+    """Take the picture once all parts have come; *is_cut* shows no more than fits the window."""
+    page = browser.new_page(
+        viewport={"width": size[0], "height": size[1]}, color_scheme=scheme,
+        device_scale_factor=2 if is_cut else 1, locale="en-GB", timezone_id="UTC",
     )  # fmt: skip
+    page.goto(url)
+    if page.locator("#token").count() == 0:
+        page.locator("#application").wait_for()
+        page.wait_for_timeout(500)  # the bars move
+    page.screenshot(path=path, full_page=not is_cut)
+    page.close()
 
 
 if __name__ == "__main__":

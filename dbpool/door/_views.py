@@ -157,6 +157,8 @@ class Views:
             absent = _sign_in.ENDED if self._cookie(headers) else _sign_in.MISSING
             return form_page(_sign_in.WRONG if is_offered else absent, headers, path[1:])
         schemes = 'Basic realm="dbpool", charset="UTF-8"'
+        if "x-requested-with" in headers:  # the page, whose reader sees no dialog
+            schemes = _sign_in.CHALLENGE
         reason = "send the token as a Bearer token, or as the password of HTTP Basic"
         if is_offered:
             reason = f"wrong token: {reason}"

@@ -71,7 +71,8 @@ def access_denied(own: State, authorize: Authorize | None) -> AnyResponse | None
         return None
     reason = "send the token as a Bearer token, or as the password of HTTP Basic"
     answer = _error(401, reason if offered is None else f"wrong token: {reason}")
-    answer.headers.add("WWW-Authenticate", 'Basic realm="dbpool", charset="UTF-8"')
+    if "X-Requested-With" not in request.headers:  # the page, whose reader sees no dialog
+        answer.headers.add("WWW-Authenticate", 'Basic realm="dbpool", charset="UTF-8"')
     answer.headers.add("WWW-Authenticate", 'Bearer realm="dbpool"')
     return answer
 

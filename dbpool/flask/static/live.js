@@ -1,44 +1,23 @@
-"use strict";
 // Asks for the statistics each second while the page is seen; shows what comes as text only.
 
+import * as strips from "./strips.js";
+import { ALARMING, blockersBySession, showVerdict, useful } from "./verdict.js";
+import { clock, fill, list, NOTHING, number, seconds, setClass, setText } from "./words.js";
+
 const EVERY = 1000; // milliseconds
-const ROUND = 5; // answers; of one round each has at most one of these, so that none is large
-const INCLUDES = ["history", "journal", "endpoints"];
+const FIRST = 100; // until each part has come once
 const PATIENCE = 5000;
+const REMEMBERED = 64; // answers
+// Each answer has one of these, so that none is large.
+const PARTS = [() => "history" + strips.newer(), () => "journal&limit=20", () => "endpoints&limit=15",
+  () => "workers&limit=32", () => (asked % 60 < PARTS.length ? "servers,settings" : "servers")];
 
 // Not relative: the page's own address may hold the password, with which nothing is fetched.
 const address = location.origin + document.body.dataset.stats;
-
 const byId = (id) => document.getElementById(id);
-const REMEMBERED = 64; // answers
 const earlier = []; // answers, the latest first
+const parts = {}; // the latest of each
 let asked = 0;
-
-function seconds(value) {
-  if (value >= 7200) return (value / 3600).toFixed(0) + " h";
-  if (value >= 120) return (value / 60).toFixed(0) + " min";
-  if (value >= 1) return value.toFixed(1) + " s";
-  if (value >= 0.001) return (value * 1e3).toFixed(1) + " ms";
-  return (value * 1e6).toFixed(0) + " µs";
-}
-
-function row(cells, head) {
-  const tr = document.createElement("tr");
-  cells.forEach((text, index) => {
-    const cell = document.createElement(head && index === 0 ? "th" : "td");
-    if (cell.tagName === "TH") cell.scope = "row";
-    cell.textContent = text;
-    tr.append(cell);
-  });
-  return tr;
-}
-
-const totals = (counts) => Object.entries(counts).map(([key, n]) => row([key.replaceAll("_", " "), n], true));
-
-function times(kind, histogram) {
-  const quantiles = ["p50", "p95", "p99", "max"].map((q) => (histogram.count ? seconds(histogram[q]) : "–"));
-  return row([kind, histogram.count, ...quantiles], true);
-}
 
 function section(name) {
   const found = [...byId("pools").children].find((each) => each.dataset.pool === name);
@@ -61,84 +40,9 @@ function comparable(stats) {
 }
 
 function rate(pool, time, last) {
-  if (!last) return "–";
+  if (!last) return NOTHING;
   const checkouts = pool.counters.checkouts - last.pool.counters.checkouts;
   return (Math.max(0, checkouts) / (time - last.time)).toFixed(1) + " /s";
-}
-
-// On a narrow screen each cell stands on a line of its own, after the name of its column.
-function labelled(tr, table) {
-  [...table.tHead.rows[0].cells].forEach((head, n) => { tr.cells[n].dataset.label = head.textContent; });
-  return tr;
-}
-
-function doing(holder) {
-  return holder.waits ? "waits for another connection" : holder.status || "–";
-}
-
-function show(name, pool, time, last) {
-  const card = section(name);
-  const part = (key) => card.querySelector(`[data-${key}]`);
-  const text = (key, value) => { part(key).textContent = value; };
-  const { breaker, counters } = pool;
-  text("name", name);
-  text("state", word(pool));
-  part("state").className = "state " + word(pool);
-  for (const key of ["active", "idle", "connecting"]) {
-    text(key, pool[key]);
-    card.querySelector(".bar ." + key).style.width = (100 * pool[key]) / Math.max(1, pool.size, pool.max_size) + "%";
-  }
-  text("size", `${pool.size} of ${pool.max_size}`);
-  text("waiting", pool.waiting);
-  part("waiting").className = pool.waiting ? "alarm" : "";
-  text("rate", rate(pool, time, last));
-  text("breaker", breaker.state);
-  part("breaker").className = breaker.state === "closed" ? "" : "alarm";
-  const since = breaker.since === null ? "" : `failing for ${seconds(Math.max(0, time - breaker.since))}: `;
-  part("trouble").hidden = !breaker.last_error;
-  text("trouble", since + (breaker.last_error || ""));
-  part("times").replaceChildren(...["wait", "use", "connect"].map((kind) => times(kind, pool[kind])));
-  const { discarded, ...rest } = counters;
-  part("totals").replaceChildren(...totals(rest));
-  part("discarded").replaceChildren(...totals(discarded));
-  part("held").hidden = pool.holders.length === 0;
-  part("holders").replaceChildren(...pool.holders.map((holder) =>
-    labelled(row([seconds(holder.seconds), holder.where, holder.endpoint || "–", doing(holder),
-      holder.pid || "–", holder.worker || "–", holder.thread]), part("held"))));
-  if (last && word(last.pool) !== word(pool)) byId("news").textContent = `${name} is ${word(pool)}`;
-}
-
-// The verdict
-
-const ALARMING = ["warning", "critical"];
-const icon = byId("icon");
-const ICONS = { ok: icon.getAttribute("href"), ...icon.dataset };
-
-function facts(finding, time) {
-  const lasted = finding.severity === "ok" ? "" : `for ${seconds(Math.max(0, time - finding.since))}`;
-  return [finding.code, finding.severity, finding.pool, lasted].filter(Boolean).join(" · ");
-}
-
-function showVerdict(stats) {
-  const [first, ...others] = stats.findings || [];
-  byId("verdict").hidden = !first;
-  if (!first) return;
-  const isNews = byId("verdict").dataset.finding !== first.id;
-  byId("verdict").className = "verdict " + first.severity;
-  byId("verdict").dataset.finding = first.id;
-  byId("verdict-text").textContent = first.text;
-  byId("verdict-do").textContent = first.do;
-  byId("verdict-facts").textContent = facts(first, stats.time);
-  byId("verdict-more").replaceChildren(...others.map((finding) => {
-    const item = document.createElement("li");
-    item.className = finding.severity;
-    item.textContent = `${finding.text} (${facts(finding, stats.time)}). ${finding.do}`;
-    return item;
-  }));
-  const isAlarm = ALARMING.includes(first.severity);
-  document.title = isAlarm ? `${first.severity}: ${first.code} ${first.pool || ""} – dbpool` : "dbpool";
-  icon.href = ICONS[first.severity] || ICONS.ok;
-  if (isNews && isAlarm) byId("news").textContent = first.text;
 }
 
 // A pool that cannot serve the next caller is neither up nor down.
@@ -151,63 +55,118 @@ function gravity(name, findings) {
   return found < 0 ? Infinity : found;
 }
 
-// The last fifteen minutes
+const quantile = (key) => (each) => (each.count ? seconds(each[key]) : NOTHING);
+const MINUTE = [["time", (each) => each.kind], ["count", (each) => number(each.count), "num"],
+  ...["p50", "p95", "p99"].map((key) => [key, quantile(key), "num"])];
+const TIMES = [...MINUTE, ["max", quantile("max"), "num"]];
+const KINDS = ["wait", "use", "connect"];
+const ENDPOINTS = [
+  ["endpoint", (each) => each.endpoint],
+  ["in use", (each) => each.in_use.toFixed(1), "num"],
+  ["share", (each) => (100 * each.use_share).toFixed(0) + " %", "num"],
+  ["longest", (each) => seconds(each.longest), "num"],
+  ["checkouts", (each) => number(each.checkouts), "num"],
+  ["use p95", (each) => seconds(each.use_p95), "num"],
+  ["wait p95", (each) => seconds(each.wait_p95), "num"],
+  ["gave up", (each) => number(each.gave_up), "num"],
+  ["forgotten", (each) => number(each.forgotten), "num"],
+];
+const WORKERS = [
+  ["worker", (each) => String(each.pid)],
+  ["seen", (each) => [seconds(each.age) + " ago", each.age > 10 && "alarm"], "num"],
+  ["up for", (each) => seconds(each.uptime), "num"],
+  ["state", (each) => [each.state, each.state === "down" && "alarm"]],
+  ["in use", (each) => `${each.in_use} of ${each.max_size}`, "num"],
+  ["waiting", (each) => [number(each.waiting), each.waiting && "warn"], "num"],
+  ["checkouts", (each) => number(each.checkouts), "num"],
+  ["refused", (each) => [number(each.refused), each.refused && "warn"], "num"],
+  ["in use for", (each) => seconds(each.use_seconds), "num"],
+];
+const SETTINGS = [["setting", (each) => each.name], ["value", (each) => shownValue(each.value)],
+  ["from", (each) => [each.source, each.source === "default" && "zero"]]];
+const LINES = [["at", (each) => clock(each.time)], ["pool", (each) => each.pool || NOTHING], ["what", (each) => each.text]];
 
-const STRIPS = [["in_use", "in use", String], ["waiting", "waiting", String], ["wait_p95", "wait p95", seconds],
-  ["checkouts", "checkouts", String], ["refused", "refused", String]];
-const SVG = "http://www.w3.org/2000/svg";
-
-function strip(values, most) {
-  const svg = document.createElementNS(SVG, "svg");
-  svg.setAttribute("viewBox", `0 0 ${values.length} 24`);
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("aria-hidden", "true");
-  const draw = (shape, name) => {
-    const path = document.createElementNS(SVG, "path");
-    path.setAttribute("class", name);
-    path.setAttribute("d", values.map(shape).join(""));
-    svg.append(path);
-  };
-  draw((value, n) => (value ? `M${n} 24v-${Math.max(1, (22 * value) / most)}h1V24z` : ""), "known");
-  draw((value, n) => (value === null ? `M${n} 23h1v1h-1z` : ""), "unknown");
-  return svg;
+function shownValue(value) {
+  if (value === null || value === "") return NOTHING;
+  return Array.isArray(value) ? value.join(", ") : String(value);
 }
 
-function showHistory(stats) {
-  for (const [name, series] of Object.entries(stats.history.pools)) {
-    if (!(name in stats.pools)) continue;
-    const list = section(name).querySelector("[data-strips]");
-    list.hidden = false;
-    list.replaceChildren(...STRIPS.map(([key, label, shown]) => {
-      const values = series[key];
-      const known = values.filter((value) => value !== null);
-      const most = Math.max(...known, 0);
-      const box = document.createElement("div");
-      const term = document.createElement("dt");
-      const detail = document.createElement("dd");
-      box.className = known.some(Boolean) ? key : key + " calm";
-      term.textContent = label;
-      detail.append(strip(values, most), `at most ${shown(most)}`);
-      box.append(term, detail);
-      return box;
-    }));
+function doing(holder) {
+  if (holder.waits) return ["waits for another connection", "alarm"];
+  return [holder.status || NOTHING, /idle in/.test(holder.status) && "warn"];
+}
+
+function holdersColumns(blockers) {
+  return [
+    ["for", (each) => seconds(each.seconds), "num"],
+    ["checked out at", (each) => each.where],
+    ["endpoint", (each) => each.endpoint || NOTHING],
+    ["now", doing],
+    ["blocked by", (each) => [blockers(each.pid) || NOTHING, "alarm"]],
+    ["session", (each) => number(each.pid || null), "num"],
+    ["worker", (each) => number(each.worker || null), "num"],
+    ["thread", (each) => each.thread],
+  ];
+}
+
+function serverText(server, time) {
+  if (!server) return "";
+  const isOld = time - server.time > 60;
+  return [
+    `PostgreSQL ${server.version || NOTHING}`, server.role, server.latency === null ? "" : `${seconds(server.latency)} away`,
+    server.lag === null ? "" : `${seconds(server.lag)} behind`, server.tls ? "TLS" : "no TLS",
+    `${number(server.used)} of ${number(server.max)} connections used, ${number(server.ours)} ours`,
+    isOld ? `${seconds(time - server.time)} ago` : "",
+  ].filter(Boolean).join(" · ");
+}
+
+function totals(counts, before) {
+  return Object.entries(counts).map(([key, n]) => [key.replaceAll("_", " "), n, before && n !== before[key]]);
+}
+
+function showPool(name, pool, stats, last) {
+  const card = section(name);
+  const part = (key) => card.querySelector(`[data-${key}]`);
+  const text = (key, value) => setText(part(key), String(value));
+  const { breaker, counters } = pool;
+  text("name", name);
+  text("state", word(pool));
+  setClass(part("state"), "state " + word(pool));
+  text("server", serverText(parts.servers?.[name], stats.time));
+  const most = Math.max(1, pool.size, pool.max_size);
+  for (const key of ["active", "idle", "connecting"]) {
+    text(key, pool[key]);
+    setClass(part(key), pool[key] ? "" : "zero");
+    const piece = card.querySelector(".bar ." + key);
+    piece.style.width = (100 * pool[key]) / most + "%";
+    piece.hidden = !pool[key];
   }
-}
-
-function showEndpoints(stats) {
-  for (const [name, rows] of Object.entries(stats.endpoints)) {
-    if (!(name in stats.pools)) continue;
-    const card = section(name);
-    card.querySelector("[data-used]").hidden = rows.length === 0;
-    card.querySelector("[data-endpoints]").replaceChildren(...rows.slice(0, 10).map((each) =>
-      row([each.endpoint, each.in_use, (100 * each.use_share).toFixed(0) + " %", seconds(each.longest)], true)));
-  }
-}
-
-function showJournal(lines) {
-  byId("journal").hidden = lines.length === 0;
-  byId("lines").replaceChildren(...lines.slice(0, 20).map((line) =>
-    row([new Date(line.time * 1000).toLocaleTimeString(), line.pool || "–", line.text])));
+  text("size", `${pool.size} of ${pool.max_size}`);
+  text("waiting", pool.waiting);
+  setClass(part("waiting"), pool.waiting ? "alarm" : "zero");
+  text("rate", rate(pool, stats.time, last));
+  setClass(part("rate"), /^0.0|–/.test(part("rate").textContent) ? "zero" : "");
+  text("breaker", breaker.state);
+  setClass(part("breaker"), breaker.state === "closed" ? "zero" : "alarm");
+  const since = breaker.since === null ? "" : `failing for ${seconds(Math.max(0, stats.time - breaker.since))}: `;
+  part("trouble").hidden = !breaker.last_error;
+  text("trouble", since + (breaker.last_error || ""));
+  const minute = strips.minute(name);
+  fill(part("minute"), MINUTE, minute ? KINDS.map((kind) => ({ kind, ...minute[kind] })) : []);
+  fill(part("times"), TIMES, KINDS.map((kind) => ({ kind, ...pool[kind] })));
+  const { discarded, ...rest } = counters;
+  list(part("totals"), totals(rest, last?.pool.counters));
+  list(part("discarded"), totals(discarded, last?.pool.counters.discarded));
+  const holders = holdersColumns(blockersBySession(stats.findings || []));
+  fill(part("held"), useful(holders, pool.holders), pool.holders);
+  strips.show(card, name);
+  const endpoints = parts.endpoints?.[name] || [];
+  fill(part("used"), useful(ENDPOINTS, endpoints), endpoints);
+  fill(part("workers"), WORKERS, parts.workers?.[name] || []);
+  const settings = parts.settings?.pools?.[name] || [];
+  part("settings").hidden = settings.length === 0;
+  fill(part("rows"), SETTINGS, settings);
+  if (last && word(last.pool) !== word(pool)) byId("news").textContent = `${name} is ${word(pool)}`;
 }
 
 function summary(stats) {
@@ -217,27 +176,29 @@ function summary(stats) {
 }
 
 function showAll(stats) {
-  const names = Object.keys(stats.pools).sort((a, b) => (b === "default") - (a === "default"));
   const findings = stats.findings || [];
-  names.sort((a, b) => (gravity(a, findings) > gravity(b, findings)) - (gravity(a, findings) < gravity(b, findings)));
-  showVerdict(stats);
-  for (const card of [...byId("pools").children]) if (!(card.dataset.pool in stats.pools)) card.remove();
+  const names = Object.keys(stats.pools).sort((a, b) => (b === "default") - (a === "default"));
+  names.sort((a, b) => gravity(a, findings) - gravity(b, findings) || 0);
   for (const each of stats.processes) each.start = stats.time - each.uptime;
+  if (stats.history) strips.remember(stats.history);
+  for (const part of ["journal", "endpoints", "workers", "servers", "settings"]) {
+    if (stats[part]) parts[part] = stats[part];
+  }
+  showVerdict(stats);
   const last = comparable(stats);
   for (const name of names) {
     const before = last && last.pools[name];
-    show(name, stats.pools[name], stats.time, before && { time: last.time, pool: before });
+    showPool(name, stats.pools[name], stats, before && { time: last.time, pool: before });
   }
   names.forEach((name, n) => {
     const card = section(name);
     if (byId("pools").children[n] !== card) byId("pools").insertBefore(card, byId("pools").children[n]);
   });
-  if (stats.history) showHistory(stats);
-  if (stats.endpoints) showEndpoints(stats);
-  if (stats.journal) showJournal(stats.journal);
-  byId("processes").replaceChildren(...stats.processes.map((each) =>
-    row([each.pid, seconds(each.age) + " ago", seconds(each.uptime)])));
-  byId("summary").textContent = summary(stats);
+  fill(byId("lines"), LINES, parts.journal || []);
+  byId("journal").hidden = !parts.journal?.length;
+  fill(byId("application-settings"), SETTINGS, parts.settings?.application || []);
+  byId("application").hidden = !parts.settings?.application;
+  setText(byId("summary"), summary(stats));
   byId("alone").hidden = stats.scope !== "process";
   earlier.unshift(stats);
   earlier.splice(REMEMBERED);
@@ -245,8 +206,14 @@ function showAll(stats) {
 
 async function refresh() {
   try {
-    const wanted = INCLUDES[asked++ % ROUND];
-    const answer = await fetch(address + (wanted ? "?include=" + wanted : ""), { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
+    const wanted = PARTS[asked % PARTS.length]();
+    asked += 1;
+    const answer = await fetch(address + "?include=" + wanted, {
+      cache: "no-store",
+      signal: AbortSignal.timeout(PATIENCE),
+      headers: { "X-Requested-With": "fetch" }, // without it the browser itself may ask for a password
+    });
+    byId("signed-out").hidden = answer.status !== 401;
     if (!answer.ok) throw new Error("HTTP " + answer.status);
     showAll(await answer.json());
     document.body.className = "";
@@ -265,7 +232,7 @@ byId("pause").addEventListener("click", () => {
 
 async function run() {
   if (!document.hidden && !isPaused()) await refresh();
-  setTimeout(run, EVERY);
+  setTimeout(run, asked < PARTS.length ? FIRST : EVERY);
 }
 
 run();

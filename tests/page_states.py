@@ -1,0 +1,337 @@
+"""What `/stats` says in the situations that the live page is looked at in, with real findings.
+
+Made with the library's own classes: three workers, a quarter of an hour of history, and the
+diagnosis of it all.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from math import sin
+from typing import Any, Final
+
+from dbpool.diagnosis import Scene, ServerFacts, ServerView, Session, diagnose
+from dbpool.diagnosis.history import BOUNDS, STEPS, Buckets, History, Step, slot_of
+from dbpool.diagnosis.journal import Journal, Line
+from dbpool.diagnosis.usage import Usage
+from dbpool.diagnosis.watching import Watcher
+from dbpool.metrics import (
+    BreakerSnapshot,
+    Counters,
+    Histogram,
+    HistogramSnapshot,
+    HolderSnapshot,
+    Snapshot,
+)
+from dbpool.report import Process, Report
+from dbpool.settings import Settings
+from dbpool.settings.app import AppSettings
+from dbpool.settings.origins import describe_settings
+
+Answer = dict[str, Any]
+
+NOW: Final = 1_795_000_000.0
+CLOCK: Final = 50_000.0  # monotonic
+URL: Final = "postgresql://shop:a-password@db.internal/shop"
+PLACES: Final = (
+    ("orders.index", "shop/orders.py:41 list_orders"),
+    ("orders.create", "shop/orders.py:67 create_order"),
+    ("stock.reserve", "shop/stock.py:23 reserve"),
+    ("catalog.search", "shop/catalog.py:58 search"),
+)
+
+
+@cache
+def times(typical: float, count: int) -> HistogramSnapshot:
+    """So many durations, spread around a typical one."""
+    chance = random.Random(count)
+    found = Histogram()
+    for _ in range(500):
+        found.add(typical * chance.lognormvariate(0, 0.9))
+    shown = found.snapshot()
+    factor = max(1, count // 500)
+    counts = tuple(n * factor for n in shown.counts) if count >= 500 else shown.counts
+    return replace(shown, counts=counts, sum_ns=shown.sum_ns * factor)
+
+
+def holders(
+    number: int, seconds: float, status: str, worker: int = 4711, **more: Any
+) -> tuple[HolderSnapshot, ...]:
+    """Connections that are held, the longest first."""
+    found = []
+    for n in range(number):
+        endpoint, where = PLACES[n % len(PLACES)]
+        known = {"endpoint": endpoint, "where": where} | more
+        found.append(
+            HolderSnapshot(
+                thread=f"ThreadPoolExecutor-0_{n}", seconds=max(0.001, seconds - 0.13 * n),
+                pid=5001 + n + (worker - 4711) * 10, worker=worker, status=status, **known,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def worker(active: int, idle: int, *held: HolderSnapshot, **more: Any) -> Snapshot:
+    """One worker's part of the pool, of four connections at most."""
+    size = active + idle
+    base = Snapshot(
+        state="up", size=size, active=active, idle=idle, min_size=1, max_size=4, holders=held,
+        counters=Counters(checkouts=98_214, connects=6, discarded={**Counters().discarded, "expired": 2}),
+        wait=times(0.00002, 98_000), use=times(0.004, 98_000), connect=times(0.006, 6),
+    )  # fmt: skip
+    return replace(base, **more)
+
+
+def took(seconds: float, number: int) -> Buckets:
+    """That many durations, spread around one."""
+    chance = random.Random(number)
+    counts = [0] * 12
+    for _ in range(number):
+        each = seconds * chance.lognormvariate(0, 0.8)
+        counts[sum(bound < each for bound in BOUNDS)] += 1
+    return Buckets(tuple(counts), seconds * number)
+
+
+def history(recent: Callable[[int], Mapping[str, Any]], load: float = 1.0) -> History:
+    """A quarter of an hour of a normal morning; *recent* changes a step so many before now."""
+    chance = random.Random(7)
+    found = History()
+    for ago in range(1, STEPS + 1):
+        wave = load * (1.6 + 0.7 * sin(ago / 23.0) + 0.5 * chance.random())
+        count = int(150 * wave)
+        usual: dict[str, Any] = {"in_use": wave, "size": 8.0, "checkouts": count, "connects": 0}
+        wait, use = 0.0002 * wave, 0.004
+        changed = dict(recent(ago))
+        wait, use = changed.pop("wait", wait), changed.pop("use", use)
+        usual |= changed
+        number = min(60, usual["checkouts"])
+        usual |= {"settled_checkouts": usual["checkouts"], "settled_connects": usual["connects"]}
+        found.add(
+            slot_of(CLOCK) - ago, Step(wait=took(wait, number), use=took(use, number), **usual)
+        )
+    return found
+
+
+def answer(
+    workers: Sequence[Snapshot],
+    steps: History,
+    *,
+    ages: Sequence[float] = (0.2, 0.4, 0.7),
+    view: ServerView | None = None,
+    lines: Sequence[tuple[float, str, str, str]] = (),
+    looks: int = 12,
+) -> Answer:
+    """Everything that `/stats` says at NOW."""
+    parts = [
+        Report(
+            {"default": snapshot},
+            (Process(4711 + n, start=str(n), uptime=5400.0 + 7 * n, age=age),),
+        )
+        for n, (snapshot, age) in enumerate(zip(workers, ages, strict=True))
+    ]
+    report = Report({}, time=NOW).merge(*parts)
+    shown = report.to_json()
+    watcher, usage = Watcher(), Usage()
+    watches: Any = {}
+    for ago in range(looks, -1, -1):
+        earlier = as_it_was(shown, ago)
+        watches = watcher.look(earlier, NOW - ago)
+        usage.look(earlier, CLOCK - ago)
+    view = view or ServerView(NOW - 2, facts=FACTS)
+    scene = Scene.read(
+        shown, now=NOW, steps={"default": steps.last(CLOCK)}, watches=watches,
+        views={"default": view},
+    )  # fmt: skip
+    started = [
+        Line(NOW - 5400 + n, "", "worker started", f"worker {4711 + n} started") for n in range(3)
+    ]
+    journal = Journal([*started, *(Line(NOW - ago, *rest) for ago, *rest in lines)])
+    settings = Settings(conninfo=URL, max_size=4, timeout=5.0)
+    environ = {"DATABASE_URL": URL, "DBPOOL_MAX_SIZE": "4"}
+    application = AppSettings(token="a-token-of-some-length")
+    return shown | {
+        "findings": [finding.to_json() for finding in diagnose(scene)],
+        "history": {
+            "step": 5.0,
+            "until": NOW,
+            "pools": {"default": steps.to_json(CLOCK)},
+            "minute": {"default": steps.minute(CLOCK)},
+        },
+        "journal": journal.to_json(),
+        "endpoints": usage.to_json(),
+        "workers": report.workers_to_json(),
+        "servers": {
+            "default": view.about() if view.facts else ServerView(NOW, facts=FACTS).about()
+        },
+        "settings": describe_settings(
+            {"default": settings}, {}, {}, application, environ | {"DBPOOL_TOKEN": "x"}
+        ),
+    }
+
+
+def as_it_was(report: Answer, ago: float) -> Answer:
+    """The report as it was so many seconds before, if its holders held already."""
+    pools = {}
+    for name, pool in report["pools"].items():
+        held = [
+            each | {"seconds": each["seconds"] - ago}
+            for each in pool["holders"]
+            if each["seconds"] > ago
+        ]
+        pools[name] = pool | {"holders": held}
+    return report | {"time": report["time"] - ago, "pools": pools}
+
+
+def later(shown: Answer, checkouts: int) -> Answer:
+    """The same a second later, after so many more checkouts."""
+    pools = {
+        name: pool | {"counters": pool["counters"] | {"checkouts": pool["counters"]["checkouts"] + checkouts}}
+        for name, pool in shown["pools"].items()
+    }  # fmt: skip
+    return shown | {"time": shown["time"] + 1.0, "pools": pools}
+
+
+FACTS: Final = ServerFacts(
+    max_connections=100, reserved=3, used=31, ours=12, role="primary", version="18.4",
+    latency=0.00041, tls=True,
+)  # fmt: skip
+
+
+def nothing(ago: int) -> dict[str, Any]:
+    """A quarter of an hour like any other."""
+    return {}
+
+
+def up() -> Answer:
+    """Little to do."""
+    return answer(
+        [worker(0, 2), worker(1, 1, *holders(1, 0.003, "query")), worker(0, 2)],
+        history(nothing, 0.5),
+    )
+
+
+def busy() -> Answer:
+    """Much to do, and enough to do it with."""
+    parts = [worker(3, 1, *holders(3, 0.3, "query", 4711 + n)) for n in range(3)]
+    return answer(parts, history(lambda ago: {"size": 12.0}, 4.0))
+
+
+def full() -> Answer:
+    """More callers than connections, for a while."""
+
+    def recent(ago: int) -> dict[str, Any]:
+        if ago > 14:
+            return {}
+        return {
+            "in_use": 12.0,
+            "size": 12.0,
+            "waiting": 9,
+            "wait": 0.15,
+            "use": 0.006,
+            "checkouts": 900,
+            "refused": 7,
+        }
+
+    wait = times(0.05, 98_000)
+    parts = [
+        worker(4, 0, *holders(4, 0.5, "query", 4711 + n), waiting=3, wait=wait) for n in range(3)
+    ]
+    lines = [(70.0, "default", "full", "all 12 connections in use, callers wait")]
+    return answer(parts, history(recent, 3.0), lines=lines)
+
+
+def down() -> Answer:
+    """Nothing answers at the server's address."""
+    error = 'connection failed: connection to server at "10.0.3.7", port 5432 failed: Connection refused'
+    breaker = BreakerSnapshot("open", NOW - 41, error, 0.6, "refused")
+
+    def recent(ago: int) -> dict[str, Any]:
+        return {"in_use": 0.0, "size": 0.0, "checkouts": 0, "refused": 40} if ago <= 8 else {}
+
+    parts = [worker(0, 0, state="down", connecting=1, breaker=breaker) for _ in range(3)]
+    lines = [(41.0, "default", "down", f"down: {error}")]
+    return answer(parts, history(recent), lines=lines, view=ServerView(NOW - 300, facts=FACTS))
+
+
+def locked() -> Answer:
+    """A report has locked a table."""
+    parts = [worker(4, 0, *holders(4, 14.0, "query", 4711 + n), waiting=2) for n in range(3)]
+
+    def recent(ago: int) -> dict[str, Any]:
+        if ago > 2:
+            return {}
+        return {
+            "in_use": 12.0,
+            "size": 12.0,
+            "waiting": 6,
+            "checkouts": 0,
+            "refused": 12 * (ago == 1),
+        }
+
+    report = Session(17023, "idle in transaction", state_seconds=15.2, transaction_seconds=16.0,
+                     application_name="nightly report", user="reports", client="10.0.3.9")  # fmt: skip
+    waiting = [
+        Session(holder.pid or 0, "active", wait_type="Lock", is_ours=True, query_seconds=13.9, blocked_by=(17023,))
+        for part in parts for holder in part.holders
+    ]  # fmt: skip
+    sessions = {each.pid: each for each in [report, *waiting]}
+    lines = [(11.0, "default", "full", "all 12 connections in use, callers wait")]
+    view = ServerView(NOW - 0.5, sessions, facts=replace(FACTS, used=33))
+    return answer(parts, history(recent, 1.4), view=view, lines=lines)
+
+
+def nested() -> Answer:
+    """Requests that hold a connection wait for another one."""
+    held = [
+        tuple(
+            replace(each, waits=True) for each in holders(4, 3.1, "idle in transaction", 4711 + n)
+        )
+        for n in range(3)
+    ]
+    counters = Counters(checkouts=98_214, connects=6, leaks=3, timeouts=9)
+    parts = [worker(4, 0, *each, waiting=4, counters=counters) for each in held]
+
+    def recent(ago: int) -> dict[str, Any]:
+        return (
+            {"in_use": 12.0, "waiting": 12, "refused": 4, "checkouts": 2, "forgotten": 1}
+            if ago <= 2
+            else {}
+        )
+
+    lines = [(9.0, "default", "forgotten", "1 connection forgotten by the application")]
+    return answer(parts, history(recent), lines=lines)
+
+
+def silent() -> Answer:
+    """A worker says nothing any more."""
+    parts = [
+        worker(1, 1, *holders(1, 0.02, "query")),
+        worker(0, 2),
+        worker(2, 1, *holders(2, 48.0, "query", 4713)),
+    ]
+    return answer(parts, history(nothing), ages=(0.3, 0.6, 47.0))
+
+
+def many() -> Answer:
+    """Sixteen workers, each of which has much to say."""
+    parts = [worker(4, 0, *holders(4, 9.0, "query", 4711 + n), waiting=3) for n in range(16)]
+    lines = [
+        (float(n), "default", "forgotten", f"{n} connections forgotten by the application " * 3)
+        for n in range(120)
+    ]
+    shown = answer(parts, history(nothing, 9.0), ages=[0.123456] * 16, lines=lines)
+    endpoint = dict.fromkeys(("checkouts", "gave_up", "forgotten"), 123_456) | dict.fromkeys(
+        ("use_p95", "wait_p95"), 0.123456
+    )
+    names = [f"shop.department_{n}.some_rather_long_name_of_an_endpoint" for n in range(50)]
+    rows = [shown["endpoints"]["default"][0] | endpoint | {"endpoint": name} for name in names]
+    return shown | {"endpoints": {"default": rows}}
+
+
+RATES: Final = {"up": 31, "busy": 486, "full": 902, "silent": 88}  # checkouts a second
+STATES: Final[Mapping[str, Callable[[], Answer]]] = {
+    each.__name__: each for each in (up, busy, full, down, locked, nested, silent)
+}
