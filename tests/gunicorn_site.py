@@ -151,7 +151,8 @@ class Site:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(30)
         for directory in self.directories():
-            shutil.rmtree(directory)
+            # A process that ends just now may remove its own files meanwhile.
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def conf_of(worker_class: str, workers: int = 1) -> str:
