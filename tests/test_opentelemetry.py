@@ -645,6 +645,28 @@ def test_a_wait_that_ends_in_vain_says_why(telemetry: Telemetry, fake: FakeServe
     assert span.events == ()
 
 
+def test_a_caller_whose_wait_is_traced_is_kept_by_nothing(
+    telemetry: Telemetry, fake: FakeServer
+) -> None:
+    class Held:
+        pass
+
+    def caller(pool: Pool[Any]) -> weakref.ref[Held]:
+        held = Held()
+        with pytest.raises(PoolExhausted):
+            pool.getconn(0.05)
+        return weakref.ref(held)
+
+    with fake.pool(max_size=1) as pool:
+        telemetry.instrument(pool)
+        gc.disable()
+        try:
+            with pool.connection():
+                assert caller(pool)() is None
+        finally:
+            gc.enable()
+
+
 def test_a_refused_connect_says_kind_and_attempt(telemetry: Telemetry, fake: FakeServer) -> None:
     fake.refuse('FATAL:  password authentication failed for user "app"')
     with fake.pool("host=h user=app password=hunter2secret", outage_grace=0.2) as pool:
