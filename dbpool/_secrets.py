@@ -46,8 +46,8 @@ _HARMLESS: Final = re.compile(
 _USER: Final = re.compile(r"://[^:/\[]*:")
 _PORT: Final = re.compile(r"\d*(?:[^\w%].*)?$")
 _ASSIGNED: Final = re.compile(
-    rf"\b({'|'.join(sorted(SECRET))})(['\"]\s*:\s*|\s*=\s*)"
-    r"('(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|(?:\\.|[^\s&\\])+)",
+    rf"\b({'|'.join(sorted(SECRET))})(['\"]\s*:\s*|\s*=\s*|\s+e?(?='))"
+    r"('(?:\\.|''|[^'\\])*(?:'|$)|\"(?:\\.|[^\"\\])*\"|(?:\\.|[^\s&\\])+)",
     re.IGNORECASE,
 )
 

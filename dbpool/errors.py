@@ -14,7 +14,7 @@ from typing import Any, Final
 import psycopg
 from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 
-from dbpool._secrets import mask, printable, secrets_of
+from dbpool._secrets import MASK, mask, printable, secrets_of
 from dbpool.metrics import Snapshot, group
 
 __all__ = [
@@ -237,7 +237,8 @@ def is_permanent(kind: str) -> bool:
 def describe(exc: BaseException, conn: Any = None) -> str:
     """Return the one line that logs, views and events show of *exc*.
 
-    For an error of psycopg or of dbpool it is the text, without the secrets of *conn*. For any
+    For an error of psycopg or of dbpool it is the text, without the secrets of *conn*, and without
+    the statement that failed and its values: a callback's may hold any secret. For any
     other exception, which a user's callback raised, it is the type alone: its text may hold
     anything.
     """
@@ -268,6 +269,9 @@ def sanitize(exc: BaseException, secrets: Collection[str] = ()) -> BaseException
 
 def _text_of(exc: BaseException, template: str = "{}") -> str:
     try:
+        # Of a statement that failed only the reason, without the statement and its values.
+        if isinstance(exc, psycopg.Error) and exc.sqlstate and exc.diag.message_primary:
+            return re.sub(r'(?s)(: |near )".*"', rf'\1"{MASK}"', exc.diag.message_primary)
         return template.format(exc)
     except Exception:  # noqa: BLE001  # a user's exception may fail at anything
         return _NO_TEXT

@@ -369,3 +369,31 @@ def test_a_reader_that_had_enough_gets_no_traceback(server: Server) -> None:
 def test_wrong_usage_exits_with_two() -> None:
     assert dbpool("dance").returncode == 2
     assert dbpool().returncode == 2
+
+
+@pytest.mark.parametrize("command", ["check", "check --json", "wait", "explain DBE01"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_what_is_closed_at_the_start_changes_no_exit_status(
+    server: Server, tmp_path: Path, command: str, closed: str
+) -> None:
+    """Nor does a terminal that knows ASCII alone: probes and cron jobs go by the status."""
+    environ = {"DATABASE_URL": server.conninfo, "PATH": os.environ["PATH"], "LC_ALL": "C"}
+    environ |= {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    line = f"exec {sys.executable} -m dbpool {command} {closed}"
+    done = subprocess.run(
+        ["sh", "-c", line], env=environ, cwd=tmp_path, capture_output=True, timeout=60, check=False
+    )
+    assert b"Traceback" not in done.stderr
+    assert done.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_one_line(server: Server) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dbpool", "check"], stdout=full, stderr=subprocess.PIPE,
+            env={"DATABASE_URL": server.conninfo, "PYTHONPATH": str(ROOT)}, cwd="/", text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "dbpool: cannot print: No space left on device\n"

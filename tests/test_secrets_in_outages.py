@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import pytest
 from psycopg import pq
 
 from dbpool import Pool, Settings
+from dbpool._secrets import mask
 from dbpool.cli import main
 from dbpool.cli._probe import is_exposed
 from dbpool.events import LoggingListener
@@ -324,6 +326,52 @@ def test_a_callback_that_tells_the_password_in_effect_is_masked(
             texts += told_by(pool, error_of(pool))
     assert not leaks([*texts, *frames.shown], PASSWORD)
     assert any("ValueError" in message for message in frames.messages)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "select set_confg('app.key', 'tk-zq7-4711')",
+        "select 'tk-zq7-4711'::int",
+        "set statement_timeout = 'tk-zq7-4711'",
+        "alter role app password 'tk-zq7-4711' nonsense",
+        "select 'tk-zq7-4711",
+    ],
+)
+@pytest.mark.parametrize("role", ["configure", "check", "reset"])
+def test_of_a_callbacks_statement_the_reason_is_told_alone(
+    statement: str, role: str, server: Server, frames: Frames
+) -> None:
+    def call(conn: Any) -> None:
+        conn.execute(statement.encode())
+
+    told: list[Any] = []
+    options: dict[str, Any] = {"timeout": 0.4, "outage_grace": 0.01, "listeners": [told.append]}
+    with Pool(server.conninfo, **options | {role: call}) as pool:
+        try:
+            pool.putconn(pool.getconn())
+        except psycopg.Error as ex:
+            told.append((str(ex), str(ex.__cause__), vars(ex)))
+        if role == "reset":
+            until(lambda: pool.stats().counters.discarded["broken"])
+        told.append(pool.stats().to_json())
+    assert not leaks([repr(told), *frames.messages, *frames.shown], "tk-zq7-4711")
+    reasons = "does not exist|invalid (input|value)|unrecognized|unterminated"
+    assert any(re.search(reasons, message) for message in frames.messages)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "alter role app password 'tk zq7 4711' valid until 'x'",
+        "ALTER USER app ENCRYPTED PASSWORD E'tk\\'zq7-4711' x",
+        "create role app password 'tk''zq7-4711'",
+        "create user mapping for app server s options (user 'app', password 'tk-zq7 47",
+    ],
+)
+def test_the_password_in_a_statement_is_masked(statement: str) -> None:
+    assert mask(statement).lower().count("password") == 1
+    assert not re.search("tk|zq7|47", mask(statement))
 
 
 def test_a_callback_that_leaves_a_transaction_open_is_told_without_its_arguments(

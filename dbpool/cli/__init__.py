@@ -14,7 +14,8 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn, Protocol, cast
+from io import FileIO, TextIOWrapper
+from typing import NoReturn, Protocol, TextIO, cast
 
 from dbpool._secrets import mask
 from dbpool.cli._output import fail
@@ -48,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(ex, as_json=arguments.json)
     except KeyboardInterrupt:
         return 1
-    except BrokenPipeError:  # the reader had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except OSError as ex:
+        if ex.filename is not None:  # it is not that of standard output
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again
+        return 1 if isinstance(ex, BrokenPipeError) else fail(f"cannot print: {ex.strerror}")
     return status
 
 
@@ -77,7 +80,18 @@ def commands() -> dict[str, Command]:
 
 def script() -> None:
     """Run a command and exit, as `python -m dbpool` and the installed `dbpool` do."""
+    sys.stdout = _printing(sys.stdout)
+    sys.stderr = _printing(sys.stderr)
     # What goes wrong is in the report; the pools' own log lines would only repeat it.
     logging.getLogger("dbpool").addHandler(logging.NullHandler())
     logging.getLogger("dbpool").propagate = False
     sys.exit(main())
+
+
+def _printing(stream: TextIO | None) -> TextIO:
+    """Return a stream that takes every text, if the process was started without it too."""
+    if stream is None:
+        stream = TextIOWrapper(FileIO(os.devnull, "w"), encoding="utf-8")
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    return stream

@@ -50,8 +50,7 @@ def read_sources(environ: Environ, dotenv: Dotenv) -> Sources:
 
 def find(sources: Sources, *names: str) -> Any:
     """Return the first value that is set, or None; the first name is searched for everywhere."""
-    values = (source.get(name) for name in names for source in sources)
-    return next((value for value in values if value not in (None, "")), None)
+    return next((v for n in names for s in sources if (v := s.get(n)) not in (None, "")), None)
 
 
 def find_secret(sources: Sources, name: str) -> tuple[str | None, str | None]:
