@@ -173,7 +173,7 @@ def stack_of(thread: threading.Thread) -> str:
 def frames_of(thread: threading.Thread) -> str:
     """Return on one line which frames of the application that thread runs, innermost first."""
     if (frame := _frame_of(thread)) is None:
-        return "(its thread has ended)"
+        return "no line: its thread has ended"
     stack = list(islice(traceback.walk_stack(frame), _MAX_DEPTH))
     own = [pair for pair in stack if _origin(_file_of(pair[0])) == _APPLICATION] or stack[:1]
     lines = (f"{_shortened(f.f_code)}:{n} in {f.f_code.co_name}" for f, n in own[:_MAX_LOGGED])

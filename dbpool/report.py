@@ -252,7 +252,7 @@ def malformed(what: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError, TypeError) as ex:
-        raise ValueError(f"this is no {what}") from ex
+        raise ValueError(f"this is not a {what}") from ex
 
 
 def read_snapshot(data: Mapping[str, Any]) -> Snapshot:
@@ -313,28 +313,28 @@ def _read_histogram(data: Any) -> HistogramSnapshot:
 def read_count(value: Any) -> int:
     """Return *value* if it is a count, else raise `ValueError`; an absurd one is cut."""
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r:.40} is no count")
+        raise ValueError(f"{value!r:.40} is not a count")
     return value if value < _MAX_COUNT else _MAX_COUNT  # noqa: FURB136  # min() takes longer
 
 
 def read_pid(value: Any) -> int:
     """Return *value* if it can be a process id, else raise `ValueError`."""
     if read_count(value) > _MAX_PID:
-        raise ValueError(f"{value!r:.40} is no pid")
+        raise ValueError(f"{value!r:.40} is not a pid")
     return int(value)
 
 
 def read_seconds(value: Any) -> float:
     """Return *value* if it is a finite time and not negative, else raise `ValueError`."""
     if type(value) not in (int, float) or not 0 <= value <= _MAX_SECONDS:
-        raise ValueError(f"{value!r:.40} is no time")
+        raise ValueError(f"{value!r:.40} is not a time")
     return float(value)
 
 
 def read_text(value: Any) -> str:
     """Return *value* if it is text, its lone surrogates replaced, else raise `ValueError`."""
     if type(value) is not str:
-        raise ValueError(f"{value!r:.40} is no text")
+        raise ValueError(f"{value!r:.40} is not a text")
     return value.encode(errors="replace").decode()
 
 

@@ -30,7 +30,7 @@ def make_app(**config: str) -> Flask:
 def test_a_token_opens_the_views_as_a_bearer_token_or_is_refused(form: str, char: str) -> None:
     token = form.format(char)
     if token != token.strip() or "=" in token.rstrip("="):
-        with pytest.raises(ConfigError, match="DBPOOL_TOKEN holds what cannot be sent"):
+        with pytest.raises(ConfigError, match="DBPOOL_TOKEN cannot be sent"):
             make_app(DBPOOL_TOKEN=token)
         return
     client = make_app(DBPOOL_TOKEN=token).test_client()

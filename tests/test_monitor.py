@@ -666,13 +666,13 @@ def test_behind_a_pooler_that_nobody_declared_no_names_are_given(
 
             def is_said() -> bool:
                 shop.monitor.tick()
-                return "a pooler stands before the server" in caplog.text
+                return "a pooler hides the server" in caplog.text
 
             until(is_said, 20.0, pause=0.1)
             for found in shop.monitor.findings():
                 assert found["code"] != "DB04"
                 assert not found["evidence"].get("blockers")
-            assert caplog.text.count("a pooler stands before the server") == 1
+            assert caplog.text.count("a pooler hides the server") == 1
         shop.databases.close()
     finally:
         bouncer.kill()

@@ -101,7 +101,7 @@ def _read_header(data: bytes) -> dict[str, Any]:
     body = data[len(_MAGIC) + _CHECK.size :].rstrip(b"\0")
     check = data[len(_MAGIC) : len(_MAGIC) + _CHECK.size]
     if not data.startswith(_MAGIC) or check != _CHECK.pack(crc32(body)):
-        raise ValueError("this is no history")
+        raise ValueError("this is not a history")
     known: dict[str, Any] = json.loads(body)  # it is as it was written
     return known
 

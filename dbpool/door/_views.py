@@ -70,7 +70,7 @@ class Views:
             path = parts.path.rstrip("/") or "/"
             query = parse_qs(parts.query)
         except ValueError:
-            return json_answer(400, error="this is no address")
+            return json_answer(400, error="malformed address")
         if public := self._public.get(path):
             return public(query, headers)
         if match := STATIC.fullmatch(path):

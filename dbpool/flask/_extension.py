@@ -228,10 +228,10 @@ def _take_back(pool: Pool[Any], since: float, endpoint: str | None) -> None:
         if count:
             logger.error(
                 "pool %r: a connection checked out at %s was still held when the request ended"
-                " (endpoint %s): it was rolled back and closed; a response that is streamed takes"
-                " its connection inside its generator%s",
+                " (endpoint %s): it was rolled back and closed; a streamed response must check out"
+                " its connection inside the generator%s",
                 pool.name,
                 holder.where,
                 endpoint,
-                f" ({count} times since it was logged last)" if count > 1 else "",
+                f" ({count} times since it was last logged)" if count > 1 else "",
             )

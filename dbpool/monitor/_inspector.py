@@ -151,15 +151,15 @@ class Inspector:
             self._view = self._with_past(view)
             self._silent_since = None
             if not view.is_joined:
-                self._say("a pooler stands before the server, so that it cannot be said who blocks"
-                          " whom; DBPOOL_POOLER=transaction says so")  # fmt: skip
+                self._say("a pooler hides the server's sessions, so blockers cannot be named;"
+                          " set DBPOOL_POOLER=transaction")  # fmt: skip
         except Exception as ex:  # noqa: BLE001  # whatever it is, the application goes on
             if time.time() - began < _SILENT:  # it answered that it will not say
                 self._silent_since = None
             elif self._silent_since is None:
                 self._silent_since = began
             self._close_own()
-            self._say(f"it cannot be said who blocks whom: {describe(ex, self._asked)}")
+            self._say(f"cannot find out who blocks whom: {describe(ex, self._asked)}")
         finally:
             self._asked = self._asked_at = None
 

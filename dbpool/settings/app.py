@@ -55,8 +55,8 @@ class AppSettings:
                 object.__setattr__(self, f.name, value)
         if self.token and not _fits_a_header(self.token):
             raise ConfigError(
-                "DBPOOL_TOKEN holds what cannot be sent as a Bearer token: it must be printable"
-                " ASCII, without a blank at either end, and with = at its end alone"
+                "DBPOOL_TOKEN cannot be sent as a Bearer token: it must be printable"
+                " ASCII without blanks at either end, and with = only at the end"
             )
         if self.token and len(self.token) < _MIN_TOKEN:
             logger.warning(
