@@ -254,7 +254,12 @@ def test_commands_do_as_shown(path: Path, code: str, dsn: str, tmp_path: Path) -
         done = subprocess.run(
             [sys.executable, *shlex.split(command)[1:]],
             cwd=tmp_path,
-            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DATABASE_URL": dsn},
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(ROOT),
+                "DATABASE_URL": dsn,
+                "COLUMNS": "120",
+            },
             capture_output=True,
             text=True,
             check=False,
