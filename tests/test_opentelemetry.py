@@ -426,6 +426,21 @@ def test_providers_that_raise_harm_nobody(
     uninstrument(pool)
 
 
+def test_a_provider_that_makes_no_meter_leaves_all_as_it_was(
+    telemetry: Telemetry, fake: FakeServer
+) -> None:
+    class NoMeter(metrics.NoOpMeterProvider):
+        def get_meter(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("no meter")
+
+    with fake.pool() as pool:
+        telemetry.instrument(pool)
+        with pytest.raises(RuntimeError, match="no meter"):
+            instrument(pool, NoMeter())
+        use(pool, 2)
+        assert telemetry.count("use_time") == 2
+
+
 GLOBAL = """
 import sys, threading
 from opentelemetry import metrics, trace
@@ -456,10 +471,12 @@ def said(script: str, **env: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_provider_may_be_set_late_and_instrumented_again() -> None:
+def test_nothing_runs_until_a_provider_is_set_which_may_be_late() -> None:
     script = """
 instrument(pool)
 use(pool, 2)
+print([t.name for t in threading.enumerate() if "telemetry" in t.name], flush())
+print([name for name in sys.modules if name == "opentelemetry.sdk.trace"])
 provider = MeterProvider([reader])
 metrics.set_meter_provider(provider)
 instrument(pool)
@@ -468,18 +485,7 @@ use(pool, 3)
 print(counts(reader)["use_time"], flush())
 pool.close()
 """
-    assert said(script) == "[5] True"
-
-
-def test_without_a_provider_nothing_runs() -> None:
-    script = """
-instrument(pool)
-use(pool, 2)
-print([t.name for t in threading.enumerate() if "telemetry" in t.name], flush())
-print([name for name in sys.modules if name == "opentelemetry.sdk.trace"])
-pool.close()
-"""
-    assert said(script) == "[] True\n[]"
+    assert said(script).splitlines() == ["[] True", "[]", "[5] True"]
 
 
 def test_a_disabled_sdk_records_nothing() -> None:
