@@ -13,7 +13,7 @@ from functools import cache
 from math import sin
 from typing import Any, Final
 
-from dbpool.diagnosis import Scene, ServerFacts, ServerView, Session, diagnose
+from dbpool.diagnosis import Scene, ServerFacts, ServerView, Session, diagnose, endpoints
 from dbpool.diagnosis.history import BOUNDS, STEPS, Buckets, History, Step, slot_of
 from dbpool.diagnosis.journal import Journal, Line
 from dbpool.diagnosis.usage import Usage
@@ -80,7 +80,7 @@ def worker(active: int, idle: int, *held: HolderSnapshot, **more: Any) -> Snapsh
     base = Snapshot(
         state="up", size=size, active=active, idle=idle, min_size=1, max_size=4, holders=held,
         counters=Counters(checkouts=98_214, connects=6, discarded={**Counters().discarded, "expired": 2}),
-        wait=times(0.00002, 98_000), use=times(0.004, 98_000), connect=times(0.006, 6),
+        wait=times(0.0008, 98_000), use=times(0.004, 98_000), connect=times(0.006, 6),
     )  # fmt: skip
     return replace(base, **more)
 
@@ -161,7 +161,7 @@ def answer(
             "minute": {"default": steps.minute(CLOCK)},
         },
         "journal": journal.to_json(),
-        "endpoints": usage.to_json(),
+        "endpoints": {"default": endpoints.to_json(used(lines), usage.to_json()["default"])},
         "workers": report.workers_to_json(),
         "servers": {
             "default": view.about() if view.facts else ServerView(NOW, facts=FACTS).about()
@@ -198,6 +198,18 @@ FACTS: Final = ServerFacts(
     max_connections=100, reserved=3, used=31, ours=12, role="primary", version="18.4",
     latency=0.00041, tls=True,
 )  # fmt: skip
+
+
+def used(lines: Sequence[tuple[float, str, str, str]]) -> endpoints.Rows:
+    """What each endpoint used, most of it of the first."""
+    found = {}
+    for n, (name, _) in enumerate(PLACES):
+        count = 120_000 // (n + 1)
+        wait, use = (took(typical, 500).counts for typical in (0.00004, 0.003 + 0.002 * n))
+        spread = [number * count // 500 for number in (*wait, *use)]
+        forgotten = sum(event == "forgotten" and not n for _, _, event, _ in lines)
+        found[name] = [0, forgotten, count * 5_000_000, *spread]
+    return found
 
 
 def nothing(ago: int) -> dict[str, Any]:
@@ -280,7 +292,7 @@ def locked() -> Answer:
     sessions = {each.pid: each for each in [report, *waiting]}
     lines = [(11.0, "default", "full", "all 12 connections in use, callers wait")]
     view = ServerView(NOW - 0.5, sessions, facts=replace(FACTS, used=33))
-    return answer(parts, history(recent, 1.4), view=view, lines=lines)
+    return answer(parts, history(recent, 2.4), view=view, lines=lines)
 
 
 def nested() -> Answer:
@@ -323,11 +335,8 @@ def many() -> Answer:
         for n in range(120)
     ]
     shown = answer(parts, history(nothing, 9.0), ages=[0.123456] * 16, lines=lines)
-    endpoint = dict.fromkeys(("checkouts", "gave_up", "forgotten"), 123_456) | dict.fromkeys(
-        ("use_p95", "wait_p95"), 0.123456
-    )
     names = [f"shop.department_{n}.some_rather_long_name_of_an_endpoint" for n in range(50)]
-    rows = [shown["endpoints"]["default"][0] | endpoint | {"endpoint": name} for name in names]
+    rows = [shown["endpoints"]["default"][0] | {"endpoint": name} for name in names]
     return shown | {"endpoints": {"default": rows}}
 
 

@@ -32,7 +32,7 @@ def main() -> None:
             for scheme in ("light", "dark"):
                 open_site.show(*seconds_of("locked"))
                 path = ROOT / "docs" / "images" / f"page-{scheme}.png"
-                take(browser, open_site.url, path, (1280, 800), scheme, is_cut=True)
+                take(browser, open_site.url, path, (1120, 850), scheme, is_cut=True)
             return
         directory = Path(sys.argv[1])
         directory.mkdir(exist_ok=True)

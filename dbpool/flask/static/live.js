@@ -63,7 +63,7 @@ const KINDS = ["wait", "use", "connect"];
 const ENDPOINTS = [
   ["endpoint", (each) => each.endpoint],
   ["in use", (each) => each.in_use.toFixed(1), "num"],
-  ["share", (each) => (100 * each.use_share).toFixed(0) + " %", "num"],
+  ["share", (each) => (each.use_share === null ? NOTHING : (100 * each.use_share).toFixed(0) + " %"), "num"],
   ["longest", (each) => seconds(each.longest), "num"],
   ["checkouts", (each) => number(each.checkouts), "num"],
   ["use p95", (each) => seconds(each.use_p95), "num"],
