@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from dbpool.cli import main
 from dbpool.cli._text import as_text
 from dbpool.monitor import Monitor
 from dbpool.processes import Processes
+
+from .page_states import STATES
 
 NOW = 1_795_000_000.0
 REPORT: dict[str, Any] = {
@@ -54,6 +57,26 @@ def test_what_is_wrong_comes_first_and_then_what_the_pools_do() -> None:
     assert lines[-1].endswith("  -  worker 1 started")
 
 
+def test_it_shows_what_the_page_shows() -> None:
+    shown = as_text(STATES["locked"](), 120).splitlines()
+    assert shown[0].startswith("CRITICAL DB04 for 14 s: 12 connections of default wait for a lock")
+    for line in (
+        "    server     PostgreSQL 18.4 primary, 33 of 100 connections used, 12 ours, 0.4 ms away, TLS",
+        "    worker 4711  4 of 4 in use, 2 waiting, 98214 checkouts, 0 refused",
+    ):
+        assert line in shown
+    assert any(
+        re.fullmatch(r"    last minute  wait p95 .* ms, use p95 .* ms", each) for each in shown
+    )
+    assert any(re.fullmatch(r"        3\.0  orders\.index: \d+ checkouts, use p95 \d.*, longest 14 s", each) for each in shown)  # fmt: skip
+    assert shown[-4].endswith("all 12 connections in use, callers wait")
+
+
+def test_many_workers_are_cut_and_counted() -> None:
+    shown = as_text(STATES["locked"]() | {"workers": {"default": [{"pid": n} for n in range(20)]}})
+    assert "    and 4 other workers" in shown.splitlines()
+
+
 def test_no_line_is_wider_than_the_terminal() -> None:
     assert max(map(len, as_text(REPORT, 30).splitlines())) <= 30
 
@@ -70,7 +93,14 @@ JSON = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(list(REPORT)), JSON))
+PARTS = ["servers", "endpoints", "workers"]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*REPORT, *PARTS]), JSON | st.dictionaries(st.just("default"), JSON)
+    )
+)
 def test_whatever_a_report_holds_is_text_without_control_characters(report: Any) -> None:
     assert all(line.isprintable() for line in as_text(REPORT | report).splitlines())
 

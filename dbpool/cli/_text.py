@@ -16,6 +16,8 @@ _BARS: Final = " ▁▂▃▄▅▆▇█"
 _STRIPS: Final = ("in_use", "waiting", "wait_p95", "refused")
 _HOLDERS: Final = 8
 _LINES: Final = 10
+_ENDPOINTS: Final = 5
+_WORKERS: Final = 16
 
 
 def as_text(report: Mapping[str, Any], width: int = 100) -> str:
@@ -27,9 +29,14 @@ def as_text(report: Mapping[str, Any], width: int = 100) -> str:
         for each in _finding(finding, scene.now, width)
     ]
     lines.append("")
-    pools = mapping(mapping(report.get("history")).get("pools"))
+    history = mapping(report.get("history"))
     for pool in scene.pools:
-        lines += _pool(pool, mapping(pools.get(pool.name)), width)
+        lines += _pool(pool, mapping(mapping(history.get("pools")).get(pool.name)), width)
+        lines += _server(mapping(mapping(report.get("servers")).get(pool.name)))
+        lines += _minute(mapping(mapping(history.get("minute")).get(pool.name)))
+        lines += _endpoints(rows(mapping(report.get("endpoints")).get(pool.name)))
+        lines += _workers(rows(mapping(report.get("workers")).get(pool.name)))
+        lines.append("")
     lines.append(
         f"{count(len(scene.processes), 'process', 'processes')}"
         + "".join(f"  {each.pid} ({duration(each.age)} ago)" for each in scene.processes)
@@ -70,7 +77,59 @@ def _pool(pool: PoolScene, series: Mapping[str, Any], width: int) -> Iterator[st
         yield f"    {duration(holder.seconds):>7}  {holder.place}{status}  {holder.thread or ''}"
     if len(pool.holders) > _HOLDERS:
         yield f"    and {len(pool.holders) - _HOLDERS} more"
-    yield ""
+
+
+def _server(server: Mapping[str, Any]) -> Iterator[str]:
+    if server:
+        lag = server.get("lag")
+        yield (
+            f"    server     PostgreSQL {text(server.get('version')) or '?'}"
+            f" {text(server.get('role')) or ''}, {number(server.get('used')):g} of"
+            f" {number(server.get('max')):g} connections used, {number(server.get('ours')):g} ours,"
+            f" {number(server.get('latency')) * 1000:.1f} ms away"
+            + ("" if lag is None else f", {duration(number(lag))} behind")
+            + (", TLS" if server.get("tls") is True else "")
+        )
+
+
+def _minute(minute: Mapping[str, Any]) -> Iterator[str]:
+    """Return the percentiles of the last minute, of what there was."""
+    times = {name: mapping(minute.get(name)) for name in ("wait", "use", "connect")}
+    said = [
+        f"{name} p95 {duration(number(each.get('p95')))}"
+        for name, each in times.items()
+        if number(each.get("count"))
+    ]
+    if said:
+        yield f"    last minute  {', '.join(said)}"
+
+
+def _endpoints(used: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for each in used[:_ENDPOINTS]:
+        more = "".join(
+            f", {number(each.get(key)):g} {key.replace('_', ' ')}"
+            for key in ("gave_up", "forgotten")
+            if number(each.get(key))
+        )
+        p95 = (
+            "" if each.get("use_p95") is None else f", use p95 {duration(number(each['use_p95']))}"
+        )
+        yield (
+            f"    {number(each.get('in_use')):>7.1f}  {text(each.get('endpoint')) or '?'}:"
+            f" {number(each.get('checkouts')):g} checkouts{p95},"
+            f" longest {duration(number(each.get('longest')))}{more}"
+        )
+
+
+def _workers(workers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for each in workers[:_WORKERS]:
+        yield (
+            f"    worker {number(each.get('pid')):.0f}  {number(each.get('in_use')):g} of"
+            f" {number(each.get('max_size')):g} in use, {number(each.get('waiting')):g} waiting,"
+            f" {number(each.get('checkouts')):.0f} checkouts, {number(each.get('refused')):.0f} refused"
+        )
+    if len(workers) > _WORKERS:
+        yield f"    and {count(len(workers) - _WORKERS, 'other worker')}"
 
 
 def _strip(values: Sequence[object], most: float, width: int) -> str:
