@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from .namespaces import own_pids
 from .waiting import free_port, until
 
 ROOT = Path(__file__).parent.parent
@@ -338,6 +340,29 @@ def test_the_image_s_command_serves_where_it_is_told_and_the_health_check_finds_
         finally:
             server.terminate()
             assert server.wait(20) == 0, (tmp_path / "log").read_text()
+
+
+def test_process_1_loses_no_sigterm_while_it_starts() -> None:
+    """The kernel gives it none for which it has no handler: it would be killed after its grace."""
+    command = [*own_pids(), sys.executable, "-m", "webapp.serve"]
+    environ = {"PORT": str(free_port()), "DATABASE_URL": "postgresql://app@127.0.0.1:1/app"}
+    environ |= {"DBPOOL_DOTENV": "off"}
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environ}) as outer:
+        try:
+            children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
+            until(children.read_text)
+            process = Path(f"/proc/{children.read_text().split()[0]}")
+            # Not unshare, which blocks signals for a moment too.
+            until(lambda: b"webapp" in (process / "cmdline").read_bytes() and blocks_term(process))
+            os.kill(int(process.name), signal.SIGTERM)
+            assert outer.wait(10) == 0
+        finally:
+            outer.kill()
+
+
+def blocks_term(process: Path) -> bool:
+    (mask,) = re.findall(r"SigBlk:\t(\w+)", (process / "status").read_text())
+    return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 @pytest.mark.parametrize("port", ["", " ", "x", "-1", "70000", "8000 8001", "closed"])

@@ -3,6 +3,7 @@
 import atexit
 import os
 import signal
+import sys
 from logging.config import dictConfig
 from pathlib import Path
 from runpy import run_path
@@ -10,6 +11,11 @@ from types import FrameType
 from typing import Any
 
 from dbpool.gunicorn import *  # noqa: F403 -- the server hooks; its __all__ holds nothing else
+
+# From here on SIGTERM ends the master, also before it has a handler of its own: see serve.py.
+if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 # Run and not imported: a module that the master holds stays as it was in every worker, after a
 # reload too.

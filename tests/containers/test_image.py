@@ -102,6 +102,7 @@ PROXY = "http://127.0.0.1:9"
         pytest.param(
             ["--env=PORT=9001", "--env=DBPOOL_PORT=tcp://10.0.0.1:80"], id="a service called dbpool"
         ),
+        pytest.param(["--env=WEBAPP_HOST=::"], id="all addresses of IPv6"),
         pytest.param(["--read-only"], id="read-only and no /tmp"),
         pytest.param(["--read-only", "--user=12345:0", "--env=PORT="], id="another user"),
         pytest.param(["--user=0"], id="root"),
@@ -125,6 +126,11 @@ def test_it_serves_in_odd_surroundings(stack: Project, options: list[str]) -> No
             return said == "200\n"
 
         until_true(is_ready)
+
+
+@pytest.mark.parametrize("target", ["production", "dev"])
+def test_the_classic_builder_will_do(checkout: Path, target: str) -> None:
+    build(checkout, target, "dbpool-test:classic", DOCKER_BUILDKIT="0")
 
 
 @pytest.mark.parametrize(
