@@ -167,8 +167,7 @@ def ping(conn: Connection[Any], timeout: float) -> None:
 
 def run_query(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
     """Send one *query* and return its first result, or its error; *timeout* is as in `ping`."""
-    deadline = monotonic() + timeout
-    pgconn = conn.pgconn
+    deadline, pgconn = monotonic() + timeout, conn.pgconn
     pgconn.send_query(query)
     while pgconn.flush():
         _wait_ready(poller(pgconn.socket, _WRITE), deadline)

@@ -222,10 +222,14 @@ class Server(Cluster):
                 os.kill(self._frozen.pop(), signal.SIGCONT)
 
     def backends(self, application_name: str | None = None) -> list[int]:
-        """Return the pids of the client backends, this question's own left out."""
+        """Return the pids of the client backends, this question's own left out.
+
+        Those of an application of several processes have names that begin the same, up to an @.
+        """
         rows = self.execute(
             "select pid from pg_stat_activity where backend_type = 'client backend'"
-            " and pid <> pg_backend_pid() and application_name = coalesce(%s, application_name)",
+            " and pid <> pg_backend_pid() and (%s::text is null or %s in (application_name, split_part(application_name, '@', 1)))",
+            application_name,
             application_name,
         )
         return [pid for (pid,) in rows]

@@ -11,6 +11,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -225,9 +226,33 @@ def test_defaults_are_added_where_nothing_is_set() -> None:
         "keepalives_interval": 10,
         "keepalives_count": 3,
         "tcp_user_timeout": 30000,
-        "fallback_application_name": "dbpool:default",
+        "fallback_application_name": f"dbpool:default@{os.uname().nodename}/{os.getpid()}",
         "options": "-c statement_timeout=30000 -c idle_in_transaction_session_timeout=60000",
     }
+
+
+@pytest.mark.parametrize("name", ["default", "a" * 99, "größe" * 9, "kunden\n", "a@b"])
+@pytest.mark.parametrize("host", ["web-1", "h" * 200, "höst"])
+def test_the_default_application_name_is_one_that_the_server_keeps_as_it_is(
+    name: str, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.uname", lambda: SimpleNamespace(nodename=host))
+    found = Settings(name=name).connect_params("host=h")["fallback_application_name"]
+    assert len(found.encode()) <= 63
+    assert found.isascii()
+    assert found.isprintable()
+    assert found.startswith("dbpool:")
+    assert found.endswith(f"/{os.getpid()}")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({"application_name": "shop"}, "shop"), ({"pooler": "transaction"}, "dbpool:default")],
+)
+def test_an_application_name_of_ones_own_is_kept_and_a_pooler_sees_one_for_all_processes(
+    given: dict[str, Any], found: str
+) -> None:
+    assert Settings(**given).connect_params("host=h")["fallback_application_name"] == found
 
 
 def test_the_connection_string_wins_over_defaults() -> None:
@@ -335,7 +360,8 @@ def test_more_databases_fall_back_to_the_common_settings() -> None:
     ]
     assert [d.timeout for d in databases.values()] == [3, 3, 60]
     assert [d.max_size for d in databases.values()] == [10, 2, 10]
-    assert databases["replica"].connect_params()["fallback_application_name"] == "dbpool:replica"
+    name = databases["replica"].connect_params()["fallback_application_name"]
+    assert name.startswith("dbpool:replica@")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ select json_build_object(
         'max', current_setting('max_connections')::int,
         'ours', (select coalesce(json_object_agg(state, n), '{}') from (
             select coalesce(state, 'unknown') as state, count(*) as n from pg_stat_activity
-             where application_name = current_setting('application_name')
+             where split_part(application_name, '@', 1)
+                   = split_part(current_setting('application_name'), '@', 1)
                and usename = current_user and datname = current_database() group by 1) as own)))
 """
 

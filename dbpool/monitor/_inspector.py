@@ -246,6 +246,9 @@ def _names(pool: Any, conn: psycopg.Connection[Any]) -> tuple[str, str]:
     own = conn.info.parameter_status("application_name")
     if own == NAME:
         params = _params(pool)
-        own = params.get("application_name") or params.get("fallback_application_name")
-    own = str(own or f"dbpool:{pool.name}")
-    return own, f"{own.partition('@')[0]}@"  # a worker's own ends in its host and pid
+        own = params.get("application_name") or os.environ.get("PGAPPNAME")
+        own = str(own or params.get("fallback_application_name"))
+        own = own.encode()[:63].decode(errors="ignore")  # what the server keeps
+    own = str(own)
+    begins = own.partition("@")[0] if own.startswith("dbpool:") else own
+    return own, f"{begins}@"  # a worker's own ends in its host and pid

@@ -69,8 +69,7 @@ class Lease(Generic[CT]):
     _conn: Any
 
     def __init__(self, pool: Pool[CT], timeout: float | None) -> None:
-        self._pool = pool
-        self._timeout = timeout
+        self._pool, self._timeout = pool, timeout
 
     def __enter__(self) -> CT:
         pool = self._pool

@@ -105,8 +105,7 @@ class Maintenance:
 
     def __init__(self, connector: Connector) -> None:
         self.connector = connector
-        self._moved_at = float("-inf")
-        self._standby_due = 0.0
+        self._moved_at, self._standby_due = float("-inf"), 0.0
 
     # Connecting
 

@@ -51,8 +51,7 @@ class Store:
         self.min_size, self.max_size = sizes
         self.jobs = jobs  # for the workers
         self.is_open = self.was_opened = False
-        self.metrics = Metrics()
-        self.listeners = listeners
+        self.metrics, self.listeners = Metrics(), listeners
         self.bag = Bag()
         self.waiting = WaitQueue()
         self.breaker = Breaker(grace)

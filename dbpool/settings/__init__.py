@@ -122,8 +122,7 @@ class Settings:
         if name in _WITHOUT_VARIABLE.split() or not NAME.fullmatch(self.name):
             return name
         own, common = variable(name, self.name), variable(name)
-        either = own if name == "conninfo" or own == common else f"{own} or {common}"
-        return f"{name} ({either})"
+        return f"{name} ({own if name == 'conninfo' or own == common else f'{own} or {common}'})"
 
     def _refuse(self, name: str, reason: str) -> None:
         raise ConfigError(f"{self._known_as(name)} {reason}")
@@ -181,8 +180,20 @@ class Settings:
         same = ("connect_timeout", "keepalives_idle", "keepalives_interval", "keepalives_count")
         return {name: getattr(self, name) for name in same} | {
             "tcp_user_timeout": round(self.tcp_user_timeout * 1000),
-            "fallback_application_name": self.application_name or f"dbpool:{self.name}",
+            "fallback_application_name": self._known_to_server_as(),
         }
+
+    def _known_to_server_as(self) -> str:
+        """Return the application_name; by default it tells the processes of an application apart.
+
+        Not behind a transaction pooler: it would set the name anew for each client that it serves.
+        The server keeps 63 bytes, and replaces what is not ASCII.
+        """
+        name = self.application_name or f"dbpool:{self.name}"[:40]
+        if self.application_name or self.pooler == "transaction":
+            return name
+        tail = f"/{os.getpid()}"
+        return re.sub("[^ -~]", "?", f"{name}@{os.uname().nodename}"[: 63 - len(tail)] + tail)
 
     def default_options(self) -> dict[str, str]:
         """Return the startup options of timeouts that nobody set on purpose, by their names."""
@@ -207,8 +218,7 @@ class Settings:
         *environ* is the process's environment by default, *dotenv* the path of a `.env`.
         """
         name, environ, overrides = conceal(name), conceal(environ), conceal(overrides)
-        name = _parsing.parse_name(name)
-        sources = _sources.read_sources(environ, dotenv)
+        name, sources = _parsing.parse_name(name), _sources.read_sources(environ, dotenv)
         warn_of_unknown(sources, tuple({*names_in(sources), name} - {"default"}))
         return build(name, sources, overrides)
 

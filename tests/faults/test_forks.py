@@ -53,6 +53,21 @@ def run(own_server: Server, tmp_path: Path) -> Run:
     return run
 
 
+def test_a_child_is_known_to_the_server_by_its_own_pid(run: Run) -> None:
+    said = run("""
+        pool = dbpool.Pool(sys.argv[1], max_size=1)
+        assert pool.fetch_value("show application_name").endswith(f"/{os.getpid()}")
+        child = os.fork()
+        if not child:
+            print(pool.fetch_value("show application_name").endswith(f"/{os.getpid()}"), flush=True)
+            os._exit(0)
+        print(wait_for(child))
+        pool.close()
+        end()
+    """)
+    assert said.split()[:2] == ["True", "0"]
+
+
 def test_a_broken_connection_that_a_child_returns_is_none_of_its_own(run: Run) -> None:
     run("""
         pool = dbpool.Pool(sys.argv[1], max_size=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -76,4 +77,7 @@ def test_server_side_timeouts_are_set_without_asking_the_user(dsn: str) -> None:
     with Pool(dsn, statement_timeout=7) as pool:
         assert pool.fetch_value("show statement_timeout") == "7s"
         assert pool.fetch_value("show idle_in_transaction_session_timeout") == "1min"
-        assert pool.fetch_value("show application_name") == "dbpool:default"
+        name = f"dbpool:default@{os.uname().nodename}/{os.getpid()}"
+        assert pool.fetch_value("show application_name") == name[:63]
+    with Pool(f"{dsn} application_name=shop") as pool:
+        assert pool.fetch_value("show application_name") == "shop"
