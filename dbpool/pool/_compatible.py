@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
-from types import FunctionType
+from inspect import getmembers, isroutine
 from typing import Any, Final
 
 import psycopg
@@ -48,12 +48,7 @@ def missing() -> Iterator[str]:
             found = []
         yield from (f"{module}.{name}" for name in names.split() if name not in found)
     for cls, needed in NEEDED.items():
-        functions = {
-            name: function
-            for each in reversed(cls.__mro__)
-            for name, value in vars(each).items()
-            if isinstance(function := getattr(value, "__func__", value), FunctionType)
-        }
+        functions = {name: f for name, f in getmembers(cls, isroutine) if hasattr(f, "__code__")}
         # An attribute is known by the methods that use it.
         known = {*dir(cls), *(n for f in functions.values() for n in f.__code__.co_names)}
         for item in needed.split():
