@@ -34,7 +34,7 @@ class Attempt:
         self.started = 0.0  # 0 while no try is under way
         self.is_retry = False
         self.is_pinging = False  # connected to a pooler, waiting for the server behind it
-        self.params: dict[str, Any] = {}  # of the last failed try
+        self.params: dict[str, Any] = {}  # of the last try
         self.awaits_change = False  # whether other params make it due at once
         self._fast = delays(_FIRST, _CAP, _BASE)
         self._slow = delays(first=1.0, cap=15.0)  # of what waiting hardly cures
@@ -154,9 +154,7 @@ class Breaker:
         self.reset()
         return seconds
 
-    def failed(
-        self, attempt: Attempt, error: BaseException, kind: str, *, awaits_change: bool = False
-    ) -> bool:
+    def failed(self, attempt: Attempt, error: BaseException, kind: str) -> bool:
         """Record a failure, and when to try again: one attempt at a time does.
 
         Returns whether this one does; another gives up its place.
@@ -166,7 +164,7 @@ class Breaker:
         if self.retry not in (None, attempt):
             self.drop(attempt)
             return False
-        self.retry, attempt.is_retry, attempt.awaits_change = attempt, True, awaits_change
+        self.retry, attempt.is_retry = attempt, True
         self.retry_at = attempt.due = self.clock() + attempt.delay(kind)
         return True
 

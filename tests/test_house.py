@@ -147,7 +147,7 @@ def test_no_file_is_long(path: Path) -> None:
 
 def test_the_lower_floors_are_small() -> None:
     total = sum(len(code_lines(path)) for path in CORE)
-    assert total < 4136  # to come down to 3,000: what comes in pays with what goes out
+    assert total < 4124  # to come down to 3,000: what comes in pays with what goes out
 
 
 def test_one_class_stands_between_the_parent_and_the_pool() -> None:

@@ -52,7 +52,6 @@ class Failure:
 
     kind: str
     error: BaseException
-    params: dict[str, Any]
 
 
 class Connector:
@@ -85,19 +84,19 @@ class Connector:
 
     def connect(self, pool: PoolBase[Any], attempt: Attempt) -> Any | Failure:
         """Return a new connection that can be lent, or why there is none."""
-        params: dict[str, Any] = {}
-        secrets: set[str] = set()
+        attempt.params, secrets = {}, set[str]()
         try:
-            params = self.params(pool)
-            return self._connect(pool, params, secrets, attempt)
+            attempt.params = self.params(pool)
+            return self._connect(pool, attempt, secrets)
         except BaseException as ex:  # noqa: BLE001  # whatever it is, the place must not be lost
-            secrets |= secrets_of(already_set(params, os.environ), getattr(ex, "pgconn", None))
-            kind, error = errors.classify(ex), _advise(errors.sanitize(ex, secrets), params)
+            known = already_set(attempt.params, os.environ)
+            secrets |= secrets_of(known, getattr(ex, "pgconn", None))
+            kind, error = errors.classify(ex), _advise(errors.sanitize(ex, secrets), attempt.params)
         # libpq and psycopg give no reason then, or another.
         if "FATAL" not in str(error) and (lack := file_limit_error()):
             error = psycopg.OperationalError(f"{error}: {lack}")
             kind = errors.FailureKind.DESCRIPTORS
-        return Failure(kind, error, params)
+        return Failure(kind, error)
 
     def open(self, pool: PoolBase[Any], params: dict[str, Any]) -> Any:
         """Connect as the parent does; the connection is not prepared."""
@@ -106,12 +105,10 @@ class Connector:
             params = {"cursor_factory": self.cursors, **params}  # a tracer builds upon it
         return cls.connect("", **params)
 
-    def _connect(
-        self, pool: PoolBase[Any], params: dict[str, Any], secrets: set[str], attempt: Attempt
-    ) -> Any:
-        conn: Any = self.server_defaults.connect(lambda p: self.open(pool, p), params)
+    def _connect(self, pool: PoolBase[Any], attempt: Attempt, secrets: set[str]) -> Any:
+        conn: Any = self.server_defaults.connect(lambda p: self.open(pool, p), attempt.params)
         try:
-            known = already_set(params, os.environ)
+            known = already_set(attempt.params, os.environ)
             if self.settings.pooler == "transaction":  # which answers the login itself
                 patience = float(known["connect_timeout"]) or self.settings.connect_timeout
                 self._ping_server(conn, patience, attempt)
@@ -119,7 +116,7 @@ class Connector:
             # psycopg tries twice then, and never tells libpq of the preference.
             conn._record.prefers_standby = known.get("target_session_attrs") == "prefer-standby"
         except BaseException:
-            secrets |= secrets_of(params, conn.pgconn)
+            secrets |= secrets_of(attempt.params, conn.pgconn)
             close(conn)
             raise
         return conn

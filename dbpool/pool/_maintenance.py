@@ -139,17 +139,17 @@ class Maintenance:
 
     def _failed(self, pool: PoolBase[Any], attempt: Attempt, started: float, why: Failure) -> None:
         store, breaker, kind = pool._store, pool._store.breaker, why.kind
-        awaits_change = is_permanent(kind) and not self.connector.have_changed(pool, why.params)
+        is_wrong = is_permanent(kind)
+        attempt.awaits_change = is_wrong and not self.connector.have_changed(pool, attempt.params)
         evict_closed_by_server(pool)  # an idle one that is alive keeps the breaker closed
-        attempt.params = why.params
-        is_retry = store.failed(attempt, why.error, kind, awaits_change=awaits_change)
+        is_retry = store.failed(attempt, why.error, kind)
         if not store.is_open:
             return
         if is_retry:
             self._connect_later(pool, attempt)
         text, sizes, exist = breaker.last_error or "", "", len(store.bag.records)
         # Where no connection exists, the opening of the breaker is logged.
-        if exist and (kind == SATURATED or is_permanent(kind)) and not breaker.is_open:
+        if exist and (kind == SATURATED or is_wrong) and not breaker.is_open:
             sizes = f"{exist} of at most {store.max_size} exist, {len(store.waiting)} waiting"
         pool._notices.connect_failed(breaker.clock() - started, text, kind, sizes)
         self.flush(pool)

@@ -284,14 +284,12 @@ class Store:
         return seconds
 
     @locked
-    def failed(
-        self, attempt: Attempt, error: BaseException, kind: str, *, awaits_change: bool
-    ) -> bool:
+    def failed(self, attempt: Attempt, error: BaseException, kind: str) -> bool:
         """Record a failed attempt; return whether it is to be tried again."""
         self.metrics.connect_failures += 1
         if not self.is_open:
             return False
-        is_retry = self.breaker.failed(attempt, error, kind, awaits_change=awaits_change)
+        is_retry = self.breaker.failed(attempt, error, kind)
         self._trip_if_due()
         return is_retry
 

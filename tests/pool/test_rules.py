@@ -206,7 +206,7 @@ class Pools(RuleBasedStateMachine):
             self.made += 1
         else:
             error = psycopg.OperationalError("refused")
-            is_retry = self.store.failed(attempt, error, kind, awaits_change=False)
+            is_retry = self.store.failed(attempt, error, kind)
             assert is_retry == (self.store.breaker.retry is attempt)
         self.collect_answers()
 
