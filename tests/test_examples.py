@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 SAID = {
+    "processes": r"144\n\[0, 1, 4, 9, 16\]\n",
+    "cron_job": r"0 deleted\n",
     "script": r"\('hello',\)\n42\n2 checkouts\n",
     "orm": r"\['hello'\]\n0 still out\n",
     "replica": r"reading from the primary\ndefault up\nreplica up\n",
@@ -86,8 +88,22 @@ def test_a_check_of_its_own_is_in_readiness(dsn: str, monkeypatch: pytest.Monkey
         assert answer.json["checks"].keys() == {"disk"}
 
 
+def test_the_tests_of_the_application_pass(dsn: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         f"--rootdir={tmp_path}", "-c", os.devnull, ROOT / "examples" / "test_notes.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DATABASE_URL": dsn},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )  # fmt: skip
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
+
+
 def test_every_example_is_tried_and_listed() -> None:
     names = {path.stem for path in EXAMPLES}
-    assert names == SAID.keys() | {"application", "custom_check"}
+    assert names == SAID.keys() | {"application", "custom_check", "test_notes"}
     listed = (ROOT / "examples" / "README.md").read_text()
     assert {name for name in names if f"`{name}.py`" not in listed} == set()

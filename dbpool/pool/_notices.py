@@ -93,8 +93,8 @@ class Notices:
         for seconds in waits:
             self._emit(events.SlowAcquire, seconds)
         text = f"a caller has waited {max(waits):.1f} s for a connection; {snapshot.waiting} wait,"
-        text += f" {snapshot.active} of {snapshot.max_size} checked out; held longest:"
-        text += f" {group(snapshot.holders) or 'unknown'}"
+        text += f" {snapshot.active} of {snapshot.max_size} checked out"
+        text += f"; held longest: {group(snapshot.holders)}" if snapshot.holders else ""
         cause = "%d callers waited for long"
         self._warn("slow_acquire", cause, text, len(waits), seconds=max(waits))
 
