@@ -40,8 +40,9 @@ check: venv ## lint, check the format and the types
 	@$(python) -m ruff format --check
 	@$(python) -m mypy
 
-manifests: venv-manifests ## check all that is for Kubernetes against its schemas
-	@$(VENV)-manifests/bin/python tools/check_manifests.py ops/kubernetes docs/probes.md
+manifests: venv-manifests ## check all that is for Kubernetes and Grafana against their schemas
+	@$(VENV)-manifests/bin/python tools/check_manifests.py ops/kubernetes docs/probes.md \
+	    ops/grafana/dashboards/*.json
 
 docs: venv-docs ## build the documentation into docs/_build/html; a warning is an error
 	@$(VENV)-docs/bin/python tools/write_docs.py

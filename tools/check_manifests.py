@@ -1,10 +1,11 @@
-"""Check the manifests of a folder against the schemas of Kubernetes and the Prometheus operator.
+"""Check manifests against the schemas of Kubernetes, the Prometheus operator and Grafana.
 
-Usage: python tools/check_manifests.py ops/kubernetes docs/probes.md
+Usage: python tools/check_manifests.py ops/kubernetes docs/probes.md ops/grafana/dashboards/dbpool.json
 
-Fields that no schema knows are errors: a cluster drops them without a word.
+Fields that no schema knows are errors: a cluster drops them without a word, and so does Grafana.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 import kubernetes_validate
 import yaml
 from cloudcoil.models.prometheus_operator.v1 import PodMonitor
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 VERSIONS = ("1.30", "1.37")  # the oldest and the newest that they are to work with
 KUSTOMIZATION = "kustomization.yaml"
@@ -42,6 +46,30 @@ def check_page(page):
     return len(problems) or not manifests
 
 
+def check_dashboard(path):
+    """Return the number of problems of a dashboard of Grafana."""
+    register_default_plugins()  # the models of panels and of Prometheus's queries
+    dashboard = json.loads(path.read_text())
+    understood = json.loads(JSONEncoder().encode(Dashboard.from_json(dashboard)))
+    problems = [f"{path}: {problem}" for problem in lost(dashboard, understood)]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{path}: {len(dashboard['panels'])} panels, {len(problems)} problems")
+    return len(problems) or not dashboard["panels"]
+
+
+def lost(given, understood, where=""):
+    """Yield what a model left out, or understood otherwise; it may add defaults."""
+    if isinstance(given, dict) and isinstance(understood, dict):
+        for name, value in given.items():
+            yield from lost(value, understood.get(name), f"{where}.{name}")
+    elif isinstance(given, list) and isinstance(understood, list) and len(given) == len(understood):
+        for number, (value, known) in enumerate(zip(given, understood, strict=True)):
+            yield from lost(value, known, f"{where}[{number}]")
+    elif given != understood:
+        yield f"{where}: {given!r} is understood as {understood!r}"
+
+
 def check(manifest):
     """Yield what is wrong with one manifest."""
     if manifest["kind"] == "PodMonitor":
@@ -68,5 +96,5 @@ def check_pod_monitor(manifest):
 
 if __name__ == "__main__":
     paths = [Path(argument) for argument in sys.argv[1:]]
-    problems = sum(main(path) if path.is_dir() else check_page(path) for path in paths)
-    sys.exit(min(problems, 1))
+    checks = {"": main, ".md": check_page, ".json": check_dashboard}
+    sys.exit(min(sum(checks[path.suffix](path) for path in paths), 1))
