@@ -594,6 +594,24 @@ print(exported.getvalue().count('"count": 5'), pool.closed)
     assert said(EXPORTING + script) == "2 True"
 
 
+def test_spans_of_a_provider_that_was_set_late_are_exported_too() -> None:
+    script = """
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+spans, tracers = InMemorySpanExporter(), TracerProvider()
+tracers.add_span_processor(BatchSpanProcessor(spans, schedule_delay_millis=1e7))
+pool = FakeServer().pool()
+instrument(pool, MeterProvider([InMemoryMetricReader()]))
+trace.set_tracer_provider(tracers)
+use(pool, 1)
+print(flush(), sorted(span.name for span in spans.get_finished_spans()))
+pool.close()
+"""
+    assert said(EXPORTING + script) == "True ['dbpool.acquire', 'dbpool.connect']"
+
+
 def test_an_exporter_that_hangs_is_not_waited_for_too_long() -> None:
     script = """
 class Hanging(ConsoleMetricExporter):

@@ -72,13 +72,12 @@ def uninstrument(pools: Pools | None = None) -> None:
 
 
 def flush(timeout: float = _FLUSH_TIMEOUT) -> bool:
-    """Have the providers in use export what they have; return whether they did within *timeout*.
+    """Have the providers export what they have; return whether they did within *timeout* seconds.
 
-    A provider without `force_flush` is left out. The gunicorn hooks call it when a worker exits.
+    Those are the global ones and all that were ever given to `instrument`. A provider without `force_flush` is left out. The gunicorn hooks call it when a worker exits.
     """
-    providers: set[Any] = {*_meters, *_traced}
-    if _global:  # the proxies in front of them cannot flush
-        providers |= {metrics.get_meter_provider(), trace.get_tracer_provider()}
+    current = metrics.get_meter_provider(), trace.get_tracer_provider()  # proxies cannot flush
+    providers: set[Any] = {*_meters, *_traced, *current}
     flushes = [f for each in providers if (f := getattr(each, "force_flush", None)) is not None]
     thread = threading.Thread(None, _flush, "dbpool-flush", (flushes,), daemon=True)
     thread.start()
