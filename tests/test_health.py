@@ -57,6 +57,14 @@ def test_the_servers_are_described_in_the_words_of_stats(on_server: Databases) -
     assert abs(found["time"] - time.time()) < 5
 
 
+def test_who_looks_at_the_servers_takes_no_connection_from_others(databases: Databases) -> None:
+    health, pool = Health(databases), databases.default
+    with pool.connection():
+        assert health.servers() == {}
+    assert health.servers() == {}, "a fake says nothing of itself"
+    assert pool.stats().counters.timeouts == 0
+
+
 def test_busy_is_not_down(databases: Databases) -> None:
     health = Health(databases)
     pool = databases.default

@@ -129,7 +129,7 @@ class Health:
         deadline = monotonic() + TIMEOUT
         checks = self._start_checks()
         states = self._ask_databases()
-        reads = self._start_reads()
+        reads = self._start_reads(self._stale())
         outcomes = self._await_checks(checks)
         self._await_reads(reads, deadline)
         ready = self._evaluate(states, outcomes)
@@ -145,9 +145,11 @@ class Health:
     def servers(self) -> dict[str, dict[str, Any]]:
         """Return what is known of each database's server, in the words of `/stats`.
 
-        A few seconds old at most, and missing if the server did not answer within half a second.
+        Read anew where it is some seconds old and a connection is idle: this never waits for one.
+        Missing until the server has answered.
         """
-        self._await_reads(self._start_reads(), monotonic() + TIMEOUT)
+        free = [(name, pool) for name, pool in self._stale() if _has_idle(pool)]
+        self._await_reads(self._start_reads(free), monotonic() + TIMEOUT)
         now = time.time() - monotonic()
         return {name: _about(info, now + at) for name, (at, info) in self._server_info.items()}
 
@@ -210,15 +212,17 @@ class Health:
             return PoolState.DOWN
         return PoolState.STARTING if pool.last_alive_at is None else PoolState.DEGRADED
 
-    def _start_reads(self) -> dict[str, Call[None]]:
-        """Start to read the server info of each database that has none, or too old a one."""
+    def _stale(self) -> list[tuple[str, Pool[Any]]]:
+        """Return the databases that serve and have no server info, or too old a one."""
         now = monotonic()
-        stale = [
+        return [
             (name, pool)
             for name, pool in self._items()
             if pool.state == PoolState.UP
             and now - self._server_info.get(name, (-math.inf, {}))[0] > _MAX_INFO_AGE
         ]
+
+    def _start_reads(self, stale: Iterable[tuple[str, Pool[Any]]]) -> dict[str, Call[None]]:
         return {
             name: self._calls.start(("server info", name), self._read_of(name, pool))
             for name, pool in stale
@@ -262,6 +266,11 @@ class Health:
         if self._logged_failures.get((what, name)) != kind:
             self._logged_failures[what, name] = kind
             logger.warning("health: %s %r failed: %s: %s", what, name, kind, _text_of(error))
+
+
+def _has_idle(pool: Pool[Any]) -> bool:
+    stats = pool.stats()
+    return stats.idle > 0 and stats.waiting == 0
 
 
 def _about(info: Mapping[str, Any], at: float) -> dict[str, Any]:

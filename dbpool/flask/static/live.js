@@ -10,7 +10,7 @@ const PATIENCE = 5000;
 const REMEMBERED = 64; // answers
 // Each answer has one of these, so that none is large.
 const PARTS = [() => "history" + strips.newer(), () => "journal&limit=20", () => "endpoints&limit=15",
-  () => "workers&limit=32", () => (asked % 60 < PARTS.length ? "servers,settings" : "servers")];
+  () => "workers&limit=32", about];
 
 // Not relative: the page's own address may hold the password, with which nothing is fetched.
 const address = location.origin + document.body.dataset.stats;
@@ -18,6 +18,12 @@ const byId = (id) => document.getElementById(id);
 const earlier = []; // answers, the latest first
 const parts = {}; // the latest of each
 let asked = 0;
+
+// The server is asked over a connection of the pool, so not more often than is useful.
+function about() {
+  if (asked % 60 < PARTS.length) return "servers,settings";
+  return asked % 15 < PARTS.length ? "servers" : "";
+}
 
 function section(name) {
   const found = [...byId("pools").children].find((each) => each.dataset.pool === name);
@@ -80,7 +86,7 @@ const WORKERS = [
   ["waiting", (each) => [number(each.waiting), each.waiting && "warn"], "num"],
   ["checkouts", (each) => number(each.checkouts), "num"],
   ["refused", (each) => [number(each.refused), each.refused && "warn"], "num"],
-  ["in use for", (each) => seconds(each.use_seconds), "num"],
+  ["used for", (each) => seconds(each.use_seconds), "num"],
 ];
 const SETTINGS = [["setting", (each) => each.name], ["value", (each) => shownValue(each.value)],
   ["from", (each) => [each.source, each.source === "default" && "zero"]]];
