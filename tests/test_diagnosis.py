@@ -312,6 +312,13 @@ MORE_TROUBLES: dict[str, Case] = {
         ("accepts connections but does not answer for 2.5 s", "12 connections wait for one"),
         view=ServerView(0.0, silent_since=NOW - 0.6),
     ),
+    "server full, though no connect fails just now": Case(
+        "DB03",
+        lambda ago: full(3, holders(12, 0.4, "query", where=f"a.py:{ago}"))
+        if ago < 2
+        else failing("FATAL: sorry, too many clients already", 2, "closed", waiting=3),
+        ("no free connection slot",), seconds=6,
+    ),
     "slow statements in all threads, room for one more": Case(
         "DB07", lambda ago: pool(active=10, idle=2, holders=holders(10, 8.0 - ago, "query")),
         ("slow statements hold 10 of 12",), seconds=8,

@@ -443,6 +443,26 @@ def test_another_process_watches_at_once_if_the_first_was_killed(directory: Path
     assert second.lead(100.6)
 
 
+def test_a_door_makes_a_worker_ping_the_pools_that_nobody_uses(
+    own_server: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = [0.0]
+    monkeypatch.setattr("dbpool.monitor._monitor.monotonic", lambda: monotonic() + passed[0])
+    shop = make_shop(own_server.conninfo, min_size=1)
+    shop.pool.fetch_value("select 1")
+    shop.monitor.tick()
+    own_server.stop()
+    passed[0] = 6.0
+    shop.monitor.tick()
+    assert shop.pool.state == "up"
+    monkeypatch.setenv("DBPOOL_SERVE", "127.0.0.1:1")
+    shop.monitor.tick()
+    passed[0] = 12.0
+    shop.monitor.tick()
+    until(lambda: shop.pool.stats().breaker.last_error)
+    assert shop.pool.stats().counters.checkouts == 1
+
+
 def test_what_one_process_saw_end_is_known_to_the_next_that_watches(
     directory: Path, make_shop: Callable[..., Shop]
 ) -> None:

@@ -6,11 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-import psycopg
-
 from dbpool.diagnosis._finding import Finding, Severity, count, duration
 from dbpool.diagnosis._scene import QUERY, UNKNOWN, PoolScene, number, text
-from dbpool.errors import classify, is_permanent
+from dbpool.errors import is_permanent
 
 _NO_ANSWER: Final = "timeout"
 _SATURATED: Final = "saturated"
@@ -30,12 +28,11 @@ def connecting(pool: PoolScene) -> Finding | None:
     since = number(pool.breaker.get("since"), pool.now)
     is_open = pool.breaker.get("state") in ("open", "half-open")
     if error is None and not is_open:
-        return _unanswered(pool)
-    error = error or "no error is known"
-    kind = text(pool.breaker.get("kind")) or _kind_of(error)
+        return _limit_of_late(pool) or _unanswered(pool)
+    error, kind = error or "no error is known", pool.error_kind
     lasted = max(0.0, pool.now - since)
     if not is_open and lasted < _FAILING_AFTER:
-        return None
+        return _limit_of_late(pool)
     evidence = {"error": error, "kind": kind, "seconds": lasted, "waiting": pool.waiting}
     if kind == _SATURATED:
         return _limit(pool, error, since, evidence)
@@ -92,8 +89,16 @@ _SETTINGS: Final = {
 }  # fmt: skip
 
 
-def _kind_of(error: str) -> str:
-    return classify(psycopg.OperationalError(error))
+def _limit_of_late(pool: PoolScene) -> Finding | None:
+    """DB03 or DB17 while callers wait, though no connect fails just now: one came free, or was given up."""
+    limit, is_lacking = pool.watch.limit, pool.waiting > 0 or pool.refused > 0
+    if limit is None or pool.now - limit.since < _FAILING_AFTER or not is_lacking:
+        return None
+    evidence: dict[str, object] = {
+        "error": limit.error, "kind": _SATURATED, "seconds": pool.now - limit.since,
+        "waiting": pool.waiting,
+    }  # fmt: skip
+    return _limit(pool, limit.error, limit.since, evidence)
 
 
 def _limit(pool: PoolScene, error: str, since: float, evidence: dict[str, object]) -> Finding:

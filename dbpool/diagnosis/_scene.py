@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+import psycopg
+
 from dbpool._secrets import printable
 from dbpool.diagnosis._server_view import ServerView, Session
 from dbpool.diagnosis.history import Step
+from dbpool.errors import classify
 
 _MAX_ROWS: Final = 1000  # of anything in a report
 _LONGEST: Final = 300  # characters of a text
@@ -103,6 +106,15 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """A connection limit that a connect met: since when, and when that was seen last."""
+
+    error: str
+    since: float
+    seen: float
+
+
+@dataclass(frozen=True, slots=True)
 class Watch:
     """What repeated looks at a pool showed; see `dbpool.diagnosis.watching`.
 
@@ -120,6 +132,7 @@ class Watch:
     refused: int = 0
     nested: int = 0
     nested_since: float | None = None
+    limit: Limit | None = None
     runs: Mapping[tuple[object, ...], Run] = field(default_factory=dict)
 
     def run_of(self, holder: Holder, now: float) -> Run | None:
@@ -156,6 +169,12 @@ class PoolScene:
     watch: Watch = field(default_factory=Watch)
     view: ServerView | None = None
     pooler: bool = False
+
+    @property
+    def error_kind(self) -> str:
+        """What kind of failure the last error of a connect is."""
+        error = text(self.breaker.get("last_error")) or ""
+        return text(self.breaker.get("kind")) or classify(psycopg.OperationalError(error))
 
     @property
     def is_short(self) -> bool:

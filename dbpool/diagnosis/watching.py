@@ -10,14 +10,17 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
 
-from dbpool.diagnosis._scene import PoolScene, Run, Scene, Watch, key_of, number
+from dbpool.diagnosis._scene import Limit, PoolScene, Run, Scene, Watch, key_of, number
+from dbpool.errors import SATURATED
 
 _MAX_POOLS: Final = 256
 _MAX_HOLDERS: Final = 1000
 _SHARES: Final = 10  # looks
 _EPISODE: Final = 60.0  # seconds that a connection that was forgotten is spoken of
 _REFUSED: Final = 10.0  # seconds
+_LIMIT_EPISODE: Final = 10.0  # seconds
 _CALM: Final = 2  # looks without a waiting caller that end a wait
+_REPORT_AGE: Final = 2.0  # seconds at most until a look shows what began
 
 
 class _Pool:
@@ -29,6 +32,7 @@ class _Pool:
         self.calm = 0
         self.shares: deque[tuple[int, int]] = deque(maxlen=_SHARES)  # unused, all
         self.runs: dict[tuple[object, ...], Run] = {}
+        self.limit: Limit | None = None
         self.totals: Mapping[str, float] | None = None
         self.growth: dict[str, deque[tuple[float, int]]] = {
             name: deque(maxlen=256) for name in _TOTALS
@@ -37,6 +41,7 @@ class _Pool:
     def look(self, pool: PoolScene) -> None:
         self._look_at_waiting(pool)
         self._look_at_holders(pool)
+        self._look_at_limit(pool)
         self._look_at_totals(pool)
 
     def _look_at_waiting(self, pool: PoolScene) -> None:
@@ -55,7 +60,9 @@ class _Pool:
         if share is None or share < 0.5:
             self.unused_since = None
         elif self.unused_since is None:
-            self.unused_since = pool.now
+            # They did so before the first look that shows callers waiting.
+            held = max((h.seconds for h in pool.holders if h.is_unused), default=0.0)
+            self.unused_since = pool.now - min(held, _REPORT_AGE)
 
     @property
     def unused_share(self) -> float | None:
@@ -69,6 +76,15 @@ class _Pool:
             last = before.get(key)
             same = last is not None and last.status == holder.status
             self.runs[key] = Run(holder.status, last.looks + 1 if last and same else 1)
+
+    def _look_at_limit(self, pool: PoolScene) -> None:
+        """Remember that a limit was met: an attempt that is given up takes its error with it."""
+        limit, error = self.limit, pool.breaker.get("last_error")
+        if limit is not None and pool.now - limit.seen > _LIMIT_EPISODE:
+            self.limit = limit = None
+        if isinstance(error, str) and pool.error_kind == SATURATED:
+            since = number(pool.breaker.get("since"), pool.now)
+            self.limit = Limit(error, limit.since if limit else since, pool.now)
 
     def _look_at_totals(self, pool: PoolScene) -> None:
         totals = {
@@ -85,6 +101,7 @@ class _Pool:
         nested = self._recent("nested", now, _REFUSED)
         return Watch(
             waiting_since=self.waiting_since,
+            limit=self.limit,
             unused_since=self.unused_since,
             unused_share=self.unused_share,
             runs=self.runs,

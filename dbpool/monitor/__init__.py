@@ -4,6 +4,7 @@ What is wrong is said by `dbpool.diagnosis`, whose functions are pure. Here are 
 a clock, files or a connection.
 
 - `_monitor.py`: `Monitor`, a look each second in each process
+- `_looks.py`: what that process notices of its own looks, and of its pools that nobody uses
 - `_watching.py`: what one process does of those that share a directory: it watches them all
 - `_inspector.py`: when to ask a server, over which connection
 - `_query.py`: what a reader of `/stats` asks for

@@ -20,6 +20,7 @@ from dbpool.diagnosis._scene import mapping, number, rows, text
 from dbpool.diagnosis.history import History, Recorder
 from dbpool.errors import describe
 from dbpool.metrics import PoolState
+from dbpool.monitor._looks import Pauses, Pings
 from dbpool.monitor._shelf import Record, Shelf
 from dbpool.monitor._watching import Watching
 from dbpool.report import Report
@@ -28,7 +29,6 @@ logger = logging.getLogger("dbpool")
 
 INTERVAL: Final = 1.0  # seconds between two looks
 _CLOSING: Final = 3.0  # seconds
-_STALL: Final = 15.0  # seconds that a pause between two looks is remembered
 
 
 _instances: weakref.WeakSet[Monitor] = weakref.WeakSet()
@@ -82,14 +82,7 @@ class _ProcessState:
         self.key = f"{os.getpid()}-{os.urandom(6).hex()}"
         self.history: dict[str, History] = {}  # of this process, where it is alone
         self.watching: Watching | None = None
-        self._pauses: list[tuple[float, float]] = []  # when a look was, and how long after the last
-
-    def stalled(self, now: float) -> float:
-        """Take a look's time; return the longest pause between two looks of late."""
-        before = self._pauses[-1][0] if self._pauses else now
-        self._pauses = [each for each in self._pauses if now - each[0] <= _STALL]
-        self._pauses.append((now, now - before))
-        return max(pause for _, pause in self._pauses)
+        self.pauses, self.pings = Pauses(), Pings()
 
     def is_stopped(self, seconds: float) -> bool:
         """Wait for the end, so many seconds at most; whether it came."""
@@ -211,7 +204,9 @@ class Monitor:
     def tick(self) -> None:
         """Take one look. `start` has it done each second."""
         state, now = self._state(), monotonic()
-        stalled = state.stalled(now)
+        stalled = state.pauses.look(now)
+        if os.environ.get("DBPOOL_SERVE") and not self._is_reader:
+            state.pings.look(self._databases, now)
         short = self._record(state, now)
         if state.shelf is None or state.shelf.lead(now, is_reader=self._is_reader):
             if state.watching is None:

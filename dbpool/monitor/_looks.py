@@ -1,0 +1,44 @@
+"""What one process notices of its own looks: that it stood still, and which pools nobody uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+_STALL: Final = 15.0  # seconds that a pause between two looks is remembered
+_UNUSED: Final = 5.0  # seconds after which a pool that nobody uses is pinged
+
+
+class Pauses:
+    """The pauses between looks. Times are monotonic."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[float, float]] = []  # when a look was, and how long after the last
+
+    def look(self, now: float) -> float:
+        """Take the next look's time; return the longest pause of late, in seconds."""
+        before = self._known[-1][0] if self._known else now
+        self._known = [each for each in self._known if now - each[0] <= _STALL]
+        self._known.append((now, now - before))
+        return max(pause for _, pause in self._known)
+
+
+class Pings:
+    """Pings pools that nobody uses, so that it is known of them too whether their server is there."""
+
+    def __init__(self) -> None:
+        self._used: dict[str, tuple[int, float]] = {}  # checkouts, and when there last was one
+
+    def look(self, pools: Mapping[str, Any], now: float) -> None:
+        """Ping what was unused for five seconds; *now* is monotonic."""
+        for name, pool in pools.items():
+            stats = pool.stats()
+            checkouts, at = self._used.get(name, (-1, now))
+            is_unused = stats.state == "up" and stats.idle > 0 and stats.active == 0
+            if stats.counters.checkouts != checkouts:
+                self._used[name] = stats.counters.checkouts, now
+            elif is_unused and now - at >= _UNUSED:
+                self._used[name] = checkouts, now
+                with suppress(Exception):  # the pool says so itself
+                    pool.check()
