@@ -461,7 +461,7 @@ def test_making_an_environment_can_be_interrupted(tmp_path: Path) -> None:
     ("settings", "page", "words"),
     [
         (AppSettings(details="always"), True, []),
-        (AppSettings(token="a-token-of-some-length"), True, ["any name", "the password", "curl"]),
+        (AppSettings(token="a-token-of-some-length"), True, ["a form", "curl"]),
         (AppSettings(), False, ["closed", "set DBPOOL_TOKEN"]),
     ],
 )
