@@ -24,6 +24,7 @@ from psycopg.pq.abc import PGcancelConn, PGconn, PGresult
 
 logger = logging.getLogger("dbpool")
 
+Poll = Callable[[float], object]  # of one descriptor, with a time in milliseconds
 _OK = ConnStatus.OK
 _MAX_READS = 8  # in one check, of about 16 kB each
 _READ, _WRITE = 1, 4  # POLLIN and POLLOUT, also where the system has no `poll`
@@ -41,7 +42,7 @@ class PingTimeout(psycopg.OperationalError):
     """The server did not answer a ping in time."""
 
 
-def poller(fd: int, events: int = _READ) -> Callable[[float], object]:
+def poller(fd: int, events: int = _READ) -> Poll:
     """Return a function that waits that many *milliseconds* until *fd* can be read.
 
     It returns something true if there is data or end of file. Make one per connection: to register
@@ -101,9 +102,7 @@ def is_retransmitting(fd: int) -> bool:
 
 
 def check_socket(
-    conn: Connection[Any],
-    readable: Callable[[float], object],
-    fatal_errors: list[psycopg.Error] | None = None,
+    conn: Connection[Any], readable: Poll, fatal_errors: list[psycopg.Error] | None = None
 ) -> Liveness:
     """Read what the server has sent on an idle connection, without asking it anything.
 
@@ -203,7 +202,7 @@ def _next_result(pgconn: PGconn, deadline: float) -> PGresult | None:
     return pgconn.get_result()
 
 
-def _wait_ready(ready: Callable[[float], object], deadline: float) -> None:
+def _wait_ready(ready: Poll, deadline: float) -> None:
     remaining = deadline - monotonic()
     if remaining <= 0 or not ready(min(remaining, 1e6) * 1000.0):
         raise PingTimeout("the server did not answer a ping in time")

@@ -127,10 +127,6 @@ class Waiter:
         self.latch = threading.Lock()
         self.latch.acquire()
 
-    def is_late(self, now: float) -> bool:
-        """Whether its time is over, if it had any: one ping that took all the time is enough."""
-        return self.started < self.deadline <= now
-
     @property
     def is_waiting(self) -> bool:
         """Whether it has neither a connection nor an error yet."""

@@ -59,16 +59,19 @@ class Workers:
 
     def _do(self, job: Job) -> None:
         try:
-            if (pool := self._pool()) is not None:
+            pool = self._pool()
+            if pool is not None or job == self._end_scheduler:
                 job(pool)
         except BaseException as ex:  # noqa: BLE001  # SystemExit of a callback, say
             logger.warning("a maintenance task failed: %s", type(ex).__name__)
+
+    def _end_scheduler(self, _pool: object) -> None:
+        self.scheduler.enter(0.0, None)  # once: another stop would end the next thread
 
     def _work(self) -> None:
         while (job := self.jobs.get()) is not None:
             self._do(job)
             del job  # it may hold a connection
-        self.scheduler.enter(0.0, None)  # which ends it
 
     def start(self, pool: PoolBase[Any]) -> None:
         """Start the scheduler and the workers, unless they run or the pool is closed."""
@@ -83,8 +86,8 @@ class Workers:
     def _start(self, number: int) -> None:
         self.threads = []
         for n, target in enumerate([self.scheduler.run, *[self._work] * number]):
-            name = f"worker-{n - 1}" if n else "scheduler"
-            thread = threading.Thread(target=target, name=f"{self._name}-{name}", daemon=True)
+            name = f"{self._name}-worker-{n - 1}" if n else f"{self._name}-scheduler"
+            thread = threading.Thread(target=target, name=name, daemon=True)
             thread.start()
             self.threads.append(thread)
 
@@ -92,10 +95,12 @@ class Workers:
         """Have the threads end; return them. To be called again if it was interrupted."""
         with self.starting:
             threads = self.threads
+            if threads[1:]:  # a worker ends the scheduler: what wakes that is an Event
+                self.jobs.put(self._end_scheduler)
+            elif threads:
+                self._end_scheduler(None)
             for _ in threads[1:]:
                 self.jobs.put(None)
-            if len(threads) == 1:  # else a worker does it: what wakes the scheduler is an Event
-                self.scheduler.enter(0.0, None)
             self.threads = []
             return threads
 
@@ -274,9 +279,8 @@ class Maintenance:
 
     def return_to_standby(self, pool: PoolBase[Any]) -> None:
         """Replace the connections to a primary if a new one would be to a standby."""
-        connector = self.connector
         try:
-            conn = connector.open(pool, connector.params(pool))
+            conn = self.connector.open(pool, self.connector.params(pool))
         except Exception:  # noqa: BLE001  # whatever it is, the connections in use are better
             return
         standby = conn.pgconn.parameter_status(b"in_hot_standby")

@@ -145,7 +145,8 @@ class Store:
             return
         self.metrics.queued += 1
         self.waiting.append(waiter)
-        if self.bag.idle and not waiter.is_late(breaker.clock()):  # one may have come back
+        # One may have come back; it is not for one whose time, if it had any, went by in a ping.
+        if self.bag.idle and not waiter.started < waiter.deadline <= breaker.clock():
             self.hand_over_or_store(self.bag.idle.pop(), is_fresh=False)
         self.refill()
 
