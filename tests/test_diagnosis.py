@@ -181,7 +181,7 @@ TROUBLES: dict[str, Case] = {
     "wrong password": Case(
         "DB02",
         always(failing('FATAL: password authentication failed for user "shop"', 2)),
-        ("cannot connect", "password"),
+        ("failed to connect", "password"),
     ),
     "no such database": Case(
         "DB02", always(failing('FATAL: database "shop" does not exist', 2)), ("does not exist",)
@@ -274,7 +274,7 @@ TROUBLES: dict[str, Case] = {
     ),
     "nested checkouts": Case(
         "DB09", lambda ago: full(12, holders(12, 6.0 - ago, "idle in transaction", waits=True)),
-        ("wait for a second connection", "none can come free"),
+        ("wait for a second connection", "none can become free"),
         seconds=5,
     ),
     "a connection a request": Case(
@@ -332,7 +332,7 @@ MORE_TROUBLES: dict[str, Case] = {
         view=seen(facts=ServerFacts(role="primary"), role_before="standby", role_changed_at=NOW - 9),
     ),
     "transactions conflict": Case(
-        "DB14", always(pool()), ("ran 120 transactions again, of 1200",),
+        "DB14", always(pool()), ("ran 120 transactions again, out of 1200",),
         steps=lately(12, step(retries=10)),
     ),
     "slower than usual": Case(

@@ -40,7 +40,7 @@ def connecting(pool: PoolScene) -> Finding | None:
         return Finding(
             "DB02", Severity.CRITICAL if is_open else Severity.WARNING,
             pool=pool.name, since=since, evidence=evidence,
-            text=f"{pool.name} cannot connect for {duration(lasted)}: {error}",
+            text=f"{pool.name} has failed to connect for {duration(lasted)}: {error}",
             do=_SETTINGS.get(kind, _SETTINGS["conninfo"]),
         )  # fmt: skip
     return _down(pool, since, evidence, error=error, is_sure=is_open)
@@ -82,7 +82,7 @@ _SETTINGS: Final = {
     " file or a callable gives it.",
     "role": "Create the role on the server, or correct the user in the connection settings.",
     "database": "Create the database, or correct its name in the connection settings.",
-    "access": "Let the role in: see pg_hba.conf and GRANT CONNECT on the server.",
+    "access": "Allow the role: see pg_hba.conf and GRANT CONNECT on the server.",
     "tls": "Compare sslmode, sslrootcert and the server's certificate.",
     "conninfo": "Correct the connection settings: python -m dbpool check shows them without"
     " secrets.",
@@ -108,7 +108,7 @@ def _limit(pool: PoolScene, error: str, since: float, evidence: dict[str, object
     if _OTHER_LIMIT.search(error):
         return Finding(
             "DB17", severity, pool=pool.name, since=since, evidence=evidence,
-            text=f"{pool.name} gets no further connection: {error}"
+            text=f"{pool.name} cannot get another connection: {error}"
             f" ({count(pool.waiting, 'caller')} waiting)",
             do="Raise the limit that the message names (ALTER ROLE … CONNECTION LIMIT, ALTER"
             " DATABASE … CONNECTION LIMIT, PgBouncer's max_client_conn or pool sizes), or lower"
@@ -126,5 +126,5 @@ def _limit(pool: PoolScene, error: str, since: float, evidence: dict[str, object
         text=f"the server of {pool.name} has no free connection slot{known}; the pool has"
         f" {pool.active + pool.idle} of {pool.max_size}, {count(pool.waiting, 'caller')} waiting",
         do="Find who else uses the server's connections (pg_stat_activity), lower max_size of the"
-        " pools that share it, put a pooler before it, or raise max_connections.",
+        " pools that share it, put a pooler in front of it, or raise max_connections.",
     )  # fmt: skip

@@ -277,7 +277,7 @@ def nested(pool: PoolScene) -> Finding | None:
         "DB09", Severity.CRITICAL, pool=pool.name, since=since,
         text=f"{count(len(holders) or timeouts, 'caller')} of {pool.name} wait for a second"
         f" connection while holding one{places}"
-        + (": all connections are held so, and none can come free" if everybody else ""),
+        + (": all connections are held this way, and none can become free" if everybody else ""),
         do="Pass the connection on instead of checking out another inside the block. Else max_size"
         " must be at least threads * (held at once - 1) + 1.",
         evidence={"waiting": pool.waiting, "max_size": pool.max_size, "timed_out": timeouts,
@@ -298,8 +298,8 @@ def held_unused(pool: PoolScene) -> Finding | None:
         pool=pool.name, since=since,
         text=f"{count(pool.waiting, 'caller')} of {pool.name} wait while the holders do nothing in"
         f" the database {share:.0%} of the time: {_places(unused)}",
-        do="Move what is no database work (calls to other services, rendering, sleeping) out of the"
-        " block that holds the connection.",
+        do="Move everything that is not database work (calls to other services, rendering,"
+        " sleeping) out of the block that holds the connection.",
         evidence={"waiting": pool.waiting, "unused_share": round(share, 2),
                   "holders": _holders(pool, unused)},
     )  # fmt: skip

@@ -26,7 +26,7 @@ def over_configured(pool: PoolScene) -> Finding | None:
         "DB11", Severity.WARNING, pool=pool.name, since=view.time,
         text=f"all workers' pools {pool.name} together may open {pool.max_size} connections, but the"
         f" server allows them {room}",
-        do="Lower max_size or the number of workers, or put a pooler before the server.",
+        do="Lower max_size or the number of workers, or put a pooler in front of the server.",
         evidence={
             "max_size": pool.max_size, "room": room, "max_connections": facts.max_connections,
             "reserved": facts.reserved, "role_limit": facts.role_limit,
@@ -45,7 +45,7 @@ def replica(pool: PoolScene) -> Finding | None:
         return Finding(
             "DB13", Severity.WARNING, pool=pool.name, since=view.role_changed_at or view.time,
             text=f"the server of {pool.name} was a {view.role_before} and is a {facts.role} now",
-            do="If that was planned, nothing is to be done. Else see that the pool's connection"
+            do="If that was planned, do nothing. Otherwise check that the pool's connection"
             " settings name the right host; target_session_attrs keeps it to a role.",
             evidence={"role": facts.role, "role_before": view.role_before},
         )  # fmt: skip
@@ -96,8 +96,8 @@ def dying_workers(scene: Scene) -> Finding | None:
     return Finding(
         "DB16", Severity.CRITICAL, since=min(recent),
         text=f"{count(len(recent), 'worker')} died within five minutes without closing their pools",
-        do="Read the server's log for the signal: SIGKILL is mostly the kernel out of memory"
-        " (dmesg), SIGABRT is gunicorn's timeout, SIGSEGV a library in C.",
+        do="Read the server's log for the signal: SIGKILL usually means that the kernel ran out of"
+        " memory (dmesg), SIGABRT is gunicorn's timeout, SIGSEGV a library in C.",
         evidence={"deaths": len(recent), "times": sorted(recent)[-10:]},
     )  # fmt: skip
 
@@ -116,7 +116,7 @@ def innocent(scene: Scene) -> Finding:
         "DB00", Severity.OK, since=scene.now,
         text="the pools are not the cause: " + ("; ".join(parts) or "there are none") + elsewhere,
         do="If requests are slow, look at the code outside the database, at other services, and at"
-        " what waits before the workers.",
+        " what waits in front of the workers.",
         evidence={"pools": {p.name: {"in_use": p.active, "max_size": p.max_size}
                             for p in scene.pools[:20]}, "threads": scene.threads},
     )  # fmt: skip

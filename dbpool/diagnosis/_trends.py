@@ -63,9 +63,9 @@ def too_small(pool: PoolScene) -> Finding | None:
 def _more(pool: PoolScene, free: int | None) -> str:
     shorter = "hold connections for a shorter time, or cache what is asked for often"
     if free is None:
-        return f"Raise max_size if the server has connections free; else {shorter}."
+        return f"Raise max_size if the server has free connections; otherwise {shorter}."
     if free < 2:
-        return f"The server has no connections to spare: {shorter}, or put a pooler before it."
+        return f"The server has no connections to spare: {shorter}, or put a pooler in front of it."
     return f"Raise max_size: the server has {free} connections free. Or {shorter}."
 
 
@@ -87,7 +87,7 @@ def churn(pool: PoolScene) -> Finding | None:
     return Finding(
         "DB10", Severity.WARNING, pool=pool.name, since=pool.now - STEP * _MINUTE,
         text=f"{pool.name} made {count(connects, 'connection')} for {checkouts} checkouts in a"
-        " minute: connections are hardly ever used twice",
+        " minute: connections are hardly ever reused",
         do="Look at what ends them, in the counters of discarded connections: expired and idle are"
         " max_lifetime and max_idle, dead is the server or the network, broken is the code that"
         " leaves them in a bad state. A pool per request or per thread does this too.",
@@ -104,7 +104,7 @@ def conflicts(pool: PoolScene) -> Finding | None:
         return None
     return Finding(
         "DB14", Severity.WARNING, pool=pool.name, since=pool.now - STEP * _MINUTE,
-        text=f"{pool.name} ran {count(retries, 'transaction')} again, of {checkouts} in a minute",
+        text=f"{pool.name} ran {count(retries, 'transaction')} again, out of {checkouts} in a minute",
         do="Let transactions touch rows in the same order and be short; a lower isolation level or"
         " SELECT … FOR UPDATE may do.",
         evidence={"retries": retries, "checkouts": checkouts},
@@ -122,8 +122,8 @@ def slower(pool: PoolScene) -> Finding | None:
         return Finding(
             "DB18", Severity.WARNING if everybody else Severity.NOTICE, pool=pool.name,
             since=pool.now - STEP * _BAD_STEPS,
-            text=f"{pool.name} is slower than usual: {what} takes up to {duration(now)} (p95), usual"
-            f" are {duration(usual)}",
+            text=f"{pool.name} is slower than usual: {what} takes up to {duration(now)} (p95),"
+            f" usually {duration(usual)}",
             do="Look at the server's load, its disks, and what else runs there now (vacuum, backup,"
             " a plan that changed).",
             evidence={"what": name, "p95": now, "usual_p95": usual},

@@ -132,7 +132,7 @@ class Watching:
     def _log(self, found: Collection[Finding], now: float) -> None:
         for finding, count in self._episodes.due(found, now):
             where = "" if finding.pool is None else f"pool {finding.pool!r}: "
-            again = f" (still, after {count} looks)" if count > 1 else ""
+            again = f" (seen in {count} looks)" if count > 1 else ""
             extra = {"dbpool": {"event": "finding", **finding.to_json()}}
             logger.log(
                 _LEVELS[finding.severity],
