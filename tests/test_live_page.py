@@ -282,6 +282,15 @@ def test_of_the_history_only_what_is_new_is_asked_for(see: Callable[..., Page], 
     assert steps == len(first["history"]["pools"]["default"]["in_use"]), "and nothing is lost"
 
 
+def test_workers_that_share_nothing_are_asked_for_their_whole_history(
+    see: Callable[..., Page], page: Page
+) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    see(STATES["busy"]() | {"scope": "process"}, asked=6)
+    assert not any("since" in url for url in asked), "the next answer may come from another"
+
+
 def test_a_cursor_shows_the_values_of_another_time(see: Callable[..., Page]) -> None:
     page = see(STATES["locked"](), whole=True)
     cursor = page.get_by_role("slider", name="Time")
@@ -346,6 +355,18 @@ def test_every_state_can_be_read_by_everybody(see: Callable[..., Page], name: st
     page.locator("#pause").click()
     page.emulate_media(reduced_motion="reduce")
     look_at(page)
+
+
+def test_old_numbers_are_marked_and_can_still_be_read(see: Callable[..., Page], site: Site) -> None:
+    page = see(STATES["full"](), whole=True)
+    site.app.view_functions["dbpool.stats"], answer = lambda: ("busy", 503), site.app.view_functions["dbpool.stats"]  # fmt: skip
+    try:
+        expect(page.locator("#summary")).to_have_text("no answer: HTTP 503")
+    finally:
+        site.app.view_functions["dbpool.stats"] = answer
+    page.locator("#pause").click()
+    assert "stale" in page.locator("body").get_attribute("class")
+    assert violations(page) == []
 
 
 def test_bars_stand_out_from_what_is_behind_them() -> None:
@@ -455,6 +476,22 @@ def test_a_browser_without_javascript_signs_in_and_out(browser: Any, closed: Sit
     page.close()
 
 
+def test_a_link_from_another_site_finds_the_browser_signed_in(
+    browser: Any, closed: Site, site: Site
+) -> None:
+    page = browser.new_page()
+    page.goto(closed.url)
+    page.get_by_label("Token").fill(TOKEN)
+    page.keyboard.press("Enter")
+    expect(page.locator("[data-state]")).to_be_visible()
+    page.goto(site.url.replace("127.0.0.1", "localhost"))
+    page.evaluate("(url) => { location.href = url }", closed.url)  # as a link in a chat would
+    page.wait_for_url(closed.url)
+    expect(page.locator("[data-state]")).to_be_visible()
+    expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+    page.close()
+
+
 def test_a_session_that_ends_is_said_beside_the_last_numbers(browser: Any, closed: Site) -> None:
     page = browser.new_page()
     page.goto(closed.url)
@@ -476,3 +513,12 @@ def test_the_form_can_be_used_by_everybody(page: Page, closed: Site) -> None:
     page.keyboard.press("Enter")
     expect(page.get_by_label("Token")).to_have_attribute("aria-invalid", "true")
     look_at(page)
+
+
+def test_a_page_that_stays_closed_says_what_opens_it(page: Page) -> None:
+    site = Site()
+    with site.serving():
+        page.goto(site.url)
+        expect(page.get_by_role("alert")).to_contain_text("set DBPOOL_TOKEN")
+        expect(page.get_by_label("Token")).to_be_hidden()
+        look_at(page)

@@ -186,7 +186,7 @@ function showAll(stats) {
   const names = Object.keys(stats.pools).sort((a, b) => (b === "default") - (a === "default"));
   names.sort((a, b) => gravity(a, findings) - gravity(b, findings) || 0);
   for (const each of stats.processes) each.start = stats.time - each.uptime;
-  if (stats.history) strips.remember(stats.history);
+  if (stats.history) strips.remember(stats.history, stats.scope);
   for (const part of ["journal", "endpoints", "workers", "servers", "settings"]) {
     if (stats[part]) parts[part] = stats[part];
   }

@@ -12,11 +12,13 @@ const STRIPS = [["in_use", "in use", number, Infinity], ["waiting", "waiting", n
   ["checkouts", "checkouts", rate, Infinity], ["refused", "refused", number, 1]];
 
 let known = null; // the history as it is known so far
+let isShared = false; // whether all workers have the same one
 
 // What to ask for so that nothing is missing, and little comes twice.
-export const newer = () => (known ? `&since=${(known.until - TAIL).toFixed(1)}` : "");
+export const newer = () => (known && isShared ? `&since=${(known.until - TAIL).toFixed(1)}` : "");
 
-export function remember(history) {
+export function remember(history, scope) {
+  isShared = scope === "all";
   const full = (series) => Object.values(series)[0]?.length === 180;
   const pools = {};
   for (const [name, series] of Object.entries(history.pools)) {
