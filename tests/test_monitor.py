@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -441,6 +442,19 @@ def test_another_process_watches_at_once_if_the_first_was_killed(directory: Path
     assert not second.lead(100.5)
     record.abandon()  # as the system does
     assert second.lead(100.6)
+
+
+def test_what_is_written_while_another_takes_over_is_not_lost(
+    directory: Path, make_shop: Callable[..., Shop]
+) -> None:
+    killed = [Shelf(directory, "app", f"{n}-a").record(["default"]) for n in (1, 2, 3)]
+    shop = make_shop("host=127.0.0.1 port=1", directory)
+    shop.monitor.tick()
+    deaths = {"app-8-a": time.time(), "app-9-a": time.time()}
+    Shelf(directory, "app", "7-b").save("journal", {"journal": [], "deaths": deaths})
+    killed[0].abandon()
+    shop.monitor.tick()
+    assert shop.monitor.findings()[0]["code"] == "DB16"
 
 
 def test_a_door_makes_a_worker_ping_the_pools_that_nobody_uses(

@@ -310,11 +310,11 @@ class Monitor:
 def _run(monitor: weakref.ref[Monitor], state: _ProcessState) -> None:
     """Look each second until the monitor is gone, closed, or has nothing left to look at."""
     try:
-        while not state.is_stopped(INTERVAL):
-            if (found := monitor()) is None or found.is_over():
-                return
-            found.try_tick()
+        while (found := monitor()) is not None and not found.is_over():
+            found.try_tick()  # the first at once: a worker that is killed soon is missed then
             del found
+            if state.is_stopped(INTERVAL):
+                return
     finally:
         state.release()
 

@@ -39,6 +39,7 @@ _ADDED_UP_AFTER: Final = 2.0  # seconds after a step, when all processes have wr
 _SLOW_HOLD: Final = 2.0  # seconds in one statement
 _LONG_WAIT: Final = 1.0
 _PATIENCE: Final = 0.8  # seconds that a look at the pools waits for those at the servers
+_OVERLAP: Final = 5.0  # seconds in which the process that watched before may still write
 _MAX_DEATHS: Final = 20
 _LEVELS: Final = {
     Severity.NOTICE: logging.INFO,
@@ -67,18 +68,29 @@ class Watching:
         self._poolers = frozenset(
             name for name, pool in databases.items() if pool.settings.pooler == "transaction"
         )
-        before = mapping(shelf.load("journal")) if shelf is not None else {}
-        self._journal = Journal.from_json(before.get("journal"))
-        self._deaths = {str(k): number(v) for k, v in mapping(before.get("deaths")).items()}
+        self._inherits_until: float | None = None
+        self._journal, self._deaths = Journal(), dict[str, float]()
+        self._inherit()
         self._history: dict[str, History] = {}
         self._added_up = -1
         self._written: dict[str, tuple[float, object]] = {}
         self._sizes: dict[str, int] = {}  # of the files as written last
         self.said: dict[str, dict[str, Any]] = {}
 
+    def _inherit(self) -> None:
+        """Take over the journal and the deaths that the process before this one wrote."""
+        before = mapping(self._shelf.load("journal")) if self._shelf is not None else {}
+        deaths = {str(k): number(v) for k, v in mapping(before.get("deaths")).items()}
+        self._journal = self._journal.merge(Journal.from_json(before.get("journal")))
+        self._deaths = deaths | self._deaths
+
     def add_up(self, names: list[str], now: float) -> dict[str, History]:
         """Add up the steps of all processes, once each has ended for all; return the history."""
         assert self._shelf is not None
+        if self._inherits_until is None:
+            self._inherits_until = now + _OVERLAP
+        if now < self._inherits_until:
+            self._inherit()
         for name, is_orderly in self._shelf.ended().items():
             if not is_orderly and name not in self._deaths:
                 self._deaths[name] = time.time()
