@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from dbpool.diagnosis.endpoints import (
     to_json,
     totals,
 )
-from dbpool.metrics import Metrics
+from dbpool.metrics import HolderSnapshot, Metrics, Snapshot
 from dbpool.processes import Processes
 
 from .conftest import MakeApp
@@ -298,6 +299,44 @@ def test_the_file_of_two_hundred_endpoints_is_written_at_a_bounded_rate(
         assert path.stat().st_mtime_ns == before, "not again within five seconds"
         processes.close()
         assert path.stat().st_mtime_ns > before, "but at the end"
+
+
+class Busy:
+    """Stands in for a pool: every bucket has counts, every connection is held, by 200 endpoints."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        for times in (self.metrics.wait, self.metrics.use, self.metrics.connect):
+            times.counts = [123_456] * len(times.counts)
+        self.usage = UsageCounter()
+        for n in range(MAX_NAMES):
+            for _ in range(50):
+                self.usage.ended(0.001, 0.01 * n, f"blueprint.some_endpoint_{n}", CODE, 0)
+
+    def stats(self) -> Snapshot:
+        holders = [
+            HolderSnapshot(f"ThreadPoolExecutor-0_{n}", n / 7, "app/views.py:41 list_orders",
+                           "orders.index", 4711 + n, None, "idle in transaction")
+            for n in range(20)
+        ]  # fmt: skip
+        return self.metrics.snapshot([], state="up", size=20, active=20, holders=tuple(holders))
+
+
+def test_the_files_of_a_busy_worker_are_small_and_seldom_written(tmp_path: Path) -> None:
+    """Its monitor's files may take 1.1 KiB a second and 12 KiB beside these."""
+    tmp_path.chmod(0o700)
+    processes = Processes({"default": Busy(), "replica": Busy()}, directory=tmp_path)
+    processes.publish()
+    (state,), (usage,) = tmp_path.glob("*.json"), tmp_path.glob("*.usage")
+    assert state.stat().st_size + usage.stat().st_size < 52 * 1024
+    rate = state.stat().st_size / processes.interval + 450
+    assert rate < 2.9 * 1024
+    report = Processes({}, directory=tmp_path).collect_others(usage=True)
+    assert report is not None
+    assert report.pools["default"].holders[0].worker == os.getpid()
+    assert report.pools["default"].holders[0].seconds == pytest.approx(19 / 7, abs=0.1)
+    assert len(report.usage["default"]) == MAX_NAMES
+    processes.close()
 
 
 # Flask

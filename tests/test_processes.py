@@ -23,8 +23,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dbpool.metrics import BreakerSnapshot, HolderSnapshot, Metrics, Snapshot
 from dbpool.processes import Processes
+from dbpool.processes._archive import part_to_json
 from dbpool.processes._files import locked, start_time, write
 from dbpool.prometheus import expose
+from dbpool.report import Process, Report
 from tests.scripts import python
 from tests.threads import Task
 
@@ -484,15 +486,11 @@ def a_record() -> dict[str, Any]:
         holders=(HolderSnapshot("a", 1.0, "a.py:1 f", "index"), HolderSnapshot("a", 1.0, "b")),
     )
     parent = os.getppid()
-    return {
-        "schema": 2,
-        "pid": parent,
-        "start": start_time(parent),
-        "number": 0,
-        "written": 1.0,
-        "uptime": 1.0,
-        "pools": {"default": snapshot.to_json()},
-    }
+    process = Process(parent, start_time(parent) or "0", written=1.0, uptime=1.0)
+    record: dict[str, Any] = json.loads(
+        json.dumps(part_to_json(Report({"default": snapshot}, (process,))))
+    )
+    return record
 
 
 ODD: st.SearchStrategy[Any] = st.recursive(

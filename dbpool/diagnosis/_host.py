@@ -8,7 +8,7 @@ from dbpool.diagnosis._finding import Finding, Severity, count, duration
 from dbpool.diagnosis._scene import PoolScene, Scene
 
 _SILENT: Final = 10.0  # seconds
-_FRESH: Final = 3.0
+_FRESH: Final = 6.0  # with much to write a process writes each five
 _LAG: Final = 60.0
 _DEATHS: Final = 3
 _WITHIN: Final = 300.0  # seconds

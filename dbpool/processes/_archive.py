@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from dbpool.diagnosis.endpoints import Rows, complete
+from dbpool.metrics import TIMES, Snapshot
 from dbpool.processes._files import is_held, locked, read, start_time, write
 from dbpool.report import (
     SCHEMA,
@@ -28,6 +29,7 @@ from dbpool.report import (
 
 ALIVE: Final = ".alive"
 USAGE: Final = ".usage"
+_HOLDER: Final = ("thread", "seconds", "where", "endpoint", "pid", "status", "waits")  # as a row
 MAX_FILES: Final = 1024  # that are read
 
 T = TypeVar("T")
@@ -38,7 +40,23 @@ def part_to_json(part: Report) -> dict[str, Any]:
     """Return the content of a process's file."""
     (process,) = part.processes
     head = {key: value for key, value in vars(process).items() if key != "age"}
-    return {"schema": SCHEMA, **head, "pools": part.to_json()["pools"]}
+    pools = {name: _pool_to_json(pool) for name, pool in part.pools.items()}
+    return {"schema": SCHEMA, **head, "pools": pools}
+
+
+def _pool_to_json(pool: Snapshot) -> dict[str, Any]:
+    """Return what is read back of a pool, which is written each second: the less, the better."""
+    data = pool.to_json()
+    for name in TIMES:
+        data[name] = {key: data[name][key] for key in ("sum_ns", "max", "buckets")}
+    rows = [{**holder, "seconds": round(holder["seconds"], 3)} for holder in data["holders"]]
+    data["holders"] = [[row[key] for key in _HOLDER] for row in rows]
+    return data
+
+
+def _pool_from_json(data: Any, pid: int) -> dict[str, Any]:
+    holders = [dict(zip(_HOLDER, row, strict=True)) | {"worker": pid} for row in data["holders"]]
+    return {**data, "holders": holders}
 
 
 def _part_from_json(data: Any) -> Report:
@@ -52,7 +70,8 @@ def _part_from_json(data: Any) -> Report:
             written=read_seconds(data["written"]),
             uptime=read_seconds(data["uptime"]),
         )
-        return Report(read_pools(data["pools"]), (process,))
+        pools = {name: _pool_from_json(pool, process.pid) for name, pool in data["pools"].items()}
+        return Report(read_pools(pools), (process,))
 
 
 def _check_schema(data: Any) -> None:

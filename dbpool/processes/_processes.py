@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from dbpool._secrets import safe_repr
-from dbpool.diagnosis.endpoints import Rows, UsageCounter
+from dbpool.diagnosis.endpoints import MAX_NAMES, Rows, UsageCounter, merge
 from dbpool.metrics import Snapshot
 from dbpool.processes._archive import ALIVE, MAX_FILES, USAGE, Archive, part_to_json
 from dbpool.processes._files import STATS_DIR, NoLocks, ProcessLock, start_time, write
@@ -26,8 +26,11 @@ from dbpool.report import SCHEMA, Process, Report, read_text
 logger = logging.getLogger("dbpool")
 
 PUBLISH_INTERVAL: Final = 1.0  # seconds
+_MAX_INTERVAL: Final = 5.0  # seconds: the more there is to write, the less often
+_BYTES_A_SECOND: Final = 2400
 _USAGE_INTERVAL: Final = 5.0  # seconds at least between two writes of the use by endpoint
-_USAGE_BYTES_A_SECOND: Final = 1024
+_USAGE_BYTES_A_SECOND: Final = 450
+_MAX_ROWS: Final = 400  # of it, in all pools
 WRITE_TIMEOUT: Final = 1.0  # seconds that a publication waits for another of this process
 
 _instances: weakref.WeakSet[Processes] = weakref.WeakSet()
@@ -63,6 +66,7 @@ class _ProcessState:
         self.retry_at = 0.0  # when to try again to start the thread
         self.stop = threading.Event()
         self.alive: ProcessLock | None = None
+        self.size = 0  # of the file as written last, in bytes
         self.usage_due = 0.0  # when to write the use by endpoint again
         # Held from the snapshot until it is written, so that no older one comes after a newer.
         self.writing = threading.Lock()
@@ -176,8 +180,13 @@ class Processes:
     def _run(self, stop: threading.Event) -> None:
         if _publishes_from_the_start:
             self.publish()
-        while not stop.wait(PUBLISH_INTERVAL):
+        while not stop.wait(self.interval):
             self.publish()
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two publications: one, or more if there is much to write."""
+        return min(max(PUBLISH_INTERVAL, self._state().size / _BYTES_A_SECOND), _MAX_INTERVAL)
 
     def _publish(self) -> Report | None:
         """Write this process's file and return what it holds, None if that is not possible."""
@@ -192,7 +201,7 @@ class Processes:
             own = self._describe()
             path = directory / f"{self.app}-{own.processes[0].key}.json"
             self._hold_alive(state, path.with_suffix(ALIVE))
-            write(path, part_to_json(own))
+            state.size = write(path, part_to_json(own))
             self._write_usage(state, path.with_suffix(USAGE))
         except OSError as ex:
             self._warn("write", f"cannot write statistics to {directory}: {ex.strerror}")
@@ -205,7 +214,9 @@ class Processes:
         """Write the use by endpoint now and then, and at the end. The caller holds `writing`."""
         now = time.monotonic()
         if (usage := self._usage()) and (now >= state.usage_due or state.stop.is_set()):
-            size = write(path, {"schema": SCHEMA, "usage": usage})
+            most = _MAX_ROWS // len(usage)
+            fitting = {name: merge([rows], min(MAX_NAMES, most)) for name, rows in usage.items()}
+            size = write(path, {"schema": SCHEMA, "usage": fitting})
             state.usage_due = now + max(_USAGE_INTERVAL, size / _USAGE_BYTES_A_SECOND)
 
     def _usage(self) -> dict[str, Rows]:
