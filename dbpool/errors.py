@@ -123,7 +123,7 @@ class PoolError(_Coded, psycopg.OperationalError):
 class PoolExhausted(PoolError, PoolTimeout):
     """All connections stayed checked out until the deadline; the text names the holders.
 
-    If no connection came back in that time, it also says whether the network may be the cause.
+    If no connection was returned in that time, it also says whether the network may be the cause.
     """
 
     code = "DBE01"
@@ -149,7 +149,7 @@ class DatabaseMisconfigured(DatabaseUnavailable):
 
 
 class CommitUncertain(PoolError):
-    """The connection was lost before the answer to COMMIT came: the server may have committed.
+    """The connection was lost before the answer to COMMIT arrived: the server may have committed.
 
     Also raised for a statement in autocommit. `__cause__` is the connection's error.
     """

@@ -11,9 +11,11 @@ these, unless it is combined with it:
     @combined
     def post_fork(server, worker): ...
 
-The master imports this. It gets the standard library and `processes._directory` from it, nothing
-else: what the master imports is not reloaded, and comes before gevent patches the standard library.
+The gunicorn master imports this module, and with it almost nothing else of dbpool, so that a reload
+brings a new version of the library.
 """
+# What the master imports is not reloaded, and comes before gevent patches the standard library:
+# import only the standard library and `processes._directory` here.
 
 from __future__ import annotations
 

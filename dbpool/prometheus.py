@@ -59,8 +59,8 @@ _TOTALS: Final = {
     "dbpool_circuit_opened": ("circuit_opened", "Times the breaker opened"),
 }
 _OF_ENDPOINTS: Final = {  # in the order of `totals`
-    "checkouts": "Connections returned that an endpoint had; where there is none, a line of code",
-    "use_seconds": "Time for which an endpoint had connections",
+    "checkouts": "Connections that an endpoint, or a line of code outside of one, returned",
+    "use_seconds": "Time for which an endpoint held connections",
     "gave_up": "Callers of an endpoint that got no connection",
 }
 

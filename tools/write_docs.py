@@ -82,6 +82,9 @@ def metrics() -> str:
         "db_client_connections": "`state`: `idle`, `used`",
         "dbpool_discarded": "`reason`",
         "dbpool_finding": "`code`",
+        "dbpool_endpoint_checkouts": "`endpoint`",
+        "dbpool_endpoint_gave_up": "`endpoint`",
+        "dbpool_endpoint_use_seconds": "`endpoint`",
         "dbpool_process_age_seconds": "`pid`",
     }
     for family in PoolCollector(dict).describe():

@@ -119,7 +119,7 @@ class PoolBase(ConnectionPool[CT]):
         self.usage = self._store.metrics.usage = make()
 
     def holders(self) -> list[Holder]:
-        """Return who holds connections, longest first, at most 20."""
+        """Return at most 20 holders of connections, longest first."""
         return list(self.stats().holders)
 
     # Opening and closing

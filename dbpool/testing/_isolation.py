@@ -192,7 +192,7 @@ def _in_thread(fn: Callable[[], Any]) -> Any:
 
 
 class Isolation:
-    """Pools whose work is undone when it ends: a context manager.
+    """A context manager that undoes at its end what its pools have done.
 
     Takes pools, mappings of them such as `Databases`, or both.
     """
