@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 from contextlib import suppress
 from enum import StrEnum
+from pkgutil import get_data
 from typing import Any, Final
 
 import psycopg
@@ -56,34 +57,8 @@ _PERMANENT: Final = frozenset({"access", "conninfo", "database", "password", "ro
 # libpq reports a failed connect as text only: `sqlstate` is None, and the server's part of the
 # text is localised. Patterns are searched for in the first line, the most specific one first. The
 # texts are those of PostgreSQL 12 to 18 and of PgBouncer.
-_TEXTS: Final = (
-    # This is no host name: it is a URL, or has a port or brackets.
-    ("conninfo", r"resolve host '(?:[^':]*:\d*'|[^']*[][/@\s])|could not translate host name \"\["),
-    ("dns", r"failed to resolve host|could not translate host name"),
-    ("timeout", r"timeout expired|timed out|query_wait_timeout"),
-    ("saturated", r"too many (clients|connections)|slots are reserved|no (more|server) connection"),
-    ("starting", r"database system is|not yet accepting connections|recovery mode"),
-    ("shutdown", r"terminating connection due to administrator command|shutting down"),
-    ("standby", r"session is (not )?read-only|server is (not )?in hot standby"),
-    ("conninfo", r"authentication method|channel binding|GSSAPI encryption|OAuth"),
-    ("password", r"authentication failed for|no password supplied|SASL auth"),
-    ("role", r'role "[^"]*" does not exist|not permitted to log in|no such user'),
-    ("database", r'database "[^"]*" does not exist|no such database|not currently accepting'),
-    ("conninfo", r"could not access file|permission denied to set|requires a value"),
-    ("access", r"failed: Permission denied|permission denied for database"),
-    ("access", r"pg_hba\.conf (entry|rej)"),
-    ("closed", r"unexpected eof|EOF detected"),  # in the middle of a TLS handshake
-    ("tls", r"certificate|private key file|SSL engine|not support SSL|SSL error|sslmode"),
-    ("refused", r"Connection refused|No such file or directory|login has been failing"),
-    ("closed", r"server closed the connection|Connection reset"),
-    ("conninfo", r"(for|configuration|startup) parameter|\" cannot be|command-line|wal ?sender"),
-    ("conninfo", r"protocol_version|protocol (version|negot)|peer user name|could not match \d"),
-    ("conninfo", r"Not a directory|Invalid argument|setsockopt|path .* is too long"),
-    # The second and third: the port belongs to another service.
-    ("conninfo", r"invalid (port|connection opt|integer)|received invalid|expected authentication"),
-    # libpq refuses these without asking a server. Its own text may be localised.
-    ("conninfo", r"^connection is bad: (?!.*(\.s\.PGSQL\.|, \w+ \d+ |memory))"),
-)
+_LINES: Final = (get_data(__package__, "failures.txt") or b"").decode().splitlines()
+_TEXTS: Final = [line.partition(": ")[::2] for line in _LINES if line and line[0] != "#"]
 
 # psycopg lists the attempts on several addresses like this: the host with its port, and the error.
 _ATTEMPT: Final = re.compile(r"^- (host: .*), hostaddr: (?:'[^']*'|None): (.*)$", re.MULTILINE)

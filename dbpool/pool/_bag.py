@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dbpool.pool._store import Store
 
 _MAX_CANCELS: Final = 100  # requests that wait to be sent; beyond them the oldest is dropped
+_CROWD: Final = 100  # waiters
 
 Condition = Callable[[ConnectionRecord], bool]
 Job = Callable[[Any], None]  # of a worker, called with the pool
@@ -115,15 +116,19 @@ class Waiter:
     """One caller waiting for a connection; all but the wait itself happens under the lock.
 
     At its end it has a connection, whose record then names *owner*, or an error.
+
+    Threads whose waits end in one instant keep the interpreter from one another, for seconds. So in
+    a crowd the first alone keeps the time, and those who are late wake one another, one by one.
     """
 
     def __init__(self, owner: ref[Any], started: float, deadline: float) -> None:
-        self.owner, self.started, self.deadline = owner, started, deadline
+        self.owner, self.started, self.deadline, self.until = owner, started, deadline, deadline
         self.thread = current.thread
         self.conn: Any = None
         self.error: BaseException | None = None
         self.is_fresh = False  # whether `conn` needs no check: its server spoke just now
         self.is_over = self.is_rejected = self.is_reported = False  # reported as waiting for long
+        self.next: Waiter | None = None  # whom it wakes, if both are late
         self.latch = threading.Lock()
         self.latch.acquire()
 
@@ -134,20 +139,22 @@ class Waiter:
 
     def wait(self) -> bool:
         """Wait until served, rejected or late; return whether it still waits then."""
-        self.latch.acquire(timeout=lock_timeout(self.deadline - monotonic()))
+        while self.latch.acquire(timeout=lock_timeout(self.until - monotonic())):
+            if not self.is_waiting:  # else it keeps the time from now on
+                break
         return self.is_waiting
 
-    def fail(self, error: BaseException) -> None:
-        """Have *error* raised where it waits."""
-        self.error, self.is_over = error, True
-        self.latch.release()
+    def wake(self) -> None:
+        """End its wait, or have it keep the time."""
+        if self.latch.locked():
+            self.latch.release()
 
     def reject(self, error: BaseException) -> bool:
         """Have *error* raised if it still waits; return whether it does."""
         if not self.is_waiting:
             return False
-        self.is_rejected = True
-        self.fail(error)
+        self.error, self.is_over, self.is_rejected = error, True, True
+        self.wake()
         return True
 
     def take_error(self) -> BaseException:
@@ -164,6 +171,21 @@ class Waiter:
 class WaitQueue(deque[Waiter]):
     """The waiters in the order in which they came."""
 
+    latest = 0.0  # the latest deadline
+
+    def join(self, waiter: Waiter) -> None:
+        """Enqueue a waiter; in a crowd it leaves the time to those before it, unless it is first."""
+        self.latest = max(self.latest if self else 0.0, waiter.deadline)
+        if len(self) >= _CROWD and waiter.deadline > self.latest - 0.01:
+            waiter.until += 1.0
+        self.append(waiter)
+
+    def lead(self) -> None:
+        """Have the first keep the time; it waits a little longer, for those behind it."""
+        if self and self[0].until > self[0].deadline + 0.1:
+            self[0].until = self[0].deadline + 0.01
+            self[0].wake()
+
     def serve(self, conn: Any, *, is_fresh: bool) -> bool:
         """Give a connection to the first that still waits; return whether anybody does."""
         record: ConnectionRecord = conn._record
@@ -173,7 +195,8 @@ class WaitQueue(deque[Waiter]):
                 record.since, record.owner = 0.0, waiter.owner  # without a call in between
                 waiter.conn, waiter.is_fresh = conn, is_fresh
                 del self[0]
-                waiter.latch.release()
+                waiter.wake()
+                self.lead()
                 return True
             del self[0]  # whoever ended its wait was interrupted
         return False
@@ -188,8 +211,8 @@ class WaitQueue(deque[Waiter]):
         return number
 
     def expired(self, waiter: Waiter, now: float) -> list[Waiter]:
-        """Return *waiter* and, from the front, all whose time is over too, if they still wait."""
-        late = takewhile(lambda each: each.deadline <= now, list(self))
+        """Return *waiter* and, from the front, all whose time is over too; none if it was served."""
+        late = takewhile(lambda each: each.deadline <= now, list(self) if waiter.is_waiting else [])
         return [each for each in dict.fromkeys([waiter, *late]) if each.is_waiting]
 
     def discard(self, waiter: Waiter) -> None:
@@ -276,6 +299,7 @@ def recover(store: Store, owner: ref[Any], step: ref[Any]) -> list[Any]:
     """
     for waiter in [each for each in list(store.waiting) if each.owner is owner]:
         store.waiting.discard(waiter)
+    store.waiting.lead()
     in_transit = []
     for record in [record for record in list(store.bag.records) if record.owner is owner]:
         conn = None if record.since else record.ref()

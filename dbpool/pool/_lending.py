@@ -238,12 +238,13 @@ def _wait(pool: PoolBase[Any], waiter: Waiter) -> Waiter:
     pool._store.join(waiter, pool.max_waiting, close_returns=pool.close_returns)
     if waiter.wait():
         pool._notices.timed_out(*pool._store.time_out(waiter, pool.suspicion))
+    if waiter.next is not None:
+        waiter.next.wake()
     if waiter.is_over:
         if usage := pool._store.metrics.usage:
             usage.gave_up(waiter.thread.endpoint, sys._getframe())
         if pool.listeners.active or not isinstance(waiter.error, PoolError):
-            seconds = monotonic() - waiter.started
-            pool._notices.not_served(waiter.error, seconds, waiter.is_rejected)
+            pool._notices.not_served(waiter.error, monotonic() - waiter.started, waiter.is_rejected)
         raise waiter.take_error()  # no variable keeps it: it would keep this frame
     return waiter
 

@@ -64,8 +64,7 @@ def remember_session_state(conn: Any) -> tuple[tuple[object, ...], AdaptersMap]:
     """Return a new connection's session state, and its adapters to begin from again."""
     adapters, conn._adapters = conn.adapters, WatchedAdapters(conn.adapters)
     state = session_state(conn)
-    handlers = (list(cast("Any", part)) for part in state[11:13])
-    return (*state[:11], *handlers, *state[13:]), adapters
+    return (*state[:11], *(list(cast("Any", x)) for x in state[11:13]), *state[13:]), adapters
 
 
 def restore_session_state(conn: Any) -> bool:

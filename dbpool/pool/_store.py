@@ -144,7 +144,7 @@ class Store:
             self.metrics.rejected += waiter.reject(error)
             return
         self.metrics.queued += 1
-        self.waiting.append(waiter)
+        self.waiting.join(waiter)
         # One may have come back; it is not for one whose time, if it had any, went by in a ping.
         if self.bag.idle and not waiter.started < waiter.deadline <= breaker.clock():
             self.hand_over_or_store(self.bag.idle.pop(), is_fresh=False)
@@ -158,8 +158,7 @@ class Store:
         many failed, and the error of one of them. *suspicion* says what keeps the holders, if
         anything is known; else the sockets may tell.
         """
-        breaker, now, error = self.breaker, self.snapshot(), None
-        moment = breaker.clock()
+        breaker, now, moment, error = self.breaker, self.snapshot(), self.breaker.clock(), None
         if breaker.last_alive_at < waiter.started:
             silence, is_silent = self.bag.suspicion()
             suspicion = suspicion or silence
@@ -167,14 +166,15 @@ class Store:
                 breaker.silent_since = waiter.started
         held_by = Counter(record.thread for record in self.bag.held())
         late = self.waiting.expired(waiter, moment)
-        for each in late:
+        for each, following in zip(late, [*late[1:], None], strict=False):
             seconds = moment - each.started
             error = breaker.timed_out(self.name, now, seconds, held_by[each.thread], suspicion)
             self.waiting.discard(each)
             self.metrics.timeouts += 1
             self.metrics.nested += held_by[each.thread] > 0
             self.metrics.timed_out_seconds += seconds
-            each.fail(error)
+            each.error, each.is_over, each.next = error, True, following
+        self.waiting.lead()
         return len(late), error
 
     # Taking back

@@ -1,0 +1,93 @@
+"""Many callers who wait at the same time: each is told when its time is over."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dbpool import Pool, PoolExhausted
+from tests.fake import FakeServer
+from tests.postgres import until
+
+CROWD = 200  # more than those who each keep their own time
+TOLD_WITHIN = 0.75  # seconds on a busy machine; one that nobody wakes wakes after a whole one
+
+
+@contextmanager
+def small_stacks() -> Iterator[None]:
+    before = threading.stack_size(256 * 1024)
+    yield
+    threading.stack_size(before)
+
+
+class Callers:
+    """Threads that wait for a connection, and what became of each."""
+
+    def __init__(self, pool: Pool[Any]) -> None:
+        self.pool = pool
+        self.late: list[float] = []  # seconds after its deadline, of each that timed out
+        self.served: list[Any] = []
+        self.threads: list[threading.Thread] = []
+
+    def add(self, number: int, deadline: float) -> None:
+        """Have that many more wait until *deadline*."""
+        new = [threading.Thread(target=self._wait, args=[deadline]) for _ in range(number)]
+        self.threads += new
+        for thread in new:
+            thread.start()
+
+    def _wait(self, deadline: float) -> None:
+        try:
+            self.served.append(self.pool.getconn(deadline - time.monotonic()))
+        except PoolExhausted:
+            self.late.append(time.monotonic() - deadline)
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join(30)
+
+
+def test_thousands_who_time_out_at_once_are_told_at_once(fake: FakeServer) -> None:
+    """Each by itself, they would keep the interpreter from one another for seconds."""
+    with fake.pool(max_size=1) as pool, pool.connection():
+        callers = Callers(pool)
+        with small_stacks():
+            callers.add(4000, time.monotonic() + 5.0)
+        callers.join()
+        assert len(callers.late) == 4000
+        assert min(callers.late) >= 0.0
+        assert max(callers.late) < 1.5
+        assert pool.stats().counters.timeouts == 4000
+
+
+def test_where_the_first_are_served_the_others_keep_their_time(fake: FakeServer) -> None:
+    with fake.pool(max_size=1) as pool:
+        conn = pool.getconn()
+        callers = Callers(pool)
+        callers.add(CROWD, time.monotonic() + 2.0)
+        until(lambda: pool.stats().waiting == CROWD)
+        pool.putconn(conn)
+        for number in range(1, 150):
+            until(lambda n=number: len(callers.served) == n)  # type: ignore[misc]
+            pool.putconn(callers.served[-1])
+        callers.join()
+        pool.putconn(callers.served[-1])
+        assert (len(callers.served), len(callers.late)) == (150, CROWD - 150)
+        assert max(callers.late) < TOLD_WITHIN
+
+
+def test_one_with_less_time_in_a_crowd_keeps_its_own(fake: FakeServer) -> None:
+    with fake.pool(max_size=1) as pool, pool.connection():
+        patient, hasty = Callers(pool), Callers(pool)
+        patient.add(CROWD, time.monotonic() + 3.0)
+        until(lambda: pool.stats().waiting == CROWD)
+        hasty.add(20, time.monotonic() + 0.5)
+        patient.add(20, time.monotonic() + 3.0)
+        hasty.join()
+        patient.join()
+        assert (len(hasty.late), len(patient.late)) == (20, CROWD + 20)
+        assert max(hasty.late) < TOLD_WITHIN
+        assert max(patient.late) < TOLD_WITHIN
