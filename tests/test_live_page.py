@@ -182,7 +182,7 @@ def test_history_and_journal_are_shown(see: Callable[..., Page]) -> None:
     minute = {"default": {"wait": {"count": 7, "p50": 0.25, "p95": 1.5, "p99": None}}}
     history = {"step": 5.0, "until": NOW, "pools": {"default": shown}, "minute": minute}
     lines = [{"time": 99.0, "pool": "default", "event": "down", "text": "down: <i>refused</i>"}]
-    page = see(reply(100.0, [(1, 0.0)], 1, journal=lines, history=history))
+    page = see(reply(100.0, [(1, 0.0)], 1, journal=lines, history=history), whole=True)
     expect(page.locator(".strips svg")).to_have_count(5)
     expect(page.locator(".wait_p95 dd").last).to_have_text("at most 1.5 s")
     expect(page.locator(".refused")).to_have_class("refused calm")
@@ -207,7 +207,8 @@ def test_who_holds_connections_is_shown_with_session_and_worker(
     }
     page = see(
         reply(100.0, [(1, 0.0)], 1, endpoints=endpoints,
-              pool={"holders": [held | waiting, held | {"status": "query"}]})
+              pool={"holders": [held | waiting, held | {"status": "query"}]}),
+        whole=True,
     )  # fmt: skip
     dash = "\N{EN DASH}"
     first, second = cells(page, "[data-held]")
@@ -274,7 +275,7 @@ def test_of_the_history_only_what_is_new_is_asked_for(see: Callable[..., Page], 
     first = STATES["busy"]()
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    see(first, asked=6)
+    see(first, asked=7)
     history = [url for url in asked if "history" in url]
     assert "since" not in history[0]
     assert f"since={NOW - 20:.1f}" in history[1]
@@ -437,10 +438,27 @@ def test_the_page_is_small_and_asks_nobody_else(browser: Any, site: Site) -> Non
 
 
 def test_a_poll_is_small_with_sixteen_workers(see: Callable[..., Page], site: Site) -> None:
-    site.sizes.clear()
-    page = see(many(), whole=True)
-    assert len(cells(page, "[data-workers]")) == 16
-    assert max(site.sizes) <= 20 * 1024
+    for names in (["default"], ["default", "replica", "reports"]):
+        site.sizes.clear()
+        page = see(of_pools(many(), names), whole=True)
+        for card in page.locator(".pool").all():
+            workers = card.locator("[data-workers] tbody tr")
+            assert workers.count() == 16
+            expect(card.locator(".strips svg")).to_have_count(5)
+        assert max(site.sizes) <= 20 * 1024
+
+
+def of_pools(answer: Answer, names: list[str]) -> Answer:
+    """The same of several pools."""
+
+    def copied(pools: dict[str, Any]) -> dict[str, Any]:
+        return dict.fromkeys(names, pools["default"])
+
+    changed = {key: copied(answer[key]) for key in ("pools", "endpoints", "workers", "servers")}
+    history = answer["history"]
+    both = {key: copied(history[key]) for key in ("pools", "minute")}
+    settings = answer["settings"] | {"pools": copied(answer["settings"]["pools"])}
+    return answer | changed | {"history": history | both, "settings": settings}
 
 
 # Signing in

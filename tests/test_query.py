@@ -13,6 +13,7 @@ from dbpool.monitor import INCLUDES, Query
 
 REPORT: dict[str, Any] = {
     "schema": 2,
+    "pools": {"default": {"size": 2, "holders": [{"where": "a"}, {"where": "b"}]}},
     "history": {"step": 5.0, "until": 1000.0, "pools": {"default": {"in_use": [1, 2, 3, 4]}}, "minute": {}},
     "journal": [{"time": 990.0, "text": "late"}, {"time": 900.0, "text": "early"}],
     "endpoints": {"default": [{"endpoint": "a"}, {"endpoint": "b"}]},
@@ -34,9 +35,17 @@ def test_lists_are_cut_and_old_lines_left_out() -> None:
     shown = Query.parse({"limit": "1"}).trim(REPORT)
     assert [line["text"] for line in shown["journal"]] == ["late"]
     assert shown["endpoints"] == {"default": [{"endpoint": "a"}]}
-    assert shown["workers"] == {"default": [{"pid": 1}]}
+    assert shown["workers"] == REPORT["workers"], "each worker counts"
+    assert shown["pools"]["default"] == {"size": 2, "holders": [{"where": "a"}]}
     assert len(Query.parse({"since": "950"}).trim(REPORT)["journal"]) == 1
     assert Query().trim(REPORT) == REPORT
+
+
+def test_parts_may_be_those_of_one_pool() -> None:
+    shown = Query.parse({"pool": "replica"}).trim(REPORT)
+    assert shown["history"]["pools"] == shown["endpoints"] == shown["workers"] == {}
+    assert shown["pools"] == REPORT["pools"], "beside those of all"
+    assert Query.parse({"pool": "default"}).trim(REPORT) == REPORT
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ class Query:
     """The parameters of `/stats`.
 
     *include* names the parts. Of history and journal only what came after *since* is wanted, Unix
-    time; of lists at most *limit* lines.
+    time; of holders, journal and endpoints at most *limit* lines, and parts of *pool* alone.
     """
 
     include: Collection[str] = ()
     since: float = 0.0
     limit: int | None = None
+    pool: str | None = None
 
     @classmethod
     def parse(cls, given: Mapping[str, str]) -> Self:
@@ -33,28 +34,42 @@ class Query:
         limit = given.get("limit", "")
         if limit and not (limit.isascii() and limit.isdecimal() and len(limit) < 6):
             raise ValueError("limit is a number of lines")
-        return cls(include, _time(given.get("since") or "0"), int(limit) if limit else None)
+        return cls(
+            include,
+            _time(given.get("since") or "0"),
+            int(limit) if limit else None,
+            given.get("pool"),
+        )
 
     def trim(self, report: dict[str, Any]) -> dict[str, Any]:
         """Return a report without what is not wanted of its parts."""
-        more: dict[str, Any] = {}
-        if "history" in report and self.since:
+        more: dict[str, Any] = {"pools": {k: self._cut(v) for k, v in report["pools"].items()}}
+        if "history" in report:
             more["history"] = self._newer(report["history"])
         if "journal" in report:
             lines = [each for each in report["journal"] if each.get("time", 0.0) > self.since]
             more["journal"] = lines[: self.limit]
-        for part in {"endpoints", "workers"} & report.keys():
-            more[part] = {name: rows[: self.limit] for name, rows in report[part].items()}
+        if "endpoints" in report:
+            used = self._wanted(report["endpoints"])
+            more["endpoints"] = {name: rows[: self.limit] for name, rows in used.items()}
+        if "workers" in report:
+            more["workers"] = self._wanted(report["workers"])
         return report | more
+
+    def _cut(self, pool: Mapping[str, Any]) -> dict[str, Any]:
+        return {**pool, "holders": pool["holders"][: self.limit]}
+
+    def _wanted(self, pools: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: each for name, each in pools.items() if self.pool in (None, name)}
 
     def _newer(self, history: Mapping[str, Any]) -> dict[str, Any]:
         """Keep the last steps of each series, those that end after `since`."""
         wanted = max(0, math.ceil((history["until"] - self.since) / history["step"] - 0.1))
         pools = {
-            name: {key: values[len(values) - min(wanted, len(values)) :] for key, values in each.items()}
-            for name, each in history["pools"].items()
-        }  # fmt: skip
-        return {**history, "pools": pools}
+            name: {key: values[max(0, len(values) - wanted) :] for key, values in series.items()}
+            for name, series in self._wanted(history["pools"]).items()
+        }
+        return {**history, "pools": pools, "minute": self._wanted(history["minute"])}
 
 
 def _time(text: str) -> float:

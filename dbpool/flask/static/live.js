@@ -8,21 +8,38 @@ const EVERY = 1000; // milliseconds
 const FIRST = 100; // until each part has come once
 const PATIENCE = 5000;
 const REMEMBERED = 64; // answers
-// Each answer has one of these, so that none is large.
-const PARTS = [() => "history" + strips.newer(), () => "journal&limit=20", () => "endpoints&limit=15",
-  () => "workers&limit=32", about];
-
+const LIMIT = 20; // lines of each list
 // Not relative: the page's own address may hold the password, with which nothing is fetched.
 const address = location.origin + document.body.dataset.stats;
 const byId = (id) => document.getElementById(id);
 const earlier = []; // answers, the latest first
 const parts = {}; // the latest of each
 let asked = 0;
+let isFirstRound = true;
+
+// Each answer has one of these, and of one pool, so that none is large.
+function schedule(names) {
+  return [() => "journal", ...names.flatMap((name) => {
+    const only = "&pool=" + encodeURIComponent(name);
+    return [() => "history" + only + strips.newer(name), () => "endpoints" + only, () => "workers" + only];
+  }), about];
+}
 
 // The server is asked over a connection of the pool, so not more often than is useful.
-function about() {
-  if (asked % 60 < PARTS.length) return "servers,settings";
-  return asked % 15 < PARTS.length ? "servers" : "";
+function about(round) {
+  if (round % 12 === 0) return "servers,settings";
+  return round % 3 === 0 ? "servers" : "";
+}
+
+function nextQuery() {
+  const names = Object.keys(earlier[0]?.pools || {});
+  const parts = schedule(names);
+  const at = asked % parts.length;
+  const wanted = parts[at](Math.floor(asked / parts.length));
+  isFirstRound = asked < parts.length || names.length === 0;
+  asked += 1;
+  const limit = Math.max(6, Math.floor(LIMIT / (names.length || 3))); // the first answer may be of many
+  return `?include=${wanted}&limit=${limit}`;
 }
 
 function section(name) {
@@ -187,9 +204,8 @@ function showAll(stats) {
   names.sort((a, b) => gravity(a, findings) - gravity(b, findings) || 0);
   for (const each of stats.processes) each.start = stats.time - each.uptime;
   if (stats.history) strips.remember(stats.history, stats.scope);
-  for (const part of ["journal", "endpoints", "workers", "servers", "settings"]) {
-    if (stats[part]) parts[part] = stats[part];
-  }
+  for (const part of ["endpoints", "workers", "servers"]) parts[part] = { ...parts[part], ...stats[part] };
+  for (const part of ["journal", "settings"]) parts[part] = stats[part] || parts[part];
   showVerdict(stats);
   const last = comparable(stats);
   for (const name of names) {
@@ -212,9 +228,7 @@ function showAll(stats) {
 
 async function refresh() {
   try {
-    const wanted = PARTS[asked % PARTS.length]();
-    asked += 1;
-    const answer = await fetch(address + "?include=" + wanted, {
+    const answer = await fetch(address + nextQuery(), {
       cache: "no-store",
       signal: AbortSignal.timeout(PATIENCE),
       headers: { "X-Requested-With": "fetch" }, // without it the browser itself may ask for a password
@@ -238,7 +252,7 @@ byId("pause").addEventListener("click", () => {
 
 async function run() {
   if (!document.hidden && !isPaused()) await refresh();
-  setTimeout(run, asked < PARTS.length ? FIRST : EVERY);
+  setTimeout(run, isFirstRound ? FIRST : EVERY);
 }
 
 run();

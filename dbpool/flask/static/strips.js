@@ -11,35 +11,35 @@ const rate = (value) => (value === null ? number(value) : (value / 5).toFixed(va
 const STRIPS = [["in_use", "in use", number, Infinity], ["waiting", "waiting", number, 1], ["wait_p95", "wait p95", seconds, 0.1],
   ["checkouts", "checkouts", rate, Infinity], ["refused", "refused", number, 1]];
 
-let known = null; // the history as it is known so far
-let isShared = false; // whether all workers have the same one
+const known = {}; // by pool: series, the last minute, when they end, and their step
+let isShared = false; // whether all workers have the same ones
 
 // What to ask for so that nothing is missing, and little comes twice.
-export const newer = () => (known && isShared ? `&since=${(known.until - TAIL).toFixed(1)}` : "");
+export function newer(name) {
+  return known[name] && isShared ? `&since=${(known[name].until - TAIL).toFixed(1)}` : "";
+}
 
 export function remember(history, scope) {
   isShared = scope === "all";
-  const full = (series) => Object.values(series)[0]?.length === 180;
-  const pools = {};
   for (const [name, series] of Object.entries(history.pools)) {
-    if (full(series)) pools[name] = series;
-    else if (known?.pools[name]) pools[name] = joined(known.pools[name], series, history);
-    else { known = null; return; } // a new pool: all is asked for again
+    const isFull = Object.values(series)[0]?.length === 180;
+    const before = known[name];
+    if (!isFull && !before) continue;
+    known[name] = { ...history, series: isFull ? series : joined(before, series, history), minute: history.minute?.[name] };
   }
-  known = { ...history, pools };
 }
 
-function joined(old, series, history) {
-  const moved = Math.round((history.until - known.until) / history.step);
+function joined(before, series, history) {
+  const moved = Math.round((history.until - before.until) / history.step);
   const result = {};
   for (const [key, values] of Object.entries(series)) {
-    const all = [...(old[key] || []), ...Array(Math.max(0, moved)).fill(null)];
+    const all = [...(before.series[key] || []), ...Array(Math.max(0, moved)).fill(null)];
     result[key] = [...all.slice(0, all.length - values.length), ...values].slice(-180);
   }
   return result;
 }
 
-export const minute = (name) => known?.minute?.[name];
+export const minute = (name) => known[name]?.minute;
 
 function chart() {
   const svg = document.createElementNS(SVG, "svg");
@@ -69,7 +69,7 @@ function latest(values) {
 }
 
 export function show(card, name) {
-  const series = known?.pools[name];
+  const series = known[name]?.series;
   card.querySelector("[data-history]").hidden = !series;
   if (!series) return;
   const dl = card.querySelector("[data-strips]");
@@ -89,7 +89,7 @@ export function show(card, name) {
     setText(peak, `at most ${shown(most)}`);
     return `${label} ${text}`;
   });
-  const time = clock(known.until - (179 - at) * known.step);
+  const time = clock(known[name].until - (179 - at) * known[name].step);
   cursor.setAttribute("aria-valuetext", `${at < 179 ? time : "now"}: ${said.join(", ")}`);
   setText(card.querySelector(".ticks").lastChild, at < 179 ? time : "now");
 }
