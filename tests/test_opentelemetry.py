@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -439,6 +440,48 @@ def test_a_provider_that_makes_no_meter_leaves_all_as_it_was(
             instrument(pool, NoMeter())
         use(pool, 2)
         assert telemetry.count("use_time") == 2
+
+
+def test_a_collection_does_not_wait_for_ever_for_a_provider(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that holds a lock at a collection which a value that is recorded needs too."""
+    lock, recording, collecting = threading.Lock(), threading.Event(), threading.Event()
+
+    class Locking(metrics.NoOpMeterProvider, metrics.NoOpMeter):
+        def __init__(self) -> None:
+            super().__init__("locking")
+            self.callbacks: list[Callable[[Any], Any]] = []
+
+        def get_meter(self, *args: Any, **kwargs: Any) -> Any:
+            return self
+
+        def create_histogram(self, *args: Any, **kwargs: Any) -> Any:
+            return self
+
+        def create_observable_counter(self, name: str, callbacks: Any = None, *args: Any) -> Any:
+            self.callbacks += callbacks
+
+        def record(self, *args: Any) -> None:
+            recording.set()
+            collecting.wait(20.0)
+            with lock:
+                pass
+
+        def collect(self) -> list[Any]:
+            with lock:
+                collecting.set()
+                return [*self.callbacks[0](None)]
+
+    monkeypatch.setattr("dbpool.opentelemetry._meter.LOCK_TIMEOUT", 0.1)
+    provider = Locking()
+    with fake.pool() as pool:
+        instrument(pool, provider)
+        use(pool, 1)
+        removing = Task(uninstrument, pool)
+        assert recording.wait(20.0)
+        assert [each.value for each in provider.collect()] == [0]
+        removing.result()
 
 
 GLOBAL = """

@@ -31,6 +31,7 @@ logger = logging.getLogger("dbpool")
 POOL_NAME: Final = "db.client.connection.pool.name"
 BOUNDARIES: Final = BOUNDS[::4]  # two to a decade, as in `/metrics`
 RECORD_INTERVAL: Final = 1.0  # seconds
+LOCK_TIMEOUT: Final = 10.0  # seconds that a collection waits for what is being recorded
 
 _MAX_GONE: Final = 100  # pools that ended while nothing collected
 
@@ -165,10 +166,13 @@ class Meter:
     # Recording
 
     def record(self, state: _ProcessState) -> dict[str, Snapshot]:
-        """Record what was gained; return what `_observe` does."""
+        """Record what was gained; return what `_observe` does, nothing if that cannot be done now."""
         _fork.notice_fork()
         found: dict[str, list[Snapshot]] = {}
-        with state.lock:
+        # A provider might hold a lock of its own here that another thread waits for in `record`.
+        if not state.lock.acquire(timeout=LOCK_TIMEOUT):
+            return {}
+        try:
             for watched in list(self._watched):
                 now = self._record(state, watched)
                 if watched.pool() is None:
@@ -176,6 +180,8 @@ class Meter:
                     continue
                 is_open = now.state != PoolState.STOPPED
                 found.setdefault(watched.name, []).extend([now] * is_open)
+        finally:
+            state.lock.release()
         return {name: merge(*parts) if parts else Snapshot() for name, parts in found.items()}
 
     def _record(self, state: _ProcessState, watched: _Watched) -> Snapshot:
@@ -209,13 +215,16 @@ class Meter:
 
     def _start_thread(self, state: _ProcessState) -> None:
         """Record each second from now on: a collection, or the end, then has little to do."""
-        with state.lock:
-            if state.thread is not None or not self._watched:
-                return
-            name = "dbpool-opentelemetry"
-            thread = threading.Thread(None, self._run, name, (state,), daemon=True)
-            thread.start()
-            state.thread = thread
+        if not state.lock.acquire(blocking=False):  # the next collection does it
+            return
+        try:
+            if state.thread is None and self._watched:
+                name = "dbpool-opentelemetry"
+                thread = threading.Thread(None, self._run, name, (state,), daemon=True)
+                thread.start()
+                state.thread = thread
+        finally:
+            state.lock.release()
 
     def _run(self, state: _ProcessState) -> None:
         """Record each second, until nothing is watched."""
