@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +23,7 @@ from .waiting import until
 
 pytest.importorskip("opentelemetry.sdk")
 
-WORKERS, THREADS = 4, 4
+WORKERS, THREADS, CLIENTS = 4, 4, 8
 INTERVAL = 0.5  # seconds between two exports
 APP = """
 from dbpool.opentelemetry import instrument
@@ -79,21 +79,21 @@ class Traffic:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.answers: defaultdict[int, list[float]] = defaultdict(list)
-        self.errors = 0
+        self.errors: list[str] = []  # any worker may have served these
 
     def send(self, number: int) -> None:
-        with ThreadPoolExecutor(8) as threads:
+        with ThreadPoolExecutor(CLIENTS) as threads:
             for answer in threads.map(self._ask, range(number)):
-                if answer is None:
-                    self.errors += 1
+                if isinstance(answer, str):
+                    self.errors.append(answer)
                 else:
                     self.answers[answer[0]].append(answer[1])
 
-    def _ask(self, n: int) -> tuple[int, float] | None:
+    def _ask(self, n: int) -> tuple[int, float] | str:
         try:
             return int(self.site.get("/")), time.time()
-        except OSError:
-            return None
+        except OSError as ex:
+            return repr(ex)
 
     def counted(self) -> dict[int, int]:
         return {pid: len(times) for pid, times in self.answers.items()}
@@ -158,11 +158,15 @@ def test_what_recycled_and_killed_workers_report_is_what_the_clients_counted(
     stop(site)
     reported, counted = last_counts(tmp_path), traffic.counted()
     answered, last = traffic.answers[killed], exports(tmp_path)[killed][-1]
-    assert traffic.errors <= THREADS
-    assert reported.pop(killed) <= counted.pop(killed) + traffic.errors
+    errors = len(traffic.errors)
+    assert errors <= CLIENTS, traffic.errors  # each waited for the worker that was killed
+    assert reported.pop(killed) <= counted.pop(killed) + errors
     assert last.count >= sum(moment <= last.time for moment in answered)
     assert answered[-1] - last.time <= INTERVAL + SLACK
-    assert reported == counted
+    unanswered = Counter(reported)
+    unanswered.subtract(counted)
+    assert min(unanswered.values()) >= 0, "every answer was counted"
+    assert sum(unanswered.values()) <= errors, (unanswered, traffic.errors)
     assert_in_slots(tmp_path, WORKERS)
 
 
@@ -175,7 +179,7 @@ def test_100_000_requests_are_reported_to_the_unit(
     traffic = Traffic(site)
     traffic.send(100_000)
     stop(site)
-    assert traffic.errors == 0
+    assert traffic.errors == []
     assert last_counts(tmp_path) == traffic.counted()
     assert sum(last_counts(tmp_path).values()) == 100_000
     assert_in_slots(tmp_path, WORKERS)
