@@ -498,6 +498,16 @@ def test_an_outage_may_be_a_restart_for_five_seconds() -> None:
     assert severity(3, counters={"connects": 0}) is Severity.CRITICAL
 
 
+def test_who_forgot_connections_is_named() -> None:
+    watch = Watch(
+        forgotten=3, forgotten_since=NOW - 2, forgotten_by=(("orders.index", 2), ("a.py:1", 1))
+    )
+    scene = Scene.read({"time": NOW, "pools": {NAME: pool()}}, watches={NAME: watch})
+    found = diagnose(scene)[0]
+    assert "not returned by orders.index (2 times), a.py:1 (1 time)" in found.text
+    assert found.evidence["endpoints"][0] == {"endpoint": "orders.index", "forgotten": 2}
+
+
 def test_the_longest_queue_is_named_first() -> None:
     sessions = [ours(1, (90,)), ours(2, (91,)), ours(3, (91,)), foreign(90), foreign(91)]
     case = Case("DB04", always(full(4, holders(3, 4.0, "query"))), view=seen(*sessions))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -455,6 +456,26 @@ def test_what_is_written_while_another_takes_over_is_not_lost(
     killed[0].abandon()
     shop.monitor.tick()
     assert shop.monitor.findings()[0]["code"] == "DB16"
+
+
+def test_the_line_that_forgot_a_connection_is_named(
+    own_server: Server, make_shop: Callable[..., Shop], directory: Path
+) -> None:
+    shop = make_shop(own_server.conninfo, directory)
+    shop.processes.publish()
+    shop.monitor.tick()
+    shop.pool.getconn()
+
+    def is_named() -> bool:
+        gc.collect()
+        shop.processes.publish()
+        shop.monitor.tick()
+        return "test_monitor.py" in shop.monitor.findings()[0]["text"]
+
+    until(is_named, 15.0, pause=0.1)
+    (found, *_) = shop.monitor.findings()
+    assert found["code"] == "DB06"
+    assert "test_the_line_that_forgot" in found["evidence"]["endpoints"][0]["endpoint"]
 
 
 def test_a_door_makes_a_worker_ping_the_pools_that_nobody_uses(

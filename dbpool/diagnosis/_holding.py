@@ -23,7 +23,8 @@ _IDLE_AFTER: Final = 5.0
 _IDLE_LOOKS: Final = 10
 _SLOW_AFTER: Final = 5.0
 _SLOW_LOOKS: Final = 5
-_MANY: Final = 1 / 3
+_MANY: Final = 3  # slow statements that are told of though nobody waits for a connection
+_MUCH: Final = 1 / 3  # of the connections, that are as much
 _UNUSED_AFTER: Final = 10.0
 _UNUSED_SHARE: Final = 0.5
 _MAX_BLOCKERS: Final = 5  # in one finding
@@ -225,13 +226,13 @@ def _idle(pool: PoolScene, holder: Holder) -> tuple[float | None, bool]:
 def slow_statements(pool: PoolScene) -> Finding | None:
     """DB07: at least half of the connections are in statements that take long; no lock is found.
 
-    Where nobody waits for a connection, all threads may be among the holders: that is a notice once
-    a third of the connections is held so.
+    Where nobody waits for a connection, all threads of a worker may be among the holders: several
+    slow statements are a notice then.
     """
     slow = [(holder, seconds) for holder in pool.holders if (seconds := _slow(pool, holder))]
     if not slow or 2 * len(slow) < len(pool.holders):
         return None
-    if not pool.is_stuck and len(slow) < _MANY * pool.max_size:
+    if not pool.is_stuck and len(slow) < min(_MANY, _MUCH * pool.max_size):
         return None
     seconds = max(seconds for _, seconds in slow)
     return Finding(

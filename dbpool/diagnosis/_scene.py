@@ -120,7 +120,7 @@ class Watch:
 
     `waiting_since` is the Unix time since which callers have waited at every look. The share of
     holders that did nothing in the database is that of the last looks while callers waited.
-    `forgotten` counts connections of the last minute, `refused` and `nested` callers of the last
+    `forgotten` counts connections of the last minute, `forgotten_by` by endpoint or line, `refused` and `nested` callers of the last
     ten seconds.
     """
 
@@ -129,6 +129,7 @@ class Watch:
     unused_share: float | None = None
     forgotten: int = 0
     forgotten_since: float | None = None
+    forgotten_by: tuple[tuple[str, int], ...] = ()
     refused: int = 0
     nested: int = 0
     nested_since: float | None = None

@@ -9,6 +9,7 @@ from dbpool.diagnosis._finding import Finding, Severity, count, duration
 from dbpool.diagnosis._scene import PoolScene
 from dbpool.diagnosis.history import STEP, Step, median
 
+_SHOWN: Final = 5  # endpoints in one finding
 _MINUTE: Final = 12  # steps
 _BAD_STEPS: Final = 6
 _LONG_WAIT: Final = 0.1  # seconds
@@ -26,14 +27,20 @@ def forgotten(pool: PoolScene) -> Finding | None:
     number, since = pool.watch.forgotten, pool.watch.forgotten_since
     if not number or since is None:
         return None
+    by = pool.watch.forgotten_by[:_SHOWN]
+    places = ", ".join(f"{name} ({count(n, 'time')})" for name, n in by)
+    code = places or "the code that took them"
     return Finding(
         "DB06",
         Severity.CRITICAL if pool.refused else Severity.WARNING,
         pool=pool.name, since=since,
-        text=f"{count(number, 'connection')} of {pool.name} not returned by the code that took"
-        " them; the pool replaced them",
+        text=f"{count(number, 'connection')} of {pool.name} not returned by {code}; the pool"
+        " replaced them",
         do="Use `with pool.connection()`. The log names where each was checked out.",
-        evidence={"forgotten": number, "waiting": pool.waiting},
+        evidence={
+            "forgotten": number, "waiting": pool.waiting,
+            "endpoints": [{"endpoint": name, "forgotten": n} for name, n in by],
+        },
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from dbpool.diagnosis.history import BOUNDS, Buckets, rounded
 from dbpool.metrics import HistogramSnapshot, Snapshot
 
 __all__ = [
-    "MAX_NAMES", "OTHER", "SHOWN", "Rows", "UsageCounter", "complete", "merge", "read_rows",
+    "MAX_NAMES", "OTHER", "SHOWN", "Rows", "UsageCounter", "complete", "forgotten", "merge", "read_rows",
     "to_json", "totals",
 ]  # fmt: skip
 
@@ -123,6 +123,17 @@ def read_rows(data: Any) -> Rows:
         if not is_row or not all(type(n) is int and 0 <= n < 1 << 80 for n in row):
             raise ValueError(f"{name!r:.40} has no row")
     return {_printable(name): row for name, row in data.items()}
+
+
+def forgotten(after: Rows, before: Rows) -> tuple[tuple[str, int], ...]:
+    """Return who forgot how many connections between two readings, the worst first."""
+    counts = [
+        (name, row[_FORGOTTEN] - (before[name][_FORGOTTEN] if name in before else 0))
+        for name, row in after.items()
+    ]
+    return tuple(
+        sorted((each for each in counts if each[1] > 0), key=lambda each: (-each[1], each))
+    )
 
 
 def totals(rows: Rows) -> Iterator[tuple[str, int, float, int]]:

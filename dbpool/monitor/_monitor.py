@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 from dbpool.diagnosis import Scene, diagnose, endpoints
 from dbpool.diagnosis._scene import mapping, number, rows, text
+from dbpool.diagnosis.endpoints import Rows
 from dbpool.diagnosis.history import History, Recorder
 from dbpool.errors import describe
 from dbpool.metrics import PoolState
@@ -60,10 +61,10 @@ class Collects(Protocol):
     def directory(self) -> Path | None:
         """Return the directory that the processes share."""
 
-    def collect(self, scope: str = "all") -> Report:
-        """Return the report of this process."""
+    def collect(self, scope: str = "all", *, usage: bool = False) -> Report:
+        """Return the report of this process, with the use by endpoint if that is wanted."""
 
-    def collect_others(self) -> Report | None:
+    def collect_others(self, *, usage: bool = False) -> Report | None:
         """Return the report of all that publish, this process among them."""
 
 
@@ -216,7 +217,7 @@ class Monitor:
             watching, report, history = state.watching, _facts_of(self._report()), state.history
             if state.shelf is not None:
                 history = watching.add_up([*self._databases, *report["pools"]], now)
-            watching.look(report, history, now, stalled)
+            watching.look(report, history, now, stalled=stalled, usage=self._usage)
         elif state.watching is not None:  # another took over while this one was silent
             state.watching.close()
             state.watching = None
@@ -265,6 +266,13 @@ class Monitor:
             else:
                 state.history.setdefault(name, History()).add(*ended)
         return short
+
+    def _usage(self) -> Mapping[str, Rows]:
+        """Return the use by endpoint of all processes."""
+        with suppress(OSError):
+            if (found := self._processes.collect_others(usage=True)) is not None:
+                return found.usage
+        return self._processes.collect("process", usage=True).usage
 
     def _report(self) -> Report:
         with suppress(OSError):  # no more files can be opened

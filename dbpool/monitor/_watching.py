@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from dbpool.diagnosis import (
@@ -18,11 +18,13 @@ from dbpool.diagnosis import (
     suspicions,
 )
 from dbpool.diagnosis._scene import mapping, number
+from dbpool.diagnosis.endpoints import Rows
 from dbpool.diagnosis.history import History, slot_of
 from dbpool.diagnosis.journal import Journal, Reporter
 from dbpool.diagnosis.usage import Usage
 from dbpool.diagnosis.watching import Watcher
 from dbpool.monitor._episodes import Episodes
+from dbpool.monitor._forgotten import Forgotten
 from dbpool.monitor._inspector import Inspector
 from dbpool.monitor._shelf import Shelf
 
@@ -61,7 +63,7 @@ class Watching:
     ) -> None:
         self._shelf, self._settings = shelf, settings
         self._watcher, self._reporter = Watcher(), Reporter()
-        self._usage, self._episodes = Usage(), Episodes()
+        self._usage, self._episodes, self._forgotten = Usage(), Episodes(), Forgotten()
         self._inspectors = {
             name: Inspector(pool, queries=queries) for name, pool in databases.items() if blockers
         }
@@ -103,14 +105,20 @@ class Watching:
         return self._history
 
     def look(
-        self, report: dict[str, Any], history: Mapping[str, History], now: float, stalled: float
+        self,
+        report: dict[str, Any],
+        history: Mapping[str, History],
+        now: float,
+        *,
+        stalled: float,
+        usage: Callable[[], Mapping[str, Rows]],
     ) -> None:
         """Take a look at the pools, find what is wrong, and say it.
 
-        *stalled* is for how long this process stood still of late.
+        *stalled* is for how long this process stood still of late; *usage* reads the use by endpoint.
         """
         wall = time.time()
-        watches = self._watcher.look(report, wall)
+        watches = self._forgotten.look(self._watcher.look(report, wall), usage)
         self._usage.look(report, now)
         lines = self._reporter.look(report, wall)
         self._journal = self._journal.add(lines)

@@ -68,6 +68,7 @@ class _ProcessState:
         self.alive: ProcessLock | None = None
         self.size = 0  # of the file as written last, in bytes
         self.usage_due = 0.0  # when to write the use by endpoint again
+        self.leaks = 0  # as they were when it was written
         # Held from the snapshot until it is written, so that no older one comes after a newer.
         self.writing = threading.Lock()
 
@@ -202,7 +203,8 @@ class Processes:
             path = directory / f"{self.app}-{own.processes[0].key}.json"
             self._hold_alive(state, path.with_suffix(ALIVE))
             state.size = write(path, part_to_json(own))
-            self._write_usage(state, path.with_suffix(USAGE))
+            leaks = sum(pool.counters.leaks for pool in own.pools.values())
+            self._write_usage(state, path.with_suffix(USAGE), leaks)
         except OSError as ex:
             self._warn("write", f"cannot write statistics to {directory}: {ex.strerror}")
             return None
@@ -210,10 +212,15 @@ class Processes:
             state.writing.release()
         return own
 
-    def _write_usage(self, state: _ProcessState, path: Path) -> None:
-        """Write the use by endpoint now and then, and at the end. The caller holds `writing`."""
+    def _write_usage(self, state: _ProcessState, path: Path, leaks: int) -> None:
+        """Write the use by endpoint now and then, and at the end. The caller holds `writing`.
+
+        It is written at once where *leaks*, the count of forgotten connections, grew from zero.
+        """
         now = time.monotonic()
-        if (usage := self._usage()) and (now >= state.usage_due or state.stop.is_set()):
+        is_due = now >= state.usage_due or state.stop.is_set() or bool(leaks and not state.leaks)
+        if (usage := self._usage()) and is_due:
+            state.leaks = leaks
             most = _MAX_ROWS // len(usage)
             fitting = {name: merge([rows], min(MAX_NAMES, most)) for name, rows in usage.items()}
             size = write(path, {"schema": SCHEMA, "usage": fitting})

@@ -195,6 +195,8 @@ def _(shop: Shop) -> Known:
     shop={"DBPOOL_MAX_SIZE": "4"},
 )
 def _(shop: Shop) -> Known:
+    for _ in range(3):
+        shop.stack.enter_context(psycopg.connect(shop.conninfo))
     shop.load("/slow/0.5", 12)
     return {}
 
@@ -550,7 +552,8 @@ def watch(row: Row, shop: Shop) -> Measured:
 def wrongs(finding: Known, known: Known, shop: Shop) -> list[str]:
     """Return what the finding says of the culprit that is not so."""
     evidence = finding["evidence"]
-    first = (evidence.get("blockers") or evidence.get("holders") or [{}])[0]
+    culprits = (evidence.get(name) for name in ("blockers", "holders", "endpoints"))
+    first: Known = next(filter(None, culprits), [{}])[0]
     said = {
         "line": f"/{line_of(known['line'])} " in str(first.get("where"))
         if "line" in known
