@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from dbpool.processes import Processes
 
 from .conftest import MakeApp
 from .fake import FakeServer
+from .gunicorn_site import Site
 from .threads import run_in_threads
 from .waiting import until
 
@@ -340,6 +341,21 @@ def test_the_files_of_a_busy_worker_are_small_and_seldom_written(tmp_path: Path)
 
 
 # Flask
+
+
+def test_workers_that_are_replaced_keep_their_share_of_the_use(
+    make_site: Callable[..., Site],
+) -> None:
+    site = make_site(max_requests=20)
+    run_in_threads(4, lambda: [site.get("/") for _ in range(60)])
+
+    def counts() -> tuple[int, int]:
+        report = json.loads(site.get("/db/stats?include=endpoints"))
+        found = {row["endpoint"]: row["checkouts"] for row in report["endpoints"]["default"]}
+        total = report["pools"]["default"]["counters"]["checkouts"]
+        return found.get("index", 0), total - sum(found.values())
+
+    until(lambda: counts() == (240, 0), 20.0, pause=0.2)
 
 
 @pytest.mark.parametrize("is_wanted", [True, False])
