@@ -231,11 +231,13 @@ class PoolBase(ConnectionPool[CT]):
 
     def resize(self, min_size: int, max_size: int | None = None) -> None:
         """Change the sizes; what is too many goes at once if idle, else when it returns."""
+        _fork.notice_fork()
         self._store.resize(*self._check_size(min_size, max_size))
         self._store.bag.close_evicted()
 
     def drain(self) -> None:
         """Replace all connections: the idle ones now, those that are out when they return."""
+        _fork.notice_fork()
         self._maintenance.replace_all(self)
 
     def check(self) -> None:
@@ -243,6 +245,7 @@ class PoolBase(ConnectionPool[CT]):
 
         Once a ping has timed out, the others that have been idle for long go with it.
         """
+        _fork.notice_fork()
         self._maintenance.check(self)
 
     def return_held(self, since: float) -> list[Holder]:

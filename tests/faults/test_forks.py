@@ -637,6 +637,12 @@ def test_a_child_whose_fork_no_hook_saw(run: Run) -> None:
     if child == 0:  # which uses none at all, and closes what it inherited as it exits
         sys.exit(0)
     assert wait_for(child) == 0
+    for use in (pool.check, pool.drain, lambda: pool.resize(1, 1)):  # the first thing it does
+        child = os.fork()
+        if child == 0:
+            use()
+            os._exit(0)
+        assert wait_for(child) == 0
     conns = [pool.getconn(), pool.getconn()]
     assert {conn.execute(PID).fetchone()[0] for conn in conns} == parents
     for conn in conns:
