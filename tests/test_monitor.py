@@ -134,6 +134,24 @@ def test_a_foreign_session_that_holds_a_lock_is_named(
         shop.pool.putconn(conn)
 
 
+@pytest.mark.parametrize(
+    ("variable", "more"), [("shop", ""), ("", f" application_name={'shop-' * 20}")]
+)
+def test_our_sessions_are_known_by_whatever_name_they_have(
+    table: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch,
+    variable: str, more: str,
+) -> None:  # fmt: skip
+    if variable:
+        monkeypatch.setenv("PGAPPNAME", variable)
+    shop = make_shop(table.conninfo + more)
+    with session(table, "lock table stock") as pid:
+        for _ in range(3):
+            shop.call("select count(*) from stock")
+        found = shop.await_finding("DB04")
+        assert found["evidence"]["blockers"][0]["pid"] == pid
+        assert {each["worker"] for each in found["evidence"]["blocked"]} == {os.getpid()}
+
+
 def test_errors_in_another_process_say_what_the_watching_one_found(
     table: Server, directory: Path, make_shop: Callable[..., Shop]
 ) -> None:
