@@ -202,7 +202,8 @@ def _session_of(record: ConnectionRecord) -> dict[str, Any]:
     conn = record.ref() if record.is_open else None  # it may be closed at any moment
     if conn is None:
         return {}
-    return {"pid": record.backend_pid, "status": _STATUS[conn.pgconn.transaction_status]}
+    pid = max(record.backend_pid or 0, 0) or None  # a pooler makes up any number
+    return {"pid": pid, "status": _STATUS[conn.pgconn.transaction_status]}
 
 
 def group(held: Iterable[Holder]) -> str:

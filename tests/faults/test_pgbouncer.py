@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dbpool import (
 from dbpool.embedded._programs import account_of, server_user, spawn
 from dbpool.errors import classify
 from dbpool.health import Health
+from dbpool.processes import Processes
 from tests.pools import GRACE, MakePool, await_up, fill
 from tests.postgres import Server, free_port, until
 from tests.replication import TABLE, Appends, Findings, append_blindly, check, rows
@@ -199,6 +201,22 @@ def test_a_pool_works_through_it(bouncer: Bouncer, make_pool: MakePool) -> None:
         assert pool.run(lambda conn: conn.execute("select 2").fetchone()) == (2,)
     pool.check()
     assert pool.stats().counters.discarded["dead"] == 0
+
+
+def test_the_pids_that_it_makes_up_are_no_pids(
+    bouncer: Bouncer, make_pool: MakePool, tmp_path: Path
+) -> None:
+    pool = make_pool(bouncer.conninfo_for(), pooler="transaction", max_size=5)
+    tmp_path.chmod(0o700)
+    processes = Processes({"it": pool}, tmp_path)
+    with ExitStack() as held:
+        pids = [held.enter_context(pool.connection()).info.backend_pid for _ in range(5)]
+        processes.publish()
+        report = processes.collect_others()
+        assert report is not None
+        read = sorted(holder.pid or 0 for holder in report.pools["it"].holders)
+        assert read == sorted(max(0, pid) for pid in pids)
+    processes.close()
 
 
 def test_a_pool_works_through_it_with_a_connect_timeout_of_the_environment(
