@@ -572,10 +572,10 @@ def id_of(rows: tuple[Row, ...]) -> str:
     return " + ".join(row.name for row in rows)
 
 
-# Those that take long are tried two at a time.
+# Those that take long are tried three at a time.
 SHORT = [(row,) for row in ROWS if row.due < 30]
 _LONG = [row for row in ROWS if row.due >= 30]
-LONG = [tuple(_LONG[n : n + 2]) for n in range(0, len(_LONG), 2)]
+LONG = [tuple(_LONG[n : n + 3]) for n in range(0, len(_LONG), 3)]
 
 
 @pytest.mark.parametrize("rows", [*SHORT, *LONG], ids=id_of)

@@ -1,0 +1,20 @@
+"""The tables of what the slow tests of the diagnosis measured."""
+
+from __future__ import annotations
+
+from .measured import KEPT, README, read, written
+
+
+def test_the_tables_of_the_benchmarks_are_those_of_the_last_kept_run() -> None:
+    results = read(KEPT)
+    assert len([row for row in results.values() if row["code"]]) >= 24
+    assert len([row for row in results.values() if not row["code"]]) >= 16
+    assert written(README.read_text(), results) == README.read_text(), (
+        "run python -m tests.measured"
+    )
+
+
+def test_no_kept_result_is_a_wrong_one() -> None:
+    for name, row in read(KEPT).items():
+        for who in ("with", "without"):
+            assert row[who]["wrong"] == [], name
