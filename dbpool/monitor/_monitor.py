@@ -5,13 +5,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import queue
 import threading
 import time
 import weakref
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Final, Protocol
 
@@ -75,7 +75,7 @@ class _ProcessState:
         self.started = monotonic()
         self.starting = threading.Lock()
         # Its put() may be called by a garbage collection, that of an Event may not.
-        self.stops: SimpleQueue[None] = SimpleQueue()
+        self.stops: queue.SimpleQueue[None] = queue.SimpleQueue()  # gevent's, if it patched
         self.thread: threading.Thread | None = None
         self.recorders: dict[str, Recorder] = {}
         self.record: Record | None = None
@@ -87,7 +87,7 @@ class _ProcessState:
 
     def is_stopped(self, seconds: float) -> bool:
         """Wait for the end, so many seconds at most; whether it came."""
-        with suppress(Empty):
+        with suppress(queue.Empty):
             self.stops.get(timeout=seconds)
             return True
         return False
