@@ -117,6 +117,7 @@ class Case:
     processes: list[dict[str, Any]] = field(
         default_factory=lambda: [{"pid": 4711 + n, "age": 0.5, "uptime": 900.0} for n in range(3)]
     )
+    forgotten_by: tuple[tuple[str, int], ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def scene(self) -> Scene:
@@ -130,6 +131,7 @@ class Case:
                 "processes": self.processes,
             }
             watches = watcher.look(report, NOW - ago)
+        watches = {NAME: replace(watches[NAME], forgotten_by=self.forgotten_by)}
         views = {} if self.view is None else {NAME: self.view}
         return Scene.read(
             report, steps={NAME: self.steps}, watches=watches, views=views, **self.more
@@ -257,8 +259,8 @@ TROUBLES: dict[str, Case] = {
     "connections forgotten": Case(
         "DB06",
         lambda ago: pool(counters={"leaks": 7 - min(ago, 3)}),
-        ("3 connections of default not returned",),
-        seconds=5,
+        ("3 connections of default not returned by orders.index (3 times)",),
+        seconds=5, forgotten_by=(("orders.index", 3),),
     ),
     "slow statement everywhere": Case(
         "DB07", growing(12, "query", 8), ("slow statements hold 12 of 12", "8.0 s"),

@@ -184,7 +184,7 @@ def test_databases_behind_one_pooler_share_its_clients(bouncer: Bouncer, plan: P
 
 @pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here")
 def test_a_console_that_refuses_is_told(narrow: Server, plan: Plan) -> None:
-    bouncer = Bouncer(narrow)
+    bouncer = Bouncer(narrow, extra="admin_users = somebody_else")
     bouncer.start()
     try:
         status, printed = plan(DATABASE_URL=bouncer.conninfo_for(), DBPOOL_POOLER="transaction")
