@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,10 @@ _terminal = os.dup(2)
 # The shell's own settings must not reach the tests, nor the tools that start servers for them.
 for _name in [n for n in os.environ if n.startswith(("PG", "DBPOOL_", "DATABASE_URL"))]:
     del os.environ[_name]
+
+# A shell starts what runs in its background with Ctrl-C ignored, and so all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("default", deadline=None)  # machines stall
 
