@@ -342,6 +342,7 @@ def test_the_image_s_command_serves_where_it_is_told_and_the_health_check_finds_
             assert server.wait(20) == 0, (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow  # Python itself has no handler in its first milliseconds
 def test_process_1_loses_no_sigterm_while_it_starts() -> None:
     """The kernel gives it none for which it has no handler: it would be killed after its grace."""
     command = [*own_pids(), sys.executable, "-m", "webapp.serve"]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from dbpool import Pool, PoolExhausted
 from tests.fake import FakeServer
 from tests.postgres import until
@@ -50,6 +52,7 @@ class Callers:
             thread.join(30)
 
 
+@pytest.mark.slow  # an absolute time, which needs a machine of its own
 def test_thousands_who_time_out_at_once_are_told_at_once(fake: FakeServer) -> None:
     """Each by itself, they would keep the interpreter from one another for seconds."""
     with fake.pool(max_size=1) as pool, pool.connection():
