@@ -38,6 +38,8 @@ MISSING: Final = ""
 WRONG: Final = "This token is wrong."
 ENDED: Final = "Your session has ended. Sign in again."
 TOO_MANY: Final = "Too many wrong tokens. Try again in a minute."
+FOREIGN: Final = "forms of other sites are not accepted"
+UNMEASURED: Final = f"send a form of at most {MAX_BODY} bytes, and its length"
 CLOSED: Final = "closed: set DBPOOL_TOKEN, and send it, to see this"
 
 

@@ -17,7 +17,7 @@ from socketserver import BaseServer, ThreadingMixIn, UnixStreamServer
 from time import monotonic
 from typing import Any, Final
 
-from dbpool._sign_in import MAX_BODY
+from dbpool._sign_in import MAX_BODY, UNMEASURED
 from dbpool.door._pages import Response, json_answer
 from dbpool.door._views import Views
 from dbpool.errors import ConfigError
@@ -65,9 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > MAX_BODY:
-            self._send(
-                json_answer(413, error=f"send a form of at most {MAX_BODY} bytes, and its length")
-            )
+            self._send(json_answer(413, error=UNMEASURED))
             return
         form = self.rfile.read(int(length))
         self._answer(lambda path, headers: self.server.views.submit(path, headers, form))

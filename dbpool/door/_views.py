@@ -92,7 +92,7 @@ class Views:
         if self._sign_in is None or self._settings.details == "always":
             return redirect("/", headers)
         if _sign_in.is_cross_site(headers.get("sec-fetch-site")):
-            return json_answer(403, error="forms of other sites are not accepted")
+            return json_answer(403, error=_sign_in.FOREIGN)
         path_of_cookie, secure = prefix_of(headers) + "/", is_secure(headers)
         if path == "/sign-out":
             return redirect(

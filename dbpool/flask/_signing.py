@@ -9,9 +9,11 @@ from dbpool._sign_in import (
     CHALLENGE,
     CLOSED,
     ENDED,
+    FOREIGN,
     MAX_BODY,
     MISSING,
     PAGE_HEADERS,
+    UNMEASURED,
     WRONG,
     is_cross_site,
     status_of,
@@ -32,10 +34,10 @@ def sign_in(own: State) -> AnyResponse:
     if request.method != "POST":
         return _form(MISSING, 200)
     if is_cross_site(request.headers.get("Sec-Fetch-Site")):
-        return _refuse(403, "forms of other sites are not accepted")
+        return _refuse(403, FOREIGN)
     # Without a length it could go on for ever.
     if request.content_length is None or request.content_length > MAX_BODY:
-        return _refuse(413, f"send a form of at most {MAX_BODY} bytes, and its length")
+        return _refuse(413, UNMEASURED)
     problem = own.sign_in.attempt(request.form.get("token", ""))
     if problem is not None:
         return _form(problem)
@@ -50,7 +52,7 @@ def sign_out(own: State) -> AnyResponse:
     if own.sign_in is None:
         return redirect(url_for(".index"), 303)
     if is_cross_site(request.headers.get("Sec-Fetch-Site")):
-        return _refuse(403, "forms of other sites are not accepted")
+        return _refuse(403, FOREIGN)
     answer = redirect(url_for(".sign_in"), 303)
     cookie = own.sign_in.withdraw(url_for(".index"), is_secure=_is_secure())
     answer.headers.add("Set-Cookie", cookie)

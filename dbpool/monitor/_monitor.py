@@ -269,16 +269,13 @@ class Monitor:
 
     def _usage(self) -> Mapping[str, Rows]:
         """Return the use by endpoint of all processes."""
-        with suppress(OSError):
-            if (found := self._processes.collect_others(usage=True)) is not None:
-                return found.usage
-        return self._processes.collect("process", usage=True).usage
+        return self._report(usage=True).usage
 
-    def _report(self) -> Report:
+    def _report(self, *, usage: bool = False) -> Report:
         with suppress(OSError):  # no more files can be opened
-            if (found := self._processes.collect_others()) is not None:
+            if (found := self._processes.collect_others(usage=usage)) is not None:
                 return found
-        return self._processes.collect("process")
+        return self._processes.collect("process", usage=usage)
 
     def _found(self) -> Mapping[str, Any]:
         """Return what was found, unless that is too old."""

@@ -56,9 +56,8 @@ def write(path: Path, data: object) -> int:
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=".")
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
-            size = file.write(
-                json.dumps(data, separators=(",", ":"))
-            )  # dump() would not use the C encoder
+            # dump() would not use the C encoder.
+            size = file.write(json.dumps(data, separators=(",", ":")))
         Path(name).replace(path)
     except BaseException:
         with suppress(OSError):
