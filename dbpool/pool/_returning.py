@@ -46,13 +46,12 @@ def take_back(pool: PoolBase[Any], conn: Any) -> None:
 
 def finish(pool: PoolBase[Any], conn: Any) -> None:
     """Make a connection in transit fit for the next holder, or evict it."""
-    store, record, liveness = pool._store, conn._record, Liveness.UNKNOWN
+    store, record, settings = pool._store, conn._record, pool.settings
+    reason, liveness = "", Liveness.UNKNOWN
     if store.is_open:
-        timeout = pool.settings.ping_timeout
         if message := record.reset_message:
-            _reset(pool, conn, lambda conn: _psycopg.reset_session(conn, message, timeout))
+            _reset(pool, conn, lambda c: _psycopg.reset_session(c, message, settings.ping_timeout))
         _reset(pool, conn, pool._user_reset)
-        reason = ""
         if conn.pgconn.transaction_status == _psycopg.UNKNOWN:
             reason = "broken"
         elif monotonic() >= record.expires_at and not store.breaker.is_failing:
@@ -65,7 +64,12 @@ def finish(pool: PoolBase[Any], conn: Any) -> None:
         elif (liveness := _check(pool, conn)) is Liveness.DEAD:
             reason = "dead"
         if reason:
-            evict(pool, conn, reason, by_server=reason == "dead" or conn.broken)
+            is_lost, doubted = reason == "dead" or conn.broken, monotonic() - settings.ping_after
+            # Where one is lost, the end of the others may be under way or never come: each is
+            # pinged before it is lent.
+            for idle in list(store.bag.idle) if is_lost else ():
+                idle._record.idle_since = min(idle._record.idle_since, doubted)
+            evict(pool, conn, reason, by_server=is_lost)
             return
         record.idle_since = monotonic()
     store.add(conn, is_fresh=liveness is Liveness.ALIVE)  # which closes it in a closed pool

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.pools import MakePool, fill, within
+import psycopg
+import pytest
+
+from tests.pools import MakePool, fill, terminate, within
 from tests.postgres import Server
 
 
@@ -18,6 +21,22 @@ def test_all_backends_frozen_cost_one_ping_together(
         assert pool.fetch_value("select pg_backend_pid()") not in frozen
     own_server.thaw()
     assert pool.stats().counters.discarded["dead"] == 10
+
+
+def test_one_that_is_lost_has_the_others_pinged_before_they_are_lent(
+    own_server: Server, make_pool: MakePool
+) -> None:
+    pool = make_pool(min_size=2, max_size=2)
+    pids = fill(pool)
+    with pytest.raises(psycopg.OperationalError), pool.connection() as conn:
+        lost = conn.info.backend_pid
+        (silent,) = {*pids} - {lost}
+        own_server.freeze([silent])
+        terminate(own_server, [lost])
+        conn.execute("select 1")
+    with within(2.0):
+        assert pool.fetch_value("select pg_backend_pid()") not in pids
+    own_server.thaw()
 
 
 def test_a_backend_frozen_in_a_transaction_holds_nobody_else_up(
