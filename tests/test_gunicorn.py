@@ -262,7 +262,10 @@ def test_a_reload_is_one_of_the_whole_library(
 
     def marks() -> str:
         with suppress(OSError):  # its worker ended meanwhile
-            return site.get("/marks")
+            if (found := site.get("/marks")) == "0" and is_watched:
+                # The first look at the files may come only now: it takes them as they are.
+                (tmp_path / "dbpool" / "__init__.py").touch()
+            return found
         return ""
 
     until(lambda: marks() == "1", 20.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import urllib.error
@@ -165,8 +166,11 @@ def test_dirty_workers_have_pools_of_their_own(
     (tmp_path / "reports.py").write_text(DIRTY_APP.format(dsn=dsn))
     conf = conf_of("gthread", workers=2) + (
         "dirty_apps = ['reports:Reports']\ndirty_workers = 2\ndirty_threads = 3\n"
+        "loglevel = 'info'\n"
     )
     site = make_site(more=conf, app=DIRTY_VIEW, preload=True)
+    # The others serve before these do.
+    until(lambda: len(re.findall(r"Dirty worker \d+ listening", site.said())) == 2)
     with ThreadPoolExecutor(8) as threads:
         reports = list(threads.map(lambda _: tuple(eval(site.get("/report"))), range(60)))
     workers = {pid for pid, _, _ in reports}
