@@ -210,8 +210,8 @@ def test_a_body_of_another_type_is_refused(asker: FlaskClient) -> None:
         ({"title": "x" * (MAX_TITLE + 1)}, "title must not be longer than 200 characters"),
         ({"title": "x", "body": ["y"]}, "body must be a string"),
         ({"title": "x", "body": "y" * (MAX_BODY + 1)}, "body must not be longer"),
-        ({"title": "a\0b"}, "title holds a character that cannot be stored"),
-        ({"title": "x", "body": "\ud800"}, "body holds a character that cannot be stored"),
+        ({"title": "a\0b"}, "title contains a character that cannot be stored"),
+        ({"title": "x", "body": "\ud800"}, "body contains a character that cannot be stored"),
         ({"title": "x", "colour": "red"}, "unknown field 'colour'"),
         ({"title": "x", "version": 1}, "unknown field 'version'"),
     ],
@@ -383,10 +383,10 @@ def test_it_says_where_the_database_comes_from(
     monkeypatch.setattr("webapp.ROOT", tmp_path)
     (tmp_path / ".env").write_text("DATABASE_URL=postgresql:///\n")
     monkeypatch.delenv("DATABASE_URL", raising=False)
-    supervisor._tell("127.0.0.1", 8000, None, AppSettings())
+    supervisor._announce("127.0.0.1", 8000, None, AppSettings())
     assert f"the database of {tmp_path}/.env." in capsys.readouterr().out
     monkeypatch.setenv("DATABASE_URL_FILE", "/run/secrets/url")
-    supervisor._tell("127.0.0.1", 8000, None, AppSettings())
+    supervisor._announce("127.0.0.1", 8000, None, AppSettings())
     assert "the database of DATABASE_URL_FILE." in capsys.readouterr().out
 
 
@@ -468,7 +468,7 @@ def test_making_an_environment_can_be_interrupted(tmp_path: Path) -> None:
 def test_it_tells_how_the_live_page_opens(
     settings: AppSettings, page: bool, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    supervisor._tell("127.0.0.1", 8000, None, settings)
+    supervisor._announce("127.0.0.1", 8000, None, settings)
     told = capsys.readouterr().out
     assert ("the live page" in told) == page
     assert all(word in told for word in words)
@@ -479,7 +479,7 @@ def test_it_tells_the_command_that_reaches_the_demo_s_database(
     server: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     embedded = SimpleNamespace(conninfo=server.conninfo, data="here")
-    supervisor._tell("127.0.0.1", 8000, embedded, AppSettings())  # type: ignore[arg-type]
+    supervisor._announce("127.0.0.1", 8000, embedded, AppSettings())  # type: ignore[arg-type]
     (line,) = [each for each in capsys.readouterr().out.splitlines() if "psql" in each]
     done = subprocess.run(
         f"{line} -XAtc 'select 40 + 2'", shell=True, capture_output=True, text=True, check=False

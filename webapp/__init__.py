@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def dotenv() -> Path | None:
     """Return the `.env` of this checkout, or the one that DBPOOL_DOTENV names instead.
 
-    One further up may name a database of others.
+    Folders above are not searched: a `.env` there may name the database of another project.
     """
     if named := os.environ.get("DBPOOL_DOTENV"):
         return None if named == "off" else Path(named)
@@ -27,12 +27,12 @@ def dotenv() -> Path | None:
 
 
 def create_app(config: Mapping[str, Any] | None = None) -> Flask:
-    """Make the application; *config* goes to `app.config`, over the environment.
+    """Make the application; *config* goes to `app.config` and wins over the environment.
 
-    Raises dbpool.ConfigError for settings that are wrong. No database is touched: the pools open
-    on first use, in the worker that uses them.
+    Raises dbpool.ConfigError for wrong settings. No database is touched: the pools open on first
+    use, in the worker that uses them.
     """
-    # Here, so that `webapp.embedded` can be used without Flask.
+    # Imported here, so that `webapp.embedded` can be used without Flask.
     from flask import Flask
 
     from dbpool.flask import create_blueprint
@@ -53,10 +53,10 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
 
 
 def _insist_on_host(app: Flask) -> None:
-    """Answer to the names in WEBAPP_HOSTS alone, if that is set.
+    """Answer only requests for the host names in WEBAPP_HOSTS, if that is set.
 
-    Else any page on the web could read an open demo through its reader's browser: it gives a
-    name of its own the address 127.0.0.1.
+    Otherwise any website could read an open demo through its visitor's browser, by giving one of
+    its own host names the address 127.0.0.1 (DNS rebinding).
     """
     names = {name.strip().lower() for name in os.environ.get("WEBAPP_HOSTS", "").split(",")} - {""}
     if not names:
@@ -66,7 +66,7 @@ def _insist_on_host(app: Flask) -> None:
     @app.before_request
     def check() -> None:
         if re.sub(r":\d*$", "", request.host).lower() not in names:
-            abort(400, "this is another host: WEBAPP_HOSTS names those that are answered")
+            abort(400, "unknown host name: only those in WEBAPP_HOSTS are served")
 
 
 def _index() -> dict[str, str]:

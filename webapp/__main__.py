@@ -1,8 +1,9 @@
 """`python -m webapp`: the application under gunicorn, with a PostgreSQL of its own if need be.
 
-With `--reload` gunicorn is started again whenever a source has changed. This process stays the parent of all that it starts, so that whatever ends it ends the rest: it
-never becomes gunicorn. It binds the port itself, so that one in use is told at once, and hands
-gunicorn the listening socket.
+With `--reload` gunicorn is started again whenever a source has changed. This process does not
+become gunicorn: it stays the parent of all that it starts, so that they end when it ends. It binds
+the port itself, so that it can report at once that a port is in use, and passes the listening
+socket to gunicorn.
 """
 
 from __future__ import annotations
@@ -37,23 +38,23 @@ if TYPE_CHECKING:
     from dbpool.settings.app import AppSettings
 
 TICK_SECONDS = 0.1
-# What a predecessor that was killed leaves needs up to a second to notice it.
+# If a former process was killed, its gunicorn needs up to a second to notice that and end.
 BIND_SECONDS = 2.0
-# gunicorn.conf.py grants two seconds to requests; the server's own shutdown follows.
+# gunicorn.conf.py gives requests two seconds to end; then gunicorn itself shuts down.
 GUNICORN_SECONDS = 2.3
 
 
 class Refused(Exception):
-    """What was asked for cannot be done; the message is one line for the user."""
+    """The application cannot be served; the message is one line for the user."""
 
 
 class Stop:
-    """Whether a signal asked to stop. Looked at by whoever waits: nothing is interrupted midway."""
+    """Whether a signal asked to stop. Loops that wait check it: nothing is interrupted midway."""
 
     def __init__(self) -> None:
         self.requested = False
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # Under nohup a hangup is to be ignored.
+            # Under nohup, SIGHUP stays ignored.
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self._request)
 
@@ -90,7 +91,7 @@ def _set_up_logging() -> None:
         format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S %z",
     )
-    # What goes wrong here is told in one line by main(); the workers log for themselves.
+    # main() reports errors of this process in one line; the workers have logging of their own.
     for name in ("dbpool", "psycopg"):
         logging.getLogger(name).addHandler(logging.NullHandler())
         logging.getLogger(name).propagate = False
@@ -147,7 +148,7 @@ def _database(listener: socket.socket, stop: Stop) -> Iterator[Server | None]:
         for name in [name for name in os.environ if name.startswith("PG")]:
             del os.environ[name]
         os.environ["DATABASE_URL"] = embedded.conninfo
-        # Of a .env nothing else counts: its PG variables are meant for another server.
+        # Only these settings of a .env apply: its PG variables are meant for another server.
         ours = {key: value for key, value in configured.items() if key.startswith("DBPOOL_")}
         os.environ.update({key: value for key, value in ours.items() if value})
         os.environ["DBPOOL_DOTENV"] = "off"
@@ -159,7 +160,7 @@ def _database(listener: socket.socket, stop: Stop) -> Iterator[Server | None]:
 
 
 def _names(listener: socket.socket) -> list[str]:
-    """The names of this machine that no page on the web can take for itself."""
+    """Return the names of this machine that no website can point to it."""
     host = listener.getsockname()[0]
     return ["localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host]
 
@@ -171,7 +172,7 @@ def _insist_on_loopback(listener: socket.socket) -> None:
 
 
 def _prepare() -> AppSettings:
-    """Try the settings and the database, so that what is wrong is told here, in one line."""
+    """Try the settings and the database, so that an error is reported here, in one line."""
     import psycopg
 
     from dbpool import ConfigError
@@ -200,20 +201,20 @@ def _serve(
     host, port = listener.getsockname()[:2]
     process = _start_gunicorn(listener)
     if sources is None:
-        # With our copy open, clients of a gunicorn that ended would wait instead of being refused.
-        # For a reload they are to wait.
+        # While our copy is open, clients wait when gunicorn has ended, instead of being refused.
+        # That is right only during a reload.
         listener.close()
     try:
-        told = False
-        # Where a changed source is broken gunicorn ends, and the next change starts it again.
+        is_announced = False
+        # If a changed source is broken, gunicorn ends; the next change starts it again.
         while not stop() and (process.poll() is None or sources is not None):
             if sources is not None and (changed := sources.changed()):
                 print(f"webapp: reloading, changed: {_named(changed)}", flush=True)
                 _end(process)
                 process = _start_gunicorn(listener)
-            if not told and _answers(host, port):
-                _tell(host, port, embedded, settings)
-                told = True
+            if not is_announced and _answers(host, port):
+                _announce(host, port, embedded, settings)
+                is_announced = True
             if embedded is not None:
                 embedded.revive()
             time.sleep(TICK_SECONDS)
@@ -231,12 +232,12 @@ def _start_gunicorn(listener: socket.socket) -> subprocess.Popen[bytes]:
         [*command, "webapp:create_app()"],
         env={**os.environ, "WEBAPP_SUPERVISOR": str(os.getpid())},
         pass_fds=[listener.fileno()],
-        start_new_session=True,  # Ctrl-C in the terminal is for us alone
+        start_new_session=True,  # Ctrl-C in the terminal reaches only this process
     )
 
 
 def _named(changed: list[Path]) -> str:
-    """Name a few of the files; a checkout of another branch changes many."""
+    """Name at most three of the files: a checkout of another branch changes many."""
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return ", ".join(map(str, changed[:3])) + more
 
@@ -247,7 +248,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(GUNICORN_SECONDS)
     if process.poll() != 0:
-        # Workers outlive a master that was killed by up to a second, and hold the port.
+        # If the master was killed, its workers live on for up to a second, and hold the port.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -264,7 +265,7 @@ def _answers(host: str, port: int) -> bool:
         connection.close()
 
 
-def _tell(host: str, port: int, embedded: Server | None, settings: AppSettings) -> None:
+def _announce(host: str, port: int, embedded: Server | None, settings: AppSettings) -> None:
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     url = os.environ.get("WEBAPP_URL") or url  # where a container's port is published
     database = f"PostgreSQL in {embedded.data}" if embedded else _configured_by()
@@ -275,13 +276,13 @@ def _tell(host: str, port: int, embedded: Server | None, settings: AppSettings) 
     ]
     views = [
         f"  {url}/db/              the live page of the pools",
-        f"  {url}/db/stats         the numbers, of all workers",
+        f"  {url}/db/stats         the numbers of all workers",
     ]
     if settings.details == "always":
         lines += views
     elif settings.token:
         lines += views
-        lines.append("  These two want the token: a browser gets a form that asks for it,")
+        lines.append("  The last two need the token: a browser gets a form that asks for it,")
         lines.append('  curl sends it with -H "Authorization: Bearer $DBPOOL_TOKEN".')
     else:
         lines.append(f"  {url}/db/ is closed: set DBPOOL_TOKEN, and sign in with it")

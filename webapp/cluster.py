@@ -1,7 +1,7 @@
-"""`python -m webapp.cluster`: the application over a primary, a standby and PgBouncer, for a look.
+"""`python -m webapp.cluster`: the application with a primary, a standby and PgBouncer, to try out.
 
 Its database `default` is the primary behind PgBouncer in transaction mode, `replica` is the standby.
-All run on this machine, on Unix sockets in a folder that is made for them and goes with them.
+All run on this machine, on Unix sockets in a temporary folder that is removed at the end.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ logfile = {folder}/bouncer.log
 pidfile = {folder}/bouncer.pid
 """
 
-# Ends everything if this process is killed: its standard input ends with us. $1 is the application.
+# Ends everything if this process is killed: then its standard input ends. $1 is the application.
 JANITOR = """
 read -r _
 kill "$1"
@@ -72,7 +72,7 @@ def main() -> int:
             bouncer.start()
             web = stack.enter_context(_application(folder))
             stack.enter_context(_janitor(folder, web))
-            _tell(folder)
+            _announce(folder)
             while not stop() and web.poll() is None:
                 for server, port in ((primary, PRIMARY), (standby, STANDBY)):
                     if server.has_crashed:
@@ -88,7 +88,7 @@ def main() -> int:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """Make a folder of the servers' user, with a path that is short enough for sockets."""
+    """Make a folder that the servers' user owns; its path is short enough for sockets."""
     folder = Path(tempfile.mkdtemp(prefix="dbpool-cluster-", dir="/tmp"))
     try:
         os.chown(folder, *account_of(server_user()))
@@ -118,7 +118,7 @@ def _primary(folder: Path, stop: Callable[[], bool]) -> Iterator[Cluster]:
 def _standby(folder: Path, stop: Callable[[], bool]) -> Iterator[Cluster]:
     """Copy the primary, and start a server that follows it, without a slot.
 
-    A slot would have the primary keep all WAL while the standby is away.
+    With a slot, the primary would keep all WAL while the standby is stopped.
     """
     data, log = folder / "standby", folder / "backup.log"
     source = ["-h", folder / "run", "-p", PRIMARY, "-U", "standby"]
@@ -143,7 +143,7 @@ def _standby(folder: Path, stop: Callable[[], bool]) -> Iterator[Cluster]:
     if stop():
         raise Interrupted
     if backup.returncode:
-        raise EmbeddedError(f"the standby cannot be made: {log.read_text().strip()}")
+        raise EmbeddedError(f"cannot make the standby: {log.read_text().strip()}")
     standby = Cluster(data, folder / "run", stop)
     try:
         standby.serve({**SETTINGS, "port": STANDBY})
@@ -178,7 +178,7 @@ class Bouncer:
         """Start it unless it runs, and wait until it listens."""
         if self._process is not None and self._process.poll() is None:
             return
-        for left in ("bouncer.pid", f"run/.s.PGSQL.{BOUNCER}"):  # by one that was killed
+        for left in ("bouncer.pid", f"run/.s.PGSQL.{BOUNCER}"):  # of a PgBouncer that was killed
             (self._folder / left).unlink(missing_ok=True)
         account = account_of(server_user())
         with (self._folder / "bouncer.out").open("wb") as output:
@@ -187,7 +187,8 @@ class Bouncer:
         while not (self._folder / "run" / f".s.PGSQL.{BOUNCER}").exists():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 said = (self._folder / "bouncer.out").read_text().strip().splitlines()
-                raise EmbeddedError(f"pgbouncer did not start: {said[-1] if said else 'no word'}")
+                reason = said[-1] if said else "it gave no reason"
+                raise EmbeddedError(f"pgbouncer did not start: {reason}")
             time.sleep(0.01)
 
     def end(self) -> None:
@@ -221,7 +222,7 @@ def _application(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         [sys.executable, "-m", "webapp"],
         cwd=ROOT,
         env=environ,
-        start_new_session=True,  # Ctrl-C in the terminal is for us alone
+        start_new_session=True,  # Ctrl-C in the terminal reaches only this process
     )
     try:
         yield web
@@ -251,9 +252,9 @@ def _janitor(folder: Path, web: subprocess.Popen[bytes]) -> Iterator[None]:
             janitor.communicate()
 
 
-def _tell(folder: Path) -> None:
+def _announce(folder: Path) -> None:
     lines = [
-        "A primary and a standby that follows it, on sockets of their own until Ctrl-C:",
+        "A primary and a standby that follows it, on Unix sockets. Ctrl-C stops them.",
         f"  {_url(folder, BOUNCER)}  PgBouncer, the database default",
         f"  {_url(folder, PRIMARY)}  the primary behind it",
         f"  {_url(folder, STANDBY)}  the standby, the database replica",

@@ -1,6 +1,6 @@
-"""The sample application's PostgreSQL, run for as long as somebody here needs it.
+"""The sample application's PostgreSQL, which runs for as long as a process of this checkout needs it.
 
-Nothing of Flask, gunicorn or the pool is known here.
+This module does not depend on Flask, gunicorn or the pool.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ SETTINGS = {"port": 5432, "listen_addresses": "", "unix_socket_permissions": "07
 
 
 def home(checkout: Path) -> Path:
-    """Where the data of this checkout lives; says so when it has to be elsewhere."""
+    """Return the folder for this checkout's data; log a warning if it is outside the checkout."""
     inside = checkout / ".data"
     user = server_user()
     if user and not can(user, "/bin/sh", "-c", 'cd "$1"', "sh", checkout):
-        why = f"is closed to user {user}"
+        why = f"is not accessible to user {user}"
     elif not os.access(inside, os.W_OK) and not os.access(checkout, os.W_OK):
         why = "cannot be written"
     elif "\n" in str(checkout):
@@ -52,9 +52,9 @@ def home(checkout: Path) -> Path:
 
 @contextmanager
 def server(home: Path, stopping: Callable[[], bool] = lambda: False) -> Iterator[Server]:
-    """Hold a server that runs in `home`; the last holder stops it.
+    """Keep a server running in `home`; the last process that needs it stops it.
 
-    Raises EmbeddedError, or Interrupted once `stopping()` says so.
+    Raises EmbeddedError, or Interrupted once `stopping()` is true.
     """
     held = Server(home, stopping)
     try:
@@ -68,11 +68,11 @@ def server(home: Path, stopping: Callable[[], bool] = lambda: False) -> Iterator
 
 
 class Server(Cluster):
-    """A server that several processes share, and our share in it.
+    """A server that several processes share.
 
-    Every holder has a shared lock on `users.lock`; whoever gets it exclusively is the last one.
-    `server.lock` is held while the server is started or stopped, so that this is decided by one
-    process at a time. The kernel drops both locks of a process that is killed.
+    Every process that uses it has a shared lock on `users.lock`; one that gets the lock exclusively
+    is the last. `server.lock` is held while the server is started or stopped, so that one process
+    at a time decides about that. If a process is killed, the kernel releases both of its locks.
     """
 
     def __init__(self, home: Path, stopping: Callable[[], bool] = lambda: False) -> None:
@@ -91,7 +91,7 @@ class Server(Cluster):
         return f"postgresql://{user}@/{database}?host={folder}&port=5432&sslmode=disable"
 
     def join(self) -> None:
-        """Take a share in the server, starting it if it is not there."""
+        """Start to use the server; start it if it does not run."""
         self._make_home()
         with self._alone(START_SECONDS):
             self._users = self._open("users.lock")
@@ -102,10 +102,10 @@ class Server(Cluster):
             self._make_database()
 
     def leave(self) -> None:
-        """Give the share back; the last one out stops the server."""
+        """Stop using the server; the last process stops it."""
         if self._users is None:
             return
-        # Whoever holds the lock for this long is starting the server: it is theirs to stop.
+        # A process that holds the lock for this long is starting the server, and will stop it.
         with suppress(EmbeddedError), self._alone(FAST_SECONDS):
             if _lock(self._users, fcntl.LOCK_EX):
                 self.end()
@@ -115,7 +115,7 @@ class Server(Cluster):
     def revive(self) -> None:
         """Start the server again if it crashed; one that was stopped on purpose stays down."""
         if self.has_crashed:
-            logger.warning("PostgreSQL is gone without a word: starting it again")
+            logger.warning("PostgreSQL ended unexpectedly: starting it again")
             with self._alone(START_SECONDS):
                 self.serve(SETTINGS)
 
@@ -134,8 +134,8 @@ class Server(Cluster):
     def _make_database(self) -> None:
         """Make the application's role and database. Called with `server.lock` held.
 
-        Made as the superuser, whom the application is not. What an earlier version stored as the
-        superuser, in that one's database, comes along.
+        The superuser makes them; the application's role is an ordinary one. An earlier version
+        stored its tables as the superuser, in database postgres: they are copied and handed over.
         """
         try:
             with self._superuser("template1") as conn:
@@ -157,8 +157,8 @@ class Server(Cluster):
         return psycopg.connect(self._conninfo("postgres", database), autocommit=True)
 
     def _open(self, name: str) -> IO[str]:
-        # Closed to others, who could hold it for good; the account's, so that root, who may make
-        # it, keeps nobody out. One that is somebody else's already serves as it is.
+        # Closed to other users, who could hold the lock for ever. If root makes the file, it gives
+        # it to the server's account. A file that already belongs to another user is used as it is.
         flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW
         try:
             descriptor = os.open(self.home / name, flags, 0o600)
@@ -167,7 +167,7 @@ class Server(Cluster):
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
             os.close(descriptor)
-            raise EmbeddedError(f"cannot open {self.home / name}: it is no file of ours")
+            raise EmbeddedError(f"cannot open {self.home / name}: it is not a plain file")
         with suppress(PermissionError):
             os.fchmod(descriptor, 0o600)
             os.fchown(descriptor, *self.account)
@@ -189,10 +189,10 @@ class Server(Cluster):
 def _socket_folder(home: Path) -> Path:
     folder = home / "run"
     path = str(folder / SOCKET)
-    # postgres takes a list of folders, so commas and quotes would have a meaning.
+    # postgres reads a list of folders, in which commas and quotes have a meaning.
     if len(os.fsencode(path)) <= SOCKET_PATH_BYTES and re.fullmatch(r"[\w/.+@ -]+", path):
         return folder
-    # Not TMPDIR: two terminals that share the server may differ in it.
+    # Not TMPDIR, which may differ between two terminals that share the server.
     return Path(f"/tmp/dbpool-webapp-{_digest(home)}")  # noqa: S108 -- checked to be ours alone
 
 

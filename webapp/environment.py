@@ -1,4 +1,4 @@
-"""What the environment gives to whatever starts gunicorn: address, port, workers, kind of log."""
+"""What a start of gunicorn reads from the environment: address, port, workers, kind of log."""
 
 import os
 import re
@@ -8,10 +8,10 @@ NUMBERS = {"PORT": ("8000", 65535), "WEB_CONCURRENCY": ("2", 1000)}  # default, 
 
 
 def set_number(name: str) -> int:
-    """Leave a number in the environment and return it; else exit with one line for the user.
+    """Write a valid number back to the environment and return it; else exit with one line.
 
-    Compose and Helm make an empty string of a variable that is not set: it counts as the default.
-    gunicorn ends in a traceback there, and starts no worker for 0.
+    Compose and Helm turn a variable that is not set into an empty string, so that counts as the
+    default. gunicorn would end in a traceback there, and would start no worker for 0.
     """
     default, most = NUMBERS[name]
     given = os.environ.get(name, "").strip() or default
@@ -22,14 +22,14 @@ def set_number(name: str) -> int:
 
 
 def bind_address() -> str:
-    """Return where to listen as gunicorn wants it: with brackets around an address of IPv6."""
+    """Return the address to listen on, in gunicorn's form: an IPv6 address has brackets."""
     host = os.environ.get("WEBAPP_HOST", "").strip("[] ") or "127.0.0.1"
     host = f"[{host}]" if ":" in host else host
     return f"{host}:{os.environ.get('PORT') or NUMBERS['PORT'][0]}"
 
 
 def log_kind() -> str:
-    """Leave `text`, the default, or `json` in WEBAPP_LOG and return it; exit for anything else."""
+    """Write `text`, the default, or `json` back to WEBAPP_LOG and return it; else exit."""
     given = os.environ.get("WEBAPP_LOG", "").strip().lower() or "text"
     if given not in ("text", "json"):
         sys.exit(f"webapp: WEBAPP_LOG must be text or json, not {given[:20]!r}")

@@ -10,14 +10,14 @@ from werkzeug.exceptions import HTTPException, InternalServerError
 
 
 def init_app(app: Flask) -> None:
-    """Register the handlers; those of dbpool for its own errors are more specific and win."""
+    """Register the handlers; dbpool's handlers for its own errors are more specific and win."""
     app.register_error_handler(HTTPException, _http)
     app.register_error_handler(psycopg.OperationalError, _operational)
     app.register_error_handler(psycopg.errors.UndefinedTable, _undefined_table)
 
 
 def _http(exc: HTTPException) -> Response:
-    # Its own response carries what belongs to the status: Allow, WWW-Authenticate, Retry-After.
+    # Its own response has the headers that belong to the status: Allow, WWW-Authenticate …
     response = exc.get_response()
     reason = exc.description or exc.name
     if isinstance(exc, InternalServerError):
@@ -31,8 +31,8 @@ def _http(exc: HTTPException) -> Response:
 
 
 def _operational(exc: psycopg.OperationalError) -> Response:
-    """Answer for a statement that the database broke off: lost connection, timeout, shutdown."""
-    return _unavailable("the database broke off the request")
+    """Answer for a statement that did not end: lost connection, timeout, shutdown."""
+    return _unavailable("the database did not complete the request")
 
 
 def _undefined_table(exc: psycopg.errors.UndefinedTable) -> Response:
@@ -42,6 +42,6 @@ def _undefined_table(exc: psycopg.errors.UndefinedTable) -> Response:
 def _unavailable(reason: str) -> Response:
     answer = jsonify(error=reason)
     answer.status_code = 503
-    # Spread, so that clients do not come back all at once.
+    # Random, so that clients do not all come back at once.
     answer.headers["Retry-After"] = str(random.randint(1, 3))  # noqa: S311  # no secret
     return answer

@@ -1,7 +1,7 @@
-"""The container's health check: exit 0 if the server in it says that it is alive.
+"""The container's health check: exits with 0 if the server in it answers that it is alive.
 
-Run as `python -I -S`, with a bare socket: it starts in a fraction of the time that urllib takes,
-and the proxies of the environment do not matter.
+It is run as `python -I -S` and uses a bare socket: so it starts in a fraction of the time that
+urllib takes, and ignores the proxies in the environment.
 """
 
 import os

@@ -1,7 +1,7 @@
 """The lines of the log: time, level, pid, the request that caused it, and what happened.
 
-As text for people, or with `WEBAPP_LOG=json` as one JSON object in each line. gunicorn's
-configuration runs this file in the master, and so it imports nothing but the standard library.
+They are text for people, or one JSON object in each line with `WEBAPP_LOG=json`. gunicorn's
+configuration runs this file in the master, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _access = logging.getLogger("webapp.access")
 
 _JSON_LOGGERS = {
     "webapp.access": {"level": "INFO"},
-    "gunicorn.access": {"level": "WARNING"},  # it would quote the query
+    "gunicorn.access": {"level": "WARNING"},  # it would quote the query string
     "gunicorn.error": {"handlers": ["stderr"], "propagate": False},
 }
 
 
 def init_app(app: Flask) -> None:
-    """Give each request an id: that of its `X-Request-ID`, or a new one. The answer carries it.
+    """Give each request an id: that of its `X-Request-ID`, or a new one. The response carries it.
 
-    And log each request with its path alone: a query may hold anything. Not those of the pools'
-    views, which machines ask for all the time.
+    Also log each request, with its path only, since a query string may contain anything. Requests
+    for dbpool's own views are not logged: machines make them all the time.
     """
     from flask import Response, g, request
 
@@ -54,7 +54,7 @@ def init_app(app: Flask) -> None:
 def config(kind: str) -> dict[str, Any]:
     """Return the configuration of all loggers, gunicorn's too, for `logging.config.dictConfig`.
 
-    People see no line for each request.
+    As text there is no line for each request.
     """
     is_json = kind == "json"
     return {
@@ -74,7 +74,7 @@ def config(kind: str) -> dict[str, Any]:
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people, as gunicorn's own: `[time] [pid] [level] logger: text`."""
+    """A line for people, in gunicorn's format: `[time] [pid] [level] logger: text`."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -90,7 +90,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JSONFormatter(logging.Formatter):
-    """One JSON object in each line; what dbpool says of an event is under `dbpool`."""
+    """One JSON object in each line; the fields of a pool's event are under `dbpool`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -111,7 +111,7 @@ class JSONFormatter(logging.Formatter):
 
 
 def current_request() -> dict[str, str | None] | None:
-    """Return id and endpoint of the request that this thread serves."""
+    """Return the id and the endpoint of the request that this thread serves, None outside of one."""
     flask = sys.modules.get("flask")  # not in the master
     if flask is None or not flask.has_request_context():
         return None

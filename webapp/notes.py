@@ -1,4 +1,4 @@
-"""The notes API: JSON in and out; a request that succeeds costs one statement, one round trip."""
+"""The notes API, in JSON: a request that succeeds takes one statement in one round trip."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Note = dict[str, Any]
 
 @blueprint.get("")
 def list_notes() -> Response:
-    """One page, oldest first; `next` leads to the page that follows, however notes come and go."""
+    """List one page, oldest first. `next` is the URL of the next page, also if notes change."""
     limit = number_in_query("limit", DEFAULT_PAGE, lowest=1, highest=MAX_PAGE)
     after = number_in_query("after", 0, lowest=0, highest=MAX_BIGINT)
-    # One row more than asked for tells whether there is a page that follows.
+    # One row more than asked for shows whether there is a next page.
     rows = db.pool.fetch_all(_PAGE, [after, limit + 1], row_factory=dict_row)
     page, more = rows[:limit], rows[limit:]
     following = url_for(".list_notes", limit=limit, after=page[-1]["id"]) if more else None
@@ -58,7 +58,7 @@ def read_note(number: int) -> Response:
 
 @blueprint.put("/<int:number>")
 def update_note(number: int) -> Response:
-    """Replace the note, unless somebody did so since the version that the client read."""
+    """Replace the note, unless it has changed since the client read it."""
     draft = Draft.from_request(versioned=True)
     values = [draft.title, draft.body, _known(number), draft.version]
     note = db.pool.fetch_one(_UPDATE, values, row_factory=dict_row)
@@ -67,14 +67,14 @@ def update_note(number: int) -> Response:
 
 @blueprint.delete("/<int:number>")
 def delete_note(number: int) -> Response:
-    """Delete the note; with `?version=`, only if it is still that one."""
+    """Delete the note; with `?version=`, only if that is still its version."""
     version = number_or_none("version", lowest=1, highest=MAX_BIGINT)
     deleted = db.pool.execute(_DELETE, [_known(number), version])
     return make_response("", 204) if deleted else _stale(number)
 
 
 def _known(number: int) -> int:
-    """Refuse what no note can have as its id, before the database would call it an error."""
+    """Refuse a number that is too large for an id, before the database raises an error."""
     if number > MAX_BIGINT:
         abort(404, "there is no such note")
     return number
@@ -86,9 +86,9 @@ def _existing(number: int) -> Note:
 
 
 def _stale(number: int) -> Response:
-    """Say why a conditional change met no row: the note is gone, or is another version by now."""
+    """Answer why a conditional change matched no row: the note is gone, or has another version."""
     current = _existing(number)["version"]
-    response = jsonify(error=f"note {number} is version {current} by now", version=current)
+    response = jsonify(error=f"note {number} has changed to version {current}", version=current)
     response.status_code = 409
     return response
 

@@ -1,9 +1,9 @@
-"""Which sources changed: for `python -m webapp --reload`, which then starts gunicorn again.
+"""Finds the sources that changed, for `python -m webapp --reload`, which then restarts gunicorn.
 
-The whole of gunicorn is started again, and not its workers alone, as its own --reload does: the
-master has read gunicorn.conf.py and the hooks of dbpool, and it ends when a module that somebody
-is editing cannot be imported. The files are polled, because no events arrive from the host's side
-of a mount in a virtual machine.
+All of gunicorn is started again, not only its workers, as its own --reload does: the master has
+loaded gunicorn.conf.py and dbpool's hooks, and it ends if a module that is being edited cannot be
+imported. The files are polled, because in a virtual machine no events arrive for changes that are
+made on the host.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ class Sources:
         self._running = self._last = self._look()
 
     def changed(self) -> list[Path]:
-        """Return what differs from what runs, once the files have stopped changing; else nothing.
+        """Return the files that differ from what runs, once they have stopped changing.
 
-        A checkout of another branch writes for a while. Looks at most every INTERVAL_SECONDS.
+        A checkout of another branch writes for a while. Looks at most every INTERVAL_SECONDS, and
+        returns nothing in between.
         """
         if self._clock() - self._looked_at < INTERVAL_SECONDS:
             return []
@@ -52,6 +53,6 @@ class Sources:
                 if path.suffix in KINDS and not path.name.startswith("."):
                     try:
                         stat = path.stat()
-                    except OSError:  # gone meanwhile
+                    except OSError:  # it has just been removed
                         continue
                     yield path, (stat.st_mtime_ns, stat.st_size)

@@ -20,7 +20,7 @@ create table if not exists notes (
     updated timestamptz not null default now()
 )
 """
-# `if not exists` is no protection against two at once; any number of ours serves as the lock.
+# `if not exists` does not protect against two at once. The number of the lock is arbitrary.
 LOCK = "select pg_advisory_xact_lock(7262810)"
 
 
@@ -28,7 +28,7 @@ def create(pool: Pool) -> None:
     """Create the tables that are missing."""
     with pool.connection() as conn:
         conn.execute(LOCK)
-        # Not created blindly: a role may use tables that it would not be allowed to make.
+        # A role may be allowed to use these tables but not to create them.
         if conn.execute("select to_regclass('notes')").fetchone() == (None,):
             conn.execute(STATEMENTS)
 
@@ -40,7 +40,7 @@ def create_configured() -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger("dbpool").addHandler(logging.NullHandler())  # it is told below, once
+    logging.getLogger("dbpool").addHandler(logging.NullHandler())  # errors are printed below, once
     logging.getLogger("dbpool").propagate = False
     try:
         create_configured()

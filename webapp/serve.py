@@ -1,4 +1,4 @@
-"""`python -m webapp.serve`: gunicorn as a container runs it; options of gunicorn's may follow."""
+"""`python -m webapp.serve`: gunicorn as a container runs it; further arguments go to gunicorn."""
 
 import os
 import signal
@@ -10,8 +10,9 @@ from webapp.environment import NUMBERS, set_number
 def main() -> None:
     """Become gunicorn.
 
-    Process 1 of a container would lose a SIGTERM that comes before gunicorn has a handler for it,
-    and be killed at the end of its grace. So it waits, across exec, until there is one.
+    Process 1 of a container would lose a SIGTERM that arrives before gunicorn has a handler for
+    it, and would be killed at the end of its grace period. So the signal is blocked, also across
+    exec, until there is a handler.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     for name in NUMBERS:

@@ -1,4 +1,4 @@
-"""What a client sent, checked: whatever is wrong with it is a 400 with a reason."""
+"""Checks what a client sent; invalid input is answered with 400 and a reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_TITLE, MAX_BODY = 200, 20_000
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A note as a client wrote it; `version` is the one it read."""
+    """A note as a client wrote it; `version` is the version that the client had read."""
 
     title: str
     body: str = ""
@@ -39,11 +39,11 @@ def number_in_query(name: str, default: int, *, lowest: int, highest: int) -> in
 
 
 def number_or_none(name: str, *, lowest: int, highest: int) -> int | None:
-    """Return a parameter of the query string, None if it is not there."""
+    """Return a parameter of the query string, None if it is missing."""
     given = request.args.get(name)
     if given is None:
         return None
-    # 19 digits hold a bigint; int() itself takes spaces, signs and underscores too.
+    # A bigint has at most 19 digits. int() alone would also accept spaces, signs and underscores.
     plain = given.isascii() and given.isdigit() and len(given) <= 19
     if not plain or not lowest <= int(given) <= highest:
         abort(400, f"{name} must be a number from {lowest} to {highest}")
@@ -53,7 +53,7 @@ def number_or_none(name: str, *, lowest: int, highest: int) -> int | None:
 def _json_object() -> dict[str, Any]:
     if not request.is_json:
         abort(400, "the body must be JSON, sent with Content-Type: application/json")
-    # A body without a length, sent in chunks, is cut where the limit is.
+    # A body that is sent in chunks, without a length, is cut at the limit.
     limit = request.max_content_length
     if request.content_length is None and limit and len(request.get_data()) >= limit:
         abort(413)
@@ -77,9 +77,9 @@ def _text(sent: dict[str, Any], name: str, longest: int) -> str:
         abort(400, f"{name} must be a string")
     if len(text) > longest:
         abort(400, f"{name} must not be longer than {longest} characters")
-    # PostgreSQL stores neither; JSON can say both, as \u0000 and \ud800.
+    # PostgreSQL cannot store NUL or surrogates; JSON can contain both, as \u0000 and \ud800.
     if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in text):
-        abort(400, f"{name} holds a character that cannot be stored")
+        abort(400, f"{name} contains a character that cannot be stored")
     return text
 
 
