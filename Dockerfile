@@ -1,15 +1,15 @@
-# The sample application. Built by docker compose, or by hand:
+# The sample application. docker compose builds it; to build it yourself:
 #
-#   docker build --tag dbpool-webapp .                  # what serves: the target production
-#   docker build --tag dbpool-webapp:dev --target dev . # reloads what changes
+#   docker build --tag dbpool-webapp .                  # the target production
+#   docker build --tag dbpool-webapp:dev --target dev . # reloads when sources change
 #
-# To build on the same base again later, name it by its digest, which the first line prints:
+# To use exactly the same base image later, name its digest, which the first of these prints:
 #
 #   docker buildx imagetools inspect python:3.13-slim
 #   docker build --build-arg BASE=python:3.13-slim@sha256:… .
 ARG BASE=python:3.13-slim
 
-# The packages depend on their lock alone: a change elsewhere does not install them again.
+# The packages depend only on the lock file: other changes do not install them again.
 FROM ${BASE} AS packages
 COPY webapp/requirements.txt /tmp/
 RUN python -m venv /venv \
@@ -17,7 +17,7 @@ RUN python -m venv /venv \
     --requirement /tmp/requirements.txt \
  && /venv/bin/pip uninstall --yes pip
 
-# Every user may read the files, whatever the checkout's modes.
+# All users can read the files, whatever modes they have in the checkout.
 FROM ${BASE} AS sources
 COPY dbpool /app/dbpool
 COPY webapp /app/webapp
@@ -30,19 +30,19 @@ ENV PATH=/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTEC
 RUN useradd --uid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin web
 WORKDIR /app
 COPY --from=packages /venv /venv
-# A number: Kubernetes cannot tell whether a name is root's. Any other user id works as well.
+# A number, since Kubernetes cannot tell whether a name is root. Any other user id works as well.
 USER 10001
 EXPOSE 8000
-# Liveness. Readiness would restart a container because its database is down.
+# This checks liveness. A check of readiness would restart containers while the database is down.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
     CMD ["python", "-I", "-S", "webapp/healthcheck.py"]
 
-# The sources are mounted over /app/dbpool and /app/webapp. Where they are not, these serve.
+# The sources can be mounted over /app/dbpool and /app/webapp; without a mount, these copies run.
 FROM runtime AS dev
 COPY --from=sources /app /app
 CMD ["python", "-m", "webapp", "--reload"]
 
-# The last stage is what is built unless another one is asked for.
+# The last stage is built by default.
 FROM runtime AS production
 COPY --from=sources /app /app
 CMD ["python", "-m", "webapp.serve"]

@@ -1,5 +1,5 @@
-# Another Python: make test PYTHON=python3.12 (the environment is made anew when it changes,
-# so give it one of its own: VENV=.venv312).
+# To use another Python: make test PYTHON=python3.12 VENV=.venv312
+# (With the same VENV, each change of PYTHON would build the environment again.)
 PYTHON ?= python3
 VENV   ?= .venv
 PORT   ?= 8000
@@ -8,7 +8,7 @@ python := $(VENV)/bin/python
 peers  := $(VENV)-bench/bin/python
 sphinx := $(VENV)-docs/bin/python -m sphinx
 
-# One lock for every supported Python and machine. Without UPGRADE what is pinned stays pinned.
+# One lock for all supported Pythons and machines. Without UPGRADE, pinned versions do not change.
 compile    := $(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
     --generate-hashes --annotation-style line --custom-compile-command "make lock" $(UPGRADE)
 consistent := --constraint requirements.txt
@@ -23,38 +23,38 @@ help: ## show this list
 run: venv ## serve the sample application on PORT (8000), with a PostgreSQL of its own
 	@PORT=$(PORT) exec $(python) -m webapp
 
-dev: venv ## the same, and start again what serves whenever a source changes
+dev: venv ## the same, with a restart of gunicorn whenever a source changes
 	@PORT=$(PORT) exec $(python) -m webapp --reload
 
-cluster: venv ## the same over a primary, a standby and PgBouncer, without containers
+cluster: venv ## the same with a primary, a standby and PgBouncer, without containers
 	@PORT=$(PORT) exec $(python) -m webapp.cluster
 
 test: venv ## run the tests, four files at a time
 	@$(python) -m pytest --numprocesses 4 --dist loadfile
 
-test-slow: venv ## run the tests that take their time
+test-slow: venv ## run the slow tests
 	@$(python) -m pytest -m slow
 
-check: venv ## lint, check the format and the types
+check: venv ## lint, and check format and types
 	@$(python) -m ruff check
 	@$(python) -m ruff format --check
 	@$(python) -m mypy
 
-manifests: venv-manifests ## check all that is for Kubernetes and Grafana against their schemas
+manifests: venv-manifests ## check the files for Kubernetes and Grafana against their schemas
 	@$(VENV)-manifests/bin/python tools/check_manifests.py ops/kubernetes docs/probes.md \
 	    ops/grafana/dashboards/*.json
 
-docs: venv-docs ## build the documentation into docs/_build/html; a warning is an error
+docs: venv-docs ## build the documentation into docs/_build/html; warnings are errors
 	@$(VENV)-docs/bin/python tools/write_docs.py
 	@$(sphinx) --fail-on-warning --keep-going --nitpicky --quiet --builder html docs docs/_build/html
 
-bench: venv-bench ## compare with the peers, ONLY=recovery for one: results under bench/results
+bench: venv-bench ## compare with the peers (one benchmark: ONLY=recovery); see bench/results
 	@$(peers) -m bench $(ONLY)
 
-bench-quick: venv-bench ## the same in under a minute
+bench-quick: venv-bench ## a small version of each benchmark, in under a minute
 	@$(peers) -m bench --quick
 
-lock: venv-lock ## write the requirements.txt files anew, UPGRADE=--upgrade for newer versions
+lock: venv-lock ## write the requirements.txt files (newer versions: UPGRADE=--upgrade)
 	@$(compile) pyproject.toml --all-extras --group dev --output-file requirements.txt
 	@$(compile) pyproject.toml --all-extras $(consistent) --output-file webapp/requirements.txt
 	@$(compile) pyproject.toml --all-extras --group embedded --group bench $(consistent) \
