@@ -20,6 +20,20 @@ ALIASES = {
     "a connection for each request": "connect per request",
     "one SELECT, server far away": "the same, server far away",
     "ratio": "requests per second",
+    "restart with 10 idle connections: first answer, errors in 30 requests": (
+        "restart (immediate), 10 idle, next 30 requests"
+    ),
+    "outage of 20 s under load: first answer after it": "20 s outage under load: served after",
+    "during that outage: duration of a call": "the same: a call while it is down",
+    "frozen server, idle connections, timeout 2 s: a call; first answer after the thaw": (
+        "all frozen, idle for 60 s, timeout 2: call; after thaw"
+    ),
+    "network silent, 10 connections idle for 60 s: first answer": (
+        "10 idle for 60 s, network silent: first answer"
+    ),
+    "100 dead connections: first answer, errors before it": "100 dead: until one is served",
+    "16 threads, room for 8 on the server, 10 s": "16 threads, room for 8, 10 s",
+    "wrong password: duration of a call": "wrong password",
 }
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
