@@ -81,19 +81,19 @@ class Discarded(Event):
 
 
 class WaitTimedOut(Event):
-    """A caller got no connection within `seconds`."""
+    """A caller got no connection in time; it waited for `seconds`."""
 
     seconds: float
 
 
 class SlowAcquire(Event):
-    """A caller has waited that many seconds, longer than `slow_acquire`, and still waits."""
+    """A caller has waited for `seconds`, longer than `slow_acquire`, and still waits."""
 
     seconds: float
 
 
 class Rejected(Event):
-    """A caller was rejected: open breaker, too many waiters, or the pool closed while it waited."""
+    """A caller was rejected: open breaker, full queue, or the pool closed while it waited."""
 
 
 class HeldLong(Event):
@@ -104,20 +104,20 @@ class HeldLong(Event):
 
 
 class ReturnedLate(Event):
-    """A connection reported as `HeldLong` was returned; `where` is where it was checked out."""
+    """A connection held for too long came back after `seconds`; `where` had checked it out."""
 
     seconds: float
     where: str
 
 
 class Leaked(Event):
-    """A holder forgot a connection: it was garbage-collected, or taken back after a request."""
+    """A connection was forgotten: garbage-collected, or taken back when its request ended."""
 
     holder: HolderSnapshot
 
 
 class Retried(Event):
-    """A transaction will run again after `attempt` attempts and a pause of `delay` seconds."""
+    """A transaction failed in attempt number `attempt`, and runs again after `delay` seconds."""
 
     attempt: int
     error: str
