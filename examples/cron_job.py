@@ -1,7 +1,8 @@
 """A job for cron: DATABASE_URL=postgresql://… python examples/cron_job.py
 
-It has limits of its own, waits for a restart of the server to end, does nothing while its last run
-is still going on, and ends with status 1 and one line if it failed.
+It has its own timeouts, and waits if the server restarts. It does nothing while the previous run is
+still going on. If it fails, it exits with status 1; for an error of the pool it prints the message,
+for any other error a traceback.
 """
 
 import sys
@@ -13,7 +14,7 @@ import dbpool
 
 
 def clean_up(conn: Connection[Any]) -> int | None:
-    """Delete what is older than a month; return how many rows, None if another run does it now."""
+    """Delete logins older than 30 days; return how many, or None if another run is doing it."""
     lock = conn.execute("select pg_try_advisory_xact_lock(hashtext('clean_up'))").fetchone()
     if lock != (True,):
         return None
@@ -24,7 +25,7 @@ def clean_up(conn: Connection[Any]) -> int | None:
 def main() -> int:
     """Run the job; return its exit status."""
     with dbpool.Pool(max_size=1, statement_timeout="10m", application_name="clean_up") as pool:
-        deleted = pool.run(clean_up, timeout=60)  # with a timeout it waits for an outage to end
+        deleted = pool.run(clean_up, timeout=60)  # the timeout lets it wait for an outage to end
     print("still running" if deleted is None else f"{deleted} deleted")
     return 0
 

@@ -17,11 +17,11 @@ def create_app() -> Flask:
     app = Flask(__name__)
     db.init_app(app)
     app.register_blueprint(create_blueprint(), url_prefix="/db")
-    # In a thread of its own, for at most 0.3 s. With required=True a failure would be a 503.
+    # Runs in its own thread, for at most 0.3 s. With required=True, a failure would mean 503.
     app.extensions["dbpool"].health.add("disk", has_room, required=False, timeout=0.3)
     return app
 
 
 def has_room() -> bool:
-    """Whether there are 100 MB left; a check is up if it returns True or None."""
+    """Return whether 100 MB are left. A check is up if it returns True or None."""
     return shutil.disk_usage("/").free > 100 * 2**20

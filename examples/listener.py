@@ -17,5 +17,5 @@ class Connections(events.Listener):
         print(f"{event.pool}: closed")
 
 
-with dbpool.Pool(listeners=[Connections()]) as pool:  # called in a thread of their own
+with dbpool.Pool(listeners=[Connections()]) as pool:  # called in a separate thread
     pool.fetch_value("select 1")

@@ -20,7 +20,7 @@ class Note(Base):
 
 
 with dbpool.Pool(close_returns=True) as pool:  # close() gives a connection back
-    # The pool is dbpool's: NullPool asks it for a connection whenever SQLAlchemy needs one.
+    # NullPool keeps no connections: SQLAlchemy asks dbpool whenever it needs one.
     engine = create_engine(
         "postgresql+psycopg://", creator=lambda: pool.getconn(), poolclass=NullPool
     )
@@ -32,4 +32,4 @@ with dbpool.Pool(close_returns=True) as pool:  # close() gives a connection back
     with Session(engine) as session:
         print(session.scalars(select(Note.title)).all())
 
-    print(pool.stats().active, "still out")
+    print(pool.stats().active, "still checked out")

@@ -1,6 +1,6 @@
 """A pool and worker processes: DATABASE_URL=postgresql://… python examples/processes.py
 
-Each process opens connections of its own on first use, also after a fork: nothing is shared.
+Each process opens its own connections on first use, also after a fork: they share none.
 """
 
 from multiprocessing import get_context

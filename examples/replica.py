@@ -1,4 +1,4 @@
-"""Two databases, writes here and reads there:
+"""Two databases, one for writes and one for reads:
 
 DATABASE_URL=postgresql://…/app DBPOOL_DATABASES=replica \
 DBPOOL_REPLICA_URL='postgresql://…/app?target_session_attrs=prefer-standby' python examples/replica.py
@@ -10,7 +10,7 @@ with dbpool.Databases.from_env() as databases:
     databases.default.execute("create table if not exists visits (path text)")
     databases.default.execute("insert into visits values (%s)", ["/"])
 
-    # What was just written may not be there yet: a replica is behind by its replication lag.
+    # A replica is behind by its replication lag: what was just written may not be there yet.
     standby = databases["replica"].fetch_value("select pg_is_in_recovery()")
     print("reading from", "a standby" if standby else "the primary")
 

@@ -3,7 +3,7 @@
 import dbpool
 
 with dbpool.Pool() as pool:
-    with pool.connection() as conn:  # commits on the way out, rolls back on an exception
+    with pool.connection() as conn:  # commits at the end, or rolls back on an exception
         conn.execute("create temporary table greeting (words text)")
         conn.execute("insert into greeting values (%s)", ["hello"])
         print(conn.execute("select words from greeting").fetchone())

@@ -8,7 +8,7 @@ import dbpool
 
 
 def transfer(conn: Connection[Any], key: str, source: int, target: int, amount: int) -> bool:
-    """Move money once for each *key*; nothing else happens here, as it may run more than once."""
+    """Move money once for each *key*. Do nothing else here: this may run more than once."""
     done = conn.execute("insert into transfers values (%s) on conflict do nothing", [key])
     if done.rowcount == 0:
         return False

@@ -22,7 +22,7 @@ SAID = {
     "processes": r"144\n\[0, 1, 4, 9, 16\]\n",
     "cron_job": r"0 deleted\n",
     "script": r"\('hello',\)\n42\n2 checkouts\n",
-    "orm": r"\['hello'\]\n0 still out\n",
+    "orm": r"\['hello'\]\n0 still checked out\n",
     "replica": r"reading from the primary\ndefault up\nreplica up\n",
     "listener": r"default: connected in \d+ ms\n(default: connected in \d+ ms\n)?default: closed\n",
     "transfer": r"moved\nalready done\n\[\(1, 70\), \(2, 30\)\]\n",
