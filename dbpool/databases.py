@@ -35,8 +35,8 @@ _PREFIXES = ("DBPOOL_", "DATABASE_URL")  # of our keys in an application's confi
 class Databases(Mapping[str, Pool[Any]]):
     """The pools of an application by name, the default one first.
 
-    The pools are made at once and open themselves on first use; as a context manager the mapping
-    closes them. *options* go to every `Pool`: `configure`, `kwargs`, `connection_class` ...
+    The pools are created at once and open on first use. As a context manager, the mapping closes
+    them. Every `Pool` gets *options*: `configure`, `kwargs`, `connection_class` ...
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Databases(Mapping[str, Pool[Any]]):
         listeners: Iterable[Any] = (),
         **options: Any,
     ) -> Self:
-        """Make the default pool and those of `DBPOOL_DATABASES`. Raises `ConfigError`."""
+        """Create the default pool and those of `DBPOOL_DATABASES`. Raises `ConfigError`."""
         environ, options = conceal(environ), conceal(options)
         return cls(databases_from_env(environ, dotenv), listeners, **options)
 
@@ -66,7 +66,7 @@ class Databases(Mapping[str, Pool[Any]]):
         return self["default"]
 
     def open(self) -> None:
-        """Open every pool that is not open yet, without waiting for connections."""
+        """Open each pool that is not open yet, without waiting for connections."""
         for pool in self._pools.values():
             pool.open()
 

@@ -84,7 +84,7 @@ class PoolError(_Coded, psycopg.OperationalError):
     """The base of a pool's errors.
 
     `pool` is the pool's name, `snapshot` its state at that moment. Each caller gets its own
-    instance. It can be pickled; the chained cause is not part of the pickle.
+    instance. The error can be pickled, but without its chained cause.
     """
 
     pool: str = ""
@@ -98,7 +98,7 @@ class PoolError(_Coded, psycopg.OperationalError):
 class PoolExhausted(PoolError, PoolTimeout):
     """All connections stayed checked out until the deadline; the text names the holders.
 
-    If no connection was returned in that time, it also says whether the network may be the cause.
+    If no connection was returned in that time, the text also says whether the network may be why.
     """
 
     code = "DBE01"
@@ -118,7 +118,7 @@ class DatabaseUnavailable(PoolError, PoolTimeout):
 
 
 class DatabaseMisconfigured(DatabaseUnavailable):
-    """Password, role, database, access, TLS or a parameter is wrong: waiting hardly helps."""
+    """Password, role, database, access, TLS or a parameter is wrong: waiting will hardly help."""
 
     code = "DBE03"
 

@@ -149,8 +149,8 @@ def name_of(event: Event) -> str:
 class Listener:
     """A base class for listeners: define a method for each event you want to hear.
 
-    Name it after the event: `def checked_out(self, event): ...`. If it raises, that is logged and
-    changes nothing else. If it hangs, it delays the pool's later events and nothing else.
+    Name it after the event: `def checked_out(self, event): ...`. If it raises, the error is logged
+    and nothing else happens. If it hangs, only the pool's later events are delayed.
     """
 
     def __call__(self, event: Event) -> None:

@@ -1,9 +1,9 @@
 """Server hooks for gunicorn: `from dbpool.gunicorn import *` in a `gunicorn.conf.py`.
 
-They make the directory through which the workers share their statistics, size the pools by the
+They create the directory through which the workers share their statistics, size the pools by the
 number of requests that a worker serves at once, publish a worker's statistics from its start, and
-close the pools when it exits. A hook of your own with the same name takes the place of one of
-these, unless it is combined with it:
+close the pools when it exits. Your own hook replaces the one here of the same name, unless you
+combine the two:
 
     from dbpool.gunicorn import *
     from dbpool.gunicorn import combined
@@ -56,10 +56,10 @@ _door: subprocess.Popen[bytes] | None = None
 
 
 def combined(hook: Callable[..., Any]) -> Callable[..., None]:
-    """Return *hook* together with the one here of the same name.
+    """Return *hook* combined with the one here of the same name.
 
-    This one comes first, but last where a worker or the server ends: there it closes what yours
-    may still need. Raises `ValueError` if there is none of that name.
+    The one here runs first. When a worker or the server ends it runs last, because it closes what
+    yours may still need. Raises `ValueError` if there is no hook of that name.
     """
     name = hook.__name__
     if name not in __all__:
@@ -78,9 +78,9 @@ def combined(hook: Callable[..., Any]) -> Callable[..., None]:
 
 
 def on_starting(server: Any) -> None:
-    """Make the directory for statistics, and remove those that dead masters left behind.
+    """Create the directory for statistics, and remove those that dead masters left behind.
 
-    If that is not possible, each worker reports on itself alone, and a warning says so.
+    If that is not possible, each worker reports only on itself, and a warning says so.
     """
     global _made  # noqa: PLW0603  # there is one master in a process
     given = os.environ.pop(STATS_DIR, "")
@@ -104,9 +104,9 @@ def on_starting(server: Any) -> None:
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """Let the worker import dbpool anew, unless the master has imported more of it than this.
+    """Let the worker import dbpool again, unless the master has imported more than this module.
 
-    A reload then brings the whole library after an upgrade or a change.
+    After an upgrade or a change, a reload then loads the whole library.
     """
     if _door is not None and _door.stdin is not None:
         _door.stdin.close()  # its end of file tells the door that the master is gone
@@ -120,11 +120,11 @@ def post_worker_init(worker: Any) -> None:
     """Size the pools by the worker's threads, and publish its statistics from now on.
 
     A `max_size` that is set stays. Otherwise it is one more than the worker's threads, so that one
-    of them can hold two connections. A worker that does not serve by threads, as gevent's, keeps
+    of them can hold two connections. A worker that does not use threads, such as gevent's, keeps
     the default. An environment variable would not do: it would win over a `.env`.
 
-    The first worker then compares what all may open with what the servers allow: see
-    `python -m dbpool plan`.
+    The first worker then compares what all workers may open with what the servers allow, as
+    `python -m dbpool plan` does.
     """
     from dbpool.monitor import watch_from_the_start
     from dbpool.processes import publish_from_the_start
@@ -172,7 +172,7 @@ def worker_abort(worker: Any) -> None:
 def dirty_worker_init(worker: Any) -> None:
     """Do for a dirty worker of gunicorn 25 and newer what `post_worker_init` does.
 
-    No hook runs in it at its end: close your pools in `DirtyApp.close`.
+    gunicorn runs no hook when such a worker ends: close your pools in `DirtyApp.close`.
     """
     from dbpool.processes import publish_from_the_start
 
@@ -181,7 +181,7 @@ def dirty_worker_init(worker: Any) -> None:
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """Close the pools of a worker that exits, and export what OpenTelemetry has of them."""
+    """Close the pools of a worker that exits, and export what OpenTelemetry has recorded."""
     # gunicorn calls this in the master too, when it finds a worker gone.
     if os.getpid() != getattr(server, "pid", None):
         from dbpool import monitor
@@ -194,7 +194,7 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 
 def on_exit(server: Any) -> None:
-    """Let the door end, and remove the directory that `on_starting` made."""
+    """Stop the door, and remove the directory that `on_starting` created."""
     if _door is not None and _door.stdin is not None:
         with suppress(OSError, subprocess.TimeoutExpired):
             _door.stdin.close()

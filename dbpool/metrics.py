@@ -119,9 +119,9 @@ class HistogramSnapshot:
 class Counters:
     """Totals since the pool was opened.
 
-    `leaks` counts connections that were forgotten, `held_long` those held for longer than
-    `leak_after`; `returned_late` counts how many of the latter came back. `nested` counts those of
-    `timeouts` whose own thread held a connection.
+    `leaks` counts forgotten connections. `held_long` counts those held for longer than
+    `leak_after`, and `returned_late` those of them that came back. `nested` counts those callers
+    of `timeouts` whose own thread held a connection.
     """
 
     checkouts: int = 0
@@ -158,8 +158,8 @@ class BreakerSnapshot:
 class HolderSnapshot:
     """Who holds a connection: thread, seconds so far, code location, endpoint if known.
 
-    `pid` is its backend's, `worker` its process, `status` what the connection does, `waits`
-    whether the thread waits for another connection of the same pool.
+    `pid` is that of the server's process, `worker` that of the holder's process. `status` says
+    what the connection does, `waits` whether the thread waits for another connection of this pool.
     """
 
     thread: str
@@ -221,8 +221,7 @@ def group(held: Iterable[Holder]) -> str:
 class Snapshot:
     """A pool at one moment, or the pools of one name in several processes, merged.
 
-    `active + idle + connecting == size`. Merged sizes and counters are sums; `Snapshot()` is
-    neutral.
+    `active + idle + connecting == size`. In a merged snapshot, sizes and counters are sums.
     """
 
     state: str = PoolState.NONE
@@ -241,7 +240,7 @@ class Snapshot:
     holders: tuple[HolderSnapshot, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain JSON types; times in seconds."""
+        """Return the snapshot as plain JSON types; times are in seconds."""
         return vars(self) | {
             "counters": vars(self.counters) | {"discarded": dict(self.counters.discarded)},
             **{name: getattr(self, name).to_json() for name in TIMES},

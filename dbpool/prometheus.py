@@ -66,10 +66,10 @@ _OF_ENDPOINTS: Final = {  # in the order of `totals`
 
 
 class PoolCollector(Collector):
-    """A collector for a registry of your own.
+    """A collector for your own registry.
 
-    *report* is called at each scrape and returns a `Report`, or the JSON of one:
-    `app.extensions["dbpool"].processes.collect`, for example. If it raises, the scrape fails.
+    *report* is called at each scrape. It returns a `Report`, or the JSON of one, as
+    `app.extensions["dbpool"].processes.collect` does. If it raises, the scrape fails.
     """
 
     def __init__(

@@ -39,12 +39,12 @@ class _Blueprint(Blueprint):
 
 
 def create_blueprint(name: str = "dbpool", authorize: Authorize | None = None) -> Blueprint:
-    """Make the blueprint; register it after `DBPool.init_app`.
+    """Create the blueprint; register it after `DBPool.init_app`.
 
-    *authorize* replaces the token and is called in the request. Only True shows the details; False
-    and None are answered with 403. A response, a tuple as a view may return it, or an
+    *authorize* replaces the token and is called in the request. Only True opens the detailed views;
+    False and None are answered with 403. A response, a tuple as a view may return it, or an
     `HTTPException`, returned or raised, becomes the answer. Anything else is an error: it is
-    logged, answered with 500, and shows nothing.
+    logged, and answered with 500.
     """
     authorize = conceal(authorize)
     if authorize is not None and not callable(authorize):

@@ -83,8 +83,8 @@ class State:
 class DBPool:
     """The pools of the current application.
 
-    `db.pool` is the default one, `db["replica"]` another; both need an application context.
-    *listeners* hear the events of all pools; every `Pool` gets *options*: `configure`, `kwargs`,
+    `db.pool` is the default pool, `db["replica"]` another one; both need an application context.
+    *listeners* hear the events of all pools. Every `Pool` gets *options*: `configure`, `kwargs`,
     `connection_class` ...
     """
 
@@ -100,9 +100,9 @@ class DBPool:
     def init_app(self, app: Flask) -> None:
         """Give *app* its pools, configured by `app.config["DBPOOL_…"]`, else by the environment.
 
-        Unless `TESTING` is set, also reads the `.env` that `DBPOOL_DOTENV` names, else the nearest
-        one in the working directory or above. Nothing connects: the pools open on first use.
-        Raises `ConfigError` for wrong settings, `RuntimeError` if *app* has its pools already.
+        Unless `TESTING` is set, this also reads the `.env` that `DBPOOL_DOTENV` names, else the
+        nearest one in the working directory or above. It does not connect: the pools open on first
+        use. Raises `ConfigError` for wrong settings, `RuntimeError` if *app* has pools already.
         """
         if KEY in app.extensions:
             raise RuntimeError("dbpool is initialised on this application already")

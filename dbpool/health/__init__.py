@@ -98,10 +98,10 @@ class Health:
         required: bool = False,
         timeout: float = TIMEOUT,
     ) -> None:
-        """Also run *check* for each question, in a thread of its own and at most *timeout* seconds.
+        """Also run *check* at each readiness request, in its own thread, for at most *timeout* seconds.
 
-        Its status is up if it returns None or True, down if it returns False, raises or takes too
-        long. The exception is logged; its text is never shown. Raises `ConfigError` if the name is
+        It is up if it returns None or True. It is down if it returns False, raises or takes too
+        long. An exception is logged; its text is never shown. Raises `ConfigError` if the name is
         taken, the check cannot be called, or the timeout is wrong.
         """
         if name in self._databases or name in self._checks:
@@ -117,14 +117,14 @@ class Health:
         return {"status": PoolState.UP}
 
     def ready(self) -> Readiness:
-        """Ask all databases and checks at the same time, each within its timeout."""
+        """Ask all databases and run all checks at the same time, each within its timeout."""
         checks = self._start_checks()
         return self._evaluate(self._ask_databases(), self._await_checks(checks))
 
     def detail(self) -> dict[str, Any]:
         """Return what a trusted reader may know: latencies, servers, last errors.
 
-        Server info is a few seconds old at most, and missing if the server does not answer in time.
+        What a server says is at most a few seconds old. It is missing if the server does not answer.
         """
         deadline = monotonic() + TIMEOUT
         checks = self._start_checks()

@@ -46,8 +46,8 @@ def instrument(
 ) -> None:
     """Record what a pool does, or each pool of a mapping such as `Databases`, from its opening on.
 
-    By default in the global providers, which may be set later. Histograms count every checkout
-    that ends, and each process records its own. To call it again changes the providers.
+    The default is the global providers, which may be set later. Histograms count every checkout
+    that ends, and each process records its own. Another call changes the providers.
     """
     found = _each(pools)
     with _locks.setdefault(os.getpid(), threading.Lock()):
@@ -62,7 +62,7 @@ def instrument(
 
 
 def uninstrument(pools: Pools | None = None) -> None:
-    """Record these pools no more, by default all; what has ended until now is recorded."""
+    """Stop recording *pools*, by default all. What has ended until now is still recorded."""
     found = list(_fork.pools) if pools is None else _each(pools)
     with _locks.setdefault(os.getpid(), threading.Lock()):
         for meter in {*_meters.values()}:
@@ -72,9 +72,10 @@ def uninstrument(pools: Pools | None = None) -> None:
 
 
 def flush(timeout: float = _FLUSH_TIMEOUT) -> bool:
-    """Have the providers export what they have; return whether they did within *timeout* seconds.
+    """Make the providers export what they have; return whether they did within *timeout* seconds.
 
-    Those are the global ones and all that were ever given to `instrument`. A provider without `force_flush` is left out. The gunicorn hooks call it when a worker exits.
+    These are the global providers and all that were ever given to `instrument`. A provider without
+    `force_flush` is left out. The gunicorn hooks call `flush` when a worker exits.
     """
     current = metrics.get_meter_provider(), trace.get_tracer_provider()  # proxies cannot flush
     providers: set[Any] = {*_meters, *_traced, *current}

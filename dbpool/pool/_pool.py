@@ -46,32 +46,33 @@ _FRESH_USE: Final = 0.01
 class Pool(PoolBase[CT]):
     """A `psycopg_pool.ConnectionPool` with liveness, recovery, a breaker and exact numbers.
 
-    Takes every parameter of the parent, and the fields of `Settings` beside them. *conninfo*
-    is a connection string, or a callable returning one that is asked before each connect. The
-    environment is read only when neither *conninfo*, *kwargs* nor *settings* is given, and then
-    *name* says which database's variables. *listeners* are called with the events in
-    `dbpool.events`, in a thread of their own.
+    Takes every parameter of the parent, and the fields of `Settings` as well. *conninfo* is a
+    connection string, or a callable that returns one and is called before each connect. The
+    environment is read only if neither *conninfo*, *kwargs* nor *settings* is given; *name* then
+    says which database's variables are read. *listeners* are called with the events in
+    `dbpool.events`, in a separate thread.
 
     What differs from the parent on purpose:
 
-    - it opens itself on first use (`open=None`); `open=True` opens now, `open=False` insists
-      on `open()`. A closed pool stays closed;
-    - `min_size` 1, `max_size` 10 (never below min_size), `timeout` 5 s, `max_lifetime` 30 min;
-      server-side timeouts and TCP keepalives are set unless the conninfo sets them;
-    - the connection used last is lent first; waiters are served in order;
-    - a connection is checked before it is lent, and pinged if idle for `ping_after`
-      seconds; `check=ConnectionPool.check_connection` therefore does nothing more;
-    - `timeout` covers the whole acquisition; at 0 an idle connection is still lent,
-      after a look at its socket alone;
-    - `PoolTimeout` comes as `PoolExhausted` or `DatabaseUnavailable`, in an outage at once;
-    - `close` takes 2 s at most by default, whatever hangs; the name is `default`;
-    - connects are tried again until they succeed; `reconnect_failed` is called once per
-      outage, after `reconnect_timeout` seconds;
-    - lifetime is enforced at checkout too; what a user changed on a connection (autocommit,
-      row_factory, isolation_level ...) is put back on return;
+    - it opens itself on first use (`open=None`); `open=True` opens now, `open=False` requires
+      a call of `open()`. A closed pool stays closed;
+    - the defaults are `min_size` 1, `max_size` 10 (never below min_size), `timeout` 5 s,
+      `max_lifetime` 30 min; server-side timeouts and keepalives, unless the conninfo has them;
+    - the connection used last is handed out first; waiters are served in order;
+    - a connection is checked before it is handed out, and pinged if it was idle for
+      `ping_after` seconds; `check=ConnectionPool.check_connection` therefore adds nothing;
+    - `timeout` covers the whole acquisition; with 0 an idle connection is still handed out,
+      after a look at its socket only;
+    - instead of `PoolTimeout` it raises `PoolExhausted` or `DatabaseUnavailable`, which are
+      subclasses; in an outage it raises at once;
+    - by default `close` takes at most 2 s, whatever hangs, and the name is `default`;
+    - it tries to connect until it succeeds; `reconnect_failed` is called once per outage,
+      after `reconnect_timeout` seconds;
+    - lifetime is enforced at checkout too; what a caller changed on a connection (autocommit,
+      row_factory, isolation_level ...) is restored on return;
     - `connection()` does not call `getconn` and `putconn`: a subclass hooks into it by
       `configure`, `check` and `reset`;
-    - after a fork the child starts from nothing and opens anew on first use.
+    - after a fork the child starts with an empty pool, which opens on first use.
     """
 
     __module__ = "dbpool"
@@ -98,11 +99,11 @@ class Pool(PoolBase[CT]):
     # Connections
 
     def connection(self, timeout: float | None = None) -> Lease[CT]:  # type: ignore[override]
-        """Return a context manager that lends a connection.
+        """Return a context manager that hands out a connection for a `with` block.
 
-        Leaving it commits, or rolls back if an exception leaves, and returns the connection.
-        *timeout* in seconds covers the whole acquisition, the pool's by default. Raises
-        `PoolExhausted`, `DatabaseUnavailable`, `TooManyRequests` or `PoolClosed`.
+        At the end of the block it commits, or rolls back if the block raised, and returns the
+        connection. *timeout*, in seconds, covers the whole acquisition; the default is the
+        pool's. Raises `PoolExhausted`, `DatabaseUnavailable`, `TooManyRequests` or `PoolClosed`.
         """
         return Lease(self, timeout)
 
@@ -238,13 +239,13 @@ class Pool(PoolBase[CT]):
         """Run one statement in one round trip and return its rows.
 
         It runs in autocommit, or in a transaction if the connection is set up with an
-        isolation level, read only or deferrable. It is never sent twice, unless nothing of it
-        was done: the server refused a prepared plan because a table has changed, or a pooler
-        refused the statement before the server got it. A statement that returns no rows is
-        done all the same, and raises `psycopg.ProgrammingError`: use `execute` for it.
+        isolation level, read-only or deferrable. It is never sent twice, unless it had no
+        effect: the server refused a prepared plan because a table has changed, or a pooler
+        refused the statement before the server got it. A statement that returns no rows takes
+        effect, and raises `psycopg.ProgrammingError`: use `execute` for it.
 
-        If the connection is lost before the whole answer came, it raises `CommitUncertain`;
-        of a statement that begins with SELECT, SHOW, TABLE or VALUES, `execute` alone does.
+        If the connection is lost before the whole answer came, it raises `CommitUncertain`. For
+        a statement that begins with SELECT, SHOW, TABLE or VALUES, only `execute` does that.
         """
         statement = Statement(query, params, row_factory, _lending.fetch_all)
         return resend(statement.run_once, self, sys._getframe())
@@ -269,9 +270,9 @@ class Pool(PoolBase[CT]):
         return None if row is None else row[0]
 
     def execute(self, query: Query, params: Params | None = None) -> int:
-        """Run one statement like `fetch_all`, and return the number of rows it touched.
+        """Run one statement like `fetch_all`, and return the number of rows that it affected.
 
-        That is -1 for a statement that has no such number, as in psycopg.
+        As in psycopg, that is -1 for a statement without such a number.
         """
         statement = Statement(query, params, None, _lending.row_count)
         return resend(statement.run_once, self, sys._getframe())
@@ -288,14 +289,14 @@ class Pool(PoolBase[CT]):
     ) -> T:
         """Call `fn(conn, *args)` in one transaction, and again if that may help.
 
-        The transaction begins before *fn* is called, and is set up by *isolation* and *read_only*.
-        The whole transaction is retried, at most *attempts* times in all, after a
-        serialization failure or a deadlock, and after losing the connection before COMMIT
-        was sent; with *idempotent* also after losing it during COMMIT, which otherwise
-        raises `CommitUncertain`. Any other error is raised at once; `psycopg.Rollback` rolls
-        back, and None is returned. A block of `conn.transaction()` in *fn* is a savepoint;
-        psycopg refuses `commit()` and `rollback()` in it. *timeout*, in seconds, bounds
-        waiting for connections and retrying; with one, it waits until an outage is over.
+        The transaction begins before *fn* is called, with *isolation* and *read_only*. The whole
+        transaction is retried, at most *attempts* times in all, after a serialization failure
+        or a deadlock, and if the connection is lost before COMMIT was sent. With *idempotent*
+        it is also retried if the connection is lost during COMMIT, which otherwise raises
+        `CommitUncertain`. Any other error is raised at once. `psycopg.Rollback` rolls back, and
+        None is returned. In *fn*, a block of `conn.transaction()` is a savepoint, and psycopg
+        refuses `commit()` and `rollback()`. *timeout*, in seconds, bounds the waiting for
+        connections and the retrying; with a timeout, `run` waits until an outage is over.
         """
         deadline = None if timeout is None else monotonic() + timeout
         options = _transaction.Options(attempts, idempotent, isolation, read_only, deadline)

@@ -176,11 +176,11 @@ class PoolBase(ConnectionPool[CT]):
             sleep(_WAIT_INTERVAL)  # an interrupted thread might not notify
 
     def close(self, timeout: float = 2.0) -> None:
-        """Close: reject those who wait, close what is idle, stop the threads.
+        """Close the pool: reject waiting callers, close idle connections, stop the threads.
 
-        Connections that are out are closed when they come back. All of it takes at most
-        *timeout* seconds; a thread that hangs, in a connect or in a listener, is left to end
-        by itself.
+        Connections that are checked out are closed when they are returned. All of it takes at
+        most *timeout* seconds; a thread that hangs, in a connect or in a listener, is left to
+        end by itself.
         """
         deadline = monotonic() + timeout
         _fork.notice_fork()

@@ -57,12 +57,12 @@ _server_timeout: Final = partial(parsed, parse=_parsing.parse_server_timeout)
 @conceals_fields
 @dataclass(frozen=True, repr=False)
 class Settings:
-    """The settings of one pool. Times are in seconds; `"500ms"`, `"30s"`, `"5m"`, `"1h"` too.
+    """The settings of one pool. Times are in seconds; `"500ms"`, `"30s"`, `"5m"`, `"1h"` work too.
 
     Raises `ConfigError` for a value that does not parse, is out of range, or contradicts
-    another. `explicit` names the fields that were set on purpose: they win over what the
-    connection string sets, which wins over the defaults. `libpq` holds parameters as key=value
-    that `PG*` variables set where libpq does not see them, such as in a `.env`.
+    another. `explicit` names the fields that were set on purpose: they win over the connection
+    string, which wins over the defaults. `libpq` holds, as key=value, the parameters of `PG*`
+    variables that libpq itself does not see, because they are in a `.env`, for example.
     """
 
     name: str = parsed("default", _parsing.parse_name)

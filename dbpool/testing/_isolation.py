@@ -192,9 +192,9 @@ def _in_thread(fn: Callable[[], Any]) -> Any:
 
 
 class Isolation:
-    """A context manager that undoes at its end what its pools have done.
+    """A context manager that, at its end, undoes what was done with its pools.
 
-    Takes pools, mappings of them such as `Databases`, or both.
+    Takes pools, mappings of pools such as `Databases`, or both.
     """
 
     __module__ = "dbpool.testing"
@@ -221,7 +221,7 @@ class Isolation:
 
     @contextmanager
     def round_trips(self, counter: RoundTrips | None = None) -> Iterator[RoundTrips]:
-        """Count the round trips of all its pools within a block, in *counter* if one is given."""
+        """Count the round trips of all pools within a block, in *counter* if one is given."""
         counter = counter or RoundTrips()
         with ExitStack() as stack:
             for each in self._isolated:
@@ -230,7 +230,7 @@ class Isolation:
             yield counter
 
     def close(self, *, check: bool = True) -> None:
-        """Undo everything. With *check*, raise `AssertionError` for what is still held."""
+        """Undo everything. With *check*, raise `AssertionError` if connections are still held."""
         problems: list[str] = []
         while self._isolated:
             problems += self._isolated.pop().close()

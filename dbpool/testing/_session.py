@@ -13,9 +13,9 @@ from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
 
 
 class RoundTrips:
-    """How many round trips were made: statements, and the ends of transactions, as outside of tests.
+    """The number of round trips: of statements and of ends of transactions, as outside of tests.
 
-    What psycopg sends to prepare a statement that was run five times is not counted.
+    What psycopg sends to prepare a statement that has run five times is not counted.
     """
 
     __module__ = "dbpool.testing"
