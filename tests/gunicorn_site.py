@@ -90,13 +90,14 @@ class Site:
         first: str = "",
         more: str = "",
         app: str = "",
+        base: str = APP,
         is_awaited: bool = True,
         prefix: Sequence[str] = (),
         **environ: str,
     ) -> None:
         self.directory = directory
         self.port = free_port()
-        (directory / "counted.py").write_text(APP.format(dsn=dsn) + dedent(app))
+        (directory / "counted.py").write_text(base.format(dsn=dsn) + dedent(app))
         conf = CONF.format(
             directory=str(directory), preload=preload, max_requests=max_requests, more=dedent(more)
         )

@@ -6,6 +6,7 @@ import base64
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -562,6 +563,41 @@ def test_it_survives_a_reload_and_ends_with_the_server(site: tuple[Site, int]) -
     assert served.stop() < 10
     until(lambda: all(map(is_gone, pids)), 20)
     assert served.process.returncode == 0
+
+
+PLAIN_APP = """
+{sample}
+
+def app(environ, start_response):
+    databases.default.fetch_value("select 1")
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"done"]
+"""
+
+
+def test_it_serves_an_application_without_flask(tmp_path: Path, dsn: str) -> None:
+    """As the page on the door shows it, made in the master."""
+    found = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "door.md").read_text(), re.DOTALL)
+    assert found is not None
+    port = free_port()
+    site = Site(
+        tmp_path, dsn, preload=True, base="", app=PLAIN_APP.format(sample=found[1]),
+        is_awaited=False, more=conf_of("gthread", workers=2), DATABASE_URL=dsn,
+        DBPOOL_SERVE=f"127.0.0.1:{port}", DBPOOL_DETAILS="always", DBPOOL_DOTENV="off",
+    )  # fmt: skip
+    try:
+        until(lambda: is_served(port) and fetch(port, "/health/ready").status == 200, 20)
+        assert [site.get("/") for _ in range(3)] == ["done"] * 3
+
+        def checkouts() -> int:
+            report = json.loads(fetch(port, "/stats").read())
+            return int(report["pools"]["default"]["counters"]["checkouts"])
+
+        until(lambda: checkouts() >= 3, 20)
+    finally:
+        site.stop()
+        site.kill()
+    until(lambda: not is_served(port), 20)
 
 
 # Signing in with a browser
