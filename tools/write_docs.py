@@ -24,11 +24,11 @@ from dbpool.settings import COMMON, Settings, variable  # noqa: E402
 DOCS = ROOT / "docs"
 GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FACTS = """\
-- The distribution is psycopg-dbpool, the package dbpool. It needs Python 3.11 and psycopg 3.3; asyncio is not for it.
+- The distribution is psycopg-dbpool, the package dbpool. It needs Python 3.11 and psycopg 3.3, and does not support asyncio.
 - `dbpool.Pool` takes what `psycopg_pool.ConnectionPool` takes. `pool.connection()` is a transaction; `pool.fetch_all`,
-  `fetch_one`, `fetch_value` and `execute` are one statement in one round trip; `pool.run(fn)` is a transaction that is
-  repeated where that is safe.
-- Settings come from `DATABASE_URL` and `DBPOOL_…`, see the page Settings.
+  `fetch_one`, `fetch_value` and `execute` run one statement in one round trip; `pool.run(fn)` runs a transaction, and
+  repeats it where that is safe.
+- Settings come from `DATABASE_URL` and `DBPOOL_…` variables. The page Settings lists them.
 - Errors and diagnoses have codes: `python -m dbpool explain DB04` needs no network."""
 SUMMARY = (
     "A PostgreSQL connection pool for threaded Python applications, a subclass of psycopg_pool's."
