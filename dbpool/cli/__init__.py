@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m dbpool", description="Try and watch the configured databases.")
+    parser = _Parser(
+        prog="python -m dbpool", description="Test and watch the configured databases."
+    )
     parser.set_defaults(json=False)
     choices = parser.add_subparsers(required=True, metavar=" | ".join(commands()))
     for name, command in commands().items():

@@ -18,7 +18,7 @@ from dbpool.settings._parsing import did_you_mean
 from dbpool.settings._sources import Dotenv
 from dbpool.settings.app import AppSettings
 
-HELP = "connect, and report what was found"
+HELP = "connect to each database, and report its state and the settings in effect"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

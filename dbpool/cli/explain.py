@@ -7,13 +7,13 @@ import argparse
 from dbpool.cli._output import fail
 from dbpool.codes import as_text, find, pages, title
 
-HELP = "say what an error or a diagnosis means and what to do, such as DB04"
+HELP = "explain an error or a diagnosis, such as DB04, and say what to do"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Take a code, or words of a title."""
     parser.add_argument(
-        "code", nargs="?", help="DB04, or words such as PoolExhausted; without it all are listed"
+        "code", nargs="?", help="DB04, or a word such as PoolExhausted; none lists all codes"
     )
 
 

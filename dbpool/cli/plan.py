@@ -28,27 +28,27 @@ from dbpool.sizing import (
     plan_connections,
 )
 
-HELP = "tell whether the configured connections fit, and how many the load needs"
+HELP = "say whether the configured connections fit, and how many the load needs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=_count,
-        help="processes on each host (those that run, else WEB_CONCURRENCY, else 1)",
+        help="processes on each host (default: those that run, else WEB_CONCURRENCY, else 1)",
     )
-    parser.add_argument("--hosts", type=_count, default=1, help="hosts with that many (1)")
-    parser.add_argument("--threads", type=_count, help="threads of a process that use a pool")
+    parser.add_argument("--hosts", type=_count, default=1, help="number of such hosts (default: 1)")
+    parser.add_argument("--threads", type=_count, help="threads in each process that use a pool")
     parser.add_argument(
         "--for",
         dest="watch",
         type=seconds,
         default=30.0,
         metavar="TIME",
-        help="watch the application that runs here for so long (30s); 0 leaves that out",
+        help="how long to watch the application that runs here (default: 30s); 0 does not watch",
     )
-    parser.add_argument("--dir", help="where its statistics are, as for stats")
-    parser.add_argument("--app", help="which application, if several share the directory")
+    parser.add_argument("--dir", help="the directory of the statistics, as for stats")
+    parser.add_argument("--app", help="the application to choose, if several share the directory")
     parser.add_argument("--json", action="store_true", help="report as JSON")
 
 

@@ -18,18 +18,20 @@ from dbpool.errors import ConfigError
 from dbpool.processes import Processes
 from dbpool.settings.app import AppSettings, find_dotenv
 
-HELP = "serve page, statistics, metrics and health in a process of its own"
+HELP = "serve the page, the statistics, the metrics and the health from this process"
 
 _LAST_WORKERS: Final = 40.0  # seconds that workers may live on without their master
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("address", nargs="?", help="127.0.0.1:8900 or unix:PATH (DBPOOL_SERVE)")
-    parser.add_argument("--dir", help="where they meet (DBPOOL_STATS_DIR, else it is looked for)")
-    parser.add_argument("--app", help="which application, if several share the directory")
+    parser.add_argument(
+        "--dir", help="the directory of the statistics (DBPOOL_STATS_DIR, else a search)"
+    )
+    parser.add_argument("--app", help="the application to choose, if several share the directory")
     parser.add_argument(
         "--patience", type=float, default=30.0, metavar="SECONDS",
-        help="liveness fails when no worker has said anything for so long (30, at least)",
+        help="liveness fails if no worker has reported for this long (at least 30)",
     )  # fmt: skip
     parser.add_argument("--until-eof", action="store_true", help=argparse.SUPPRESS)
 

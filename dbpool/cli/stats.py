@@ -23,16 +23,18 @@ HELP = "print the statistics of the application that runs here, as JSON or as te
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dir", help="where they meet (DBPOOL_STATS_DIR, else it is looked for)")
+    parser.add_argument(
+        "--dir", help="the directory of the statistics (DBPOOL_STATS_DIR, else a search)"
+    )
     parser.add_argument(
         "--scope",
         choices=["all", "process"],
         default="all",
-        help="process: make one connection and report on that",
+        help="all (default), or process: connect and report only on that",
     )
-    parser.add_argument("--app", help="which application, if several share the directory")
+    parser.add_argument("--app", help="the application to choose, if several share the directory")
     parser.add_argument(
-        "--human", action="store_true", help="as text to read: the same as `top`, once"
+        "--human", action="store_true", help="print text instead of JSON: what `top` shows, once"
     )
 
 

@@ -15,16 +15,18 @@ from dbpool.cli._text import as_text
 from dbpool.errors import ConfigError
 from dbpool.monitor import INCLUDES, Monitor
 
-HELP = "show what is wrong and what the pools do, again each second"
+HELP = "show what is wrong and what the pools do, and refresh it each second"
 
 _INTERVAL: Final = 1.0  # seconds
 _CLEAR: Final = "\x1b[H\x1b[J"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dir", help="where they meet (DBPOOL_STATS_DIR, else it is looked for)")
-    parser.add_argument("--app", help="which application, if several share the directory")
-    parser.add_argument("--once", action="store_true", help="print it once, and end")
+    parser.add_argument(
+        "--dir", help="the directory of the statistics (DBPOOL_STATS_DIR, else a search)"
+    )
+    parser.add_argument("--app", help="the application to choose, if several share the directory")
+    parser.add_argument("--once", action="store_true", help="print it once and exit")
 
 
 def run(arguments: argparse.Namespace) -> int:

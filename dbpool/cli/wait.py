@@ -15,13 +15,17 @@ from dbpool.cli._output import fail, line
 from dbpool.cli._probe import probe
 from dbpool.settings import Settings
 
-HELP = "wait until every database serves"
+HELP = "wait until every database is up"
 _PAUSE: Final = 0.5  # seconds between two attempts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--timeout", type=seconds, default=60.0, metavar="TIME", help="give up after (60s)"
+        "--timeout",
+        type=seconds,
+        default=60.0,
+        metavar="TIME",
+        help="how long to wait (default: 60s)",
     )
 
 

@@ -30,7 +30,7 @@ class _Commands(click.Group):
         return None if found is None else _command(cmd_name, found.HELP)
 
 
-group = _Commands("dbpool", help="Try and watch the databases of the application.")
+group = _Commands("dbpool", help="Test and watch the databases of the application.")
 
 
 def _command(name: str, about: str) -> click.Command:
