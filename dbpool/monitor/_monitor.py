@@ -106,11 +106,11 @@ class _ProcessState:
 class Monitor:
     """Watches the pools of an application, and says what is wrong with them.
 
-    Each process keeps its own history; one of those that share a directory watches all, asks the
-    servers while callers wait for long (unless *blockers* is false), logs each finding as it
-    begins, and leaves what it found for the others to show. *queries* shows statements, too;
-    *settings*, as `describe_settings` returns them, are left for the others as they are. A
-    reader has no pools; it watches while no process does that has.
+    Each process keeps its own history. Of those that share a directory, one watches all: unless
+    *blockers* is false it asks the servers while callers wait for long, it logs each finding as it
+    begins, and it leaves what it found for the others to show. With *queries*, findings show SQL.
+    *settings*, as `describe_settings` returns them, are left for the others too. A reader has no
+    pools; it watches while no process with pools does.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Monitor:
             self.start()
 
     def start(self) -> None:
-        """Watch from now on, in a thread of this process; cheap if it does already.
+        """Watch from now on, in a thread of this process. Another call costs little.
 
         The thread ends with the monitor, and once all its pools are closed.
         """
@@ -157,7 +157,7 @@ class Monitor:
             state.thread = thread
 
     def close(self) -> None:
-        """Stop, close what was opened, and let another process watch."""
+        """Stop, close what watching opened, and let another process watch."""
         state = self._states.get(os.getpid())
         if state is not None:
             state.stops.put(None)
@@ -166,9 +166,9 @@ class Monitor:
             state.release()
 
     def findings(self, report: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Return what is wrong now, as `/stats` shows it; DB00 alone where nothing is.
+        """Return what is wrong now, as `/stats` shows it; only DB00 if nothing is.
 
-        Where nobody watches yet, what *report* alone shows; that of now by default.
+        If no process watches yet, this is what *report* alone shows, by default the current one.
         """
         if found := rows(self._found().get("findings")):
             return [dict(each) for each in found]

@@ -76,8 +76,9 @@ class _ProcessState:
 class Processes:
     """Publishes the pools of this process, and reports on those of all that share a directory.
 
-    The directory is *directory*, else `DBPOOL_STATS_DIR`, which the gunicorn hooks set; it must
-    be private to the user. Without one the process answers for itself alone.
+    *databases* maps names to pools. The directory is *directory*, else `DBPOOL_STATS_DIR`, which
+    the gunicorn hooks set; it must be private to the user. Without one the process reports only on
+    itself. *app* tells apart applications that share a directory.
     """
 
     def __init__(
@@ -98,10 +99,10 @@ class Processes:
             self.start()
 
     def start(self) -> bool:
-        """Publish each second from now on, in a thread of this process; cheap if it does already.
+        """Publish about once a second from now on, in a thread of this process.
 
-        Returns whether that is all: while the directory cannot be used, or the system has no thread
-        left, a later call has to try again.
+        Another call costs little. Returns false while the directory cannot be used or no thread
+        can be started: then a later call has to try again.
         """
         state = self._state()
         is_due = not state.is_publishing and time.monotonic() >= state.retry_at
@@ -113,7 +114,7 @@ class Processes:
         return state.is_publishing or self._named_directory() is None
 
     def close(self) -> None:
-        """Publish for the last time and stop."""
+        """Publish once more, and stop."""
         state = self._states.get(os.getpid())
         if state is not None and not state.stop.is_set():
             state.is_publishing = True
@@ -128,8 +129,8 @@ class Processes:
     def collect(self, scope: str = "all", *, usage: bool = False) -> Report:
         """Return the report of all processes, or of this one if *scope* is "process".
 
-        `Report.scope` says which it is: without a directory only this process can be asked. With
-        *usage* it has the use by endpoint, which other processes write each five seconds.
+        `Report.scope` says which it is: without a directory there is only this process. With
+        *usage* the report has the use by endpoint, which the others write every five seconds.
         """
         self.start()
         # Use what was published of this process: a report of another is never ahead of it.
