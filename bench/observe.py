@@ -13,7 +13,7 @@ from statistics import median
 from bench._report import Cell, Table
 from dbpool import Databases, Settings
 from dbpool.health import Health
-from dbpool.metrics import Holder, Metrics
+from dbpool.metrics import HolderSnapshot, Metrics
 from dbpool.processes import Processes
 from dbpool.processes._files import start_time
 from tests.postgres import served
@@ -80,7 +80,9 @@ class _Pool:
                 histogram.add(1e-6 * 10 ** (step / 8))
 
     def stats(self) -> object:
-        holders = [Holder(f"thread-{n}", n / 7, "app/views.py:41 list_orders") for n in range(8)]
+        holders = [
+            HolderSnapshot(f"thread-{n}", n / 7, "app/views.py:41 list_orders") for n in range(8)
+        ]
         return self.metrics.snapshot([], state="up", size=8, active=8, holders=tuple(holders))
 
 

@@ -16,7 +16,7 @@ import psycopg
 from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 
 from dbpool._secrets import MASK, mask, printable, secrets_of
-from dbpool.metrics import Snapshot, group
+from dbpool.metrics import Snapshot, holders_by_place
 
 __all__ = [
     "CommitUncertain", "ConfigError", "DatabaseMisconfigured", "DatabaseUnavailable", "FailureKind",
@@ -160,7 +160,7 @@ def exhausted(pool: str, now: Snapshot, seconds: float, held: int, suspicion: st
     text = (
         f"pool {pool!r}: no connection within {seconds:.2f} s: {now.active} of {now.max_size}"
         f" checked out, {now.idle} idle, {now.waiting - 1} more waiting; held longest:"
-        f" {group(now.holders) or 'unknown'}{nested if held else suspicion}"
+        f" {holders_by_place(now.holders) or 'unknown'}{nested if held else suspicion}"
     )
     return PoolExhausted(text, pool=pool, snapshot=now)
 

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 BOUNDS: Final = tuple(1e-6 * 10 ** (step / 8) for step in range(73))
 BUCKETS: Final = len(BOUNDS) + 1
 
-REASONS: Final = ("dead", "expired", "broken", "idle", "collected")  # to evict a connection
+REASONS: Final = ("dead", "expired", "broken", "idle", "collected")  # why one was evicted
 TIMES: Final = ("wait", "use", "connect")
 _PARENT_SIZES: Final = ("pool_min", "pool_max", "pool_size", "pool_available", "requests_waiting")
 _MAX_HOLDERS: Final = 20  # in one description
-# By psycopg's TransactionStatus.
+# What a connection does, by psycopg's TransactionStatus.
 _STATUS = "idle", "query", "idle in transaction", "idle in transaction (aborted)", "unknown"
 SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", "max_size")
 
@@ -172,19 +172,16 @@ class HolderSnapshot:
     waits: bool = False
 
 
-Holder = HolderSnapshot
-
-
-def describe(
+def describe_holders(
     records: Iterable[ConnectionRecord], now: float, waiting: Collection[ThreadInfo] = ()
-) -> tuple[Holder, ...]:
+) -> tuple[HolderSnapshot, ...]:
     """Describe who holds the connections of *records*, longest first, at most 20.
 
     *waiting* are the threads that wait for one.
     """
     held = sorted((r for r in records if r.since and r.thread), key=lambda r: r.since)
     return tuple(
-        Holder(
+        HolderSnapshot(
             thread=printable(thread.name()),
             seconds=now - record.since,
             where=record.where(),
@@ -206,9 +203,9 @@ def _session_of(record: ConnectionRecord) -> dict[str, Any]:
     return {"pid": pid, "status": _STATUS[conn.pgconn.transaction_status]}
 
 
-def group(held: Iterable[Holder]) -> str:
-    """Return on one line who holds connections, those of one place together; five at most."""
-    places: dict[str, list[Holder]] = {}
+def holders_by_place(held: Iterable[HolderSnapshot]) -> str:
+    """Return on one line who holds connections, grouped by place, five places at most."""
+    places: dict[str, list[HolderSnapshot]] = {}
     for holder in held:
         places.setdefault(holder.where, []).append(holder)
     return "; ".join(
@@ -252,10 +249,10 @@ class Snapshot:
 class Metrics:
     """One pool's counters and histograms. The caller holds the pool's lock.
 
-    A checkout that ends appends its wait, its use and whose it was to `finished`. They are counted
+    A checkout that ends appends its wait, its use and its caller to `finished`. They are counted
     `BATCH` at a time, or when a snapshot is taken: between two queries nothing of this is in the
-    processor's caches, so that counting one costs as much as counting four in a row. Who wants to
-    know the use by endpoint has `usage` count it too.
+    processor's caches, so that counting one costs as much as counting four in a row. If `usage` is
+    set, it counts the use by endpoint too.
     """
 
     BATCH = 64
@@ -264,7 +261,7 @@ class Metrics:
         self.finished: list[tuple[Any, ...]] = []
         self.usage: Any = None
         self.checkouts = self.timeouts = self.rejected = self.connects = self.connect_failures = 0
-        self.dead = self.expired = self.broken = self.idle = self.collected = 0
+        self.discarded = dict.fromkeys(REASONS, 0)
         self.retries = self.leaks = self.held_long = self.returned_late = self.circuit_opened = 0
         self.wait, self.use, self.connect = Histogram(), Histogram(), Histogram()
         self.nested, self.queued, self.timed_out_seconds = 0, 0, 0.0
@@ -296,7 +293,7 @@ class Metrics:
         counts = {name: getattr(self, name) for name in COUNTS}
         counts["checkouts"] += len(pending)
         return Snapshot(
-            counters=Counters(**counts, discarded={name: getattr(self, name) for name in REASONS}),
+            counters=Counters(**counts, discarded=dict(self.discarded)),
             wait=self.wait.snapshot(pending),
             use=self.use.snapshot(),
             connect=self.connect.snapshot(),
@@ -316,11 +313,11 @@ class Metrics:
             "requests_wait_ms": int(1000.0 * wait),
             "requests_errors": failed,
             "usage_ms": self.use.sum_ns // 1_000_000,
-            "returns_bad": self.broken,
+            "returns_bad": self.discarded["broken"],
             "connections_num": self.connects + self.connect_failures,
             "connections_ms": self.connect.sum_ns // 1_000_000,
             "connections_errors": self.connect_failures,
-            "connections_lost": self.dead,
+            "connections_lost": self.discarded["dead"],
         }
         if pop:
             self._popped = totals

@@ -23,7 +23,7 @@ from psycopg import capabilities
 from dbpool import events
 from dbpool.holders import NOBODY, ConnectionRecord, ThreadInfo, current
 from dbpool.liveness import is_active, is_retransmitting
-from dbpool.metrics import Holder, describe
+from dbpool.metrics import HolderSnapshot, describe_holders
 from dbpool.pool._psycopg import attach, close
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def take_idle(store: Store, owner: ref[Any], conn: Any = None) -> Any:
 def evict(store: Store, record: ConnectionRecord, reason: str) -> None:
     """Forget a connection for that reason, and have it closed; replace it if it is needed."""
     store.bag.forget(record)
-    vars(store.metrics)[reason] += 1
+    store.metrics.discarded[reason] += 1
     if store.listeners.active:
         store.listeners.emit(events.Discarded(store.name, reason))
     store.refill()
@@ -270,21 +270,21 @@ def reap(store: Store, record: ConnectionRecord, reason: str) -> None:
     evict(store, record, reason)
 
 
-def reap_held(store: Store, thread: ThreadInfo, since: float) -> tuple[Holder, ...]:
+def reap_held(store: Store, thread: ThreadInfo, since: float) -> tuple[HolderSnapshot, ...]:
     """Take from *thread* what it checked out after *since* and still holds; describe it."""
     held = [r for r in store.bag.held() if r.thread is thread and r.since >= since]
-    described = describe(held, monotonic())
+    described = describe_holders(held, monotonic())
     for record in held:
         reap(store, record, "broken")
         store.metrics.count_forgotten(record)
     return described
 
 
-def reap_ownerless(store: Store) -> tuple[Holder, ...]:
+def reap_ownerless(store: Store) -> tuple[HolderSnapshot, ...]:
     """Evict the connections whose owner is gone; describe those that were held."""
     owners = [(record, record.owner or record.ref) for record in list(store.bag.records)]
     gone = [record for record, owner in owners if owner() is None]
-    described = describe(gone, monotonic())
+    described = describe_holders(gone, monotonic())
     for record in gone:
         if record.since:
             store.metrics.count_forgotten(record)
@@ -331,13 +331,13 @@ def trim(store: Store) -> None:
             record.expires_at = 0.0
 
 
-def mark_held_long(store: Store, before: float) -> list[tuple[ThreadInfo | None, Holder]]:
+def mark_held_long(store: Store, before: float) -> list[tuple[ThreadInfo | None, HolderSnapshot]]:
     """Mark and describe what is held since *before*, unless it was marked earlier."""
     late = [r for r in store.bag.held() if r.since <= before and not r.is_reported]
     for record in late:
         record.is_reported = True
     store.metrics.held_long += len(late)
-    return [(r.thread, holder) for r in late for holder in describe([r], monotonic())]
+    return [(r.thread, holder) for r in late for holder in describe_holders([r], monotonic())]
 
 
 def mark_slow(store: Store, before: float) -> list[float]:

@@ -138,7 +138,7 @@ class Maintenance:
         seconds = pool._store.connected(conn, attempt)
         self.flush(pool)  # the end of an outage comes before the connection that ended it
         pool._notices.connected(seconds)
-        troubles = metrics.dead + metrics.connect_failures
+        troubles = metrics.discarded["dead"] + metrics.connect_failures
         if self.connector.server_defaults.is_due(pool.max_lifetime, troubles):
             pool._threads.jobs.put(lambda pool: pool._maintenance.check_server_defaults(pool))
 

@@ -21,7 +21,7 @@ from dbpool import holders as _holders
 from dbpool.errors import is_permanent
 from dbpool.events import Emitter
 from dbpool.holders import ThreadInfo
-from dbpool.metrics import Holder, Snapshot, group
+from dbpool.metrics import HolderSnapshot, Snapshot, holders_by_place
 from dbpool.pool import _fork
 
 logger = logging.getLogger("dbpool")
@@ -94,7 +94,7 @@ class Notices:
             self._emit(events.SlowAcquire, seconds)
         text = f"a caller has waited {max(waits):.1f} s for a connection; {snapshot.waiting} wait,"
         text += f" {snapshot.active} of {snapshot.max_size} checked out"
-        text += f"; held longest: {group(snapshot.holders)}" if snapshot.holders else ""
+        text += f"; held longest: {holders_by_place(snapshot.holders)}" if snapshot.holders else ""
         cause = "%d callers waited for long"
         self._warn("slow_acquire", cause, text, len(waits), seconds=max(waits))
 
@@ -107,7 +107,7 @@ class Notices:
         else:
             self._emit(events.WaitTimedOut, seconds)
 
-    def held_long(self, held: list[tuple[ThreadInfo | None, Holder]], limit: float) -> None:
+    def held_long(self, held: list[tuple[ThreadInfo | None, HolderSnapshot]], limit: float) -> None:
         """These connections have been held for more than *limit* seconds."""
         if self.listeners.active:
             for info, holder in held:
@@ -122,7 +122,7 @@ class Notices:
             text += _holders.frames_of(info.thread) if info else "?"
             self._warn("held_long", cause, text, number, holder=asdict(longest))
 
-    def forgotten(self, holders: Iterable[Holder]) -> None:
+    def forgotten(self, holders: Iterable[HolderSnapshot]) -> None:
         """These holders lost their connection: it was garbage-collected."""
         for holder in holders:
             self._emit(events.Leaked, holder)
@@ -143,7 +143,7 @@ class Notices:
             self._emit(events.ReturnedLate, use, where)
         self._emit(events.CheckedIn, use)
 
-    def reaped(self, holders: Iterable[Holder]) -> None:
+    def reaped(self, holders: Iterable[HolderSnapshot]) -> None:
         """These connections were taken from those who still held them."""
         for holder in holders:
             self._emit(events.Leaked, holder)

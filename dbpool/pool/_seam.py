@@ -20,7 +20,7 @@ from dbpool.breaker import Breaker
 from dbpool.errors import closed, is_permanent
 from dbpool.events import Emitter
 from dbpool.holders import Owner, current
-from dbpool.metrics import Holder, Snapshot
+from dbpool.metrics import HolderSnapshot, Snapshot
 from dbpool.pool import _fork
 from dbpool.pool._connector import Connector
 from dbpool.pool._maintenance import MAX_INTERVAL, MIN_INTERVAL, Maintenance, Workers
@@ -118,7 +118,7 @@ class PoolBase(ConnectionPool[CT]):
         self._make_usage = make
         self.usage = self._store.metrics.usage = make()
 
-    def holders(self) -> list[Holder]:
+    def holders(self) -> list[HolderSnapshot]:
         """Return at most 20 holders of connections, longest first."""
         return list(self.stats().holders)
 
@@ -248,7 +248,7 @@ class PoolBase(ConnectionPool[CT]):
         _fork.notice_fork()
         self._maintenance.check(self)
 
-    def return_held(self, since: float) -> list[Holder]:
+    def return_held(self, since: float) -> list[HolderSnapshot]:
         """Take back what this thread checked out after *since*, a monotonic time, and still holds.
 
         It is closed, which rolls it back: its holder may not have forgotten it yet.

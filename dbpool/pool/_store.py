@@ -14,7 +14,7 @@ from dbpool import errors
 from dbpool.breaker import Attempt, Breaker
 from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord
-from dbpool.metrics import SIZES, Metrics, Snapshot, describe
+from dbpool.metrics import SIZES, Metrics, Snapshot, describe_holders
 from dbpool.pool import _bag
 from dbpool.pool._bag import Bag, Job, Jobs, Waiter, WaitQueue
 from dbpool.pool._notices import Notices
@@ -82,7 +82,7 @@ class Store:
             [record.wait for record in held],
             state=self.state,
             breaker=self.breaker.snapshot(),
-            holders=describe(held, monotonic(), {w.thread for w in list(self.waiting)}),
+            holders=describe_holders(held, monotonic(), {w.thread for w in list(self.waiting)}),
             **dict(zip(SIZES, sizes, strict=True)),
         )
 
