@@ -215,7 +215,7 @@ class Breaker:
         kind = self.kind if self.is_failing else None
         return BreakerSnapshot(self.state, self.since, self.last_error, self.retry_after, kind)
 
-    def unavailable(
+    def unavailable_error(
         self, pool: str, now: Snapshot, cause: BaseException | None = None, answered_at: float = 0.0
     ) -> errors.DatabaseUnavailable:
         """Build the error of a caller; a *cause* counts instead of the last failed connect.
@@ -231,7 +231,7 @@ class Breaker:
             text = errors.describe(reason)
         elif reason is None and silent_since:
             seconds, kind = self.clock() - silent_since, "timeout"
-            reason = errors.no_answer(seconds)
+            reason = errors.no_answer_error(seconds)
             text = str(reason)
         is_wrong = errors.is_permanent(kind)
         cls = errors.DatabaseMisconfigured if is_wrong else errors.DatabaseUnavailable
@@ -245,20 +245,17 @@ class Breaker:
         error.__cause__ = reason
         return error
 
-    def timed_out(
-        self, pool: str, now: Snapshot, seconds: float, held: int, suspicion: str
-    ) -> errors.PoolError:
-        """Build the error of a caller who waited *seconds*; the others are as for `exhausted`.
+    def timeout_error(self, pool: str, now: Snapshot, seconds: float) -> errors.PoolError | None:
+        """Build the error of a caller who waited *seconds*, None if the pool is exhausted.
 
-        PoolExhausted only if every connection is checked out and making one does not fail, else
-        DatabaseUnavailable.
+        That is so only if every connection is checked out and making one does not fail.
         """
         if self.is_failing or now.connecting or now.active < now.max_size:
-            return self.unavailable(pool, now)
+            return self.unavailable_error(pool, now)
         if not now.holders and self.last_alive_at < self.clock() - seconds:
             # All connections are being asked whether they are alive, and none has answered.
-            return self.unavailable(pool, now, answered_at=self.last_alive_at)
-        return errors.exhausted(pool, now, seconds, held, suspicion)
+            return self.unavailable_error(pool, now, answered_at=self.last_alive_at)
+        return None
 
     def report_failure(self, after: float) -> bool:
         """Return true once until a connect succeeds, when they have failed for *after* seconds.

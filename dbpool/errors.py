@@ -136,19 +136,21 @@ for _cls in (ConfigError, PoolError, *PoolError.__subclasses__(), DatabaseMiscon
     _cls.__module__ = "dbpool"  # the path that users import them from, for tracebacks and pickles
 
 
-def closed(pool: str, was_opened: bool) -> PoolClosed:
+def closed_error(pool: str, *, was_opened: bool = True) -> PoolClosed:
     """Build the error of a checkout from a pool that is closed, or not open yet."""
     state = "already closed" if was_opened else "not open yet"
     return PoolClosed(f"the pool {pool!r} is {state} [DBE06]")
 
 
-def too_many(pool: str, now: Snapshot, max_waiting: int) -> TooManyRequests:
+def too_many_error(pool: str, now: Snapshot, max_waiting: int) -> TooManyRequests:
     """Build the error of a caller who may not wait beside the others."""
     text = f"pool {pool!r}: {now.waiting} waiting already, max_waiting is {max_waiting};"
     return TooManyRequests(f"{text} {now.active} of {now.max_size} connections checked out [DBE05]")
 
 
-def exhausted(pool: str, now: Snapshot, seconds: float, held: int, suspicion: str) -> PoolExhausted:
+def exhausted_error(
+    pool: str, now: Snapshot, seconds: float, held: int, suspicion: str
+) -> PoolExhausted:
     """Build the error of a caller who waited *seconds*, and itself has *held* connections.
 
     *suspicion* says what may keep the holders, if anything is known.
@@ -165,7 +167,7 @@ def exhausted(pool: str, now: Snapshot, seconds: float, held: int, suspicion: st
     return PoolExhausted(text, pool=pool, snapshot=now)
 
 
-def no_answer(seconds: float) -> psycopg.OperationalError:
+def no_answer_error(seconds: float) -> psycopg.OperationalError:
     """Build the error of a server that has been silent for that time."""
     span = f"for {seconds:.1f} s" if seconds >= 0.1 else "yet"
     return psycopg.errors.ConnectionTimeout(f"no answer from the server {span}")

@@ -315,7 +315,7 @@ def evict_refused(pool: PoolBase[Any], ex: BaseException | None) -> DatabaseUnav
     if "timeout" not in str(ex):
         pool._store.evict_idle("dead", lambda record: True)
         pool._store.bag.close_evicted()
-    return pool.breaker.unavailable(pool.name, pool.stats(), cause=ex)
+    return pool.breaker.unavailable_error(pool.name, pool.stats(), cause=ex)
 
 
 def ping(

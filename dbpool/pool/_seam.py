@@ -17,7 +17,7 @@ from psycopg_pool import ConnectionPool, PoolClosed
 from psycopg_pool.abc import CT
 
 from dbpool.breaker import Breaker
-from dbpool.errors import closed, is_permanent
+from dbpool.errors import closed_error, is_permanent
 from dbpool.events import Emitter
 from dbpool.holders import Owner, current
 from dbpool.metrics import HolderSnapshot, Snapshot
@@ -167,10 +167,10 @@ class PoolBase(ConnectionPool[CT]):
         self._open_on_use()
         while self._store.bag.ready() < self.min_size:
             if self.closed:
-                raise closed(self.name, was_opened=True)
+                raise closed_error(self.name)
             is_hopeless = self.breaker.is_open and is_permanent(self.breaker.kind)
             if monotonic() >= deadline or is_hopeless:
-                error = self.breaker.unavailable(self.name, self.stats())
+                error = self.breaker.unavailable_error(self.name, self.stats())
                 self.close()
                 raise error
             sleep(_WAIT_INTERVAL)  # an interrupted thread might not notify

@@ -117,7 +117,7 @@ class Store:
         while self.bag.idle:
             self.bag.forget(self.bag.idle[-1]._record)
             self.bag.idle.pop()
-        self.metrics.rejected += self.waiting.reject_all(partial(errors.closed, self.name, True))
+        self.metrics.rejected += self.waiting.reject_all(partial(errors.closed_error, self.name))
         return was_open
 
     # Lending
@@ -130,16 +130,16 @@ class Store:
         if self.collected or (close_returns and self.size >= self.max_size):
             self._reclaim(close_returns=close_returns)
         if not self.is_open:
-            raise errors.closed(self.name, self.was_opened)
+            raise errors.closed_error(self.name, was_opened=self.was_opened)
         breaker = self.breaker
         error: Exception | None = None
         if breaker.is_failing:
             self._close_if_alive()
             self._trip_if_due()
         if breaker.is_open:
-            error = breaker.unavailable(self.name, self.snapshot())
+            error = breaker.unavailable_error(self.name, self.snapshot())
         elif max_waiting and len(self.waiting) >= max_waiting:
-            error = errors.too_many(self.name, self.snapshot(), max_waiting)
+            error = errors.too_many_error(self.name, self.snapshot(), max_waiting)
         if error is not None:
             self.metrics.rejected += waiter.reject(error)
             return
@@ -167,11 +167,12 @@ class Store:
         held_by = Counter(record.thread for record in self.bag.held())
         late = self.waiting.expired(waiter, moment)
         for each, following in zip(late, [*late[1:], None], strict=False):
-            seconds = moment - each.started
-            error = breaker.timed_out(self.name, now, seconds, held_by[each.thread], suspicion)
+            held, seconds = held_by[each.thread], moment - each.started
+            error = breaker.timeout_error(self.name, now, seconds)
+            error = error or errors.exhausted_error(self.name, now, seconds, held, suspicion)
             self.waiting.discard(each)
             self.metrics.timeouts += 1
-            self.metrics.nested += held_by[each.thread] > 0
+            self.metrics.nested += held > 0
             self.metrics.timed_out_seconds += seconds
             each.error, each.is_over, each.next = error, True, following
         self.waiting.lead()
@@ -301,7 +302,7 @@ class Store:
         is_over = attempt not in breaker.attempts or attempt.started != started
         if is_over or not self.is_open:
             return None
-        breaker.overdue(attempt, errors.no_answer(breaker.clock() - started))
+        breaker.overdue(attempt, errors.no_answer_error(breaker.clock() - started))
         self._trip_if_due()
         return max(started, breaker.last_alive_at) + breaker.patience - breaker.clock()
 
@@ -320,7 +321,7 @@ class Store:
             self.metrics.circuit_opened += 1
             self.flush_later()
         if breaker.is_open and self.waiting:  # one snapshot for all
-            reject = partial(breaker.unavailable, self.name, self.snapshot())
+            reject = partial(breaker.unavailable_error, self.name, self.snapshot())
             self.metrics.rejected += self.waiting.reject_all(reject)
 
     @locked
