@@ -19,7 +19,7 @@ from bench._measure import interleaved, one_cpu, spread
 from bench._peers import Dbpool, Peer, PsycopgPool
 from bench._report import Cell, Table
 from dbpool import Pool
-from dbpool.pool._bag import Waiter
+from dbpool.pool._waiting import Waiter
 from tests.postgres import Server, served, until
 
 PEERS: list[type[Peer]] = [Dbpool, PsycopgPool]

@@ -1,4 +1,4 @@
-"""Runs a call in a thread of its own, so that no exception can interrupt it.
+"""Runs a call in a thread of its own, so that no exception can interrupt it; bounds of a wait.
 
 A signal handler may raise between any two steps of the main thread. A lock that is entered by
 `with lock:` itself is safe from that; Python's Event, Condition and Queue are not.
@@ -12,6 +12,11 @@ from collections.abc import Callable
 from typing import Final
 
 _START_TIMEOUT: Final = 1.0  # seconds in which a thread that was started runs
+
+
+def clamp_timeout(seconds: float) -> float:
+    """Return a timeout that a lock takes: -1 would wait for ever, too large a one would overflow."""
+    return min(max(seconds, 0.0), threading.TIMEOUT_MAX)
 
 
 def run_in_thread(fn: Callable[[], object]) -> None:

@@ -15,7 +15,7 @@ from psycopg_pool import PoolClosed
 
 import dbpool.pool._lending
 from dbpool import Pool, Settings
-from dbpool.pool._bag import Waiter
+from dbpool.pool._waiting import Waiter
 from tests.fake import FakeServer
 from tests.threads import Task
 

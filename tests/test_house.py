@@ -43,6 +43,7 @@ FLOORS = {
         "pool._fork",
         "pool._notices",
         "pool._bag",
+        "pool._waiting",
         "pool._store",
         "pool._connector",
         "pool._lending",

@@ -6,11 +6,11 @@
 - `_seam`: `PoolBase`, opening and closing, psycopg_pool's protected members.
 - `_maintenance`: what a pool's own threads do: workers connect and retry, the watchdog heals.
 - `_connector`: one attempt to connect, with the server's default timeouts; `_session`: its reset.
-- `_store`: what the lock protects, and what is decided under it. In it `_bag` the connections and
-  the waiters, `dbpool.breaker` the outage, `dbpool.metrics` the numbers.
+- `_store`: what the lock protects, and what is decided under it. In it `_bag` the connections,
+  `_waiting` the callers who wait, `dbpool.breaker` the outage, `dbpool.metrics` the numbers.
 - `_notices`: each happening with its log line and its event.
 - `_psycopg`, `_pipelining`: psycopg's protected members; `_compatible`: what is needed of both.
-- `_fork`: what the pools of a process share.
+- `_fork`: what the pools of a process share: the watchdog, and surviving a fork.
 """
 
 from dbpool.pool._compatible import insist_on_compatible_versions

@@ -1,15 +1,13 @@
-"""Bag and WaitQueue: the connections of a pool, and the callers who wait for one.
+"""Bag: the connections of a pool, and the steps of the store that change them.
 
-They have no lock of their own: the store changes them under its lock.
+It has no lock of its own: the store calls these with its lock held.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import takewhile
 from operator import attrgetter
 from os import getpid
 from queue import SimpleQueue
@@ -21,7 +19,7 @@ import psycopg
 from psycopg import capabilities
 
 from dbpool import events
-from dbpool.holders import NOBODY, ConnectionRecord, ThreadInfo, current
+from dbpool.holders import NOBODY, ConnectionRecord, ThreadInfo
 from dbpool.liveness import is_active, is_retransmitting
 from dbpool.metrics import HolderSnapshot, describe_holders
 from dbpool.pool._psycopg import attach, close
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from dbpool.pool._store import Store
 
 _MAX_CANCELS: Final = 100  # requests that wait to be sent; beyond them the oldest is dropped
-_CROWD: Final = 100  # waiters
 
 Condition = Callable[[ConnectionRecord], bool]
 Job = Callable[[Any], None]  # of a worker, called with the pool
@@ -112,120 +109,6 @@ class Bag:
                 self.cancels.append(conn.pgconn.cancel_conn())
 
 
-class Waiter:
-    """One caller waiting for a connection; all but the wait itself happens under the lock.
-
-    At its end it has a connection, whose record then names *owner*, or an error.
-
-    Threads whose waits end in one instant keep the interpreter from one another, for seconds. So in
-    a crowd the first alone keeps the time, and those who are late wake one another, one by one.
-    """
-
-    def __init__(self, owner: ref[Any], started: float, deadline: float) -> None:
-        self.owner, self.started, self.deadline, self.until = owner, started, deadline, deadline
-        self.thread = current.thread
-        self.conn: Any = None
-        self.error: BaseException | None = None
-        self.is_fresh = False  # whether `conn` needs no check: its server spoke just now
-        self.is_over = self.is_rejected = self.is_reported = False  # reported as waiting for long
-        self.next: Waiter | None = None  # whom it wakes, if both are late
-        self.latch = threading.Lock()
-        self.latch.acquire()
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether it has neither a connection nor an error yet."""
-        return self.conn is None and not self.is_over
-
-    def wait(self) -> bool:
-        """Wait until served, rejected or late; return whether it still waits then."""
-        while self.latch.acquire(timeout=lock_timeout(self.until - monotonic())):
-            if not self.is_waiting:  # else it keeps the time from now on
-                break
-        return self.is_waiting
-
-    def wake(self) -> None:
-        """End its wait, or have it keep the time."""
-        if self.latch.locked():
-            self.latch.release()
-
-    def reject(self, error: BaseException) -> bool:
-        """Have *error* raised if it still waits; return whether it does."""
-        if not self.is_waiting:
-            return False
-        self.error, self.is_over, self.is_rejected = error, True, True
-        self.wake()
-        return True
-
-    def take_error(self) -> BaseException:
-        """Return its error, once.
-
-        An error kept here would keep its traceback, that the frames of all callers, and those this
-        waiter: they and what they hold would stay until the cyclic collector comes.
-        """
-        error, self.error = self.error, None
-        assert error is not None
-        return error
-
-
-class WaitQueue(deque[Waiter]):
-    """The waiters in the order in which they came."""
-
-    latest = 0.0  # the latest deadline
-
-    def join(self, waiter: Waiter) -> None:
-        """Enqueue a waiter; in a crowd it leaves the time to those before it, unless it is first."""
-        self.latest = max(self.latest if self else 0.0, waiter.deadline)
-        if len(self) >= _CROWD and waiter.deadline > self.latest - 0.01:
-            waiter.until += 1.0
-        self.append(waiter)
-
-    def lead(self) -> None:
-        """Have the first keep the time; it waits a little longer, for those behind it."""
-        if self and self[0].until > self[0].deadline + 0.1:
-            self[0].until = self[0].deadline + 0.01
-            self[0].wake()
-
-    def serve(self, conn: Any, *, is_fresh: bool) -> bool:
-        """Give a connection to the first that still waits; return whether anybody does."""
-        record: ConnectionRecord = conn._record
-        while self:
-            waiter = self[0]
-            if waiter.is_waiting:
-                record.since, record.owner = 0.0, waiter.owner  # without a call in between
-                waiter.conn, waiter.is_fresh = conn, is_fresh
-                del self[0]
-                waiter.wake()
-                self.lead()
-                return True
-            del self[0]  # whoever ended its wait was interrupted
-        return False
-
-    def reject_all(self, make_error: Callable[[], Exception]) -> int:
-        """Reject all who wait, each with an error of its own; return how many."""
-        number = 0
-        while self:  # what a garbage collection ends in here may take part
-            error, waiter = make_error(), self[0]
-            del self[0]
-            number += waiter.reject(error)
-        return number
-
-    def expired(self, waiter: Waiter, now: float) -> list[Waiter]:
-        """Return *waiter* and, from the front, all whose time is over too; none if it was served."""
-        late = takewhile(lambda each: each.deadline <= now, list(self) if waiter.is_waiting else [])
-        return [each for each in dict.fromkeys([waiter, *late]) if each.is_waiting]
-
-    def discard(self, waiter: Waiter) -> None:
-        """Remove *waiter* if it is there."""
-        if waiter in self:
-            self.remove(waiter)
-
-
-def lock_timeout(seconds: float) -> float:
-    """Return a timeout that a lock takes: -1 would wait for ever, too large a one would overflow."""
-    return min(max(seconds, 0.0), threading.TIMEOUT_MAX)
-
-
 # Steps of the store, with its lock held
 
 
@@ -282,8 +165,7 @@ def reap_held(store: Store, thread: ThreadInfo, since: float) -> tuple[HolderSna
 
 def reap_ownerless(store: Store) -> tuple[HolderSnapshot, ...]:
     """Evict the connections whose owner is gone; describe those that were held."""
-    owners = [(record, record.owner or record.ref) for record in list(store.bag.records)]
-    gone = [record for record, owner in owners if owner() is None]
+    gone = [r for r in list(store.bag.records) if (r.owner or r.ref)() is None]
     described = describe_holders(gone, monotonic())
     for record in gone:
         if record.since:
@@ -299,7 +181,7 @@ def recover(store: Store, owner: ref[Any], step: ref[Any]) -> list[Any]:
     """
     for waiter in [each for each in list(store.waiting) if each.owner is owner]:
         store.waiting.discard(waiter)
-    store.waiting.lead()
+    store.waiting.set_timekeeper()
     in_transit = []
     for record in [record for record in list(store.bag.records) if record.owner is owner]:
         conn = None if record.since else record.ref()

@@ -10,21 +10,22 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import partial
 from random import random
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, get_origin
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_origin
 from weakref import ref
 
 import psycopg
 from psycopg import Connection, Cursor
-from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.pq import ExecStatus
 
 from dbpool import errors
 from dbpool._secrets import conceal, secrets_of
 from dbpool.breaker import Attempt
 from dbpool.liveness import PingTimeout, file_limit_error, ping, poller, run_query
-from dbpool.pool._psycopg import attach, close, has_stock_class, new_record
+from dbpool.pool._psycopg import attach, close, has_stock_class, insist_on_idle, new_record
 from dbpool.pool._session import Names, call_traced, reset_message
 from dbpool.settings import Settings
 from dbpool.settings._conninfo import already_set, insist_on_types
@@ -37,17 +38,15 @@ _DATABASE_NAMES: Final = {"host", "hostaddr", "port", "dbname", "service", "DATA
 # What opened together at a deploy does not reconnect together: lifetimes are shorter by up to this.
 _LIFETIME_SPREAD: Final = 0.25
 
-
 _NAMES: Final = b"select string_agg(name, ',') from pg_settings where source in "
 _FIRST_ANSWER_TIMEOUT: Final = 0.5  # seconds to wait for the answer to another thread
 _CLOSE_TIMEOUT_MS: Final = 200.0  # that a server is given to free the place of a connection
 
 Defaults = frozenset[str]  # names of timeouts
-Connect = Callable[[dict[str, Any]], Any]
+Opener = Callable[[dict[str, Any]], Any]  # connects with these parameters
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """Why an attempt failed; no secret is left in *error*."""
 
     kind: str
@@ -84,14 +83,28 @@ class Connector:
 
     def connect(self, pool: PoolBase[Any], attempt: Attempt) -> Any | Failure:
         """Return a new connection that can be lent, or why there is none."""
-        attempt.params, secrets = {}, set[str]()
+        attempt.params, conn, settings = {}, None, self.settings
         try:
             attempt.params = self.params(pool)
-            return self._connect(pool, attempt, secrets)
+            conn = self.server_defaults.connect(partial(self.open, pool), attempt.params)
+            known = already_set(attempt.params, os.environ)
+            if settings.pooler == "transaction":  # which answers the login itself
+                patience = float(known["connect_timeout"]) or settings.connect_timeout
+                self._ping_server(conn, patience, attempt)
+            self._prepare(pool, conn)
+            # psycopg tries twice then, and never tells libpq of the preference.
+            conn._record.prefers_standby = known.get("target_session_attrs") == "prefer-standby"
         except BaseException as ex:  # noqa: BLE001  # whatever it is, the place must not be lost
             known = already_set(attempt.params, os.environ)
-            secrets |= secrets_of(known, getattr(ex, "pgconn", None))
-            kind, error = errors.classify(ex), _advise(errors.sanitize(ex, secrets), attempt.params)
+            secrets = secrets_of(known, getattr(ex, "pgconn", None))
+            if conn is not None:
+                secrets |= secrets_of({}, getattr(conn, "pgconn", None))
+                with suppress(BaseException):  # of a class of the user's
+                    close(conn)
+            is_default = bool(attempt.params) and not _DATABASE_NAMES & {*known, *os.environ}
+            kind, error = errors.classify(ex), _advise(errors.sanitize(ex, secrets), is_default)
+        else:
+            return conn
         # libpq and psycopg give no reason then, or another.
         if "FATAL" not in str(error) and (lack := file_limit_error()):
             error = psycopg.OperationalError(f"{error}: {lack}")
@@ -104,22 +117,6 @@ class Connector:
         if self.cursors is not Cursor and (get_origin(cls) or cls) is Connection:
             params = {"cursor_factory": self.cursors, **params}  # a tracer builds upon it
         return cls.connect("", **params)
-
-    def _connect(self, pool: PoolBase[Any], attempt: Attempt, secrets: set[str]) -> Any:
-        conn: Any = self.server_defaults.connect(lambda p: self.open(pool, p), attempt.params)
-        try:
-            known = already_set(attempt.params, os.environ)
-            if self.settings.pooler == "transaction":  # which answers the login itself
-                patience = float(known["connect_timeout"]) or self.settings.connect_timeout
-                self._ping_server(conn, patience, attempt)
-            self._prepare(pool, conn)
-            # psycopg tries twice then, and never tells libpq of the preference.
-            conn._record.prefers_standby = known.get("target_session_attrs") == "prefer-standby"
-        except BaseException:
-            secrets |= secrets_of(attempt.params, conn.pgconn)
-            close(conn)
-            raise
-        return conn
 
     def _ping_server(self, conn: Any, timeout: float, attempt: Attempt) -> None:
         """Make one round trip to the server behind a pooler; without an answer it is saturated."""
@@ -140,11 +137,9 @@ class Connector:
         if configure := pool._user_configure:
             self.custom = call_traced(configure, conn, self.custom)
             insist_on_idle(conn, "configure")
-        message, settings = b"", self.settings
+        record, settings = new_record(conn, self.cursors), self.settings
         if settings.session_reset == "session":
-            message = reset_message(conn, settings.connect_timeout, self.custom or ())
-        record = new_record(conn, self.cursors)
-        record.reset_message = message
+            record.reset_message = reset_message(conn, settings.connect_timeout, self.custom or ())
         record.created_at = record.idle_since = now = monotonic()
         record.expires_at = now + pool.max_lifetime * (1.0 - _LIFETIME_SPREAD * random())  # noqa: S311
         if self.cursors is not Cursor and not issubclass(conn.cursor_factory, self.cursors):
@@ -153,19 +148,11 @@ class Connector:
         record.ref = record.owner = ref(conn, pool._store.collected.append)  # in C: not interrupted
 
 
-def insist_on_idle(conn: Any, callback: str) -> None:
-    """Raise if the user's callback of that name left something open on *conn*."""
-    if (status := conn.pgconn.transaction_status) != TransactionStatus.IDLE:
-        left = f"connection left in status {TransactionStatus(status).name}"
-        raise psycopg.ProgrammingError(f"{left} by the {callback} function: discarded")
-
-
-def _advise(error: BaseException, params: dict[str, Any]) -> BaseException:
-    """Add what to do about it to an error's text, where that is known."""
-    known = {**already_set(params, os.environ), **os.environ}
+def _advise(error: BaseException, is_default: bool) -> BaseException:
+    """Add to an error's text what to do; *is_default*: nothing says which database is meant."""
     if errors.UNSUPPORTED_PARAMETER in errors.describe(error):
         advice = "a transaction pooler needs DBPOOL_POOLER=transaction"
-    elif params and not known.keys() & _DATABASE_NAMES:
+    elif is_default:
         advice = "DATABASE_URL is not set: libpq's defaults are used"
     else:
         return error
@@ -187,14 +174,14 @@ class ServerDefaults:
         self._answers: dict[tuple[object, ...], Defaults] = {}
         self._verified: set[tuple[object, ...]] = set()
         self._last: Defaults | None = None
-        self._first = threading.Lock()  # held by who asks first: the others go by the answer
+        self._first = threading.Lock()  # held by the first to ask; the others wait for its answer
         self.asked_at, self.troubles = monotonic(), 0
 
-    def connect(self, connect: Connect, params: dict[str, Any]) -> Any:
+    def connect(self, opener: Opener, params: dict[str, Any]) -> Any:
         """Connect, with the defaults that the server leaves to us; warn if it ignores any."""
         is_first = self._last is None and self._first.acquire(timeout=_FIRST_ANSWER_TIMEOUT)
         try:
-            return self._connect(connect, params)
+            return self._connect(opener, params)
         finally:
             if is_first:
                 self._first.release()
@@ -207,9 +194,9 @@ class ServerDefaults:
         self.asked_at, self.troubles = monotonic(), troubles
         return True
 
-    def ask_again(self, connect: Connect, params: dict[str, Any]) -> bool:
+    def ask_again(self, opener: Opener, params: dict[str, Any]) -> bool:
         """Ask on a connection made for that; return whether the answer has changed."""
-        conn = connect(params)
+        conn = opener(params)
         try:
             key, names = _place(conn), self._ask(conn)
         finally:
@@ -218,9 +205,9 @@ class ServerDefaults:
         self._answers[key] = self._last = names
         return has_changed
 
-    def _connect(self, connect: Connect, params: dict[str, Any]) -> Any:
+    def _connect(self, opener: Opener, params: dict[str, Any]) -> Any:
         sent = self._last or Defaults()
-        conn = connect(self._with(params, sent))
+        conn = opener(self._with(params, sent))
         if not isinstance(conn, Connection) or self._settings.pooler == "transaction":
             self._last = sent
             return conn
@@ -229,10 +216,10 @@ class ServerDefaults:
             names = self._answers.get(key)
             if names is None:
                 if sent:
-                    conn, sent = connect(_leave(conn, params)), Defaults()
+                    conn, sent = opener(_leave(conn, params)), Defaults()
                 names = self._answers[key] = self._ask(conn)
             if names != sent:
-                conn = connect(self._with(_leave(conn, params), names))
+                conn = opener(self._with(_leave(conn, params), names))
             self._last = names
             if key not in self._verified:
                 self._verify(conn, self._with(params, names))

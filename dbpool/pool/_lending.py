@@ -21,9 +21,8 @@ from dbpool.errors import CommitUncertain, DatabaseUnavailable, PoolError, descr
 from dbpool.holders import ConnectionRecord, Owner
 from dbpool.liveness import Liveness, PingTimeout, check_socket, closed_by_peer
 from dbpool.pool import _psycopg
-from dbpool.pool._bag import Waiter, lock_timeout
 from dbpool.pool._notices import Notices, logger
-from dbpool.pool._psycopg import ACTIVE, IDLE, INTRANS
+from dbpool.pool._waiting import Waiter
 from dbpool.retry import is_reading, is_refused
 
 if TYPE_CHECKING:
@@ -92,16 +91,16 @@ class Lease(Generic[CT]):
         try:
             try:
                 status = conn.pgconn.transaction_status
-                if exc is not None or status == ACTIVE:
-                    _inspect(pool, conn, exc)
+                if exc is not None or status == _psycopg.ACTIVE:
+                    _handle_error(pool, conn, exc)
                 is_stock = conn._record.has_stock_blocks
-                if exc is None and status == INTRANS and is_stock:
+                if exc is None and status == _psycopg.INTRANS and is_stock:
                     _psycopg.commit(conn, pool._check_certain)
                 # With nothing begun there is nothing to end: saves a lock and two calls.
-                elif status != IDLE or not is_stock:
+                elif status != _psycopg.IDLE or not is_stock:
                     conn.__exit__(exc_type, exc, tb)
             except psycopg.OperationalError as ex:
-                if exc_type is None and status == INTRANS and not is_stock:
+                if exc_type is None and status == _psycopg.INTRANS and not is_stock:
                     pool._check_certain(conn, ex)
                 raise
             finally:
@@ -111,8 +110,8 @@ class Lease(Generic[CT]):
             raise
 
 
-def _inspect(pool: Pool[CT], conn: Any, error: BaseException | None) -> None:
-    """Do what the error that leaves a block says about its connection or its server.
+def _handle_error(pool: Pool[CT], conn: Any, error: BaseException | None) -> None:
+    """Act on what the error that leaves a block says about its connection or its server.
 
     Without an error, insist on a connection that can commit.
     """
@@ -122,11 +121,11 @@ def _inspect(pool: Pool[CT], conn: Any, error: BaseException | None) -> None:
         raise lost
     elif _psycopg.is_stale_plan(error):
         _psycopg.forget_plans(conn)
-    _psycopg.insist_on_unlocked(conn, lock_timeout(pool.timeout), error)
+    _psycopg.insist_on_unlocked(conn, pool.timeout, error)
 
 
 class Statement(Generic[T]):
-    """One statement, and what is known of how far it came."""
+    """One statement, and how far it got."""
 
     __slots__ = ("cursor", "kept", "params", "query", "result", "row_factory", "sent")
 
@@ -137,7 +136,7 @@ class Statement(Generic[T]):
 
     def run_once(self, pool: Pool[Any], frame: FrameType) -> T:
         """Check out, run it, return. *frame* is that of the public method."""
-        self.sent = ""  # what may have been done although its answer does not come
+        self.sent = ""  # names what the server may have done although its answer does not come
         step = Step(pool)
         conn = pool._acquire(None, frame.f_back or frame, ref(step))
         with step:
@@ -149,7 +148,7 @@ class Statement(Generic[T]):
             except psycopg.OperationalError as ex:
                 return self.on_lost(pool, conn, ex)
             finally:
-                _psycopg.set_autocommit(conn, conn._record.session_state[0])
+                _psycopg.end_autocommit(conn)
                 kept = self.kept
                 if kept is not None:
                     kept.detach()
@@ -168,8 +167,7 @@ class Statement(Generic[T]):
             cursor = conn.cursor(row_factory=row_factory)  # so that a tracer sees it
         self.cursor = cursor
         # A connection from the pool is as it was set up, so these are the set-up's.
-        if record.has_stock_class and _psycopg.is_set_up_plainly(conn):
-            _psycopg.set_autocommit(conn, True)
+        if record.has_stock_class and _psycopg.begin_autocommit(conn):
             self.sent = _SINGLE
             try:
                 return self.result(cursor.execute(self.query, self.params))
@@ -186,16 +184,16 @@ class Statement(Generic[T]):
 
     def on_lost(self, pool: Pool[Any], conn: Any, ex: psycopg.OperationalError) -> T:
         """Return the result if all of it came before the connection was lost, else raise."""
-        if self.sent is _SINGLE and conn.closed and self.cursor.pgresult:
+        if self.sent == _SINGLE and conn.closed and self.cursor.pgresult:
             return self.result(self.cursor)  # lost over what psycopg tidies up afterwards
         error: Any = ex.__cause__ if isinstance(ex, CommitUncertain) else ex
-        if self.sent and getattr(self.cursor, "is_sent", True):
-            is_fetch = self.result is not row_count
-            if not (
-                is_fetch and is_reading(_psycopg.converted_query(self.cursor, self.query).query)
-            ):
-                pool._check_certain(conn, error, self.sent)
+        is_sent = bool(self.sent) and getattr(self.cursor, "is_sent", True)
+        if is_sent and (self.result is row_count or not self._is_reading()):
+            pool._check_certain(conn, error, self.sent)
         raise error from error.__cause__
+
+    def _is_reading(self) -> bool:
+        return is_reading(_psycopg.converted_query(self.cursor, self.query).query)
 
 
 def resend(fn: Callable[..., T], pool: Pool[Any], *args: Any, until: float | None = None) -> T:
@@ -227,7 +225,7 @@ def acquire(
         if is_fresh or _evict_unless_usable(pool, conn, deadline):
             return conn
         if pool._user_check and conn._record.created_at >= started:
-            sleep(lock_timeout(min(_CHECK_PAUSE, deadline - monotonic())))
+            sleep(max(0.0, min(_CHECK_PAUSE, deadline - monotonic())))
         conn = None if started < deadline <= monotonic() else pool._store.take_idle(owner)
 
 
@@ -245,7 +243,12 @@ def _wait(pool: PoolBase[Any], waiter: Waiter) -> Waiter:
             usage.gave_up(waiter.thread.endpoint, sys._getframe())
         if pool.listeners.active or not isinstance(waiter.error, PoolError):
             pool._notices.not_served(waiter.error, monotonic() - waiter.started, waiter.is_rejected)
-        raise waiter.take_error()  # no variable keeps it: it would keep this frame
+        try:
+            raise waiter.error
+        finally:
+            # An error that is kept keeps its traceback, that the frames of all callers, and those
+            # the waiter: all would stay until the cyclic collector comes.
+            waiter.error = None
     return waiter
 
 
@@ -277,7 +280,7 @@ def _passes_check(pool: PoolBase[Any], conn: Any, check: Callable[[Any], None]) 
     conn._record.cursor = None
     try:
         check(conn)
-        if conn.pgconn.transaction_status != IDLE:
+        if conn.pgconn.transaction_status != _psycopg.IDLE:
             conn.commit()  # what it began is not its user's
     except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
         reason = describe(ex, conn)

@@ -183,7 +183,7 @@ class Maintenance:
             return
         try:
             params = connector.params(pool)
-            have_changed = defaults.ask_again(lambda p: connector.open(pool, p), params)
+            have_changed = defaults.ask_again(partial(connector.open, pool), params)
         except Exception as ex:  # noqa: BLE001  # whatever it is, the next connect asks again
             defaults.troubles = -1
             logger.debug("pool %r: asking for timeouts failed: %s", pool.name, type(ex).__name__)

@@ -17,10 +17,8 @@ from typing import Any, Final
 from psycopg_pool import TooManyRequests
 
 from dbpool import events
-from dbpool import holders as _holders
 from dbpool.errors import is_permanent
-from dbpool.events import Emitter
-from dbpool.holders import ThreadInfo
+from dbpool.holders import ThreadInfo, frames_of, stack_of
 from dbpool.metrics import HolderSnapshot, Snapshot, holders_by_place
 from dbpool.pool import _fork
 
@@ -33,7 +31,7 @@ _REPLACED: Final = "replaced %d connections that the server closed"
 class Notices:
     """The log and the listeners of one pool."""
 
-    def __init__(self, name: str, listeners: Emitter) -> None:
+    def __init__(self, name: str, listeners: events.Emitter) -> None:
         self.name, self.listeners = name, listeners
         self._lock = threading.RLock()  # a garbage collection inside may come back in
         self._episodes: dict[str, tuple[int, float]] = {}  # by cause: how often, and when last
@@ -111,7 +109,7 @@ class Notices:
         """These connections have been held for more than *limit* seconds."""
         if self.listeners.active:
             for info, holder in held:
-                self._emit(events.HeldLong, holder, _holders.stack_of(info.thread) if info else "")
+                self._emit(events.HeldLong, holder, stack_of(info.thread) if info else "")
         held.sort(key=lambda each: each[1].seconds)
         for where, (info, longest) in {each[1].where: each for each in held}.items():
             number = sum(holder.where == where for _, holder in held)
@@ -119,7 +117,7 @@ class Notices:
             more = f" and {number - 1} more" if number > 1 else ""
             text = f"a connection has been held for {longest.seconds:.1f} s by {longest.thread}"
             text += f"{more}, checked out at {where}; now at "
-            text += _holders.frames_of(info.thread) if info else "?"
+            text += frames_of(info.thread) if info else "?"
             self._warn("held_long", cause, text, number, holder=asdict(longest))
 
     def forgotten(self, holders: Iterable[HolderSnapshot]) -> None:

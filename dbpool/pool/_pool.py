@@ -20,7 +20,7 @@ from psycopg_pool.abc import CT, ConninfoParam
 from dbpool import events, holders
 from dbpool._secrets import conceal
 from dbpool.errors import CommitUncertain, PoolError
-from dbpool.holders import ConnectionRecord
+from dbpool.holders import ConnectionRecord, application_files, current
 from dbpool.metrics import Metrics
 from dbpool.pool import _fork, _lending, _options, _returning, _transaction
 from dbpool.pool._lending import Lease, Statement, Step, resend
@@ -31,9 +31,6 @@ from dbpool.settings import Settings
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-_current = holders.current
-_application_files = holders.application_files
 
 # uWSGI forks without running Python's fork hooks; only there each checkout compares pids.
 _FORKS_UNSEEN: Final = "uwsgi" in sys.modules
@@ -90,8 +87,7 @@ class Pool(PoolBase[CT]):
         del options  # as they came they would show a password to whoever looks at this frame
         opening = rest.pop("open", None)
         settings, rest = _options.resolve(conninfo, connection_class, settings, rest)
-        super().__init__(settings, events.Emitter(listeners), conninfo=conninfo, **rest)
-        self._lazy = opening is None
+        super().__init__(settings, listeners, opening is None, conninfo=conninfo, **rest)
         _fork.add(self)
         if opening:
             self.open()
@@ -160,10 +156,10 @@ class Pool(PoolBase[CT]):
                 conn = _lending.acquire(self, conn, owner, started, timeout)
                 record = conn._record
             code = frame.f_code
-            if code.co_filename not in _application_files:
+            if code.co_filename not in application_files:
                 frame = holders.caller(frame)
                 code = frame.f_code
-            record.thread = thread = _current.thread
+            record.thread = thread = current.thread
             record.endpoint, record.code, record.lasti = thread.endpoint, code, frame.f_lasti
             conn._pool = self
             record.since = now = monotonic()
@@ -299,7 +295,7 @@ class Pool(PoolBase[CT]):
         connections and the retrying; with a timeout, `run` waits until an outage is over.
         """
         deadline = None if timeout is None else monotonic() + timeout
-        options = _transaction.Options(attempts, idempotent, isolation, read_only, deadline)
+        options = _transaction.RunOptions(attempts, idempotent, isolation, read_only, deadline)
         caller = sys._getframe().f_back or sys._getframe()
         run: Callable[..., T] = _transaction.run
         return resend(run, self, lambda c: fn(c, *args), options, caller, until=deadline)

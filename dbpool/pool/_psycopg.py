@@ -19,6 +19,7 @@ from psycopg.generators import fetch, send
 from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg.rows import RowFactory, dict_row, namedtuple_row, scalar_row, tuple_row
 
+from dbpool._threads import clamp_timeout
 from dbpool.holders import ConnectionRecord
 from dbpool.liveness import Liveness, check_socket, ping, poller, run_query
 
@@ -30,15 +31,16 @@ CheckCertain = Callable[[Any, psycopg.Error], None]
 _BLOCK_METHODS: Final = """__enter__ __exit__ commit rollback
     _commit_gen _exec_command _start_query _get_tx_start_command"""
 
-# What a user may change on a connection and would not want to find changed by another.
-# What registers a type copies the registry first; an exception that tore a block's end leaves a
-# number of transactions.
+# What a user may change on a connection and would not want to find changed by another: first what
+# can be set back. Registering a type replaces the registry by a copy; an exception that tore the
+# end of a block leaves a number of transactions.
 _STATE: Final = """
     _autocommit row_factory cursor_factory server_cursor_factory _isolation_level _read_only
     _deferrable _prepared.prepare_threshold _prepared.prepared_max _tpc _pipeline _notice_handlers
     _notify_handlers _adapters.changes _adapters.types._registry _num_transactions
     _notifies_backlog"""
 session_state: Final[Callable[[Any], tuple[object, ...]]] = attrgetter(*_STATE.split())
+_AUTOCOMMIT, _SETTABLE, _HANDLERS = 0, slice(9), slice(11, 13)  # where in a session state
 
 # Row factories that look at a cursor's result alone.
 STOCK_ROW_FACTORIES: Final = (tuple_row, dict_row, namedtuple_row, scalar_row)
@@ -63,8 +65,9 @@ class WatchedAdapters(AdaptersMap):
 def remember_session_state(conn: Any) -> tuple[tuple[object, ...], AdaptersMap]:
     """Return a new connection's session state, and its adapters to begin from again."""
     adapters, conn._adapters = conn.adapters, WatchedAdapters(conn.adapters)
-    state = session_state(conn)
-    return (*state[:11], *(list(cast("Any", x)) for x in state[11:13]), *state[13:]), adapters
+    state: list[Any] = [*session_state(conn)]
+    state[_HANDLERS] = map(list, state[_HANDLERS])
+    return tuple(state), adapters
 
 
 def restore_session_state(conn: Any) -> bool:
@@ -77,8 +80,8 @@ def restore_session_state(conn: Any) -> bool:
         return False
     (conn._autocommit, conn.row_factory, conn.cursor_factory, conn.server_cursor_factory,
      conn._isolation_level, conn._read_only, conn._deferrable,
-     conn._prepared.prepare_threshold, conn._prepared.prepared_max) = state[:9]  # fmt: skip
-    conn._notice_handlers[:], conn._notify_handlers[:] = cast("Any", state[11:13])
+     conn._prepared.prepare_threshold, conn._prepared.prepared_max) = state[_SETTABLE]  # fmt: skip
+    conn._notice_handlers[:], conn._notify_handlers[:] = cast("Any", state[_HANDLERS])
     conn._adapters = WatchedAdapters(record.adapters)
     conn._begin_statement = b""
     return True
@@ -165,14 +168,20 @@ class KeptCursor(Cursor[Any]):
         self._query = self._last_query = self._results = self.pgresult = gone
 
 
-def is_set_up_plainly(conn: Any) -> bool:
-    """Whether a transaction of *conn* needs no settings: one statement may run in autocommit."""
-    return conn._isolation_level is conn._read_only is conn._deferrable is None
+def begin_autocommit(conn: Any) -> bool:
+    """Have one statement run in autocommit, unless a transaction needs settings; return whether.
+
+    Without psycopg's check of the connection's status, and without its lock.
+    """
+    if conn._isolation_level is conn._read_only is conn._deferrable is None:
+        conn._autocommit = True
+        return True
+    return False
 
 
-def set_autocommit(conn: Any, value: Any) -> None:
-    """Set it without psycopg's check of the connection's status, and without its lock."""
-    conn._autocommit = value
+def end_autocommit(conn: Any) -> None:
+    """Set autocommit back to what it was set up as."""
+    conn._autocommit = conn._record.session_state[_AUTOCOMMIT]
 
 
 def converted_query(cursor: Any, query: Any, params: Any = None) -> Any:
@@ -264,12 +273,19 @@ def insist_on_unlocked(conn: Any, timeout: float, error: BaseException | None = 
     block; then a pipeline whose end the error tore is closed too.
     """
     is_torn = conn._notifies_backlog is None or (error and conn.pgconn.pipeline_status)
-    if not is_torn and conn.lock.acquire(timeout=timeout):
+    if not is_torn and conn.lock.acquire(timeout=clamp_timeout(timeout)):
         conn.lock.release()
         return
     close(conn)
     if error is None:
         raise psycopg.ProgrammingError("not committed: a stream, copy or notifies() was left open")
+
+
+def insist_on_idle(conn: Any, callback: str) -> None:
+    """Raise if the user's callback of that name left something open on *conn*."""
+    if (status := conn.pgconn.transaction_status) != IDLE:
+        left = f"connection left in status {TransactionStatus(status).name}"
+        raise psycopg.ProgrammingError(f"{left} by the {callback} function: discarded")
 
 
 def insist_on_alive(conn: Any) -> None:

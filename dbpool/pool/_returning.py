@@ -15,7 +15,6 @@ from dbpool.errors import describe
 from dbpool.holders import ConnectionRecord
 from dbpool.liveness import Liveness, check_socket, ping
 from dbpool.pool import _psycopg
-from dbpool.pool._connector import insist_on_idle
 from dbpool.pool._lending import Step, evict
 from dbpool.pool._notices import logger
 
@@ -87,7 +86,7 @@ def _reset(pool: PoolBase[Any], conn: Any, reset: Callable[[Any], None] | None) 
             conn.rollback()
         if reset and status != _psycopg.UNKNOWN:
             reset(conn)
-            insist_on_idle(conn, "reset")
+            _psycopg.insist_on_idle(conn, "reset")
     except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
         reason = describe(ex, conn)
     except BaseException:

@@ -40,17 +40,19 @@ class PoolBase(ConnectionPool[CT]):
     # A tracer takes its place, see `dbpool.opentelemetry`.
     trace: Any = staticmethod(call)
     suspicion = ""  # what keeps the holders, as the monitor found last; "" if nothing is known
+    _make_usage: Any = type(None)  # by default nothing counts the use by endpoint
 
-    def __init__(self, settings: Settings, listeners: Emitter, **options: Any) -> None:
+    def __init__(self, settings: Settings, listeners: Any, is_lazy: bool, **options: Any) -> None:
+        self.settings, self.listeners = settings, Emitter(listeners)
+        self._lazy = is_lazy  # whether it may open itself, once
         super().__init__(open=False, **options)
-        self.settings, self.listeners = settings, listeners
+        # The parent's protected members are read here, and nowhere else.
         self._user_configure, self._user_reset = self._configure, self._reset
         # The stock check does no more than is done anyway.
         self._user_check = None if self._check == self.check_connection else self._check
-        # An idle connection is lent after a look alone for so long.
+        # A connection idle for less than this is lent after a look at its socket alone.
         self._unchecked_seconds = 0.0 if self._user_check else settings.ping_after
         self._resets = self._user_reset or settings.session_reset != "none"
-        self._lazy = True  # whether it may open itself, once
         self._build((settings.min_size, settings.max_size))
 
     def _build(self, sizes: tuple[int, int]) -> None:
@@ -60,7 +62,7 @@ class PoolBase(ConnectionPool[CT]):
         self._notices = Notices(self.name, self.listeners)
         self._store = Store(self.name, sizes, settings.outage_grace, self.listeners, threads.jobs)
         self._lock = self._store.lock
-        self.count_usage(getattr(self, "_make_usage", type(None)))
+        self.count_usage(self._make_usage)
         self._maintenance = Maintenance(Connector(settings, self._notices.warn_once))
         self._budget = Budget(2 * settings.max_size)
 
@@ -114,7 +116,7 @@ class PoolBase(ConnectionPool[CT]):
         return self._store.snapshot()
 
     def count_usage(self, make: Any) -> None:
-        """Have what *make* returns count the use by endpoint; called again after a fork."""
+        """Have what *make* returns count the use by endpoint; *make* is called again after a fork."""
         self._make_usage = make
         self.usage = self._store.metrics.usage = make()
 

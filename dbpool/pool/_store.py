@@ -16,8 +16,9 @@ from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord
 from dbpool.metrics import SIZES, Metrics, Snapshot, describe_holders
 from dbpool.pool import _bag
-from dbpool.pool._bag import Bag, Job, Jobs, Waiter, WaitQueue
+from dbpool.pool._bag import Bag, Job, Jobs
 from dbpool.pool._notices import Notices
+from dbpool.pool._waiting import Waiter, WaitQueue
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -175,7 +176,7 @@ class Store:
             self.metrics.nested += held > 0
             self.metrics.timed_out_seconds += seconds
             each.error, each.is_over, each.next = error, True, following
-        self.waiting.lead()
+        self.waiting.set_timekeeper()
         return len(late), error
 
     # Taking back

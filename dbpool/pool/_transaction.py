@@ -15,7 +15,6 @@ from psycopg import IsolationLevel
 
 from dbpool.errors import CommitUncertain, DatabaseMisconfigured, DatabaseUnavailable, describe
 from dbpool.pool import _psycopg
-from dbpool.pool._bag import lock_timeout
 from dbpool.pool._lending import Step
 from dbpool.retry import delays, is_conflict, is_refused
 
@@ -27,7 +26,7 @@ T = TypeVar("T")
 _OUTAGE_INTERVAL = 0.02  # seconds between two looks whether an outage is over
 
 
-class Options(NamedTuple):
+class RunOptions(NamedTuple):
     """How `run` runs a function."""
 
     attempts: int
@@ -37,7 +36,7 @@ class Options(NamedTuple):
     deadline: float | None
 
 
-def run(pool: Pool[Any], fn: Callable[[Any], T], options: Options, caller: FrameType) -> T:
+def run(pool: Pool[Any], fn: Callable[[Any], T], options: RunOptions, caller: FrameType) -> T:
     """Call `fn(conn)` as `Pool.run` says."""
     pauses, deadline = delays(first=0.05, cap=1.0), options.deadline or float("inf")
     for attempt in count(1):
@@ -77,7 +76,7 @@ def _acquire(pool: Pool[Any], deadline: float | None, caller: FrameType, owner: 
             sleep(min(left, _OUTAGE_INTERVAL))
 
 
-def _transact(pool: Pool[Any], conn: Any, fn: Callable[[Any], T], options: Options) -> T:
+def _transact(pool: Pool[Any], conn: Any, fn: Callable[[Any], T], options: RunOptions) -> T:
     if options.isolation is not None:
         conn.isolation_level = options.isolation
     if options.read_only:
@@ -85,12 +84,12 @@ def _transact(pool: Pool[Any], conn: Any, fn: Callable[[Any], T], options: Optio
     block = _begin_block(conn)
     try:
         result = fn(conn)
-        _psycopg.insist_on_unlocked(conn, lock_timeout(pool.timeout))
+        _psycopg.insist_on_unlocked(conn, pool.timeout)
         _psycopg.insist_on_alive(conn)
     except BaseException as ex:
         if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):
             pool._maintenance.on_read_only_error(pool, conn)
-        _psycopg.insist_on_unlocked(conn, lock_timeout(pool.timeout), ex)
+        _psycopg.insist_on_unlocked(conn, pool.timeout, ex)
         _roll_back_block(conn, block, ex)
         if isinstance(ex, psycopg.Rollback) and ex.transaction in (None, block):
             return None  # type: ignore[return-value]

@@ -26,8 +26,8 @@ from psycopg_pool import PoolClosed
 from dbpool.breaker import Attempt
 from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord, Owner, current
-from dbpool.pool._bag import Waiter
 from dbpool.pool._store import Store
+from dbpool.pool._waiting import Waiter
 from tests.clock import Clock
 
 GRACE = 2.0

@@ -12,7 +12,7 @@ import pytest
 
 from dbpool import PoolExhausted
 from dbpool.holders import Owner
-from dbpool.pool._bag import Waiter
+from dbpool.pool._waiting import Waiter
 from tests.fake import FakeServer
 from tests.interrupts import alarm
 from tests.pools import (
