@@ -25,7 +25,7 @@ SECRET: Final = frozenset(
     | {"password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"}
 )
 # Keys whose values may hold a secret without being strings: a number, or pydantic's URL.
-_TEXTS: Final = re.compile(rf"(?i:url)$|^(?:{'|'.join(sorted(SECRET))})$")
+_KEYS: Final = re.compile(rf"(?i:url)$|^(?:{'|'.join(sorted(SECRET))})$")
 MASK: Final = "***"
 _MIN_LENGTH: Final = 4  # characters: the gaps left by a shorter secret would show what it is
 
@@ -75,7 +75,7 @@ class Secret(str):
 def conceal(value: Any) -> Any:
     """Return a string as a `Secret`, also inside a mapping or list; return any other value as it is."""
     if isinstance(value, Mapping):
-        return {k: conceal(str(v) if v and _TEXTS.search(str(k)) else v) for k, v in value.items()}
+        return {k: conceal(str(v) if v and _KEYS.search(str(k)) else v) for k, v in value.items()}
     if isinstance(value, list):
         return [conceal(each) for each in value]
     return Secret(value) if value and isinstance(value, str) else value
@@ -90,7 +90,7 @@ def conceal_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _conceal_param(key: str, value: Any) -> Any:
-    if value and (key in SECRET or (isinstance(value, str) and _mask_forms(value) != value)):
+    if value and (key in SECRET or (isinstance(value, str) and _mask_passwords(value) != value)):
         return conceal(str(value))
     return str(value) if isinstance(value, str) else value
 
@@ -141,7 +141,7 @@ def mask(text: str, secrets: Collection[str] = ()) -> str:
     forms = {form(secret).strip('"') for secret in secrets for form in (str, *quoted)}
     for form in sorted(filter(None, map(printable, forms)), key=len, reverse=True):
         text = text.replace(form, MASK)
-    return _mask_forms(text)
+    return _mask_passwords(text)
 
 
 def mask_value(value: object, key: str = "") -> str:
@@ -149,7 +149,7 @@ def mask_value(value: object, key: str = "") -> str:
     return MASK if key in SECRET or may_be_secret(value, key) else mask(str(value))
 
 
-def _mask_forms(text: str) -> str:
+def _mask_passwords(text: str) -> str:
     """Replace passwords after keywords and in URLs, also in one that is cut off; in linear time."""
     words = (_mask_url(word) if "://" in word else word for word in text.split(" "))
     return _ASSIGNED.sub(rf"\1\2{MASK}", " ".join(words))

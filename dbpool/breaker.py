@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from dbpool import errors
+from dbpool.errors import FailureKind
 from dbpool.metrics import BreakerSnapshot, Snapshot
 from dbpool.retry import delays
 
@@ -30,14 +31,14 @@ class Attempt:
     """The place of a connection that is to be made: tried until it is, or until nobody needs it."""
 
     def __init__(self, now: float = 0.0) -> None:
-        self.due = now
+        self.due = now  # when to try, monotonic
         self.started = 0.0  # 0 while no try is under way
         self.is_retry = False
         self.is_pinging = False  # connected to a pooler, waiting for the server behind it
         self.params: dict[str, Any] = {}  # of the last try
         self.awaits_change = False  # whether other params make it due at once
         self._fast = delays(_FIRST, _CAP, _BASE)
-        self._slow = delays(first=1.0, cap=15.0)  # of what waiting hardly cures
+        self._slow = delays(first=1.0, cap=15.0)  # after a failure that waiting hardly cures
 
     def delay(self, kind: str) -> float:
         """Return the seconds until the next try, after a failure of that *kind*."""
@@ -59,13 +60,13 @@ class Breaker:
         self.patience = max(grace, _MIN_PATIENCE)  # with an attempt that has no answer yet
         self.attempts: set[Attempt] = set()
         self.retry: Attempt | None = None  # the only attempt while connects fail
-        self.retry_at = 0.0
+        self.retry_at = 0.0  # when it is made
         self.last_alive_at = 0.0  # when a connection last was made, or came back healthy
-        self.silent_since = -1.0  # what TCP knows of an outage before connects fail
+        self.silent_since = -1.0  # when an outage began that TCP noticed before a connect failed
         self.is_failure_reported = False  # whether `reconnect_failed` was called in this outage
         self.error: BaseException | None = None  # of the last failed attempt, sanitized
         self.last_error: str | None = None  # its text on one line, None while connects succeed
-        self.kind = "unknown"
+        self.kind: str = FailureKind.UNKNOWN
         self.clock = clock
         self._interval_started = float("-inf")
         self._failing_since: float | None = None
@@ -174,8 +175,8 @@ class Breaker:
         Not yet if a connection came back healthy less than the patience ago: call it again.
         """
         if self.clock() - max(attempt.started, self.last_alive_at) >= self.patience:
-            kind = errors.SATURATED if attempt.is_pinging else "timeout"
-            if self.is_failing and kind == errors.SATURATED and self.error:  # the reason is known
+            kind: str = FailureKind.SATURATED if attempt.is_pinging else FailureKind.TIMEOUT
+            if attempt.is_pinging and self.is_failing and self.error:  # the reason is known
                 error, kind = self.error, self.kind
             self._fails_since(attempt.started, error, kind)
 
@@ -187,7 +188,7 @@ class Breaker:
         if self._failing_since is None or self._opened_at is not None or idle:
             return False
         self._failing_since = max(self._failing_since, self.last_alive_at)
-        if out and self.kind == errors.SATURATED:
+        if out and self.kind == FailureKind.SATURATED:
             return False
         if self.failing_for < (0.0 if errors.is_permanent(self.kind) and not out else self.grace):
             return False
@@ -230,13 +231,13 @@ class Breaker:
             kind, reason = errors.classify(cause), errors.sanitize(cause)
             text = errors.describe(reason)
         elif reason is None and silent_since:
-            seconds, kind = self.clock() - silent_since, "timeout"
+            seconds, kind = self.clock() - silent_since, FailureKind.TIMEOUT
             reason = errors.no_answer_error(seconds)
             text = str(reason)
         is_wrong = errors.is_permanent(kind)
         cls = errors.DatabaseMisconfigured if is_wrong else errors.DatabaseUnavailable
         span = f" for {seconds:.1f} s" if seconds >= 0.1 else ""
-        shown = "" if kind == "unknown" else f" ({kind})"
+        shown = "" if kind == FailureKind.UNKNOWN else f" ({kind})"
         error = cls(
             f"pool {pool!r}: no connection to the database{span}{shown}: {text}",
             pool=pool, snapshot=now, kind=kind, since=time.time() - seconds,
@@ -269,7 +270,7 @@ class Breaker:
     def reset(self) -> None:
         """Close, and forget the failure: the next one starts a new grace."""
         self._failing_since = self._opened_at = self.error = self.last_error = None
-        self.kind = "unknown"
+        self.kind = FailureKind.UNKNOWN
 
     def _fails_since(self, started: float, error: BaseException, kind: str) -> None:
         self.error, self.kind, self.last_error = error, kind, errors.describe(error)

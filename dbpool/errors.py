@@ -51,7 +51,6 @@ class FailureKind(StrEnum):
     __repr__ = str.__repr__  # in logs and events as in JSON
 
 
-SATURATED: Final = FailureKind.SATURATED
 _PERMANENT: Final = frozenset({"access", "conninfo", "database", "password", "role", "tls"})
 
 # libpq reports a failed connect as text only: `sqlstate` is None, and the server's part of the

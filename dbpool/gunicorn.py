@@ -243,7 +243,7 @@ def _set_max_size(max_size: int) -> None:
         if "max_size" not in settings.explicit and pool.max_size == settings.max_size:
             pool.resize(pool.min_size, max(pool.min_size, max_size))
 
-    _fork.adapters[:] = [resize]
+    _fork.on_new_pool[:] = [resize]
     for pool in list(_fork.pools):
         resize(pool)
 

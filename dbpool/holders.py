@@ -39,7 +39,7 @@ class Owner:
     """One step of a thread that has a connection in transit: once it is gone, so is the step."""
 
 
-NOBODY: Final[weakref.ref[Any]] = weakref.ref(Owner())  # that of what is gone already
+NOBODY: Final[weakref.ref[Any]] = weakref.ref(Owner())  # refers to an owner that is gone
 
 
 class ThreadInfo:

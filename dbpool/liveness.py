@@ -50,9 +50,9 @@ def poller(fd: int, events: int = _READ) -> Poll:
     *fd* can be written.
     """
     if hasattr(select, "poll"):
-        poller = select.poll()
-        poller.register(fd, events)
-        return poller.poll
+        poll = select.poll()
+        poll.register(fd, events)
+        return poll.poll
 
     def wait(milliseconds: float) -> bool:
         fds = ([fd], []) if events == _READ else ([], [fd])
@@ -69,10 +69,10 @@ def closed_by_peer(fds: Iterable[int]) -> set[int]:
     """
     if not hasattr(select, "poll"):
         return set()
-    poller = select.poll()
+    poll = select.poll()
     for fd in fds:
-        poller.register(fd, getattr(select, "POLLRDHUP", 0))
-    return {fd for fd, _ in poller.poll(0)}
+        poll.register(fd, getattr(select, "POLLRDHUP", 0))
+    return {fd for fd, _ in poll.poll(0)}
 
 
 def file_limit_error() -> str | None:

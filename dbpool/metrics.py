@@ -278,7 +278,7 @@ class Metrics:
             if self.usage:
                 self.usage.ended(wait, use, endpoint, code, lasti)
 
-    def count_forgotten(self, record: Any) -> None:
+    def count_forgotten(self, record: ConnectionRecord) -> None:
         """Count a connection that its holder forgot."""
         self.leaks += 1
         if self.usage:

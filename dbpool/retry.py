@@ -10,8 +10,8 @@ from typing import Any, Final
 import backoff
 import psycopg
 
-# Says PgBouncer to a client whose statement it has passed on to no server. Where it has, or may
-# have, it says something else, such as "server conn crashed?" or "query timeout".
+# What PgBouncer tells a client whose statement it has passed on to no server. If a server got it, or
+# may have, the text is another, such as "server conn crashed?" or "query timeout".
 _REFUSALS = (
     "server shutting down", "server login has been failing", "pgbouncer cannot connect to server",
     "query_wait_timeout", "query_timeout", "client_idle_timeout",
@@ -41,15 +41,15 @@ def is_conflict(exc: BaseException) -> bool:
 
 
 def is_refused(exc: BaseException | None) -> bool:
-    """Whether *exc* is a pooler's word that no server has got the statement: it may be sent again."""
+    """Whether a pooler says by *exc* that no server got the statement: it may be sent again."""
     return isinstance(exc, psycopg.errors.ProtocolViolation) and str(exc).startswith(_REFUSALS)
 
 
 def is_lost_unanswered(conn: Any, error: psycopg.Error) -> bool:
-    """Whether the connection was lost before any answer of the server's to what it was sent.
+    """Whether the connection was lost before the server answered what was sent on it.
 
-    SQLSTATE class 08 is the answer of a pooler that lost the server. What a pooler refused, or what
-    cannot write, has nothing to be uncertain about.
+    A pooler that lost its server answers with SQLSTATE class 08. False for what a pooler refused and
+    for what cannot write: there is nothing to be uncertain about.
     """
     parameter = conn.pgconn.parameter_status
     is_certain = is_refused(error) or conn.read_only or parameter(b"in_hot_standby") == b"on"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from dbpool.diagnosis._scene import Limit, PoolScene, Run, Scene, Watch, key_of, number
-from dbpool.errors import SATURATED
+from dbpool.errors import FailureKind
 
 _MAX_POOLS: Final = 256
 _MAX_HOLDERS: Final = 1000
@@ -82,7 +82,7 @@ class _Pool:
         limit, error = self.limit, pool.breaker.get("last_error")
         if limit is not None and pool.now - limit.seen > _LIMIT_EPISODE:
             self.limit = limit = None
-        if isinstance(error, str) and pool.error_kind == SATURATED:
+        if isinstance(error, str) and pool.error_kind == FailureKind.SATURATED:
             since = number(pool.breaker.get("since"), pool.now)
             self.limit = Limit(error, limit.since if limit else since, pool.now)
 

@@ -21,7 +21,7 @@ logger = logging.getLogger("dbpool")
 _FORK_PATIENCE = 1.0  # seconds that a fork waits for our threads to finish a line of the log
 
 pools: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process, open or not
-adapters: list[Callable[[Any], None]] = []  # what the server's hooks do to each new pool
+on_new_pool: list[Callable[[Any], None]] = []  # called with each new pool, set by a server's hooks
 
 
 class _ProcessState:
@@ -88,8 +88,8 @@ process = _ProcessState()
 def add(pool: Any) -> None:
     """Remember a pool that is new."""
     pools.add(pool)
-    for adapt in adapters:
-        adapt(pool)
+    for callback in on_new_pool:
+        callback(pool)
 
 
 def close_all(timeout: float = 2.0) -> None:

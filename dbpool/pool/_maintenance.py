@@ -15,7 +15,7 @@ from psycopg_pool.sched import Scheduler
 
 from dbpool._threads import run_in_thread
 from dbpool.breaker import Attempt
-from dbpool.errors import SATURATED, is_permanent
+from dbpool.errors import FailureKind, is_permanent
 from dbpool.holders import ConnectionRecord
 from dbpool.liveness import cancel
 from dbpool.pool import _fork
@@ -154,7 +154,7 @@ class Maintenance:
             self._connect_later(pool, attempt)
         text, sizes, exist = breaker.last_error or "", "", len(store.bag.records)
         # Where no connection exists, the opening of the breaker is logged.
-        if exist and (kind == SATURATED or is_wrong) and not breaker.is_open:
+        if exist and (kind == FailureKind.SATURATED or is_wrong) and not breaker.is_open:
             sizes = f"{exist} of at most {store.max_size} exist, {len(store.waiting)} waiting"
         pool._notices.connect_failed(breaker.clock() - started, text, kind, sizes)
         self.flush(pool)

@@ -119,9 +119,9 @@ def is_stock(cls: type, *names: str) -> bool:
 
 
 def attach(conn: Any, pool: Any) -> None:
-    """Tell a connection its pool, if it belongs to a callback of the user's, or to a holder.
+    """Set the pool that psycopg's `close()` returns a connection to, for a callback or a holder.
 
-    None tells it that it is idle: so it keeps no pool alive.
+    None while it is idle: then it keeps no pool alive.
     """
     conn._pool = pool
 

@@ -20,7 +20,7 @@ from dbpool.breaker import Breaker
 from dbpool.errors import closed_error, is_permanent
 from dbpool.events import Emitter
 from dbpool.holders import Owner, current
-from dbpool.metrics import HolderSnapshot, Snapshot
+from dbpool.metrics import HolderSnapshot, PoolState, Snapshot
 from dbpool.pool import _fork
 from dbpool.pool._connector import Connector
 from dbpool.pool._maintenance import MAX_INTERVAL, MIN_INTERVAL, Maintenance, Workers
@@ -102,7 +102,7 @@ class PoolBase(ConnectionPool[CT]):
         return self._store.breaker
 
     @property
-    def state(self) -> str:
+    def state(self) -> PoolState:
         """`"starting"` until first connected, `"up"`, `"down"` in an outage, or `"stopped"`."""
         return self._store.state
 
@@ -232,7 +232,10 @@ class PoolBase(ConnectionPool[CT]):
         self._maintenance.flush(self)
 
     def resize(self, min_size: int, max_size: int | None = None) -> None:
-        """Change the sizes; what is too many goes at once if idle, else when it returns."""
+        """Change the sizes; what is too many goes at once if idle, else when it returns.
+
+        Raises `ValueError` for a size below 0, or a max_size below min_size.
+        """
         _fork.notice_fork()
         self._store.resize(*self._check_size(min_size, max_size))
         self._store.bag.close_evicted()

@@ -14,7 +14,7 @@ from dbpool import errors
 from dbpool.breaker import Attempt, Breaker
 from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord
-from dbpool.metrics import SIZES, Metrics, Snapshot, describe_holders
+from dbpool.metrics import SIZES, Metrics, PoolState, Snapshot, describe_holders
 from dbpool.pool import _bag
 from dbpool.pool._bag import Bag, Job, Jobs
 from dbpool.pool._notices import Notices
@@ -64,13 +64,13 @@ class Store:
         return len(self.bag.records) + len(self.breaker.attempts)
 
     @property
-    def state(self) -> str:
-        """`"starting"` until first connected, `"up"`, `"down"` in an outage, or `"stopped"`."""
+    def state(self) -> PoolState:
+        """Starting until first connected, up, down in an outage, or stopped."""
         if self.was_opened and not self.is_open:
-            return "stopped"
+            return PoolState.STOPPED
         if self.breaker.is_open:
-            return "down"
-        return "up" if self.breaker.last_alive_at else "starting"
+            return PoolState.DOWN
+        return PoolState.UP if self.breaker.last_alive_at else PoolState.STARTING
 
     @locked
     def snapshot(self) -> Snapshot:
@@ -153,10 +153,10 @@ class Store:
 
     @locked
     def time_out(self, waiter: Waiter, suspicion: str = "") -> tuple[int, errors.PoolError | None]:
-        """Fail a waiter whose time is over, and those behind it for whom that holds too.
+        """Fail a waiter whose time is over, and all at the front of the queue whose time is over too.
 
-        One snapshot serves all. One that was served this very moment is left alone. Returns how
-        many failed, and the error of one of them. *suspicion* says what keeps the holders, if
+        One snapshot serves all. A waiter that was served at the last moment is left alone. Returns
+        how many failed, and the error of one of them. *suspicion* says what keeps the holders, if
         anything is known; else the sockets may tell.
         """
         breaker, now, moment, error = self.breaker, self.snapshot(), self.breaker.clock(), None

@@ -79,7 +79,7 @@ def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mappin
         return {}
     try:
         with Path(name).open("rb") as file:
-            if reason := distrust(file, [Path(name).absolute().parent]):
+            if reason := why_untrusted(file, [Path(name).absolute().parent]):
                 logger.warning("%s is read although %s", name, reason)
             return parse_dotenv(file, environ)
     except OSError as ex:
@@ -87,7 +87,7 @@ def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mappin
     raise ConfigError(f"dotenv (DBPOOL_DOTENV): cannot read {safe_repr(name)}: {problem}")
 
 
-def distrust(file: BinaryIO, directories: list[Path]) -> str:
+def why_untrusted(file: BinaryIO, directories: list[Path]) -> str:
     """Return how another user could have written an open file or put it there; "" if none could.
 
     *directories* were passed on the way to it.

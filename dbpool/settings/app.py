@@ -130,7 +130,7 @@ def _read_if_trusted(path: Path, directories: list[Path]) -> Mapping[str, str]:
     try:
         # O_NONBLOCK: a pipe in place of the file must not block this process.
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
-            if not (reason := _sources.distrust(file, directories)):
+            if not (reason := _sources.why_untrusted(file, directories)):
                 return _sources.parse_dotenv(file)
     except OSError as ex:
         reason = f"it cannot be read ({ex.strerror})"
