@@ -1,4 +1,4 @@
-"""Browsers sign in with the token once, and then send a cookie that was made from it.
+"""Who may see details: programs send the token, browsers sign in with it once and send a cookie.
 
 Knows no web framework: the blueprint and the door both use it. Nothing is stored, so that every
 worker accepts what another one issued, and a new token signs everybody out.
@@ -10,11 +10,12 @@ import hmac
 import re
 import secrets
 import time
-from base64 import urlsafe_b64encode
+from base64 import b64decode, urlsafe_b64encode
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 from urllib.parse import quote
 
 LIFETIME: Final = 12 * 3600  # seconds until a browser has to sign in again
@@ -33,6 +34,8 @@ PAGE_HEADERS: Final = {
 }
 # Without Basic, which would have the browser ask in a window of its own before it shows the form.
 CHALLENGE: Final = 'Bearer realm="dbpool"'
+_BASIC: Final = 'Basic realm="dbpool", charset="UTF-8"'
+_HOW: Final = "send the token as a Bearer token, or as the password of HTTP Basic"
 
 MISSING: Final = ""
 WRONG: Final = "This token is wrong."
@@ -41,6 +44,21 @@ TOO_MANY: Final = "Too many wrong tokens. Try again in a minute."
 FOREIGN: Final = "forms of other sites are not accepted"
 UNMEASURED: Final = f"send a form of at most {MAX_BODY} bytes, and its length"
 CLOSED: Final = "closed: set DBPOOL_TOKEN, and send it, to see this"
+
+
+class Headers(Protocol):
+    """The headers of a request, by their names in lower case."""
+
+    def get(self, name: str, default: str, /) -> str:
+        """Return the value of a header."""
+
+
+class Refusal(NamedTuple):
+    """Why a client may not see details: *problem* for the form, *reason* for a program."""
+
+    problem: str
+    reason: str
+    challenges: tuple[str, ...] = ()  # for `WWW-Authenticate`
 
 
 class SignIn:
@@ -58,6 +76,11 @@ class SignIn:
     def is_token(self, offered: bytes) -> bool:
         """Whether *offered* is the token, compared in constant time."""
         return hmac.compare_digest(offered, self._token)
+
+    def sent_cookie(self, headers: Headers) -> str:
+        """Return the value of its cookie, "" if the client sent none."""
+        pairs = (each.strip().partition("=") for each in headers.get("cookie", "").split(";"))
+        return next((value for name, _, value in pairs if name == self.cookie_name), "")
 
     def recognises(self, cookie: str) -> bool:
         """Whether *cookie* was issued for this token and has not expired."""
@@ -84,13 +107,13 @@ class SignIn:
     def issue(self, path: str, *, is_secure: bool) -> str:
         """Return the `Set-Cookie` that signs a browser in below *path*."""
         content = f"{int(self._clock()) + LIFETIME}.{secrets.token_urlsafe(12)}"
-        return self._cookie(f"{content}.{self._signature(content)}", LIFETIME, path, is_secure)
+        return self._set(f"{content}.{self._signature(content)}", LIFETIME, path, is_secure)
 
     def withdraw(self, path: str, *, is_secure: bool) -> str:
         """Return the `Set-Cookie` that signs it out."""
-        return self._cookie("", 0, path, is_secure)
+        return self._set("", 0, path, is_secure)
 
-    def _cookie(self, value: str, age: int, path: str, is_secure: bool) -> str:
+    def _set(self, value: str, age: int, path: str, is_secure: bool) -> str:
         # Without its last slash: it also holds where the page's address has none.
         where = quote(path.rstrip("/") or "/", safe="/%")
         flags = "HttpOnly; SameSite=Strict" + ("; Secure" if is_secure else "")
@@ -99,6 +122,37 @@ class SignIn:
     def _signature(self, content: str) -> str:
         digest = hmac.digest(self._key, content.encode(), sha256)
         return urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def refusal(sign_in: SignIn | None, headers: Headers) -> Refusal | None:
+    """Return why a client may not see details, None if it may; *sign_in* is None without a token."""
+    if sign_in is None:
+        return Refusal(CLOSED, CLOSED)
+    offered, cookie = _offered_token(headers.get("authorization", "")), sign_in.sent_cookie(headers)
+    if sign_in.recognises(cookie) or (offered is not None and sign_in.is_token(offered)):
+        return None
+    # The page asks with this header: its reader is to see no dialog.
+    is_page = headers.get("x-requested-with", "") != ""
+    challenges = (CHALLENGE,) if is_page else (_BASIC, CHALLENGE)
+    if offered is not None:
+        return Refusal(WRONG, f"wrong token: {_HOW}", challenges)
+    return Refusal(ENDED if cookie else MISSING, _HOW, challenges)
+
+
+def is_signed_in(sign_in: SignIn | None, headers: Headers) -> bool:
+    """Whether a client sent a cookie that was issued to it and holds."""
+    return sign_in is not None and sign_in.recognises(sign_in.sent_cookie(headers))
+
+
+def _offered_token(authorization: str) -> bytes | None:
+    """Return the token in that header; None if there is none, or it cannot be read."""
+    scheme, _, value = authorization.strip().partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode(errors="replace")
+    if scheme.lower() == "basic":
+        with suppress(ValueError):
+            return b64decode(value.strip(), validate=True).partition(b":")[2]
+    return None
 
 
 def is_cross_site(fetch_site: str | None) -> bool:

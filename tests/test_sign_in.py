@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from urllib.parse import urlencode
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.test import Client, TestResponse
 
-from dbpool._sign_in import LIFETIME, SignIn
+from dbpool._sign_in import LIFETIME, SignIn, is_signed_in, refusal
 
 from .conftest import MakeApp
 
@@ -88,6 +89,66 @@ def test_after_ten_wrong_tokens_none_is_looked_at_for_a_minute() -> None:
         assert str(sign_in.attempt(offered)).startswith("Too many")
     clock.now += 61
     assert sign_in.attempt(TOKEN) is None
+
+
+# Who sees details, whatever serves the views
+
+
+def basic(password: str) -> str:
+    return "Basic " + b64encode(f"me:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("authorization", "problem"),
+    [
+        ("", ""),
+        ("Bearer", "This token is wrong."),
+        ("Bearer wrong", "This token is wrong."),
+        (f"bearer  {TOKEN} ", None),
+        (f"Bearer {TOKEN}", None),
+        (f"Basic {TOKEN}", ""),
+        (basic("wrong"), "This token is wrong."),
+        (basic(TOKEN), None),
+        ("Basic !!!!", ""),
+        ("Basic \xff", ""),
+        (f"Digest {TOKEN}", ""),
+    ],
+)
+def test_the_token_opens_in_two_ways(authorization: str, problem: str | None) -> None:
+    found = refusal(SignIn(TOKEN), {"authorization": authorization})
+    assert (None if found is None else found.problem) == problem
+    assert found is None or found.reason.startswith("wrong token: ") == (problem != "")
+
+
+def test_a_cookie_opens_as_long_as_it_holds() -> None:
+    clock = Clock()
+    sign_in = SignIn(TOKEN, clock)
+    pair = sign_in.issue("/", is_secure=False).partition(";")[0]
+    headers = {"cookie": f"other=1; {pair} ;more=2"}
+    assert refusal(sign_in, headers) is None
+    assert is_signed_in(sign_in, headers)
+    clock.now += LIFETIME
+    ended = refusal(sign_in, headers)
+    assert ended is not None
+    assert ended.problem.startswith("Your session has ended")
+    assert not is_signed_in(sign_in, headers)
+
+
+def test_without_a_token_nothing_opens() -> None:
+    found = refusal(None, {"authorization": "Bearer ", "cookie": "dbpool_=1"})
+    assert found is not None
+    assert found.problem == found.reason
+    assert found.problem.startswith("closed: set")
+    assert found.challenges == ()
+    assert not is_signed_in(None, {})
+
+
+def test_the_page_is_asked_without_a_dialog() -> None:
+    program, page = refusal(SignIn(TOKEN), {}), refusal(SignIn(TOKEN), {"x-requested-with": "f"})
+    assert program is not None
+    assert page is not None
+    assert [each.split()[0] for each in program.challenges] == ["Basic", "Bearer"]
+    assert page.challenges == program.challenges[1:]
 
 
 # The form

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import binascii
 import logging
 import re
-from base64 import b64decode
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from time import monotonic
@@ -143,34 +141,12 @@ class Views:
             # A name of somebody else's may lead a browser here.
             is_local = _LOCAL.fullmatch(headers.get("host", "")) is not None
             return None if is_local else json_answer(403, error="open to localhost alone")
-        is_browser = "text/html" in headers.get("accept", "")
-        if self._sign_in is None:
-            if is_browser:
-                return form_page(_sign_in.CLOSED, headers)
-            reason = "closed: set DBPOOL_TOKEN for this process, and send it, to see this"
-            return json_answer(403, error=reason)
-        is_offered = "authorization" in headers
-        is_known = self._sign_in.is_token(_offered(headers.get("authorization", "")))
-        if is_known or self._is_signed_in(headers):
+        if (refused := _sign_in.refusal(self._sign_in, headers)) is None:
             return None
-        if is_browser:
-            absent = _sign_in.ENDED if self._cookie(headers) else _sign_in.MISSING
-            return form_page(_sign_in.WRONG if is_offered else absent, headers, path[1:])
-        schemes = 'Basic realm="dbpool", charset="UTF-8"'
-        if "x-requested-with" in headers:  # the page, whose reader sees no dialog
-            schemes = _sign_in.CHALLENGE
-        reason = "send the token as a Bearer token, or as the password of HTTP Basic"
-        if is_offered:
-            reason = f"wrong token: {reason}"
-        return json_answer(401, {"WWW-Authenticate": schemes}, error=reason)
-
-    def _cookie(self, headers: Mapping[str, str]) -> str:
-        name = "" if self._sign_in is None else self._sign_in.cookie_name
-        pairs = (each.strip().partition("=") for each in headers.get("cookie", "").split(";"))
-        return next((value for key, _, value in pairs if name and key == name), "")
-
-    def _is_signed_in(self, headers: Mapping[str, str]) -> bool:
-        return self._sign_in is not None and self._sign_in.recognises(self._cookie(headers))
+        if "text/html" in headers.get("accept", ""):
+            return form_page(refused.problem, headers, path[1:])
+        challenge = {"WWW-Authenticate": refused.challenges[0]} if refused.challenges else {}
+        return json_answer(_sign_in.status_of(refused.problem), challenge, error=refused.reason)
 
     def _offer_form(self, headers: Mapping[str, str]) -> Response:
         if self._sign_in is None or self._denied(headers) is None:
@@ -240,7 +216,7 @@ class Views:
         return Response(200, body, content_type)
 
     def _page(self, query: object, headers: Mapping[str, str]) -> Response:
-        hidden = "" if self._is_signed_in(headers) else "hidden"
+        hidden = "" if _sign_in.is_signed_in(self._sign_in, headers) else "hidden"
         return page("live.html", headers, hidden=hidden)
 
 
@@ -254,16 +230,3 @@ _BEST: Final = (
 def _word(pool: Any) -> PoolState:
     is_full = pool.waiting > 0 and pool.active >= pool.max_size
     return PoolState.DEGRADED if pool.state == PoolState.UP and is_full else pool.state
-
-
-def _offered(header: str) -> bytes:
-    """Return what an Authorization header offers as the token, b"" if it cannot be read."""
-    scheme, _, value = header.strip().partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip().encode(errors="replace")
-    if scheme.lower() == "basic":
-        try:
-            return b64decode(value.strip(), validate=True).partition(b":")[2]
-        except (binascii.Error, ValueError):
-            return b""
-    return b""

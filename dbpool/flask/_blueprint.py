@@ -13,13 +13,13 @@ from flask.blueprints import BlueprintSetupState
 from werkzeug import Response as AnyResponse
 
 from dbpool._secrets import conceal
-from dbpool._sign_in import PAGE_HEADERS
+from dbpool._sign_in import PAGE_HEADERS, is_signed_in
 from dbpool.databases import safe_name
 from dbpool.errors import ConfigError
 from dbpool.flask._access import Authorize, access_denied, public, restricted
-from dbpool.flask._errors import retry_after
+from dbpool.flask._errors import json_error, retry_after
 from dbpool.flask._extension import KEY, State
-from dbpool.flask._signing import is_signed_in, sign_in, sign_out
+from dbpool.flask._signing import sign_in, sign_out
 from dbpool.metrics import PoolState
 from dbpool.monitor import Query
 
@@ -158,7 +158,9 @@ def _metrics(own: State) -> AnyResponse:
 
 
 def _index(own: State) -> AnyResponse:
-    page = render_template(_PAGE, hidden="" if is_signed_in(own) else "hidden")
+    page = render_template(
+        _PAGE, hidden="" if is_signed_in(own.sign_in, request.headers) else "hidden"
+    )
     return Response(page, headers=PAGE_HEADERS, mimetype="text/html")
 
 
@@ -174,6 +176,4 @@ def _scope() -> str:
 
 
 def _refuse(status: int, reason: str) -> NoReturn:
-    answer = jsonify(error=reason)
-    answer.status_code = status
-    abort(answer)
+    abort(json_error(status, reason))

@@ -102,7 +102,7 @@ def _answer(exc: Exception) -> Response:
         page = _PAGE.format(title=title, reason=reason.capitalize())
         answer = Response(page, mimetype="text/html")
     else:
-        answer = jsonify(error=reason)
+        answer = json_error(status, reason)
     answer.status_code = status
     answer.headers["Cache-Control"] = "no-store"
     answer.headers["X-Content-Type-Options"] = "nosniff"
@@ -118,6 +118,13 @@ def prefers_html() -> bool:
     except Exception:  # noqa: BLE001  # parsers fail in many ways at what a stranger sends
         return False
     return wanted == "text/html"
+
+
+def json_error(status: int, reason: str) -> Response:
+    """Make an answer in JSON that says what is wrong."""
+    answer = jsonify(error=reason)
+    answer.status_code = status
+    return answer
 
 
 def retry_after(seconds: float | None) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from flask import Response, jsonify, redirect, render_template, request, url_for
+from flask import Response, redirect, render_template, request, url_for
 from werkzeug import Response as AnyResponse
 
 from dbpool._sign_in import (
     CHALLENGE,
     CLOSED,
-    ENDED,
     FOREIGN,
     MAX_BODY,
     MISSING,
@@ -16,31 +15,28 @@ from dbpool._sign_in import (
     UNMEASURED,
     WRONG,
     is_cross_site,
+    is_signed_in,
     status_of,
 )
-from dbpool.flask._errors import retry_after
+from dbpool.flask._errors import json_error, retry_after
 from dbpool.flask._extension import State
-
-
-def is_signed_in(own: State) -> bool:
-    """Whether the client sent a cookie that `SignIn` issued."""
-    return own.sign_in is not None and own.sign_in.recognises(_cookie(own))
 
 
 def sign_in(own: State) -> AnyResponse:
     """Sign in a browser that sends the form with the token; show the form to any other."""
-    if own.sign_in is None or own.settings.details == "always" or is_signed_in(own):
+    is_known = own.settings.details == "always" or is_signed_in(own.sign_in, request.headers)
+    if own.sign_in is None or is_known:
         return redirect(url_for(".index"), 303)
     if request.method != "POST":
-        return _form(MISSING, 200)
+        return show_form(MISSING, 200)
     if is_cross_site(request.headers.get("Sec-Fetch-Site")):
-        return _refuse(403, FOREIGN)
+        return json_error(403, FOREIGN)
     # Without a length it could go on for ever.
     if request.content_length is None or request.content_length > MAX_BODY:
-        return _refuse(413, UNMEASURED)
+        return json_error(413, UNMEASURED)
     problem = own.sign_in.attempt(request.form.get("token", ""))
     if problem is not None:
-        return _form(problem)
+        return show_form(problem)
     answer = redirect(url_for(_next_view()), 303)
     cookie = own.sign_in.issue(url_for(".index"), is_secure=_is_secure())
     answer.headers.add("Set-Cookie", cookie)
@@ -52,14 +48,14 @@ def sign_out(own: State) -> AnyResponse:
     if own.sign_in is None:
         return redirect(url_for(".index"), 303)
     if is_cross_site(request.headers.get("Sec-Fetch-Site")):
-        return _refuse(403, FOREIGN)
+        return json_error(403, FOREIGN)
     answer = redirect(url_for(".sign_in"), 303)
     cookie = own.sign_in.withdraw(url_for(".index"), is_secure=_is_secure())
     answer.headers.add("Set-Cookie", cookie)
     return answer
 
 
-def _form(problem: str, status: int | None = None) -> AnyResponse:
+def show_form(problem: str, status: int | None = None) -> AnyResponse:
     """Show the form that asks for the token, with what was wrong about the request."""
     page = render_template(
         "dbpool/sign-in.html",
@@ -79,31 +75,12 @@ def _form(problem: str, status: int | None = None) -> AnyResponse:
     return answer
 
 
-def ask_for_token(own: State, *, is_wrong: bool) -> AnyResponse:
-    """Show the form in place of a view, to a client that sent a wrong token, or none."""
-    if own.sign_in is None:
-        return _form(CLOSED)
-    if is_wrong:
-        return _form(WRONG)
-    return _form(ENDED if _cookie(own) else MISSING)
-
-
 def _next_view() -> str:
     """Return the view that was asked for."""
     wanted = request.form.get("next") or (request.endpoint or "").rpartition(".")[2]
     return f".{wanted}" if wanted in ("stats", "metrics") else ".index"
 
 
-def _cookie(own: State) -> str:
-    return "" if own.sign_in is None else request.cookies.get(own.sign_in.cookie_name, "")
-
-
 def _is_secure() -> bool:
     # A proxy's word suffices: who lies makes a cookie of his own that is sent less.
     return request.is_secure or request.headers.get("X-Forwarded-Proto", "") == "https"
-
-
-def _refuse(status: int, reason: str) -> Response:
-    answer = jsonify(error=reason)
-    answer.status_code = status
-    return answer
