@@ -15,6 +15,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Final, Protocol
 
+from dbpool._per_process import PerProcess, Starter
 from dbpool.diagnosis import Scene, diagnose, endpoints
 from dbpool.diagnosis._scene import mapping, number, rows, text
 from dbpool.diagnosis.endpoints import Rows
@@ -31,22 +32,13 @@ logger = logging.getLogger("dbpool")
 INTERVAL: Final = 1.0  # seconds between two looks
 _CLOSING: Final = 3.0  # seconds
 
-
-_instances: weakref.WeakSet[Monitor] = weakref.WeakSet()
-_watches_from_the_start = False
-
-
-def watch_from_the_start() -> None:
-    """Have all of this process watch now, and those still to be made."""
-    global _watches_from_the_start  # noqa: PLW0603  # a process is a server's worker, or is not
-    _watches_from_the_start = True
-    for monitor in list(_instances):
-        monitor.start()
+_starter: Starter[Monitor] = Starter()
+watch_from_the_start = _starter.start  # in a server's worker
 
 
 def close_all() -> None:
     """Stop all monitors of this process."""
-    for monitor in list(_instances):
+    for monitor in _starter:
         monitor.close()
 
 
@@ -129,11 +121,9 @@ class Monitor:
         self._queries = queries
         self._is_reader = is_reader
         self._settings = settings or {}
-        self._states: dict[int, _ProcessState] = {}
+        self._state = PerProcess(_ProcessState)
         self._complained: set[str] = set()
-        _instances.add(self)
-        if _watches_from_the_start:
-            self.start()
+        _starter.add(self)
 
     def start(self) -> None:
         """Watch from now on, in a thread of this process. Another call costs little.
@@ -158,7 +148,7 @@ class Monitor:
 
     def close(self) -> None:
         """Stop, close what watching opened, and let another process watch."""
-        state = self._states.get(os.getpid())
+        state = self._state.known()
         if state is not None:
             state.stops.put(None)
             if state.thread is not None and state.thread is not threading.current_thread():
@@ -234,10 +224,6 @@ class Monitor:
         except Exception as ex:  # noqa: BLE001  # watching never harms what it watches
             self._complain(f"watching failed: {describe(ex)}")
 
-    def _state(self) -> _ProcessState:
-        pid = os.getpid()
-        return self._states.get(pid) or self._states.setdefault(pid, _ProcessState())
-
     def _shelf(self, state: _ProcessState) -> Shelf | None:
         if state.shelf is None and (directory := self._processes.directory()) is not None:
             state.shelf = Shelf(directory, self._processes.app, state.key)
@@ -249,8 +235,8 @@ class Monitor:
         if self._is_reader:
             self._shelf(state)
         elif state.record is None and (shelf := self._shelf(state)) is not None:
-            for inherited in self._states.values():  # of uWSGI, which runs no hooks at a fork
-                if inherited is not state and inherited.record is not None:
+            for inherited in self._state.inherited():  # of uWSGI, which runs no hooks at a fork
+                if inherited.record is not None:
                     inherited.record.abandon()
             state.record = shelf.record(list(self._databases))
         for name, pool in self._databases.items():

@@ -6,11 +6,11 @@ Needs the package opentelemetry-api alone. Without an SDK nothing is recorded.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from dbpool._per_process import PerProcess
 from dbpool.errors import ConfigError
 from dbpool.pool import Pool, _fork
 
@@ -36,7 +36,7 @@ _FLUSH_TIMEOUT: Final = 5.0  # seconds
 _meters: dict[metrics.MeterProvider, Meter] = {}
 _global: list[Meter] = []  # that of the global provider, also from before it was set
 _traced: set[trace.TracerProvider] = set()
-_locks: dict[int, threading.Lock] = {}  # by pid: a child may inherit one that is held
+_lock = PerProcess(threading.Lock)
 
 
 def instrument(
@@ -50,7 +50,7 @@ def instrument(
     that ends, and each process records its own. Another call changes the providers.
     """
     found = _each(pools)
-    with _locks.setdefault(os.getpid(), threading.Lock()):
+    with _lock():
         meter = _meter_of(meter_provider)
         tracer = Tracer(tracer_provider or trace.get_tracer_provider())
         _traced.add(tracer.provider)
@@ -64,7 +64,7 @@ def instrument(
 def uninstrument(pools: Pools | None = None) -> None:
     """Stop recording *pools*, by default all. What has ended until now is still recorded."""
     found = list(_fork.pools) if pools is None else _each(pools)
-    with _locks.setdefault(os.getpid(), threading.Lock()):
+    with _lock():
         for meter in {*_meters.values()}:
             meter.remove(found)
         for pool in found:

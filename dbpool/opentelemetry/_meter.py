@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary, ref
 from opentelemetry.metrics import MeterProvider, Observation
 
 from dbpool import __version__
+from dbpool._per_process import PerProcess
 from dbpool.metrics import BOUNDS, HistogramSnapshot, Metrics, PoolState, Snapshot
 from dbpool.pool import Pool, _fork
 from dbpool.report import merge
@@ -93,7 +94,7 @@ class Meter:
     def __init__(self, provider: MeterProvider) -> None:
         self._watched: dict[_Watched, None] = {}  # in order
         self._known: WeakKeyDictionary[Pool[Any], _Watched] = WeakKeyDictionary()
-        self._states: dict[int, _ProcessState] = {}  # by pid
+        self._state = PerProcess(_ProcessState)
         self._warned: set[str] = set()
         meter = provider.get_meter("dbpool", __version__)
         self._histograms = {
@@ -208,10 +209,6 @@ class Meter:
         if text not in self._warned:
             self._warned.add(text)
             logger.warning("OpenTelemetry: %s", text)
-
-    def _state(self) -> _ProcessState:
-        pid = os.getpid()
-        return self._states.get(pid) or self._states.setdefault(pid, _ProcessState())
 
     def _start_thread(self, state: _ProcessState) -> None:
         """Record each second from now on: a collection, or the end, then has little to do."""

@@ -9,13 +9,13 @@ import re
 import stat
 import threading
 import time
-import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from dbpool._per_process import PerProcess, Starter
 from dbpool._secrets import safe_repr
 from dbpool.diagnosis.endpoints import MAX_NAMES, Rows, UsageCounter, merge
 from dbpool.metrics import Snapshot
@@ -33,16 +33,8 @@ _USAGE_BYTES_A_SECOND: Final = 450
 _MAX_ROWS: Final = 400  # of it, in all pools
 WRITE_TIMEOUT: Final = 1.0  # seconds that a publication waits for another of this process
 
-_instances: weakref.WeakSet[Processes] = weakref.WeakSet()
-_publishes_from_the_start = False
-
-
-def publish_from_the_start() -> None:
-    """Have all of this process publish now, and those still to be made, before any is asked."""
-    global _publishes_from_the_start  # noqa: PLW0603  # a process is a server's worker, or is not
-    _publishes_from_the_start = True
-    for processes in list(_instances):
-        processes.start()
+_starter: Starter[Processes] = Starter()
+publish_from_the_start = _starter.start  # in a server's worker, before any of them is asked
 
 
 class HasStats(Protocol):
@@ -93,10 +85,8 @@ class Processes:
         self._directory = directory
         self.app = re.sub(r"[^A-Za-z0-9_]+", "_", app)
         self._warned: set[str] = set()
-        self._states: dict[int, _ProcessState] = {}
-        _instances.add(self)
-        if _publishes_from_the_start:
-            self.start()
+        self._state = PerProcess(_ProcessState)
+        _starter.add(self)
 
     def start(self) -> bool:
         """Publish about once a second from now on, in a thread of this process.
@@ -115,7 +105,7 @@ class Processes:
 
     def close(self) -> None:
         """Publish once more, and stop."""
-        state = self._states.get(os.getpid())
+        state = self._state.known()
         if state is not None and not state.stop.is_set():
             state.is_publishing = True
             state.stop.set()
@@ -158,11 +148,6 @@ class Processes:
         """Return what `collect` does, as JSON types."""
         return self.collect(scope).to_json()
 
-    def _state(self) -> _ProcessState:
-        # setdefault() is atomic: no lock, which a fork could leave locked for ever.
-        pid = os.getpid()
-        return self._states.get(pid) or self._states.setdefault(pid, _ProcessState())
-
     def _start(self, state: _ProcessState) -> None:
         """Start the thread unless it runs. The caller holds `starting`."""
         if state.is_publishing:
@@ -180,7 +165,7 @@ class Processes:
         atexit.register(self.close)
 
     def _run(self, stop: threading.Event) -> None:
-        if _publishes_from_the_start:
+        if _starter.is_started:
             self.publish()
         while not stop.wait(self.interval):
             self.publish()
@@ -235,7 +220,7 @@ class Processes:
     def _hold_alive(self, state: _ProcessState, path: Path) -> None:
         """Hold this process's lock from its first file on. The caller holds `writing`."""
         if state.alive is None:
-            for inherited in self._states.values():  # of uWSGI, which runs no hooks at a fork
+            for inherited in self._state.inherited():  # of uWSGI, which runs no hooks at a fork
                 if inherited.alive is not None:
                     inherited.alive.close()
             with suppress(NoLocks):  # then the pid has to do
