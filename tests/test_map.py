@@ -1,13 +1,16 @@
-"""The map of the tests: it names what there is, and most tests need no server."""
+"""The maps of the package and of the tests name what there is; most tests need no server."""
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).resolve().parent
 MAP = (TESTS / "README.md").read_text()
+PACKAGE = TESTS.parent / "dbpool"
 
 WHOLE_SUITE = 1000  # functions; fewer are a part of it, which tells nothing
 
@@ -25,6 +28,20 @@ def test_it_names_every_folder_and_every_helper() -> None:
 def test_it_names_every_file_of_the_tests_of_the_pool() -> None:
     subjects = [path.stem.removeprefix("test_") for path in TESTS.glob("pool/test_*.py")]
     assert [subject for subject in subjects if f"`{subject}`" not in MAP] == []
+
+
+def test_contributing_names_every_folder_and_module_of_the_package() -> None:
+    text = (TESTS.parent / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`(?:dbpool/)?(\w+(?:/|\.py))`", text))
+    folders = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    modules = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    assert (folders | modules) - named == set()
+
+
+def test_the_pools_own_map_names_every_file() -> None:
+    docstring = ast.get_docstring(ast.parse((PACKAGE / "pool" / "__init__.py").read_text())) or ""
+    named = set(re.findall(r"`(_\w+)`", docstring))
+    assert {path.stem for path in (PACKAGE / "pool").glob("_[a-z]*.py")} == named
 
 
 def test_at_most_half_of_the_test_functions_need_a_server(request: pytest.FixtureRequest) -> None:
