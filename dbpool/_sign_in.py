@@ -53,7 +53,7 @@ class Headers(Protocol):
         """Return the value of a header."""
 
 
-class Refusal(NamedTuple):
+class Denial(NamedTuple):
     """Why a client may not see details: *problem* for the form, *reason* for a program."""
 
     problem: str
@@ -124,10 +124,10 @@ class SignIn:
         return urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-def refusal(sign_in: SignIn | None, headers: Headers) -> Refusal | None:
+def denial(sign_in: SignIn | None, headers: Headers) -> Denial | None:
     """Return why a client may not see details, None if it may; *sign_in* is None without a token."""
     if sign_in is None:
-        return Refusal(CLOSED, CLOSED)
+        return Denial(CLOSED, CLOSED)
     offered, cookie = _offered_token(headers.get("authorization", "")), sign_in.sent_cookie(headers)
     if sign_in.recognises(cookie) or (offered is not None and sign_in.is_token(offered)):
         return None
@@ -135,8 +135,8 @@ def refusal(sign_in: SignIn | None, headers: Headers) -> Refusal | None:
     is_page = headers.get("x-requested-with", "") != ""
     challenges = (CHALLENGE,) if is_page else (_BASIC, CHALLENGE)
     if offered is not None:
-        return Refusal(WRONG, f"wrong token: {_HOW}", challenges)
-    return Refusal(ENDED if cookie else MISSING, _HOW, challenges)
+        return Denial(WRONG, f"wrong token: {_HOW}", challenges)
+    return Denial(ENDED if cookie else MISSING, _HOW, challenges)
 
 
 def is_signed_in(sign_in: SignIn | None, headers: Headers) -> bool:

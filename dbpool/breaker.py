@@ -17,7 +17,7 @@ from dbpool.retry import delays
 
 # Seconds that an attempt may take, however short the grace, before it counts as failing: over
 # TLS to another region a healthy server needs a third of one.
-_MIN_PATIENCE: Final = 0.5
+_MIN_ANSWER_TIMEOUT: Final = 0.5
 
 # Delays between attempts: up to 250 ms at first, up to 1 s later, so that a short restart is noticed
 # soon. With a shorter first one, all the workers there are would try again within a few hundredths.
@@ -57,7 +57,7 @@ class Breaker:
 
     def __init__(self, grace: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.grace = grace
-        self.patience = max(grace, _MIN_PATIENCE)  # with an attempt that has no answer yet
+        self.answer_timeout = max(grace, _MIN_ANSWER_TIMEOUT)  # of an attempt under way
         self.attempts: set[Attempt] = set()
         self.retry: Attempt | None = None  # the only attempt while connects fail
         self.retry_at = 0.0  # when it is made
@@ -172,9 +172,9 @@ class Breaker:
     def overdue(self, attempt: Attempt, error: BaseException) -> None:
         """Count as a failure that an attempt still has no answer.
 
-        Not yet if a connection came back healthy less than the patience ago: call it again.
+        Not yet if a connection came back healthy less than `answer_timeout` ago: call it again.
         """
-        if self.clock() - max(attempt.started, self.last_alive_at) >= self.patience:
+        if self.clock() - max(attempt.started, self.last_alive_at) >= self.answer_timeout:
             kind: str = FailureKind.SATURATED if attempt.is_pinging else FailureKind.TIMEOUT
             if attempt.is_pinging and self.is_failing and self.error:  # the reason is known
                 error, kind = self.error, self.kind

@@ -64,7 +64,7 @@ def await_up(pool: Pool, seconds: float = 1.0 + SLACK) -> None:
     From then on a machine that stalls is not to look like another outage.
     """
     until(lambda: pool.state == "up", seconds)
-    pool.breaker.grace = pool.breaker.patience = 30.0
+    pool.breaker.grace = pool.breaker.answer_timeout = 30.0
 
 
 def lines(log: pytest.LogCaptureFixture, level: int) -> list[str]:

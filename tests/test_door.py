@@ -322,7 +322,7 @@ def test_it_listens_on_ipv6_too(serve: Callable[..., Door]) -> None:
 def test_connections_are_bounded_in_number_and_time(
     serve: Callable[..., Door], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dbpool.door._server._SECONDS", 1.5)
+    monkeypatch.setattr("dbpool.door._server._CONNECTION_TIMEOUT", 1.5)
     port = serve().address[1]
     began = time.monotonic()
     slow = [socket.create_connection(("127.0.0.1", port), 10) for _ in range(16)]

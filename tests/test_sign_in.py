@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.test import Client, TestResponse
 
-from dbpool._sign_in import LIFETIME, SignIn, is_signed_in, refusal
+from dbpool._sign_in import LIFETIME, SignIn, denial, is_signed_in
 
 from .conftest import MakeApp
 
@@ -115,7 +115,7 @@ def basic(password: str) -> str:
     ],
 )
 def test_the_token_opens_in_two_ways(authorization: str, problem: str | None) -> None:
-    found = refusal(SignIn(TOKEN), {"authorization": authorization})
+    found = denial(SignIn(TOKEN), {"authorization": authorization})
     assert (None if found is None else found.problem) == problem
     assert found is None or found.reason.startswith("wrong token: ") == (problem != "")
 
@@ -125,17 +125,17 @@ def test_a_cookie_opens_as_long_as_it_holds() -> None:
     sign_in = SignIn(TOKEN, clock)
     pair = sign_in.issue("/", is_secure=False).partition(";")[0]
     headers = {"cookie": f"other=1; {pair} ;more=2"}
-    assert refusal(sign_in, headers) is None
+    assert denial(sign_in, headers) is None
     assert is_signed_in(sign_in, headers)
     clock.now += LIFETIME
-    ended = refusal(sign_in, headers)
+    ended = denial(sign_in, headers)
     assert ended is not None
     assert ended.problem.startswith("Your session has ended")
     assert not is_signed_in(sign_in, headers)
 
 
 def test_without_a_token_nothing_opens() -> None:
-    found = refusal(None, {"authorization": "Bearer ", "cookie": "dbpool_=1"})
+    found = denial(None, {"authorization": "Bearer ", "cookie": "dbpool_=1"})
     assert found is not None
     assert found.problem == found.reason
     assert found.problem.startswith("closed: set")
@@ -144,7 +144,7 @@ def test_without_a_token_nothing_opens() -> None:
 
 
 def test_the_page_is_asked_without_a_dialog() -> None:
-    program, page = refusal(SignIn(TOKEN), {}), refusal(SignIn(TOKEN), {"x-requested-with": "f"})
+    program, page = denial(SignIn(TOKEN), {}), denial(SignIn(TOKEN), {"x-requested-with": "f"})
     assert program is not None
     assert page is not None
     assert [each.split()[0] for each in program.challenges] == ["Basic", "Bearer"]

@@ -24,10 +24,10 @@ from dbpool.errors import ConfigError
 
 logger = logging.getLogger("dbpool")
 
-_CONNECTIONS: Final = 16
-_SECONDS: Final = 5.0  # for a connection
-_TICK: Final = 1.0
-_RETRY: Final = 1.0  # seconds between two attempts to have the port
+_MAX_CONNECTIONS: Final = 16
+_CONNECTION_TIMEOUT: Final = 5.0  # for a connection
+_TICK_INTERVAL: Final = 1.0
+_RETRY_INTERVAL: Final = 1.0  # seconds between two attempts to have the port
 
 
 def parse_address(text: str) -> tuple[str, int] | str:
@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _HTTP
     server_version = "dbpool"
     sys_version = ""
-    timeout = _SECONDS
+    timeout = _CONNECTION_TIMEOUT
 
     def do_GET(self) -> None:
         self._answer(self.server.views.respond)
@@ -101,7 +101,7 @@ class _HTTP(ThreadingMixIn, UnixStreamServer):
         BaseServer.__init__(self, listener.getsockname(), _Handler)
         self.socket = listener
         self.views = views
-        self._free = threading.BoundedSemaphore(_CONNECTIONS)
+        self._free = threading.BoundedSemaphore(_MAX_CONNECTIONS)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._free.acquire(blocking=False):
@@ -110,7 +110,7 @@ class _HTTP(ThreadingMixIn, UnixStreamServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        timer = threading.Timer(_SECONDS, _hang_up, (request,))
+        timer = threading.Timer(_CONNECTION_TIMEOUT, _hang_up, (request,))
         timer.daemon = True
         timer.start()
         try:
@@ -158,7 +158,7 @@ class Door:
         finally:
             self._http.server_close()
             self._remove()
-            ticking.join(_SECONDS)
+            ticking.join(_CONNECTION_TIMEOUT)
             self._views.close()
 
     def stop(self) -> None:
@@ -168,7 +168,7 @@ class Door:
             self._http.shutdown()
 
     def _tick(self) -> None:
-        while not self._stop.wait(_TICK):
+        while not self._stop.wait(_TICK_INTERVAL):
             self._views.tick()
 
     def _listen(self) -> socket.socket | None:
@@ -181,20 +181,20 @@ class Door:
                     is_said = True
                     text = "door: cannot listen on %s yet: %s"
                     logger.warning(text, _shown(self._address), ex.strerror)
-            self._stop.wait(_RETRY)
+            self._stop.wait(_RETRY_INTERVAL)
         return None
 
     def _bound(self) -> socket.socket:
         if isinstance(self._address, tuple):
             family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
-            return socket.create_server(self._address, family=family, backlog=_CONNECTIONS)
+            return socket.create_server(self._address, family=family, backlog=_MAX_CONNECTIONS)
         path = Path(self._address)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._free_path(path)
             listener.bind(str(path))
             path.chmod(0o600)
-            listener.listen(_CONNECTIONS)
+            listener.listen(_MAX_CONNECTIONS)
             self._path = path, path.stat().st_ino
         except OSError:
             listener.close()
@@ -234,5 +234,5 @@ def _shown(address: tuple[str, int] | str) -> str:
 def wait_until(condition: Any, seconds: float, stop: threading.Event) -> None:
     """Wait until *condition* holds or *seconds* have passed."""
     deadline = monotonic() + seconds
-    while not condition() and monotonic() < deadline and not stop.wait(_TICK):
+    while not condition() and monotonic() < deadline and not stop.wait(_TICK_INTERVAL):
         pass

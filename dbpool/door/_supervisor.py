@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import Final
 
 _PAUSES: Final = (0.1, 0.5, 1.0, 5.0)  # seconds between two starts
-_WELL: Final = 60.0  # seconds of life after which the pauses begin anew
-_ENDING: Final = 45.0  # seconds that the server may take to end
+_STABLE_AFTER: Final = 60.0  # seconds of life after which the pauses begin anew
+_END_TIMEOUT: Final = 45.0  # seconds that the server may take to end
 
 
 def supervise(arguments: Sequence[str], watched: int = 0) -> int:
@@ -32,13 +32,13 @@ def supervise(arguments: Sequence[str], watched: int = 0) -> int:
         assert server.stdin is not None
         server.stdin.close()
         try:
-            server.wait(_ENDING)
+            server.wait(_END_TIMEOUT)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
         if not is_wanted:
             return 0
-        failures = 0 if time.monotonic() - started > _WELL else failures + 1
+        failures = 0 if time.monotonic() - started > _STABLE_AFTER else failures + 1
         pause = _PAUSES[min(failures, len(_PAUSES) - 1)]
         if not _is_open(watched, pause):
             return 0

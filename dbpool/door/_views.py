@@ -34,8 +34,8 @@ from dbpool.settings.app import AppSettings
 logger = logging.getLogger("dbpool")
 
 _LOCAL: Final = re.compile(r"(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?", re.IGNORECASE)
-_FRESH: Final = 10.0  # seconds that what a worker says of its databases counts
-_START: Final = 60.0  # seconds in which there need be no worker yet
+_MAX_REPORT_AGE: Final = 10.0  # seconds that what a worker says of its databases counts
+_START_TIMEOUT: Final = 60.0  # seconds in which there need be no worker yet
 _SERVING: Final = frozenset({PoolState.UP, PoolState.DEGRADED})
 
 
@@ -141,12 +141,12 @@ class Views:
             # A name of somebody else's may lead a browser here.
             is_local = _LOCAL.fullmatch(headers.get("host", "")) is not None
             return None if is_local else json_answer(403, error="open to localhost alone")
-        if (refused := _sign_in.refusal(self._sign_in, headers)) is None:
+        if (denied := _sign_in.denial(self._sign_in, headers)) is None:
             return None
         if "text/html" in headers.get("accept", ""):
-            return form_page(refused.problem, headers, path[1:])
-        challenge = {"WWW-Authenticate": refused.challenges[0]} if refused.challenges else {}
-        return json_answer(_sign_in.status_of(refused.problem), challenge, error=refused.reason)
+            return form_page(denied.problem, headers, path[1:])
+        challenge = {"WWW-Authenticate": denied.challenges[0]} if denied.challenges else {}
+        return json_answer(_sign_in.status_of(denied.problem), challenge, error=denied.reason)
 
     def _offer_form(self, headers: Mapping[str, str]) -> Response:
         if self._sign_in is None or self._denied(headers) is None:
@@ -157,7 +157,7 @@ class Views:
 
     def _live(self, query: object, headers: object) -> Response:
         ages = [process.age for report in self._reports() for process in report.processes]
-        is_starting = not ages and monotonic() - self._started < _START
+        is_starting = not ages and monotonic() - self._started < _START_TIMEOUT
         if is_starting or min(ages, default=self._patience + 1) <= self._patience:
             return json_answer(200, status=PoolState.UP)
         return json_answer(503, {"Retry-After": "5"}, status=PoolState.DOWN)
@@ -175,7 +175,7 @@ class Views:
         fresh = [
             report
             for report in self._reports()
-            if all(process.age <= _FRESH for process in report.processes)
+            if all(process.age <= _MAX_REPORT_AGE for process in report.processes)
         ]
         words: dict[str, PoolState] = {}
         for report in fresh:

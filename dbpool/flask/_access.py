@@ -15,7 +15,7 @@ from flask import current_app, request
 from werkzeug import Response as AnyResponse
 from werkzeug.exceptions import HTTPException
 
-from dbpool._sign_in import refusal, status_of
+from dbpool._sign_in import denial, status_of
 from dbpool.flask._errors import json_error, prefers_html
 from dbpool.flask._extension import KEY, State
 from dbpool.flask._signing import show_form
@@ -56,12 +56,12 @@ def access_denied(own: State, authorize: Authorize | None) -> AnyResponse | None
     """
     if authorize is not None:
         return _call(authorize)
-    if own.settings.details == "always" or not (refused := refusal(own.sign_in, request.headers)):
+    if own.settings.details == "always" or not (denied := denial(own.sign_in, request.headers)):
         return None
     if prefers_html():
-        return show_form(refused.problem)
-    answer = json_error(status_of(refused.problem), refused.reason)
-    for challenge in refused.challenges:
+        return show_form(denied.problem)
+    answer = json_error(status_of(denied.problem), denied.reason)
+    for challenge in denied.challenges:
         answer.headers.add("WWW-Authenticate", challenge)
     return answer
 

@@ -89,8 +89,8 @@ class Connector:
             conn = self.server_defaults.connect(partial(self.open, pool), attempt.params)
             known = already_set(attempt.params, os.environ)
             if settings.pooler == "transaction":  # which answers the login itself
-                patience = float(known["connect_timeout"]) or settings.connect_timeout
-                self._ping_server(conn, patience, attempt)
+                timeout = float(known["connect_timeout"]) or settings.connect_timeout
+                self._ping_server(conn, timeout, attempt)
             self._prepare(pool, conn)
             # psycopg tries twice then, and never tells libpq of the preference.
             conn._record.prefers_standby = known.get("target_session_attrs") == "prefer-standby"

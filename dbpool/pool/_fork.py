@@ -18,7 +18,7 @@ from dbpool.holders import ConnectionRecord
 
 logger = logging.getLogger("dbpool")
 
-_FORK_PATIENCE = 1.0  # seconds that a fork waits for our threads to finish a line of the log
+_FORK_TIMEOUT = 1.0  # seconds that a fork waits for our threads to finish a line of the log
 
 pools: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process, open or not
 on_new_pool: list[Callable[[Any], None]] = []  # called with each new pool, set by a server's hooks
@@ -122,7 +122,7 @@ def detach_inherited_sockets(records: list[ConnectionRecord]) -> None:
 
 
 def _before_fork() -> None:
-    deadline = monotonic() + _FORK_PATIENCE
+    deadline = monotonic() + _FORK_TIMEOUT
     locks = [process.log_lock, *(pool.listeners.call_lock for pool in list(pools))]
     _forking.held = [x for x in locks if x.acquire(timeout=max(0.0, deadline - monotonic()))]
 

@@ -218,11 +218,11 @@ def acquire(
     """Return *conn* if it is usable, else the next that is; wait for one if there is none."""
     deadline = started + (pool.timeout if timeout is None else timeout)
     while True:
-        is_fresh = False
+        is_verified = False
         if conn is None:
             waiter = pool.trace(_wait, pool, Waiter(owner, started, deadline))
-            conn, is_fresh = waiter.conn, waiter.is_fresh and not pool._user_check
-        if is_fresh or _evict_unless_usable(pool, conn, deadline):
+            conn, is_verified = waiter.conn, waiter.is_verified and not pool._user_check
+        if is_verified or _evict_unless_usable(pool, conn, deadline):
             return conn
         if pool._user_check and conn._record.created_at >= started:
             sleep(max(0.0, min(_CHECK_PAUSE, deadline - monotonic())))

@@ -252,7 +252,7 @@ class Maintenance:
                 conn = pool._store.take_idle(owner, idle)
                 if conn and ping(pool, conn, pool.settings.ping_timeout, answered):
                     answered.add(conn._record)
-                    pool._store.add(conn, is_fresh=True)
+                    pool._store.add(conn, is_verified=True)
 
     # Failover
 

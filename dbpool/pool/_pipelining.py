@@ -16,7 +16,7 @@ from psycopg.generators import execute
 from psycopg.pq import TransactionStatus
 from psycopg.rows import Row
 
-_MOST: Final = 65535  # parameters that the protocol can count
+_MAX_PARAMS: Final = 65535  # parameters that the protocol can count
 
 
 class PipeliningCursor(Cursor[Row]):
@@ -46,7 +46,7 @@ class PipeliningCursor(Cursor[Row]):
         is_idle = self._pgconn.transaction_status == TransactionStatus.IDLE and not self._closed
         if params is not None and is_idle and not (conn._autocommit or conn._pipeline):
             pgq = self._converted(query, params)
-        if pgq is not None and 0 < len(pgq.params or ()) <= _MOST:
+        if pgq is not None and 0 < len(pgq.params or ()) <= _MAX_PARAMS:
             prep, name = self._get_prepared(pgq, how.get("prepare"))
             if prep is not Prepare.SHOULD:
                 yield from self._begin_with_gen(pgq, prep, name, how.get("binary"))

@@ -37,7 +37,7 @@ _FORKS_UNSEEN: Final = "uwsgi" in sys.modules
 
 # A connection used for no longer than this many seconds is handed over without a check: its system
 # call would cost a busy pool more than the use. Held for longer, its server may have gone unseen.
-_FRESH_USE: Final = 0.01
+_MAX_UNCHECKED_USE: Final = 0.01
 
 
 class Pool(PoolBase[CT]):
@@ -201,7 +201,7 @@ class Pool(PoolBase[CT]):
             wait = record.wait
             store.breaker.last_alive_at = record.idle_since = now
             if store.waiting or not store.is_open:
-                store.hand_over_or_store(conn, is_fresh=use < _FRESH_USE)
+                store.hand_over_or_store(conn, is_verified=use < _MAX_UNCHECKED_USE)
             else:  # as `bag.store`, without a call in between
                 record.since, record.owner, conn._pool = 0.0, None, None
                 store.bag.idle.append(conn)

@@ -71,7 +71,7 @@ def finish(pool: PoolBase[Any], conn: Any) -> None:
             evict(pool, conn, reason, by_server=is_lost)
             return
         record.idle_since = monotonic()
-    store.add(conn, is_fresh=liveness is Liveness.ALIVE)  # which closes it in a closed pool
+    store.add(conn, is_verified=liveness is Liveness.ALIVE)  # which closes it in a closed pool
     store.bag.close_evicted()
 
 

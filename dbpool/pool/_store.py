@@ -148,7 +148,7 @@ class Store:
         self.waiting.join(waiter)
         # One may have come back; it is not for one whose time, if it had any, went by in a ping.
         if self.bag.idle and not waiter.started < waiter.deadline <= breaker.clock():
-            self.hand_over_or_store(self.bag.idle.pop(), is_fresh=False)
+            self.hand_over_or_store(self.bag.idle.pop(), is_verified=False)
         self.refill()
 
     @locked
@@ -200,17 +200,17 @@ class Store:
             self.jobs.put(job)
         return self.is_open
 
-    def hand_over_or_store(self, conn: Any, *, is_fresh: bool) -> None:
+    def hand_over_or_store(self, conn: Any, *, is_verified: bool) -> None:
         """Lend a healthy connection to the first waiter, else make it idle; the lock is held.
 
-        *is_fresh* says that its server spoke just now: the waiter need not check it. In a closed
+        *is_verified* says that its server spoke just now: the waiter need not check it. In a closed
         pool the connection is to be closed.
         """
-        if is_fresh:
+        if is_verified:
             self.breaker.last_alive_at = self.breaker.clock()
         if not self.is_open:
             self.bag.forget(conn._record)
-        elif not self.waiting.serve(conn, is_fresh=is_fresh):
+        elif not self.waiting.serve(conn, is_verified=is_verified):
             self.bag.store(conn)
 
     add = locked(hand_over_or_store)
@@ -282,7 +282,7 @@ class Store:
         self.metrics.connect.add(seconds)
         if self.size > self.max_size:  # it was made smaller meanwhile
             conn._record.expires_at = 0.0
-        self.hand_over_or_store(conn, is_fresh=True)
+        self.hand_over_or_store(conn, is_verified=True)
         self.refill()
         return seconds
 
@@ -305,7 +305,7 @@ class Store:
             return None
         breaker.overdue(attempt, errors.no_answer_error(breaker.clock() - started))
         self._trip_if_due()
-        return max(started, breaker.last_alive_at) + breaker.patience - breaker.clock()
+        return max(started, breaker.last_alive_at) + breaker.answer_timeout - breaker.clock()
 
     def _close_if_alive(self) -> None:
         """Close the breaker if a connection came back healthy since it opened."""

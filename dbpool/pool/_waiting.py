@@ -33,7 +33,7 @@ class Waiter:
         self.thread = current.thread
         self.conn: Any = None
         self.error: Any = None  # to be raised
-        self.is_fresh = False  # whether `conn` needs no check: its server spoke just now
+        self.is_verified = False  # whether `conn` needs no check: its server spoke just now
         self.is_over = self.is_rejected = self.is_reported = False  # reported as waiting for long
         self.next: Waiter | None = None  # whom it wakes, if both are late
         self.latch = threading.Lock()
@@ -83,14 +83,14 @@ class WaitQueue(deque[Waiter]):
             self[0].until = self[0].deadline + 0.01
             self[0].wake()
 
-    def serve(self, conn: Any, *, is_fresh: bool) -> bool:
+    def serve(self, conn: Any, *, is_verified: bool) -> bool:
         """Give a connection to the first that still waits; return whether anybody does."""
         record: ConnectionRecord = conn._record
         while self:
             waiter = self[0]
             if waiter.is_waiting:
                 record.since, record.owner = 0.0, waiter.owner  # without a call in between
-                waiter.conn, waiter.is_fresh = conn, is_fresh
+                waiter.conn, waiter.is_verified = conn, is_verified
                 del self[0]
                 waiter.wake()
                 self.set_timekeeper()

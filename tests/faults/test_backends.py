@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from dbpool import DatabaseUnavailable, Pool
-from dbpool.pool._pool import _FRESH_USE
+from dbpool.pool._pool import _MAX_UNCHECKED_USE
 from tests.pools import (
     GRACE,
     SLACK,
@@ -146,7 +146,7 @@ def test_terminated_in_its_holders_hands_it_is_not_passed_on_whichever_way_it_co
     until(lambda: pool.stats().waiting)
     terminate(own_server, [pid])
     await_farewells(pool)
-    time.sleep(_FRESH_USE)  # held for less, it would be passed on without a look
+    time.sleep(_MAX_UNCHECKED_USE)  # held for less, it would be passed on without a look
     pool.putconn(conn)
     assert waiter.result() != pid
     assert_serves_all(pool)

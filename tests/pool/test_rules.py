@@ -124,17 +124,17 @@ class Pools(RuleBasedStateMachine):
                 self.hold(caller)
         self.waiting = [caller for caller in self.waiting if caller.waiter.is_waiting]
 
-    @rule(caller=consumes(callers), is_fresh=st.booleans())
-    def give_back(self, caller: Caller, is_fresh: bool) -> None:
-        self.give_back_of(caller, is_fresh=is_fresh)
+    @rule(caller=consumes(callers), is_verified=st.booleans())
+    def give_back(self, caller: Caller, is_verified: bool) -> None:
+        self.give_back_of(caller, is_verified=is_verified)
 
-    def give_back_of(self, caller: Caller, *, is_fresh: bool = True) -> None:
+    def give_back_of(self, caller: Caller, *, is_verified: bool = True) -> None:
         if caller.conn is None or caller.conn._record.is_reaped or caller.step is None:
             self.forget(caller)
             return
         conn, caller.conn = caller.conn, None
         assert self.store.end_use(conn._record, ref(caller.step)) is not None
-        self.store.add(conn, is_fresh=is_fresh)
+        self.store.add(conn, is_verified=is_verified)
         assert self.store.end_use(conn._record, ref(caller.step)) is None, "not twice"
         self.collect_answers()
 
@@ -151,7 +151,7 @@ class Pools(RuleBasedStateMachine):
             return
         healer = Owner()
         for conn in self.store.recover(ref(caller.step), ref(healer)):
-            self.store.add(conn, is_fresh=False)
+            self.store.add(conn, is_verified=False)
         if caller in self.waiting:
             self.waiting.remove(caller)
         self.drop(caller)
