@@ -38,9 +38,9 @@ _CHECK_PAUSE: Final = 0.25
 
 # What a single statement gives; a cursor class may have its own idea of it.
 Result = Callable[[Cursor[Any]], T]
-fetch_all: Result[list[Any]] = methodcaller("fetchall")
-fetch_one: Result[Any] = methodcaller("fetchone")
-row_count: Result[int] = attrgetter("rowcount")
+ROWS: Final[Result[list[Any]]] = methodcaller("fetchall")
+ROW: Final[Result[Any]] = methodcaller("fetchone")
+ROW_COUNT: Final[Result[int]] = attrgetter("rowcount")
 
 
 class Step(Owner):
@@ -117,8 +117,8 @@ def _handle_error(pool: Pool[CT], conn: Any, error: BaseException | None) -> Non
     """
     if type(error) is psycopg.errors.ReadOnlySqlTransaction:
         pool._maintenance.on_read_only_error(pool, conn)
-    elif lost := evict_refused(pool, error):
-        raise lost
+    elif refused := handle_refusal(pool, error):
+        raise refused
     elif _psycopg.is_stale_plan(error):
         _psycopg.forget_plans(conn)
     _psycopg.insist_on_unlocked(conn, pool.timeout, error)
@@ -188,7 +188,7 @@ class Statement(Generic[T]):
             return self.result(self.cursor)  # lost over what psycopg tidies up afterwards
         error: Any = ex.__cause__ if isinstance(ex, CommitUncertain) else ex
         is_sent = bool(self.sent) and getattr(self.cursor, "is_sent", True)
-        if is_sent and (self.result is row_count or not self._is_reading()):
+        if is_sent and (self.result is ROW_COUNT or not self._is_reading()):
             pool._check_certain(conn, error, self.sent)
         raise error from error.__cause__
 
@@ -205,7 +205,7 @@ def resend(fn: Callable[..., T], pool: Pool[Any], *args: Any, until: float | Non
         try:
             return fn(pool, *args)
         except psycopg.errors.ProtocolViolation as ex:
-            if (refused := evict_refused(pool, ex)) is None:
+            if (refused := handle_refusal(pool, ex)) is None:
                 raise
             until = until or monotonic() + pool.timeout
             if monotonic() >= until:
@@ -307,11 +307,11 @@ def evict_closed_by_server(pool: PoolBase[Any]) -> None:
         store.flush_later()  # a caller may wait: it should not have to close many
 
 
-def evict_refused(pool: PoolBase[Any], ex: BaseException | None) -> DatabaseUnavailable | None:
-    """Return what to raise for *ex* if a pooler refuses a statement by it, see `is_refused`.
+def handle_refusal(pool: PoolBase[Any], ex: BaseException | None) -> DatabaseUnavailable | None:
+    """If a pooler refuses a statement by *ex*, return what to raise for it, else None.
 
-    If it ends, or cannot reach the server, no idle connection can: they are evicted, and the
-    ping of each new one decides.
+    A pooler that ends, or that cannot reach the server, can serve no idle connection: they are
+    evicted, and the ping of each new one decides. See `is_refused`.
     """
     if not is_refused(ex):
         return None
@@ -335,7 +335,7 @@ def ping(
         is_late, settings, store = isinstance(ex, PingTimeout), pool.settings, pool._store
         evict(pool, conn, "dead", by_server=not is_late)
         if settings.pooler == "transaction":  # a ping without an answer is saturation
-            evict_refused(pool, ex)
+            handle_refusal(pool, ex)
         elif is_late and timeout >= settings.ping_timeout:
             oldest = monotonic() - settings.ping_after
             store.evict_idle("dead", lambda r: r.idle_since <= oldest and r not in answered)

@@ -23,7 +23,7 @@ from dbpool.errors import CommitUncertain, PoolError
 from dbpool.holders import ConnectionRecord, application_files, current
 from dbpool.metrics import Metrics
 from dbpool.pool import _fork, _lending, _options, _returning, _transaction
-from dbpool.pool._lending import Lease, Statement, Step, resend
+from dbpool.pool._lending import ROW, ROW_COUNT, ROWS, Lease, Statement, Step, resend
 from dbpool.pool._psycopg import IDLE, KeptCursor, session_state
 from dbpool.pool._seam import PoolBase
 from dbpool.retry import is_lost_unanswered
@@ -243,8 +243,7 @@ class Pool(PoolBase[CT]):
         If the connection is lost before the whole answer came, it raises `CommitUncertain`. For
         a statement that begins with SELECT, SHOW, TABLE or VALUES, only `execute` does that.
         """
-        statement = Statement(query, params, row_factory, _lending.fetch_all)
-        return resend(statement.run_once, self, sys._getframe())
+        return resend(Statement(query, params, row_factory, ROWS).run_once, self, sys._getframe())
 
     @overload
     def fetch_one(self, query: Query, params: Params | None = None) -> Any | None: ...
@@ -256,13 +255,11 @@ class Pool(PoolBase[CT]):
         self, query: Query, params: Params | None = None, *, row_factory: Any = None
     ) -> Any | None:
         """Like `fetch_all`, but return the first row, or None if there is none."""
-        statement = Statement(query, params, row_factory, _lending.fetch_one)
-        return resend(statement.run_once, self, sys._getframe())
+        return resend(Statement(query, params, row_factory, ROW).run_once, self, sys._getframe())
 
     def fetch_value(self, query: Query, params: Params | None = None) -> Any:
         """Like `fetch_all`, but return the first column of the first row, or None."""
-        statement = Statement(query, params, tuple_row, _lending.fetch_one)
-        row = resend(statement.run_once, self, sys._getframe())
+        row = resend(Statement(query, params, tuple_row, ROW).run_once, self, sys._getframe())
         return None if row is None else row[0]
 
     def execute(self, query: Query, params: Params | None = None) -> int:
@@ -270,8 +267,7 @@ class Pool(PoolBase[CT]):
 
         As in psycopg, that is -1 for a statement without such a number.
         """
-        statement = Statement(query, params, None, _lending.row_count)
-        return resend(statement.run_once, self, sys._getframe())
+        return resend(Statement(query, params, None, ROW_COUNT).run_once, self, sys._getframe())
 
     def run(
         self,
