@@ -36,7 +36,10 @@ application_files: set[str] = set()
 
 
 class Owner:
-    """One step of a thread that has a connection in transit: once it is gone, so is the step."""
+    """One step of a thread that has a connection in transit.
+
+    Only the thread's frames refer to it: once it is collected, nobody will complete the step.
+    """
 
 
 NOBODY: Final[weakref.ref[Any]] = weakref.ref(Owner())  # refers to an owner that is gone
@@ -64,7 +67,7 @@ class _Current(threading.local):
         self.thread = ThreadInfo()
 
 
-current = _Current()  # `current.thread` is the calling thread
+current = _Current()  # `current.thread` is the `ThreadInfo` of the calling thread
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -78,9 +81,9 @@ class ConnectionRecord:
 
     fd: int
     standby: bytes | None  # whether the server was one when the connection was made
-    readable: Callable[[float], object]
+    readable: Callable[[float], object]  # whether `fd` is, within that many milliseconds
     session_state: tuple[object, ...]  # the attributes a user may change, as set up
-    adapters: Any = None  # the connection's adapters as set up
+    adapters: Any = None  # the connection's adapters as set up, to begin from again
     backend_pid: int | None = None
     reset_message: bytes = b""  # resets the session, if that is wanted
     has_stock_blocks: bool = False  # whether blocks begin and end by psycopg's own methods
@@ -96,11 +99,11 @@ class ConnectionRecord:
     expires_at: float = 0.0
     idle_since: float = 0.0
     since: float = 0.0
-    wait: float = 0.0
+    wait: float = 0.0  # seconds that its holder's checkout took
     thread: ThreadInfo | None = None
     endpoint: str | None = None  # which the thread served when it checked out
     code: CodeType | None = None
-    lasti: int = 0
+    lasti: int = 0  # with `code`: where the holder checked it out
     cursor: Any = None  # kept from one `fetch_*` to the next
 
     @property

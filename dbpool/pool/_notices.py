@@ -25,6 +25,7 @@ from dbpool.pool import _fork
 logger = logging.getLogger("dbpool")
 
 _MIN_QUIET: Final = 10.0  # seconds at least without another of its kind that end an episode
+# Counted only: nothing is logged before the episode ends, which it therefore does within a second.
 _REPLACED: Final = "replaced %d connections that the server closed"
 
 
@@ -66,7 +67,7 @@ class Notices:
         self._emit(events.CircuitClosed, seconds)
 
     def replaced(self) -> None:
-        """A connection was closed by its server."""
+        """A connection was closed by its server, and is replaced."""
         self._count(_REPLACED, 1)
 
     def moved(self) -> None:

@@ -300,8 +300,8 @@ def insist_on_alive(conn: Any) -> None:
         raise fatal_errors[0]
 
 
-# What was sent since the last session reset. libpq forgets an error's text as soon as it begins to
-# send anything, so a text that only `mark_session` provokes says that nothing was.
+# Whether anything was sent since the last session reset. libpq forgets an error's text as soon as it
+# begins to send, so the text that only `mark_session` provokes says that nothing was sent since.
 
 _MARK: Final = b"no COPY in progress\n"
 

@@ -57,7 +57,7 @@ class Store:
         self.waiting = WaitQueue()
         self.breaker = Breaker(grace)
         self.notices: deque[Callable[[Notices], None]] = deque()
-        self.collected: deque[Any] = deque()  # says that a connection was; filled without any lock
+        self.collected: deque[Any] = deque()  # references that died; filled without the lock
 
     @property
     def size(self) -> int:
