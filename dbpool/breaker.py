@@ -116,7 +116,7 @@ class Breaker:
         late = self.clock() - _RESUME_AFTER
         return [each for each in list(self.attempts) if not each.started and each.due < late]
 
-    def add(self) -> Attempt:
+    def reserve(self) -> Attempt:
         """Reserve the place of a connection that is to be made."""
         attempt = Attempt(self.clock())
         self.attempts.add(attempt)
@@ -134,10 +134,10 @@ class Breaker:
             is_wanted = self.retry is None and not (self.is_open and self.pending())
         if is_wanted and (self.is_open or not is_excess):
             return False
-        self.drop(attempt)
+        self.release(attempt)
         return True
 
-    def drop(self, attempt: Attempt) -> None:
+    def release(self, attempt: Attempt) -> None:
         """Release a place whose connection is no longer needed."""
         self.attempts.discard(attempt)
         if self.retry is attempt:
@@ -163,7 +163,7 @@ class Breaker:
         started, attempt.started = attempt.started, 0.0
         self._fails_since(started, error, kind)
         if self.retry not in (None, attempt):
-            self.drop(attempt)
+            self.release(attempt)
             return False
         self.retry, attempt.is_retry = attempt, True
         self.retry_at = attempt.due = self.clock() + attempt.delay(kind)

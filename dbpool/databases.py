@@ -16,9 +16,9 @@ from dbpool.settings import (
     COMMON,
     NAME,
     Settings,
-    build,
-    names_in,
-    unknown,
+    build_settings,
+    database_names,
+    find_unknown,
     variables_of,
     warn_of_unknown,
 )
@@ -126,20 +126,20 @@ def settings_from_config(
     config, environ = conceal(config), conceal(environ)
     outside = read_sources(environ, dotenv)
     sources = [config, *outside]
-    names = names_in(sources)
-    for key, suggestion in unknown([config], names):
+    names = database_names(sources)
+    for key, suggestion in find_unknown([config], names):
         raise ConfigError(f"there is no setting {key}{did_you_mean(suggestion)}")
     warn_of_unknown(outside, names)
     given = find(sources, "DBPOOL_DATABASES")
     details = given if isinstance(given, Mapping) else {}
-    databases = {"default": build("default", sources, {})}
+    databases = {"default": build_settings("default", sources, {})}
     for name in names:
         _check_name(name, databases)
         detail = details.get(name, {})
         overrides = dict(detail) if isinstance(detail, Mapping) else {"conninfo": conceal(detail)}
         if "url" in overrides:
             overrides["conninfo"] = overrides.pop("url")
-        databases[name] = build(name, sources, overrides)
+        databases[name] = build_settings(name, sources, overrides)
     return databases
 
 

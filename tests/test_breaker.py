@@ -21,7 +21,7 @@ def breaker(clock: Clock) -> Breaker:
 
 def begun(breaker: Breaker, started: float) -> Attempt:
     """An attempt that began then."""
-    attempt = breaker.add()
+    attempt = breaker.reserve()
     attempt.started = started
     return attempt
 
@@ -91,9 +91,9 @@ def test_success_closes_it_and_tells_how_long_the_outage_was(
     clock.now += 2.5
     assert fail(breaker, clock)
     clock.now += 5.0
-    assert breaker.succeeded(breaker.add()) == 7.5
+    assert breaker.succeeded(breaker.reserve()) == 7.5
     assert breaker.state == "closed"
-    assert breaker.succeeded(breaker.add()) is None
+    assert breaker.succeeded(breaker.reserve()) is None
 
 
 @pytest.mark.parametrize("kind", ["password", "role", "database", "access", "tls", "conninfo"])
@@ -157,9 +157,9 @@ def test_an_attempt_has_half_a_second_however_short_the_grace(clock: Clock) -> N
 
 
 def test_the_last_error_is_one_line(breaker: Breaker, clock: Clock) -> None:
-    breaker.failed(breaker.add(), psycopg.OperationalError("connection\n\tlost"), "x")
+    breaker.failed(breaker.reserve(), psycopg.OperationalError("connection\n\tlost"), "x")
     assert breaker.last_error == "connection lost"
-    breaker.failed(breaker.add(), Exception("of a callback"), "unknown")
+    breaker.failed(breaker.reserve(), Exception("of a callback"), "unknown")
     assert breaker.last_error == "Exception"
 
 
@@ -206,7 +206,7 @@ def test_an_outage_is_reported_once_until_a_connect_succeeds(
     assert not breaker.report_failure(1.0)
     clock.now += 1.0
     assert not breaker.report_failure(1.0)
-    breaker.succeeded(breaker.add())
+    breaker.succeeded(breaker.reserve())
     fail(breaker, clock)
     assert breaker.report_failure(0.0)
 

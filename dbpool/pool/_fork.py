@@ -85,7 +85,7 @@ class _ProcessState:
 process = _ProcessState()
 
 
-def add(pool: Any) -> None:
+def register(pool: Any) -> None:
     """Remember a pool that is new."""
     pools.add(pool)
     for callback in on_new_pool:

@@ -88,7 +88,7 @@ class Pool(PoolBase[CT]):
         opening = rest.pop("open", None)
         settings, rest = _options.resolve(conninfo, connection_class, settings, rest)
         super().__init__(settings, listeners, opening is None, conninfo=conninfo, **rest)
-        _fork.add(self)
+        _fork.register(self)
         if opening:
             self.open()
 

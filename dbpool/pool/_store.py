@@ -253,7 +253,7 @@ class Store:
         if self.waiting and not breaker.attempts and self.size < self.max_size:
             missing = max(1, missing)
         for _ in range(missing):
-            self.enqueue(breaker.add())
+            self.enqueue(breaker.reserve())
 
     @locked
     def enqueue(self, attempt: Attempt) -> None:

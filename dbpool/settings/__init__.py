@@ -219,15 +219,15 @@ class Settings:
         """
         name, environ, overrides = conceal(name), conceal(environ), conceal(overrides)
         name, sources = _parsing.parse_name(name), _sources.read_sources(environ, dotenv)
-        warn_of_unknown(sources, tuple({*names_in(sources), name} - {"default"}))
-        return build(name, sources, overrides)
+        warn_of_unknown(sources, tuple({*database_names(sources), name} - {"default"}))
+        return build_settings(name, sources, overrides)
 
 
 def unknown_variables(environ: Environ = None, dotenv: Dotenv = None) -> list[_Unknown]:
     """Return the `DBPOOL_` variables that mean nothing, each with the nearest that does."""
     environ = conceal(environ)
     sources = _sources.read_sources(environ, dotenv)
-    return list(unknown(sources, names_in(sources)))
+    return list(find_unknown(sources, database_names(sources)))
 
 
 def variable(name: str, database: str = "default") -> str:
@@ -249,7 +249,7 @@ def variables_of(database: str) -> set[str]:
     return {variable(name, database) for name in (*_FIELDS, "url_file")}
 
 
-def build(name: str, sources: Sources, overrides: Mapping[str, Any]) -> Settings:
+def build_settings(name: str, sources: Sources, overrides: Mapping[str, Any]) -> Settings:
     """Make the settings of the database called *name*; *overrides* win unless they are None."""
     known = {f.name for f in fields(Settings)} - {"name", "explicit"}
     for key in sorted(overrides.keys() - known):
@@ -283,12 +283,12 @@ def _check_that_nothing_was_meant(sources: Sources) -> None:
         raise ConfigError(f"DATABASE_URL is not set, but {meant[0]} is: rename it")
 
 
-def names_in(sources: Sources) -> tuple[str, ...]:
+def database_names(sources: Sources) -> tuple[str, ...]:
     """Return the names of the databases beside the default one."""
     return _parsing.parse_list(find(sources, "DBPOOL_DATABASES") or "", "DBPOOL_DATABASES")
 
 
-def unknown(sources: Sources, databases: tuple[str, ...]) -> Iterator[_Unknown]:
+def find_unknown(sources: Sources, databases: tuple[str, ...]) -> Iterator[_Unknown]:
     """Yield the `DBPOOL_` keys that mean nothing, each with what was probably meant."""
     known = COMMON.union(*map(variables_of, databases))
     given = {key for source in sources for key in source if key.upper().startswith("DBPOOL_")}
@@ -306,6 +306,6 @@ def unknown(sources: Sources, databases: tuple[str, ...]) -> Iterator[_Unknown]:
 
 
 def warn_of_unknown(sources: Sources, databases: tuple[str, ...]) -> None:
-    """Log what `unknown` yields."""
-    for key, suggestion in unknown(sources, databases):
+    """Log what `find_unknown` yields."""
+    for key, suggestion in find_unknown(sources, databases):
         logger.warning("unknown variable %s is ignored%s", key, did_you_mean(suggestion))
