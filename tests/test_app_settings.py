@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flask import Flask
@@ -81,6 +82,13 @@ def test_closed_views_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     client = make_app(DBPOOL_TOKEN="0123456789abcdef").test_client()
     client.get("/db/health/live", environ_overrides={"SERVER_NAME": "0.0.0.0"})
     assert not caplog.messages
+
+
+def test_a_setting_that_is_none_has_its_default() -> None:
+    names = [field.name for field in fields(AppSettings) if isinstance(field.default, bool)]
+    assert len(names) >= 4
+    unset: dict[str, Any] = dict.fromkeys(names)
+    assert AppSettings(**unset) == AppSettings()
 
 
 def test_every_setting_has_a_variable_that_is_known() -> None:

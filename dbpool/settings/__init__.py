@@ -90,7 +90,7 @@ class Settings:
     slow_acquire: float = _seconds(1.0)
     session_reset: str = parsed("none", _parsing.parse_choice, choices=_RESETS)
     pooler: str = parsed("none", _parsing.parse_choice, choices=_POOLERS)
-    pipeline_begin: bool = parsed(False, _parsing.parse_bool, unset=False)
+    pipeline_begin: bool = _parsing.switch(False)
     application_name: str = parsed("", lambda text, known_as: str(text))
     libpq: str = ""
     explicit: frozenset[str] = field(default=frozenset(), compare=False)

@@ -115,9 +115,14 @@ def parse_path(value: Any, known_as: str) -> str | None:
     return Secret(value) if value else None
 
 
-def parse_bool(value: Any, known_as: str, *, unset: bool = True) -> bool:
+def parse_bool(value: Any, known_as: str, *, unset: bool) -> bool:
     """Return *value* as a switch, *unset* for None. Raises `ConfigError`."""
     return unset if value is None else bool(parse_choice(value, known_as, choices=_SWITCHES))
+
+
+def switch(default: bool) -> Any:
+    """Declare a field of a dataclass that is on or off; None stands for *default*."""
+    return parsed(default, parse_bool, unset=default)
 
 
 def parse_list(value: Any, known_as: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from dbpool._secrets import Secret, conceal, conceals_fields, safe_repr
 from dbpool.errors import ConfigError
 from dbpool.settings import _sources
-from dbpool.settings._parsing import parse_bool, parse_choice, parse_list, parse_path, parsed
+from dbpool.settings._parsing import parse_choice, parse_list, parse_path, parsed, switch
 from dbpool.settings._sources import Dotenv, Environ, find
 
 __all__ = ["AppSettings", "find_dotenv"]
@@ -42,10 +42,10 @@ class AppSettings:
     token: str | None = field(default=None, repr=False, metadata={"parse": _parse_text})
     details: str = parsed("token", parse_choice, choices=_DETAILS)
     stats_dir: str | None = parsed(None, parse_path)
-    error_handlers: bool = parsed(True, parse_bool)
-    blockers: bool = parsed(True, parse_bool)
-    show_queries: bool = parsed(False, parse_bool)
-    endpoint_metrics: bool = parsed(False, parse_bool)
+    error_handlers: bool = switch(True)
+    blockers: bool = switch(True)
+    show_queries: bool = switch(False)
+    endpoint_metrics: bool = switch(False)
     serve: str | None = parsed(None, _parse_text)
 
     def __post_init__(self) -> None:
