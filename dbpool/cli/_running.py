@@ -11,7 +11,6 @@ from dbpool._secrets import safe_repr
 from dbpool.errors import ConfigError
 from dbpool.processes import Processes
 from dbpool.processes._directory import find_directories
-from dbpool.report import Report
 from dbpool.settings.app import AppSettings, find_dotenv
 
 _FILE: Final = re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive")
@@ -43,12 +42,3 @@ def find_processes(directory: Path, app: str | None) -> Processes:
     if not apps or (app is not None and app not in apps):
         raise ConfigError(f"{place} holds no statistics{f' of {app}' if app else ''}")
     return Processes({}, directory, app or apps[0])
-
-
-def collect_report(directory: Path, app: str | None) -> Report:
-    """Return what the processes of an application wrote there; raise `ConfigError` as above."""
-    report = find_processes(directory, app).collect_others()
-    if report is None:
-        place = safe_repr(os.fspath(directory))
-        raise ConfigError(f"{place} is not a directory that is private to this user")
-    return report

@@ -42,8 +42,8 @@ class Session:
     of another thread does not.
     """
 
-    def __init__(self, main: psycopg.Connection[Any], patience: float) -> None:
-        self.main, self.pgconn, self.patience = main, main.pgconn, patience
+    def __init__(self, main: psycopg.Connection[Any], timeout: float) -> None:
+        self.main, self.pgconn, self.timeout = main, main.pgconn, timeout
         self.lock = threading.Lock()  # one exchange at a time
         self.counters: set[RoundTrips] = set()
         self.is_over = False
@@ -71,7 +71,7 @@ class Session:
         with self._turn:
             for level in self._take_forgotten():
                 self.end(level, commit=False)
-            if not self._turn.wait_for(lambda: self._owner in (None, me), self.patience):
+            if not self._turn.wait_for(lambda: self._owner in (None, me), self.timeout):
                 raise TimeoutError(
                     "a block of another thread is open: within a test that is kept in one"
                     " transaction, the blocks of different threads run one after another"
