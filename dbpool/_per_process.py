@@ -21,7 +21,7 @@ class PerProcess(Generic[T]):
         self._values: dict[int, T] = {}  # by pid
 
     def __call__(self) -> T:
-        # setdefault() is atomic: no lock, which a fork could leave locked for ever.
+        # setdefault() is atomic: a lock could be held at a fork, and never be released in the child.
         pid = os.getpid()
         return self._values.get(pid) or self._values.setdefault(pid, self._make())
 

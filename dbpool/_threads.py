@@ -15,7 +15,7 @@ _START_TIMEOUT: Final = 1.0  # seconds in which a thread that was started runs
 
 
 def clamp_timeout(seconds: float) -> float:
-    """Return a timeout that a lock takes: -1 would wait for ever, too large a one would overflow."""
+    """Return a timeout that a lock takes: -1 would never end, and a very large one overflows."""
     return min(max(seconds, 0.0), threading.TIMEOUT_MAX)
 
 
@@ -23,7 +23,7 @@ def run_in_thread(fn: Callable[[], object]) -> None:
     """Call *fn* in a thread of its own, wait until it is done, and raise what it raises.
 
     Threads are started this way: `Thread.start` waits on an Event, and if that is interrupted, the
-    new thread may wait for a lock for ever.
+    new thread may wait for a lock without end.
     """
     errors: list[BaseException] = []
     starting, running = threading.Lock(), threading.Lock()

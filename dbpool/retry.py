@@ -59,9 +59,9 @@ def is_lost_unanswered(conn: Any, error: psycopg.Error) -> bool:
 
 
 def is_reading(statement: bytes) -> bool:
-    """Whether it begins with SELECT, SHOW, TABLE or VALUES; comments and parentheses may precede.
+    """Whether a statement begins with SELECT, SHOW, TABLE or VALUES, after comments and parentheses.
 
-    Where that cannot be told, as of several statements in one or of nested comments, it is not.
+    False where that is not clear: for several statements in one, or nested comments.
     """
     text = re.sub(_OPAQUE, b" ", statement, flags=re.DOTALL)
     is_clear = b"*/" not in text and not (b"\\" in statement and b";" in statement)

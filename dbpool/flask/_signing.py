@@ -31,7 +31,7 @@ def sign_in(own: State) -> AnyResponse:
         return show_form(MISSING, 200)
     if is_cross_site(request.headers.get("Sec-Fetch-Site")):
         return json_error(403, FOREIGN)
-    # Without a length it could go on for ever.
+    # Without a length it could be endless.
     if request.content_length is None or request.content_length > MAX_BODY:
         return json_error(413, UNMEASURED)
     problem = own.sign_in.attempt(request.form.get("token", ""))
@@ -82,5 +82,5 @@ def _next_view() -> str:
 
 
 def _is_secure() -> bool:
-    # A proxy's word suffices: who lies makes a cookie of his own that is sent less.
+    # The header may be forged: then the client's own cookie is sent less often, and nothing else.
     return request.is_secure or request.headers.get("X-Forwarded-Proto", "") == "https"

@@ -195,7 +195,7 @@ class Store:
     @locked
     def give_to_worker(self, record: ConnectionRecord, job: Job) -> bool:
         """Have a worker do *job*, which has the connection; false in a closed pool."""
-        if self.is_open:  # workers that are told to stop do it first
+        if self.is_open:  # workers that end later do it first
             record.owner = ref(job)
             self.jobs.put(job)
         return self.is_open
