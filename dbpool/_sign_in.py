@@ -61,6 +61,14 @@ class Denial(NamedTuple):
     challenges: tuple[str, ...] = ()  # for `WWW-Authenticate`
 
 
+class Form(NamedTuple):
+    """The answer that shows the form: *values* are those of its template, beside where it leads."""
+
+    status: int
+    headers: dict[str, str]
+    values: dict[str, str]
+
+
 class SignIn:
     """Issues cookies to browsers that know *token*, and recognises them. *clock* is Unix time."""
 
@@ -155,9 +163,22 @@ def _offered_token(authorization: str) -> bytes | None:
     return None
 
 
-def is_cross_site(fetch_site: str | None) -> bool:
+def is_cross_site(headers: Headers) -> bool:
     """Whether another site sent the request, by the header Sec-Fetch-Site."""
-    return fetch_site not in (None, "same-origin", "none")
+    return headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+
+
+def form_for(problem: str, headers: Headers, status: int | None = None) -> Form:
+    """Return the form that asks for the token, with what was wrong about a request."""
+    status = status or status_of(problem)
+    more = {401: {"WWW-Authenticate": CHALLENGE}, 429: {"Retry-After": f"{_WINDOW:.0f}"}}
+    found = dict(more.get(status, {}))
+    if problem == MISSING and headers.get("sec-fetch-site", "") == "cross-site":
+        # After a link from elsewhere the browser keeps the cookie back; from here it sends it.
+        found["Refresh"] = "0"
+    invalid = "true" if problem == WRONG else "false"
+    hidden = "hidden" if problem == CLOSED else ""
+    return Form(status, found, {"problem": problem, "invalid": invalid, "hidden": hidden})
 
 
 def status_of(problem: str) -> int:

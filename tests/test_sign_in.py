@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.test import Client, TestResponse
 
-from dbpool._sign_in import LIFETIME, SignIn, denial, is_signed_in
+from dbpool._sign_in import CLOSED as CLOSED_TEXT
+from dbpool._sign_in import (
+    LIFETIME,
+    TOO_MANY,
+    SignIn,
+    denial,
+    form_for,
+    is_cross_site,
+    is_signed_in,
+)
 
 from .conftest import MakeApp
 
@@ -149,6 +158,28 @@ def test_the_page_is_asked_without_a_dialog() -> None:
     assert page is not None
     assert [each.split()[0] for each in program.challenges] == ["Basic", "Bearer"]
     assert page.challenges == program.challenges[1:]
+
+
+def test_the_form_says_how_to_go_on() -> None:
+    link = {"sec-fetch-site": "cross-site"}
+    missing, wrong = form_for("", {}), form_for("This token is wrong.", link)
+    assert [missing.status, wrong.status] == [401, 401]
+    assert missing.headers.keys() == wrong.headers.keys() == {"WWW-Authenticate"}
+    assert (missing.values["invalid"], wrong.values["invalid"]) == ("false", "true")
+    assert form_for("", link).headers["Refresh"] == "0"
+    assert form_for("", {}, 200).headers == {}
+    busy = form_for(TOO_MANY, {})
+    assert (busy.status, busy.headers) == (429, {"Retry-After": "60"})
+    closed = form_for(CLOSED_TEXT, {})
+    assert (closed.status, closed.headers, closed.values["hidden"]) == (403, {}, "hidden")
+
+
+@pytest.mark.parametrize(
+    ("site", "is_foreign"),
+    [(None, False), ("none", False), ("same-origin", False), ("same-site", True), ("cross-site", True), ("", True)],
+)  # fmt: skip
+def test_only_forms_from_here_count(site: str | None, is_foreign: bool) -> None:
+    assert is_cross_site({} if site is None else {"sec-fetch-site": site}) is is_foreign
 
 
 # The form

@@ -56,17 +56,8 @@ def form_page(
     problem: str, headers: Mapping[str, str], wanted: str = "", status: int | None = None
 ) -> Response:
     """Return the form that asks for the token, with what was wrong about the request."""
-    more = {401: {"WWW-Authenticate": _sign_in.CHALLENGE}, 429: {"Retry-After": "60"}}
-    status = status or _sign_in.status_of(problem)
-    found = dict(more.get(status, {}))
-    if problem == _sign_in.MISSING and headers.get("sec-fetch-site") == "cross-site":
-        # After a link from elsewhere the browser keeps the cookie back; from here it sends it.
-        found["Refresh"] = "0"
-    return page(
-        "sign-in.html", headers, status, found, problem=problem, next=wanted,
-        invalid="true" if problem == _sign_in.WRONG else "false",
-        hidden="hidden" if problem == _sign_in.CLOSED else "",
-    )  # fmt: skip
+    form = _sign_in.form_for(problem, headers, status)
+    return page("sign-in.html", headers, form.status, form.headers, next=wanted, **form.values)
 
 
 def page(

@@ -89,7 +89,7 @@ class Views:
             return json_answer(501, error="nothing is sent there")
         if self._sign_in is None or self._settings.details == "always":
             return redirect("/", headers)
-        if _sign_in.is_cross_site(headers.get("sec-fetch-site")):
+        if _sign_in.is_cross_site(headers):
             return json_answer(403, error=_sign_in.FOREIGN)
         path_of_cookie, secure = prefix_of(headers) + "/", is_secure(headers)
         if path == "/sign-out":

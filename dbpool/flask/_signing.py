@@ -6,19 +6,16 @@ from flask import Response, redirect, render_template, request, url_for
 from werkzeug import Response as AnyResponse
 
 from dbpool._sign_in import (
-    CHALLENGE,
-    CLOSED,
     FOREIGN,
     MAX_BODY,
     MISSING,
     PAGE_HEADERS,
     UNMEASURED,
-    WRONG,
+    form_for,
     is_cross_site,
     is_signed_in,
-    status_of,
 )
-from dbpool.flask._errors import json_error, retry_after
+from dbpool.flask._errors import json_error
 from dbpool.flask._extension import State
 
 
@@ -29,7 +26,7 @@ def sign_in(own: State) -> AnyResponse:
         return redirect(url_for(".index"), 303)
     if request.method != "POST":
         return show_form(MISSING, 200)
-    if is_cross_site(request.headers.get("Sec-Fetch-Site")):
+    if is_cross_site(request.headers):
         return json_error(403, FOREIGN)
     # Without a length it could be endless.
     if request.content_length is None or request.content_length > MAX_BODY:
@@ -47,7 +44,7 @@ def sign_out(own: State) -> AnyResponse:
     """Have the browser forget its cookie."""
     if own.sign_in is None:
         return redirect(url_for(".index"), 303)
-    if is_cross_site(request.headers.get("Sec-Fetch-Site")):
+    if is_cross_site(request.headers):
         return json_error(403, FOREIGN)
     answer = redirect(url_for(".sign_in"), 303)
     cookie = own.sign_in.withdraw(url_for(".index"), is_secure=_is_secure())
@@ -57,22 +54,9 @@ def sign_out(own: State) -> AnyResponse:
 
 def show_form(problem: str, status: int | None = None) -> AnyResponse:
     """Show the form that asks for the token, with what was wrong about the request."""
-    page = render_template(
-        "dbpool/sign-in.html",
-        problem=problem,
-        invalid="true" if problem == WRONG else "false",
-        hidden="hidden" if problem == CLOSED else "",
-        next=_next_view().lstrip("."),
-    )
-    answer = Response(page, status or status_of(problem), PAGE_HEADERS, mimetype="text/html")
-    if answer.status_code == 401:
-        answer.headers["WWW-Authenticate"] = CHALLENGE
-    elif answer.status_code == 429:
-        answer.headers["Retry-After"] = retry_after(60.0)
-    if problem == MISSING and request.headers.get("Sec-Fetch-Site") == "cross-site":
-        # After a link from elsewhere the browser keeps the cookie back; from here it sends it.
-        answer.headers["Refresh"] = "0"
-    return answer
+    form = form_for(problem, request.headers, status)
+    page = render_template("dbpool/sign-in.html", next=_next_view().lstrip("."), **form.values)
+    return Response(page, form.status, PAGE_HEADERS | form.headers, mimetype="text/html")
 
 
 def _next_view() -> str:

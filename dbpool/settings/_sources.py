@@ -49,7 +49,7 @@ def read_sources(environ: Environ, dotenv: Dotenv) -> Sources:
 
 
 def find(sources: Sources, *names: str) -> Any:
-    """Return the first value that is set, or None: a name is sought in every source before the next."""
+    """Return the first value that is set, or None; the sources are searched name by name."""
     return next((v for n in names for s in sources if (v := s.get(n)) not in (None, "")), None)
 
 
