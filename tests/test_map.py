@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import dbpool.pool
+
 TESTS = Path(__file__).resolve().parent
 MAP = (TESTS / "README.md").read_text()
 PACKAGE = TESTS.parent / "dbpool"
+FILES_OF_POOL = sorted((PACKAGE / "pool").glob("_[a-z]*.py"))
 
 WHOLE_SUITE = 1000  # functions; fewer are a part of it, which tells nothing
 
@@ -39,9 +42,18 @@ def test_contributing_names_every_folder_and_module_of_the_package() -> None:
 
 
 def test_the_pools_own_map_names_every_file() -> None:
-    docstring = ast.get_docstring(ast.parse((PACKAGE / "pool" / "__init__.py").read_text())) or ""
-    named = set(re.findall(r"`(_\w+)`", docstring))
-    assert {path.stem for path in (PACKAGE / "pool").glob("_[a-z]*.py")} == named
+    named = set(re.findall(r"`(_\w+)`", dbpool.pool.__doc__ or ""))
+    assert {path.stem for path in FILES_OF_POOL} == named
+
+
+def test_the_pools_own_map_names_functions_that_exist() -> None:
+    named = re.findall(r"`(\w+)\.(\w+)`", dbpool.pool.__doc__ or "")
+    modules = {path.stem: import_module(f"dbpool.pool.{path.stem}") for path in FILES_OF_POOL}
+    owners: dict[str, object] = {"dbpool": dbpool, **modules}
+    for module in modules.values():
+        owners |= {name: each for name, each in vars(module).items() if isinstance(each, type)}
+    assert len(named) > 20
+    assert [pair for pair in named if not hasattr(owners[pair[0]], pair[1])] == []
 
 
 def test_at_most_half_of_the_test_functions_need_a_server(request: pytest.FixtureRequest) -> None:

@@ -11,6 +11,19 @@
 - `_notices`: each happening with its log line and its event.
 - `_psycopg`, `_pipelining`: psycopg's protected members; `_compatible`: what is needed of both.
 - `_fork`: what the pools of a process share: the watchdog, and surviving a fork.
+
+What happens where:
+
+- A checkout: `Lease.__enter__`, `Pool._acquire`. If no connection is idle, or if it needs more than
+  a look: `_lending.acquire`, `_lending._wait`, `Store.join`, `Waiter.wait`.
+- A return: `Lease.__exit__`, `Pool._release`, and for a waiter `WaitQueue.serve`. If the connection
+  is not as it was set up: `_returning.take_back`, `_returning.finish`.
+- A connect: `Store.refill`, `Breaker.reserve`; in a worker `Maintenance.connect`,
+  `Connector.connect`, `Store.connected`.
+- An outage: `Store.failed`, `Breaker.failed`, `Breaker.trip_if_due`, `WaitQueue.reject_all`,
+  `Notices.down`. Its end: `Breaker.succeeded`, `Notices.back`.
+- An exception at any of these points: `Pool._recover`, `Store.recover`; at the latest `Store.heal`,
+  which the watchdog calls by `Maintenance.run`.
 """
 
 from dbpool.pool._compatible import insist_on_compatible_versions
