@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 _CHANGE_INTERVAL: Final = 1.0  # seconds between two looks at a conninfo that was refused
 _MIN_OVERDUE_INTERVAL: Final = 0.1  # seconds between two looks at an attempt without an answer
-# A primary that moved may make many statements fail at once; one drain is enough. And how long it
-# is between two looks for a standby that is preferred.
+# Seconds. A primary that moved may make many statements fail at once: one drain is enough. Also the
+# time between two looks for a standby that is preferred.
 _MOVED_INTERVAL: Final = 5.0
 
 # Seconds between two runs: twice the longest heals what was interrupted.
@@ -106,7 +106,10 @@ class Workers:
 
 
 class Maintenance:
-    """Connects, shrinks, replaces, heals and reports, away from the callers' threads."""
+    """Connects, shrinks, replaces, heals and reports, away from the callers' threads.
+
+    Each method takes the pool: a part that kept its pool would keep it alive.
+    """
 
     def __init__(self, connector: Connector) -> None:
         self.connector = connector
