@@ -68,10 +68,13 @@ class Lease(Generic[CT]):
     _conn: Any
 
     def __init__(self, pool: Pool[CT], timeout: float | None) -> None:
-        self._pool, self._timeout = pool, timeout
+        self._pool, self._timeout, self._conn = pool, timeout, None
 
     def __enter__(self) -> CT:
         pool = self._pool
+        if self._conn is not None:  # threads that share one would return each other's connections
+            raise RuntimeError("each block needs a connection() of its own")
+        self._conn = ...
         try:
             caller = sys._getframe(1)
         except ValueError:  # called from C, as by `atexit` or gevent

@@ -58,3 +58,18 @@ def test_a_class_that_refuses_to_be_entered_keeps_no_slot(fake: FakeServer) -> N
             with pytest.raises(RuntimeError) as caught, pool.connection(timeout=5):
                 raise AssertionError("it was entered")
             assert pool.stats().active == 0, caught
+
+
+def test_threads_that_share_one_block_get_an_error_and_no_connection_of_another(
+    fake: FakeServer,
+) -> None:
+    with fake.pool(max_size=3) as pool:
+        shared = pool.connection()
+        with shared as first:
+            with pytest.raises(RuntimeError, match=r"connection\(\) of its own"), shared:
+                pass
+            with pool.connection() as second:
+                assert first is not second
+        with pytest.raises(RuntimeError), shared:
+            pass
+        assert pool.stats().active == 0
