@@ -455,3 +455,16 @@ def test_libpq_forgets_the_mark_with_whatever_is_sent(dsn: str) -> None:
             assert mark
             way(conn)
             assert conn.pgconn.error_message != mark
+
+
+@pytest.mark.parametrize("encoding", ["latin1", "utf8"])
+def test_what_configure_set_comes_back_in_every_encoding(dsn: str, encoding: str) -> None:
+    def configure(conn: Conn) -> None:
+        conn.execute("set search_path = 'schéma'")
+        conn.commit()
+
+    conninfo = make_conninfo(dsn, client_encoding=encoding)
+    with Pool(conninfo, max_size=1, session_reset="session", configure=configure) as pool:
+        for _ in range(2):
+            assert pool.fetch_value("show search_path") == '"schéma"'
+            in_block(pool, "set search_path = elsewhere")

@@ -328,16 +328,16 @@ def ping_unmarked(conn: Any, timeout: float) -> None:
 def reset_session(conn: Any, message: bytes, timeout: float) -> None:
     """Reset the session, unless nothing at all was sent since that was done last."""
     if not is_session_marked(conn):
-        if query_value(conn, message, timeout) == b"t":
+        if query_value(conn, message, timeout) == "t":
             forget_plans(conn)  # what is prepared may be for temporary tables
         if conn._notifies_backlog:  # what came for an earlier holder
             conn._notifies_backlog.clear()
         mark_session(conn)
 
 
-def query_value(conn: Any, statements: bytes, timeout: float) -> bytes:
+def query_value(conn: Any, statements: bytes, timeout: float) -> str:
     """Run *statements* within *timeout* seconds; return the first value of the first result."""
     result = run_query(conn, statements, timeout)
     if result.status == ExecStatus.FATAL_ERROR:
         raise error_from_result(result, encoding=conn.pgconn._encoding)
-    return result.get_value(0, 0) or b""
+    return str((result.get_value(0, 0) or b"").decode(conn.pgconn._encoding))
