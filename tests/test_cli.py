@@ -184,6 +184,13 @@ def test_check_shows_what_is_in_effect(server: Server) -> None:
         assert f"  {line}\n" in done.stdout
 
 
+def test_check_reads_a_database_in_sql_ascii(server: Server, call: Call) -> None:
+    url = server.conninfo_for(client_encoding="sql_ascii")
+    status, shown, _ = call("check", {"DATABASE_URL": url})
+    assert status == 0
+    assert "  statement_timeout = 30.0\n" in shown
+
+
 def test_check_shows_the_server_s_own_timeouts_behind_a_pooler(server: Server) -> None:
     url = server.conninfo_for()
     done = dbpool("check", "--json", DATABASE_URL=url, DBPOOL_POOLER="transaction")

@@ -134,6 +134,18 @@ def test_a_foreign_session_that_holds_a_lock_is_named(
         shop.pool.putconn(conn)
 
 
+def test_a_database_in_sql_ascii_is_read_as_any(
+    table: Server, make_shop: Callable[..., Shop]
+) -> None:
+    """There psycopg returns text as bytes."""
+    shop = make_shop(f"{table.conninfo} client_encoding=sql_ascii")
+    with session(table, "lock table stock") as pid:
+        for _ in range(5):
+            shop.call("select count(*) from stock")
+        (blocker,) = shop.await_finding("DB04")["evidence"]["blockers"]
+    assert (blocker["pid"], blocker["state"]) == (pid, "idle in transaction")
+
+
 @pytest.mark.parametrize(
     ("variable", "more"), [("shop", ""), ("", f" application_name={'shop-' * 20}")]
 )

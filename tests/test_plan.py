@@ -74,6 +74,12 @@ def test_it_says_what_fits_and_exits_with_zero(narrow: Server, plan: Plan) -> No
     )
 
 
+def test_a_database_in_sql_ascii_is_read_as_any(narrow: Server, plan: Plan) -> None:
+    url = f"{url_of(narrow)} client_encoding=sql_ascii"
+    _, printed = plan("--json", DATABASE_URL=url, DBPOOL_MAX_SIZE="6")
+    assert limits(printed)["the server of default"]["need"] == 7
+
+
 def test_without_a_look_at_blockers_its_connection_is_not_counted(
     narrow: Server, plan: Plan
 ) -> None:

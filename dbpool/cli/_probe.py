@@ -10,7 +10,9 @@ from time import monotonic
 from typing import Any, Final
 
 import psycopg
+from psycopg.rows import tuple_row
 
+from dbpool._rows import decoded
 from dbpool._secrets import MASK
 from dbpool.errors import ConfigError, PoolError, describe
 from dbpool.pool import Pool
@@ -81,7 +83,9 @@ def _in_effect(settings: Settings, params: Mapping[str, Any]) -> dict[str, objec
 def _enforced(conn: psycopg.Connection[Any]) -> dict[str, object]:
     """The server's own word on its timeouts: roles, databases and `options` set them too."""
     query = "select name, setting::float8 / 1000 from pg_settings where name = any(%s)"
-    seconds = dict(conn.execute(query, [list(SERVER_SIDE.values())]).fetchall())
+    with conn.cursor(row_factory=decoded(tuple_row)) as cursor:
+        rows: Any = cursor.execute(query, [list(SERVER_SIDE.values())]).fetchall()
+    seconds = dict(rows)
     return {field: seconds.get(name) for field, name in SERVER_SIDE.items()}
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 import psycopg
 from psycopg.rows import tuple_row
 
+from dbpool._rows import decoded
 from dbpool.diagnosis import Prepared, ServerFacts, ServerView, Session
 
 _DEEPEST: Final = 10  # queries up the queue
@@ -89,7 +90,7 @@ def look(conn: psycopg.Connection[Any], name: str, prefix: str, *, queries: bool
     *queries* says whether to read statements too. Raises `psycopg.Error`.
     """
     known = {"name": name, "prefix": prefix, "show": queries}
-    with conn.cursor(row_factory=tuple_row) as cursor:
+    with conn.cursor(row_factory=decoded(tuple_row)) as cursor:
         began = time.monotonic()
         pid = cursor.execute("select pg_backend_pid()").fetchone()
         latency = time.monotonic() - began

@@ -9,6 +9,7 @@ from typing import Any
 from psycopg import Connection
 from psycopg.rows import class_row
 
+from dbpool._rows import decoded
 from dbpool.sizing._budget import Demand, Limit
 
 # An ordinary role does not see the backend_type of other users' sessions. It sees their database,
@@ -60,7 +61,7 @@ class ServerLimits:
 
 def read_server_limits(conn: Connection[Any]) -> ServerLimits:
     """Ask the server of a connection; one round trip."""
-    with conn.cursor(row_factory=class_row(ServerLimits)) as cursor:
+    with conn.cursor(row_factory=decoded(class_row(ServerLimits))) as cursor:
         found = cursor.execute(_QUERY).fetchone()
     assert found is not None  # the current role and database exist
     return found
