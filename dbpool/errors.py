@@ -25,7 +25,8 @@ __all__ = [
 ]  # fmt: skip
 
 _NO_TEXT: Final = "(no text)"
-UNSUPPORTED_PARAMETER: Final = "unsupported startup parameter"  # PgBouncer, of our timeouts
+# What PgBouncer and RDS Proxy say of our timeouts.
+UNSUPPORTED_PARAMETER: Final = re.compile("unsupported startup parameter|support command-line opt")
 
 
 class FailureKind(StrEnum):

@@ -49,6 +49,19 @@ def test_an_outage_can_be_pickled(cls: type[DatabaseUnavailable]) -> None:
         ("FATAL:  no such user", "role"),
         # PostgreSQL 12 to 15
         ("FATAL:  remaining connection slots are reserved for superusers", "saturated"),
+        # Supavisor
+        ("FATAL:  Max client connections reached", "saturated"),
+        ("FATAL:  MaxClientsInSessionMode: max clients reached - in Session mode", "saturated"),
+        ("FATAL:  (EMAXCONNSESSION) max clients reached in session mode", "saturated"),
+        ("FATAL:  Tenant or user not found", "role"),
+        ("FATAL:  (ENOTFOUND) tenant/user postgres.abc not found", "role"),
+        # RDS Proxy
+        ("FATAL:  The password that was provided for the role app is wrong.", "password"),
+        ("FATAL:  This RDS proxy has no credentials for the role app.", "role"),
+        ("FATAL:  RDS Proxy currently doesn\u2019t support command-line options.", "conninfo"),
+        # Neon
+        ("ERROR:  Endpoint ID is not specified. Either please upgrade the client", "conninfo"),
+        ("ERROR:  connection is insecure (try using `sslmode=require`)", "tls"),
     ],
 )
 def test_what_other_servers_say_is_understood(text: str, kind: str) -> None:

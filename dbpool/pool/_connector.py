@@ -150,7 +150,7 @@ class Connector:
 
 def _advise(error: BaseException, is_default: bool) -> BaseException:
     """Add to an error's text what to do; *is_default*: nothing says which database is meant."""
-    if errors.UNSUPPORTED_PARAMETER in errors.describe(error):
+    if errors.UNSUPPORTED_PARAMETER.search(errors.describe(error)):
         advice = "a transaction pooler needs DBPOOL_POOLER=transaction"
     elif is_default:
         advice = "DATABASE_URL is not set: libpq's defaults are used"

@@ -142,3 +142,19 @@ def test_a_configure_that_raises_anything_loses_no_slot(
     failing.clear()
     await_up(pool)
     assert_serves_all(pool)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "FATAL:  unsupported startup parameter in options: statement_timeout",
+        "FATAL:  Feature not supported: RDS Proxy currently doesn\u2019t support command-line options.",
+    ],
+)
+def test_a_pooler_that_takes_no_options_is_told_with_the_setting(
+    fake: FakeServer, make_pool: MakePool, text: str
+) -> None:
+    fake.refuse(text)
+    error = Task(make_pool().getconn).error()
+    assert isinstance(error, DatabaseMisconfigured)
+    assert "DBPOOL_POOLER=transaction" in str(error)
