@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dbpool.metrics import BreakerSnapshot, HolderSnapshot, Metrics, Snapshot
 from dbpool.processes import Processes
 from dbpool.processes._archive import part_to_json
-from dbpool.processes._files import locked, start_time, write
+from dbpool.processes._files import ProcessLock, is_held, locked, start_time, write
 from dbpool.prometheus import expose
 from dbpool.report import Process, Report
 from tests.scripts import python
@@ -307,6 +307,24 @@ def test_a_process_whose_life_sign_was_removed_is_told_by_its_pid(
     workers[0].wait()
     assert processes.report()["pools"]["default"]["size"] == 3
     assert checkouts(processes.report()) == 35
+
+
+def test_a_process_gets_its_lock_while_others_ask_whether_it_lives(directory: Path) -> None:
+    stop, path = threading.Event(), directory / "one.alive"
+
+    def ask() -> None:
+        while not stop.is_set():
+            is_held(path)
+
+    askers = [Task(ask) for _ in range(3)]
+    try:
+        for _ in range(200):
+            ProcessLock(path).close()
+            path.unlink()
+    finally:
+        stop.set()
+        for asker in askers:
+            asker.result()
 
 
 LOCKLESS = """

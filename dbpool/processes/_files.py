@@ -5,6 +5,7 @@ Imports the standard library alone: the gunicorn master imports this too.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -130,12 +131,11 @@ class ProcessLock(_LockFile):
 
     def __init__(self, path: str | Path, dir_fd: int | None = None) -> None:
         super().__init__(path, os.O_EXCL, dir_fd)
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as ex:
+        # Who asks `is_held` just now has it for a moment.
+        if not _lock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
             os.unlink(path, dir_fd=dir_fd)
             self.close()
-            raise NoLocks(ex.errno, ex.strerror) from ex
+            raise NoLocks(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
 def is_held(path: str | Path, dir_fd: int | None = None) -> bool | None:
@@ -177,9 +177,11 @@ def _lock(fd: int, how: int) -> bool:
     while True:
         try:
             fcntl.flock(fd, how)
-        except OSError:
+        except BlockingIOError:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.005)
+        except OSError:  # there are no locks
+            return False
         else:
             return True
