@@ -72,10 +72,11 @@ class Form(NamedTuple):
 class SignIn:
     """Issues cookies to browsers that know *token*, and recognises them. *clock* is Unix time."""
 
-    def __init__(self, token: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, token: str, clock: Callable[[], float] | None = None) -> None:
         self._token = token.encode(errors="surrogateescape")
         self._key = sha256(b"dbpool sign-in\0" + self._token).digest()
-        self._clock = clock
+        # Looked up at each call: freezegun puts another in its place for a while.
+        self._clock = clock or (lambda: time.time())  # noqa: PLW0108
         # Without a lock, which a fork could leave locked: at worst there is an attempt too many.
         self._failures: deque[float] = deque(maxlen=_ATTEMPTS)
         # Cookies ignore ports: applications with other tokens on this host keep theirs.

@@ -55,7 +55,7 @@ class Breaker:
     the reading of attributes. Times are those of *clock*, in seconds.
     """
 
-    def __init__(self, grace: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, grace: float, clock: Callable[[], float] | None = None) -> None:
         self.grace = grace
         self.answer_timeout = max(grace, _MIN_ANSWER_TIMEOUT)  # of an attempt under way
         self.attempts: set[Attempt] = set()
@@ -67,7 +67,8 @@ class Breaker:
         self.error: BaseException | None = None  # of the last failed attempt, sanitized
         self.last_error: str | None = None  # its text on one line, None while connects succeed
         self.kind: str = FailureKind.UNKNOWN
-        self.clock = clock
+        # Looked up at each call: freezegun puts another in its place for a while.
+        self.clock = clock or (lambda: time.monotonic())  # noqa: PLW0108
         self._interval_started = float("-inf")
         self._failing_since: float | None = None
         self._opened_at: float | None = None

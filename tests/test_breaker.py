@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import psycopg
 import pytest
 
@@ -217,3 +219,10 @@ def test_reset_forgets_everything(breaker: Breaker, clock: Clock) -> None:
     assert breaker.state == "closed"
     assert not breaker.is_failing
     assert breaker.last_error is None
+
+
+def test_it_goes_by_the_clock_that_there_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freezegun replaces it for a while, and perhaps before this library is imported."""
+    breaker = Breaker(grace=2.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 42.0)
+    assert breaker.clock() == 42.0
