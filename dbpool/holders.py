@@ -29,7 +29,7 @@ _MAX_FILES = 4096  # file names that are remembered
 # says as little about the holder as what runs in Python's.
 _APPLICATION, _PACKAGE, _PYTHON = 0, 1, 2
 _OWN = f"{Path(__file__).parent}{os.sep}"
-_STANDARD = ("<frozen ", *(f"{Path(x).parent}{os.sep}" for x in (os.__file__, sys.executable)))
+_STANDARD = ("<frozen ", *(f"{Path(x).parent}{os.sep}" for x in (os.__file__, sys.executable) if x))
 
 # Code in these files is the application's: a checkout compares its caller's with them alone.
 application_files: set[str] = set()
@@ -106,6 +106,10 @@ class ConnectionRecord:
     lasti: int = 0  # with `code`: where the holder checked it out
     cursor: Any = None  # kept from one `fetch_*` to the next
 
+    def expires_soon(self, now: float) -> bool:
+        """Whether it expires within five seconds, and within the last quarter of its lifetime."""
+        return now >= self.expires_at - min(5.0, (self.expires_at - self.created_at) / 4.0)
+
     @property
     def is_open(self) -> bool:
         """Whether `fd` is still the connection's: once closed, it may be anything's."""
@@ -119,7 +123,8 @@ class ConnectionRecord:
 @lru_cache(maxsize=1024)
 def where(code: CodeType, lasti: int) -> str:
     """Name a line of code, as `app/views.py:41 list_orders`."""
-    position = next(islice(code.co_positions(), lasti // 2, None), (None,))
+    # A compiler such as Nuitka makes frames that are at no instruction: -1.
+    position = next(islice(code.co_positions(), max(lasti, 0) // 2, None), (None,))
     return printable(f"{_shortened(code)}:{position[0] or code.co_firstlineno} {code.co_name}")
 
 

@@ -6,13 +6,13 @@ Uses libpq's primitives alone, so that every wait here has a deadline.
 from __future__ import annotations
 
 import enum
+import errno
 import logging
 import os
 import select
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -53,12 +53,8 @@ def poller(fd: int, events: int = _READ) -> Poll:
         poll = select.poll()
         poll.register(fd, events)
         return poll.poll
-
-    def wait(milliseconds: float) -> bool:
-        fds = ([fd], []) if events == _READ else ([], [fd])
-        return any(select.select(*fds, [], milliseconds / 1000.0))
-
-    return wait
+    fds = ([fd], []) if events == _READ else ([], [fd])
+    return lambda milliseconds: any(select.select(*fds, [], milliseconds / 1000.0))
 
 
 def closed_by_peer(fds: Iterable[int]) -> set[int]:
@@ -80,9 +76,9 @@ def file_limit_error() -> str | None:
     try:
         with ExitStack() as spare:
             for _ in range(4):  # a connect may need as many at once
-                spare.enter_context(Path(os.devnull).open())
+                spare.callback(os.close, os.open("/", os.O_RDONLY))  # there in a chroot too
     except OSError as ex:
-        return ex.strerror
+        return ex.strerror if ex.errno in (errno.EMFILE, errno.ENFILE) else None
     return None
 
 

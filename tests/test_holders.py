@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from dbpool import Pool
+from dbpool import Pool, holders
 from dbpool.events import Discarded, HeldLong, Leaked, ReturnedLate
 from tests.fake import FakeServer
 from tests.postgres import until
@@ -330,3 +330,11 @@ def test_a_holder_that_waits_for_a_second_connection_is_told_from_one_that_works
             until(lambda: sorted(holder.waits for holder in pool.holders()) == [False, True])
             assert pool.stats().waiting == 1
         nesting.result(10)
+
+
+def test_a_frame_that_is_at_no_instruction_is_named_by_where_its_code_begins() -> None:
+    """A compiler such as Nuitka makes such frames."""
+    code = test_a_frame_that_is_at_no_instruction_is_named_by_where_its_code_begins.__code__
+    assert holders.where(code, -1).partition(":")[2].split() == [
+        str(code.co_firstlineno), code.co_name
+    ]  # fmt: skip

@@ -170,16 +170,13 @@ class Notices:
     def closed(self, seconds: float) -> None:
         """The pool closed; its listeners have that long to finish."""
         self.end_episodes()
-        if self.listeners.active:
-            self._emit(events.Closed)
-            self.listeners.close(seconds)
+        self._emit(events.Closed)
+        self.listeners.close(seconds)
 
     def warn_once(self, text: str) -> None:
         """Log a warning unless that was done before."""
-        with self._lock:
-            is_new = text not in self._said
+        if text not in self._said:
             self._said.add(text)
-        if is_new:
             logger.warning("pool %r: %s", self.name, text)
 
     def end_episodes(self, timeout: float | None = None) -> None:

@@ -48,13 +48,11 @@ class Store:
         self, name: str, sizes: tuple[int, int], grace: float, listeners: Emitter, jobs: Jobs
     ) -> None:
         self.lock = threading.RLock()  # a garbage collection inside may come back in
-        self.name = name
-        self.min_size, self.max_size = sizes
+        self.name, (self.min_size, self.max_size) = name, sizes
         self.jobs = jobs  # for the workers
         self.is_open = self.was_opened = False
         self.metrics, self.listeners = Metrics(), listeners
-        self.bag = Bag()
-        self.waiting = WaitQueue()
+        self.bag, self.waiting = Bag(), WaitQueue()
         self.breaker = Breaker(grace)
         self.notices: deque[Callable[[Notices], None]] = deque()
         self.collected: deque[Any] = deque()  # references that died; filled without the lock
@@ -156,8 +154,7 @@ class Store:
         """Fail a waiter whose time is over, and all at the front of the queue whose time is over too.
 
         One snapshot serves all. A waiter that was served at the last moment is left alone. Returns
-        how many failed, and the error of one of them. *suspicion* says what keeps the holders, if
-        anything is known; else the sockets may tell.
+        how many failed, and the error of one. *suspicion* says what keeps the holders, if known.
         """
         breaker, now, moment, error = self.breaker, self.snapshot(), self.breaker.clock(), None
         if breaker.last_alive_at < waiter.started:
@@ -215,11 +212,12 @@ class Store:
 
     add = locked(hand_over_or_store)
     recover = locked(_bag.recover)
-
     evict = locked(_bag.evict)
     evict_idle = locked(_bag.evict_idle)
     reap_held = locked(_bag.reap_held)
     expire = locked(_bag.expire)
+    mark_slow = locked(_bag.mark_slow)
+    mark_held_long = locked(_bag.mark_held_long)
 
     def _reclaim(self, *, close_returns: bool) -> None:
         """Evict the connections whose owner is gone.
@@ -250,10 +248,15 @@ class Store:
         if not self.is_open or breaker.retry is not None or breaker.is_open:
             return
         missing = max(0, self.min_size - self.size)
-        if self.waiting and not breaker.attempts and self.size < self.max_size:
+        if self._is_short() and not breaker.attempts and self.size < self.max_size:
             missing = max(1, missing)
         for _ in range(missing):
             self.enqueue(breaker.reserve())
+
+    def _is_short(self) -> bool:
+        """Whether somebody waits, or the last connection expires soon: its successor comes first."""
+        last = self.bag.records if len(self.bag.records) == 1 <= self.min_size else ()
+        return bool(self.waiting) or any(r.expires_soon(self.breaker.clock()) for r in last)
 
     @locked
     def enqueue(self, attempt: Attempt) -> None:
@@ -267,7 +270,7 @@ class Store:
         if not self.is_open or attempt.started or attempt not in breaker.attempts:
             return False  # another worker was quicker
         # While nothing is there at all, the next caller is to learn at once whether it works.
-        is_missed = not self.bag.records or self.size <= self.min_size or bool(self.waiting)
+        is_missed = not self.bag.records or self.size <= self.min_size or self._is_short()
         is_excess = self.size > self.max_size
         return not breaker.release_if_unneeded(attempt, is_missed=is_missed, is_excess=is_excess)
 
@@ -338,9 +341,6 @@ class Store:
         if has_idle_workers:
             for attempt in self.breaker.interrupted():
                 self.enqueue(attempt)
-
-    mark_slow = locked(_bag.mark_slow)
-    mark_held_long = locked(_bag.mark_held_long)
 
     @locked
     def resize(self, min_size: int, max_size: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Pool
+from tests.fake import FakeServer
 from tests.pools import GRACE
 from tests.postgres import Server, until
 
@@ -58,3 +59,15 @@ def test_a_lack_of_descriptors_is_told_and_no_fault_of_the_settings(
             assert conn.execute("select 1").fetchone() == (1,)
         until(lambda: pool.state == "up" and not pool.breaker.is_failing)
         assert pool.fetch_value("select 1") == 1
+
+
+def test_a_root_without_devices_is_no_lack_of_descriptors(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeServer
+) -> None:
+    """As in a chroot."""
+    monkeypatch.setattr(os, "devnull", "/nowhere/null")
+    fake.refuse()
+    with fake.pool(outage_grace=GRACE) as pool:
+        error = refused(pool)
+    assert error.kind == "refused"
+    assert "No such file" not in str(error)

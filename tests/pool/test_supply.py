@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from time import monotonic
 from typing import Any
 
@@ -12,6 +13,8 @@ from dbpool import DatabaseUnavailable, Pool, PoolExhausted
 from tests.fake import FakeServer
 from tests.postgres import until
 from tests.threads import Task, run_in_threads
+
+FULL = "FATAL:  remaining connection slots are reserved for roles with the SUPERUSER attribute"
 
 
 def test_grows_for_waiters_and_shrinks_when_idle(fake: FakeServer) -> None:
@@ -86,3 +89,27 @@ def test_resizing_may_be_what_a_wait_is_for(fake: FakeServer) -> None:
         pool.resize(1, 9)
         waiter.result(10.0)
         assert not pool.closed
+
+
+def test_the_last_connection_serves_past_its_lifetime_until_another_can_be_made(
+    fake: FakeServer,
+) -> None:
+    """Its successor is tried before it expires, so that the pool knows that connecting fails."""
+    with fake.pool(max_size=2, max_lifetime=1.2, leak_after=0.2) as pool:
+        pid = pool.fetch_value("select pg_backend_pid()")
+        fake.refuse(FULL)
+        ends = monotonic() + 1.5
+        while monotonic() < ends:
+            assert pool.fetch_value("select pg_backend_pid()") == pid
+            time.sleep(0.01)
+        fake.accept()
+        until(lambda: pool.fetch_value("select pg_backend_pid()") != pid)
+        until(lambda: fake.backends() == [pool.fetch_value("select pg_backend_pid()")])
+
+
+def test_a_pool_without_a_minimum_makes_no_successor(fake: FakeServer) -> None:
+    with fake.pool(min_size=0, max_size=2, max_lifetime=0.3, leak_after=0.2) as pool:
+        assert pool.fetch_value("select 1") == 1
+        logins = fake.logins
+        until(lambda: pool.stats().size == 0)
+        assert fake.logins == logins
