@@ -7,6 +7,8 @@ gevent patches the standard library.
 
 from __future__ import annotations
 
+import atexit
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -64,3 +66,13 @@ if not TYPE_CHECKING:  # a checker would take every name for one that exists
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_MODULES})
+
+
+def _close_all() -> None:
+    """Close all pools of a process that ends."""
+    if (fork := sys.modules.get("dbpool.pool._fork")) is not None:
+        fork.close_all(1.0)
+
+
+# Here and not where pools are: what an application registers before its first pool may use one.
+atexit.register(_close_all)

@@ -160,7 +160,7 @@ def worker_abort(worker: Any) -> None:
 
     # gunicorn calls this in a signal handler: an error would surface in whatever was interrupted.
     with suppress(Exception):
-        for pool in list(_fork.pools):
+        for pool in _fork.list_pools():
             for holder in pool.holders():
                 where = f"{holder.where}{f' ({holder.endpoint})' if holder.endpoint else ''}"
                 worker.log.error(
@@ -229,7 +229,7 @@ def _open_pools() -> None:
     """Open the pools of this worker before its first request."""
     from dbpool.pool import _fork
 
-    for pool in list(_fork.pools):
+    for pool in _fork.list_pools():
         with suppress(Exception):  # it says so itself, in the log and at the first request
             pool.open()
 
@@ -244,7 +244,7 @@ def _set_max_size(max_size: int) -> None:
             pool.resize(pool.min_size, max(pool.min_size, max_size))
 
     _fork.on_new_pool[:] = [resize]
-    for pool in list(_fork.pools):
+    for pool in _fork.list_pools():
         resize(pool)
 
 
@@ -259,7 +259,7 @@ def _check_sizes(worker: Any) -> None:
     plan = plan_connections(
         {
             pool.name: target
-            for pool in list(_fork.pools)
+            for pool in _fork.list_pools()
             if (target := _sizing_target(pool, worker.cfg.workers)) is not None
         }
     )

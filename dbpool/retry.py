@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -71,22 +70,20 @@ def is_reading(statement: bytes) -> bool:
 class Budget:
     """A bucket of retries: each retry draws one, each success gives a tenth back.
 
-    While most calls fail it runs dry, and the failing server is left alone.
+    While most calls fail it runs dry, and the failing server is left alone. It has no lock: a signal
+    handler may come back in, and what two threads do at once may count as one.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = self._left = capacity * _COST
-        self._lock = threading.Lock()
 
     def draw(self) -> bool:
         """Take one retry; false if there is none left."""
-        with self._lock:
-            if self._left < _COST:
-                return False
-            self._left -= _COST
-            return True
+        if self._left < _COST:
+            return False
+        self._left -= _COST
+        return True
 
     def refund(self) -> None:
         """Give a tenth of a retry back, up to the capacity."""
-        with self._lock:
-            self._left = min(self._capacity, self._left + 1)
+        self._left = min(self._capacity, self._left + 1)

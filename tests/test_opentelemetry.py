@@ -795,3 +795,25 @@ def test_no_span_shows_a_secret(telemetry: Telemetry, conninfo: Any) -> None:
     spans = telemetry.spans("dbpool.connect") + telemetry.spans("dbpool.acquire")
     assert len(spans) >= 2
     assert "hunter2" not in " ".join(span.to_json() for span in spans)
+
+
+def test_what_is_left_can_be_flushed_while_the_interpreter_ends() -> None:
+    """From Python 3.12 on no thread can be started then."""
+    script = """
+import atexit, threading
+from dbpool.opentelemetry import flush
+
+def refuse(*args, **how):
+    raise RuntimeError("can't create new thread at interpreter shutdown")
+
+class Provider:
+    def force_flush(self):
+        print("flushed")
+
+from opentelemetry import metrics
+
+metrics.get_meter_provider = Provider
+threading.Thread.start = refuse
+print(flush())
+"""
+    assert python("-c", script, check=True).stdout == "flushed\nTrue\n"

@@ -63,7 +63,7 @@ def instrument(
 
 def uninstrument(pools: Pools | None = None) -> None:
     """Stop recording *pools*, by default all. What has ended until now is still recorded."""
-    found = list(_fork.pools) if pools is None else _each(pools)
+    found = _fork.list_pools() if pools is None else _each(pools)
     with _lock():
         for meter in {*_meters.values()}:
             meter.remove(found)
@@ -81,7 +81,11 @@ def flush(timeout: float = _FLUSH_TIMEOUT) -> bool:
     providers: set[Any] = {*_meters, *_traced, *current}
     flushes = [f for each in providers if (f := getattr(each, "force_flush", None)) is not None]
     thread = threading.Thread(None, _flush, "dbpool-flush", (flushes,), daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # out of threads, or the interpreter is ending: nothing bounds it then
+        _flush(flushes)
+        return True
     thread.join(timeout)
     return not thread.is_alive()
 

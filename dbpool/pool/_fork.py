@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import queue
@@ -20,8 +19,14 @@ logger = logging.getLogger("dbpool")
 
 _FORK_TIMEOUT = 1.0  # seconds that a fork waits for our threads to finish a line of the log
 
-pools: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process, open or not
+# Of this process, open or not; by id, since a list of what a WeakSet holds is not made at once.
+pools: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 on_new_pool: list[Callable[[Any], None]] = []  # called with each new pool, set by a server's hooks
+
+
+def list_pools(known: weakref.WeakValueDictionary[int, Any] = pools) -> list[Any]:
+    """Return these pools, by default all of this process; others may come and go meanwhile."""
+    return [pool for each in known.valuerefs() if (pool := each()) is not None]
 
 
 class _ProcessState:
@@ -36,15 +41,16 @@ class _ProcessState:
         # Held by our own threads while they log. A fork waits for it, and for listeners to return:
         # the buffer of standard error has a lock that nobody would ever release in the child.
         self.log_lock = threading.RLock()
-        self._lock = threading.Lock()
-        self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
+        # A signal handler, or a garbage collection inside, may open or close a pool.
+        self._lock = threading.RLock()
+        self._pools: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def watch(self, pool: Any) -> None:
         """Have *pool* maintained from now on, until it is collected or `unwatch`ed."""
         with self._lock:
-            self._pools.add(pool)
+            self._pools[id(pool)] = pool
         if self._thread is None:
             thread = threading.Thread(target=self._run, name="dbpool-watchdog", daemon=True)
             run_in_thread(thread.start)
@@ -53,7 +59,7 @@ class _ProcessState:
     def unwatch(self, pool: Any) -> None:
         """Maintain *pool* no more."""
         with self._lock:
-            self._pools.discard(pool)
+            self._pools.pop(id(pool), None)
         self._wakes.put(None)
 
     def _run(self) -> None:
@@ -69,7 +75,7 @@ class _ProcessState:
     def _maintain_all(self) -> float:
         """Maintain every pool; return the seconds until the next time, 0 to end the thread."""
         with self._lock:
-            open_pools = list(self._pools)
+            open_pools = list_pools(self._pools)
             if not open_pools:
                 self._thread = None
                 return 0.0
@@ -87,7 +93,7 @@ process = _ProcessState()
 
 def register(pool: Any) -> None:
     """Remember a pool that is new."""
-    pools.add(pool)
+    pools[id(pool)] = pool
     for callback in on_new_pool:
         callback(pool)
 
@@ -95,12 +101,12 @@ def register(pool: Any) -> None:
 def close_all(timeout: float = 2.0) -> None:
     """Close every open pool of this process, within *timeout* seconds altogether."""
     deadline = monotonic() + timeout
-    for pool in list(pools):
+    for pool in list_pools():
         pool.close(timeout=max(0.0, deadline - monotonic()))
 
 
 def detach_inherited_sockets(records: list[ConnectionRecord]) -> None:
-    """Replace the sockets of inherited connections by /dev/null.
+    """Replace the sockets of inherited connections by a directory, which cannot be written to.
 
     Whatever this process does with them, close them included, the sessions stay the parent's.
     """
@@ -110,20 +116,20 @@ def detach_inherited_sockets(records: list[ConnectionRecord]) -> None:
     if not fds:
         return
     try:
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        root = os.open("/", os.O_RDONLY | os.O_CLOEXEC)  # /dev/null may be missing in a chroot
     except OSError:  # the process has no descriptor left: one of the inherited makes room
         os.close(fds[0])
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        root = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
     for fd in fds:
-        if fd != null:
-            os.dup2(null, fd, inheritable=False)
-    if null not in fds:
-        os.close(null)
+        if fd != root:
+            os.dup2(root, fd, inheritable=False)
+    if root not in fds:
+        os.close(root)
 
 
 def _before_fork() -> None:
     deadline = monotonic() + _FORK_TIMEOUT
-    locks = [process.log_lock, *(pool.listeners.call_lock for pool in list(pools))]
+    locks = [process.log_lock, *(pool.listeners.call_lock for pool in list_pools())]
     _forking.held = [x for x in locks if x.acquire(timeout=max(0.0, deadline - monotonic()))]
 
 
@@ -134,7 +140,7 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     global process  # noqa: PLW0603  # its locks and its thread are the parent's
-    for pool in list(pools):
+    for pool in list_pools():
         pool.after_fork()
     process = _ProcessState()  # last: other threads wait for it in `notice_fork`
 
@@ -152,4 +158,3 @@ _forking = threading.local()  # `held`: the locks that a forking thread holds me
 os.register_at_fork(
     before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
 )
-atexit.register(close_all, 1.0)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.postgres import Server, until
 from tests.proxy import Mode, Proxy
-from tests.scripts import EXIT_SECONDS, environ, run_script
+from tests.scripts import EXIT_SECONDS, environ, python, run_script
 
 OPENING = """\
 import faulthandler, sys, threading, time
@@ -233,3 +233,26 @@ def test_a_process_that_was_out_of_threads_serves_when_it_has_some_again(
     """
     said = run_script(write(script, body), own_server.conninfo)
     assert int(said.partition("refused ")[2].split()[0]) > 3
+
+
+def test_what_is_registered_before_the_first_pool_may_use_one_at_exit(
+    own_server: Server, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        dedent("""
+        import atexit, sys
+        import dbpool
+
+        @atexit.register
+        def save():
+            pool.execute("insert into saved values (1)")
+
+        pool = dbpool.Pool(sys.argv[1])
+        pool.execute("create table saved (n int)")
+        """)
+    )
+    done = python(script, own_server.conninfo, env=environ(), check=True)
+    assert "Traceback" not in done.stderr
+    assert own_server.execute("select n from saved") == [(1,)]
+    until(lambda: not own_server.backends("dbpool:default"), 6.0)

@@ -257,7 +257,7 @@ def test_forks_while_other_threads_hold_connections_and_locks(run: Run) -> None:
     """)
 
 
-@pytest.mark.parametrize("lock", ["_lock", "_budget._lock"])
+@pytest.mark.parametrize("lock", ["_lock"])
 def test_forks_while_another_thread_has_a_lock_of_the_pools(run: Run, lock: str) -> None:
     run(f"""
     pool = dbpool.Pool(sys.argv[1], min_size=1)
@@ -586,6 +586,21 @@ def test_a_fork_by_a_process_without_a_descriptor_left(run: Run) -> None:
     assert status == 0, status
     assert out.execute(PID).fetchone()[0] in parents
     pool.putconn(out)
+    end()
+    """)
+
+
+def test_a_fork_in_a_root_without_devices(run: Run) -> None:
+    run("""
+    os.devnull = "/nowhere/null"
+    pool = dbpool.Pool(sys.argv[1])
+    parents = pool.fetch_value(PID)
+    child = os.fork()
+    if child == 0:
+        os._exit(pool.fetch_value(PID) == parents)
+    status = wait_for(child)
+    assert status == 0, status
+    assert pool.fetch_value(PID) == parents
     end()
     """)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dbpool import Pool, PoolError
+from dbpool import Pool, PoolClosed, PoolError
 from tests.fake import FakeConnection
-from tests.interrupts import Interrupt, every_point
+from tests.interrupts import Interrupt, every_point, interrupted
 from tests.postgres import until
 from tests.threads import Task
 
@@ -262,3 +263,20 @@ def test_no_thread_waits_for_a_lock_that_was_left_behind() -> None:
         other.result(5.0)
     assert_whole(pool)
     pool.close()
+
+
+@pytest.mark.parametrize("act", [lambda pool: pool.open(), block, lambda pool: pool.close()])
+def test_a_signal_handler_may_close_the_pool_at_any_point(act: Act) -> None:
+    """As one for SIGTERM does."""
+
+    def attempt(point: int) -> bool:
+        pool = make()
+        with suppress(PoolClosed), interrupted(point, pool.close) as points:
+            act(pool)
+        pool.close()
+        return points.is_met
+
+    point = 1
+    while Task(attempt, point).result(10.0):
+        point += 1
+    assert point > 10
