@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
 
+from dbpool.metrics import Snapshot
+
 _STALL: Final = 15.0  # seconds that a pause between two looks is remembered
 _UNUSED: Final = 5.0  # seconds after which a pool that nobody uses is pinged
 
@@ -30,15 +32,14 @@ class Pings:
     def __init__(self) -> None:
         self._used: dict[str, tuple[int, float]] = {}  # checkouts, and when there last was one
 
-    def look(self, pools: Mapping[str, Any], now: float) -> None:
-        """Ping what was unused for five seconds; *now* is monotonic."""
-        for name, pool in pools.items():
-            stats = pool.stats()
+    def look(self, pools: Mapping[str, Any], stats: Mapping[str, Snapshot], now: float) -> None:
+        """Ping what was unused for five seconds, by its *stats* of *now*, which is monotonic."""
+        for name, each in stats.items():
             checkouts, at = self._used.get(name, (-1, now))
-            is_unused = stats.state == "up" and stats.idle > 0 and stats.active == 0
-            if stats.counters.checkouts != checkouts:
-                self._used[name] = stats.counters.checkouts, now
+            is_unused = each.state == "up" and each.idle > 0 and each.active == 0
+            if each.counters.checkouts != checkouts:
+                self._used[name] = each.counters.checkouts, now
             elif is_unused and now - at >= _UNUSED:
                 self._used[name] = checkouts, now
                 with suppress(Exception):  # the pool says so itself
-                    pool.check()
+                    pools[name].check()

@@ -21,7 +21,7 @@ from dbpool.diagnosis._scene import mapping, number, rows, text
 from dbpool.diagnosis.endpoints import Rows
 from dbpool.diagnosis.history import History, Recorder
 from dbpool.errors import describe
-from dbpool.metrics import PoolState
+from dbpool.metrics import PoolState, Snapshot
 from dbpool.monitor._looks import Pauses, Pings
 from dbpool.monitor._shelf import Record, Shelf
 from dbpool.monitor._watching import Watching
@@ -196,9 +196,10 @@ class Monitor:
         """Take one look. `start` has it done each second."""
         state, now = self._state(), monotonic()
         stalled = state.pauses.look(now)
+        stats = {name: pool.stats() for name, pool in self._databases.items()}
         if os.environ.get("DBPOOL_SERVE") and not self._is_reader:
-            state.pings.look(self._databases, now)
-        short = self._record(state, now)
+            state.pings.look(self._databases, stats, now)
+        short = self._record(state, stats, now)
         if state.shelf is None or state.shelf.lead(now, is_reader=self._is_reader):
             if state.watching is None:
                 state.watching = Watching(
@@ -229,7 +230,7 @@ class Monitor:
             state.shelf = Shelf(directory, self._processes.app, state.key)
         return state.shelf
 
-    def _record(self, state: _ProcessState, now: float) -> list[str]:
+    def _record(self, state: _ProcessState, stats: Mapping[str, Snapshot], now: float) -> list[str]:
         """Take this process's own part in the history; return the pools that callers wait for."""
         short = []
         if self._is_reader:
@@ -239,13 +240,11 @@ class Monitor:
                 if inherited.record is not None:
                     inherited.record.abandon()
             state.record = shelf.record(list(self._databases))
-        for name, pool in self._databases.items():
-            recorder = state.recorders.setdefault(name, Recorder(state.started))
-            stats = pool.stats()
-            if stats.waiting or 0 < stats.max_size <= stats.active:
+        for name, each in stats.items():
+            if each.waiting or 0 < each.max_size <= each.active:
                 short.append(name)
-            ended = recorder.sample(stats, now)
-            if ended is None:
+            recorder = state.recorders.setdefault(name, Recorder(state.started))
+            if (ended := recorder.sample(each, now)) is None:
                 continue
             if state.record is not None:
                 state.record.write(name, *ended)
