@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dbpool import Pool, PoolError, holders
 from dbpool.diagnosis.endpoints import (
+from dbpool.diagnosis._rows import ROW
     LONGEST,
     MAX_NAMES,
     OTHER,
@@ -32,7 +33,9 @@ from dbpool.diagnosis.endpoints import (
     totals,
 )
 from dbpool.metrics import HolderSnapshot, Metrics, Snapshot
+from dbpool.diagnosis.history import STEP, Step
 from dbpool.processes import Processes
+from dbpool.monitor._shelf import Shelf
 
 from .conftest import MakeApp
 from .fake import FakeServer
@@ -341,6 +344,34 @@ def test_the_files_of_a_busy_worker_are_small_and_seldom_written(tmp_path: Path)
 
 
 # Flask
+@pytest.mark.parametrize("number", [3, 4, 8, 16])
+def test_the_files_of_a_worker_with_many_busy_pools_are_as_small(
+    tmp_path: Path, number: int
+) -> None:
+    tmp_path.chmod(0o700)
+    pools = {f"pool-{n}": Busy() for n in range(number)}
+    processes = Processes(pools, directory=tmp_path)
+    processes.publish()
+    with closing(Shelf(tmp_path, "app", "1-a").record(list(pools))) as record:
+        for name in pools:
+            for slot in range(100):
+                record.write(name, slot, Step())
+    state, usage, steps = (
+        next(tmp_path.glob(f"*.{ending}")).stat().st_size for ending in ("json", "usage", "steps")
+    )
+    assert state + usage + steps < 64 * 1024
+    if number <= 4:  # full histograms of more would need longer pauses than findings allow
+        assert state / processes.interval + 450 + number * ROW / STEP < 3.2 * 1024
+    report = Processes({}, directory=tmp_path).collect_others(usage=True)
+    assert report is not None
+    held = [len(pool.holders) for pool in report.pools.values()]
+    assert sum(held) <= 40
+    assert min(held) >= 1, "the longest of each, as all are alike"
+    for rows in report.usage.values():
+        assert sum(checkouts for _, checkouts, _, _ in totals(rows)) == 50 * MAX_NAMES
+    processes.close()
+
+
 
 
 def test_workers_that_are_replaced_keep_their_share_of_the_use(
@@ -387,6 +418,27 @@ def test_metrics_have_the_use_by_endpoint_where_it_is_asked_for(
 
 
 def test_requests_are_counted_by_endpoint_in_the_stats(dsn: str, make_app: MakeApp) -> None:
+def test_threads_are_busy_while_they_serve_a_request(dsn: str, make_app: MakeApp) -> None:
+    app = make_app(dsn, DBPOOL_DETAILS="always")
+    processes = app.extensions["dbpool"].processes
+
+    def busy() -> int | None:
+        (process,) = processes.report("process")["processes"]
+        found: int | None = process["busy"]
+        return found
+
+    def view() -> str:
+        inner = "" if request.args else app.test_client().get("/view?inner=1").text
+        return f"{inner}{busy()}"
+
+    app.add_url_rule("/view", "view", view)
+    assert busy() is None, "not known before there is a request"
+    assert app.test_client().get("/view").text == "11", "one thread, though requests nest"
+    assert busy() == 0
+    assert app.test_client().get("/nowhere").status_code == 404
+    assert busy() == 0
+
+
     app = make_app(dsn, DBPOOL_DETAILS="always")
     pool = app.extensions["dbpool"].databases.default
 

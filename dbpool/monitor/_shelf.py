@@ -20,6 +20,7 @@ _MAX_FILES: Final = 256
 _LEASE: Final = 5.0  # seconds after which a silent watcher is passed over
 _OWN_STEPS: Final = 24  # of each process; the one that watches adds them up in time
 _LATE: Final = 3  # steps that are added up again, as a process may be late
+_OWN_ROWS: Final = 60  # in the file of one process, if it has many pools
 
 
 class _StepFile:
@@ -42,11 +43,12 @@ class Record:
     """The last steps of this process. The lock on the file says that the process lives."""
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self._names = names
+        self._names = known_names(names)
+        self._rows = max(5, min(_OWN_STEPS, _OWN_ROWS // max(1, len(self._names))))
         self._lock: ProcessLock | None = None
         with suppress(NoLocks):  # without locks nobody could tell when it may be removed
             self._lock = ProcessLock(path)
-            self._file = _StepFile(self._lock.fd, names, _OWN_STEPS, pid=os.getpid())
+            self._file = _StepFile(self._lock.fd, names, self._rows, pid=os.getpid())
 
     def write(self, pool: str, slot: int, step: Step) -> None:
         """Write one step."""
@@ -63,7 +65,7 @@ class Record:
         if self._lock is not None and self._lock.fd >= 0:
             with suppress(OSError):
                 fd, pid = self._lock.fd, os.getpid()
-                os.pwrite(fd, header(known_names(self._names), _OWN_STEPS, pid=pid, closed=True), 0)
+                os.pwrite(fd, header(self._names, self._rows, pid=pid, closed=True), 0)
             self._lock.close()
 
 

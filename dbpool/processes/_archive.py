@@ -31,6 +31,7 @@ ALIVE: Final = ".alive"
 USAGE: Final = ".usage"
 _HOLDER: Final = ("thread", "seconds", "where", "endpoint", "pid", "status", "waits")  # as a row
 MAX_FILES: Final = 1024  # that are read
+_MAX_HOLDERS: Final = 40  # of all pools in a file, the longest
 
 T = TypeVar("T")
 Warn = Callable[[str, str], None]  # once for each subject, with a message
@@ -40,16 +41,21 @@ def part_to_json(part: Report) -> dict[str, Any]:
     """Return the content of a process's file."""
     (process,) = part.processes
     head = {key: value for key, value in vars(process).items() if key != "age"}
-    pools = {name: _pool_to_json(pool) for name, pool in part.pools.items()}
+    held = sorted((h.seconds for pool in part.pools.values() for h in pool.holders), reverse=True)
+    least = held[_MAX_HOLDERS] if len(held) > _MAX_HOLDERS else -1.0
+    pools = {name: _pool_to_json(pool, least) for name, pool in part.pools.items()}
     return {"schema": SCHEMA, **head, "pools": pools}
 
 
-def _pool_to_json(pool: Snapshot) -> dict[str, Any]:
-    """Return what is read back of a pool, which is written each second: the less, the better."""
+def _pool_to_json(pool: Snapshot, least: float) -> dict[str, Any]:
+    """Return what is read back of a pool, which is written each second: the less, the better.
+
+    Of its holders those that have held for longer than *least* seconds.
+    """
     data = pool.to_json()
     for name in TIMES:
         data[name] = {key: data[name][key] for key in ("sum_ns", "max", "buckets")}
-    rows = [{**holder, "seconds": round(holder["seconds"], 3)} for holder in data["holders"]]
+    rows = [vars(h) | {"seconds": round(h.seconds, 3)} for h in pool.holders if h.seconds > least]
     data["holders"] = [[row[key] for key in _HOLDER] for row in rows]
     return data
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import re
@@ -31,6 +32,7 @@ _BYTES_A_SECOND: Final = 2400
 _USAGE_INTERVAL: Final = 5.0  # seconds at least between two writes of the use by endpoint
 _USAGE_BYTES_A_SECOND: Final = 450
 _MAX_ROWS: Final = 400  # of it, in all pools
+_MAX_BYTES: Final = 52 * 1024  # of both files of a process
 WRITE_TIMEOUT: Final = 1.0  # seconds that a publication waits for another of this process
 
 _starter: Starter[Processes] = Starter()
@@ -207,8 +209,7 @@ class Processes:
         is_due = now >= state.usage_due or state.stop.is_set() or bool(leaks and not state.leaks)
         if (usage := self._usage()) and is_due:
             state.leaks = leaks
-            most = _MAX_ROWS // len(usage)
-            fitting = {name: merge([rows], min(MAX_NAMES, most)) for name, rows in usage.items()}
+            fitting = _fitting(usage, _MAX_BYTES - state.size)
             size = write(path, {"schema": SCHEMA, "usage": fitting})
             state.usage_due = now + max(_USAGE_INTERVAL, size / _USAGE_BYTES_A_SECOND)
 
@@ -285,3 +286,14 @@ def _count_usage(pool: Any) -> None:
 def _of_this_process(pool: Snapshot) -> Snapshot:
     holders = tuple(replace(holder, worker=os.getpid()) for holder in pool.holders)
     return replace(pool, holders=holders)
+def _fitting(usage: Mapping[str, Rows], room: int) -> dict[str, Rows]:
+    """Return the largest rows of each pool, so many as fit into *room* bytes."""
+    most = min(MAX_NAMES, _MAX_ROWS // len(usage))
+    while True:
+        found = {name: merge([rows], most) for name, rows in usage.items()}
+        size = len(json.dumps(found, separators=(",", ":"))) + 100
+        if size <= room or most <= 1:
+            return found
+        most = max(1, most * max(0, room) // size)
+
+
