@@ -8,12 +8,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from statistics import median
+from typing import Any
 
 from bench._report import Cell, Table
 from dbpool import Databases, Settings
+from dbpool.diagnosis.history import STEPS, Buckets, History, Step, slot_of
 from dbpool.health import Health
 from dbpool.metrics import HolderSnapshot, Metrics
+from dbpool.monitor import Monitor
+from dbpool.monitor._shelf import Shelf
 from dbpool.processes import Processes
 from dbpool.processes._files import start_time
 from tests.postgres import served
@@ -53,7 +58,9 @@ def run(quick: bool) -> Table:
             server.freeze([*server.backends(), server.postmaster_pid])
             table.put("readiness, database hangs", COLUMN, _measure(idle, 3))
             server.thaw()
-    table.put("report over 16 processes", COLUMN, _report(times))
+    report, with_history = _reports(times)
+    table.put("report over 16 processes", COLUMN, report)
+    table.put("the same with history, as JSON", COLUMN, with_history)
     table.put("memory of a pool's metrics", COLUMN, _memory())
     return table
 
@@ -86,7 +93,7 @@ class _Pool:
         return self.metrics.snapshot([], state="up", size=8, active=8, holders=tuple(holders))
 
 
-def _report(times: int) -> Cell:
+def _reports(times: int) -> tuple[Cell, Cell]:
     pools = {"default": _Pool(), "replica": _Pool()}
     memory = "/dev/shm"  # where the gunicorn hooks put it
     with tempfile.TemporaryDirectory(dir=memory if Path(memory).is_dir() else None) as directory:
@@ -94,13 +101,42 @@ def _report(times: int) -> Cell:
         processes.publish()
         (own,) = Path(directory).glob("*.json")
         living = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal()]
-        for pid in [pid for pid in living if start_time(pid)][:16]:
+        for pid in [pid for pid in living if start_time(pid)][:15]:
             record = json.loads(own.read_text()) | {"pid": pid, "start": start_time(pid)}
             (Path(directory) / f"app-{pid}-{record['start']}.json").write_text(json.dumps(record))
         parts = len(processes.report()["processes"])
         cell = _measure(processes.report, times)
+        now = time.monotonic()
+        shelf = Shelf(Path(directory), "app", "1-a")
+        shelf.add_up(list(pools), dict.fromkeys(pools, _history(now)), now)
+        shelf.save("findings", {"at": now, "valid": 3600.0, "findings": [{"code": "DB00"}]})
+        monitor = Monitor(pools, processes, blockers=False)
+        with_history = _measure(
+            lambda: json.dumps(monitor.extend(processes.collect(), ("history",))), times
+        )
         processes.close()
-    return Cell(f"{cell.text} ({parts} processes)", {**cell.values, "processes": parts})
+    return Cell(
+        f"{cell.text} ({parts} processes)", {**cell.values, "processes": parts}
+    ), with_history
+
+
+def _history(now: float) -> History:
+    """Fifteen minutes of a busy pool."""
+    random = Random(1)
+
+    def times() -> Buckets:
+        return Buckets(tuple(random.randrange(2000) for _ in range(12)), random.random())
+
+    def step() -> Step:
+        numbers: dict[str, Any] = {
+            "in_use": random.random(),
+            "size": 8.0,
+            "checkouts": random.randrange(9999),
+        }
+        return Step(**numbers, wait=times(), use=times(), connect=times())
+
+    end = slot_of(now)
+    return History({slot: step() for slot in range(end - STEPS, end)})
 
 
 def _memory() -> Cell:

@@ -239,7 +239,7 @@ def _severity(breaker: BreakerSnapshot) -> tuple[int, float, str, float, str]:
 def _aged(pool: Snapshot, elapsed: float) -> Snapshot:
     left = pool.breaker.retry_after
     breaker = replace(pool.breaker, retry_after=left and max(0.0, left - elapsed))
-    holders = (replace(holder, seconds=holder.seconds + elapsed) for holder in pool.holders)
+    holders = (HolderSnapshot(**vars(h) | {"seconds": h.seconds + elapsed}) for h in pool.holders)
     return replace(pool, breaker=breaker, holders=tuple(holders))
 
 

@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 from zlib import crc32
 
@@ -108,16 +109,18 @@ def _read_header(data: bytes) -> dict[str, Any]:
 
 def _rows(data: bytes, pool: int, layout: Layout) -> Iterator[tuple[int, Step]]:
     begin = layout.place(pool, 0)
-    for at in range(begin, begin + layout.ring * ROW, ROW):
-        row, check = data[at : at + _STEP.size], data[at + _STEP.size : at + ROW]
-        if len(check) == _CHECK.size and check == _CHECK.pack(crc32(row)):
-            slot, step = _unpacked(row)
-            if layout.place(pool, slot) == at:
-                yield slot, step
+    for n in range(layout.ring):
+        found = _read_row(data[begin + n * ROW : begin + (n + 1) * ROW])
+        if found is not None and found[0] % layout.ring == n:
+            yield found
 
 
-def _unpacked(row: bytes) -> tuple[int, Step]:
-    slot, *values = _STEP.unpack(row)
+@lru_cache(maxsize=1024)  # most rows are read again unchanged
+def _read_row(row: bytes) -> tuple[int, Step] | None:
+    """Return a step and its number, None if the row is damaged."""
+    if len(row) < ROW or row[_STEP.size :] != _CHECK.pack(crc32(row[: _STEP.size])):
+        return None
+    slot, *values = _STEP.unpack_from(row)
     fields = {name: value for (name, _), value in zip(_FIELDS, values, strict=False)}
     for n, name in enumerate(TIMES):
         seconds, shift, *counts = values[len(_FIELDS) + 14 * n : len(_FIELDS) + 14 * (n + 1)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, Final
 
 from dbpool.metrics import BOUNDS as FINE_BOUNDS
@@ -63,14 +63,14 @@ class Buckets:
 
     def quantile(self, q: float) -> float | None:
         """Return the *q*-quantile in seconds, interpolated in its bucket; None if there are none."""
-        below = list(accumulate(self.counts, initial=0))
-        if not below[-1]:
-            return None
-        rank = q * below[-1]
-        n = next(n for n in range(_BUCKETS) if below[n + 1] >= rank and self.counts[n])
-        lower = BOUNDS[n - 1] if n else 0.0
-        upper = BOUNDS[n] if n < len(BOUNDS) else _LONGEST
-        return lower + (upper - lower) * max(0.0, rank - below[n]) / self.counts[n]
+        rank, below = q * self.count, 0
+        for n, count in enumerate(self.counts):
+            if count and below + count >= rank:
+                lower = BOUNDS[n - 1] if n else 0.0
+                upper = BOUNDS[n] if n < len(BOUNDS) else _LONGEST
+                return lower + (upper - lower) * max(0.0, rank - below) / count
+            below += count
+        return None
 
     def merge(self, *others: Buckets) -> Buckets:
         """Return the buckets of all of them."""
