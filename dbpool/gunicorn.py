@@ -127,7 +127,7 @@ def post_worker_init(worker: Any) -> None:
     `python -m dbpool plan` does.
     """
     from dbpool.monitor import watch_from_the_start
-    from dbpool.processes import publish_from_the_start
+    from dbpool.processes import publish_from_the_start, set_threads
 
     modules = {cls.__module__ for cls in type(worker).__mro__}
     threads = worker.cfg.threads
@@ -146,6 +146,7 @@ def post_worker_init(worker: Any) -> None:
     watch_from_the_start()
     if os.environ.get(_SERVE):  # the door says ready once the databases serve
         opening = threading.Thread(None, _open_pools, "dbpool-open", daemon=True)
+        set_threads(threads)
         opening.start()
     if worker.age == 1:  # one worker asks for all
         check = threading.Thread(None, _check_sizes, "dbpool-sizes", (worker,), daemon=True)

@@ -51,7 +51,7 @@ class ThreadInfo:
     Not identified by its ident: the next thread may be given the same.
     """
 
-    __slots__ = ("endpoint", "thread")
+    __slots__ = ("__weakref__", "endpoint", "thread")
 
     def __init__(self) -> None:
         self.thread = threading.current_thread()

@@ -33,6 +33,7 @@ __all__ = ["SCHEMA", "Process", "Report", "merge", "read_snapshot"]
 T = TypeVar("T")
 
 SCHEMA: Final = 2
+_SHOWN: Final = ("pid", "age", "uptime", "threads", "busy")  # of a process
 _MAX_COUNT: Final = 1 << 100  # a thousand of them still fit into a float
 _MAX_SECONDS: Final = 1e18
 _MAX_PID: Final = (1 << 31) - 1
@@ -49,7 +50,8 @@ class Process:
     """A process that reports; `start` and `number` tell it from others with the same pid.
 
     `written` is when it reported, on the system's monotonic clock; `age` is how many seconds ago
-    that was, and `uptime` how long the process has run.
+    that was, and `uptime` how long the process has run. `threads` is how many it serves with, and
+    `busy` how many of them served a request then; None if that is not known.
     """
 
     pid: int
@@ -58,6 +60,8 @@ class Process:
     written: float = 0.0
     uptime: float = 0.0
     age: float = 0.0
+    threads: int | None = None
+    busy: int | None = None
 
     @property
     def key(self) -> str:
@@ -127,8 +131,7 @@ class Report:
             "time": self.time,
             "scope": self.scope,
             "processes": [
-                {"pid": process.pid, "age": process.age, "uptime": process.uptime}
-                for process in self.processes
+                {name: getattr(process, name) for name in _SHOWN} for process in self.processes
             ],
             "pools": {name: pool.to_json() for name, pool in self.pools.items()},
         }
@@ -269,10 +272,10 @@ def read_snapshot(data: Mapping[str, Any]) -> Snapshot:
             ),
             breaker=BreakerSnapshot(
                 state=_BREAKER_STATES[_BREAKER_STATES.index(breaker["state"])],
-                since=_optional(read_seconds, breaker["since"]),
-                last_error=_optional(read_text, breaker["last_error"]),
-                retry_after=_optional(read_seconds, breaker["retry_after"]),
-                kind=_optional(read_text, breaker["kind"]),
+                since=read_optional(read_seconds, breaker["since"]),
+                last_error=read_optional(read_text, breaker["last_error"]),
+                retry_after=read_optional(read_seconds, breaker["retry_after"]),
+                kind=read_optional(read_text, breaker["kind"]),
             ),
             holders=tuple(map(_read_holder, data["holders"])),
             **sizes | times,
@@ -294,9 +297,9 @@ def _read_holder(data: Any) -> HolderSnapshot:
         thread=read_text(data["thread"]),
         seconds=read_seconds(data["seconds"]),
         where=read_text(data["where"]),
-        endpoint=_optional(read_text, data["endpoint"]),
-        pid=_optional(read_pid, data["pid"]),
-        worker=_optional(read_pid, data["worker"]),
+        endpoint=read_optional(read_text, data["endpoint"]),
+        pid=read_optional(read_pid, data["pid"]),
+        worker=read_optional(read_pid, data["worker"]),
         status=read_text(data["status"]),
         waits=data["waits"] is True,
     )
@@ -338,5 +341,5 @@ def read_text(value: Any) -> str:
     return value.encode(errors="replace").decode()
 
 
-def _optional(read: Callable[[Any], T], value: Any) -> T | None:
+def read_optional(read: Callable[[Any], T], value: Any) -> T | None:
     return None if value is None else read(value)

@@ -128,7 +128,16 @@ def answer(
     parts = [
         Report(
             {"default": snapshot},
-            (Process(4711 + n, start=str(n), uptime=5400.0 + 7 * n, age=age),),
+            (
+                Process(
+                    4711 + n,
+                    start=str(n),
+                    uptime=5400.0 + 7 * n,
+                    age=age,
+                    threads=8,
+                    busy=min(8, snapshot.active + snapshot.waiting + 1),
+                ),
+            ),
         )
         for n, (snapshot, age) in enumerate(zip(workers, ages, strict=True))
     ]

@@ -241,6 +241,8 @@ def test_the_numbers_on_the_page_are_those_of_stats(see: Callable[..., Page]) ->
         shown = page.locator(f"[data-{part}] > div").all()
         found = {box.locator("dt").inner_text(): box.locator("dd").inner_text() for box in shown}
         assert found == {k.replace("_", " "): str(v) for k, v in counts.items() if k != "discarded"}
+    busy, threads = (sum(each[key] for each in last["processes"]) for key in ("busy", "threads"))
+    assert text(page, "#summary") == f"3 processes, {busy} of {threads} threads busy"
     workers = last["workers"]["default"]
     assert [row[0] for row in cells(page, "[data-workers]")] == [str(w["pid"]) for w in workers]
     assert [row[6] for row in cells(page, "[data-workers]")] == [

@@ -218,7 +218,10 @@ class PoolScene:
 
 @dataclass(frozen=True)
 class Process:
-    """A worker; `age` is how old what it published last is, in seconds."""
+    """A worker; `age` is how old what it published last is, in seconds.
+
+    `threads` is how many it serves with, `busy` how many of them serve a request now, if known.
+    """
 
     pid: int
     age: float
@@ -230,8 +233,7 @@ class Scene:
     """All that a diagnosis looks at. `deaths` are the Unix times at which workers were lost.
 
     `stalled` is the longest pause between two looks of the last seconds, which should be a second:
-    it says that the host or the watching process itself stood still. `threads` are those that all
-    workers serve with, None if that is not known.
+    it says that the host or the watching process itself stood still.
     """
 
     now: float
@@ -239,7 +241,6 @@ class Scene:
     processes: tuple[Process, ...] = ()
     deaths: tuple[float, ...] = ()
     stalled: float = 0.0
-    threads: int | None = None
 
     @classmethod
     def read(
@@ -298,3 +299,5 @@ def _read_pool(name: str, data: Mapping[str, Any], now: float) -> PoolScene:
         counters=mapping(data.get("counters")),
         holders=tuple(Holder.read(each) for each in rows(data.get("holders"))),
     )
+                    whole(each.get("threads")),
+                    whole(each.get("busy")),

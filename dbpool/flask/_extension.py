@@ -188,6 +188,7 @@ def _before_request() -> None:
     if request.endpoint is not None:
         who = holders.current.thread
         request.environ[_OUTER], who.endpoint = who.endpoint, request.endpoint
+        own.processes.begin_request(who)
         g.setdefault(_ENDPOINT, request.endpoint)
 
 
@@ -204,7 +205,10 @@ def _warn_of_open_views(own: State, address: str) -> None:
 def _teardown_request(exc: BaseException | None) -> None:
     """Restore the endpoint: requests may nest, as a test client's do."""
     if _OUTER in request.environ:
-        holders.current.thread.endpoint = request.environ.pop(_OUTER)
+        who = holders.current.thread
+        who.endpoint = request.environ.pop(_OUTER)
+        if who.endpoint is None:
+            state().processes.end_request(who)
 
 
 def _on_appcontext_tearing_down(app: Flask, **extra: Any) -> None:

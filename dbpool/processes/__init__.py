@@ -17,10 +17,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dbpool.processes._processes import Processes, publish_from_the_start
+    from dbpool.processes._processes import Processes, publish_from_the_start, set_threads
     from dbpool.report import SCHEMA
 
-__all__ = ["SCHEMA", "Processes", "publish_from_the_start"]
+__all__ = ["SCHEMA", "Processes", "publish_from_the_start", "set_threads"]
 
 
 if not TYPE_CHECKING:  # a checker would take every name for one that exists

@@ -39,6 +39,15 @@ _starter: Starter[Processes] = Starter()
 publish_from_the_start = _starter.start  # in a server's worker, before any of them is asked
 
 
+_threads: int | None = None  # that this process serves requests with, if that is known
+
+
+def set_threads(number: int) -> None:
+    """Say with how many threads this process serves requests; it reports that from now on."""
+    global _threads  # noqa: PLW0603
+    _threads = number
+
+
 class HasStats(Protocol):
     """All that is needed of a pool; one of dbpool's also counts the use by endpoint."""
 
@@ -63,6 +72,7 @@ class _ProcessState:
         self.size = 0  # of the file as written last, in bytes
         self.usage_due = 0.0  # when to write the use by endpoint again
         self.leaks = 0  # as they were when it was written
+        self.serving: weakref.WeakSet[Any] | None = None  # the threads that serve a request now
         # Held from the snapshot until it is written, so that no older one comes after a newer.
         self.writing = threading.Lock()
 
@@ -89,6 +99,18 @@ class Processes:
         self._warned: set[str] = set()
         self._state = PerProcess(_ProcessState)
         _starter.add(self)
+
+    def begin_request(self, thread: object) -> None:
+        """Count a thread as busy, until `end_request`. Both are for a framework's adapter."""
+        state = self._state()
+        if state.serving is None:
+            state.serving = weakref.WeakSet()
+        state.serving.add(thread)
+
+    def end_request(self, thread: object) -> None:
+        """Count the thread as free again."""
+        if (serving := self._state().serving) is not None:
+            serving.discard(thread)
 
     def start(self) -> bool:
         """Publish about once a second from now on, in a thread of this process.
@@ -236,6 +258,8 @@ class Processes:
             number=state.number,
             written=now,
             uptime=now - state.started_at,
+            threads=_threads,
+            busy=None if state.serving is None else len(state.serving),
         )
         pools = {name: _of_this_process(pool.stats()) for name, pool in self._pools.items()}
         return Report(pools, (process,), "process", time.time())

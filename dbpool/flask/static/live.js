@@ -195,7 +195,10 @@ function showPool(name, pool, stats, last) {
 function summary(stats) {
   const count = stats.processes.length;
   if (stats.scope === "process") return `process ${stats.processes[0].pid} only`;
-  return `${count} ${count === 1 ? "process" : "processes"}`;
+  const known = stats.processes.filter((each) => each.threads && each.busy !== null);
+  const total = (key) => known.reduce((sum, each) => sum + each[key], 0);
+  const threads = known.length ? `, ${total("busy")} of ${total("threads")} threads busy` : "";
+  return `${count} ${count === 1 ? "process" : "processes"}${threads}`;
 }
 
 function showAll(stats) {
