@@ -20,6 +20,7 @@ brings a new version of the library.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -29,12 +30,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from dbpool.processes._directory import DIRECTORY_NAME, Directory, make_directory
+from dbpool.processes._directory import (
+    DIRECTORY_NAME,
+    EXITS,
+    Directory,
+    is_in_memory,
+    leave_file,
+    make_directory,
+)
 from dbpool.processes._files import STATS_DIR
 
 # The hooks alone: `import *` is for a configuration. gunicorn ignores those that it does not know.
 __all__ = [
-    "dirty_worker_init", "on_exit", "on_starting", "post_fork", "post_worker_init",
+    "child_exit", "dirty_worker_init", "on_exit", "on_starting", "post_fork", "post_worker_init",
     "worker_abort", "worker_exit",
 ]  # fmt: skip
 
@@ -51,7 +59,10 @@ _DOOR_SECONDS: Final = 2.0  # that the master waits for the door at its end
 
 _LAST_HOOKS: Final = frozenset({"on_exit", "worker_abort", "worker_exit"})
 
+_MAX_EXITS: Final = 20
+
 _made: Directory | None = None
+_exits: dict[int, int] = {}  # exit codes of workers by pid, below 0 a signal; none of 0
 _door: subprocess.Popen[bytes] | None = None
 
 
@@ -88,6 +99,7 @@ def on_starting(server: Any) -> None:
         Path(given).name
     ):  # not of the master that SIGUSR2 replaces
         os.environ[STATS_DIR] = given
+        _say_where(server, given)
         _start_door(server)
         return
     try:
@@ -100,6 +112,7 @@ def on_starting(server: Any) -> None:
         )
     else:
         os.environ[STATS_DIR] = str(_made.path)
+        _say_where(server, str(_made.path))
     _start_door(server)
 
 
@@ -133,6 +146,7 @@ def post_worker_init(worker: Any) -> None:
     threads = worker.cfg.threads
     if _GREENLET_WORKERS not in modules and (threads > 1 or modules & _THREAD_WORKERS):
         _set_max_size(threads + 1)
+        set_threads(threads)
     # Only the first worker warns.
     if "gunicorn.workers.ggevent" in modules and worker.age == 1 and _is_patched_too_late():
         worker.log.warning(
@@ -146,7 +160,6 @@ def post_worker_init(worker: Any) -> None:
     watch_from_the_start()
     if os.environ.get(_SERVE):  # the door says ready once the databases serve
         opening = threading.Thread(None, _open_pools, "dbpool-open", daemon=True)
-        set_threads(threads)
         opening.start()
     if worker.age == 1:  # one worker asks for all
         check = threading.Thread(None, _check_sizes, "dbpool-sizes", (worker,), daemon=True)
@@ -194,6 +207,33 @@ def worker_exit(server: Any, worker: Any) -> None:
             telemetry.flush()
 
 
+def child_exit(server: Any, worker: Any) -> None:
+    """Leave word for the diagnosis of a worker that ended by a signal or with an exit code."""
+    with suppress(Exception):  # the master has to go on
+        if code := _exit_code():
+            _exits[worker.pid] = code
+        elif _exits.pop(worker.pid, None) is None:  # of another worker that had this pid before
+            return
+        for pid in list(_exits)[:-_MAX_EXITS]:
+            del _exits[pid]
+        path = Path(os.environ[STATS_DIR]) / EXITS
+        leave_file(path, json.dumps(_exits), server.cfg.uid, server.cfg.gid)
+
+
+def _exit_code() -> int | None:
+    """Return how the worker ended that gunicorn has waited for, None if that is not known.
+
+    gunicorn tells no hook: its function that calls them has the status in a local variable.
+    """
+    frame = sys._getframe()
+    while frame.f_code.co_name != "reap_workers":
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    status = frame.f_locals.get("status")
+    return os.waitstatus_to_exitcode(status) if isinstance(status, int) else None
+
+
 def on_exit(server: Any) -> None:
     """Stop the door, and remove the directory that `on_starting` created."""
     if _door is not None and _door.stdin is not None:
@@ -202,6 +242,16 @@ def on_exit(server: Any) -> None:
             _door.wait(_DOOR_SECONDS)
     if _made is not None:
         _made.remove()
+
+
+def _say_where(server: Any, directory: str) -> None:
+    """Say once if the statistics are not kept in memory: a disk that stalls makes them late."""
+    if is_in_memory(Path(directory)) is False:
+        server.log.info(
+            "dbpool: %s is not in memory: each worker writes its statistics there once a second,"
+            " up to 4 KiB a second. worker_tmp_dir = '/dev/shm' keeps them off the disk",
+            directory,
+        )
 
 
 def _start_door(server: Any) -> None:

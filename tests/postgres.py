@@ -274,7 +274,8 @@ def session(server: Server, *statements: str, name: str = "psql") -> Iterator[in
         for statement in statements:
             conn.execute(statement.encode())
         yield conn.info.backend_pid
-        conn.rollback()
+        with suppress(psycopg.OperationalError):  # the server may have stopped
+            conn.rollback()
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 import urllib.request
@@ -23,7 +25,7 @@ PASSWORD = "a-good-password"
 WORKERS = 3
 
 APP = """
-import re, signal
+import re, signal, threading
 
 def retried(conn):
     n = conn.execute("select n from stock where id = 2").fetchone()[0]
@@ -81,6 +83,11 @@ def call(seconds):
 def slow(seconds):
     return str(db.pool.fetch_value("select pg_sleep(%s)", [seconds]))  # slow
 
+@app.get("/report/<float:seconds>")
+def report(seconds):
+    query = "select count(*), pg_sleep(%s) from stock"
+    return str(db.pool.fetch_value(query, [seconds]))  # report
+
 @app.get("/paced")
 def paced():
     return str(db.pool.fetch_value("select pg_sleep(n / 1000.0) from stock where id = 3"))
@@ -101,6 +108,49 @@ def forget():
 def lose():
     db.pool.getconn().cursor().execute("select 1")  # lose
     return "lost"
+
+@app.get("/keep/<statement>")
+def keep(statement):
+    pool = db.pool
+
+    def run():
+        kept = []
+        while len(kept) < pool.max_size:
+            kept.append(pool.getconn())  # keep
+            if statement != "none":
+                kept[-1].execute(f"select '{statement}'")
+        time.sleep(600)
+
+    threading.Thread(target=run, daemon=True).start()
+    return "kept"
+
+@app.get("/twice")
+def twice():
+    with db.pool.connection() as conn:  # twice
+        conn.execute("update stock set n = n + 1 where id = 1")
+        return str(db["reports"].execute("update stock set n = n + 1 where id = 1"))
+
+@app.get("/listen")
+def listen():
+    pool = db.pool
+
+    def run():
+        with pool.connection() as conn:
+            conn.autocommit = True
+            conn.execute("listen news")
+            for _ in conn.notifies():
+                pass
+
+    threading.Thread(target=run, daemon=True).start()
+    return "listening"
+
+@app.get("/insert")
+def insert():
+    return str(db.pool.execute("insert into stock select random() * 1e9, 0"))  # insert
+
+@app.get("/batch")
+def batch():
+    return str(sum(db.pool.fetch_value("select 1") for _ in range(1000)))
 
 @app.get("/end")
 def end():
@@ -279,6 +329,8 @@ class Shop:
             for process in self.processes():
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
+        with suppress(ProcessLookupError):  # a master that took the place of the first
+            os.killpg(self.site.process.pid, signal.SIGKILL)
         self.stack.close()
         self.site.process.wait(30)
         self.site.kill()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dbpool.diagnosis import (
     CODES,
+    Death,
     Finding,
     Prepared,
     Scene,
@@ -240,7 +241,7 @@ TROUBLES: dict[str, Case] = {
         "DB04",
         always(full(4, holders(3, 4.0, "query"))),
         ("session 99",),
-        view=seen(*WAITERS, Session(99), is_limited=True),
+        view=seen(*WAITERS, Session(99, user="admin"), is_limited=True),
     ),
     "idle in transaction, the server says so": Case(
         "DB05",
@@ -300,7 +301,7 @@ TROUBLES: dict[str, Case] = {
     ),
     "workers killed again and again": Case(
         "DB16", always(pool()), ("3 workers died",),
-        more={"deaths": (NOW - 200, NOW - 90, NOW - 3)},
+        more={"deaths": (Death(NOW - 200), Death(NOW - 90), Death(NOW - 3))},
     ),
 }  # fmt: skip
 
@@ -349,6 +350,78 @@ MORE_TROUBLES: dict[str, Case] = {
     "deadlock that the server has not ended yet": Case(
         "DB04", always(full(1, holders(2, 1.5, "query"))), ("2 connections of default wait",),
         view=seen(ours(5001, (5002,), query_seconds=1.5), ours(5002, (5001,), query_seconds=1.5)),
+    ),
+    "lock, then the server stops": Case(
+        "DB01", always(failing("connection refused", 2.5, "closed", waiting=4)),
+        ("is down for 2.5 s",), view=replace(seen(*WAITERS, foreign(99)), time=NOW - 4),
+    ),
+    "lock, then the server falls silent": Case(
+        "DB01", always(full(4, holders(3, 9.0, "query"))), ("does not answer for 3.0 s",),
+        view=replace(seen(*WAITERS, foreign(99)), time=NOW - 6, silent_since=NOW - 3),
+    ),
+    "one look at a locked table takes long": Case(
+        "DB04", always(full(4, holders(3, 9.0, "query"))), ("session 99",),
+        view=replace(seen(*WAITERS, foreign(99)), time=NOW - 4, silent_since=NOW - 1),
+    ),
+    "server full, for its connections wait for a lock": Case(
+        "DB04",
+        always(failing("FATAL: sorry, too many clients already", 2, "closed", waiting=4, active=12,
+                       holders=holders(3, 4.0, "query"))),
+        ("session 99",), view=replace(seen(*WAITERS, foreign(99)), time=NOW - 3),
+    ),
+    "a row that all update, each waiting for a short time": Case(
+        "DB04", lambda ago: full(4, holders(12, 0.3, "query", where=f"a.py:{ago}")),
+        ("3 connections of default wait for a lock that the session 99",),
+        view=seen(*[ours(pid, (99,), query_seconds=0.3) for pid in (1, 2, 3)], foreign(99),
+                  locked_since=NOW - 2),
+    ),
+    "table that a migration rewrites": Case(
+        "DB04", always(full(4, holders(3, 4.0, "query"))),
+        ("session 99 (alembic, 10.0.0.5) holds, active in ALTER TABLE for 30 s",),
+        view=seen(*WAITERS, foreign(99, "active", application_name="alembic", ddl="ALTER TABLE",
+                                    wait_type="IO", wait_event="DataFileRead")),
+    ),
+    "blocker that waits for a disk": Case(
+        "DB04", always(full(4, holders(3, 4.0, "query"))), ("active in IO/DataFileRead for 30 s",),
+        view=seen(*WAITERS, foreign(99, "active", wait_type="IO", wait_event="DataFileRead")),
+    ),
+    "migration on the primary of a replica": Case(
+        "DB04", always(full(4, holders(3, 4.0, "query"))),
+        ("lock that the replay of the primary's changes (pid 99) holds;",),
+        view=seen(*WAITERS, Session(99, backend_type="startup", wait_type="IPC"),
+                  facts=ServerFacts(role="standby")),
+    ),
+    "migration on the primary of a replica, not to be seen": Case(
+        "DB04", always(full(4, holders(3, 4.0, "query"))), ("replay of the primary's changes",),
+        view=seen(*WAITERS, Session(99), facts=ServerFacts(role="standby"), is_limited=True),
+    ),
+    "autovacuum, not to be seen": Case(
+        "DB04", always(full(4, holders(3, 4.0, "query"))), ("lock that autovacuum (pid 99) holds;",),
+        view=seen(*WAITERS, Session(99), facts=ServerFacts(role="primary"), is_limited=True),
+    ),
+    "synchronous standby gone": Case(
+        "DB07", growing(12, "query", 8), ("most of the statements wait for IPC/SyncRep",), seconds=8,
+        view=seen(*(ours(5001 + n, query_seconds=8.0, wait_type="IPC", wait_event="SyncRep")
+                    for n in range(12))),
+    ),
+    "background thread keeps a third of the connections": Case(
+        "DB15",
+        lambda ago: full(4, [
+            *holders(4, 60.0 - ago, "idle", where="poller.py:12 run", endpoint=None),
+            *holders(8, 0.1, "query", where=f"a.py:{ago}", worker=1)]),
+        ("4 callers of default wait while 4 connections have run no query for up to 60 s",
+         "poller.py:12 run (4 times)"), seconds=12,
+    ),
+    "process without files": Case(
+        "DB17",
+        always(failing("connection failed: Too many open files", 3, "closed", waiting=2)
+               | {"breaker": {"state": "closed", "since": NOW - 3, "kind": "descriptors",
+                              "last_error": "connection failed: Too many open files"}}),
+        ("cannot get another connection", "Too many open files"),
+    ),
+    "workers that die in two ways": Case(
+        "DB16", always(pool()), ("3 workers died within five minutes: 2 by SIGKILL, 1 with exit code 1",),
+        more={"deaths": (Death(NOW - 20, -9), Death(NOW - 9, 1), Death(NOW - 3, -9))},
     ),
 }  # fmt: skip
 
@@ -401,10 +474,34 @@ QUIET: dict[str, Case] = {
         "DB00", always(pool()), steps=[step(use=0.3, connects=12)],
         processes=[{"pid": 4711, "age": 0.1, "uptime": 5.0}],
     ),
-    "one worker dismissed": Case("DB00", always(pool()), more={"deaths": (NOW - 400, NOW - 10)}),
+    "one worker dismissed": Case("DB00", always(pool()), more={"deaths": (Death(NOW - 400), Death(NOW - 10))}),
     "transaction pooler, large sizes": Case(
         "DB00", always(pool(max_size=900)), view=seen(facts=replace(FACTS, used=20)),
         more={"poolers": frozenset({NAME})},
+    ),
+}  # fmt: skip
+
+
+# Beyond the 16.
+MORE_QUIET: dict[str, Case] = {
+    "all threads busy elsewhere": Case(
+        "DB00", always(pool(active=0, idle=12)),
+        ("default has 0 of 12 connections in use, nobody waits; 12 of 12 threads are busy elsewhere",),
+        processes=[{"pid": 4711 + n, "age": 0.5, "uptime": 900.0, "threads": 4, "busy": 4}
+                   for n in range(3)],
+    ),
+    "deploy, old and new workers at once": Case(
+        "DB00", always(pool(max_size=120)), view=seen(facts=replace(FACTS, used=20)),
+        processes=[{"pid": 4711 + n, "age": 0.5, "uptime": 900.0 if n < 3 else 5.0}
+                   for n in range(6)],
+    ),
+    "thread that listens for notifications": Case(
+        "DB00", lambda ago: pool(holders=[holder(900.0 - ago, "idle", where="listen.py:7 run")]),
+        seconds=20,
+    ),
+    "one look that takes a while": Case(
+        "DB00", always(pool(holders=holders(2, 2.5, "query"))),
+        view=replace(seen(ours(5001), ours(5002)), silent_since=NOW - 0.7),
     ),
 }  # fmt: skip
 
@@ -419,12 +516,13 @@ def test_the_first_finding_names_the_trouble(name: str) -> None:
     assert found[0].do
 
 
-@pytest.mark.parametrize("name", QUIET)
+@pytest.mark.parametrize("name", [*QUIET, *MORE_QUIET])
 def test_nothing_is_found_where_nothing_is_wrong(name: str) -> None:
-    found = diagnose(QUIET[name].scene())
+    case = (QUIET | MORE_QUIET)[name]
+    found = diagnose(case.scene())
     assert {each.severity for each in found} <= {Severity.OK, Severity.NOTICE}, found
     assert "DB00" in {each.code for each in found}
-    for word in QUIET[name].words:
+    for word in case.words:
         assert any(word in each.text for each in found)
 
 
@@ -443,10 +541,37 @@ def test_a_lock_says_since_when_and_whose_line_it_is() -> None:
         {
             "pid": 99, "worker": 4713, "endpoint": "billing.pay", "where": "billing/pay.py:88 pay",
             "state": "idle in transaction", "seconds": 14.0, "client": None, "query": None,
-            "application_name": "dbpool:default@web/4711",
+            "application_name": "dbpool:default@web/4711", "statement": None, "wait": None,
         }
     ]  # fmt: skip
     assert "pg_terminate_backend(99)" in found.do
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("table that a migration rewrites", "pg_cancel_backend(99)"),
+        ("migration on the primary of a replica", "A transaction on the primary holds the lock"),
+        ("synchronous standby gone", "synchronous_standby_names"),
+        ("process without files", "The database is not the cause"),
+        ("workers that die in two ways", "gunicorn's timeout ended the worker"),
+    ],
+)
+def test_what_to_do_fits_the_cause(name: str, advice: str) -> None:
+    assert advice in diagnose(MORE_TROUBLES[name].scene())[0].do
+
+
+def test_a_checkout_is_the_same_at_each_look_though_its_start_is_not_known_exactly() -> None:
+    def jittering(ago: int) -> dict[str, Any]:
+        return full(4, holders(12, 15.0 - ago + (0.4 if ago % 2 else 0.0), "idle in transaction"))
+
+    found = diagnose(Case("DB05", jittering, seconds=12, steps=lately(2, step(number=0))).scene())
+    assert found[0].code == "DB05"
+
+
+def test_short_checkouts_of_one_thread_are_not_taken_for_a_long_one() -> None:
+    state = always(full(0, holders(12, 0.6, "idle in transaction")))
+    assert diagnose(Case("DB00", state, seconds=20).scene())[0].code == "DB00"
 
 
 def test_what_a_role_may_not_see_is_said_with_the_grant() -> None:
@@ -465,6 +590,23 @@ def test_an_error_names_the_worst_finding_and_of_strangers_pid_and_application_n
     assert "(psql)" in said
     assert "10.1.2.3" not in said
     assert suspicions(diagnose(Case("DB00", always(pool())).scene())) == {}
+
+
+@pytest.mark.parametrize(
+    ("called", "is_named"),
+    [("dbpool:orders@web/4711", True), ("dbpool:orders@web/4712", False), ("psql", False)],
+)
+def test_a_lock_that_another_pool_of_ours_holds_is_named_too(called: str, is_named: bool) -> None:
+    blocker = ours(99, is_ours=False, state="idle in transaction", application_name=called)
+    held = [holder(9.0, "idle in transaction", pid=99, where="pay.py:8 pay")]
+    report = {
+        "time": NOW,
+        "pools": {NAME: full(4, holders(3, 4.0, "query")), "orders": pool(holders=held)},
+    }
+    scene = Scene.read(report, views={NAME: seen(*WAITERS, blocker)})
+    found = next(each for each in diagnose(scene) if each.code == "DB04")
+    assert ("orders.index (pay.py:8 pay) in worker 4711" in found.text) is is_named
+    assert found.evidence["blockers"][0]["pid"] == 99
 
 
 def test_nested_checkouts_that_timed_out_are_counted_since_the_first() -> None:
@@ -616,7 +758,9 @@ SESSIONS = st.builds(
     Session,
     pid=st.integers(0, 9),
     state=st.sampled_from(["active", "idle in transaction", None]),
-    wait_type=st.sampled_from(["Lock", None]),
+    wait_type=st.sampled_from(["Lock", "IO", None]),
+    wait_event=st.sampled_from(["DataFileRead", None]),
+    backend_type=st.sampled_from(["client backend", "startup", None]),
     query_seconds=st.none() | st.floats(0, 99),
     state_seconds=st.none() | st.floats(0, 99),
     ddl=st.none() | st.just("ALTER TABLE"),
@@ -631,6 +775,8 @@ VIEWS = st.builds(
     facts=st.none() | st.builds(ServerFacts, *[st.none() | st.integers(0, 99)] * 6),
     is_joined=st.booleans(),
     is_limited=st.booleans(),
+    silent_since=st.none() | st.floats(NOW - 20, NOW),
+    locked_since=st.none() | st.floats(NOW - 20, NOW),
 )  # fmt: skip
 STEPS = st.lists(
     st.none()
@@ -648,9 +794,12 @@ STEPS = st.lists(
 )
 
 
-@given(REPORTS | JSON, st.lists(VIEWS, max_size=3), STEPS, st.lists(st.floats(), max_size=4))
+DEATHS = st.builds(Death, st.floats(), st.none() | st.integers(-99, 300))
+
+
+@given(REPORTS | JSON, st.lists(VIEWS, max_size=3), STEPS, st.lists(DEATHS, max_size=4))
 def test_no_report_breaks_the_diagnosis(
-    report: Any, views: list[ServerView], steps: list[Step | None], deaths: list[float]
+    report: Any, views: list[ServerView], steps: list[Step | None], deaths: list[Death]
 ) -> None:
     pools = report.get("pools") if isinstance(report, dict) else None
     names = list(pools) if isinstance(pools, dict) else []

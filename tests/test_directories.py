@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from dbpool import gunicorn as hooks
+from dbpool.processes import _directory
 from dbpool.processes._files import is_held
 from tests.scripts import python
 
@@ -266,6 +267,31 @@ def test_where_a_directory_cannot_be_made_memory_is_used(
 
 
 @needs_memory
+def test_a_directory_that_is_not_in_memory_is_said_with_what_is_written_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DBPOOL_STATS_DIR", str(tmp_path))
+    monkeypatch.delenv("DBPOOL_SERVE", raising=False)
+    said: list[str] = []
+    log = SimpleNamespace(info=lambda text, *args: said.append(text % args))
+    for answer, expected in ((True, 0), (None, 0), (False, 1)):
+        monkeypatch.setattr(hooks, "is_in_memory", lambda path, known=answer: known)
+        hooks.on_starting(SimpleNamespace(log=log))
+        monkeypatch.setenv("DBPOOL_STATS_DIR", str(tmp_path))
+        assert len(said) == expected
+    assert f"{tmp_path} is not in memory" in said[0]
+    assert "up to 4 KiB a second" in said[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone lists its mounts like this")
+def test_what_is_in_memory_is_told_from_what_is_not() -> None:
+    mounts = map(str.split, Path("/proc/mounts").read_text().splitlines())
+    kinds = {path: kind for _, path, kind, *_ in mounts}
+    for mount in {"/dev/shm", "/proc", "/sys"} & kinds.keys():
+        assert _directory.is_in_memory(Path(mount)) is (kinds[mount] == "tmpfs")
+    assert _directory.is_in_memory(Path("/no/such/directory")) is None
+
+
 def test_a_read_only_root_is_no_error(start: Callable[..., Master], tmp_path: Path) -> None:
     for parent in ("", tmp_path):
         master = start(parent, *read_only("/dev/shm"))

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from dbpool import Pool, PoolError, holders
-from dbpool.diagnosis.endpoints import (
 from dbpool.diagnosis._rows import ROW
+from dbpool.diagnosis.endpoints import (
     LONGEST,
     MAX_NAMES,
     OTHER,
@@ -33,10 +33,10 @@ from dbpool.diagnosis._rows import ROW
     to_json,
     totals,
 )
-from dbpool.metrics import HolderSnapshot, Metrics, Snapshot
 from dbpool.diagnosis.history import STEP, Step
-from dbpool.processes import Processes
+from dbpool.metrics import HolderSnapshot, Metrics, Snapshot
 from dbpool.monitor._shelf import Shelf
+from dbpool.processes import Processes
 
 from .conftest import MakeApp
 from .fake import FakeServer
@@ -344,7 +344,6 @@ def test_the_files_of_a_busy_worker_are_small_and_seldom_written(tmp_path: Path)
     processes.close()
 
 
-# Flask
 @pytest.mark.parametrize("number", [3, 4, 8, 16])
 def test_the_files_of_a_worker_with_many_busy_pools_are_as_small(
     tmp_path: Path, number: int
@@ -373,6 +372,7 @@ def test_the_files_of_a_worker_with_many_busy_pools_are_as_small(
     processes.close()
 
 
+# Flask
 
 
 def test_workers_that_are_replaced_keep_their_share_of_the_use(
@@ -418,7 +418,6 @@ def test_metrics_have_the_use_by_endpoint_where_it_is_asked_for(
     assert ('dbpool_endpoint_use_seconds_total{endpoint="other"' in body) is is_wanted
 
 
-def test_requests_are_counted_by_endpoint_in_the_stats(dsn: str, make_app: MakeApp) -> None:
 def test_threads_are_busy_while_they_serve_a_request(dsn: str, make_app: MakeApp) -> None:
     app = make_app(dsn, DBPOOL_DETAILS="always")
     processes = app.extensions["dbpool"].processes
@@ -440,6 +439,7 @@ def test_threads_are_busy_while_they_serve_a_request(dsn: str, make_app: MakeApp
     assert busy() == 0
 
 
+def test_requests_are_counted_by_endpoint_in_the_stats(dsn: str, make_app: MakeApp) -> None:
     app = make_app(dsn, DBPOOL_DETAILS="always")
     pool = app.extensions["dbpool"].databases.default
 

@@ -40,9 +40,15 @@ def test_a_thousand_requests_are_a_thousand_checkouts(make_site: Callable[..., S
     assert pool["wait"]["count"] == pool["use"]["count"] == 1000
     assert pool["active"] + pool["idle"] + pool["connecting"] == pool["size"]
 
-    os.kill(int(workers.most_common(1)[0][0]), signal.SIGKILL)
+    assert {process["threads"] for process in stats["processes"]} == {4}
+    assert max(process["busy"] for process in stats["processes"]) >= 1, "that which answers"
+
+    killed = workers.most_common(1)[0][0]
+    os.kill(int(killed), signal.SIGKILL)
     for _ in range(20):
         assert site.checkouts() == 1000
+    said = f"worker {killed} died by SIGKILL"
+    until(lambda: said in site.get("/db/stats?include=journal"), 20.0)
     until(lambda: len(site.stats()["processes"]) >= 2)
     assert site.checkouts() == 1000
 

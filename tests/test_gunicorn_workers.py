@@ -112,6 +112,7 @@ def test_an_aborted_worker_says_what_it_held_and_leaves_no_query(
     assert "counted.py" in said
     assert "(lock)" in said
     assert site.get("/").isdecimal()  # another took its place
+    until(lambda: "died with exit code 1" in site.get("/db/stats?include=journal"), 20.0)
 
 
 def test_an_error_in_it_is_not_raised_where_the_signal_came(dsn: str) -> None:
@@ -251,5 +252,5 @@ def test_ours_runs_although_the_users_own_fails_at_the_end(monkeypatch: pytest.M
 def test_only_a_hook_can_be_combined() -> None:
     def post_forks(server: object, worker: object) -> None: ...
 
-    with pytest.raises(ValueError, match="no hook post_forks: only dirty_worker_init"):
+    with pytest.raises(ValueError, match="no hook post_forks: only child_exit, dirty_worker_init"):
         hooks.combined(post_forks)

@@ -560,6 +560,24 @@ def test_a_process_that_stood_still_says_so_whoever_watched_before(
     assert (found[0]["code"], found[0]["severity"]) == ("DB12", "notice")
 
 
+@pytest.mark.parametrize("step", [3600.0, -3600.0])
+def test_a_clock_that_is_set_makes_no_wait_long(
+    dsn: str, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch, step: float
+) -> None:
+    shop, set_by = make_shop(dsn), [0.0]
+    now = time.time
+    monkeypatch.setattr("dbpool.monitor._watching.time.time", lambda: now() + set_by[0])
+    held = [shop.pool.getconn() for _ in range(2)]
+    waiting = Task(shop.pool.getconn, 20.0)
+    until(lambda: shop.pool.stats().waiting)
+    for set_by[0] in (0.0, 0.0, step, step):
+        shop.monitor.tick()
+    assert shop.monitor.findings()[0]["code"] == "DB00"
+    for conn in held:
+        shop.pool.putconn(conn)
+    shop.pool.putconn(waiting.result(20))
+
+
 def test_a_lease_from_before_the_system_started_holds_nobody_up(directory: Path) -> None:
     Shelf(directory, "app", "1-a").lead(90_000.0)
     assert Shelf(directory, "app", "2-b").lead(10.0)

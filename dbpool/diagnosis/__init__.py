@@ -11,20 +11,20 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Final
 
-from dbpool.diagnosis import _connecting, _holding, _host, _trends
+from dbpool.diagnosis import _connecting, _holding, _host, _locks, _trends
 from dbpool.diagnosis._finding import CODES, Finding, Severity, ordered, suspicions
-from dbpool.diagnosis._scene import Holder, PoolScene, Process, Run, Scene, Watch
+from dbpool.diagnosis._scene import Death, Holder, PoolScene, Process, Run, Scene, Watch
 from dbpool.diagnosis._server_view import Prepared, ServerFacts, ServerView, Session
 
 __all__ = [
-    "CODES", "Finding", "Holder", "PoolScene", "Prepared", "Process", "Run", "Scene", "ServerFacts",
-    "ServerView", "Session", "Severity", "Watch", "diagnose", "suspicions",
+    "CODES", "Death", "Finding", "Holder", "PoolScene", "Prepared", "Process", "Run", "Scene",
+    "ServerFacts", "ServerView", "Session", "Severity", "Watch", "diagnose", "suspicions",
 ]  # fmt: skip
 
 # What is wrong with one pool: causes before their effects.
 _RULES: Final[tuple[Callable[[PoolScene], Finding | None], ...]] = (
     _connecting.connecting,
-    _holding.waiting_for_lock,
+    _locks.waiting_for_lock,
     _holding.nested,
     _trends.forgotten,
     _holding.held_unused,
@@ -34,9 +34,9 @@ _RULES: Final[tuple[Callable[[PoolScene], Finding | None], ...]] = (
     _trends.churn,
     _trends.conflicts,
     _trends.slower,
-    _host.over_configured,
     _host.replica,
 )
+_SILENCE: Final = 2.0  # seconds
 _CANNOT_CONNECT: Final = frozenset({"DB01", "DB02", "DB03", "DB17"})
 # What each of these may be an effect of. It is then left out: one look names the cause.
 _EFFECTS: Final[Mapping[str, frozenset[str]]] = MappingProxyType({
@@ -53,7 +53,7 @@ _EFFECTS: Final[Mapping[str, frozenset[str]]] = MappingProxyType({
 def diagnose(scene: Scene) -> tuple[Finding, ...]:
     """Return what is wrong, the worst and longest first; DB00 alone where nothing is."""
     found = [finding for pool in scene.pools for finding in _of_pool(pool)]
-    whole = (_host.silent_workers(scene), _host.dying_workers(scene))
+    whole = (_host.silent_workers(scene), _host.dying_workers(scene), *_host.over_configured(scene))
     found += [finding for finding in whole if finding is not None]
     if not any(finding.severity in (Severity.WARNING, Severity.CRITICAL) for finding in found):
         found.append(_host.innocent(scene))
@@ -65,6 +65,15 @@ def _of_pool(pool: PoolScene) -> Iterator[Finding]:
     # A single transaction that stays open is to blame, not the code of all who come and go.
     if {"DB05", "DB15"} <= found.keys() and not _holding.has_turnover(pool):
         del found["DB15"]
+    # What a server said of locks before it stopped answering is no longer so.
+    if {"DB01", "DB04"} <= found.keys() and _is_over(pool, found["DB01"]):
+        del found["DB04"]
     for code, finding in found.items():
         if found.keys().isdisjoint(_EFFECTS.get(code, ())):
             yield finding
+
+
+def _is_over(pool: PoolScene, down: Finding) -> bool:
+    """Whether the server has said nothing since it is down; a look at it may just take long."""
+    is_sure = down.evidence["error"] is not None or pool.now - down.since >= _SILENCE
+    return is_sure and (pool.view is None or pool.view.time <= down.since)

@@ -12,6 +12,7 @@ from dbpool.errors import is_permanent
 
 _NO_ANSWER: Final = "timeout"
 _SATURATED: Final = "saturated"
+_DESCRIPTORS: Final = "descriptors"
 _OTHER_LIMIT: Final = re.compile(
     r"too many connections for (role|database)|no more connections allowed|max_client_conn"
     r"|no server connection within|query_wait_timeout"
@@ -34,7 +35,7 @@ def connecting(pool: PoolScene) -> Finding | None:
     if not is_open and lasted < _FAILING_AFTER:
         return _limit_of_late(pool)
     evidence = {"error": error, "kind": kind, "seconds": lasted, "waiting": pool.waiting}
-    if kind == _SATURATED:
+    if kind in (_SATURATED, _DESCRIPTORS):
         return _limit(pool, error, since, evidence)
     if is_permanent(kind):
         return Finding(
@@ -69,8 +70,9 @@ def _unanswered(pool: PoolScene) -> Finding | None:
     asking = [holder for holder in pool.holders if holder.status in (QUERY, UNKNOWN)]
     if since is None or not asking:
         return None
-    # Not since the youngest of these statements was sent, either.
-    since = min(since, pool.now - min(holder.seconds for holder in asking))
+    if pool.last_view is None or not pool.last_view.waiting_for_locks():
+        # Not since the youngest of these statements was sent, either. A lock would explain that.
+        since = min(since, pool.now - min(holder.seconds for holder in asking))
     lasted = pool.now - since
     error = f"no answer to the monitor, and {count(len(asking), 'connection')} wait for one"
     evidence = {"error": None, "kind": _NO_ANSWER, "seconds": lasted, "waiting": pool.waiting}
@@ -79,7 +81,8 @@ def _unanswered(pool: PoolScene) -> Finding | None:
 
 _SETTINGS: Final = {
     "password": "Correct the password or its file; the pool reads it again at each attempt where a"
-    " file or a callable gives it.",
+    " file or a callable gives it. The server says the same of a role whose password has expired"
+    " (VALID UNTIL).",
     "role": "Create the role on the server, or correct the user in the connection settings.",
     "database": "Create the database, or correct its name in the connection settings.",
     "access": "Allow the role: see pg_hba.conf and GRANT CONNECT on the server.",
@@ -87,6 +90,17 @@ _SETTINGS: Final = {
     "conninfo": "Correct the connection settings: python -m dbpool check shows them without"
     " secrets.",
 }  # fmt: skip
+
+
+_LIMITS: Final = (
+    "Raise the limit that the message names (ALTER ROLE … CONNECTION LIMIT, ALTER DATABASE …"
+    " CONNECTION LIMIT, PgBouncer's max_client_conn or pool sizes), or lower max_size of the pools"
+    " that share it."
+)
+_FILES: Final = (
+    "The process may open no more files: find what it leaves open (lsof -p), or raise the limit"
+    " (ulimit -n, LimitNOFILE=). The database is not the cause."
+)
 
 
 def _limit_of_late(pool: PoolScene) -> Finding | None:
@@ -105,14 +119,13 @@ def _limit(pool: PoolScene, error: str, since: float, evidence: dict[str, object
     severity = Severity.CRITICAL if pool.waiting or pool.refused else Severity.WARNING
     view = pool.view
     facts = None if view is None else view.facts
-    if _OTHER_LIMIT.search(error):
+    is_own = evidence["kind"] == _DESCRIPTORS
+    if is_own or _OTHER_LIMIT.search(error):
         return Finding(
             "DB17", severity, pool=pool.name, since=since, evidence=evidence,
             text=f"{pool.name} cannot get another connection: {error}"
             f" ({count(pool.waiting, 'caller')} waiting)",
-            do="Raise the limit that the message names (ALTER ROLE … CONNECTION LIMIT, ALTER"
-            " DATABASE … CONNECTION LIMIT, PgBouncer's max_client_conn or pool sizes), or lower"
-            " max_size of the pools that share it.",
+            do=_FILES if is_own else _LIMITS,
         )  # fmt: skip
     known = ""
     if view is not None and facts is not None and facts.max_connections is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -135,3 +136,11 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def ending(code: int) -> str:
+    """Say how a process ended, by its exit code, or by a signal's number below 0."""
+    if code >= 0:
+        return f"with exit code {code}"
+    known = {int(each): each.name for each in signal.Signals}
+    return f"by {known.get(-code, f'signal {-code}')}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Final
 
-from dbpool.diagnosis._finding import Finding, Severity, count, duration
+from dbpool.diagnosis._finding import Finding, Severity, count, duration, ending
 from dbpool.diagnosis._scene import PoolScene, Scene
 
 _SILENT: Final = 10.0  # seconds
@@ -13,26 +15,34 @@ _LAG: Final = 60.0
 _DEATHS: Final = 3
 _WITHIN: Final = 300.0  # seconds
 _STALL: Final = 5.0
+_NEW: Final = 60.0  # seconds of a worker's life
+_SPREAD: Final = 3.0  # seconds between the starts of workers that were started together
 
 
-def over_configured(pool: PoolScene) -> Finding | None:
-    """DB11: the workers together may want more connections than the server allows."""
-    view = pool.view
-    room = None if view is None or view.facts is None or pool.pooler else view.facts.room
-    if view is None or view.facts is None or room is None or pool.max_size <= room:
-        return None
-    facts = view.facts
-    return Finding(
-        "DB11", Severity.WARNING, pool=pool.name, since=view.time,
-        text=f"all workers' pools {pool.name} together may open {pool.max_size} connections, but the"
-        f" server allows them {room}",
-        do="Lower max_size or the number of workers, or put a pooler in front of the server.",
-        evidence={
-            "max_size": pool.max_size, "room": room, "max_connections": facts.max_connections,
-            "reserved": facts.reserved, "role_limit": facts.role_limit,
-            "database_limit": facts.database_limit,
-        },
-    )  # fmt: skip
+def over_configured(scene: Scene) -> Iterator[Finding]:
+    """DB11: the workers together may want more connections than the server allows.
+
+    A notice while some workers are new and others are not: those may be ending.
+    """
+    uptimes = [process.uptime for process in scene.processes] or [0.0]
+    is_deploy = min(uptimes) < _NEW and max(uptimes) - min(uptimes) > _SPREAD
+    for pool in scene.pools:
+        facts = None if pool.view is None else pool.view.facts
+        room = None if facts is None or pool.pooler else facts.room
+        if pool.view is None or facts is None or room is None or pool.max_size <= room:
+            continue
+        yield Finding(
+            "DB11", Severity.NOTICE if is_deploy else Severity.WARNING,
+            pool=pool.name, since=pool.view.time,
+            text=f"all workers' pools {pool.name} together may open {pool.max_size} connections,"
+            f" but the server allows them {room}",
+            do="Lower max_size or the number of workers, or put a pooler in front of the server.",
+            evidence={
+                "max_size": pool.max_size, "room": room, "max_connections": facts.max_connections,
+                "reserved": facts.reserved, "role_limit": facts.role_limit,
+                "database_limit": facts.database_limit,
+            },
+        )  # fmt: skip
 
 
 def replica(pool: PoolScene) -> Finding | None:
@@ -89,34 +99,56 @@ def silent_workers(scene: Scene) -> Finding | None:
 
 
 def dying_workers(scene: Scene) -> Finding | None:
-    """DB16: workers end without closing their pools, again and again."""
-    recent = [at for at in scene.deaths if scene.now - _WITHIN <= at <= scene.now + 1.0]
+    """DB16: workers end by a signal, with an error or without closing their pools, several times."""
+    recent = [each for each in scene.deaths if scene.now - _WITHIN <= each.time <= scene.now + 1.0]
     if len(recent) < _DEATHS:
         return None
+    causes = Counter(ending(each.code) for each in recent if each.code is not None)
+    how = ", ".join(f"{number} {cause}" for cause, number in causes.most_common())
     return Finding(
-        "DB16", Severity.CRITICAL, since=min(recent),
-        text=f"{count(len(recent), 'worker')} died within five minutes without closing their pools",
-        do="Read the server's log for the signal: SIGKILL usually means that the kernel ran out of"
-        " memory (dmesg), SIGABRT is gunicorn's timeout, SIGSEGV a library in C.",
-        evidence={"deaths": len(recent), "times": sorted(recent)[-10:]},
+        "DB16", Severity.CRITICAL, since=min(each.time for each in recent),
+        text=f"{count(len(recent), 'worker')} died within five minutes"
+        + (f": {how}" if how else " without closing their pools"),
+        do=" ".join(_CAUSES[cause] for cause in causes if cause in _CAUSES) or _UNKNOWN_CAUSE,
+        evidence={
+            "deaths": len(recent), "times": sorted(each.time for each in recent)[-10:],
+            "causes": dict(causes),
+        },
     )  # fmt: skip
 
 
+_CAUSES: Final = {
+    "by SIGKILL": "SIGKILL: the kernel ran out of memory (dmesg, the container's limit), or the"
+    " worker did not react to gunicorn's timeout.",
+    "by SIGSEGV": "SIGSEGV: a library in C crashed; PYTHONFAULTHANDLER=1 logs where.",
+    "by SIGABRT": "SIGABRT: a library in C gave up, or gunicorn's timeout ended the worker.",
+    "with exit code 1": "Exit code 1: gunicorn's timeout ended the worker, and its log names the"
+    " connections that were held; or the application called sys.exit.",
+}
+_UNKNOWN_CAUSE: Final = (
+    "Read the server's log for the signal: SIGKILL usually means that the kernel ran out of memory"
+    " (dmesg), SIGABRT is gunicorn's timeout, SIGSEGV a library in C."
+)
+
+
 def innocent(scene: Scene) -> Finding:
-    """DB00: nothing is wrong here, with what is in use."""
+    """DB00: nothing is wrong here, with what is in use, and how many threads serve elsewhere."""
     parts = [
         f"{pool.name} has {pool.active} of {pool.max_size} connections in use, "
         + (f"{count(pool.waiting, 'caller')} waiting" if pool.waiting else "nobody waits")
         for pool in scene.pools[:5]
     ]
-    elsewhere = ""
-    if scene.threads is not None and not any(pool.active for pool in scene.pools):
-        elsewhere = f"; {count(scene.threads, 'thread')} serve, none of them in the database"
+    known = [each for each in scene.processes if each.threads is not None and each.busy is not None]
+    threads, busy = (sum(getattr(each, name) for each in known) for name in ("threads", "busy"))
+    elsewhere = min(threads, max(0, busy - sum(pool.active for pool in scene.pools)))
+    if elsewhere:
+        parts.append(f"{elsewhere} of {count(threads, 'thread')} are busy elsewhere")
     return Finding(
         "DB00", Severity.OK, since=scene.now,
-        text="the pools are not the cause: " + ("; ".join(parts) or "there are none") + elsewhere,
+        text="the pools are not the cause: " + ("; ".join(parts) or "there are none"),
         do="If requests are slow, look at the code outside the database, at other services, and at"
         " what waits in front of the workers.",
         evidence={"pools": {p.name: {"in_use": p.active, "max_size": p.max_size}
-                            for p in scene.pools[:20]}, "threads": scene.threads},
+                            for p in scene.pools[:20]},
+                  "threads": threads if known else None, "busy": busy if known else None},
     )  # fmt: skip

@@ -17,6 +17,7 @@ from dbpool.errors import classify
 _MAX_ROWS: Final = 1000  # of anything in a report
 _LONGEST: Final = 300  # characters of a text
 _BIGGEST: Final = 1e15
+_SAME_START: Final = 1.0  # seconds by which the start of one checkout may seem to differ
 STALE: Final = 10.0  # seconds after which what a server said is no longer used
 
 QUERY: Final = "query"
@@ -99,10 +100,18 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How long a holder has been seen to do the same: *looks* in a row, a second apart."""
+    """How long a holder has been seen to do the same: *looks* in a row, a second apart.
+
+    `began` is when it checked out, in Unix time.
+    """
 
     status: str
     looks: int
+    began: float
+
+    def is_of(self, holder: Holder, now: float) -> bool:
+        """Whether it is of the same checkout: when that began is not known exactly."""
+        return abs(self.began - (now - holder.seconds)) < _SAME_START
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,18 +147,13 @@ class Watch:
 
     def run_of(self, holder: Holder, now: float) -> Run | None:
         """Return how long this holder has done what it does now."""
-        return self.runs.get(key_of(holder, now))
+        run = self.runs.get(key_of(holder))
+        return run if run is not None and run.is_of(holder, now) else None
 
 
-def key_of(holder: Holder, now: float) -> tuple[object, ...]:
-    """Tell one checkout from another: its start is known to within two seconds."""
-    return (
-        holder.worker,
-        holder.pid,
-        holder.thread,
-        holder.where,
-        round((now - holder.seconds) / 4),
-    )
+def key_of(holder: Holder) -> tuple[object, ...]:
+    """Tell one holder from all others of the same look."""
+    return holder.worker, holder.pid, holder.thread, holder.where
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class PoolScene:
     watch: Watch = field(default_factory=Watch)
     view: ServerView | None = None
     pooler: bool = False
+    neighbours: Mapping[str, tuple[Holder, ...]] = field(default_factory=dict)  # of other pools
 
     @property
     def error_kind(self) -> str:
@@ -211,6 +216,31 @@ class PoolScene:
         """Return who holds the connection of that backend, if one of ours does."""
         return next((holder for holder in self.holders if holder.pid == pid), None)
 
+    def neighbour_of(self, session: Session) -> Holder | None:
+        """Return who holds the connection of that session, if another pool's holder does.
+
+        Other pools may be on other servers, where the same pids are others.
+        """
+        called = session.application_name or ""
+        for name, holders in self.neighbours.items():
+            for holder in holders if called.startswith(f"dbpool:{name}@") else ():
+                if holder.pid == session.pid and called.endswith(f"/{holder.worker}"):
+                    return holder
+        return None
+
+    def lasted(self, session: Session, then: float | None) -> float | None:
+        """Return for how long one of our sessions does what it did *then*; None if it has ended.
+
+        A server is not asked at each look. What it said is still so if the same checkout goes on.
+        """
+        holder, view = self.holder_of(session.pid), self.last_view
+        if holder is None or view is None or then is None:  # another host's, or a shorter one
+            return then
+        age = max(0.0, self.now - view.time)
+        is_idle = (session.state or "").startswith(IDLE_IN_TRANSACTION)
+        is_same = holder.status == UNKNOWN or holder.is_unused == is_idle
+        return min(then + age, holder.seconds) if is_same and holder.seconds >= age else None
+
     def known(self, number: int) -> list[Step]:
         """Return those of the last *number* steps that are known."""
         return [step for step in self.steps[-number:] if step is not None]
@@ -226,11 +256,21 @@ class Process:
     pid: int
     age: float
     uptime: float
+    threads: int | None = None
+    busy: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A worker that was lost at *time*, Unix time; its exit code if known, below 0 a signal."""
+
+    time: float
+    code: int | None = None
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a diagnosis looks at. `deaths` are the Unix times at which workers were lost.
+    """All that a diagnosis looks at.
 
     `stalled` is the longest pause between two looks of the last seconds, which should be a second:
     it says that the host or the watching process itself stood still.
@@ -239,7 +279,7 @@ class Scene:
     now: float
     pools: tuple[PoolScene, ...] = ()
     processes: tuple[Process, ...] = ()
-    deaths: tuple[float, ...] = ()
+    deaths: tuple[Death, ...] = ()
     stalled: float = 0.0
 
     @classmethod
@@ -261,24 +301,29 @@ class Scene:
         """
         data = mapping(report)
         at = number(data.get("time")) if now is None else now
-        pools = list(mapping(data.get("pools")).items())[:_MAX_ROWS]
+        found = list(mapping(data.get("pools")).items())[:_MAX_ROWS]
+        pools = {name: _read_pool(str(name), mapping(pool), at) for name, pool in found}
+        holders = {pool.name: pool.holders for pool in pools.values() if pool.holders}
         return cls(
             now=at,
             pools=tuple(
                 replace(
-                    _read_pool(str(name), mapping(pool), at),
+                    pool,
                     steps=(steps or {}).get(name, ()),
                     watch=(watches or {}).get(name, Watch()),
                     view=(views or {}).get(name),
                     pooler=name in poolers,
+                    neighbours=holders,
                 )
-                for name, pool in pools
+                for name, pool in pools.items()
             ),
             processes=tuple(
                 Process(
                     whole(each.get("pid")) or 0,
                     number(each.get("age")),
                     number(each.get("uptime")),
+                    whole(each.get("threads")),
+                    whole(each.get("busy")),
                 )
                 for each in rows(data.get("processes"))
             ),
@@ -299,5 +344,3 @@ def _read_pool(name: str, data: Mapping[str, Any], now: float) -> PoolScene:
         counters=mapping(data.get("counters")),
         holders=tuple(Holder.read(each) for each in rows(data.get("holders"))),
     )
-                    whole(each.get("threads")),
-                    whole(each.get("busy")),

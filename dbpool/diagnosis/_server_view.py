@@ -8,6 +8,10 @@ from typing import Final
 
 _DEEPEST: Final = 10  # sessions from a waiting one to the root of its queue
 
+# The backend_type of the server's own processes that hold locks.
+AUTOVACUUM: Final = "autovacuum worker"
+REPLAY: Final = "startup"  # of a standby
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -16,6 +20,7 @@ class Session:
     pid: int
     state: str | None = None
     wait_type: str | None = None  # wait_event_type
+    wait_event: str | None = None
     backend_type: str | None = None
     application_name: str | None = None
     user: str | None = None
@@ -27,6 +32,12 @@ class Session:
     query: str | None = None  # only where queries may be shown
     is_ours: bool = False
     blocked_by: tuple[int, ...] = ()
+
+    @property
+    def wait(self) -> str | None:
+        """What it waits for, as `IO/DataFileRead`; None if it runs, or waits for a lock."""
+        is_known = self.wait_type is not None and self.wait_type != "Lock"
+        return f"{self.wait_type}/{self.wait_event}" if is_known and self.wait_event else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +89,9 @@ class ServerView:
 
     `is_joined` is false where pids mean nothing, behind a pooler. `is_limited` says that other
     roles' sessions are hidden. `silent_since` is the Unix time since which the server has not
-    answered, None if it did. `role_before` is what the server was until `role_changed_at`, if it
-    has changed of late.
+    answered, None if it did. `locked_since` is that of the first of the looks in a row that found
+    most of our busy sessions waiting for locks. `role_before` is what the server was until
+    `role_changed_at`, if it has changed of late.
     """
 
     time: float
@@ -89,6 +101,7 @@ class ServerView:
     is_joined: bool = True
     is_limited: bool = False
     silent_since: float | None = None
+    locked_since: float | None = None
     role_before: str | None = None
     role_changed_at: float | None = None
 
@@ -111,6 +124,23 @@ class ServerView:
         """Return our sessions that wait for a lock, longest first."""
         waiting = [s for s in self.sessions.values() if s.is_ours and s.wait_type == "Lock"]
         return sorted(waiting, key=lambda s: (-(s.query_seconds or 0.0), s.pid))
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether half of our sessions that are not idle, or more, wait for locks."""
+        busy = [s for s in self.sessions.values() if s.is_ours and s.state != "idle"]
+        return bool(busy) and 2 * len(self.waiting_for_locks()) >= len(busy)
+
+    def background_of(self, session: Session) -> str | None:
+        """Return the kind of the server's own process if this session is one that holds locks.
+
+        Of one that may not be seen it is known only that it has no user.
+        """
+        kind = session.backend_type
+        if kind is None and session.user is None:
+            is_standby = self.facts is not None and self.facts.role == "standby"
+            kind = REPLAY if is_standby else AUTOVACUUM
+        return kind if kind in (AUTOVACUUM, REPLAY) else None
 
     def roots(self, waiting: Iterable[Session]) -> list[int]:
         """Return the pids at the roots of these sessions' queues, those of the most waiting first.
@@ -139,13 +169,13 @@ class ServerView:
         return () if session is None else session.blocked_by
 
     def schema_change(self, waiting: Iterable[Session]) -> Session | None:
-        """Return the session that waits to change the schema and holds up these, if there is one."""
+        """Return the session that changes the schema, or waits to, and holds up these, if any."""
         level = [session.pid for session in waiting]
         seen = set(level)
         for _ in range(_DEEPEST):
             level = [b for pid in level for b in self._blockers(pid) if b not in seen]
             seen.update(level)
             for session in filter(None, map(self.sessions.get, level)):
-                if session.ddl and session.blocked_by:
+                if session.ddl and (session.blocked_by or session.state == "active"):
                     return session
         return None

@@ -5,15 +5,15 @@ Pure. Lines are made of what changed between two reports, by the one process tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from dbpool._secrets import mask
-from dbpool.diagnosis._finding import count, duration
+from dbpool.diagnosis._finding import count, duration, ending
 from dbpool.diagnosis._scene import PoolScene, Process, Scene, number, rows, text
 
-__all__ = ["LINES", "Journal", "Line", "Reporter"]
+__all__ = ["LINES", "Journal", "Line", "Reporter", "death"]
 
 LINES: Final = 100
 _LONGEST: Final = 120  # characters of a line's text
@@ -64,6 +64,12 @@ class Journal:
         )
 
 
+def death(pid: int, code: int | None, now: float) -> Line:
+    """Return the line for a worker that died; *code* is its exit code, below 0 a signal."""
+    how = "" if code is None else f" {ending(code)}"
+    return Line(now, "", "worker died", f"worker {pid} died{how}")
+
+
 def shortened(words: str) -> str:
     """Return a line's text: printable, without a secret, and not too long."""
     words = mask(words)
@@ -77,10 +83,18 @@ class Reporter:
         self._pools: dict[str, _Pool] = {}
         self._processes: dict[int, float] | None = None  # pid to start, Unix time
 
-    def look(self, report: Mapping[str, Any], now: float) -> list[Line]:
-        """Take the next report; return the lines for what is new in it."""
+    def look(
+        self,
+        report: Mapping[str, Any],
+        now: float,
+        dead: Collection[int] = (),
+    ) -> list[Line]:
+        """Take the next report; return the lines for what is new in it.
+
+        *dead* are the pids of workers that did not end as they should: `death` has their lines.
+        """
         scene = Scene.read(report, now=now)
-        lines = [*self._of_processes(scene.processes[:_MAX_PROCESSES], now)]
+        lines = [*self._of_processes(scene.processes[:_MAX_PROCESSES], now, dead)]
         pools = scene.pools[:_MAX_POOLS]
         self._pools = {pool.name: self._pools.get(pool.name) or _Pool() for pool in pools}
         for pool in pools:
@@ -88,7 +102,9 @@ class Reporter:
                 lines.append(Line(now, pool.name, event, shortened(words)))
         return lines
 
-    def _of_processes(self, processes: Iterable[Process], now: float) -> Iterable[Line]:
+    def _of_processes(
+        self, processes: Iterable[Process], now: float, dead: Collection[int]
+    ) -> Iterable[Line]:
         before = self._processes
         after = {each.pid: now - each.uptime for each in processes}
         self._processes = after
@@ -98,7 +114,7 @@ class Reporter:
             # The same pid again is another worker if it started at another time.
             if pid not in before or started - before[pid] > 2.0:
                 yield Line(now, "", "worker started", f"worker {pid} started")
-        for pid in before.keys() - after.keys():
+        for pid in before.keys() - after.keys() - set(dead):
             yield Line(now, "", "worker ended", f"worker {pid} ended")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from dbpool.diagnosis._scene import Limit, PoolScene, Run, Scene, Watch, key_of, number
@@ -72,10 +73,11 @@ class _Pool:
     def _look_at_holders(self, pool: PoolScene) -> None:
         before, self.runs = self.runs, {}
         for holder in pool.holders[:_MAX_HOLDERS]:
-            key = key_of(holder, pool.now)
-            last = before.get(key)
-            same = last is not None and last.status == holder.status
-            self.runs[key] = Run(holder.status, last.looks + 1 if last and same else 1)
+            key = key_of(holder)
+            run = before.get(key)
+            if run is None or run.status != holder.status or not run.is_of(holder, pool.now):
+                run = Run(holder.status, 0, pool.now - holder.seconds)
+            self.runs[key] = replace(run, looks=run.looks + 1)
 
     def _look_at_limit(self, pool: PoolScene) -> None:
         """Remember that a limit was met: an attempt that is given up takes its error with it."""

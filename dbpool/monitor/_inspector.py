@@ -66,9 +66,8 @@ class Inspector:
         self._next: float | None = None
         self._facts_at = monotonic() + _FACTS_FIRST
         self._caught_up_at: float | None = None  # when a standby last had replayed all
-        self._role: tuple[str | None, float] | None = (
-            None  # the usual one, and when it was last seen
-        )
+        self._role: tuple[str | None, float] | None = None  # the usual one, and when last seen
+        self._locked_since: float | None = None  # as a view's
         self._needed_at = 0.0
         self._said: set[str] = set()
 
@@ -115,8 +114,8 @@ class Inspector:
     def _rest(self, now: float) -> None:
         """Nobody waits for long: close what is not needed, and read the server's limits at times."""
         if self._next is not None and self._view is not None:  # what was seen there is over
-            self._view = replace(self._view, sessions={}, prepared=())
-        self._looks, self._next, self._silent_since = 0, None, None
+            self._view = replace(self._view, sessions={}, prepared=(), locked_since=None)
+        self._looks, self._next, self._silent_since, self._locked_since = 0, None, None, None
         if self._conn is not None and now - self._needed_at > _KEPT:
             self._start(self._close_own)
         elif now >= self._facts_at and self._has_idle():
@@ -166,6 +165,8 @@ class Inspector:
     def _with_past(self, view: ServerView) -> ServerView:
         """Add what earlier looks at the server showed, and decide when to read its role again."""
         now, facts = monotonic(), view.facts
+        self._locked_since = (self._locked_since or view.time) if view.is_locked else None
+        view = replace(view, locked_since=self._locked_since)
         if facts is None:
             return view
         usual, seen = self._role or (facts.role, view.time)

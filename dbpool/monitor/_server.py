@@ -18,8 +18,8 @@ from dbpool.diagnosis import Prepared, ServerFacts, ServerView, Session
 
 _DEEPEST: Final = 10  # queries up the queue
 _COLUMNS: Final = (
-    "pid", "state", "wait_type", "backend_type", "application_name", "user", "client",
-    "query_seconds", "state_seconds", "transaction_seconds", "ddl", "query", "is_ours",
+    "pid", "state", "wait_type", "wait_event", "backend_type", "application_name", "user",
+    "client", "query_seconds", "state_seconds", "transaction_seconds", "ddl", "query", "is_ours",
     "is_hidden", "blocked_by",
 )  # fmt: skip
 
@@ -34,7 +34,7 @@ found as (select * from known where {where} limit 500),
 waiting as (select pid from found
              where wait_event_type = 'Lock' or query = '<insufficient privilege>'
              order by query_start limit 20)
-select pid, state, wait_event_type, backend_type, application_name, usename::text,
+select pid, state, wait_event_type, wait_event, backend_type, application_name, usename::text,
        host(client_addr),
        extract(epoch from clock_timestamp() - query_start)::float8,
        extract(epoch from clock_timestamp() - state_change)::float8,

@@ -13,14 +13,15 @@ from typing import Any, Final
 from dbpool.diagnosis._rows import LARGEST, Layout, decode, encode, header, known_names
 from dbpool.diagnosis._scene import mapping, number
 from dbpool.diagnosis.history import STEPS, History, Step, merged, slot_of
+from dbpool.processes._directory import EXITS
 from dbpool.processes._files import NoLocks, ProcessLock, is_held, locked, read, write
 
 _KEY: Final = re.compile(r"\d+-[0-9a-f]+")
 _MAX_FILES: Final = 256
 _LEASE: Final = 5.0  # seconds after which a silent watcher is passed over
 _OWN_STEPS: Final = 24  # of each process; the one that watches adds them up in time
-_LATE: Final = 3  # steps that are added up again, as a process may be late
 _OWN_ROWS: Final = 60  # in the file of one process, if it has many pools
+_LATE: Final = 3  # steps that are added up again, as a process may be late
 
 
 class _StepFile:
@@ -95,6 +96,11 @@ class Shelf:
         gone = [path for path in self._files() if is_held(path) is False]
         return {path.stem: _read(path)[0].get("closed") is True for path in gone}
 
+    def exits(self) -> dict[int, int]:
+        """Return the exit codes that gunicorn's master knows, by pid; below 0 a signal."""
+        known = mapping(_load(self._directory / EXITS)).items()
+        return {read_pid(pid): code for pid, code in known if type(code) is int}
+
     def add_up(self, names: Sequence[str], known: Mapping[str, History], now: float) -> None:
         """Add the last steps of all processes up to those *known* so far, of pools of all *names*."""
         parts = {path: _read(path)[1] for path in self._files()}
@@ -164,9 +170,18 @@ class Shelf:
 
     def load(self, ending: str) -> Any:
         """Return what such a file holds, None if it cannot be read."""
-        with suppress(OSError, ValueError):
-            return read(self._path(ending))
-        return None
+        return _load(self._path(ending))
+
+
+def read_pid(text: str) -> int:
+    """Return the pid that is written there, 0 if none is."""
+    return int(text) if len(text) < 10 and text.isdecimal() else 0
+
+
+def _load(path: Path) -> Any:
+    with suppress(OSError, ValueError):
+        return read(path)
+    return None
 
 
 def _write_all(file: _StepFile, histories: Mapping[str, History]) -> None:

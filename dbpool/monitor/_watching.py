@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from dbpool.diagnosis import (
+    Death,
     Finding,
     PoolScene,
     Scene,
@@ -20,13 +21,13 @@ from dbpool.diagnosis import (
 from dbpool.diagnosis._scene import mapping, number
 from dbpool.diagnosis.endpoints import Rows
 from dbpool.diagnosis.history import History, slot_of
-from dbpool.diagnosis.journal import Journal, Reporter
+from dbpool.diagnosis.journal import Journal, Reporter, death
 from dbpool.diagnosis.usage import Usage
 from dbpool.diagnosis.watching import Watcher
 from dbpool.monitor._episodes import Episodes
 from dbpool.monitor._forgotten import Forgotten
 from dbpool.monitor._inspector import Inspector
-from dbpool.monitor._shelf import Shelf
+from dbpool.monitor._shelf import Shelf, read_pid
 
 logger = logging.getLogger("dbpool")
 
@@ -43,6 +44,7 @@ _LONG_WAIT: Final = 1.0
 _PATIENCE: Final = 0.8  # seconds that a look at the pools waits for those at the servers
 _OVERLAP: Final = 5.0  # seconds in which the process that watched before may still write
 _MAX_DEATHS: Final = 20
+_CLOCK_STEP: Final = 2.0  # seconds
 _LEVELS: Final = {
     Severity.NOTICE: logging.INFO,
     Severity.WARNING: logging.WARNING,
@@ -72,9 +74,11 @@ class Watching:
         )
         self._inherits_until: float | None = None
         self._journal, self._deaths = Journal(), dict[str, float]()
+        self._exits: Mapping[int, int] = {}
         self._inherit()
         self._history: dict[str, History] = {}
         self._added_up = -1
+        self._clock = 0.0  # by how much the wall clock was ahead of the monotonic one
         self._written: dict[str, tuple[float, object]] = {}
         self._sizes: dict[str, int] = {}  # of the files as written last
         self.said: dict[str, dict[str, Any]] = {}
@@ -93,9 +97,13 @@ class Watching:
             self._inherits_until = now + _OVERLAP
         if now < self._inherits_until:
             self._inherit()
+        self._exits = self._shelf.exits()
         for name, is_orderly in self._shelf.ended().items():
-            if not is_orderly and name not in self._deaths:
+            pid = _pid_of(name)
+            if name not in self._deaths and (not is_orderly or pid in self._exits):
                 self._deaths[name] = time.time()
+                line = death(pid, self._exits.get(pid), self._deaths[name])
+                self._journal = self._journal.add([line])
         self._deaths = dict(list(self._deaths.items())[-_MAX_DEATHS:])
         slot = slot_of(now - _ADDED_UP_AFTER)
         if slot != self._added_up:
@@ -118,9 +126,12 @@ class Watching:
         *stalled* is for how long this process stood still of late; *usage* reads the use by endpoint.
         """
         wall = time.time()
+        if abs(wall - now - self._clock) > _CLOCK_STEP:  # it was set: no time before compares
+            self._watcher = Watcher()
+        self._clock = wall - now
         watches = self._forgotten.look(self._watcher.look(report, wall), usage)
         self._usage.look(report, now)
-        lines = self._reporter.look(report, wall)
+        lines = self._reporter.look(report, wall, set(map(_pid_of, self._deaths)))
         self._journal = self._journal.add(lines)
         self._inspect(report, watches, wall)
         scene = Scene.read(
@@ -130,7 +141,9 @@ class Watching:
             watches=watches,
             views=self._views(),
             poolers=self._poolers,
-            deaths=tuple(self._deaths.values()),
+            deaths=tuple(
+                Death(at, self._exits.get(_pid_of(name))) for name, at in self._deaths.items()
+            ),
             stalled=stalled,
         )
         found = diagnose(scene)
@@ -201,6 +214,11 @@ class Watching:
         """Close the connections to the servers."""
         for inspector in self._inspectors.values():
             inspector.close()
+
+
+def _pid_of(name: str) -> int:
+    """Return the pid in the name of a process's history, `app-4711-c0ffee`."""
+    return read_pid("".join(name.split("-")[1:2]))
 
 
 def _needs_look(pool: PoolScene, watch: Watch, wall: float) -> bool:

@@ -31,8 +31,8 @@ from dbpool.report import (
 ALIVE: Final = ".alive"
 USAGE: Final = ".usage"
 _HOLDER: Final = ("thread", "seconds", "where", "endpoint", "pid", "status", "waits")  # as a row
-MAX_FILES: Final = 1024  # that are read
 _MAX_HOLDERS: Final = 40  # of all pools in a file, the longest
+MAX_FILES: Final = 1024  # that are read
 
 T = TypeVar("T")
 Warn = Callable[[str, str], None]  # once for each subject, with a message

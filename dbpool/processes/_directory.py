@@ -19,6 +19,7 @@ from dbpool.processes._files import ProcessLock, is_held, start_time
 
 DIRECTORY_NAME: Final = re.compile(r"dbpool-stats-\d+-[0-9a-f]{12}")
 _LOCK: Final = ".master"
+EXITS: Final = "exits"  # how workers ended that did not end as they should, by pid
 
 
 class Directory(NamedTuple):
@@ -63,6 +64,36 @@ def find_directories() -> list[Path]:
     paths = [path for parent in parents for path in _named(parent)]
     found = [path for path in paths if is_held(path / _LOCK) and os.access(path, os.R_OK)]
     return [path for path in found if _is_of_a_process_here(path)] or found
+
+
+def is_in_memory(path: Path) -> bool | None:
+    """Whether a directory is in memory, None if the system does not say."""
+    try:
+        device = path.stat().st_dev
+        mounts = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in mounts:  # 36 35 98:0 /root /mount options - type source options
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == number:
+            return after.split()[0] in ("tmpfs", "ramfs")
+    return None
+
+
+def leave_file(path: Path, text: str, uid: int, gid: int) -> None:
+    """Write a file for that user into a directory of `make_directory`, at once; raise `OSError`."""
+    with _opened(path.parent) as directory:
+        new = f".{path.name}-{os.urandom(6).hex()}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(new, flags, 0o600, dir_fd=directory)
+        try:
+            os.write(fd, text.encode())
+            if (uid, gid) != (os.geteuid(), os.getegid()):
+                os.fchown(fd, uid, gid)
+            os.rename(new, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+        finally:
+            os.close(fd)
 
 
 def _parents(worker_tmp_dir: str | None) -> Iterator[Path]:

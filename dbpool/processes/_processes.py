@@ -301,15 +301,6 @@ class Processes:
             logger.warning("statistics: %s", message)
 
 
-def _count_usage(pool: Any) -> None:
-    """Have a pool count its use by endpoint, if it can and does not yet."""
-    if getattr(pool, "usage", pool) is None:
-        pool.count_usage(UsageCounter)
-
-
-def _of_this_process(pool: Snapshot) -> Snapshot:
-    holders = tuple(replace(holder, worker=os.getpid()) for holder in pool.holders)
-    return replace(pool, holders=holders)
 def _fitting(usage: Mapping[str, Rows], room: int) -> dict[str, Rows]:
     """Return the largest rows of each pool, so many as fit into *room* bytes."""
     most = min(MAX_NAMES, _MAX_ROWS // len(usage))
@@ -321,3 +312,12 @@ def _fitting(usage: Mapping[str, Rows], room: int) -> dict[str, Rows]:
         most = max(1, most * max(0, room) // size)
 
 
+def _count_usage(pool: Any) -> None:
+    """Have a pool count its use by endpoint, if it can and does not yet."""
+    if getattr(pool, "usage", pool) is None:
+        pool.count_usage(UsageCounter)
+
+
+def _of_this_process(pool: Snapshot) -> Snapshot:
+    holders = tuple(replace(holder, worker=os.getpid()) for holder in pool.holders)
+    return replace(pool, holders=holders)

@@ -308,6 +308,66 @@ def _(shop: Shop) -> None:
             thread.join()
 
 
+@quiet("a new master takes over", 10)
+def _(shop: Shop) -> None:
+    shop.load("/read", 4, pause=0.05)
+    shop.site.process.send_signal(signal.SIGUSR2)
+    time.sleep(5)
+    shop.site.process.send_signal(signal.SIGTERM)
+
+
+@quiet(
+    "deploy that doubles the connections", 10,
+    server={"max_connections": 45}, shop={"DBPOOL_MAX_SIZE": "10"},
+)  # fmt: skip
+def _(shop: Shop) -> None:
+    shop.load("/read", 4, pause=0.05)
+    shop.load("/elsewhere/3.0", 6)
+    for _ in range(2):
+        time.sleep(5)
+        shop.site.process.send_signal(signal.SIGHUP)
+
+
+@quiet("thread that listens for notifications", 20, shop=ROOM)
+def _(shop: Shop) -> None:
+    for _ in range(3):
+        shop.get("/listen")
+    shop.load("/read", 4, pause=0.02)
+    shop.load("/slow/0.1", 4)
+
+
+@quiet("VACUUM FULL, REINDEX and TRUNCATE of a small table", 5)
+def _(shop: Shop) -> None:
+    shop.load("/update", 4, pause=0.02)
+    shop.server.execute("create table small as select n from generate_series(1, 1000) n")
+    for _ in range(5):
+        for statement in (
+            "vacuum full stock",
+            "reindex table concurrently stock",
+            "truncate small",
+        ):
+            shop.server.execute(statement)
+        time.sleep(1)
+
+
+@quiet("server frozen for two seconds", 12)
+def _(shop: Shop) -> None:
+    shop.load("/read", 6, pause=0.02)
+    time.sleep(2)
+    suspend(of_server(shop), 2)
+
+
+@quiet("batches of a thousand short checkouts", 15)
+def _(shop: Shop) -> None:
+    shop.load("/batch", 3)
+
+
+@quiet("requests that fail", 10)
+def _(shop: Shop) -> None:
+    shop.load("/fail/0.0", 4, pause=0.02)
+    shop.load("/no-such-page", 2, pause=0.05)
+
+
 @dataclass
 class Measured:
     """What one shop's door said meanwhile: severities and codes."""

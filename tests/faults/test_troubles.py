@@ -46,6 +46,7 @@ class Row:
     server: dict[str, object] = field(default_factory=dict)
     shop: dict[str, Any] = field(default_factory=dict)
     prepare: Callable[[Server], dict[str, Any]] | None = None  # before the shop opens
+    before: str = ""  # the code of a trouble that may come first until this one is found
 
 
 ROWS: list[Row] = []
@@ -81,6 +82,19 @@ def second_database(server: Server) -> dict[str, Any]:
         conn.execute("create table stock (id int)")
         conn.execute("grant all on stock to shop")
     url = server.conninfo_for(user="shop", password=PASSWORD, dbname="reports")
+    return {"DBPOOL_DATABASES": "reports", "DBPOOL_REPORTS_URL": url}
+
+
+def own_database(server: Server) -> dict[str, Any]:
+    server.execute("create database shop")
+    with psycopg.connect(server.conninfo_for(dbname="shop"), autocommit=True) as conn:
+        conn.execute("create table stock (id int)")
+        conn.execute("grant all on stock to shop")
+    return {"conninfo": server.conninfo_for(user="shop", password=PASSWORD, dbname="shop")}
+
+
+def two_pools(server: Server) -> dict[str, Any]:
+    url = server.conninfo_for(user="shop", password=PASSWORD)
     return {"DBPOOL_DATABASES": "reports", "DBPOOL_REPORTS_URL": url}
 
 
@@ -158,6 +172,57 @@ def _(shop: Shop) -> Known:
     return {}
 
 
+@trouble("password expired", "DB02", 1.0)
+def _(shop: Shop) -> Known:
+    shop.load("/read", 6, pause=0.05)
+    shop.server.execute("alter role shop valid until '2020-01-01'")
+    shop.begin()
+    end_ours(shop)
+    return {}
+
+
+@trouble("pg_hba.conf rejects the role", "DB02", 1.0)
+def _(shop: Shop) -> Known:
+    shop.load("/read", 6, pause=0.05)
+    rules = shop.server.data / "pg_hba.conf"
+    rules.write_text(f"host all shop 127.0.0.1/32 reject\n{rules.read_text()}")
+    shop.server.reload()
+    shop.begin()
+    end_ours(shop)
+    return {"text": "pg_hba.conf"}
+
+
+@trouble("TLS asked for by the server alone", "DB02", 1.0)
+def _(shop: Shop) -> Known:
+    shop.load("/read", 6, pause=0.05)
+    rules = shop.server.data / "pg_hba.conf"
+    rules.write_text(f"hostnossl all shop 127.0.0.1/32 reject\n{rules.read_text()}")
+    shop.server.reload()
+    shop.begin()
+    end_ours(shop)
+    return {"text": "no encryption"}
+
+
+@trouble("database dropped", "DB02", 1.0, prepare=own_database)
+def _(shop: Shop) -> Known:
+    shop.load("/read", 6, pause=0.05)
+    time.sleep(1.0)
+    shop.begin()
+    shop.server.execute("drop database shop with (force)")
+    return {"text": "does not exist"}
+
+
+@trouble("database renamed", "DB02", 1.0, prepare=own_database)
+def _(shop: Shop) -> Known:
+    shop.load("/read", 6, pause=0.05)
+    shop.server.execute("alter database shop allow_connections false")
+    shop.begin()
+    end_ours(shop)
+    until(lambda: not shop.server.execute("select 1 from pg_stat_activity where datname = 'shop'"))
+    shop.server.execute("alter database shop rename to store")
+    return {}
+
+
 def end_ours(shop: Shop) -> None:
     shop.server.execute("select pg_terminate_backend(pid) from pg_stat_activity"
                         " where usename = 'shop'")  # fmt: skip
@@ -169,6 +234,20 @@ def _(shop: Shop) -> Known:
         with suppress(psycopg.OperationalError):
             conninfo = shop.server.conninfo_for(user="shop", password=PASSWORD)
             shop.stack.enter_context(psycopg.connect(conninfo, application_name="hog"))
+    shop.load("/slow/0.5", 12)
+    return {}
+
+
+@trouble(
+    "server full of another application's sessions", "DB03", 1.0, server={"max_connections": 14}
+)
+def _(shop: Shop) -> Known:
+    shop.server.execute("create role billing login")
+    end_ours(shop)
+    for _ in range(14):
+        with suppress(psycopg.OperationalError):
+            conninfo = shop.server.conninfo_for(user="billing", application_name="billing")
+            shop.stack.enter_context(psycopg.connect(conninfo))
     shop.load("/slow/0.5", 12)
     return {}
 
@@ -265,6 +344,94 @@ def _(shop: Shop) -> Known:
     return {"pid": root}
 
 
+def begin_in_background(shop: Shop, statement: str, name: str) -> int:
+    """Run a statement in a session of its own, which ends with the shop; return its pid."""
+    conn = psycopg.connect(shop.server.conninfo_for(application_name=name), autocommit=True)
+
+    def run() -> None:
+        with suppress(psycopg.Error), conn:
+            conn.execute(statement.encode())
+
+    thread = threading.Thread(target=run)
+    shop.stack.callback(thread.join, 30)
+    shop.stack.callback(conn.cancel_safe)
+    thread.start()
+    return conn.info.backend_pid
+
+
+@trouble("migration waits for a report of our own", "DB04", 1.0)
+def _(shop: Shop) -> Known:
+    shop.load("/report/30.0", 1)
+    time.sleep(0.5)
+    begin_in_background(shop, "alter table stock add x int", "alembic")
+    until(lambda: shop.server.execute("select 1 from pg_locks where not granted"))
+    shop.load("/read", 12)
+    return {"endpoint": "report", "line": "report", "worker": True}
+
+
+@trouble("index built without CONCURRENTLY", "DB04", 1.0)
+def _(shop: Shop) -> Known:
+    shop.server.execute(
+        "create function slow(int) returns int language plpgsql immutable as"
+        " 'begin perform pg_sleep(3); return $1; end'"
+    )
+    pid = begin_in_background(shop, "create index on stock (slow(n))", "alembic")
+    until(
+        lambda: shop.server.execute("select 1 from pg_locks where mode = 'ShareLock' and granted")
+    )
+    shop.load("/update", 12)
+    return {"pid": pid}
+
+
+@trouble("row locked by another application", "DB04", 1.0)
+def _(shop: Shop) -> Known:
+    update = "update stock set n = 1 where id = 1"
+    pid = shop.stack.enter_context(session(shop.server, update, name="billing"))
+    shop.load("/update", 12)
+    return {"pid": pid}
+
+
+@trouble("a row that all requests update", "DB04", 1.0)
+def _(shop: Shop) -> Known:
+    shop.load("/hold/0.4", 12)
+    return {"endpoint": "hold", "line": "hold", "worker": True}
+
+
+@trouble("request that waits for itself over a second pool", "DB04", 1.0, prepare=two_pools)
+def _(shop: Shop) -> Known:
+    shop.load("/twice", 1)
+    return {"endpoint": "twice", "line": "twice", "worker": True, "pool": "reports"}
+
+
+@trouble("migration on the primary stops a replica's readers", "DB04", 1.0, prepare=standby_of)
+def _(shop: Shop) -> Known:
+    shop.stack.enter_context(session(shop.server, "lock table stock", name="alembic"))
+    shop.server.execute("select pg_switch_wal()")
+    until(lambda: shop.extra.execute("select 1 from pg_locks where mode = 'AccessExclusiveLock'"))
+    shop.load("/read", 12)
+    return {"text": "the replay of the primary's changes"}
+
+
+@trouble("table locked, then the server stops", "DB01", 1.0, before="DB04")
+def _(shop: Shop) -> Known:
+    shop.stack.enter_context(session(shop.server, "lock table stock"))
+    shop.load("/read", 12)
+    until(lambda: shop.first() == "DB04", 20, pause=0.1)
+    shop.begin()
+    shop.server.stop()
+    return {}
+
+
+@trouble("table locked, then the server is frozen", "DB01", 5.0, before="DB04")
+def _(shop: Shop) -> Known:
+    shop.stack.enter_context(session(shop.server, "lock table stock"))
+    shop.load("/read", 12)
+    until(lambda: shop.first() == "DB04", 20, pause=0.1)
+    shop.begin()
+    shop.server.freeze([shop.server.postmaster_pid, *shop.server.backends()])
+    return {}
+
+
 def end_alembic(shop: Shop) -> None:
     shop.server.execute(
         "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'alembic'"
@@ -351,6 +518,34 @@ def _(shop: Shop) -> Known:
     return {"endpoint": "slow", "line": "slow", "worker": True}
 
 
+@trouble("synchronous standby gone", "DB07", 5.0)
+def _(shop: Shop) -> Known:
+    shop.server.execute("alter system set synchronous_standby_names = 'gone'")
+    shop.server.reload()
+    shop.load("/insert", 12)
+    return {"endpoint": "insert", "line": "insert", "worker": True, "text": "IPC/SyncRep"}
+
+
+@trouble("background thread leaves a transaction open", "DB05", 5.0)
+def _(shop: Shop) -> Known:
+    shop.get("/keep/1")
+    shop.load("/read", 12)
+    return {"line": "keep", "endpoint": None, "worker": True}
+
+
+@trouble("background thread keeps connections", "DB15", 10.0)
+def _(shop: Shop) -> Known:
+    shop.get("/keep/none")
+    shop.load("/slow/0.1", 12)
+    return {"line": "keep", "endpoint": None, "worker": True}
+
+
+@trouble("rows read slowly", "DB15", 10.0)
+def _(shop: Shop) -> Known:
+    shop.load("/export/20.0", 12)
+    return {"endpoint": "export", "worker": True}
+
+
 @trouble("nested checkouts", "DB09", 0.0)
 def _(shop: Shop) -> Known:
     shop.load("/nest", 12)
@@ -417,7 +612,7 @@ def _(shop: Shop) -> Known:
         shop.get("/die/11")
         shop.begin()
         time.sleep(1.0)
-    return {}
+    return {"text": "by SIGSEGV"}
 
 
 @trouble("workers killed", "DB16", 0.0)
@@ -427,7 +622,16 @@ def _(shop: Shop) -> Known:
         os.kill(shop.workers()[0], signal.SIGKILL)
         shop.begin()
         time.sleep(1.0)
-    return {}
+    return {"text": "by SIGKILL"}
+
+
+@trouble(
+    "requests longer than gunicorn's timeout", "DB16", 4.0,
+    shop={"worker_class": "sync", "more": "timeout = 3"},
+)  # fmt: skip
+def _(shop: Shop) -> Known:
+    shop.load("/elsewhere/60.0", 3)
+    return {"text": "with exit code 1"}
 
 
 # What takes its time
@@ -541,7 +745,9 @@ def watch(row: Row, shop: Shop) -> Measured:
                 after = measured.after = round(seconds, 2)
                 measured.text = first["text"]
                 measured.wrong += wrongs(first, known, shop)
-        elif after is not None or first["severity"] in ("warning", "critical"):
+        elif after is not None or (
+            first["severity"] in ("warning", "critical") and first["code"] != row.before
+        ):
             measured.wrong.append(f"{first['code']} after {seconds:.1f} s: {first.get('text')}")
         time.sleep(0.1)
     if after is None:
