@@ -197,6 +197,19 @@ def test_every_diagnosis_says_what_its_page_quotes() -> None:
     assert {code for code, _ in quoted} == CODES.keys()
 
 
+def test_a_page_names_all_that_the_evidence_holds() -> None:
+    cases = [*TROUBLES.values(), *MORE_TROUBLES.values(), *QUIET.values()]
+    found = [each for case in cases for each in diagnose(case.scene())]
+    missing = {
+        (each.code, key)
+        for each in found
+        for key in each.evidence
+        if f"`{key}`" not in pages()[each.code].partition("**Evidence**")[2]
+    }
+    assert missing == set()
+    assert {each.code for each in found} == CODES.keys()
+
+
 # The command
 
 

@@ -660,6 +660,14 @@ def test_the_longest_queue_is_named_first() -> None:
     assert "and 1 other" in found.text
 
 
+def test_sessions_are_locked_if_half_of_those_that_do_something_are() -> None:
+    idle = [ours(pid, state="idle") for pid in range(10, 20)]
+    busy = [ours(pid) for pid in (20, 21, 22)]
+    assert seen(*WAITERS, *busy, *idle, foreign(99)).is_locked
+    assert not seen(*WAITERS, *busy, ours(23), *idle).is_locked
+    assert not seen(*idle).is_locked
+
+
 def test_a_chain_of_locks_is_followed_to_its_root() -> None:
     chain = [ours(1, (2,)), foreign(2, "active", blocked_by=(3,)), foreign(3)]
     case = Case("DB04", always(full(4, holders(1, 4.0, "query"))), view=seen(*chain))

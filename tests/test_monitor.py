@@ -587,7 +587,8 @@ def test_a_lease_from_before_the_system_started_holds_nobody_up(directory: Path)
 def test_garbage_in_the_shared_files_is_contained(directory: Path, content: bytes) -> None:
     for name in ("lease", "findings", "journal", "history"):
         (directory / f"app.{name}").write_bytes(content)
-    (directory / "app-9-z.steps").write_bytes(content)
+    for name in ("app-9-z.steps", "exits"):
+        (directory / name).write_bytes(content)
     databases = Databases({"default": Settings(conninfo="host=127.0.0.1 port=1")})
     monitor = Monitor(databases, Processes(databases, directory))
     monitor.tick()
