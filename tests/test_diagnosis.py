@@ -412,6 +412,16 @@ MORE_TROUBLES: dict[str, Case] = {
         ("4 callers of default wait while 4 connections have run no query for up to 60 s",
          "poller.py:12 run (4 times)"), seconds=12,
     ),
+    "slow statements beside a thread that listens": Case(
+        "DB07", lambda ago: full(4, [holder(900.0 - ago, "idle", where="listen.py:7 run", pid=1),
+                                     *holders(11, 9.0 - ago, "query")]),
+        ("slow statements hold 11 of 12",), seconds=20,
+    ),
+    "slow statements beside a transaction left open": Case(
+        "DB07", lambda ago: full(4, [holder(60.0 - ago, "idle in transaction", pid=1, thread="cron"),
+                                     *holders(11, 9.0 - ago, "query")]),
+        ("slow statements hold 11 of 12",), seconds=20,
+    ),
     "process without files": Case(
         "DB17",
         always(failing("connection failed: Too many open files", 3, "closed", waiting=2)

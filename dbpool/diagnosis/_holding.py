@@ -55,9 +55,10 @@ def idle_in_transaction(pool: PoolScene) -> Finding | None:
     aborted = sum(h.status == ABORTED for h, _, _ in stuck)
     guess = "" if is_exact else " (as seen from here: the server was not asked)"
     is_bad = pool.waiting > 0 or pool.refused > 0
+    worst = Severity.CRITICAL if _are_many(pool, [h for h, _, _ in stuck]) else Severity.WARNING
     return Finding(
         "DB05",
-        Severity.CRITICAL if is_bad else Severity.NOTICE,
+        worst if is_bad else Severity.NOTICE,
         pool=pool.name,
         since=pool.now - seconds,
         text=f"{count(len(stuck), 'connection')} of {pool.name} idle in a transaction, the longest"
@@ -163,7 +164,7 @@ def held_unused(pool: PoolScene) -> Finding | None:
     """DB15: callers wait while most holders, or a few for long, do nothing in the database."""
     share, since = pool.watch.unused_share or 0.0, pool.watch.unused_since
     is_common = share >= _UNUSED_SHARE and since is not None and pool.now - since >= _UNUSED_AFTER
-    kept = [holder for holder in pool.holders if _is_kept(pool, holder)] if pool.is_stuck else []
+    kept = _kept(pool) if pool.is_stuck else []
     unused = kept or [holder for holder in pool.holders if holder.is_unused] or list(pool.holders)
     if is_common:
         what = f"the holders do nothing in the database {share:.0%} of the time"
@@ -186,10 +187,18 @@ def held_unused(pool: PoolScene) -> Finding | None:
     )  # fmt: skip
 
 
-def _is_kept(pool: PoolScene, holder: Holder) -> bool:
-    """Whether a connection outside a transaction has been held for long without a query."""
-    run = pool.watch.run_of(holder, pool.now)
-    return run is not None and run.status == IDLE and run.looks >= _UNUSED_LOOKS
+def _kept(pool: PoolScene) -> list[Holder]:
+    """Return who has held for long without a query or a transaction, if they are many."""
+    runs = [(holder, pool.watch.run_of(holder, pool.now)) for holder in pool.holders]
+    kept = [h for h, run in runs if run and run.status == IDLE and run.looks >= _UNUSED_LOOKS]
+    return kept if _are_many(pool, kept) else []
+
+
+def _are_many(pool: PoolScene, holders: Sequence[Holder]) -> bool:
+    """Whether these are half of the holders of a worker, or more: its callers wait for them."""
+    of_all = Counter(holder.worker for holder in pool.holders)
+    found = Counter(holder.worker for holder in holders)
+    return any(2 * number >= of_all[worker] for worker, number in found.items())
 
 
 def has_turnover(pool: PoolScene) -> bool:
