@@ -412,6 +412,11 @@ MORE_TROUBLES: dict[str, Case] = {
         ("4 callers of default wait while 4 connections have run no query for up to 60 s",
          "poller.py:12 run (4 times)"), seconds=12,
     ),
+    "slow statements, and a look that takes long": Case(
+        "DB07", growing(12, "query", 8), ("slow statements hold 12 of 12",), seconds=8,
+        view=replace(seen(*(ours(5001 + n, query_seconds=6.0) for n in range(12))),
+                     time=NOW - 2, silent_since=NOW - 0.7),
+    ),
     "slow statements beside a thread that listens": Case(
         "DB07", lambda ago: full(4, [holder(900.0 - ago, "idle", where="listen.py:7 run", pid=1),
                                      *holders(11, 9.0 - ago, "query")]),

@@ -19,6 +19,7 @@ _OTHER_LIMIT: Final = re.compile(
     r"|(role|database) \"[^\"]*\".* connection limit",
     re.IGNORECASE,
 )
+_SILENT_AFTER: Final = 2.0  # seconds of a look at the server
 _FAILING_AFTER: Final = 1.0  # seconds that connects may fail before that is said
 _DOWN_AFTER: Final = 5.0  # seconds; a server that restarts answers again by then
 
@@ -66,13 +67,17 @@ def _down(
 
 def _unanswered(pool: PoolScene) -> Finding | None:
     """DB01: no connect has failed, but the server answers neither the holders nor the monitor."""
-    since = None if pool.view is None else pool.view.silent_since
+    view = pool.view
     asking = [holder for holder in pool.holders if holder.status in (QUERY, UNKNOWN)]
-    if since is None or not asking:
+    if view is None or view.silent_since is None or not asking:
         return None
-    if pool.last_view is None or not pool.last_view.waiting_for_locks():
-        # Not since the youngest of these statements was sent, either. A lock would explain that.
-        since = min(since, pool.now - min(holder.seconds for holder in asking))
+    began = [pool.now - holder.seconds for holder in asking]
+    if min(began) >= view.time:  # the server has answered none of these statements either
+        since = min(view.silent_since, max(began))
+    elif pool.now - view.silent_since >= _SILENT_AFTER:
+        since = view.silent_since
+    else:  # they lasted while it answered, and a look may take long
+        return None
     lasted = pool.now - since
     error = f"no answer to the monitor, and {count(len(asking), 'connection')} wait for one"
     evidence = {"error": None, "kind": _NO_ANSWER, "seconds": lasted, "waiting": pool.waiting}
