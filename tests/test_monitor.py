@@ -336,6 +336,27 @@ def test_a_look_that_hangs_ends_and_harms_nothing(
     shop.await_finding("DB00")
 
 
+def test_the_server_is_asked_at_once_when_callers_begin_to_wait(
+    table: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a long report, which it asks about less and less often."""
+    shop, passed = make_shop(table.conninfo), [0.0]
+    monkeypatch.setattr("dbpool.monitor._inspector.monotonic", lambda: monotonic() + passed[0])
+    shop.call("select pg_sleep(60)")
+    until(lambda: [each.status for each in shop.pool.holders()] == ["query"])
+    until(lambda: shop.pool.holders()[0].seconds > 2.0)
+    for _ in range(15):
+        passed[0] += 11.0
+        shop.monitor.tick()
+    with session(table, "lock table stock") as pid:
+        for _ in range(3):
+            shop.call("select count(*) from stock")
+        found = shop.await_finding("DB04", 7.0)  # the next look would be due after ten
+        assert found["evidence"]["blockers"][0]["pid"] == pid
+        table.execute("select pg_cancel_backend(pid) from pg_stat_activity"
+                      " where query = 'select pg_sleep(60)'")  # fmt: skip
+
+
 def test_its_connection_is_closed_when_it_is_not_needed_any_more(
     table: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,7 +62,8 @@ class Inspector:
         self._asked: psycopg.Connection[Any] | None = None  # the one that is asked now
         self._thread: threading.Thread | None = None
         self._started = 0.0
-        self._looks = 0  # since looking became necessary
+        self._looks = 0  # since looking became necessary, or urgent
+        self._is_urgent = False
         self._next: float | None = None
         self._facts_at = monotonic() + _FACTS_FIRST
         self._caught_up_at: float | None = None  # when a standby last had replayed all
@@ -71,8 +72,8 @@ class Inspector:
         self._needed_at = 0.0
         self._said: set[str] = set()
 
-    def tick(self, *, is_needed: bool) -> None:
-        """Look if it is time to; called about once a second."""
+    def tick(self, *, is_needed: bool, is_urgent: bool) -> None:
+        """Look if it is time to, and at once when it becomes urgent; called about once a second."""
         now = monotonic()
         if self._thread is not None and self._thread.is_alive():
             if now - self._started > _HUNG:
@@ -80,11 +81,13 @@ class Inspector:
             return
         if self._is_off:
             return
+        is_news, self._is_urgent = is_urgent and not self._is_urgent, is_urgent
         if not is_needed:
             self._rest(now)
-        elif self._next is None or now >= self._next:
+        elif self._next is None or now >= self._next or is_news:
             first_look = self._next is None
             self._needed_at = now
+            self._looks = 0 if is_news else self._looks
             pause = _PAUSES[self._looks] if self._looks < len(_PAUSES) else _LONGEST_PAUSE
             self._looks, self._next = self._looks + 1, now + pause
             self._start(self._look_soon if first_look else self._look)

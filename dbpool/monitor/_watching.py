@@ -157,7 +157,9 @@ class Watching:
     def _inspect(self, report: Any, watches: Mapping[str, Watch], wall: float) -> None:
         for pool in Scene.read(report, now=wall).pools:
             if (inspector := self._inspectors.get(pool.name)) is not None:
-                inspector.tick(is_needed=_needs_look(pool, watches.get(pool.name, Watch()), wall))
+                since = watches.get(pool.name, Watch()).waiting_since
+                is_urgent = since is not None and wall - since >= _LONG_WAIT
+                inspector.tick(is_needed=is_urgent or _is_held_long(pool), is_urgent=is_urgent)
         deadline = time.monotonic() + _PATIENCE
         for inspector in self._inspectors.values():
             inspector.wait(deadline - time.monotonic())
@@ -221,11 +223,9 @@ def _pid_of(name: str) -> int:
     return read_pid("".join(name.split("-")[1:2]))
 
 
-def _needs_look(pool: PoolScene, watch: Watch, wall: float) -> bool:
-    """Whether callers have waited for more than a second, or statements take long."""
-    if watch.waiting_since is not None and wall - watch.waiting_since >= _LONG_WAIT:
-        return True
-    # Callers who wait may have done so since before the last report.
+def _is_held_long(pool: PoolScene) -> bool:
+    """Whether a connection has been in one statement for long, as callers who wait may know."""
+    # Those may have begun to wait before the last report.
     least = _LONG_WAIT if pool.waiting else _SLOW_HOLD
     return any(
         holder.seconds >= least and holder.status in ("query", "unknown") for holder in pool.holders
