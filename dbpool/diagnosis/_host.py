@@ -12,6 +12,9 @@ from dbpool.diagnosis._scene import PoolScene, Scene
 _SILENT: Final = 10.0  # seconds
 _FRESH: Final = 6.0  # with much to write a process writes each five
 _LAG: Final = 60.0
+_CONFLICT: Final = (
+    " The replay waits for long queries on the replica, up to max_standby_streaming_delay."
+)
 _DEATHS: Final = 3
 _WITHIN: Final = 300.0  # seconds
 _STALL: Final = 5.0
@@ -68,7 +71,8 @@ def replica(pool: PoolScene) -> Finding | None:
     return Finding(
         "DB13", Severity.WARNING, pool=pool.name, since=pool.now - lag,
         text=f"the replica of {pool.name} {state} {duration(lag)} behind",
-        do="Look at pg_stat_wal_receiver on the replica and pg_stat_replication on the primary.",
+        do="Look at pg_stat_wal_receiver on the replica and pg_stat_replication on the primary."
+        + (_CONFLICT if facts.is_streaming else ""),
         evidence={"streaming": facts.is_streaming, "lag_seconds": facts.lag_seconds},
     )  # fmt: skip
 

@@ -691,6 +691,21 @@ def _(shop: Shop) -> Known:
     return {}
 
 
+@trouble(
+    "replay that waits for a query of our own", "DB13", 60.0,
+    prepare=standby_of, shop={"DBPOOL_STATEMENT_TIMEOUT": "0"},
+)  # fmt: skip
+def _(shop: Shop) -> Known:
+    shop.extra.execute("alter system set max_standby_streaming_delay = -1")
+    shop.extra.reload()
+    shop.load("/report/120.0", 1)
+    time.sleep(1)
+    for statement in ("update stock set n = 1", "vacuum stock", "update stock set n = 2"):
+        shop.server.execute(statement)
+    shop.begin()
+    return {}
+
+
 @trouble("replica promoted", "DB13", 60.0, prepare=standby_of)
 def _(shop: Shop) -> Known:
     shop.load("/read", 2, pause=0.2)
