@@ -150,8 +150,8 @@ def nested(pool: PoolScene) -> Finding | None:
     everybody = len(holders) >= pool.max_size
     return Finding(
         "DB09", Severity.CRITICAL, pool=pool.name, since=since,
-        text=f"{count(len(holders) or timeouts, 'caller')} of {pool.name} wait for a second"
-        f" connection while holding one{places}"
+        text=f"{_we_wait(pool, len(holders) or timeouts)} for a second connection while holding"
+        f" one{places}"
         + (": all connections are held this way, and none can become free" if everybody else ""),
         do="Pass the connection on instead of checking out another inside the block. Else max_size"
         " must be at least threads * (held at once - 1) + 1.",
@@ -171,15 +171,14 @@ def held_unused(pool: PoolScene) -> Finding | None:
     elif kept:
         longest = max(holder.seconds for holder in kept)
         since = pool.now - longest
-        verb = "has" if len(kept) == 1 else "have"
-        held = count(len(kept), "connection")
-        what = f"{held} {verb} run no query for up to {duration(longest)}"
+        held = count(len(kept), "connection has", "connections have")
+        what = f"{held} run no query for up to {duration(longest)}"
     else:
         return None
     return Finding(
         "DB15", Severity.CRITICAL if pool.is_stuck else Severity.WARNING,
         pool=pool.name, since=since or pool.now,
-        text=f"{count(pool.waiting, 'caller')} of {pool.name} wait while {what}: {_places(unused)}",
+        text=f"{_we_wait(pool, pool.waiting)} while {what}: {_places(unused)}",
         do="Move everything that is not database work (calls to other services, rendering,"
         " sleeping) out of the block that holds the connection.",
         evidence={"waiting": pool.waiting, "unused_share": round(share, 2),
@@ -204,6 +203,10 @@ def _are_many(pool: PoolScene, holders: Sequence[Holder]) -> bool:
 def has_turnover(pool: PoolScene) -> bool:
     """Whether connections come and go, so that no single holder is to blame."""
     return sum(step.checkouts for step in pool.known(2)) >= max(1, pool.active)
+
+
+def _we_wait(pool: PoolScene, callers: int) -> str:
+    return count(callers, f"caller of {pool.name} waits", f"callers of {pool.name} wait")
 
 
 def _places(holders: Iterable[Holder]) -> str:

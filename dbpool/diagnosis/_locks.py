@@ -131,21 +131,23 @@ def _text(
     blockers: Sequence[Mapping[str, Any]],
     change: Session | None,
 ) -> str:
-    number_of = count(len(waiting), "connection")
-    verb = "waits" if len(waiting) == 1 else "wait"
+    we_wait = count(
+        len(waiting), f"connection of {pool.name} waits", f"connections of {pool.name} wait"
+    )
     if not blockers:
-        return f"{number_of} of {pool.name} {verb} for a lock; who holds it could not be seen"
+        return f"{we_wait} for a lock; who holds it could not be seen"
     first = blockers[0]
     held = _doing(first)
     held += f", and {count(len(blockers) - 1, 'other')}" if len(blockers) > 1 else ""
-    queue = f"; {count(pool.waiting, 'caller')} wait for a connection" if pool.waiting else ""
+    callers = count(pool.waiting, "caller waits", "callers wait")
+    queue = f"; {callers} for a connection" if pool.waiting else ""
     if change is not None and change.pid != first["pid"]:
         who = change.application_name or f"pid {change.pid}"
         return (
             f"{change.ddl} of {who} (session {change.pid}) waits for {_who(first)}{held};"
-            f" {number_of} of {pool.name} {verb} behind it{queue}"
+            f" {we_wait} behind it{queue}"
         )
-    return f"{number_of} of {pool.name} {verb} for a lock that {_who(first)} holds{held}{queue}"
+    return f"{we_wait} for a lock that {_who(first)} holds{held}{queue}"
 
 
 def _advice(blockers: Sequence[Mapping[str, Any]], change: Session | None) -> str:
