@@ -146,7 +146,8 @@ def innocent(scene: Scene) -> Finding:
     threads, busy = (sum(getattr(each, name) for each in known) for name in ("threads", "busy"))
     elsewhere = min(threads, max(0, busy - sum(pool.active for pool in scene.pools)))
     if elsewhere:
-        parts.append(f"{elsewhere} of {count(threads, 'thread')} are busy elsewhere")
+        verb = "is" if elsewhere == 1 else "are"
+        parts.append(f"{elsewhere} of {count(threads, 'thread')} {verb} busy elsewhere")
     return Finding(
         "DB00", Severity.OK, since=scene.now,
         text="the pools are not the cause: " + ("; ".join(parts) or "there are none"),
