@@ -93,8 +93,8 @@ class Shelf:
 
     def ended(self) -> dict[str, bool]:
         """Return the processes that have ended of late, and whether they said so before."""
-        gone = [path for path in self._files() if is_held(path) is False]
-        return {path.stem: _read(path)[0].get("closed") is True for path in gone}
+        gone = {path.stem: _read(path)[0] for path in self._files() if is_held(path) is False}
+        return {name: known.get("closed") is True for name, known in gone.items() if known}
 
     def exits(self) -> dict[int, int]:
         """Return the exit codes that gunicorn's master knows, by pid; below 0 a signal."""

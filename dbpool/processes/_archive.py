@@ -76,8 +76,8 @@ def _part_from_json(data: Any) -> Report:
             number=read_count(data["number"]),
             written=read_seconds(data["written"]),
             uptime=read_seconds(data["uptime"]),
-            threads=read_optional(read_count, data.get("threads")),
-            busy=read_optional(read_count, data.get("busy")),
+            threads=read_optional(read_count, data["threads"]),
+            busy=read_optional(read_count, data["busy"]),
         )
         pools = {name: _pool_from_json(pool, process.pid) for name, pool in data["pools"].items()}
         return Report(read_pools(pools), (process,))
