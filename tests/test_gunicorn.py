@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pwd
 import shutil
@@ -81,7 +82,8 @@ def test_the_directory_belongs_to_the_user_of_the_workers(
     nobody = pwd.getpwnam("nobody")
     monkeypatch.setenv("DBPOOL_STATS_DIR", "")
     server = SimpleNamespace(
-        cfg=SimpleNamespace(worker_tmp_dir=str(tmp_path), uid=nobody.pw_uid, gid=nobody.pw_gid)
+        cfg=SimpleNamespace(worker_tmp_dir=str(tmp_path), uid=nobody.pw_uid, gid=nobody.pw_gid),
+        log=logging.getLogger("gunicorn.error"),
     )
     hooks.on_starting(server)
     (directory,) = tmp_path.glob("dbpool-stats-*")
