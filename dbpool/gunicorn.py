@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -210,7 +211,8 @@ def worker_exit(server: Any, worker: Any) -> None:
 def child_exit(server: Any, worker: Any) -> None:
     """Leave word for the diagnosis of a worker that ended by a signal or with an exit code."""
     with suppress(Exception):  # the master has to go on
-        if code := _exit_code():
+        # One that gunicorn's timeout aborts may go on to exit with 0.
+        if code := -signal.SIGABRT if worker.aborted else _exit_code():
             _exits[worker.pid] = code
         elif _exits.pop(worker.pid, None) is None:  # of another worker that had this pid before
             return

@@ -435,8 +435,8 @@ MORE_TROUBLES: dict[str, Case] = {
         ("cannot get another connection", "Too many open files"),
     ),
     "workers that die in two ways": Case(
-        "DB16", always(pool()), ("3 workers died within five minutes: 2 by SIGKILL, 1 with exit code 1",),
-        more={"deaths": (Death(NOW - 20, -9), Death(NOW - 9, 1), Death(NOW - 3, -9))},
+        "DB16", always(pool()), ("3 workers died within five minutes: 2 by SIGKILL, 1 by SIGABRT",),
+        more={"deaths": (Death(NOW - 20, -9), Death(NOW - 9, -6), Death(NOW - 3, -9))},
     ),
 }  # fmt: skip
 

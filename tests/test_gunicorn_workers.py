@@ -112,7 +112,7 @@ def test_an_aborted_worker_says_what_it_held_and_leaves_no_query(
     assert "counted.py" in said
     assert "(lock)" in said
     assert site.get("/").isdecimal()  # another took its place
-    until(lambda: "died with exit code 1" in site.get("/db/stats?include=journal"), 20.0)
+    until(lambda: "died by SIGABRT" in site.get("/db/stats?include=journal"), 20.0)
 
 
 def test_an_error_in_it_is_not_raised_where_the_signal_came(dsn: str) -> None:

@@ -122,12 +122,11 @@ def dying_workers(scene: Scene) -> Finding | None:
 
 
 _CAUSES: Final = {
-    "by SIGKILL": "SIGKILL: the kernel ran out of memory (dmesg, the container's limit), or the"
-    " worker did not react to gunicorn's timeout.",
+    "by SIGKILL": "SIGKILL: the kernel ran out of memory (dmesg, the container's limit), or"
+    " somebody killed the worker.",
     "by SIGSEGV": "SIGSEGV: a library in C crashed; PYTHONFAULTHANDLER=1 logs where.",
-    "by SIGABRT": "SIGABRT: a library in C gave up, or gunicorn's timeout ended the worker.",
-    "with exit code 1": "Exit code 1: gunicorn's timeout ended the worker, and its log names the"
-    " connections that were held; or the application called sys.exit.",
+    "by SIGABRT": "SIGABRT: gunicorn's timeout ended the worker, and its log names the connections"
+    " that it held; or a library in C gave up.",
 }
 _UNKNOWN_CAUSE: Final = (
     "Read the server's log for the signal: SIGKILL usually means that the kernel ran out of memory"

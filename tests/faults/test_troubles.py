@@ -631,7 +631,7 @@ def _(shop: Shop) -> Known:
 )  # fmt: skip
 def _(shop: Shop) -> Known:
     shop.load("/elsewhere/60.0", 3)
-    return {"text": "with exit code 1"}
+    return {"text": "by SIGABRT"}
 
 
 # What takes its time
