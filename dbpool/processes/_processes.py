@@ -10,6 +10,7 @@ import re
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -37,8 +38,6 @@ WRITE_TIMEOUT: Final = 1.0  # seconds that a publication waits for another of th
 
 _starter: Starter[Processes] = Starter()
 publish_from_the_start = _starter.start  # in a server's worker, before any of them is asked
-
-
 _threads: int | None = None  # that this process serves requests with, if that is known
 
 
