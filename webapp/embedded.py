@@ -167,7 +167,9 @@ class Server(Cluster):
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
             os.close(descriptor)
-            raise EmbeddedError(f"cannot open {self.home / name}: it is not a plain file")
+            raise EmbeddedError(
+                f"cannot open {self.home / name}: it is a link, or not a regular file"
+            )
         with suppress(PermissionError):
             os.fchmod(descriptor, 0o600)
             os.fchown(descriptor, *self.account)
