@@ -11,8 +11,10 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial, wraps
+from html import escape
+from pkgutil import get_data
 from typing import Any, Final, NoReturn, Self, TypeVar
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote
 
 import psycopg
 from psycopg import pq
@@ -25,29 +27,26 @@ SECRET: Final = frozenset(
     | {"password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"}
 )
 # Keys whose values may hold a secret without being strings: a number, or pydantic's URL.
-_KEYS: Final = re.compile(rf"(?i:url)$|^(?:{'|'.join(sorted(SECRET))})$")
+_KEYS: Final = re.compile(rf"(?i:ur[il])$|(?i:^(?:{'|'.join(sorted(SECRET))})$)")
 MASK: Final = "***"
 _MIN_LENGTH: Final = 4  # characters: the gaps left by a shorter secret would show what it is
 
-# Parameters of libpq that take any text. The value of another parameter may be a misplaced secret,
-# unless it is harmless: a number, one of libpq's words, or a path of plain words.
-_FREE_TEXT: Final = re.compile(
-    "host|dbname|user|options|service|client_encoding|(?:fallback_)?application_name"
-    "|gsslib|krbsrvname|requirepeer|oauth_(?:issuer|client_id|scope)"
-)
-_HARMLESS: Final = re.compile(
-    r"[\d,]{0,64}|[\da-fA-F]*[.:][\da-fA-F.:,]*|[+-]?\d{0,6}[.,]?\d{0,6} *(?:[num]?s|m|h|d|secs?|mins?|(?:second|minute|hour|day)s?|%)?"
-    r"|disable|allow|prefer|require|verify-(?:ca|full)|any|read-(?:write|only)|primary|standby"
-    r"|prefer-standby|random|direct|postgres|TLSv1(?:\.\d)?|system|true|false|database|on|off"
-    r"|(?:!?(?:password|md5|gss|sspi|scram-sha-256|creds|none|oauth),?)+"
-    r"|(?:~|\.\.?)(?:/[\w. -]{1,64})+/?|(?:/[\w. -]{1,64}){2,}/?|[\w-]{1,32}\.(?:crt|crl|pem|key)"
-)
+
+def read_lines(package: str, name: str) -> list[str]:
+    """Return the lines of a table that is installed with a package, without its comments."""
+    return re.findall(r"(?m)^[^#\n].*", (get_data(package, name) or b"").decode())  # also of a zip
+
+
+# The parameters of libpq that take any text. The value of another one may be a misplaced secret,
+# unless it is harmless.
+_FREE_TEXT: Final = re.compile("|".join(read_lines(__package__, "free_text.txt")))
+_HARMLESS: Final = re.compile("|".join(read_lines(__package__, "harmless.txt")))
 
 _USER: Final = re.compile(r"://[^:/\[]*:")
 _PORT: Final = re.compile(r"\d*(?:[^\w%].*)?$")
 _ASSIGNED: Final = re.compile(
-    rf"\b({'|'.join(sorted(SECRET))})(['\"]\s*:\s*|\s*=\s*|\s+e?(?='))"
-    r"('(?:\\.|''|[^'\\])*(?:'|$)|\"(?:\\.|[^\"\\])*\"|(?:\\.|[^\s&\\])+)",
+    rf"\b(\w*(?:{'|'.join(sorted(SECRET))}|passwd|pwd))(['\"]?\s*(?:[:=]>?|:=)\s*|\s+(?:e|u&)?(?='|\$\w*\$))"
+    r"(\$(\w*)\$.*?(?:\$\4\$|$)|'(?:\\.|''|[^'\\])*(?:'|$)|\"(?:\\.|[^\"\\])*\"|(?:\\.|[^\s&\\])+)",
     re.IGNORECASE,
 )
 
@@ -72,13 +71,45 @@ class Secret(str):
         raise TypeError("a secret cannot be pickled")
 
 
+class _Partial(partial[T]):
+    """A function with arguments, which error trackers would show."""
+
+    def __repr__(self) -> str:
+        return f"<partial of {self.func!r}>"
+
+
 def conceal(value: Any) -> Any:
-    """Return a string as a `Secret`, also inside a mapping or list; return any other value as it is."""
+    """Return *value* such that its `repr()` shows no secret, also where it is a collection.
+
+    What is of no type to hold one, such as bytes, is replaced if it does: only its type is known.
+    """
     if isinstance(value, Mapping):
-        return {k: conceal(str(v) if v and _KEYS.search(str(k)) else v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [conceal(each) for each in value]
+        return {_conceal_key(k): conceal(_as_text(k, v)) for k, v in value.items()}
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(map(conceal, value))
+    if isinstance(value, partial):
+        return _Partial(value.func, *value.args, **value.keywords)
+    if isinstance(value, (bytes, bytearray)) or _shows_password(value):
+        return type(type(value).__name__, (), {"__repr__": lambda _: MASK})()
     return Secret(value) if value and isinstance(value, str) else value
+
+
+def _conceal_key(key: Any) -> Any:
+    return key if str(key).isidentifier() else conceal(key)
+
+
+def _as_text(key: object, value: Any) -> Any:
+    is_whole = isinstance(value, (Mapping, list, tuple, set)) or hasattr(value, "masked")
+    return str(value) if value and _KEYS.search(str(key)) and not is_whole else value
+
+
+def _shows_password(value: object) -> bool:
+    with suppress(Exception):  # an object of the user's may fail at anything
+        is_known = isinstance(value, str) or callable(value) or hasattr(value, "masked")
+        return (
+            not is_known and _mask_passwords(text := f"{value} {value!r}") != text and "://" in text
+        )
+    return False
 
 
 def conceal_params(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +129,7 @@ def _conceal_param(key: str, value: Any) -> Any:
 def may_be_secret(value: object, key: str = "") -> bool:
     """Whether *value* could be a misplaced secret; *key* is the parameter of libpq that has it."""
     is_free = not isinstance(value, str) or _FREE_TEXT.fullmatch(str(key))
-    return not is_free and not _HARMLESS.fullmatch(str(value))
+    return not is_free and not _HARMLESS.fullmatch(str(value).strip("'\""))
 
 
 def safe_repr(value: object) -> str:
@@ -108,6 +139,11 @@ def safe_repr(value: object) -> str:
     # Python refuses to write out a very large number.
     is_plain = isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 1e40)
     return f"{value!r:.40}" if is_plain else f"a {type(value).__name__}"
+
+
+def safe_key(name: object) -> str:
+    """Return a name of a setting as a message may quote it: only its beginning may be a name."""
+    return re.sub(r"(?s)^(\s*+[\w.-]{0,60}+).+", r"\1…", str(name))
 
 
 def conceals_fields(cls: type[T]) -> type[T]:
@@ -129,7 +165,7 @@ def printable(text: str) -> str:
 
 
 def mask(text: str, secrets: Collection[str] = ()) -> str:
-    """Return *text* printable, with *secrets* replaced, plain, quoted or percent-encoded.
+    """Return *text* printable, with *secrets* replaced, however they are quoted or encoded.
 
     A password in a URL or after its keyword is always replaced. Nothing of the text is returned if
     a secret has fewer than four characters.
@@ -137,11 +173,20 @@ def mask(text: str, secrets: Collection[str] = ()) -> str:
     if any(0 < len(secret) < _MIN_LENGTH for secret in secrets):
         return "(text left out: a secret is too short to be masked in it)"
     text = printable(text)
-    quoted = (quote, quote_plus, partial(quote, safe=""), lambda s: repr(str(s))[1:-1], json.dumps)
-    forms = {form(secret).strip('"') for secret in secrets for form in (str, *quoted)}
-    for form in sorted(filter(None, map(printable, forms)), key=len, reverse=True):
-        text = text.replace(form, MASK)
+    if clean := [x.encode(errors="replace").decode() for x in sorted(secrets, key=len) if x]:
+        text = re.sub("|".join(map(_pattern, reversed(clean))), MASK, text, flags=re.IGNORECASE)
     return _mask_passwords(text)
+
+
+def _pattern(text: str) -> str:
+    """Return a regular expression of how a secret may be written: quoted, escaped or encoded."""
+    quoted = repr(text), ascii(text), json.dumps(text), repr(text.encode())[1:]
+    escaped = text.replace("\\", r"\\").replace("'", r"\'")
+    forms = {text, escape(text), escaped, text.replace("'", "''"), *(x[1:-1] for x in quoted)}
+    others = sorted({*map(printable, forms)} - {text, ""}, key=len, reverse=True)
+    # Which characters are percent-encoded depends on who does it. No two ways begin alike.
+    encoded = re.sub(r"(?a)[^\w.~-]", lambda m: f"(?:{quote(m[0], '')}|{re.escape(m[0])})", text)
+    return "|".join([*map(re.escape, others), encoded.replace("%20|", r"%20|\+|")])
 
 
 def mask_value(value: object, key: str = "") -> str:
@@ -170,5 +215,5 @@ def secrets_of(params: Mapping[str, Any], pgconn: Any = None) -> set[str]:
         used = [(option.keyword.decode(), option.val) for option in pgconn.info if option.val]
         used.append(("password", pgconn.password))  # may come from a password file
         found += [(key, value.decode(errors="replace")) for key, value in used]
-    doubtful = {v for k, v in found if may_be_secret(v, k) and len(v) >= _MIN_LENGTH}
-    return {Secret(v) for k, v in found if k in SECRET or v in doubtful}
+    doubtful = {Secret(v) for k, v in found if may_be_secret(v, k) and len(v) >= _MIN_LENGTH}
+    return {Secret(v) for k, v in found if k in SECRET} | doubtful

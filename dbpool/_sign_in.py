@@ -18,6 +18,16 @@ from hashlib import sha256
 from typing import Final, NamedTuple, Protocol
 from urllib.parse import quote
 
+from dbpool._secrets import MASK
+
+
+class SecretBytes(bytes):
+    """Bytes that do not show what they are: debuggers show what an object holds."""
+
+    def __repr__(self) -> str:
+        return MASK
+
+
 LIFETIME: Final = 12 * 3600  # seconds until a browser has to sign in again
 MAX_BODY: Final = 4096  # bytes of the form that a browser sends
 _ATTEMPTS: Final = 10  # wrong tokens that a process accepts within `_WINDOW`
@@ -73,8 +83,8 @@ class SignIn:
     """Issues cookies to browsers that know *token*, and recognises them. *clock* is Unix time."""
 
     def __init__(self, token: str, clock: Callable[[], float] | None = None) -> None:
-        self._token = token.encode(errors="surrogateescape")
-        self._key = sha256(b"dbpool sign-in\0" + self._token).digest()
+        self._token = SecretBytes(token.encode(errors="surrogateescape"))
+        self._key = SecretBytes(sha256(b"dbpool sign-in\0" + self._token).digest())
         # Looked up at each call: freezegun puts another in its place for a while.
         self._clock = clock or (lambda: time.time())  # noqa: PLW0108
         # Without a lock, which a fork could leave locked: at worst there is an attempt too many.

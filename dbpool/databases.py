@@ -29,7 +29,9 @@ __all__ = ["Databases", "databases_from_env", "settings_from_config"]
 
 logger = logging.getLogger("dbpool")
 
-_PREFIXES = ("DBPOOL_", "DATABASE_URL")  # of our keys in an application's configuration
+# What our keys in an application's configuration begin with, and how those end that name a URL.
+_PREFIXES = ("DBPOOL", "DATABASE", "PG")
+_ENDINGS = "(?i)(ur[il]s?|dsn|conninfo)$"
 
 
 class Databases(Mapping[str, Pool[Any]]):
@@ -46,7 +48,7 @@ class Databases(Mapping[str, Pool[Any]]):
         listeners = validate_listeners(listeners)
         self._pools: dict[str, Pool[Any]] = {}
         for name, each in settings.items():
-            self._pools[name] = Pool(settings=each, listeners=listeners, **options)
+            self._pools[str(name)] = Pool(settings=each, listeners=listeners, **options)
 
     @classmethod
     def from_env(
@@ -80,12 +82,10 @@ class Databases(Mapping[str, Pool[Any]]):
                 logger.exception("closing pool %r failed", name)
 
     def __getitem__(self, name: str) -> Pool[Any]:
-        try:
-            return self._pools[name]
-        except KeyError:
+        if name not in self._pools:  # not caught: the chained error would show the name
             name = conceal(name)
-            known = ", ".join(self._pools)
-            raise KeyError(f"no database {safe_name(name)}, only {known}") from None
+            raise KeyError(f"no database {safe_name(name)}, only {', '.join(self._pools)}")
+        return self._pools[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._pools
@@ -122,7 +122,7 @@ def settings_from_config(
     `DBPOOL_` key raises `ConfigError`.
     """
     # Other extensions keep their own values there, which may refer to the configuration itself.
-    config = {k: v for k, v in config.items() if _is_plain(v) or str(k).startswith(_PREFIXES)}
+    config = {k: _with_urls(k, v) for k, v in config.items() if _may_be_meant(str(k))}
     config, environ = conceal(config), conceal(environ)
     outside = read_sources(environ, dotenv)
     sources = [config, *outside]
@@ -136,15 +136,22 @@ def settings_from_config(
     for name in names:
         _check_name(name, databases)
         detail = details.get(name, {})
-        overrides = dict(detail) if isinstance(detail, Mapping) else {"conninfo": conceal(detail)}
+        overrides = dict(detail)
         if "url" in overrides:
             overrides["conninfo"] = overrides.pop("url")
         databases[name] = build_settings(name, sources, overrides)
     return databases
 
 
-def _is_plain(value: object) -> bool:
-    return not isinstance(value, (Mapping, list))
+def _with_urls(key: str, value: Any) -> Any:
+    """Return `DBPOOL_DATABASES` with a dict for each database, and any other value as it is."""
+    if key != "DBPOOL_DATABASES" or not isinstance(value, Mapping):
+        return value
+    return {k: v if isinstance(v, Mapping) else {"url": v} for k, v in value.items()}
+
+
+def _may_be_meant(key: str) -> bool:
+    return key.strip().upper().startswith(_PREFIXES) or re.search(_ENDINGS, key) is not None
 
 
 def _check_name(name: str, taken: Mapping[str, object]) -> None:

@@ -9,13 +9,12 @@ import re
 from collections.abc import Collection
 from contextlib import suppress
 from enum import StrEnum
-from pkgutil import get_data
 from typing import Any, Final
 
 import psycopg
 from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 
-from dbpool._secrets import MASK, mask, printable, secrets_of
+from dbpool._secrets import MASK, mask, printable, read_lines, secrets_of
 from dbpool.metrics import Snapshot, holders_by_place
 
 __all__ = [
@@ -57,8 +56,7 @@ _PERMANENT: Final = frozenset({"access", "conninfo", "database", "password", "ro
 # libpq reports a failed connect as text only: `sqlstate` is None, and the server's part of the
 # text is localised. Patterns are searched for in the first line, the most specific one first. The
 # texts are those of PostgreSQL 12 to 18 and of PgBouncer.
-_LINES: Final = (get_data(__package__, "failures.txt") or b"").decode().splitlines()
-_TEXTS: Final = [line.partition(": ")[::2] for line in _LINES if line and line[0] != "#"]
+_TEXTS: Final = [x.partition(": ")[::2] for x in read_lines(__package__, "failures.txt")]
 
 # psycopg lists the attempts on several addresses like this: the host with its port, and the error.
 _ATTEMPT: Final = re.compile(r"^- (host: .*), hostaddr: (?:'[^']*'|None): (.*)$", re.MULTILINE)
@@ -214,14 +212,15 @@ def is_permanent(kind: str) -> bool:
 def describe(exc: BaseException, conn: Any = None) -> str:
     """Return the one line that logs, views and events show of *exc*.
 
-    For an error of psycopg or of dbpool it is the text, without the secrets of *conn*, and without
-    the statement that failed and its values: a callback's may hold any secret. For any
+    For an error of psycopg or of dbpool it is the text, without the secrets of *conn*, or of the
+    connection that could not be made, and without the statement that failed and its values: a
+    callback's may hold any secret. For any
     other exception, which a user's callback raised, it is the type alone: its text may hold
     anything.
     """
     if not isinstance(exc, (psycopg.Error, ConfigError)):
         return type(exc).__name__
-    return mask(_text_of(exc), secrets_of({}, getattr(conn, "pgconn", None)))
+    return mask(_text_of(exc), secrets_of({}, getattr(conn or exc, "pgconn", None)))
 
 
 def sanitize(exc: BaseException, secrets: Collection[str] = ()) -> BaseException:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, dataclass_transform
 
+from dbpool._secrets import conceal
 from dbpool._threads import run_in_thread
 from dbpool.errors import ConfigError
 
@@ -179,15 +180,17 @@ class LoggingListener(Listener):
 
 def validate_listeners(listeners: Iterable[Any]) -> tuple[Callable[[Any], object], ...]:
     """Return the listeners; raise `ConfigError` for one that would never hear an event."""
-    try:
-        found = tuple(listeners)
-    except TypeError:
-        raise ConfigError("listeners must be a list") from None
-    for listener in found:
+    if not isinstance(listeners, Iterable):
+        raise ConfigError("listeners must be a list")
+    for listener in (found := tuple(conceal(listeners))):
         if problem := _problem_of(listener):
-            name = getattr(listener, "__qualname__", f"of type {type(listener).__qualname__}")
-            raise ConfigError(f"the listener {name} {problem}")
+            raise ConfigError(f"the listener {_named(listener)} {problem}")
     return found
+
+
+def _named(listener: Any) -> str:
+    """Return a listener's name; its `repr` may show what it was made with."""
+    return getattr(listener, "__qualname__", f"of type {type(listener).__qualname__}")
 
 
 def _problem_of(listener: Any) -> str | None:
@@ -297,7 +300,8 @@ class Emitter:
                 listener(event)
             except BaseException:  # the others hear the event all the same
                 if self._is_first((id(listener), type(event))):
-                    logger.exception("a listener failed on %s: %r", name_of(event), listener)
+                    text = "a listener failed on %s: %s"
+                    logger.exception(text, name_of(event), _named(listener))
 
     def _is_first(self, problem: object) -> bool:
         is_first = problem not in self._logged

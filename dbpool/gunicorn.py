@@ -262,14 +262,14 @@ def _start_door(server: Any) -> None:
     It is no child of a fork: of this process it has nothing but a pipe, whose end ends it.
     """
     global _door  # noqa: PLW0603  # there is one master in a process
-    if not (address := os.environ.get(_SERVE)) or not os.environ.get(STATS_DIR):
+    if not os.environ.get(_SERVE) or not os.environ.get(STATS_DIR):
         return
     is_other_user = os.geteuid() == 0 and server.cfg.uid != 0
     who = {"user": server.cfg.uid, "group": server.cfg.gid, "extra_groups": []}
     patience = max(30, server.cfg.timeout)
     try:
         _door = subprocess.Popen(
-            [sys.executable, "-m", "dbpool.door._supervisor", address, f"--patience={patience}"],
+            [sys.executable, "-m", "dbpool.door._supervisor", f"--patience={patience}"],
             stdin=subprocess.PIPE,
             start_new_session=True,
             **(who if is_other_user else {}),

@@ -14,6 +14,7 @@ from werkzeug.exceptions import Forbidden, HTTPException, NotFound
 from werkzeug.test import TestResponse
 
 from dbpool import PoolExhausted
+from dbpool.flask import DBPool, create_blueprint
 
 from .conftest import MakeApp
 
@@ -372,6 +373,22 @@ def test_no_answer_may_be_sniffed(app: Flask, method: str, path: str, status: in
     with app.test_client().open(path, method=method) as answer:
         assert answer.status_code == status
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize("prefix", ["/db", "/db/", "/deep/er/", "/", None])
+def test_no_refusal_may_be_sniffed_or_kept_wherever_it_is_mounted(prefix: str | None) -> None:
+    app = Flask("app")
+    app.config.update(DATABASE_URL=NOWHERE, TESTING=True)
+    DBPool(app)
+    app.register_blueprint(create_blueprint(), url_prefix=prefix)
+    app.add_url_rule("/mine", "mine", view_func=lambda: "mine")
+    base = (prefix or "").rstrip("/")
+    for path in ("", "/", "/stats", "/health/live", "/sign-in"):
+        answer = app.test_client().delete(f"{base}{path}")
+        assert answer.status_code == (405 if path else 404)
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Cache-Control"] == "no-store"
+    assert "X-Content-Type-Options" not in app.test_client().delete("/mine").headers
 
 
 def test_opened_views_may_not_be_sniffed_either(make_app: MakeApp) -> None:

@@ -78,6 +78,22 @@ def test_views_open_to_others_are_one_warning(
     assert all(address in text for text in told)
 
 
+@pytest.mark.parametrize(
+    ("client", "warnings"),
+    [("10.1.2.3", 1), ("2001:db8::7", 1), ("127.0.0.1", 0), ("::ffff:127.0.0.1", 0), ("", 0)],
+)
+def test_a_client_from_elsewhere_tells_where_the_servers_name_does_not(
+    client: str, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Waitress and uWSGI give no address on which they listen."""
+    environ = {"SERVER_NAME": "waitress.invalid", "REMOTE_ADDR": client}
+    app = make_app(DBPOOL_DETAILS="always")
+    for _ in range(3):
+        app.test_client().get("/db/health/live", environ_overrides=environ)
+    told = [text for text in caplog.messages if "DBPOOL_DETAILS=always" in text]
+    assert len(told) == warnings
+
+
 def test_closed_views_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     client = make_app(DBPOOL_TOKEN="0123456789abcdef").test_client()
     client.get("/db/health/live", environ_overrides={"SERVER_NAME": "0.0.0.0"})

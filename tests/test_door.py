@@ -112,6 +112,17 @@ def test_it_answers_what_the_workers_published(
     assert b'dbpool_finding{code="DB01",pool_name="default"} 0.0' in metrics.body
 
 
+def test_clients_that_were_refused_together_come_back_at_different_times(directory: Path) -> None:
+    views = views_of(directory, details="token", token=TOKEN)
+    for path in ("/health/ready", "/stats"):
+        headers = OPEN | {"authorization": f"Bearer {TOKEN}"}
+        answers = [views.respond(path, headers) for _ in range(60)]
+        assert {answer.status for answer in answers} == {503}
+        waits = {int(answer.headers["Retry-After"]) for answer in answers}
+        assert len(waits) > 1
+        assert 1 <= min(waits) <= max(waits) <= 10
+
+
 def test_while_there_is_no_application_it_says_so(directory: Path) -> None:
     status, answer = get(views_of(directory), "/stats")
     assert status == 503
@@ -214,6 +225,17 @@ def test_it_is_ready_while_one_worker_is(
     assert ("Retry-After" in answer.headers) == (status == 503)
 
 
+def test_where_no_database_is_required_it_is_ready(
+    directory: Path, publish: Callable[..., Processes]
+) -> None:
+    publish(default=Pool("down"))
+    views = views_of(directory, required=())
+    assert get(views, "/health/ready") == (
+        200,
+        {"status": "degraded", "databases": {"default": "down"}},
+    )
+
+
 def test_what_a_worker_said_long_ago_does_not_make_it_ready(
     directory: Path, publish: Callable[..., Processes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,7 +292,11 @@ def test_addresses(text: str, address: object) -> None:
     assert parse_address(text) == address
 
 
-@pytest.mark.parametrize("text", ["8900", "localhost", "x:y", "127.0.0.1:99999"])
+@pytest.mark.parametrize(
+    "text",
+    ["8900", "localhost", "x:y", "127.0.0.1:99999", "http://127.0.0.1:8900", "tcp://10.0.0.1:8900",
+     "::1:8900", "[::1]", "127.0.0.1:\u0661", f"127.0.0.1:{'9' * 5000}", "a b:80", "unix:", " "],
+)  # fmt: skip
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="DBPOOL_SERVE"):
         parse_address(text)
@@ -307,7 +333,24 @@ def test_it_speaks_http(serve: Callable[..., Door]) -> None:
     head = fetch(port, method="HEAD")
     assert (head.status, head.read()) == (200, b"")
     assert int(head.headers["Content-Length"]) > 0
-    assert fetch(port, method="POST").status == 501
+    for method in ("POST", "PUT", "BREW"):
+        refused = fetch(port, method=method)
+        assert refused.status == 501
+        assert refused.headers["X-Content-Type-Options"] == "nosniff"
+        assert refused.headers["Cache-Control"] == "no-store"
+        assert json.loads(refused.read())["error"]
+
+
+@pytest.mark.parametrize("request_line", [b"GET /<b>x y z HTTP/1.1", b"GET /<b> HTTP/3.0", b"<b>"])
+def test_a_request_that_cannot_be_read_is_refused_without_quoting_it(
+    serve: Callable[..., Door], request_line: bytes
+) -> None:
+    port = serve().address[1]
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(request_line + b"\r\n\r\n")
+        answer = b"".join(iter(lambda: client.recv(10_000), b""))
+    assert b"<b>" not in answer
+    assert b"error" in answer
 
 
 @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="there is no IPv6 here")
@@ -463,6 +506,20 @@ def test_the_server_is_started_again_and_ends_with_its_master(
     finally:
         supervisor.kill()
         supervisor.wait()
+
+
+@pytest.mark.parametrize(("address", "details"), [("8900", "token"), ("0.0.0.0:0", "always")])
+def test_a_server_with_wrong_settings_is_not_started_again(
+    directory: Path, address: str, details: str
+) -> None:
+    environ = {**os.environ, "DBPOOL_SERVE": address, "DBPOOL_DETAILS": details}
+    with subprocess.Popen(
+        [sys.executable, "-m", "dbpool.door._supervisor", f"--dir={directory}"],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=environ, text=True,
+    ) as supervisor:  # fmt: skip
+        assert supervisor.wait(20) == 2
+        assert supervisor.stderr is not None
+        assert supervisor.stderr.read().count("dbpool: DBPOOL_") == 1
 
 
 def test_the_server_ends_if_its_supervisor_is_killed(directory: Path) -> None:
@@ -669,7 +726,7 @@ def test_whatever_a_form_holds_gets_an_answer(
 
 def test_a_form_is_read_up_to_a_bound(serve: Callable[..., Door]) -> None:
     port = serve().address[1]
-    for length in ("5000", "-1", "x", None):
+    for length in ("5000", "-1", "x", "1_0", "9" * 5000, None):
         with socket.create_connection(("127.0.0.1", port), 10) as client:
             given = b"" if length is None else f"Content-Length: {length}\r\n".encode()
             client.sendall(b"POST /sign-in HTTP/1.0\r\n" + given + b"\r\n")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flask import Flask
+from psycopg.conninfo import conninfo_to_dict
 
 from dbpool.cli import commands
 from dbpool.flask import DBPool
@@ -30,6 +32,18 @@ def test_check_tries_the_databases_of_the_application(
     assert status == 0
     assert databases.keys() == {"default", "replica"}
     assert databases["default"]["settings"]["max_size"] == 3
+
+
+@pytest.mark.parametrize("is_callable", [False, True])
+def test_the_commands_connect_with_the_applications_keywords(
+    make_app: MakeApp, dsn: str, is_callable: bool
+) -> None:
+    known = conninfo_to_dict(dsn)
+    kwargs: Any = (lambda: known) if is_callable else known
+    app = make_app("host=127.0.0.1 port=1", db=DBPool(kwargs=kwargs))
+    for command in (["check"], ["wait", "--timeout", "5s"], ["stats", "--scope", "process"]):
+        assert invoke(app, *command)[0] == 0, command
+    assert "unknown" not in invoke(app, "plan", "--for", "0")[1]
 
 
 def test_what_is_wrong_is_the_exit_status(make_app: MakeApp) -> None:

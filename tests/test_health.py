@@ -322,8 +322,8 @@ def test_names_are_unique(databases: Databases) -> None:
             health.add(name, lambda: True)
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan")])
-def test_a_check_needs_a_bound(databases: Databases, timeout: float) -> None:
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan"), None, "soon", "0s"])
+def test_a_check_needs_a_bound(databases: Databases, timeout: Any) -> None:
     with pytest.raises(ConfigError, match="timeout"):
         Health(databases).add("redis", lambda: True, timeout=timeout)
 

@@ -231,6 +231,18 @@ def test_a_leak_is_a_connection_that_was_forgotten(fake: FakeServer) -> None:
     assert sum(isinstance(event, Discarded) for event in heard) == 5
 
 
+def test_of_many_forgotten_at_once_each_is_an_event(fake: FakeServer) -> None:
+    heard: list[Any] = []
+    with fake.pool(max_size=30, listeners=[heard.append]) as pool:
+        kept = [pool.getconn() for _ in range(30)]
+        assert len(pool.return_held(0.0)) == 30
+        kept = [pool.getconn() for _ in range(25)]
+        del kept
+        gc.collect()
+        until(lambda: pool.stats().counters.leaks == 55)
+        until(lambda: sum(isinstance(event, Leaked) for event in heard) == 55)
+
+
 def test_what_is_taken_back_was_forgotten_too(fake: FakeServer) -> None:
     heard: list[Any] = []
     with fake.pool(listeners=[heard.append]) as pool:

@@ -56,7 +56,17 @@ FLOORS = {
         "pool",
     ],
     3: ["embedded", "databases", "settings.app", "settings.origins", "diagnosis"],
-    4: ["_per_process", "_rows", "_sign_in", "report", "health", "processes", "monitor", "sizing"],
+    4: [
+        "_http",
+        "_per_process",
+        "_rows",
+        "_sign_in",
+        "report",
+        "health",
+        "processes",
+        "monitor",
+        "sizing",
+    ],
     5: [
         "opentelemetry",
         "prometheus",

@@ -149,6 +149,11 @@ def test_a_database_that_cannot_be_asked_is_named(narrow: Server, plan: Plan) ->
     assert "wr0ng" not in printed
 
 
+def test_a_host_that_is_no_name_is_no_traceback(plan: Plan) -> None:
+    environ = {"DATABASE_URL": f"postgresql://u@{'x' * 70}/d", "WEB_CONCURRENCY": "9" * 5000}
+    assert plan(**environ) == (1, "unknown: default: UnicodeError\n")
+
+
 # Behind PgBouncer
 
 

@@ -8,6 +8,7 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,16 +20,19 @@ from psycopg.conninfo import make_conninfo
 from dbpool import ConfigError, Databases, Pool, PoolError, Settings
 from dbpool.cli import main
 from dbpool.databases import settings_from_config
+from dbpool.events import Emitter, Opened
 from dbpool.flask import DBPool, create_blueprint
 from dbpool.health import Health
 from dbpool.settings import unknown_variables
 from dbpool.settings.app import AppSettings
 
+from .conftest import MakeApp
 from .frames import Frames, leaks, of_error
 from .postgres import Server
 
 PASSWORD = "zq7 Horse/Battery@Staple:9%"
 URL = f"postgresql://app:{quote(PASSWORD, safe='')}@127.0.0.1:1/db"
+NOWHERE = "host=127.0.0.1 port=1 user=u dbname=d"
 TOKEN = "tk-4711-zq7-token-of-the-views"
 
 # A value that could be a secret in the wrong place, in several shapes.
@@ -58,6 +62,7 @@ VARIABLES = [
     "DBPOOL_DETAILS",
     "DBPOOL_TOKEN_FILE",
     "DBPOOL_STATS_DIR",
+    "DBPOOL_SERVE",
     "DBPOOL_DOTENV",
     "DBPOOL_RESET",
     "DBPOOL_ERROR_HANDLERS",
@@ -299,7 +304,8 @@ def served() -> str:
             with pytest.raises(PoolError) as caught:
                 db.pool.getconn()
             client = app.test_client()
-            answers = [client.get(f"/db/{path}").text for path in ("stats", "health", "metrics")]
+            paths = ("stats?include=settings", "health", "metrics")
+            answers = [client.get(f"/db/{path}").text for path in paths]
             return f"{answers} {app.extensions['dbpool']} {caught.value} {caught.value.__cause__!r}"
     finally:
         app.extensions["dbpool"].databases.close()
@@ -393,6 +399,106 @@ def test_a_mistake_shows_nothing(mistake: Callable[[], Any], frames: Frames) -> 
     error = raised(mistake)
     assert error is not None
     assert not leaks([*of_error(error), *frames.shown], PASSWORD)
+
+
+WRONG_TYPES: list[Callable[[], Any]] = [
+    URL.encode,
+    lambda: bytearray(URL.encode()),
+    lambda: (URL,),
+    lambda: {URL},
+    lambda: [URL.encode()],
+    lambda: {URL: 1},
+    lambda: {"dsn": Dsn()},
+    lambda: {"url": URL.encode()},
+]
+
+
+def setting(value: object, key: str = "DBPOOL_DATABASES") -> Any:
+    config = {"DATABASE_URL": "host=h", key: value}
+    app = Flask("app")
+    app.config.update(config)
+    return DBPool(app)
+
+
+@pytest.mark.parametrize("make", [*WRONG_TYPES, Dsn], ids=range(len(WRONG_TYPES) + 1))
+def test_a_secret_of_another_type_is_in_no_frame(make: Callable[[], Any], frames: Frames) -> None:
+    doors: list[Callable[[Any], Any]] = [
+        Pool,
+        lambda value: Pool(kwargs=value, num_workers=0),
+        lambda value: Pool(kwargs={"password": value}, num_workers=0),
+        lambda value: Pool("host=h", settings=value),
+        lambda value: Pool("host=h", listeners=[value]),
+        lambda value: Pool("host=h", configure=value),
+        lambda value: Pool("host=h", name=value),
+        lambda value: Settings(conninfo=value),
+        lambda value: Settings.from_env(environ={}, dotenv=value),
+        lambda value: AppSettings(token=value),
+        lambda value: create_blueprint(authorize=value),
+        setting,
+        lambda value: setting({"a": value, "b": "mysql://"}),
+        lambda value: setting(value, "DBPOOL_TOKEN"),
+        lambda value: setting(value, "DBPOOL_MAX_SIZE"),
+        lambda value: setting(value, "DBPOOL_DOTENV"),
+        lambda value: setting(value, "DBPOOL_SERVE"),
+    ]
+    errors = [raised(lambda d=door: d(make())) for door in doors]  # type: ignore[misc]
+    assert errors.count(None) <= 2, "some are good as a mapping"
+    assert not leaks([text for error in errors for text in of_error(error)], PASSWORD)
+    assert not leaks(frames.shown, PASSWORD)
+
+
+def test_the_arguments_of_a_partial_are_shown_by_nobody(frames: Frames) -> None:
+    def configure(conn: Any, password: str) -> None:
+        raise AssertionError(password)
+
+    call = partial(configure, password=PASSWORD)
+    assert not leaks(of_error(raised(lambda: Pool(URL, configure=call, max_size="x"))), PASSWORD)  # type: ignore[arg-type]
+    emitter = Emitter([call])
+    emitter.emit(Opened("p"))
+    emitter.close(5)
+    assert any("a listener failed on opened" in message for message in frames.messages)
+    assert not leaks([text for text in frames.messages if "failed" in text], PASSWORD)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DBPOOL_REPLICA_URL", "host=h"),  # what it suggests is DBPOOL_DATABASES with this one too
+        ("DBPOOL_TOKEN:zq7hunter", "="),  # as YAML has it
+        ("DBPOOL_TOKEN zq7hunter", ""),
+    ],
+)
+def test_no_name_and_no_suggestion_quotes_a_secret(
+    name: str, value: str, frames: Frames, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environ = {"DATABASE_URL": "host=h", "DBPOOL_DATABASES": URL, name: value}
+    assert raised(lambda: Databases.from_env(environ)) is not None
+    del environ["DBPOOL_DATABASES"]
+    told = [
+        *frames.messages,
+        str(unknown_variables(environ)),
+        str(raised(lambda: setting(1, name))),
+    ]
+    told += [str(raised(lambda: Pool("host=h", **{name: 1})))]  # type: ignore[arg-type]
+    more: dict[str, Any] = {name: 1}
+    told += [str(raised(lambda: Settings.from_env(environ={}, **more)))]
+    assert len(told) > 4
+    assert not leaks(told, PASSWORD, "zq7hunter")
+
+
+def test_a_name_that_looks_like_that_of_a_url_is_one_of_a_database() -> None:
+    environ = {"DATABASE_URL": "host=h", "DBPOOL_DATABASES": "curl", "DBPOOL_CURL_URL": "host=c"}
+    assert [*Databases.from_env(environ)] == ["default", "curl"]
+    names = [*Databases({"default": Settings(), "my-curl": Settings()})]
+    assert repr(names) == "['default', 'my-curl']"
+    config = {"DATABASE_URL": "host=h", "DBPOOL_DATABASES": {"dsn": {"url": "host=c"}, "a": Dsn()}}
+    assert settings_from_config(config, environ={})["dsn"].conninfo == "host=c"
+
+
+def test_a_debugger_sees_no_token(make_app: MakeApp) -> None:
+    own = make_app(NOWHERE, DBPOOL_TOKEN=TOKEN).extensions["dbpool"]
+    found = [repr(vars(each)) for each in (own, own.sign_in, own.settings, own.monitor)]
+    assert not leaks(found, TOKEN, repr(TOKEN.encode())[2:-1])
 
 
 def test_a_configuration_may_refer_to_itself(frames: Frames) -> None:

@@ -19,6 +19,7 @@ from dbpool.cli import main
 from dbpool.databases import databases_from_env, settings_from_config
 from dbpool.flask import DBPool
 from dbpool.settings import unknown_variables
+from dbpool.settings.app import AppSettings
 
 SECRET = "hunter2"
 
@@ -113,6 +114,10 @@ def test_the_same_for_key_and_value() -> None:
         (f"“postgresql://u:{SECRET}@h/d”", "in quotes"),
         (f"postgresql://u:{SECRET}@h/d;ssl=true", "its database holds ;"),
         (f"postgresql://u:{SECRET}@h/d?options=-csearch_path=x", "%3D"),
+        ("**********", "asterisks"),  # pydantic's SecretStr as text
+        ("${DATABASE_URL}", "placeholder"),
+        ("$(DATABASE_URL)", "placeholder"),
+        ("{{ .Values.databaseUrl }}", "placeholder"),
         (f"psql 'postgresql://u:{SECRET}@h/d'", "psql command"),
         (f"psql -h h -W {SECRET}", "psql command"),
         (f"DATABASE_URL=postgresql://u:{SECRET}@h/d", "name of a variable"),
@@ -133,6 +138,7 @@ def test_the_same_for_key_and_value() -> None:
         (f"host=h password='{SECRET}", "quote values"),
         ("host=localhost:5432", "its host holds a port"),
         ("host=h;port=1", "its host holds ;"),
+        ("postgresql://u@h..example/d", "its host holds .."),
     ],
 )
 def test_the_mistake_in_a_string_is_named(string: str, said: str) -> None:
@@ -219,6 +225,30 @@ def test_an_empty_secret_file_is_an_error(tmp_path: Path) -> None:
             settings.connect_params()
 
 
+@pytest.mark.parametrize("content", ["", "\n", " \t\n"])
+def test_an_empty_file_for_a_password_is_an_error(content: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(content)
+    with pytest.raises(ConfigError, match=r"^PGPASSWORD_FILE: the file is empty"):
+        Settings(conninfo="host=h", password_file=str(tmp_path / "secret")).connect_params()
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\t \u00a0"])
+def test_a_blank_value_is_not_taken_for_none(blank: str) -> None:
+    """A template filled with nothing, for example: libpq's defaults would be another database."""
+    with pytest.raises(ConfigError, match=r"DATABASE_URL.* is blank"):
+        databases_from_env({"DATABASE_URL": blank})
+    with pytest.raises(ConfigError, match=r"DBPOOL_B_URL.* is blank"):
+        databases_from_env(
+            {"DATABASE_URL": "host=h", "DBPOOL_DATABASES": "b", "DBPOOL_B_URL": blank}
+        )
+    with pytest.raises(ConfigError, match="is blank"):
+        Pool(blank)
+    with pytest.raises(ConfigError, match="is blank"):
+        settings_from_config({"DATABASE_URL": blank}, environ={})
+    with pytest.raises(ConfigError, match="conninfo_file must be a path"):
+        databases_from_env({"DATABASE_URL_FILE": blank})
+
+
 def test_an_empty_variable_for_the_file_is_an_error_where_nothing_else_is_set() -> None:
     with pytest.raises(ConfigError, match="DATABASE_URL_FILE is empty"):
         databases_from_env({"DATABASE_URL_FILE": ""})
@@ -227,7 +257,11 @@ def test_an_empty_variable_for_the_file_is_an_error_where_nothing_else_is_set() 
     assert databases_from_env({"DATABASE_URL_FILE": "", "PGHOST": "h"})["default"].resolve() == ""
 
 
-@pytest.mark.parametrize("name", ["DATABASE_URI", "SQLALCHEMY_DATABASE_URI", "POSTGRES_URL"])
+@pytest.mark.parametrize(
+    "name",
+    ["DATABASE_URI", "SQLALCHEMY_DATABASE_URI", "POSTGRES_URL", "DATABSE_URL", "DATABASE_URLS",
+     "DATABASE_ULR", "DATABASE-URL", "DATABASE_URL ", "database_url"],
+)  # fmt: skip
 def test_another_variable_for_the_url_is_reported(name: str) -> None:
     with pytest.raises(ConfigError, match="DATABASE_URL is not set") as caught:
         settings_from_config({name: f"postgresql://u:{SECRET}@h/d"}, environ={})
@@ -335,6 +369,33 @@ def test_a_time_that_would_be_sent_as_zero_is_refused(name: str, value: Any) -> 
         assert getattr(Settings(**given), name) == right
 
 
+@pytest.mark.parametrize("value", ['"10"', "'10s'", "1_000", "inf", "-nan", "1e3", "null", "5S"])
+def test_a_number_that_is_written_wrongly_is_quoted(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"DBPOOL_MAX_SIZE.* whole number, not ") as caught:
+        Settings.from_env(environ={"DATABASE_URL": "host=h", "DBPOOL_MAX_SIZE": value})
+    assert value in str(caught.value)
+
+
+def test_minus_zero_is_zero() -> None:
+    assert str(Settings(timeout="-0").timeout) == "0.0"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["4711471147114711", "/run/secret/token", "root.key", "prefer"])
+@pytest.mark.parametrize("name", ["DBPOOL_DETAILS", "DBPOOL_BLOCKERS", "DBPOOL_SHOW_QUERIES"])
+def test_where_few_words_are_meant_no_other_is_quoted(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} must be ") as caught:
+        AppSettings.from_env({name: value})
+    assert value not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^pooler \(DBPOOL_POOLER\) must be none or") as caught:
+        Settings.from_env(environ={"DATABASE_URL": "host=h", "DBPOOL_POOLER": value})
+    assert value not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [" DBPOOL_MAX_SIZE", "DBPOOL-MAX-SIZE", "dbpool.max.size"])
+def test_another_spelling_of_a_variable_is_reported(name: str) -> None:
+    assert unknown_variables({name: "5"}) == [(name, "DBPOOL_MAX_SIZE")]
+
+
 def test_a_long_text_is_refused_at_once() -> None:
     began = monotonic()
     for text in ("1" + " " * 100_000 + "x", " " * 100_000 + "x", "1" * 100_000 + "x"):
@@ -353,6 +414,7 @@ def test_a_long_text_is_refused_at_once() -> None:
         ({"DBPOOL_STATEMENT_TIMEOUT": "30000"}, True),
         ({"DBPOOL_LOCK_TIMEOUT": " 5000 "}, True),
         ({"DBPOOL_TIMEOUT": "1000"}, True),
+        ({"DBPOOL_CONNECT_TIMEOUT": "5000"}, True),
         ({"DBPOOL_MAX_IDLE": "600000"}, True),
         ({"DBPOOL_MAX_LIFETIME": "86400"}, False),
         ({"DBPOOL_STATEMENT_TIMEOUT": "30000s"}, False),

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from dbpool.databases import databases_from_env
 from dbpool.errors import ConfigError
@@ -15,17 +16,36 @@ from dbpool.settings._parsing import parse_number
 from dbpool.settings.app import find_dotenv
 
 _used: Mapping[str, Settings] | None = None
+_options: dict[str, Any] = {}
 
 
 @contextmanager
-def using(databases: Mapping[str, Settings]) -> Iterator[None]:
-    """Have the commands in the block use these settings in place of the environment's."""
-    global _used  # noqa: PLW0603  # a process runs one command
-    _used = databases
+def using(databases: Mapping[str, Settings], **options: Any) -> Iterator[None]:
+    """Have the commands in the block use these settings in place of the environment's.
+
+    *options* are those of `Pool` that are no settings, such as `kwargs`.
+    """
+    global _used, _options  # a process runs one command
+    _used, _options = databases, options
     try:
         yield
     finally:
-        _used = None
+        _used, _options = None, {}
+
+
+def pool_options() -> dict[str, Any]:
+    """Return the options of the pools that are no settings."""
+    return dict(_options)
+
+
+def params_of(settings: Settings) -> dict[str, Any]:
+    """Return the keywords that a pool of these settings connects with. Raises `ConfigError`."""
+    try:
+        kwargs = _options.get("kwargs")
+        kwargs = kwargs() if callable(kwargs) else kwargs
+    except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
+        raise ConfigError(f"kwargs failed: {type(ex).__name__}") from None
+    return settings.connect_params(None, kwargs)
 
 
 def configured() -> tuple[dict[str, Settings], Mapping[str, str]]:

@@ -14,6 +14,7 @@ from psycopg.rows import tuple_row
 
 from dbpool._rows import decoded
 from dbpool._secrets import MASK
+from dbpool.cli._configured import params_of, pool_options
 from dbpool.errors import ConfigError, PoolError, describe
 from dbpool.pool import Pool
 from dbpool.settings import SERVER_SIDE, Settings
@@ -40,7 +41,7 @@ def probe(settings: Settings) -> dict[str, Any]:
     started = monotonic()
     pool = single(settings)
     try:
-        params = settings.connect_params()
+        params = params_of(settings)
         effective |= _in_effect(settings, params)
         if is_exposed(params, os.environ):
             report["warning"] = _EXPOSED
@@ -110,4 +111,5 @@ def _is_loopback(host: str) -> bool:
 
 def single(settings: Settings) -> Pool[Any]:
     """Return a pool of one connection."""
-    return Pool(settings=replace(settings, min_size=0, max_size=1, leak_after=0))
+    small = replace(settings, min_size=0, max_size=1, leak_after=0)
+    return Pool(settings=small, **pool_options())

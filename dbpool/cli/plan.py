@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from dbpool.cli._configured import configured, seconds
+from dbpool.cli._configured import configured, params_of, seconds
 from dbpool.cli._output import line
 from dbpool.cli._running import statistics_directory
 from dbpool.cli.top import read_running
@@ -28,6 +29,7 @@ from dbpool.sizing import (
     plan_connections,
 )
 
+_NUMBER = re.compile("[0-9]{1,5}")
 HELP = "say whether the configured connections fit, and how many the load needs"
 
 
@@ -74,14 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
+    if not _NUMBER.fullmatch(text) or not 1 <= int(text) <= 10_000:
         raise argparse.ArgumentTypeError("it must be a whole number from 1 to 10000")
     return int(text)
 
 
 def _web_concurrency() -> int:
     given = os.environ.get("WEB_CONCURRENCY", "").strip()
-    return int(given) if given.isdecimal() and int(given) else 1
+    return (int(given) or 1) if _NUMBER.fullmatch(given) else 1
 
 
 def _target(settings: Settings, processes: int, size: int, monitors: int) -> Target:
@@ -93,7 +95,7 @@ def _target(settings: Settings, processes: int, size: int, monitors: int) -> Tar
         setting=variable("max_size", settings.name),
         monitors=0 if is_pooled else monitors,
     )
-    return Target(demand, settings.connect_params(), is_pooled)
+    return Target(demand, params_of(settings), is_pooled)
 
 
 def _size(

@@ -11,7 +11,9 @@ import threading
 from pathlib import Path
 from typing import Final
 
+from dbpool.cli._output import fail
 from dbpool.cli._running import find_processes, running_directory
+from dbpool.door import WRONG_SETTINGS
 from dbpool.door._server import Door, is_private, parse_address, wait_until
 from dbpool.door._views import Views
 from dbpool.errors import ConfigError
@@ -37,6 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    try:
+        return _serve(arguments)
+    except ConfigError as ex:
+        status = fail(ex)
+        return WRONG_SETTINGS if arguments.until_eof else status
+
+
+def _serve(arguments: argparse.Namespace) -> int:
     settings = AppSettings.from_env(dotenv=find_dotenv())
     text = arguments.address or settings.serve
     if not text:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import psycopg
 
-from dbpool.cli._configured import configured
+from dbpool.cli._configured import configured, pool_options
 from dbpool.cli._running import statistics_directory
 from dbpool.cli._text import as_text
 from dbpool.cli.top import read_running
@@ -58,7 +58,7 @@ def _ask_pools() -> Report:
         name: replace(settings, min_size=0, max_size=1, leak_after=0)
         for name, settings in configured()[0].items()
     }
-    with Databases(small) as databases:
+    with Databases(small, **pool_options()) as databases:
         for pool in databases.values():
             try:
                 pool.fetch_value("select 1")

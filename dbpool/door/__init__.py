@@ -8,3 +8,5 @@ Needs no web framework, and so also serves applications that are not made with F
 
 Nothing is imported here: the supervisor stays small.
 """
+
+WRONG_SETTINGS = 2  # the exit status of a server that would fail again if it were started again

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import socket
 import stat
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from pathlib import Path
@@ -17,13 +19,17 @@ from socketserver import BaseServer, ThreadingMixIn, UnixStreamServer
 from time import monotonic
 from typing import Any, Final
 
-from dbpool._sign_in import MAX_BODY, UNMEASURED
+from dbpool._secrets import conceal, safe_repr
+from dbpool._sign_in import MAX_BODY, UNMEASURED, SecretBytes
 from dbpool.door._pages import Response, json_answer
 from dbpool.door._views import Views
 from dbpool.errors import ConfigError
 
 logger = logging.getLogger("dbpool")
 
+_ADDRESS: Final = re.compile(
+    r"(?:\[(?P<ipv6>[0-9a-fA-F:.]+(?:%\w+)?)\]|(?P<host>[\w.-]*)):(?P<port>[0-9]{1,5})", re.ASCII
+)
 _MAX_CONNECTIONS: Final = 16
 _CONNECTION_TIMEOUT: Final = 5.0  # for a connection
 _TICK_INTERVAL: Final = 1.0
@@ -32,14 +38,15 @@ _RETRY_INTERVAL: Final = 1.0  # seconds between two attempts to have the port
 
 def parse_address(text: str) -> tuple[str, int] | str:
     """Return host and port, or the path of a unix socket; raise `ConfigError` for anything else."""
-    if text.startswith(("unix:", "/")):
-        return text.removeprefix("unix:")
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
+    text = text.strip()
+    if text.startswith(("unix:", "/")) and (path := text.removeprefix("unix:")):
+        return path
+    found = _ADDRESS.fullmatch(text)
+    if found is None or int(found["port"]) > 65535:
         raise ConfigError(
             "DBPOOL_SERVE must be an address such as 127.0.0.1:8900, or the path of a unix socket"
         )
-    return host.strip("[]") or "127.0.0.1", int(port)
+    return found["ipv6"] or found["host"] or "127.0.0.1", int(found["port"])
 
 
 def is_private(address: tuple[str, int] | str) -> bool:
@@ -64,14 +71,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MAX_BODY:
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MAX_BODY:
             self._send(json_answer(413, error=UNMEASURED))
             return
-        form = self.rfile.read(int(length))
+        form = SecretBytes(self.rfile.read(int(length)))
         self._answer(lambda path, headers: self.server.views.submit(path, headers, form))
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what http.server refuses like all else; nothing of the request is quoted."""
+        self._send(json_answer(code, error=HTTPStatus(code).phrase))
+
     def _answer(self, respond: Callable[[str, dict[str, str]], Response]) -> None:
-        headers = {name.lower(): value for name, value in self.headers.items()}
+        headers = {name.lower(): conceal(value) for name, value in self.headers.items()}
         try:
             answer = respond(self.path, headers)
         except Exception as ex:  # noqa: BLE001  # the next request is answered all the same
@@ -226,7 +237,7 @@ class Door:
 
 def _shown(address: tuple[str, int] | str) -> str:
     if isinstance(address, str):
-        return address
+        return safe_repr(address)
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

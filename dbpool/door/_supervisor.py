@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+from dbpool.door import WRONG_SETTINGS
+
 _PAUSES: Final = (0.1, 0.5, 1.0, 5.0)  # seconds between two starts
 _STABLE_AFTER: Final = 60.0  # seconds of life after which the pauses begin anew
 _END_TIMEOUT: Final = 45.0  # seconds that the server may take to end
@@ -38,6 +40,8 @@ def supervise(arguments: Sequence[str], watched: int = 0) -> int:
             server.wait()
         if not is_wanted:
             return 0
+        if server.returncode == WRONG_SETTINGS:  # it has said which
+            return WRONG_SETTINGS
         failures = 0 if time.monotonic() - started > _STABLE_AFTER else failures + 1
         pause = _PAUSES[min(failures, len(_PAUSES) - 1)]
         if not _is_open(watched, pause):

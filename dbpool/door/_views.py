@@ -11,6 +11,7 @@ from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 from dbpool import _sign_in
+from dbpool._http import retry_after
 from dbpool._sign_in import SignIn
 from dbpool.door._pages import (
     STATIC,
@@ -79,7 +80,7 @@ class Views:
             try:
                 return self._denied(headers, path) or restricted(query, headers)
             except ConfigError as ex:  # there is no application yet, or there are several
-                return json_answer(503, {"Retry-After": "5"}, error=str(ex))
+                return json_answer(503, {"Retry-After": retry_after(5.0)}, error=str(ex))
         return json_answer(404, error="there is no such page")
 
     def submit(self, target: str, headers: Mapping[str, str], form: bytes) -> Response:
@@ -160,7 +161,7 @@ class Views:
         is_starting = not ages and monotonic() - self._started < _START_TIMEOUT
         if is_starting or min(ages, default=self._patience + 1) <= self._patience:
             return json_answer(200, status=PoolState.UP)
-        return json_answer(503, {"Retry-After": "5"}, status=PoolState.DOWN)
+        return json_answer(503, {"Retry-After": retry_after(5.0)}, status=PoolState.DOWN)
 
     def _ready(self, query: object, headers: object) -> Response:
         return self._readiness()
@@ -182,12 +183,14 @@ class Views:
             for name, pool in report.pools.items():
                 words[name] = max(words.get(name, PoolState.NONE), _word(pool), key=_BEST.index)
         required = [words.get(name, PoolState.STARTING) for name in self._settings.required]
-        status = min(required, key=_BEST.index, default=PoolState.STARTING)
+        status = min(required, key=_BEST.index, default=PoolState.UP)  # or nothing is required
         if status in _SERVING:
             is_well = set(words.values()) <= {PoolState.UP}
             status = PoolState.UP if is_well else PoolState.DEGRADED
             return json_answer(200, status=status, databases=words, **more)
-        return json_answer(503, {"Retry-After": "1"}, status=status, databases=words, **more)
+        return json_answer(
+            503, {"Retry-After": retry_after(1.0)}, status=status, databases=words, **more
+        )
 
     # Details
 

@@ -12,12 +12,13 @@ from flask import Blueprint, Response, abort, jsonify, render_template, request
 from flask.blueprints import BlueprintSetupState
 from werkzeug import Response as AnyResponse
 
+from dbpool._http import retry_after
 from dbpool._secrets import conceal
 from dbpool._sign_in import PAGE_HEADERS, is_signed_in
 from dbpool.databases import safe_name
 from dbpool.errors import ConfigError
 from dbpool.flask._access import Authorize, access_denied, public, restricted
-from dbpool.flask._errors import json_error, retry_after
+from dbpool.flask._errors import json_error
 from dbpool.flask._extension import KEY, State
 from dbpool.flask._signing import sign_in, sign_out
 from dbpool.metrics import PoolState
@@ -26,6 +27,8 @@ from dbpool.monitor import Query
 logger = logging.getLogger("dbpool")
 
 _PAGE: Final = "dbpool/live.html"
+_PATHS: Final = ("/health/live", "/health/ready", "/health", "/stats", "/metrics", "/", "/sign-in",
+                 "/sign-out")  # fmt: skip
 
 
 class _Blueprint(Blueprint):
@@ -62,15 +65,15 @@ def create_blueprint(name: str = "dbpool", authorize: Authorize | None = None) -
             is_denied = True
         return _ready(own) if is_denied else _detail(own)
 
-    views = {
-        "/health/live": public(_live),
-        "/health/ready": public(_ready),
-        "/health": public(health),
-        "/stats": restricted(_stats, authorize),
-        "/metrics": restricted(_metrics, authorize),
-        "/": restricted(_index, authorize),
-    }
-    for rule, view in views.items():
+    views = (
+        public(_live),
+        public(_ready),
+        public(health),
+        restricted(_stats, authorize),
+        restricted(_metrics, authorize),
+        restricted(_index, authorize),
+    )
+    for rule, view in zip(_PATHS, views, strict=False):
         # No redirect to the path with or without a slash: a probe takes it for an answer.
         blueprint.add_url_rule(
             rule, view.__name__.lstrip("_"), view, strict_slashes=False, methods=["GET"]
@@ -101,15 +104,16 @@ def _harden(response: Response) -> Response:
 
 
 def _harden_errors(setup: BlueprintSetupState) -> None:
-    """Harden what the application answers below the blueprint's prefix: 404 and 405."""
-    prefix = f"{setup.url_prefix or ''}/"
+    """Harden what the application answers in the blueprint's place: 404 and 405."""
+    base = (setup.url_prefix or "").rstrip("/")
 
     def harden(response: Response) -> Response:
-        is_ours = request.url_rule is None and request.path.startswith(prefix)
-        return _harden(response) if is_ours else response
+        path = request.path.removeprefix(base)
+        is_below = request.path.startswith(base) and path[:1] in ("", "/")
+        is_ours = is_below if base else path in _PATHS
+        return _harden(response) if is_ours and request.url_rule is None else response
 
-    if prefix != "/":
-        setup.app.after_request(harden)
+    setup.app.after_request(harden)
 
 
 def _live(own: State) -> AnyResponse:

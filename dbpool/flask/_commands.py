@@ -44,7 +44,9 @@ def _command(name: str, about: str) -> click.Command:
             own = state()
         except RuntimeError as ex:
             raise click.ClickException(str(ex)) from None
-        with using({name: pool.settings for name, pool in own.databases.items()}):
+        pool = own.databases.default
+        options = {"kwargs": pool.kwargs, "connection_class": pool.connection_class}
+        with using({name: each.settings for name, each in own.databases.items()}, **options):
             raise SystemExit(main([name, *_directory(name), *arguments]))
 
     return click.Command(

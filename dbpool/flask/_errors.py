@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
-import random
+from functools import partial
 from typing import Any, Final
 
 from flask import Flask, Response, current_app, jsonify, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import HTTP_STATUS_CODES
 
+from dbpool._http import retry_after
 from dbpool.errors import (
     CommitUncertain,
     DatabaseUnavailable,
@@ -19,6 +19,7 @@ from dbpool.errors import (
     PoolExhausted,
     TooManyRequests,
 )
+from dbpool.flask._rate_limit import RateLimit, times
 
 logger = logging.getLogger("dbpool")
 
@@ -44,9 +45,10 @@ def register_error_handlers(app: Flask) -> None:
     exceptions stay.
     """
     existing = app.error_handler_spec[None][None]
+    answer = partial(_answer, RateLimit())
     for error in _ERRORS:
         if error not in existing:
-            app.register_error_handler(error, _answer)
+            app.register_error_handler(error, answer)
     # The least specific handler of all: the application's own handlers come first.
     if Exception not in existing:
         app.register_error_handler(Exception, _answer_wrapped)
@@ -84,13 +86,12 @@ def _wrapped(exc: object, depth: int = 0) -> Exception | None:
     return next(filter(None, found), None)
 
 
-def _answer(exc: Exception) -> Response:
+def _answer(limit: RateLimit, exc: Exception) -> Response:
     # The client learns no more than it needs: hosts, roles and holders stay in the log. For errors
     # that many requests get at once the pool logs one line per episode.
     status = 500 if isinstance(exc, CommitUncertain) else 503
     if not isinstance(exc, (DatabaseUnavailable, PoolExhausted, TooManyRequests)):
-        name = type(exc).__name__
-        logger.warning("endpoint %s answers %d: %s: %s", request.endpoint, status, name, exc)
+        _log(exc, status, limit)
     if isinstance(exc, CommitUncertain):
         reason = "the outcome of the request is unknown"
     elif isinstance(exc, DatabaseUnavailable):
@@ -111,6 +112,14 @@ def _answer(exc: Exception) -> Response:
     return answer
 
 
+def _log(exc: Exception, status: int, limit: RateLimit) -> None:
+    """Log what the pool does not; a closed one once a minute, for it answers every request."""
+    name, is_closed = type(exc).__name__, isinstance(exc, PoolClosed)
+    if count := limit.count((name, request.endpoint)) if is_closed else 1:
+        text = "endpoint %s answers %d: %s: %s%s"
+        logger.warning(text, request.endpoint, status, name, exc, times(count))
+
+
 def prefers_html() -> bool:
     """Whether the client would rather have HTML than JSON: a browser that opens a page."""
     try:
@@ -125,13 +134,3 @@ def json_error(status: int, reason: str) -> Response:
     answer = jsonify(error=reason)
     answer.status_code = status
     return answer
-
-
-def retry_after(seconds: float | None) -> str:
-    """Return a `Retry-After`: whole seconds, at least one.
-
-    A random part of up to a half, or up to two seconds, is added: clients that were rejected
-    together should not come back together.
-    """
-    soonest = max(1, math.ceil(seconds or 0.0))
-    return str(random.randint(soonest, soonest + max(2, soonest // 2)))  # noqa: S311  # no secret

@@ -27,6 +27,7 @@ from dbpool.errors import describe
 from dbpool.events import validate_listeners
 from dbpool.flask._async_views import follow_async_views
 from dbpool.flask._errors import register_error_handlers
+from dbpool.flask._rate_limit import RateLimit, times
 from dbpool.health import Health
 from dbpool.monitor import Monitor
 from dbpool.pool import Pool
@@ -42,27 +43,6 @@ _PUSHED_AT: Final = "_dbpool_pushed_at"
 _ENDPOINT: Final = "_dbpool_endpoint"
 _OUTER: Final = "dbpool.outer_endpoint"
 
-_LOG_INTERVAL: Final = 60.0  # seconds between two lines about connections forgotten at one place
-_MAX_PLACES: Final = 256  # that are remembered
-
-
-class _RateLimit:
-    """Counts what happens repeatedly, so that it is logged once a minute."""
-
-    def __init__(self) -> None:
-        self._counts: dict[object, tuple[float, int]] = {}  # when it was logged, how often since
-
-    def count(self, key: object) -> int:
-        """Count *key*; return how often it happened since it was logged, 0 if no line is due."""
-        # Without a lock, which a fork could leave locked: at worst there is a line too many.
-        now = monotonic()
-        logged, count = self._counts.get(key, (-math.inf, 0))
-        is_due = now - logged >= _LOG_INTERVAL
-        if len(self._counts) >= _MAX_PLACES:
-            self._counts.clear()
-        self._counts[key] = (now, 0) if is_due else (logged, count + 1)
-        return count + 1 if is_due else 0
-
 
 @dataclass(frozen=True)
 class State:
@@ -77,7 +57,7 @@ class State:
     pools: tuple[Pool[Any], ...] = ()  # all of *databases*
     publishing_pids: set[int] = field(default_factory=set)  # where `Processes.start` is done
     warned: set[str] = field(default_factory=set)
-    forgotten: _RateLimit = field(default_factory=_RateLimit)
+    forgotten: RateLimit = field(default_factory=RateLimit)
 
 
 class DBPool:
@@ -184,7 +164,7 @@ def _before_request() -> None:
         if own.processes.start():
             own.publishing_pids.add(os.getpid())
     if own.settings.details == "always" and not own.warned:
-        _warn_of_open_views(own, request.environ.get("SERVER_NAME", ""))
+        _warn_of_open_views(own)
     if request.endpoint is not None:
         who = holders.current.thread
         request.environ[_OUTER], who.endpoint = who.endpoint, request.endpoint
@@ -192,14 +172,21 @@ def _before_request() -> None:
         g.setdefault(_ENDPOINT, request.endpoint)
 
 
-def _warn_of_open_views(own: State, address: str) -> None:
-    if own.settings.is_open_to_others(address):
-        own.warned.add("open views")
-        logger.warning(
-            "DBPOOL_DETAILS=always on a server that listens on %s: everybody who reaches it sees"
-            " all details; set DBPOOL_TOKEN instead",
-            address,
-        )
+def _warn_of_open_views(own: State) -> None:
+    """Warn where the server listens for others, or where one of them sent this request.
+
+    Some servers have a name in place of the address on which they listen.
+    """
+    for key, what in (("SERVER_NAME", "that listens on"), ("REMOTE_ADDR", "that is reached by")):
+        address = str(request.environ.get(key) or "")
+        if own.settings.is_open_to_others(address) and "open views" not in own.warned:
+            own.warned.add("open views")
+            logger.warning(
+                "DBPOOL_DETAILS=always on a server %s %s: everybody who reaches it sees all"
+                " details; set DBPOOL_TOKEN instead",
+                what,
+                address,
+            )
 
 
 def _teardown_request(exc: BaseException | None) -> None:
@@ -237,5 +224,5 @@ def _take_back(pool: Pool[Any], since: float, endpoint: str | None) -> None:
                 pool.name,
                 holder.where,
                 endpoint,
-                f" ({count} times since it was last logged)" if count > 1 else "",
+                times(count),
             )

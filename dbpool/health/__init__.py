@@ -15,19 +15,21 @@ from functools import partial
 from time import monotonic
 from typing import Any, Final
 
-from dbpool._secrets import mask
+from dbpool._secrets import conceal, mask
 from dbpool.databases import Databases, safe_name
 from dbpool.errors import ConfigError, PoolError
 from dbpool.health._server_info import ping_database, read_server_info
 from dbpool.health._single_flight import Call, SingleFlight
 from dbpool.metrics import PoolState
 from dbpool.pool import Pool
+from dbpool.settings._parsing import MAX_INT, parse_number
 
 __all__ = ["Health", "Readiness"]
 
 logger = logging.getLogger("dbpool")
 
 TIMEOUT: Final = 0.5  # seconds, for all databases together
+_POSITIVE: Final = (0.001, MAX_INT)  # seconds
 _MAX_PROOF_AGE: Final = 2.0  # seconds: a healthy return that recent proves that the server serves
 _MAX_INFO_AGE: Final = 5.0  # seconds that server info is kept
 _UP: Final = frozenset({PoolState.UP})
@@ -79,6 +81,7 @@ class Health:
 
     def __init__(self, databases: Databases, required: Iterable[str] = ("default",)) -> None:
         self._databases = databases
+        required = conceal(required)  # a name may be a misplaced secret
         self._required = frozenset(required)
         self._checks: dict[str, _Check] = {}
         self._calls = SingleFlight()
@@ -108,9 +111,8 @@ class Health:
             raise ConfigError(f"there is a check called {name!r} already")
         if not name or not callable(check):
             raise ConfigError("a check needs a name, and a function that can be called")
-        if not 0.0 < timeout < math.inf:
-            raise ConfigError(f"check {name!r} needs a timeout of more than 0 s, not {timeout!r}")
-        self._checks[name] = _Check(check, required, timeout)
+        seconds = parse_number(timeout, f"the timeout of check {name!r}", limits=_POSITIVE)
+        self._checks[name] = _Check(check, required, seconds)
 
     def live(self) -> dict[str, str]:
         """Answer that the process serves; touches no database and runs no check."""

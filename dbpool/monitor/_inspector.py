@@ -144,7 +144,8 @@ class Inspector:
         self._look()
 
     def _look(self, *, is_own: bool = False) -> None:
-        began = self._asked_at = time.time()
+        began, problem = time.time(), ""
+        self._asked_at = began
         try:
             with self._connection(is_own=is_own) as conn:
                 self._asked = conn
@@ -153,17 +154,19 @@ class Inspector:
             self._view = self._with_past(view)
             self._silent_since = None
             if not view.is_joined:
-                self._say("a pooler hides the server's sessions, so blockers cannot be named;"
-                          " set DBPOOL_POOLER=transaction")  # fmt: skip
+                problem = "a pooler hides the server's sessions, so blockers cannot be named;"
+                problem += " set DBPOOL_POOLER=transaction"
         except Exception as ex:  # noqa: BLE001  # whatever it is, the application goes on
             if time.time() - began < _SILENT:  # it answered that it will not say
                 self._silent_since = None
             elif self._silent_since is None:
                 self._silent_since = began
             self._close_own()
-            self._say(f"cannot find out who blocks whom: {describe(ex, self._asked)}")
+            problem = f"cannot find out who blocks whom: {describe(ex, self._asked)}"
         finally:
             self._asked = self._asked_at = None
+        if problem:  # out here, where no frame has the error
+            self._say(problem)
 
     def _with_past(self, view: ServerView) -> ServerView:
         """Add what earlier looks at the server showed, and decide when to read its role again."""

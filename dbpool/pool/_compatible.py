@@ -8,27 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 from inspect import getmembers, isroutine
+from pkgutil import resolve_name
 from typing import Any, Final
 
 import psycopg
 import psycopg_pool
-from psycopg import Connection, Cursor
-from psycopg_pool import ConnectionPool
+
+from dbpool._secrets import read_lines
 
 # By class: attributes, and methods with the parameters that they are called with.
-NEEDED: Final[dict[type, str]] = {
-    ConnectionPool: "_lock _configure _check _reset _check_size(min_size,max_size)"
-    " reconnect_failed() check_connection(conn)",
-    Connection: "_autocommit _isolation_level _read_only _deferrable _begin_statement _tpc"
-    " _pipeline _prepared _adapters _notice_handlers _notify_handlers _notifies_backlog"
-    " _num_transactions _get_tx_start_command() _commit_gen()",
-    Cursor: "_conn _pgconn _row_factory _tx _query _last_query _results pgresult _closed _reset()"
-    " _convert_query(query,params) _execute_send(query) _send_query_prepared(name,pgq)"
-    " _get_prepared(pgq,prepare) _check_results(results) _set_results(results)"
-    " _execute_gen(query,params)",
-    psycopg.Transaction: "_pop_savepoint(action)",
-}
-
+_TABLE: Final = (line.partition(": ") for line in read_lines(__package__, "needed.txt"))
+NEEDED: Final[dict[type, str]] = {resolve_name(name): needed for name, _, needed in _TABLE}
 
 # By module: names.
 MODULES: Final = {

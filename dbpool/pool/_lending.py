@@ -21,7 +21,7 @@ from dbpool.errors import CommitUncertain, DatabaseUnavailable, PoolError, descr
 from dbpool.holders import ConnectionRecord, Owner
 from dbpool.liveness import Liveness, PingTimeout, check_socket, closed_by_peer
 from dbpool.pool import _psycopg
-from dbpool.pool._notices import Notices, logger
+from dbpool.pool._notices import Notices
 from dbpool.pool._waiting import Waiter
 from dbpool.retry import is_reading, is_refused
 
@@ -289,7 +289,7 @@ def _passes_check(pool: PoolBase[Any], conn: Any, check: Callable[[Any], None]) 
         reason = describe(ex, conn)
     else:
         return True
-    logger.info("connection failed check: %s", reason)  # where no frame has the error
+    pool._notices.check_failed(reason)  # where no frame has the error
     evict(pool, conn, "dead")
     return False
 

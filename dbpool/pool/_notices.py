@@ -130,6 +130,10 @@ class Notices:
             text += f" checked out at {holder.where}"
             self._warn("leaked", cause, text, holder=asdict(holder))
 
+    def check_failed(self, reason: str) -> None:
+        """The user's `check` raised: the connection is not lent."""
+        self._warn("check_failed", "%d checks failed", f"connection failed check: {reason}")
+
     # Taking back
 
     def checked_in(self, use: float, where: str, *, is_late: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Final, TypedDict
 
 from psycopg_pool.abc import KwargsParam
 
-from dbpool._secrets import safe_repr
+from dbpool._secrets import safe_key, safe_repr
 from dbpool.errors import ConfigError
 from dbpool.settings import Settings
 from dbpool.settings._conninfo import insist_on_types
@@ -79,7 +79,7 @@ def resolve(
     chosen = {name: options.pop(name) for name in _SETTINGS & options.keys()}
     if unknown := sorted(options.keys() - _PARENT_ONLY):
         meant = did_you_mean(nearest(unknown[0], _SETTINGS | _PARENT_ONLY))
-        raise ConfigError(f"Pool() has no option {unknown[0]!r}{meant}")
+        raise ConfigError(f"Pool() has no option {safe_key(unknown[0])!r}{meant}")
     if not hasattr(connection_class, "connect"):
         raise ConfigError("connection_class must be a subclass of psycopg.Connection")
     for name in _CALLBACKS:

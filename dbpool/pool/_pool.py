@@ -83,7 +83,7 @@ class Pool(PoolBase[CT]):
         listeners: Iterable[Any] = (),
         **options: Unpack[_options.Options],
     ) -> None:
-        conninfo, settings, rest = conceal(conninfo), conceal(settings), conceal(options)
+        conninfo, settings, listeners, rest = map(conceal, (conninfo, settings, listeners, options))
         del options  # as they came they would show a password to whoever looks at this frame
         opening = rest.pop("open", None)
         settings, rest = _options.resolve(conninfo, connection_class, settings, rest)

@@ -16,7 +16,6 @@ from dbpool.holders import ConnectionRecord
 from dbpool.liveness import Liveness, check_socket, ping
 from dbpool.pool import _psycopg
 from dbpool.pool._lending import Step, evict
-from dbpool.pool._notices import logger
 
 if TYPE_CHECKING:
     from dbpool.pool._seam import PoolBase
@@ -56,9 +55,8 @@ def finish(pool: PoolBase[Any], conn: Any) -> None:
         elif monotonic() >= record.expires_at and not store.breaker.is_failing:
             reason = "expired"
         elif not _psycopg.restore_session_state(conn):
-            logger.warning(
-                "discarding connection returned in a two-phase commit, pipeline or notifies()"
-            )
+            left = "it was returned in a two-phase commit, a pipeline or notifies()"
+            pool._notices.not_reusable(left, record.where())
             reason = "broken"
         elif (liveness := _check(pool, conn)) is Liveness.DEAD:
             reason = "dead"

@@ -2,7 +2,7 @@
 
 - `_parsing`: numbers, durations, switches, lists; suggestions for unknown names (`names.txt`)
 - `_sources`: the environment, secret files, a `.env` that nobody else could have written
-- `_conninfo`: connection strings, validated and masked
+- `_conninfo`: connection strings, validated (`mistakes.txt`) and masked
 - `app`: the settings of an application beside its pools
 """
 
@@ -13,12 +13,13 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final
 
 from psycopg.conninfo import make_conninfo
 
-from dbpool._secrets import conceal, conceal_params, conceals_fields, mask_value
+from dbpool._secrets import conceal, conceal_params, conceals_fields, mask_value, safe_key
 from dbpool.errors import ConfigError
 from dbpool.settings import _conninfo, _parsing, _sources
 from dbpool.settings._parsing import LEFT_TO_SERVER, MAX_INT, did_you_mean, nearest, parsed
@@ -49,7 +50,7 @@ _WITHOUT_VARIABLE: Final = """name conninfo_file password_file libpq explicit
 
 _POSITIVE: Final = (0.001, MAX_INT)
 _count: Final = partial(parsed, parse=_parsing.parse_number, is_time=False, whole=True)
-_whole_seconds: Final = partial(parsed, parse=_parsing.parse_number, whole=True)
+_whole_seconds: Final = partial(parsed, parse=_parsing.parse_time, whole=True)
 _seconds: Final = partial(parsed, parse=_parsing.parse_time)
 _server_timeout: Final = partial(parsed, parse=_parsing.parse_server_timeout)
 
@@ -143,9 +144,7 @@ class Settings:
         if self.conninfo or self.conninfo_file is None:
             return self.conninfo
         name = f"{variable('conninfo', self.name)}_FILE"
-        if not (found := _conninfo.normalise(read_secret(self.conninfo_file, name), name)):
-            raise ConfigError(f"{name}: the file is empty")
-        return found
+        return _conninfo.normalise(read_secret(self.conninfo_file, name), name)
 
     def connect_params(
         self, conninfo: str | None = None, kwargs: _Params = None, *, defaults: bool = True
@@ -217,7 +216,7 @@ class Settings:
 
         *environ* is the process's environment by default, *dotenv* the path of a `.env`.
         """
-        name, environ, overrides = conceal(name), conceal(environ), conceal(overrides)
+        name, environ, dotenv, overrides = map(conceal, (name, environ, dotenv, overrides))
         name, sources = _parsing.parse_name(name), _sources.read_sources(environ, dotenv)
         warn_of_unknown(sources, tuple({*database_names(sources), name} - {"default"}))
         return build_settings(name, sources, overrides)
@@ -252,7 +251,7 @@ def variables_of(database: str) -> set[str]:
 def build_settings(name: str, sources: Sources, overrides: Mapping[str, Any]) -> Settings:
     """Make the settings of the database called *name*; *overrides* win unless they are None."""
     known = {f.name for f in fields(Settings)} - {"name", "explicit"}
-    for key in sorted(overrides.keys() - known):
+    for key in map(safe_key, sorted(overrides.keys() - known)):
         raise ConfigError(f"there is no setting {key!r}{did_you_mean(nearest(key, known))}")
     found = {key: find(sources, variable(key, name), variable(key)) for key in _FIELDS}
     url = variable("conninfo", name)
@@ -279,7 +278,9 @@ def _check_that_nothing_was_meant(sources: Sources) -> None:
         raise ConfigError(f"DATABASE_URL is not set, and {skipped}; DBPOOL_DOTENV can name it")
     if any(source.get("DATABASE_URL_FILE") == "" for source in sources):
         raise ConfigError("DATABASE_URL_FILE is empty, and DATABASE_URL is not set")
-    if meant := sorted(k for s in sources for k, v in s.items() if v and re.fullmatch(_MEANT, k)):
+    given = {str(key) for source in sources for key, value in source.items() if value}
+    typos = get_close_matches("DATABASE_URL", given, cutoff=0.9)
+    if meant := sorted(filter(re.compile(_MEANT).fullmatch, given)) or typos:
         raise ConfigError(f"DATABASE_URL is not set, but {meant[0]} is: rename it")
 
 
@@ -291,18 +292,19 @@ def database_names(sources: Sources) -> tuple[str, ...]:
 def find_unknown(sources: Sources, databases: tuple[str, ...]) -> Iterator[_Unknown]:
     """Yield the `DBPOOL_` keys that mean nothing, each with what was probably meant."""
     known = COMMON.union(*map(variables_of, databases))
-    given = {key for source in sources for key in source if key.upper().startswith("DBPOOL_")}
+    given = {str(k) for s in sources for k in s if re.match(r"(?i)\s*dbpool[\W_]", str(k))}
     for key in sorted(given - known):
         url = _URL.fullmatch(key)
         database = ((url and url[1]) or "default").lower()
         if (libpq := key.replace("DBPOOL_", "PG")) in _conninfo.VARIABLES.values():
-            yield key, libpq
+            yield safe_key(key), libpq
         elif url is None:
-            yield key, nearest(key, known | {"PGPASSWORD_FILE"})
+            yield safe_key(key), nearest(key, known | {"PGPASSWORD_FILE"})
         elif database in ("default", *databases):
             yield key, variable("conninfo", database) + (url[2] or "")
-        else:
-            yield key, f"DBPOOL_DATABASES={','.join((*databases, database))}"
+        else:  # what is no name may be a misplaced secret
+            names = [*filter(NAME.fullmatch, databases), database]
+            yield key, f"DBPOOL_DATABASES={','.join(names)}"
 
 
 def warn_of_unknown(sources: Sources, databases: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Conninfo
 
-from dbpool._secrets import conceal, mask_value, safe_repr
+from dbpool._secrets import conceal, mask_value, read_lines, safe_repr
 from dbpool.errors import ConfigError
 from dbpool.settings._parsing import NAMES, did_you_mean, nearest
 
@@ -28,20 +28,7 @@ _DRIVER: Final = re.compile(r"^postgres(?:ql)?\+psycopg(?:2|3)?://", re.IGNORECA
 VARIABLES: Final = {o.keyword.decode(): (o.envvar or b"").decode() for o in Conninfo.get_defaults()}
 
 # How a string begins that libpq refuses, or a URL that must not reach it, and what is wrong with it.
-_NO_CONNINFO: Final = (
-    (r"['\"`<\u201c\u2018]", "it is still in quotes"),
-    (r"(export |set )?[A-Z_]+=", "it begins with the name of a variable"),
-    (r"psql\s", "it is a psql command; give the URL alone"),
-    (r"(?i)((?:post|mysql|maria|sqlite|mongo|redis|psql|pgsql|jdbc:)[a-z0-9]*(?:\+\w+)?):?/", ""),
-    (r"[^=]*://", "its scheme is not postgresql://"),
-    (r"[^\s=]+=[^\s;]*;", "its parts are separated by semicolons, not by blanks"),
-    (r"[^=]*(@|$)", "it is neither a URL, such as postgresql://user@host/database, nor key=value"),
-)
-_BAD_URLS: Final = (
-    (r"(?s).*\s", "it holds a blank, a line break or a NUL character"),
-    (".*['\"`>\u201d\u2019]$", "it is still in quotes"),
-    (r".*:\*\*\*@", "its password is ***, which SQLAlchemy's URLs show in place of the real one"),
-)
+_MISTAKES: Final = [line.split("  ") for line in read_lines(__package__, "mistakes.txt")]
 
 
 def normalise(conninfo: str, known_as: str) -> str:
@@ -66,7 +53,7 @@ def parse(conninfo: str, known_as: str = "the connection string") -> dict[str, A
         # Everything is concealed: in a malformed string any part may be of the password.
         params = conceal(conninfo_to_dict(text))
     # The error is raised here, so that no chained error repeats the string.
-    if problem := _problem(text, params):
+    if problem := "it is blank" if conninfo and not text else _problem(text, params):
         raise ConfigError(f"{known_as} is malformed: {problem}")
     return params or {}
 
@@ -76,9 +63,10 @@ def _problem(text: str, params: Mapping[str, Any] | None) -> str:
     is_url = text.startswith(("postgresql://", "postgres://"))
     if "\0" in text:
         return "it holds a blank, a line break or a NUL character"
-    for pattern, problem in _BAD_URLS if is_url else _NO_CONNINFO if params is None else ():
-        if match := re.match(pattern, text):
-            return problem or f"its scheme is {match[1]}: write postgresql://"
+    kind = "url" if is_url else "other" if params is None else ""
+    for of_kind, pattern, problem in _MISTAKES:
+        if of_kind == kind and (match := re.match(pattern, text)):
+            return problem.format(*match.groups())
     query = text.partition("?")[2] if is_url else ""
     if "@" not in query and (problem := _unknown_parameter(text, query, is_url=is_url)):
         return problem  # a query with an @ is part of a password
@@ -117,7 +105,7 @@ def _misplaced(params: Mapping[str, Any], *, is_url: bool) -> str:
     for part in ("host", "hostaddr"):
         for value in conceal(params.get(part, "")).split(","):
             # Neither a path nor an abstract socket.
-            if found := re.match(r"(?s)(?![/@])(?:.*?([][@;?#/\s])|[^:]*:[^:]*$)", value):
+            if found := re.match(r"(?s)(?![/@])(?:.*?([][@;?#/\s]|\.\.)|[^:]*:[^:]*$)", value):
                 return f"its {part} holds {found[1] or 'a port'}"
     ports = str(params.get("port", "")).split(",")
     if not all(re.fullmatch("[0-9]{0,5}", each) and 0 < int(each or 1) < 65536 for each in ports):

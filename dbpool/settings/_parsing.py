@@ -9,10 +9,9 @@ from dataclasses import field
 from difflib import get_close_matches
 from functools import partial
 from os import PathLike
-from pkgutil import get_data
 from typing import Any, Final
 
-from dbpool._secrets import Secret, safe_repr
+from dbpool._secrets import Secret, read_lines, safe_repr
 from dbpool.errors import ConfigError
 
 logger = logging.getLogger("dbpool")
@@ -29,8 +28,7 @@ _SWITCHES: Final = {"1": True, "true": True, "yes": True, "on": True,
 
 # Names of this package, each with what SQLAlchemy, Django, asyncpg, pgxpool, HikariCP, Npgsql,
 # Prisma and others call the same, in lower case and without underscores.
-_TABLE: Final = get_data(__package__, "names.txt") or b""  # also from a zip file
-NAMES: Final = dict(line.split(": ") for line in _TABLE.decode().splitlines())
+NAMES: Final = dict(line.split(": ") for line in read_lines(__package__, "names.txt"))
 
 
 def parsed(default: Any, parse: Callable[..., Any], **options: Any) -> Any:
@@ -58,7 +56,7 @@ def parse_number(
     elif number < least:
         wanted = f"at least {least:g}{unit}"
     else:
-        return int(number) if whole else float(number)
+        return int(number) if whole else abs(float(number))  # of "-0" too
     raise ConfigError(f"{known_as} must be {wanted}, not {safe_repr(value)}")
 
 
@@ -69,9 +67,9 @@ def _to_number(value: Any, *, is_time: bool) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def parse_time(value: Any, known_as: str, *, limits: Limits = ANY, suspect: int = 1000) -> float:
+def parse_time(value: Any, known_as: str, *, suspect: int = 1000, **options: Any) -> float:
     """Parse seconds; warn of a number from *suspect* on, which was probably meant in milliseconds."""
-    seconds = parse_number(value, known_as, limits=limits)
+    seconds = parse_number(value, known_as, **options)
     if seconds >= suspect and str(value).strip().isdecimal():
         text = "%s is %d seconds (%.1f hours); for milliseconds write %dms"
         logger.warning(text, known_as, seconds, seconds / 3600, seconds)
@@ -91,11 +89,14 @@ def parse_server_timeout(value: Any, known_as: str) -> float | str:
 
 
 def parse_choice(value: Any, known_as: str, *, choices: Mapping[str, Any]) -> Any:
-    """Return what *choices* has for *value*, in whatever case. Raises `ConfigError`."""
+    """Return what *choices* has for *value*, in whatever case. Raises `ConfigError`.
+
+    The error does not quote the value: with so few to choose from, another may be a secret.
+    """
     text = value if isinstance(value, str) else safe_repr(value)
     if (choice := choices.get(text.strip().lower())) is None:
         wanted = " or ".join(dict.fromkeys(str(each).lower() for each in choices.values()))
-        raise ConfigError(f"{known_as} must be {wanted}, not {safe_repr(value)}")
+        raise ConfigError(f"{known_as} must be {wanted}")
     return choice
 
 
@@ -110,7 +111,7 @@ def parse_name(value: str, known_as: str = "name") -> str:
 
 def parse_path(value: Any, known_as: str) -> str | None:
     """Return *value* as the path of a file, None for None. Raises `ConfigError`."""
-    if not isinstance(value, str | PathLike | None) or "\0" in str(value):
+    if not isinstance(value, str | PathLike | None) or re.search(r"\0|^\s+$", str(value)):
         raise ConfigError(f"{known_as} must be a path, not {safe_repr(value)}")
     return Secret(value) if value else None
 

@@ -60,13 +60,16 @@ def find_secret(sources: Sources, name: str) -> tuple[str | None, str | None]:
     return (Secret(value), None) if value else (None, Secret(path) if path else None)
 
 
-def read_secret(path: str, variable: str) -> str:
+def read_secret(path: str, variable: str, *, may_be_empty: bool = False) -> str:
     """Return the content of a secret file; *variable* gave its *path*. Raises `ConfigError`."""
+    problem = "the file is empty"
     try:
-        return Secret(Path(path).read_text("utf-8-sig").strip("\r\n"))
+        found = Secret(Path(path).read_text("utf-8-sig").strip("\r\n"))
+        if found.strip() or may_be_empty:
+            return found
     except (OSError, ValueError) as ex:  # ValueError: also a path that holds a NUL character
-        problem = ex.strerror if isinstance(ex, OSError) else "it is not UTF-8"
-    raise ConfigError(f"{variable}: cannot read {safe_repr(path)}: {problem}")
+        problem = f"cannot read {safe_repr(path)}: {getattr(ex, 'strerror', 'it is not UTF-8')}"
+    raise ConfigError(f"{variable}: {problem}")
 
 
 def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mapping[str, str]:
@@ -75,7 +78,7 @@ def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mappin
     Raises `ConfigError` if it is missing, is not UTF-8, or refers to a variable that is not set.
     """
     name = parse_path(path, "dotenv (DBPOOL_DOTENV)") or "off"
-    if name == "off":
+    if name.strip().lower() == "off":
         return {}
     try:
         with Path(name).open("rb") as file:

@@ -66,14 +66,16 @@ class AppSettings:
             )
 
     def is_open_to_others(self, address: str) -> bool:
-        """Whether everybody may see the details, on a server that listens on *address*.
+        """Whether everybody may see the details, where *address* is the server's or a client's.
 
         False for a Unix socket and for a name.
         """
         try:
-            return self.details == "always" and not ip_address(address).is_loopback
+            found = ip_address(address)
         except ValueError:
             return False
+        mapped = getattr(found, "ipv4_mapped", None)  # of a client of IPv4 on a socket of IPv6
+        return self.details == "always" and not (mapped or found).is_loopback
 
     @classmethod
     def from_env(cls, environ: Environ = None, dotenv: Dotenv = None) -> AppSettings:
@@ -87,13 +89,14 @@ class AppSettings:
     ) -> AppSettings:
         """Read the settings from an application's configuration, then from the environment."""
         config = {key: value for key, value in config.items() if str(key).startswith("DBPOOL_")}
-        config, environ = conceal(config), conceal(environ)
+        config, environ, dotenv = conceal(config), conceal(environ), conceal(dotenv)
         sources = [config, *_sources.read_sources(environ, dotenv)]
         found = {f.name: find(sources, f"DBPOOL_{f.name}".upper()) for f in fields(cls)}
         _parse_text(config.get("DBPOOL_TOKEN") or None, "DBPOOL_TOKEN")  # before it is text
         found["token"], path = _sources.find_secret(sources, "DBPOOL_TOKEN")
         if path:
-            found["token"] = _sources.read_secret(path, "DBPOOL_TOKEN_FILE")
+            name = "DBPOOL_TOKEN_FILE"
+            found["token"] = _sources.read_secret(path, name, may_be_empty=True)
         return cls(**{name: value for name, value in found.items() if value is not None})
 
 

@@ -149,5 +149,7 @@ def _of_application(settings: AppSettings, f: Field[Any], layers: _Layers) -> _R
     source, _ = _find([name, f"{name}_FILE"] if f.name == "token" else [name], layers)
     if f.name == "token":
         value = MASK if value else None
+    elif isinstance(value, str) and f.name != "details":  # a path, or a misplaced secret
+        value = mask_value(value)
     shown = list(value) if isinstance(value, tuple) else value
     return {"name": f.name, "value": shown, "source": source or DEFAULT}

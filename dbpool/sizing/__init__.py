@@ -75,7 +75,7 @@ def plan_connections(targets: Mapping[str, Target]) -> ConnectionPlan:
             seen.append((behind(demand, pooler), server))
         except _NoConsoleError as ex:
             unknown[name] = str(ex)
-        except (psycopg.Error, ConfigError) as ex:
+        except (psycopg.Error, ConfigError, UnicodeError) as ex:  # of a host that is no name
             unknown[name] = describe(ex)
     return ConnectionPlan(judge([*client_limits(pooled), *server_limits(seen)]), unknown)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from psycopg_pool import TooManyRequests
 
+from dbpool import Pool
 from dbpool.flask import DBPool
 from tests.conftest import MakeApp
 from tests.fake import FakeServer
@@ -74,6 +77,37 @@ def test_one_that_its_holder_closed_is_none_that_the_server_closed(
             conn.close()
         assert pool.fetch_value("select 1") == 1
     assert "replaced" not in log.text
+
+
+def test_a_failing_check_is_one_warning(fake: FakeServer, log: pytest.LogCaptureFixture) -> None:
+    def check(conn: Any) -> None:
+        raise ValueError("not this one")
+
+    with fake.pool(check=check) as pool:
+        while pool.stats().counters.discarded["dead"] < 2:
+            give_up(pool, 1)
+        found = [line for line in lines(log, logging.WARNING) if "failed check" in line]
+        assert found == ["pool 'default': connection failed check: ValueError"]
+    assert re.search(r"'default': \d+ checks failed", log.text)
+
+
+def test_what_is_returned_in_a_state_of_its_own_is_one_warning(
+    dsn: str, log: pytest.LogCaptureFixture
+) -> None:
+    left = []
+    with Pool(dsn) as pool:
+        for _ in range(5):
+            conn = pool.getconn()
+            left.append(conn.pipeline())
+            left[-1].__enter__()
+            pool.putconn(conn)
+        (warning,) = lines(log, logging.WARNING)
+        assert warning.startswith(
+            "pool 'default': discarding returned connection: it was returned in"
+        )
+        assert pool.stats().counters.discarded["broken"] == 5
+    (told,) = [line for line in lines(log, logging.INFO) if "discarded" in line]
+    assert told.startswith("pool 'default': 5 returned connections discarded, from ")
 
 
 def test_an_error_handler_logs_nothing_for_each_refused_request(
