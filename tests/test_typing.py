@@ -91,7 +91,7 @@ from dbpool.flask import create_blueprint
 pool = dbpool.Pool()
 pool.connection(timeout="1s")  # arg-type
 pool.conection()  # attr-defined
-pool.fetch_all(1)  # call-overload
+pool.fetch_all(1)  # arg-type
 pool.execute("select 1").fetchall()  # attr-defined
 pool.close("now")  # arg-type
 dbpool.Pool(max_sise=3)  # call-arg

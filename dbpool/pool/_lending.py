@@ -39,7 +39,7 @@ _CHECK_PAUSE: Final = 0.25
 # What a single statement gives; a cursor class may have its own idea of it.
 Result = Callable[[Cursor[Any]], T]
 ROWS: Final[Result[list[Any]]] = methodcaller("fetchall")
-ROW: Final[Result[Any]] = methodcaller("fetchone")
+ROW: Final[Result[Any | None]] = methodcaller("fetchone")
 ROW_COUNT: Final[Result[int]] = attrgetter("rowcount")
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from time import monotonic
 from types import FrameType
-from typing import Any, Final, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Final, Unpack
 from weakref import ref
 
 import psycopg
@@ -29,8 +29,11 @@ from dbpool.pool._seam import PoolBase
 from dbpool.retry import is_lost_unanswered
 from dbpool.settings import Settings
 
-T = TypeVar("T")
-R = TypeVar("R")
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    T = TypeVar("T")
+    R = TypeVar("R", default=Any)  # what a row factory makes; without one it may be anything
 
 # uWSGI forks without running Python's fork hooks; only there each checkout compares pids.
 _FORKS_UNSEEN: Final = "uwsgi" in sys.modules
@@ -223,15 +226,13 @@ class Pool(PoolBase[CT]):
 
     # Statements and transactions
 
-    @overload
-    def fetch_all(self, query: Query, params: Params | None = None) -> list[Any]: ...
-    @overload
     def fetch_all(
-        self, query: Query, params: Params | None = None, *, row_factory: RowFactory[R]
-    ) -> list[R]: ...
-    def fetch_all(
-        self, query: Query, params: Params | None = None, *, row_factory: Any = None
-    ) -> list[Any]:
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        row_factory: RowFactory[R] | None = None,
+    ) -> list[R]:
         """Run one statement in one round trip and return its rows.
 
         It runs in autocommit, or in a transaction if the connection is set up with an
@@ -245,15 +246,13 @@ class Pool(PoolBase[CT]):
         """
         return resend(Statement(query, params, row_factory, ROWS).run_once, self, sys._getframe())
 
-    @overload
-    def fetch_one(self, query: Query, params: Params | None = None) -> Any | None: ...
-    @overload
     def fetch_one(
-        self, query: Query, params: Params | None = None, *, row_factory: RowFactory[R]
-    ) -> R | None: ...
-    def fetch_one(
-        self, query: Query, params: Params | None = None, *, row_factory: Any = None
-    ) -> Any | None:
+        self,
+        query: Query,
+        params: Params | None = None,
+        *,
+        row_factory: RowFactory[R] | None = None,
+    ) -> R | None:
         """Like `fetch_all`, but return the first row, or None if there is none."""
         return resend(Statement(query, params, row_factory, ROW).run_once, self, sys._getframe())
 
