@@ -151,7 +151,8 @@ class Connector:
 def _advise(error: BaseException, is_default: bool) -> BaseException:
     """Add to an error's text what to do; *is_default*: nothing says which database is meant."""
     if errors.UNSUPPORTED_PARAMETER.search(errors.describe(error)):
-        advice = "a transaction pooler needs DBPOOL_POOLER=transaction"
+        advice = "a transaction pooler needs DBPOOL_POOLER=transaction, one in session mode"
+        advice += " DBPOOL_STATEMENT_TIMEOUT=server and DBPOOL_IDLE_IN_TRANSACTION_TIMEOUT=server"
     elif is_default:
         advice = "DATABASE_URL is not set: libpq's defaults are used"
     else:

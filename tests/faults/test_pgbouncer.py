@@ -194,6 +194,63 @@ def test_it_takes_no_timeouts_at_the_start_and_the_error_says_what_to_set(
     assert "right" not in told
 
 
+@pytest.fixture
+def in_mode(own_server: Server) -> Iterator[Callable[[str], Bouncer]]:
+    """Start one in another mode."""
+    with ExitStack() as bouncers:
+
+        def start(mode: str) -> Bouncer:
+            own_server.execute("create role app login password 'right'")
+            bouncer = Bouncer(own_server, extra=f"pool_mode = {mode}")
+            bouncer.start()
+            bouncers.callback(bouncer.kill)
+            return bouncer
+
+        yield start
+
+
+def test_in_session_mode_the_error_says_what_to_set_and_then_a_pool_works(
+    in_mode: Callable[[str], Bouncer], make_pool: MakePool
+) -> None:
+    bouncer = in_mode("session")
+    with pytest.raises(DatabaseMisconfigured, match="DBPOOL_STATEMENT_TIMEOUT=server"):
+        make_pool(bouncer.conninfo_for()).fetch_value("select 1")
+    pool = make_pool(
+        bouncer.conninfo_for(),
+        statement_timeout="server",
+        idle_in_transaction_timeout="server",
+        session_reset="session",
+        max_size=2,
+    )
+    for _ in range(10):  # prepared from the sixth on
+        assert pool.fetch_value("select %s::int + 1", [1]) == 2
+        with pool.connection() as conn:
+            conn.execute("set search_path = elsewhere")
+    assert pool.fetch_value("show search_path") != "elsewhere"
+    assert pool.stats().counters.connects == 1
+
+
+def test_a_database_that_is_disabled_is_told_as_such(bouncer: Bouncer, make_pool: MakePool) -> None:
+    bouncer.command("DISABLE postgres")
+    with pytest.raises(DatabaseMisconfigured) as caught:
+        make_pool(bouncer.conninfo_for(), pooler="transaction").fetch_value("select 1")
+    assert caught.value.kind == "database"
+
+
+def test_in_statement_mode_single_statements_work(
+    in_mode: Callable[[str], Bouncer], make_pool: MakePool
+) -> None:
+    conninfo = in_mode("statement").conninfo_for()
+    pool = make_pool(conninfo, pooler="transaction")
+    assert pool.fetch_all("select %s::int", [1]) == [(1,)]
+    with pytest.raises(psycopg.errors.ProtocolViolation), pool.connection() as conn:
+        conn.execute("select 1")
+    assert pool.execute("select 1") == 1
+    plain = make_pool(conninfo, pooler="transaction", kwargs={"autocommit": True})
+    with plain.connection() as conn:
+        assert conn.execute("select 2").fetchone() == (2,)
+
+
 def test_a_pool_works_through_it(bouncer: Bouncer, make_pool: MakePool) -> None:
     pool = make_pool(bouncer.conninfo_for(), pooler="transaction", max_size=4)
     for _ in range(20):  # a prepared statement would be left on another's server connection
