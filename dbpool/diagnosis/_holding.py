@@ -71,7 +71,7 @@ def idle_in_transaction(pool: PoolScene) -> Finding | None:
             "connections": len(stuck),
             "aborted": aborted,
             "exact": is_exact,
-            "holders": _holders(pool, [h for h, _, _ in stuck]),
+            "holders": _holders([h for h, _, _ in stuck]),
         },
     )
 
@@ -112,7 +112,7 @@ def slow_statements(pool: PoolScene) -> Finding | None:
         do=_WAITS.get(wait or "", _SLOW_ADVICE) + (_POOLED if pool.pooler else ""),
         evidence={
             "waiting": pool.waiting, "connections": len(slow), "seconds": seconds, "wait": wait,
-            "holders": _holders(pool, [h for h, _ in slow]),
+            "holders": _holders([h for h, _ in slow]),
         },
     )  # fmt: skip
 
@@ -156,7 +156,7 @@ def nested(pool: PoolScene) -> Finding | None:
         do="Pass the connection on instead of checking out another inside the block. Else max_size"
         " must be at least threads * (held at once - 1) + 1.",
         evidence={"waiting": pool.waiting, "max_size": pool.max_size, "timed_out": timeouts,
-                  "holders": _holders(pool, holders)},
+                  "holders": _holders(holders)},
     )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def held_unused(pool: PoolScene) -> Finding | None:
         do="Move everything that is not database work (calls to other services, rendering,"
         " sleeping) out of the block that holds the connection.",
         evidence={"waiting": pool.waiting, "unused_share": round(share, 2),
-                  "holders": _holders(pool, unused)},
+                  "holders": _holders(unused)},
     )  # fmt: skip
 
 
@@ -217,7 +217,7 @@ def _places(holders: Iterable[Holder]) -> str:
     return ", ".join([*shown, *more]) or "an unknown place"
 
 
-def _holders(pool: PoolScene, holders: Sequence[Holder]) -> list[dict[str, Any]]:
+def _holders(holders: Sequence[Holder]) -> list[dict[str, Any]]:
     longest = sorted(holders, key=lambda holder: (-holder.seconds, holder.pid or 0))
     return [
         {

@@ -62,12 +62,12 @@ def too_small(pool: PoolScene) -> Finding | None:
         text=f"{pool.name} is too small for its load: one caller in twenty waits {duration(p95)} or"
         f" longer for one of {count(pool.max_size, 'connection')}{lost}; the work itself is as"
         " quick as before",
-        do=_more(pool, free),
+        do=_more(free),
         evidence={"wait_p95": p95, "refused": refused, "max_size": pool.max_size, "free": free},
     )  # fmt: skip
 
 
-def _more(pool: PoolScene, free: int | None) -> str:
+def _more(free: int | None) -> str:
     shorter = "hold connections for a shorter time, or cache what is asked for often"
     if free is None:
         return f"Raise max_size if the server has free connections; otherwise {shorter}."

@@ -221,7 +221,7 @@ def forget_stale_plan(error: psycopg.Error, conn: Any, converted: Any) -> None:
 
 
 def commit_block(conn: Any, block: Any, check_certain: CheckCertain) -> None:
-    """End the transaction of `begin_block`, see `commit`."""
+    """End the transaction of `_transaction._begin_block`, see `commit`."""
     if conn._record.has_stock_blocks and not conn._pipeline:
         if misnested := block._pop_savepoint("commit"):
             raise misnested
