@@ -505,6 +505,11 @@ MORE_QUIET: dict[str, Case] = {
         processes=[{"pid": 4711 + n, "age": 0.5, "uptime": 900.0, "threads": 4, "busy": 4}
                    for n in range(3)],
     ),
+    "threads that wait for a connection are not elsewhere": Case(
+        "DB00", always(full(3, holders(12, 0.1, "query"))),
+        ("3 callers waiting; 1 of 16 threads is busy elsewhere",),
+        processes=[{"pid": 4711, "age": 0.5, "uptime": 900.0, "threads": 16, "busy": 16}],
+    ),
     "deploy, old and new workers at once": Case(
         "DB00", always(pool(max_size=120)), view=seen(facts=replace(FACTS, used=20)),
         processes=[{"pid": 4711 + n, "age": 0.5, "uptime": 900.0 if n < 3 else 5.0}

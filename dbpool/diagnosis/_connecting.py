@@ -137,8 +137,10 @@ def _limit(pool: PoolScene, error: str, since: float, evidence: dict[str, object
         age = max(0.0, pool.now - view.time)
         evidence |= {"used": facts.used, "max": facts.max_connections, "ours": facts.ours}
         evidence["age"] = age
-        known = f": {facts.used} of {facts.max_connections} are used, {facts.ours} by us"
-        known += f" ({duration(age)} ago)" if age > 2 else ""
+        used = f"{facts.used} of {facts.max_connections}"
+        known = f": {used} are used, {facts.ours} by us"
+        if age > 1:
+            known = f" ({duration(age)} ago {used} were used, {facts.ours} by us)"
     return Finding(
         "DB03", severity, pool=pool.name, since=since, evidence=evidence,
         text=f"the server of {pool.name} has no free connection slot{known}; the pool has"

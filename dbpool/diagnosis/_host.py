@@ -143,7 +143,8 @@ def innocent(scene: Scene) -> Finding:
     ]
     known = [each for each in scene.processes if each.threads is not None and each.busy is not None]
     threads, busy = (sum(getattr(each, name) for each in known) for name in ("threads", "busy"))
-    elsewhere = min(threads, max(0, busy - sum(pool.active for pool in scene.pools)))
+    inside = sum(pool.active + pool.waiting for pool in scene.pools)
+    elsewhere = min(threads, max(0, busy - inside))
     if elsewhere:
         verb = "is" if elsewhere == 1 else "are"
         parts.append(f"{elsewhere} of {count(threads, 'thread')} {verb} busy elsewhere")

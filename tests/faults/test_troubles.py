@@ -242,12 +242,12 @@ def _(shop: Shop) -> Known:
     "server full of another application's sessions", "DB03", 1.0, server={"max_connections": 14}
 )
 def _(shop: Shop) -> Known:
-    shop.server.execute("create role billing login")
+    shop.server.execute(f"create role billing login password '{PASSWORD}'")
     end_ours(shop)
     for _ in range(14):
         with suppress(psycopg.OperationalError):
-            conninfo = shop.server.conninfo_for(user="billing", application_name="billing")
-            shop.stack.enter_context(psycopg.connect(conninfo))
+            conninfo = shop.server.conninfo_for(user="billing", password=PASSWORD)
+            shop.stack.enter_context(psycopg.connect(conninfo, application_name="billing"))
     shop.load("/slow/0.5", 12)
     return {}
 
