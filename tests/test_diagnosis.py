@@ -176,10 +176,10 @@ WAITERS = [ours(pid, (99,)) for pid in (5001, 5002, 5003)]
 
 TROUBLES: dict[str, Case] = {
     "server stopped": Case(
-        "DB01", always(failing("connection refused", 14)), ("default is down for 14 s", "refused")
+        "DB01", always(failing("connection refused", 14)), ("default has been down for 14 s", "refused")
     ),
     "server frozen": Case(
-        "DB01", always(failing("connection timeout expired", 6)), ("does not answer", "6.0 s")
+        "DB01", always(failing("connection timeout expired", 6)), ("has not answered", "6.0 s")
     ),
     "wrong password": Case(
         "DB02",
@@ -308,11 +308,11 @@ TROUBLES: dict[str, Case] = {
 # Beyond the 24: what needs other facts.
 MORE_TROUBLES: dict[str, Case] = {
     "server stopped a moment ago": Case(
-        "DB01", always(failing("connection refused", 1.2, "closed")), ("is down for 1.2 s",)
+        "DB01", always(failing("connection refused", 1.2, "closed")), ("has been down for 1.2 s",)
     ),
     "server frozen while it held every connection": Case(
         "DB01", always(full(4, holders(12, 2.5, "query"))),
-        ("accepts connections but does not answer for 2.5 s", "12 connections wait for one"),
+        ("accepts connections but has not answered for 2.5 s", "12 connections wait for one"),
         view=ServerView(0.0, silent_since=NOW - 0.6),
     ),
     "server full, though no connect fails just now": Case(
@@ -353,10 +353,10 @@ MORE_TROUBLES: dict[str, Case] = {
     ),
     "lock, then the server stops": Case(
         "DB01", always(failing("connection refused", 2.5, "closed", waiting=4)),
-        ("is down for 2.5 s",), view=replace(seen(*WAITERS, foreign(99)), time=NOW - 4),
+        ("has been down for 2.5 s",), view=replace(seen(*WAITERS, foreign(99)), time=NOW - 4),
     ),
     "lock, then the server falls silent": Case(
-        "DB01", always(full(4, holders(3, 9.0, "query"))), ("does not answer for 3.0 s",),
+        "DB01", always(full(4, holders(3, 9.0, "query"))), ("has not answered for 3.0 s",),
         view=replace(seen(*WAITERS, foreign(99)), time=NOW - 6, silent_since=NOW - 3),
     ),
     "one look at a locked table takes long": Case(

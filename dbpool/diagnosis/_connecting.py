@@ -54,8 +54,8 @@ def _down(
     """DB01: a notice for as long as the server may just be restarting."""
     lasted = max(0.0, pool.now - since)
     is_long = lasted >= _DOWN_AFTER or not number(pool.counters.get("connects"))
-    accepts = " accepts connections but does not answer"
-    state = accepts if evidence["kind"] == _NO_ANSWER else " is down"
+    accepts = " accepts connections but has not answered"
+    state = accepts if evidence["kind"] == _NO_ANSWER else " has been down"
     return Finding(
         "DB01", Severity.CRITICAL if is_sure and is_long else Severity.NOTICE,
         pool=pool.name, since=since, evidence=evidence,
