@@ -94,6 +94,20 @@ def test_a_client_from_elsewhere_tells_where_the_servers_name_does_not(
     assert len(told) == warnings
 
 
+def test_a_door_that_the_server_does_not_know_of_is_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make_app(DBPOOL_SERVE="127.0.0.1:8900")  # without gunicorn's hooks, for `dbpool serve` alone
+    assert not caplog.messages
+    monkeypatch.setenv("DBPOOL_STATS_DIR", str(tmp_path))  # as the hooks do
+    make_app(DBPOOL_SERVE="127.0.0.1:8900")
+    (warning,) = caplog.messages
+    assert "starts no door" in warning
+    monkeypatch.setenv("DBPOOL_SERVE", "127.0.0.1:8900")
+    make_app(DBPOOL_SERVE="127.0.0.1:8900")
+    assert len(caplog.messages) == 1
+
+
 def test_closed_views_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     client = make_app(DBPOOL_TOKEN="0123456789abcdef").test_client()
     client.get("/db/health/live", environ_overrides={"SERVER_NAME": "0.0.0.0"})

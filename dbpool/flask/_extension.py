@@ -33,6 +33,7 @@ from dbpool.monitor import Monitor
 from dbpool.pool import Pool
 from dbpool.pool._options import Options
 from dbpool.processes import Processes
+from dbpool.processes._files import STATS_DIR
 from dbpool.settings.app import AppSettings, find_dotenv
 from dbpool.settings.origins import describe_settings
 
@@ -119,6 +120,7 @@ class DBPool:
             register_error_handlers(app)
         follow_async_views(app)
         app.extensions[KEY] = own
+        _warn_of_missing_door(settings)
         app.shell_context_processor(lambda: {"db": self, "pool": own.databases.default})
         appcontext_pushed.connect(_on_appcontext_pushed, app)
         # Runs after the application's own teardown functions, which may return connections.
@@ -149,6 +151,15 @@ def state() -> State:
     if found is None:
         raise RuntimeError(f"call DBPool().init_app(app) on {current_app.name!r} first")
     return found
+
+
+def _warn_of_missing_door(settings: AppSettings) -> None:
+    """Warn where gunicorn's master does not see DBPOOL_SERVE: the workers read more than it."""
+    if settings.serve and STATS_DIR in os.environ and not os.environ.get("DBPOOL_SERVE"):
+        logger.warning(
+            "DBPOOL_SERVE is not in the environment of the server, so that it starts no door:"
+            " of a .env and of app.config it does not know"
+        )
 
 
 def _on_appcontext_pushed(app: Flask, **extra: Any) -> None:
