@@ -180,9 +180,11 @@ class LoggingListener(Listener):
 
 def validate_listeners(listeners: Iterable[Any]) -> tuple[Callable[[Any], object], ...]:
     """Return the listeners; raise `ConfigError` for one that would never hear an event."""
-    if not isinstance(listeners, Iterable):
-        raise ConfigError("listeners must be a list")
-    for listener in (found := tuple(conceal(listeners))):
+    try:
+        found = tuple(conceal(listeners))
+    except TypeError:
+        raise ConfigError("listeners must be a list") from None
+    for listener in found:
         if problem := _problem_of(listener):
             raise ConfigError(f"the listener {_named(listener)} {problem}")
     return found

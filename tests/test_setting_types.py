@@ -6,15 +6,23 @@ import os
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import fields
+from datetime import timedelta
+from decimal import Decimal
+from enum import StrEnum
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
+from flask import Flask
 
 from dbpool import ConfigError, DatabaseMisconfigured, Pool, Settings
-from dbpool.settings import unknown_variables
+from dbpool.flask import DBPool
+from dbpool.settings import COMMON, unknown_variables
 from dbpool.settings.app import AppSettings
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +38,26 @@ LARGEST = 2_147_483_647
 def test_a_setting_of_any_type_and_size_is_a_config_error(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         Settings(**{name: value})
+
+
+ODD: list[Any] = [
+    None, True, 1.5, float("nan"), float("-inf"), HUGE, "", "\0", "\ud800", "x" * 10_000, b"x", [1],
+    (), {}, {"a": 1}, {None}, object(), Decimal("NaN"), timedelta(1), Path("/x"), range(3), len, int,
+    iter([1]), memoryview(b"x"), UUID(int=1), ip_address("::1"), StrEnum("E", {"A": "always"}).A, ...,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*sorted(COMMON), "DATABASE_URL", "DATABASE_URL_FILE", "PGHOST",
+                                 "PGPASSWORD_FILE", "DBPOOL_A_URL", "DBPOOL_A_TIMEOUT"])  # fmt: skip
+def test_a_key_of_app_config_takes_a_value_or_is_a_config_error(key: str) -> None:
+    for value in ODD:
+        app = Flask("app")
+        app.config.update(DATABASE_URL="host=h", DBPOOL_DOTENV="off")
+        if key.startswith("DBPOOL_A_"):
+            app.config["DBPOOL_DATABASES"] = "a"
+        app.config[key] = value
+        with suppress(ConfigError):
+            DBPool(app)
 
 
 @pytest.mark.parametrize("key", ["DBPOOL_TOKEN", "DBPOOL_STATS_DIR", "DBPOOL_SERVE"])

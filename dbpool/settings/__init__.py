@@ -165,8 +165,7 @@ class Settings:
             params["connect_timeout"] = self.connect_timeout
         if self.password_file and "password" not in known:
             params["password"] = read_secret(self.password_file, "PGPASSWORD_FILE")
-        if bad := [k for k, value in params.items() if re.search("[\0\ud800-\udfff]", str(value))]:
-            raise ConfigError(f"{bad[0]} must not hold a NUL character, nor what is not UTF-8")
+        _insist_on_text(params)
         if self.pooler == "transaction":
             return {"prepare_threshold": None} | params
         # Of equal options the server takes the last.
@@ -259,8 +258,7 @@ def build_settings(name: str, sources: Sources, overrides: Mapping[str, Any]) ->
     found["password_file"] = find(sources, "PGPASSWORD_FILE")
     variables = {key: find(sources, name) for key, name in _conninfo.VARIABLES.items() if name}
     unseen = {k: v for k, v in variables.items() if v != os.environ.get(_conninfo.VARIABLES[k])}
-    if cut := [key for key, value in unseen.items() if "\0" in str(value)]:
-        raise ConfigError(f"{_conninfo.VARIABLES[cut[0]]} must not hold a NUL character")
+    _insist_on_text({_conninfo.VARIABLES[key]: value for key, value in unseen.items()})
     found["libpq"] = conceal(make_conninfo("", **unseen)) or None
     given = {key: value for key, value in overrides.items() if value is not None}
     values = {key: value for key, value in found.items() if value is not None} | given
@@ -270,6 +268,12 @@ def build_settings(name: str, sources: Sources, overrides: Mapping[str, Any]) ->
         if not find([*sources, os.environ], *_NAMES_A_DATABASE):
             _check_that_nothing_was_meant(sources)
     return Settings(name=name, explicit=frozenset(values), **values)
+
+
+def _insist_on_text(params: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for a value that neither libpq nor the server takes."""
+    if bad := [key for key, value in params.items() if re.search("[\0\ud800-\udfff]", str(value))]:
+        raise ConfigError(f"{bad[0]} must not hold a NUL character, nor what is not UTF-8")
 
 
 def _check_that_nothing_was_meant(sources: Sources) -> None:

@@ -85,8 +85,8 @@ def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mappin
             if reason := why_untrusted(file, [Path(name).absolute().parent]):
                 logger.warning("%s is read although %s", name, reason)
             return parse_dotenv(file, environ)
-    except OSError as ex:
-        problem = ex.strerror
+    except (OSError, UnicodeEncodeError) as ex:  # a path that no file system has
+        problem = getattr(ex, "strerror", "it is no path")
     raise ConfigError(f"dotenv (DBPOOL_DOTENV): cannot read {safe_repr(name)}: {problem}")
 
 
