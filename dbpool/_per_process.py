@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 T = TypeVar("T")
 
@@ -49,14 +49,16 @@ class Starter(Generic[S]):
 
     def __init__(self) -> None:
         self.is_started = False
-        self._instances: WeakSet[S] = WeakSet()
+        # By id: unlike a WeakSet's, its references are listed at once, whatever is made meanwhile.
+        self._instances: WeakValueDictionary[int, S] = WeakValueDictionary()
 
     def __iter__(self) -> Iterator[S]:
-        return iter(list(self._instances))
+        found = [reference() for reference in self._instances.valuerefs()]
+        return (instance for instance in found if instance is not None)
 
     def add(self, instance: S) -> None:
         """Remember a new instance, and start it if that is due."""
-        self._instances.add(instance)
+        self._instances[id(instance)] = instance
         if self.is_started:
             instance.start()
 
