@@ -1,7 +1,7 @@
 """Who may see details: programs send the token, browsers sign in with it once and send a cookie.
 
-Knows no web framework: the blueprint and the door both use it. Nothing is stored, so that every
-worker accepts what another one issued, and a new token signs everybody out.
+This module does not depend on a web framework: the blueprint and the door both use it. Nothing is
+stored, so every worker accepts a cookie that another one issued, and a new token signs everybody out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ATTEMPTS: Final = 10  # wrong tokens that a process accepts within `_WINDOW`
 _WINDOW: Final = 60.0  # seconds
 _SIGNED: Final = re.compile(r"(\d{1,11}\.[\w-]{16})\.([\w-]{43})", re.ASCII)
 
-# The page loads nothing from elsewhere, nothing in it is inline, and its forms come back here.
+# The page loads nothing from other hosts, has no inline scripts, and sends its forms only here.
 PAGE_HEADERS: Final = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
@@ -42,7 +42,7 @@ PAGE_HEADERS: Final = {
     ),
     "Referrer-Policy": "no-referrer",
 }
-# Without Basic, which would have the browser ask in a window of its own before it shows the form.
+# Without Basic: it would make the browser open its own dialog before it shows the form.
 CHALLENGE: Final = 'Bearer realm="dbpool"'
 _BASIC: Final = 'Basic realm="dbpool", charset="UTF-8"'
 _HOW: Final = "send the token as a Bearer token, or as the password of HTTP Basic"
@@ -51,9 +51,9 @@ MISSING: Final = ""
 WRONG: Final = "This token is wrong."
 ENDED: Final = "Your session has ended. Sign in again."
 TOO_MANY: Final = "Too many wrong tokens. Try again in a minute."
-FOREIGN: Final = "forms of other sites are not accepted"
-UNMEASURED: Final = f"send a form of at most {MAX_BODY} bytes, and its length"
-CLOSED: Final = "closed: set DBPOOL_TOKEN, and send it, to see this"
+FOREIGN: Final = "forms from other sites are not accepted"
+UNMEASURED: Final = f"the form needs a Content-Length of at most {MAX_BODY} bytes"
+CLOSED: Final = "closed: set DBPOOL_TOKEN and send it to see this"
 
 
 class Headers(Protocol):
@@ -112,10 +112,10 @@ class SignIn:
     def attempt(self, offered: str) -> str | None:
         """Return why a browser that offers this token is not signed in, None if it is.
 
-        After ten wrong ones in a minute this process looks at no more tokens for a while.
+        After ten wrong tokens in a minute, this process checks no more tokens for a while.
         """
         now = self._clock()
-        # A clock that was set back forgives.
+        # If the clock was set back, failures no longer count.
         if len(self._failures) == _ATTEMPTS and 0 <= now - self._failures[0] < _WINDOW:
             return TOO_MANY
         if self.is_token(offered.encode(errors="replace")):

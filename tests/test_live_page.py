@@ -184,7 +184,7 @@ def test_history_and_journal_are_shown(see: Callable[..., Page]) -> None:
     lines = [{"time": 99.0, "pool": "default", "event": "down", "text": "down: <i>refused</i>"}]
     page = see(reply(100.0, [(1, 0.0)], 1, journal=lines, history=history), whole=True)
     expect(page.locator(".strips svg")).to_have_count(5)
-    expect(page.locator(".wait_p95 dd").last).to_have_text("at most 1.5 s")
+    expect(page.locator(".wait_p95 dd").last).to_have_text("peak 1.5 s")
     expect(page.locator(".refused")).to_have_class("refused calm")
     assert page.locator(".unknown").first.get_attribute("d").count("M") == 90, "gaps are shown"
     expect(page.locator("#lines td").last).to_have_text("down: <i>refused</i>")

@@ -1,6 +1,6 @@
-"""Who may see more than status words.
+"""Decides which clients may see more than status words.
 
-Never decided by address: behind a proxy all clients are local.
+A client's address never counts: behind a proxy all clients are local.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def public(view: View) -> Callable[[], AnyResponse]:
 
     @wraps(view)
     def run() -> AnyResponse:
-        return view(current_app.extensions[KEY])  # `create_blueprint` has made sure of it
+        return view(current_app.extensions[KEY])  # registering the blueprint has checked this
 
     return run
 
@@ -67,7 +67,7 @@ def access_denied(own: State, authorize: Authorize | None) -> AnyResponse | None
 
 
 def _call(authorize: Authorize) -> AnyResponse | None:
-    """Call the application's function. Only True gives access: a mistake in it must not."""
+    """Call the application's function. Only True gives access, so that a mistake does not."""
     verdict = current_app.ensure_sync(authorize)()
     if verdict is True:
         return None
@@ -78,17 +78,17 @@ def _call(authorize: Authorize) -> AnyResponse | None:
     if isinstance(verdict, (AnyResponse, tuple)) and (answer := _response(verdict)) is not None:
         return answer
     if inspect.iscoroutine(verdict):
-        verdict.close()  # else Python warns that it was never awaited
+        verdict.close()  # otherwise Python warns that it was never awaited
     logger.error(
-        "authorize returned %s: it must return True, False or None, a response as a view may"
-        " return it, or an HTTPException; nothing is shown",
+        "authorize returned %s: it must return True, False, None, a response (as views return"
+        " it), or an HTTPException; access is denied",
         type(verdict).__name__,
     )
     return json_error(500, "access could not be decided")
 
 
 def _response(verdict: Any) -> AnyResponse | None:
-    """Make a response of what *authorize* returned, such as a redirect; None if it is none."""
+    """Turn what *authorize* returned, such as a redirect, into a response; None if it is not one."""
     try:
         answer = current_app.make_response(verdict)
     except Exception:  # noqa: BLE001  # a tuple may hold anything

@@ -1,7 +1,7 @@
 """Lets asynchronous views hold connections on behalf of their request's thread.
 
-Flask runs each view in an event loop of its own, in a thread of its own. That thread does not know
-the request: neither its endpoint, nor which connections to take back at its end.
+Flask runs each asynchronous view in an event loop and a thread of its own. That thread knows neither
+the endpoint of the request nor which connections to take back at its end.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _holding_for(who: holders.ThreadInfo) -> Iterator[None]:
         yield
         return
     own, thread = holders.current.thread, who.thread
-    # The stack of this thread is what `HeldLong` should show.
+    # `HeldLong` should show the stack of this thread.
     holders.current.thread, who.thread = who, threading.current_thread()
     asyncio.get_running_loop().set_default_executor(
         ThreadPoolExecutor(

@@ -38,7 +38,7 @@ class _Blueprint(Blueprint):
         except OSError as ex:
             if ex.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            _refuse(503, "no file can be opened: too many are open")
+            _refuse(503, "too many files are open")
 
 
 def create_blueprint(name: str = "dbpool", authorize: Authorize | None = None) -> Blueprint:
@@ -88,8 +88,8 @@ def create_blueprint(name: str = "dbpool", authorize: Authorize | None = None) -
 def _prepare(setup: BlueprintSetupState) -> None:
     if KEY not in setup.app.extensions:
         raise RuntimeError("call DBPool().init_app(app) before registering dbpool's blueprint")
-    # Loaded now: later the process may have no file descriptor left, and that is when the numbers
-    # are needed. What is wrong here is an error when it is used.
+    # Loaded now: later the process may have run out of file descriptors, and just then the numbers
+    # are needed. An error here is raised again when the view is used.
     with suppress(Exception):
         setup.app.jinja_env.get_template(_PAGE)
     with suppress(Exception):

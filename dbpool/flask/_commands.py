@@ -1,6 +1,6 @@
 """`flask dbpool COMMAND`: the commands of `python -m dbpool`, for the databases of the application.
 
-The entry point `flask.commands` names the group, so that it is there wherever this is installed.
+The entry point `flask.commands` names the group, so that Flask finds it once dbpool is installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OF_RUNNING = frozenset({"stats", "top"})
 
 
 class _Commands(click.Group):
-    """Asks for the commands when they are wanted: Flask loads this group at each of its own."""
+    """Loads the commands only when needed: Flask loads this group at each of its own commands."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(commands())
@@ -34,10 +34,10 @@ group = _Commands("dbpool", help="Test and watch the databases of the applicatio
 
 
 def _command(name: str, about: str) -> click.Command:
-    """Make a command that hands its arguments on as they are."""
+    """Make a command that passes on its arguments unchanged."""
 
     def call(arguments: tuple[str, ...]) -> None:
-        logging.getLogger("dbpool").addHandler(logging.NullHandler())  # the report says it all
+        logging.getLogger("dbpool").addHandler(logging.NullHandler())  # the report has it all
         if name in _WITHOUT_APPLICATION:
             raise SystemExit(main([name, *arguments]))
         try:
@@ -61,6 +61,6 @@ def _command(name: str, about: str) -> click.Command:
 
 
 def _directory(name: str) -> list[str]:
-    """Return the option for where the workers' numbers are, if the configuration has that."""
+    """Return the option that names the workers' directory, if the configuration sets one."""
     given = current_app.config.get("DBPOOL_STATS_DIR")
     return ["--dir", str(given)] if name in _OF_RUNNING and given else []

@@ -1,4 +1,4 @@
-"""The answers to a pool's errors: 503, and when to try again."""
+"""Answers a pool's errors: with 503, and when to try again."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _PAGE: Final = """\
 
 
 def register_error_handlers(app: Flask) -> None:
-    """Answer a pool's errors with 503, as JSON or HTML as the client accepts.
+    """Answer a pool's errors with 503, as JSON or HTML, by the client's `Accept`.
 
     That includes errors of libraries that wrap them. The application's own handlers for the same
-    exceptions stay.
+    exceptions stay in place.
     """
     existing = app.error_handler_spec[None][None]
     answer = partial(_answer, RateLimit())

@@ -1,23 +1,23 @@
-// Asks for the statistics each second while the page is seen; shows what comes as text only.
+// Fetches the statistics each second while the page is visible, and shows them as text only.
 
 import * as strips from "./strips.js";
 import { ALARMING, blockersBySession, showVerdict, useful } from "./verdict.js";
 import { clock, fill, list, NOTHING, number, seconds, setClass, setText } from "./words.js";
 
-const EVERY = 1000; // milliseconds
-const FIRST = 100; // until each part has come once
-const PATIENCE = 5000;
+const INTERVAL = 1000; // milliseconds
+const FIRST_INTERVAL = 100; // until each part has arrived once
+const TIMEOUT = 5000;
 const REMEMBERED = 64; // answers
 const LIMIT = 20; // lines of each list
-// Not relative: the page's own address may hold the password, with which nothing is fetched.
+// Not relative: the page's own URL may contain the password, and fetch() refuses such URLs.
 const address = location.origin + document.body.dataset.stats;
 const byId = (id) => document.getElementById(id);
-const earlier = []; // answers, the latest first
-const parts = {}; // the latest of each
+const earlier = []; // answers, latest first
+const parts = {}; // the latest version of each
 let asked = 0;
 let isFirstRound = true;
 
-// Each answer has one of these, and of one pool, so that none is large.
+// Each answer has one of these parts, for one pool, so that no answer is large.
 function schedule(names) {
   return [() => "journal", ...names.flatMap((name) => {
     const only = "&pool=" + encodeURIComponent(name);
@@ -25,7 +25,7 @@ function schedule(names) {
   }), about];
 }
 
-// The server is asked over a connection of the pool, so not more often than is useful.
+// This part changes rarely. Health asks the server for it over a connection of the pool.
 function about(round) {
   if (round % 12 === 0) return "servers,settings";
   return round % 3 === 0 ? "servers" : "";
@@ -38,7 +38,7 @@ function nextQuery() {
   const wanted = parts[at](Math.floor(asked / parts.length));
   isFirstRound = asked < parts.length || names.length === 0;
   asked += 1;
-  const limit = Math.max(6, Math.floor(LIMIT / (names.length || 3))); // the first answer may be of many
+  const limit = Math.max(6, Math.floor(LIMIT / (names.length || 3))); // at first the number is unknown
   return `?include=${wanted}&limit=${limit}`;
 }
 
@@ -51,12 +51,12 @@ function section(name) {
   return made;
 }
 
-// A pid alone could be that of another container, or be given again.
+// A pid alone could belong to another container, or be used again.
 function isSame(one, other) {
   return one.pid === other.pid && Math.abs(one.start - other.start) < 2; // seconds
 }
 
-// The last answer that counts a process of this one: what changed between others means nothing.
+// The last answer with a process that this one has too: only then their difference means something.
 function comparable(stats) {
   return earlier.find((last) => last.scope === stats.scope && last.time < stats.time
     && last.processes.some((one) => stats.processes.some((other) => isSame(one, other))));
@@ -68,7 +68,7 @@ function rate(pool, time, last) {
   return (Math.max(0, checkouts) / (time - last.time)).toFixed(1) + " /s";
 }
 
-// A pool that cannot serve the next caller is neither up nor down.
+// A pool that is up but cannot serve the next caller is shown as "full".
 function word(pool) {
   return pool.state === "up" && pool.waiting && pool.active >= pool.max_size ? "full" : pool.state;
 }
@@ -136,8 +136,8 @@ function serverText(server, time) {
   if (!server) return "";
   const isOld = time - server.time > 60;
   return [
-    `PostgreSQL ${server.version || NOTHING}`, server.role, server.latency === null ? "" : `${seconds(server.latency)} away`,
-    server.lag === null ? "" : `${seconds(server.lag)} behind`, server.tls ? "TLS" : "no TLS",
+    `PostgreSQL ${server.version || NOTHING}`, server.role, server.latency === null ? "" : `latency ${seconds(server.latency)}`,
+    server.lag === null ? "" : `lag ${seconds(server.lag)}`, server.tls ? "TLS" : "no TLS",
     `${number(server.used)} of ${number(server.max)} connections used, ${number(server.ours)} ours`,
     isOld ? `${seconds(time - server.time)} ago` : "",
   ].filter(Boolean).join(" · ");
@@ -233,8 +233,8 @@ async function refresh() {
   try {
     const answer = await fetch(address + nextQuery(), {
       cache: "no-store",
-      signal: AbortSignal.timeout(PATIENCE),
-      headers: { "X-Requested-With": "fetch" }, // without it the browser itself may ask for a password
+      signal: AbortSignal.timeout(TIMEOUT),
+      headers: { "X-Requested-With": "fetch" }, // without it the browser may open its own password dialog
     });
     byId("signed-out").hidden = answer.status !== 401;
     if (!answer.ok) throw new Error("HTTP " + answer.status);
@@ -255,7 +255,7 @@ byId("pause").addEventListener("click", () => {
 
 async function run() {
   if (!document.hidden && !isPaused()) await refresh();
-  setTimeout(run, isFirstRound ? FIRST : EVERY);
+  setTimeout(run, isFirstRound ? FIRST_INTERVAL : INTERVAL);
 }
 
 run();

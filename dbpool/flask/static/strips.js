@@ -1,20 +1,20 @@
-// The last fifteen minutes of a pool: five strips on one axis of time, and a cursor over them.
+// Charts of the last 15 minutes of a pool: five strips on one time axis, with a cursor over them.
 
 import { clock, element, number, seconds, setClass, setText } from "./words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 28;
-const TAIL = 20; // seconds that are asked for again: workers may be late
+const TAIL = 20; // seconds that are fetched again, since workers may be late
 const rate = (value) => (value === null ? number(value) : (value / 5).toFixed(value < 50 ? 1 : 0) + " /s");
 
-// The series, its name, how a value of it is shown, and from which value on it stands out.
+// The series, its label, how a value is shown, and the value from which on it stands out.
 const STRIPS = [["in_use", "in use", number, Infinity], ["waiting", "waiting", number, 1], ["wait_p95", "wait p95", seconds, 0.1],
   ["checkouts", "checkouts", rate, Infinity], ["refused", "refused", number, 1]];
 
-const known = {}; // by pool: series, the last minute, when they end, and their step
-let isShared = false; // whether all workers have the same ones
+const known = {}; // by pool: the series, the last minute, the time of their end, and their step
+let isShared = false; // whether all workers return the same series
 
-// What to ask for so that nothing is missing, and little comes twice.
+// Returns the parameter that asks only for what is new, and a little more.
 export function newer(name) {
   return known[name] && isShared ? `&since=${(known[name].until - TAIL).toFixed(1)}` : "";
 }
@@ -86,7 +86,7 @@ export function show(card, name) {
     draw(svg, values, most, at, limit);
     const text = shown(at < 179 ? values[at] : latest(values));
     setText(now, text);
-    setText(peak, `at most ${shown(most)}`);
+    setText(peak, `peak ${shown(most)}`);
     return `${label} ${text}`;
   });
   const time = clock(known[name].until - (179 - at) * known[name].step);

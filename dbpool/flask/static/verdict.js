@@ -1,4 +1,4 @@
-// What is wrong: first on the page, in its title and in its icon.
+// Shows what is wrong: at the top of the page, in its title and in its icon.
 
 import { element, fill, NOTHING, number, seconds, setClass, setText } from "./words.js";
 
@@ -30,7 +30,7 @@ function item(finding, time) {
   return made;
 }
 
-// Columns of which nothing is known are left out.
+// Leaves out columns without a known value.
 export function useful(columns, rows) {
   return columns.filter(([, textOf]) => rows.some((each) => [textOf(each)].flat()[0] !== NOTHING));
 }
@@ -58,7 +58,7 @@ export function showVerdict(stats) {
   if (isNews && isAlarm) byId("news").textContent = first.text;
 }
 
-// Who blocks each of our sessions, by its pid: as far as a finding says so.
+// Returns a function that names who blocks the session with a pid, as far as the findings say.
 export function blockersBySession(findings) {
   const names = new Map();
   const found = new Map();

@@ -1,4 +1,4 @@
-// Numbers and times as people read them, and tables that keep their rows.
+// Formats numbers and times for people, and fills tables without replacing their rows.
 
 export const NOTHING = "–";
 
@@ -27,7 +27,7 @@ export function element(name, text, className) {
   return made;
 }
 
-// Sets what changed alone, so that a text that is selected stays selected.
+// Changes only what differs, so that selected text stays selected.
 export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -54,7 +54,7 @@ function head(table, columns) {
   setRoles(table);
 }
 
-// Narrow screens show cells as blocks, which takes the roles of a table from them.
+// On narrow screens cells are shown as blocks, and would lose the roles of a table.
 function setRoles(table) {
   table.setAttribute("role", "table");
   for (const group of [table.tHead, ...table.tBodies]) group.setAttribute("role", "rowgroup");
@@ -92,7 +92,7 @@ export function fill(table, columns, rows, classOf = () => "") {
   table.hidden = rows.length === 0;
 }
 
-// A list of labels and values, of which moved ones stand out.
+// Fills a list of labels and values; values that changed stand out.
 export function list(dl, pairs) {
   while (dl.children.length > pairs.length) dl.lastChild.remove();
   pairs.forEach(([label, value, moved], n) => {
