@@ -1,8 +1,8 @@
 """A PostgreSQL connection pool for thread-based WSGI applications, over psycopg_pool.
 
-Names are imported on first use. A gunicorn master imports `dbpool.gunicorn` alone: whatever else
-it imported would stay as it was then in every worker, after a reload too, and would come before
-gevent patches the standard library.
+Names are imported on first use. A gunicorn master imports only `dbpool.gunicorn`: workers would keep
+the old version of anything else that it imported, even after a reload, and it would be imported
+before gevent patches the standard library.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _MODULES = ("breaker", "databases", "errors", "events", "holders", "liveness", "
 _HOMES = ("dbpool.errors", "dbpool.settings", "dbpool.pool", "dbpool.databases")  # of `__all__`
 
 
-if not TYPE_CHECKING:  # a checker would take every name for one that exists
+if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept every name
 
     def __getattr__(name: str) -> object:
         if name not in __all__ and name not in _MODULES:
             message = f"module {__name__!r} has no attribute {name!r}"
             raise AttributeError(message, name=name, obj=import_module(__name__))  # for suggestions
-        # psycopg's modules import one another in circles: threads must begin with the same one.
+        # psycopg's modules import one another in circles, so all threads must begin with the same.
         import_module("psycopg_pool")
         if name in _MODULES:
             return import_module(f"dbpool.{name}")

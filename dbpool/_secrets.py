@@ -1,7 +1,7 @@
-"""Secrets: strings that do not show what they hold, and masks for texts that leave the process.
+"""Secrets: strings that hide their content, and masks for texts that leave the process.
 
-What a user, the environment or a file gives is concealed as soon as it is read: error trackers and
-debuggers collect the local variables of frames.
+Values from a user, the environment or a file are concealed as soon as they are read: error trackers
+and debuggers collect the local variables of frames.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from psycopg import pq
 
 T = TypeVar("T")
 
-# libpq's secret parameters: those it marks so, and those that it does not mark or know yet.
+# libpq's secret parameters: those that it marks as secret, and some that it does not mark or know.
 SECRET: Final = frozenset(
     {option.keyword.decode() for option in pq.Conninfo.parse(b"") if option.dispchar == b"*"}
     | {"password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"}
@@ -59,7 +59,7 @@ class Secret(str):
     def __repr__(self) -> str:
         return f"'{MASK}'"
 
-    def __getitem__(self, key: Any) -> Secret:  # loggers cut long values off: a part is secret too
+    def __getitem__(self, key: Any) -> Secret:  # loggers cut off long values: a part is secret too
         return Secret(super().__getitem__(key))
 
     def __copy__(self, memo: object = None) -> Self:
@@ -113,9 +113,9 @@ def _shows_password(value: object) -> bool:
 
 
 def conceal_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return connection parameters in which only what holds a secret is concealed.
+    """Return connection parameters in which only values that contain a secret are concealed.
 
-    psycopg's errors quote a host by its `repr()`, and what it looks like says what is wrong.
+    psycopg's errors quote a host by its `repr()`, which must stay readable.
     """
     return {key: _conceal_param(key, value) for key, value in params.items()}
 
@@ -127,16 +127,16 @@ def _conceal_param(key: str, value: Any) -> Any:
 
 
 def may_be_secret(value: object, key: str = "") -> bool:
-    """Whether *value* could be a misplaced secret; *key* is the parameter of libpq that has it."""
+    """Whether *value* could be a misplaced secret; *key* is libpq's name of the parameter."""
     is_free = not isinstance(value, str) or _FREE_TEXT.fullmatch(str(key))
     return not is_free and not _HARMLESS.fullmatch(str(value).strip("'\""))
 
 
 def safe_repr(value: object) -> str:
-    """Return *value* as a message may quote it: its `repr`, or only its kind if it may be secret."""
+    """Return what a message may quote of *value*: its `repr`, or its kind if it may be a secret."""
     if isinstance(value, str):
         return "a text (hidden: it may be a secret)" if may_be_secret(value) else repr(str(value))
-    # Python refuses to write out a very large number.
+    # Python refuses to convert a very large number to a string.
     is_plain = isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 1e40)
     return f"{value!r:.40}" if is_plain else f"a {type(value).__name__}"
 
@@ -167,8 +167,8 @@ def printable(text: str) -> str:
 def mask(text: str, secrets: Collection[str] = ()) -> str:
     """Return *text* printable, with *secrets* replaced, however they are quoted or encoded.
 
-    A password in a URL or after its keyword is always replaced. Nothing of the text is returned if
-    a secret has fewer than four characters.
+    A password in a URL or after its keyword is always replaced. If a secret has fewer than four
+    characters, none of the text is returned.
     """
     if any(0 < len(secret) < _MIN_LENGTH for secret in secrets):
         return "(text left out: a secret is too short to be masked in it)"
@@ -190,7 +190,7 @@ def _pattern(text: str) -> str:
 
 
 def mask_value(value: object, key: str = "") -> str:
-    """Return a value for a view, masked; all of it, if it may be a misplaced secret."""
+    """Return a value for a view, masked; completely if it may be a misplaced secret."""
     return MASK if key in SECRET or may_be_secret(value, key) else mask(str(value))
 
 
@@ -209,7 +209,7 @@ def _mask_url(word: str) -> str:
 
 
 def secrets_of(params: Mapping[str, Any], pgconn: Any = None) -> set[str]:
-    """Return the secrets of *params*, and those that libpq used, wherever it found them."""
+    """Return the secrets in *params*, and those that libpq used, wherever it found them."""
     found = [(key, str(value)) for key, value in params.items() if value]
     with suppress(AttributeError, psycopg.Error):  # there is no connection, or it is closed
         used = [(option.keyword.decode(), option.val) for option in pgconn.info if option.val]

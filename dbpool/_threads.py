@@ -1,7 +1,7 @@
 """Runs a call in a thread of its own, so that no exception can interrupt it; bounds of a wait.
 
-A signal handler may raise between any two steps of the main thread. A lock that is entered by
-`with lock:` itself is safe from that; Python's Event, Condition and Queue are not.
+A signal handler may raise between any two steps of the main thread. A plain `with lock:` is safe
+from that; Python's Event, Condition and Queue are not.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run_in_thread(fn: Callable[[], object]) -> None:
             pass
     except BaseException as ex:
         # The system has no thread left, or a signal handler raised before or after the thread was
-        # started. If that runs, wait for it: the caller must not go on beside what is half done.
+        # started. If the thread runs, wait for it: the caller must not go on while it is working.
         if not isinstance(ex, RuntimeError) and starting.acquire(timeout=_START_TIMEOUT):
             with running:
                 raise

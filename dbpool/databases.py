@@ -155,12 +155,12 @@ def _may_be_meant(key: str) -> bool:
 
 
 def _check_name(name: str, taken: Mapping[str, object]) -> None:
-    """Raise `ConfigError` if *name* is no name for another database beside those *taken*."""
+    """Raise `ConfigError` if *name* cannot name a database besides those that are *taken*."""
     others = COMMON.union(*(variables_of(other) for other in taken if other != "default"))
     if not NAME.fullmatch(name):
         problem = (
-            f": {safe_name(name)} is no name for a database: it must begin with a small letter"
-            " and hold only small letters, digits and _"
+            f": {safe_name(name)} is not a valid name for a database: use only lower-case"
+            " letters, digits and _, and begin with a letter"
         )
     elif name == "default":
         problem = " names 'default' twice: leave it out, it is the database of DATABASE_URL"
@@ -174,6 +174,6 @@ def _check_name(name: str, taken: Mapping[str, object]) -> None:
 
 
 def safe_name(name: object) -> str:
-    """Return a name as a message may quote it: it may be a misplaced secret."""
+    """Return what a message may quote of a name, which may be a misplaced secret."""
     is_word = re.fullmatch("[a-z]{1,15}", str(name)) is not None
     return repr(str(name)) if is_word else safe_repr(name)

@@ -30,7 +30,7 @@ logger = logging.getLogger("dbpool")
 @dataclass_transform()
 @dataclass
 class Event:
-    """Something that happened in the pool of that name; all durations are in seconds.
+    """Something that happened in the pool called `pool`; all durations are in seconds.
 
     Its subclasses are dataclasses too.
     """
@@ -98,7 +98,7 @@ class Rejected(Event):
 
 
 class HeldLong(Event):
-    """A connection has been held for longer than `leak_after`; `stack` is where its holder is now."""
+    """A connection has been held for longer than `leak_after`; `stack` shows its holder now."""
 
     holder: HolderSnapshot
     stack: str
@@ -148,7 +148,7 @@ def name_of(event: Event) -> str:
 
 
 class Listener:
-    """A base class for listeners: define a method for each event you want to hear.
+    """A base class for listeners: define a method for each event that you want to receive.
 
     Name it after the event: `def checked_out(self, event): ...`. If it raises, the error is logged
     and nothing else happens. If it hangs, only the pool's later events are delayed.
@@ -172,7 +172,7 @@ class LoggingListener(Listener):
         name, fields = name_of(event), asdict(event)
         words = [name]
         for key, value in fields.items():
-            if key not in ("pool", "stack"):  # the first stands before, the second is too long
+            if key not in ("pool", "stack"):  # the line begins with the pool; a stack is too long
                 words += [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value!r}"]
         extra = {"dbpool": {"event": name, **fields}}
         logger.log(self._level, "pool %r: %s", event.pool, " ".join(words), extra=extra)
@@ -196,7 +196,7 @@ def _named(listener: Any) -> str:
 
 
 def _problem_of(listener: Any) -> str | None:
-    """Return why *listener* would never hear an event, None if it may."""
+    """Return why *listener* would never receive an event, None if it can."""
     if isinstance(listener, type):
         return f"is a class: pass an instance, {listener.__name__}()"
     cls = type(listener)
@@ -209,10 +209,10 @@ def _problem_of(listener: Any) -> str | None:
         takes_event = _takes_event(getattr(listener, name, None))
         if name in names and not takes_event:
             return f"has a method {name!r} that cannot be called with an event"
-        # A helper may have any name that resembles none of an event.
+        # A helper may have any name that does not resemble that of an event.
         nearest = get_close_matches(_snake_case(name), names, 1, cutoff=0.8)
         if takes_event and nearest and name not in names and not name.startswith("_"):
-            return f"has a method {name!r}: is that {nearest[0]!r}? Else begin its name with _"
+            return f"has a method {name!r}; did you mean {nearest[0]!r}? If not, prefix it with _"
     can_hear = any(hasattr(listener, name) for name in names)
     return None if can_hear else "has no method named after an event"
 
@@ -233,9 +233,9 @@ def _takes_event(function: Any) -> bool:
 class Emitter:
     """Delivers the events of one pool to its listeners, in order, in a thread of its own.
 
-    Emitting is an entry in a queue: a slow listener delays nobody. The thread begins with the
-    first event and ends with the pool. At most `MAX_QUEUED` events are kept; further ones are
-    dropped, which is logged once.
+    Emitting only puts the event into a queue, so a slow listener delays no caller. The thread starts
+    with the first event and ends with the pool. At most `MAX_QUEUED` events are kept; further ones
+    are dropped, which is logged once.
     """
 
     MAX_QUEUED = 10_000
@@ -300,7 +300,7 @@ class Emitter:
         for listener in self._listeners:
             try:
                 listener(event)
-            except BaseException:  # the others hear the event all the same
+            except BaseException:  # the other listeners still get the event
                 if self._is_first((id(listener), type(event))):
                     text = "a listener failed on %s: %s"
                     logger.exception(text, name_of(event), _named(listener))

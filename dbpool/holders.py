@@ -1,7 +1,7 @@
-"""Who holds a connection, since when and from where: the records of connections, and holders.
+"""Records of connections, and their holders: who holds a connection, since when, from which line.
 
 A record is what a pool remembers of one connection. It outlives the connection object, so that
-a connection which its holder lost can be reported and replaced.
+the pool can report and replace a connection that its holder lost.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _MAX_LOGGED = 5  # frames of the application's
 _MAX_DEPTH = 100  # frames of a stack that are examined
 _MAX_FILES = 4096  # file names that are remembered
 
-# Whose code a source file is. What runs in our own files, or as a script beside the interpreter,
-# says as little about the holder as what runs in Python's.
+# Whose code a source file is. Our own files, and scripts beside the interpreter, count as Python's:
+# they say nothing about the holder.
 _APPLICATION, _PACKAGE, _PYTHON = 0, 1, 2
 _OWN = f"{Path(__file__).parent}{os.sep}"
 _STANDARD = ("<frozen ", *(f"{Path(x).parent}{os.sep}" for x in (os.__file__, sys.executable) if x))
 
-# Code in these files is the application's: a checkout compares its caller's with them alone.
+# Files known to be the application's: a checkout compares its caller's file only with these.
 application_files: set[str] = set()
 
 
@@ -48,7 +48,7 @@ NOBODY: Final[weakref.ref[Any]] = weakref.ref(Owner())  # refers to an owner tha
 class ThreadInfo:
     """A thread that holds connections, and the endpoint it serves, set by a framework's adapter.
 
-    Not identified by its ident: the next thread may be given the same.
+    It is not identified by its ident, which a later thread may get again.
     """
 
     __slots__ = ("__weakref__", "endpoint", "thread")
@@ -74,9 +74,9 @@ current = _Current()  # `current.thread` is the `ThreadInfo` of the calling thre
 class ConnectionRecord:
     """What a pool remembers of one connection; all times are monotonic seconds.
 
-    `owner` is None while it is idle. Else it refers to what has the connection: a `Lease`, the
-    step of a caller or of a worker, or the connection itself, which a user got by `getconn`.
-    `since` is 0 while nobody holds it: idle, or in transit.
+    `owner` is None while the connection is idle. Otherwise it refers to what has the connection: a
+    `Lease`, a step of a caller or of a worker, or the connection itself if a user got it by
+    `getconn`. `since` is 0 while nobody holds the connection: it is idle, or in transit.
     """
 
     fd: int
@@ -87,8 +87,8 @@ class ConnectionRecord:
     backend_pid: int | None = None
     reset_message: bytes = b""  # resets the session, if that is wanted
     has_stock_blocks: bool = False  # whether blocks begin and end by psycopg's own methods
-    has_stock_class: bool = False  # the same of the class that a tracer's wrapper stands for
-    has_stock_cursors: bool = False  # whether only psycopg sees a cursor being made or run
+    has_stock_class: bool = False  # the same, of the class that a tracer has wrapped
+    has_stock_cursors: bool = False  # whether only psycopg's own code makes and runs cursors
     is_reaped: bool = False  # taken from its holder, whose return of it then does nothing
     is_reported: bool = False  # as held for too long
     read_write: bool = False  # whether the conninfo asked for a server that can write
@@ -112,11 +112,11 @@ class ConnectionRecord:
 
     @property
     def is_open(self) -> bool:
-        """Whether `fd` is still the connection's: once closed, it may be anything's."""
+        """Whether `fd` is still the connection's; after a close the number may be used again."""
         return (conn := self.ref()) is not None and not conn.closed
 
     def where(self) -> str:
-        """Return where the holder asked for it, as `app/views.py:41 list_orders`."""
+        """Return where the connection was checked out, as `app/views.py:41 list_orders`."""
         return "unknown" if self.code is None else where(self.code, self.lasti)
 
 
@@ -135,7 +135,7 @@ def _shortened(code: CodeType) -> str:
 def caller(frame: FrameType) -> FrameType:
     """Return the first frame from *frame* outwards that is the application's.
 
-    Where all code is installed, the first of a package; where all is Python's, *frame* itself.
+    If all code is installed, return the first frame of a package; if all is Python's, *frame*.
     """
     found, origin, outer = frame, _PYTHON, frame
     for _ in range(_MAX_DEPTH):
@@ -152,7 +152,7 @@ def caller(frame: FrameType) -> FrameType:
 
 
 def _file_of(frame: FrameType) -> str:
-    """Where the code of a frame is from; generated code is of the module whose names it uses."""
+    """Return the file of a frame's code; generated code counts to the module whose names it uses."""
     name, module = frame.f_code.co_filename, frame.f_globals
     is_file = not name.startswith("<") or module.get("__name__") == "__main__"
     return name if is_file else str(module.get("__file__", "<frozen "))
@@ -160,8 +160,8 @@ def _file_of(frame: FrameType) -> str:
 
 @lru_cache(maxsize=_MAX_FILES)
 def _origin(filename: str) -> int:
-    """Whose code a source file is: the application's, an installed package's, or Python's."""
-    # SQLAlchemy says as little of who asked, where the application is installed beside it.
+    """Return whose code a source file is: the application's, an installed package's, or Python's."""
+    # An application may be installed beside SQLAlchemy, whose frames say nothing about the holder.
     if filename.startswith(_OWN) or f"-packages{os.sep}sqlalchemy{os.sep}" in filename:
         return _PYTHON
     if not {"site-packages", "dist-packages"}.isdisjoint(PurePath(filename).parts):
@@ -174,12 +174,12 @@ def _frame_of(thread: threading.Thread) -> FrameType | None:
 
 
 def stack_of(thread: threading.Thread) -> str:
-    """Return where that thread is now, "" if it has ended."""
+    """Return the stack of that thread, "" if it has ended."""
     return "".join(traceback.format_stack(frame)) if (frame := _frame_of(thread)) else ""
 
 
 def frames_of(thread: threading.Thread) -> str:
-    """Return on one line which frames of the application that thread runs, innermost first."""
+    """Return the frames of the application in that thread's stack, on one line, innermost first."""
     if (frame := _frame_of(thread)) is None:
         return "no line: its thread has ended"
     stack = list(islice(traceback.walk_stack(frame), _MAX_DEPTH))

@@ -1,6 +1,6 @@
 """Whether a connection is alive: a check without a round trip, and a ping that cannot hang.
 
-Uses libpq's primitives alone, so that every wait here has a deadline.
+It uses only libpq's primitives, so that every wait has a deadline.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Liveness(enum.Enum):
 
     ALIVE = "alive"
     DEAD = "dead"
-    UNKNOWN = "unknown"  # what the server sent proves nothing: only a ping can tell
+    UNKNOWN = "unknown"  # the server sent something that proves nothing: only a ping can tell
 
 
 class PingTimeout(psycopg.OperationalError):
@@ -43,11 +43,11 @@ class PingTimeout(psycopg.OperationalError):
 
 
 def poller(fd: int, events: int = _READ) -> Poll:
-    """Return a function that waits that many *milliseconds* until *fd* can be read.
+    """Return a function that waits at most that many *milliseconds* until *fd* can be read.
 
-    It returns something true if there is data or end of file. Make one per connection: to register
-    costs more than to poll. *events* is `select.POLLIN` (1), or `select.POLLOUT` (4) to wait until
-    *fd* can be written.
+    The function returns a true value if there is data or end of file. Make one per connection:
+    registering costs more than polling. *events* is `select.POLLIN` (1), or `select.POLLOUT` (4)
+    to wait until *fd* can be written.
     """
     if hasattr(select, "poll"):
         poll = select.poll()
@@ -58,10 +58,10 @@ def poller(fd: int, events: int = _READ) -> Poll:
 
 
 def closed_by_peer(fds: Iterable[int]) -> set[int]:
-    """Return those of *fds* that the peer has closed, by one system call.
+    """Return those of *fds* that the peer has closed, with one system call.
 
-    Best effort: none if the system has no `poll`, and only those closed in both directions if its
-    `poll` does not report half-closed sockets.
+    This is a best effort: without `poll` it returns none, and only sockets closed in both directions
+    if the system's `poll` does not report half-closed ones.
     """
     if not hasattr(select, "poll"):
         return set()
@@ -100,10 +100,10 @@ def is_retransmitting(fd: int) -> bool:
 def check_socket(
     conn: Connection[Any], readable: Poll, fatal_errors: list[psycopg.Error] | None = None
 ) -> Liveness:
-    """Read what the server has sent on an idle connection, without asking it anything.
+    """Read what the server has sent on an idle connection, without sending it anything.
 
-    FATAL messages are appended to *fatal_errors*. Reads until the socket is quiet, but at most
-    `_MAX_READS` times: a server may send notices faster than they are read. After a FATAL the
+    FATAL messages are appended to *fatal_errors*. The socket is read until it is quiet, but at most
+    `_MAX_READS` times, since a server may send notices faster than they are read. After a FATAL the
     connection counts as dead: end of file may come half a millisecond later, as after
     `pg_terminate_backend`.
     """
@@ -111,7 +111,7 @@ def check_socket(
         return Liveness.ALIVE if conn.pgconn.status == _OK else Liveness.DEAD
     fatal = [] if fatal_errors is None else fatal_errors
 
-    def collect_fatal(notice: Diagnostic) -> None:  # its fields are valid in here only
+    def collect_fatal(notice: Diagnostic) -> None:  # its fields are valid only during this call
         if notice.severity_nonlocalized in ("FATAL", "PANIC"):
             fatal.append(_notice_error(notice))
 
@@ -133,7 +133,7 @@ def check_socket(
 
 
 def _deliver_notifies(pgconn: PGconn) -> None:
-    """Pass on the notifications that libpq has read; psycopg would do so when more data arrives."""
+    """Pass on notifications that libpq has read; psycopg would do so only when more data arrives."""
     while pgconn.notify_handler is not None and (notify := pgconn.notifies()) is not None:
         try:
             pgconn.notify_handler(notify)
@@ -153,7 +153,7 @@ def ping(conn: Connection[Any], timeout: float) -> None:
     """Make one round trip with an empty query, outside any transaction, in *timeout* seconds.
 
     Raise `PingTimeout` if no answer comes, another `psycopg.Error` if the connection is dead or the
-    server answers with an error. After either the connection can only be closed.
+    server answers with an error. After either error the connection can only be closed.
     """
     answer = run_query(conn, b"", timeout)
     if answer.status != ExecStatus.EMPTY_QUERY:

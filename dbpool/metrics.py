@@ -34,14 +34,14 @@ SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", "
 class PoolState(StrEnum):
     """The state of a pool, and the status that views show; each equals its string.
 
-    Ordered by severity: of several pools of one name the last one counts.
+    Ordered by severity: if several pools have the same name, the most severe state counts.
     """
 
     NONE = ""  # all its processes have ended
     STOPPED = "stopped"
     STARTING = "starting"
     UP = "up"
-    DEGRADED = "degraded"  # in views alone: it serves, but not well
+    DEGRADED = "degraded"  # only in views: it serves, but not well
     DOWN = "down"
 
     __repr__ = str.__repr__  # in logs and events as in JSON

@@ -1,4 +1,4 @@
-"""When to try again: back-off, the budget against storms, and whether a lost call may have been done."""
+"""When to try again: back-off, the budget for retries, and whether a lost call may have had effect."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _REFUSALS = (
     "query_wait_timeout", "query_timeout", "client_idle_timeout",
 )  # fmt: skip
 
-# What one retry costs a budget, in successes: the ratio of gRPC's retry throttling.
+# How many successes pay for one retry: the ratio of gRPC's retry throttling.
 _COST = 10
 
-# Where a semicolon or a keyword means nothing: in literals, names, comments.
+# Literals, names and comments, in which a semicolon or a keyword has no meaning.
 _OPAQUE: Final = rb"""'(?:[^']|'')*'|"[^"]*"|--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\1\$"""
 _READING: Final = rb"[\s(]*(?:select|show|table|values)\b[^;]*[;\s]*"
 
@@ -30,7 +30,7 @@ def delays(first: float, cap: float, base: float = 2.0) -> Iterator[float]:
     Full jitter: Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
     """
     bounds = backoff.expo(base=base, factor=first, max_value=cap)
-    next(bounds)  # the package's generators want to be primed
+    next(bounds)  # the package's generators have to be primed
     yield from map(backoff.full_jitter, bounds)
 
 

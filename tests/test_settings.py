@@ -370,7 +370,7 @@ def test_more_databases_fall_back_to_the_common_settings() -> None:
         ("statement", "DBPOOL_STATEMENT_TIMEOUT ambiguous"),
         ("a,a", "twice"),
         ("default", "twice"),
-        ("Replica", "no name"),
+        ("Replica", "not a valid name"),
         ("replica", "DBPOOL_REPLICA_URL"),
     ],
 )
@@ -468,7 +468,7 @@ def test_a_wrong_value_names_each_variable_it_may_come_from() -> None:
 
 
 def test_names_that_are_no_words_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'1' is no name"):
+    with pytest.raises(ConfigError, match=r"'1' is not a valid name"):
         settings_from_config({"DBPOOL_DATABASES": [1]}, environ={})
 
 
