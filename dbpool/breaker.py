@@ -1,7 +1,7 @@
-"""The circuit breaker over a database's availability: all that is known of an outage.
+"""The circuit breaker for a database's availability: all that a pool knows about an outage.
 
-It guards waiting, never serving: an idle live connection is lent whatever the breaker says. It has
-no threads and makes no attempts: the pool reports attempts and asks.
+It decides whether callers wait, never whether they are served: an idle live connection is lent
+whatever its state. It has no threads and makes no attempts: the pool reports them, and asks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dbpool.retry import delays
 # TLS to another region a healthy server needs a third of one.
 _MIN_ANSWER_TIMEOUT: Final = 0.5
 
-# Delays between attempts: up to 250 ms at first, up to 1 s later, so that a short restart is noticed
-# soon. With a shorter first one, all the workers there are would try again within a few hundredths.
+# Delays between attempts: up to 250 ms at first, up to 1 s later, so that the end of a short
+# restart is noticed soon. If the first were shorter, all workers would try again within a few hundredths.
 _FIRST, _CAP, _BASE = 0.25, 1.0, 1.3
 
 _CLOSE_INTERVAL: Final = 1.0  # seconds
@@ -28,7 +28,7 @@ _RESUME_AFTER: Final = 0.2  # seconds after which an attempt that no worker bega
 
 
 class Attempt:
-    """The place of a connection that is to be made: tried until it is, or until nobody needs it."""
+    """A place that is reserved for a new connection, and the tries to make it."""
 
     def __init__(self, now: float = 0.0) -> None:
         self.due = now  # when to try, monotonic
@@ -36,7 +36,7 @@ class Attempt:
         self.is_retry = False
         self.is_pinging = False  # connected to a pooler, waiting for the server behind it
         self.params: dict[str, Any] = {}  # of the last try
-        self.awaits_change = False  # whether other params make it due at once
+        self.awaits_change = False  # whether a change of params makes it due at once
         self._fast = delays(_FIRST, _CAP, _BASE)
         self._slow = delays(first=1.0, cap=15.0)  # after a failure that waiting hardly cures
 
@@ -49,10 +49,10 @@ class Breaker:
     """Opens when connects have kept failing for *grace* seconds without a sign of life.
 
     A sign of life is a connection that came back healthy after the first failure. While there
-    are idle connections nobody waits, so there is nothing to open for. A failure that waiting
-    will hardly cure needs no grace, unless connections are out that may yet come back; and a
-    full server is not down while connections are out. The caller serialises all calls but
-    the reading of attributes. Times are those of *clock*, in seconds.
+    are idle connections nobody waits, so it does not open. A failure that waiting will hardly cure
+    needs no grace, unless connections are checked out that may come back; and a full server is not
+    down while connections are checked out. The caller serialises all calls; attributes may be read
+    at any time. Times are those of *clock*, in seconds.
     """
 
     def __init__(self, grace: float, clock: Callable[[], float] | None = None) -> None:
@@ -109,11 +109,11 @@ class Breaker:
         return max(0.0, self.retry_at - self.clock()) if self.is_failing else None
 
     def pending(self) -> list[float]:
-        """Return when the tries that are under way began."""
+        """Return when the tries that are now under way began."""
         return [attempt.started for attempt in list(self.attempts) if attempt.started]
 
     def interrupted(self) -> list[Attempt]:
-        """Return the attempts that are late: an exception kept them from a worker."""
+        """Return the attempts that are late: because of an exception, no worker began them."""
         late = self.clock() - _RESUME_AFTER
         return [each for each in list(self.attempts) if not each.started and each.due < late]
 
@@ -124,10 +124,10 @@ class Breaker:
         return attempt
 
     def release_if_unneeded(self, attempt: Attempt, *, is_missed: bool, is_excess: bool) -> bool:
-        """Release the reserved place if its connection is no longer needed; return whether.
+        """Release the reserved place if its connection is no longer needed; return whether it was.
 
         *is_missed* says whether anybody would miss the connection, *is_excess* whether it would be
-        one too many. In an outage one attempt goes on, however small the pool has been made.
+        one too many. In an outage one attempt always goes on, even if the pool was resized.
         """
         if attempt.is_retry:
             is_wanted = is_missed or self.is_open
@@ -157,9 +157,9 @@ class Breaker:
         return seconds
 
     def failed(self, attempt: Attempt, error: BaseException, kind: str) -> bool:
-        """Record a failure, and when to try again: one attempt at a time does.
+        """Record a failure, and decide which attempt tries again, and when: one at a time does.
 
-        Returns whether this one does; another gives up its place.
+        Returns whether it is this one; if not, its place is released.
         """
         started, attempt.started = attempt.started, 0.0
         self._fails_since(started, error, kind)
@@ -171,7 +171,7 @@ class Breaker:
         return True
 
     def overdue(self, attempt: Attempt, error: BaseException) -> None:
-        """Count as a failure that an attempt still has no answer.
+        """Count an attempt that still has no answer as failed.
 
         Not yet if a connection came back healthy less than `answer_timeout` ago: call it again.
         """
@@ -182,9 +182,9 @@ class Breaker:
             self._fails_since(attempt.started, error, kind)
 
     def trip_if_due(self, *, idle: int, out: int) -> bool:
-        """Open if it is time to; return whether that was now.
+        """Open if it is time to; return whether this call opened it.
 
-        *idle* connections are there to be lent, *out* are held.
+        *idle* and *out* are the numbers of idle and of checked-out connections.
         """
         if self._failing_since is None or self._opened_at is not None or idle:
             return False
@@ -197,13 +197,13 @@ class Breaker:
         return True
 
     def start_interval(self) -> bool:
-        """Return true once a second: then a healthy return may close it, though nobody waits."""
+        """Return true once a second: then a healthy return may close it even if nobody waits."""
         is_due = self.clock() >= self._interval_started + _CLOSE_INTERVAL
         self._interval_started = self.clock() if is_due else self._interval_started
         return is_due
 
     def close_if_alive(self) -> float | None:
-        """Close if a connection came back healthy after it opened; return as `succeeded`.
+        """Close if a connection came back healthy after it opened; return what `succeeded` does.
 
         The failure is kept: connecting may still fail.
         """
@@ -220,10 +220,10 @@ class Breaker:
     def unavailable_error(
         self, pool: str, now: Snapshot, cause: BaseException | None = None, answered_at: float = 0.0
     ) -> errors.DatabaseUnavailable:
-        """Build the error of a caller; a *cause* counts instead of the last failed connect.
+        """Build the error for a caller; a *cause* replaces the last failed connect.
 
-        *answered_at* is when the server answered last, 0 if that does not matter. Without a failed
-        connect the cause is "no answer".
+        *answered_at* is when the server answered last, 0 if that does not matter. If no connect has
+        failed, the cause is "no answer".
         """
         seconds, kind, reason = self.failing_for, self.kind, self.error
         text = self.last_error or "none was made in time"
@@ -260,16 +260,16 @@ class Breaker:
         return None
 
     def report_failure(self, after: float) -> bool:
-        """Return true once until a connect succeeds, when they have failed for *after* seconds.
+        """Return true once in an outage, when connects have failed for *after* seconds.
 
-        Called by the one attempt that goes on, without the lock.
+        The one attempt that goes on calls this, without the lock.
         """
         was_reported = self.is_failure_reported
         self.is_failure_reported |= self.retry is not None and self.failing_for >= after
         return self.is_failure_reported and not was_reported
 
     def reset(self) -> None:
-        """Close, and forget the failure: the next one starts a new grace."""
+        """Close, and forget the failure: the next failure starts a new grace."""
         self._failing_since = self._opened_at = self.error = self.last_error = None
         self.kind = FailureKind.UNKNOWN
 

@@ -58,12 +58,12 @@ _PERMANENT: Final = frozenset({"access", "conninfo", "database", "password", "ro
 # texts are those of PostgreSQL 12 to 18 and of PgBouncer.
 _TEXTS: Final = [x.partition(": ")[::2] for x in read_lines(__package__, "failures.txt")]
 
-# psycopg lists the attempts on several addresses like this: the host with its port, and the error.
+# If it tried several addresses, psycopg lists each attempt like this: the host and port, the error.
 _ATTEMPT: Final = re.compile(r"^- (host: .*), hostaddr: (?:'[^']*'|None): (.*)$", re.MULTILINE)
 
 
 class _Coded(Exception):
-    """An error with a code, which ends its text: `python -m dbpool explain CODE` says more."""
+    """An error whose text ends with a code, which `python -m dbpool explain CODE` explains."""
 
     code = ""
 
@@ -151,7 +151,7 @@ def exhausted_error(
 ) -> PoolExhausted:
     """Build the error of a caller who waited *seconds*, and itself has *held* connections.
 
-    *suspicion* says what may keep the holders, if anything is known.
+    *suspicion* is what may delay the holders, if anything is known.
     """
     nested = (
         f"; nested: this thread itself holds {held}, and n threads that hold {held + 1} at once"
@@ -205,7 +205,7 @@ def _kind_of(line: str) -> FailureKind:
 
 
 def is_permanent(kind: str) -> bool:
-    """Whether waiting hardly helps against this *kind* of failure."""
+    """Whether this *kind* of failure will hardly go away by waiting."""
     return kind in _PERMANENT
 
 
@@ -224,9 +224,9 @@ def describe(exc: BaseException, conn: Any = None) -> str:
 
 
 def sanitize(exc: BaseException, secrets: Collection[str] = ()) -> BaseException:
-    """Return *exc* without connection, traceback, causes and secrets, to be kept and chained.
+    """Return *exc* without connection, traceback, causes and secrets, so that it can be kept.
 
-    `psycopg.Error.pgconn` of a failed connect still knows the password.
+    `psycopg.Error.pgconn` of a failed connect still contains the password.
     """
     cls, text = type(exc), mask(_text_of(exc), secrets)
     if isinstance(exc, psycopg.Error):
@@ -245,7 +245,7 @@ def sanitize(exc: BaseException, secrets: Collection[str] = ()) -> BaseException
 
 def _text_of(exc: BaseException, template: str = "{}") -> str:
     try:
-        # Of a statement that failed only the reason, without the statement and its values.
+        # If a statement failed, return only the reason, without the statement and its values.
         if isinstance(exc, psycopg.Error) and exc.sqlstate and exc.diag.message_primary:
             return re.sub(r'(?s)(: |near )".*"', rf'\1"{MASK}"', exc.diag.message_primary)
         return template.format(exc)

@@ -233,8 +233,8 @@ def _takes_event(function: Any) -> bool:
 class Emitter:
     """Delivers the events of one pool to its listeners, in order, in a thread of its own.
 
-    Emitting only puts the event into a queue, so a slow listener delays no caller. The thread starts
-    with the first event and ends with the pool. At most `MAX_QUEUED` events are kept; further ones
+    Emitting only puts the event into a queue, so a slow listener delays no caller. The thread
+    starts with the first event and ends with the pool. At most `MAX_QUEUED` events are kept; further ones
     are dropped, which is logged once.
     """
 

@@ -11,8 +11,8 @@ combine the two:
     @combined
     def post_fork(server, worker): ...
 
-The gunicorn master imports this module, and with it almost nothing else of dbpool, so that a reload
-brings a new version of the library.
+The gunicorn master imports this module, and almost nothing else of dbpool, so that a reload brings
+a new version of the library.
 """
 # What the master imports is not reloaded, and comes before gevent patches the standard library:
 # import only the standard library and `processes._directory` here.
@@ -56,7 +56,7 @@ _GREENLET_WORKERS: Final = "gunicorn.workers.base_async"  # the base of gevent's
 
 
 _SERVE: Final = "DBPOOL_SERVE"
-_DOOR_SECONDS: Final = 2.0  # that the master waits for the door at its end
+_DOOR_SECONDS: Final = 2.0  # that the master waits for the end of the door
 
 _LAST_HOOKS: Final = frozenset({"on_exit", "worker_abort", "worker_exit"})
 
@@ -107,8 +107,8 @@ def on_starting(server: Any) -> None:
         _made = make_directory(server.cfg.worker_tmp_dir, server.cfg.uid, server.cfg.gid)
     except OSError as ex:
         server.log.warning(
-            "dbpool: no directory can be made for the statistics (%s), so that each worker reports"
-            " on itself alone. Set worker_tmp_dir or DBPOOL_STATS_DIR to a writable one",
+            "dbpool: no directory can be made for the statistics (%s), so each worker reports only"
+            " on itself. Set worker_tmp_dir or DBPOOL_STATS_DIR to a writable directory",
             ex,
         )
     else:
@@ -152,14 +152,14 @@ def post_worker_init(worker: Any) -> None:
     if "gunicorn.workers.ggevent" in modules and worker.age == 1 and _is_patched_too_late():
         worker.log.warning(
             "dbpool: psycopg or dbpool was imported before gevent patched the standard library: a"
-            " query stops a whole worker, and requests take connections from one another. Import"
-            " the application in the workers alone (no preload_app), or call"
+            " query blocks the whole worker, and requests take connections from one another. Import"
+            " the application only in the workers (no preload_app), or call"
             " gevent.monkey.patch_all() at the top of gunicorn's configuration, before every"
             " other import"
         )
     publish_from_the_start()
     watch_from_the_start()
-    if os.environ.get(_SERVE):  # the door says ready once the databases serve
+    if os.environ.get(_SERVE):  # the door answers "ready" only once the databases serve
         opening = threading.Thread(None, _open_pools, "dbpool-open", daemon=True)
         opening.start()
     if worker.age == 1:  # one worker asks for all
@@ -169,23 +169,23 @@ def post_worker_init(worker: Any) -> None:
 
 def worker_abort(worker: Any) -> None:
     """Log which connections the worker held when gunicorn's timeout ended it."""
-    if "dbpool.pool" not in sys.modules:  # then it has none, and this is no time to import
+    if "dbpool.pool" not in sys.modules:  # there are no connections, and importing is too late
         return
     from dbpool.pool import _fork
 
-    # gunicorn calls this in a signal handler: an error would surface in whatever was interrupted.
+    # gunicorn calls this in a signal handler: an error would be raised in the interrupted code.
     with suppress(Exception):
         for pool in _fork.list_pools():
             for holder in pool.holders():
                 where = f"{holder.where}{f' ({holder.endpoint})' if holder.endpoint else ''}"
                 worker.log.error(
-                    "dbpool: the worker is aborted while %s of it has held a connection of pool %r"
-                    " for %.1f s, from %s", holder.thread, pool.name, holder.seconds, where,
+                    "dbpool: the worker is aborted; thread %s held a connection of pool %r for %.1f s,"
+                    " checked out at %s", holder.thread, pool.name, holder.seconds, where,
                 )  # fmt: skip
 
 
 def dirty_worker_init(worker: Any) -> None:
-    """Do for a dirty worker of gunicorn 25 and newer what `post_worker_init` does.
+    """Do what `post_worker_init` does, for a dirty worker of gunicorn 25 and newer.
 
     gunicorn runs no hook when such a worker ends: close your pools in `DirtyApp.close`.
     """
@@ -259,7 +259,7 @@ def _say_where(server: Any, directory: str) -> None:
 def _start_door(server: Any) -> None:
     """Start `python -m dbpool serve` on DBPOOL_SERVE, as the workers' user.
 
-    It is no child of a fork: of this process it has nothing but a pipe, whose end ends it.
+    The door inherits nothing from this process but a pipe; it ends when the pipe ends.
     """
     global _door  # noqa: PLW0603  # there is one master in a process
     if not os.environ.get(_SERVE) or not os.environ.get(STATS_DIR):
@@ -288,7 +288,7 @@ def _open_pools() -> None:
 
 
 def _set_max_size(max_size: int) -> None:
-    """Make that the default of this process's pools, also of those that are made later."""
+    """Make that the default max_size of this process's pools, also of those made later."""
     from dbpool.pool import _fork
 
     def resize(pool: Any) -> None:
@@ -304,7 +304,7 @@ def _set_max_size(max_size: int) -> None:
 def _check_sizes(worker: Any) -> None:
     """Warn if the pools of all workers may open more connections than their servers allow.
 
-    Nothing waits for it, and it says nothing of a database that does not answer: its pool will.
+    Nothing waits for this, and it does not report a database that gives no answer: its pool will.
     """
     from dbpool.pool import _fork
     from dbpool.sizing import plan_connections
@@ -338,7 +338,7 @@ def _sizing_target(pool: Any, workers: int) -> Any:
 
 
 def _is_patched_too_late() -> bool:
-    """Whether psycopg waits in C, or dbpool shares among greenlets what belongs to one."""
+    """Whether psycopg waits in C, or dbpool's thread-local state is shared by all greenlets."""
     waiting, holders = map(sys.modules.get, ("psycopg.waiting", "dbpool.holders"))
     is_blocking = waiting is not None and waiting.wait is getattr(waiting, "wait_c", None)
     return is_blocking or (holders is not None and not isinstance(holders.current, threading.local))

@@ -1,6 +1,6 @@
-"""The report for Prometheus, in the names of OpenTelemetry's `db.client.connection.*`.
+"""The report for Prometheus, with the names of OpenTelemetry's `db.client.connection.*`.
 
-All other names begin with `dbpool_`. Needs the package prometheus-client.
+All other names begin with `dbpool_`. This needs the package prometheus-client.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _ALARMING: Final = frozenset({Severity.WARNING, Severity.CRITICAL})
 _POOL: Final = "pool_name"
 _BUCKET_STEP: Final = 4  # of our bounds every fourth is exposed: two to a decade
 _SIZES: Final = {
-    "db_client_connection_max": ("max_size", "Connections allowed at most"),
-    "db_client_connection_idle_min": ("min_size", "Connections kept at least"),
+    "db_client_connection_max": ("max_size", "Largest number of connections allowed"),
+    "db_client_connection_idle_min": ("min_size", "Number of connections that stay open when idle"),
     "db_client_connection_pending_requests": ("waiting", "Callers waiting for a connection"),
-    "dbpool_connecting": ("connecting", "Connections being made, back-off included"),
+    "dbpool_connecting": ("connecting", "Connections being made, or waiting for their next try"),
 }
 _TIMES: Final = {
     "create_time": ("connect", "Time it took to make a connection"),
@@ -55,13 +55,13 @@ _TOTALS: Final = {
     "dbpool_retries": ("retries", "Transactions run again"),
     "dbpool_leaks": ("leaks", "Connections forgotten by their holders"),
     "dbpool_held_long": ("held_long", "Connections held for longer than leak_after"),
-    "dbpool_returned_late": ("returned_late", "Connections returned after they were held too long"),
+    "dbpool_returned_late": ("returned_late", "Connections returned after being held for too long"),
     "dbpool_circuit_opened": ("circuit_opened", "Times the breaker opened"),
 }
 _OF_ENDPOINTS: Final = {  # in the order of `totals`
-    "checkouts": "Connections that an endpoint, or a line of code outside of one, returned",
+    "checkouts": "Connections returned by an endpoint, or outside of requests by a line of code",
     "use_seconds": "Time for which an endpoint held connections",
-    "gave_up": "Callers of an endpoint that got no connection",
+    "gave_up": "Callers in an endpoint that got no connection",
 }
 
 
@@ -90,7 +90,7 @@ class PoolCollector(Collector):
         yield _findings(found, self._findings())
 
     def describe(self) -> Iterator[Metric]:
-        """Yield the families without values, so that registering asks for no report."""
+        """Yield the families without values, so that registering needs no report."""
         yield from _families(Report({}))
         yield _findings(Report({}), ())
 
@@ -136,7 +136,7 @@ def _count(pools: Mapping[str, Snapshot]) -> Metric:
 def _findings(report: Report, findings: Iterable[Mapping[str, Any]]) -> Metric:
     gauge = GaugeMetricFamily(
         "dbpool_finding",
-        "Whether the diagnosis of that code is made, as a warning or worse; without a pool it is the host's",
+        "1 while that diagnosis is a warning or worse; one without a pool concerns the host",
         labels=[_POOL, "code"],
     )
     alarming = [each for each in findings if each.get("severity") in _ALARMING]
@@ -162,7 +162,7 @@ def _endpoints(report: Report) -> Iterator[Metric]:
 
 def _discarded(pools: Mapping[str, Snapshot]) -> Metric:
     counter = CounterMetricFamily(
-        "dbpool_discarded", "Connections given up", labels=[_POOL, "reason"]
+        "dbpool_discarded", "Connections closed or lost", labels=[_POOL, "reason"]
     )
     for pool, snapshot in pools.items():
         for reason in REASONS:
@@ -173,7 +173,7 @@ def _discarded(pools: Mapping[str, Snapshot]) -> Metric:
 def _breaker(pools: Mapping[str, Snapshot]) -> Metric:
     gauge = GaugeMetricFamily(
         "dbpool_breaker_open",
-        "Whether callers are refused because the database is unavailable",
+        "1 while callers are refused because the database is unavailable",
         labels=[_POOL],
     )
     for pool, snapshot in pools.items():
@@ -183,7 +183,7 @@ def _breaker(pools: Mapping[str, Snapshot]) -> Metric:
 
 def _ages(processes: Iterable[Process]) -> Metric:
     gauge = GaugeMetricFamily(
-        "dbpool_process_age_seconds", "Age of what a process reported", labels=["pid"]
+        "dbpool_process_age_seconds", "Time since a process last reported", labels=["pid"]
     )
     for process in processes:
         gauge.add_metric([str(process.pid)], process.age)

@@ -1,4 +1,4 @@
-"""The report: what several processes say about their pools, merged into one.
+"""The report: the numbers of the pools of several processes, merged into one object.
 
 `/stats`, the live page and `python -m dbpool stats` show it as JSON; `/metrics` reads it. Each
 process writes its own report to a file, and the others parse that into the same object.
@@ -40,7 +40,7 @@ _MAX_PID: Final = (1 << 31) - 1
 _MAX_HOLDERS: Final = 20  # of one pool
 _MAX_ROWS: Final = 1600  # of use by endpoint, in all pools: what a file has room for
 _MAX_WORKERS: Final = 64  # of one pool, that are shown
-# Ordered by severity: of several the last one counts.
+# Ordered by severity: when several are merged, the most severe one counts.
 _STATES: Final = tuple(PoolState)
 _BREAKER_STATES: Final = ("closed", "half-open", "open")
 
@@ -73,9 +73,9 @@ class Process:
 class Report:
     """Pools by name, merged over all *processes*.
 
-    `scope` is "process" if the process that was asked answers for itself alone, else "all".
-    `time` is Unix time. `parts` are the reports of the living processes, if it is made of several.
-    `usage` are each pool's rows of `dbpool.diagnosis.endpoints`, where they were asked for.
+    `scope` is "process" if the report covers only the process that answers, else "all". `time` is
+    Unix time. `parts` are the reports of the living processes, if several were merged. `usage` are
+    each pool's rows of `dbpool.diagnosis.endpoints`, if they were asked for.
     """
 
     pools: Mapping[str, Snapshot]
@@ -86,13 +86,13 @@ class Report:
     usage: Mapping[str, Rows] = field(default_factory=dict, compare=False, repr=False)
 
     def merge(self, *others: Report) -> Report:
-        """Return all of them as one, with this one's scope and time."""
+        """Return this report and the others as one, with this one's scope and time."""
         found: dict[str, list[Snapshot]] = {}
         for report in (self, *others):
             for name, pool in report.pools.items():
                 found.setdefault(name, []).append(pool)
         processes = [process for report in (self, *others) for process in report.processes]
-        # A process is as young as the youngest of its parts: an application in it may be closed.
+        # A process counts as fresh if any of its parts is: an application in it may be closed.
         youngest = {(p.pid, p.start): p for p in sorted(processes, key=lambda p: -p.age)}
         return replace(
             self,
@@ -106,7 +106,7 @@ class Report:
         return self.parts or ((self,) if len(self.processes) == 1 else ())
 
     def as_of(self, now: float) -> Report:
-        """Return one process's report as it would be *now*: holders have held for longer."""
+        """Return one process's report as of *now*: its holders have held for longer by then."""
         (process,) = self.processes
         age = max(0.0, now - process.written)
         return replace(
@@ -137,7 +137,7 @@ class Report:
         }
 
     def workers_to_json(self) -> dict[str, list[dict[str, Any]]]:
-        """Return what each living process has of each pool, by pid; the busiest 64.
+        """Return each living process's share of each pool, by pid; at most the busiest 64.
 
         `checkouts`, `refused` and `use_seconds` are totals since the process opened the pool.
         """
@@ -233,7 +233,7 @@ def _merge_times(parts: Sequence[HistogramSnapshot]) -> HistogramSnapshot:
 
 
 def _severity(breaker: BreakerSnapshot) -> tuple[int, float, str, float, str]:
-    """Of equally open breakers the one that has failed for longest counts."""
+    """Sort by the state, then by how long it has failed: the largest is the most severe."""
     since = float("-inf") if breaker.since is None else -breaker.since
     state = _BREAKER_STATES.index(breaker.state)
     return state, since, breaker.last_error or "", breaker.retry_after or 0.0, breaker.kind or ""
@@ -246,12 +246,12 @@ def _aged(pool: Snapshot, elapsed: float) -> Snapshot:
     return replace(pool, breaker=breaker, holders=tuple(holders))
 
 
-# Reading JSON: files may be torn, old, or anybody's.
+# Reading JSON: a file may be half written, old, or of another program.
 
 
 @contextmanager
 def malformed(what: str) -> Iterator[None]:
-    """Raise `ValueError` for what is missing, or of another type, in the JSON read inside."""
+    """Raise `ValueError` if the JSON that is read inside lacks something or has a wrong type."""
     try:
         yield
     except (AttributeError, KeyError, TypeError) as ex:
@@ -314,7 +314,7 @@ def _read_histogram(data: Any) -> HistogramSnapshot:
 
 
 def read_count(value: Any) -> int:
-    """Return *value* if it is a count, else raise `ValueError`; an absurd one is cut."""
+    """Return *value* if it is a count, else raise `ValueError`; an absurdly large one is capped."""
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r:.40} is not a count")
     return value if value < _MAX_COUNT else _MAX_COUNT  # noqa: FURB136  # min() takes longer

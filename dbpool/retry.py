@@ -1,4 +1,4 @@
-"""When to try again: back-off, the budget for retries, and whether a lost call may have had effect."""
+"""When to try again: back-off, a budget for retries, and whether a lost call may have had effect."""
 
 from __future__ import annotations
 

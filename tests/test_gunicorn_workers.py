@@ -107,8 +107,7 @@ def test_an_aborted_worker_says_what_it_held_and_leaves_no_query(
     waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
     until(lambda: held_lock.execute(waiting).fetchone() == (0,), 10.0)
     said = site.said()
-    assert "dbpool: the worker is aborted while MainThread of it has held a connection" in said
-    assert "of pool 'default'" in said
+    assert "the worker is aborted; thread MainThread held a connection of pool 'default'" in said
     assert "counted.py" in said
     assert "(lock)" in said
     assert site.get("/").isdecimal()  # another took its place

@@ -115,7 +115,7 @@ def test_the_message_says_what_to_write_and_shows_no_value() -> None:
         ConfigError, match=r"listener Alarm is a class: pass an instance, Alarm\(\)"
     ):
         Pool("host=nowhere", listeners=[Alarm])
-    with pytest.raises(ConfigError, match="'circut_opened': is that 'circuit_opened'"):
+    with pytest.raises(ConfigError, match="'circut_opened'; did you mean 'circuit_opened'"):
         Pool("host=nowhere", listeners=[Misspelt()])
     with pytest.raises(ConfigError) as caught:
         Pool("host=nowhere", listeners=["postgresql://u:hunter2@h/d"])
