@@ -332,7 +332,7 @@ def _sizing_target(pool: Any, workers: int) -> Any:
     except Exception:  # noqa: BLE001  # the user's callables: the pool reports what they raise
         return None
     setting = variable("max_size", settings.name)
-    is_pooled = settings.pooler == "transaction"  # there nobody looks who blocks whom
+    is_pooled = settings.pooler == "transaction"  # the monitor does not ask through a pooler
     demand = Demand(pool.name, workers, pool.max_size, setting, monitors=int(not is_pooled))
     return Target(demand, params, is_pooled)
 

@@ -246,5 +246,5 @@ def test_explain_of_an_unknown_code_fails_and_says_what_there_is(
 ) -> None:
     assert main(["explain", "DB99"]) == 1
     assert capsys.readouterr().err == (
-        "dbpool: no page has that code or those words; without a code all are listed\n"
+        "dbpool: no page has that code or those words; to list all, leave them out\n"
     )

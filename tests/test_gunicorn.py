@@ -167,9 +167,9 @@ def test_more_connections_than_the_server_has_are_told_once_at_the_start(
     conf = f"loglevel = 'warning'\n{conf_of('gthread', workers=3)}"
     site = make_site(more=conf, DBPOOL_MAX_SIZE="40")
     until(lambda: "more connections are configured" in site.said(), 20.0)
-    warning = "the server of default allows 100"
+    warning = "the server of default allows"
     assert site.said().count(warning) == 1
-    assert "3 x 40 + 1 (default) = 121, 242 during a deploy" in site.said()
+    assert "3 x 40 + 1 (default) = 121, or 242 during a deploy" in site.said()
     assert "set DBPOOL_MAX_SIZE to 1" in site.said()
     assert site.checkouts() == 0  # it is not one of the pool's connections that asks
 

@@ -69,8 +69,8 @@ def test_it_says_what_fits_and_exits_with_zero(narrow: Server, plan: Plan) -> No
     status, printed = plan("--workers", "2", DATABASE_URL=url_of(narrow), DBPOOL_MAX_SIZE="6")
     assert status == 0
     assert printed == (
-        "ok: the server of default allows 30, 3 reserved: 27 left for 2 x 6 + 1 (default) = 13,"
-        " 26 during a deploy\n"
+        "ok: the server of default allows 27 connections (30, minus 3 reserved); the pools may open"
+        " 2 x 6 + 1 (default) = 13, or 26 during a deploy\n"
     )
 
 
@@ -90,7 +90,7 @@ def test_without_a_look_at_blockers_its_connection_is_not_counted(
 def test_what_does_not_fit_is_told_with_the_setting(narrow: Server, plan: Plan) -> None:
     status, printed = plan("--workers", "2", DATABASE_URL=url_of(narrow), DBPOOL_MAX_SIZE="7")
     assert status == 1
-    assert printed.startswith("too many: the server of default allows 30, 3 reserved: 27 left")
+    assert printed.startswith("too many: the server of default allows 27 connections (30, minus 3")
     assert printed.splitlines()[1] == "set DBPOOL_MAX_SIZE to 6, or raise max_connections to 33"
 
 
@@ -250,5 +250,5 @@ def test_an_idle_application_gives_not_enough_data(dsn: str, tmp_path: Path, pla
             processes.close()
     assert status == 0
     assert printed.splitlines()[-1].startswith(
-        "default: 10 is set; not enough data: 0 of 1000 needed"
+        "default: max_size is 10; not enough data: 0 of 1000 needed"
     )

@@ -80,10 +80,10 @@ def test_the_advised_size_is_the_largest_that_fits(
 def test_a_warning_names_the_numbers_and_the_settings() -> None:
     found = verdict(100, demand(4, 10), demand(4, 5, "replica"), reserved=3, others=12)
     assert found.warning == (
-        "more connections are configured than fit during a deploy: it allows 100, 3 reserved and"
-        " 12 in use by others: 85 left for 4 x 10 (default) + 4 x 5 (replica) = 60, 120 during a"
-        " deploy. To mend it, set SIZE_OF_default and SIZE_OF_replica to 5, or raise"
-        " max_connections to 135"
+        "more connections are configured than fit during a deploy: it allows 85 connections (100,"
+        " minus 3 reserved and 12 in use by others); the pools may open 4 x 10 (default) + 4 x 5"
+        " (replica) = 60, or 120 during a deploy. To fix it, set SIZE_OF_default and"
+        " SIZE_OF_replica to 5, or raise max_connections to 135"
     )
     assert "than fit:" in verdict(50, demand(4, 20)).warning
 
@@ -301,4 +301,4 @@ def test_a_notice_or_another_pool_s_trouble_is_no_reason() -> None:
 
 def test_counts_that_fell_say_nothing() -> None:
     found = measure(reported(used(5000), 0.0), reported(used(2000), 10.0), "default")
-    assert found.reason == "not enough data: its counts fell meanwhile"
+    assert found.reason == "not enough data: its counters were reset in that time"

@@ -49,8 +49,8 @@ def test_what_is_wrong_comes_first_and_then_what_the_pools_do() -> None:
         "    End it.",
     ]
     assert "default: full, 4 of 4 in use, 0 idle, 6 waiting" in lines
-    assert "    in use    · ▄█  at most 4" in lines
-    assert "    wait p95  ··▄█  at most 1.0 s" in lines
+    assert "    in use    · ▄█  peak 4" in lines
+    assert "    wait p95  ··▄█  peak 1.0 s" in lines
     assert not any("refused" in line for line in lines), "what did not move takes no room"
     assert "       14 s  billing.pay (pay.py:88 pay)  idle in transaction  T-1" in lines
     assert "1 process  4711 (200 ms ago)" in lines
@@ -61,7 +61,7 @@ def test_it_shows_what_the_page_shows() -> None:
     shown = as_text(STATES["locked"](), 120).splitlines()
     assert shown[0].startswith("CRITICAL DB04 for 14 s: 12 connections of default wait for a lock")
     for line in (
-        "    server     PostgreSQL 18.4 primary, 33 of 100 connections used, 12 ours, 0.4 ms away, TLS",
+        "    server     PostgreSQL 18.4 primary, 33 of 100 connections used, 12 ours, latency 0.4 ms, TLS",
         "    worker 4711  4 of 4 in use, 2 waiting, 98214 checkouts, 0 refused",
     ):
         assert line in shown

@@ -1,8 +1,8 @@
 """The commands of `python -m dbpool`: one module each, found by its name.
 
-To add a command, add a module: its name is the command's, `HELP` the line that `--help` shows,
-`add_arguments` declares its options, `run` does it and returns the exit status. Modules that
-begin with an underscore are no commands.
+To add a command, add a module with the command's name: `HELP` is the line that `--help` shows,
+`add_arguments` declares the options, `run` runs the command and returns the exit status. Modules
+that begin with an underscore are not commands.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Command(Protocol):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Quote no password: a user may have passed a URL as an argument."""
+        """Exit with the message, but without a password: an argument may have been a URL."""
         super().error(mask(message))
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 1
     except OSError as ex:
-        if ex.filename is not None:  # it is not that of standard output
+        if ex.filename is not None:  # it is not about standard output
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again
         return 1 if isinstance(ex, BrokenPipeError) else fail(f"cannot print: {ex.strerror}")
@@ -84,14 +84,14 @@ def script() -> None:
     """Run a command and exit, as `python -m dbpool` and the installed `dbpool` do."""
     sys.stdout = _printing(sys.stdout)
     sys.stderr = _printing(sys.stderr)
-    # What goes wrong is in the report; the pools' own log lines would only repeat it.
+    # Errors are in the report; the pools' own log lines would only repeat them.
     logging.getLogger("dbpool").addHandler(logging.NullHandler())
     logging.getLogger("dbpool").propagate = False
     sys.exit(main())
 
 
 def _printing(stream: TextIO | None) -> TextIO:
-    """Return a stream that takes every text, if the process was started without it too."""
+    """Return a stream that can print any text, even if the process was started without one."""
     if stream is None:
         stream = TextIOWrapper(FileIO(os.devnull, "w"), encoding="utf-8")
     if isinstance(stream, TextIOWrapper):

@@ -1,4 +1,4 @@
-"""What the commands share: the configured databases, the warnings of reading them, durations."""
+"""What the commands share: the configured databases, warnings about their settings, durations."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def configured() -> tuple[dict[str, Settings], Mapping[str, str]]:
 
 @contextmanager
 def warnings_printed() -> Iterator[None]:
-    """Print the block's warnings on standard error; if it fails, its error alone."""
+    """Print the block's warnings on standard error, unless it raises: the error is enough then."""
     collector, logger = _Collector(), logging.getLogger("dbpool")
     logger.addHandler(collector)
     try:

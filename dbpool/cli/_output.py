@@ -1,4 +1,4 @@
-"""How commands print: one line per message, no control characters, the error as JSON on request."""
+"""How commands print: one line for each message, no control characters, and errors as JSON."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def fail(reason: object, *, as_json: bool = False) -> int:
 
 
 def line(text: object) -> str:
-    """Put on one line what libpq spreads over several."""
+    """Return a text on one line; libpq spreads its messages over several."""
     return printable(str(text))

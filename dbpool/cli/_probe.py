@@ -1,4 +1,4 @@
-"""Connect once as the pool would, and report what was found."""
+"""Connects once as the pool would, and reports the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dbpool.settings._conninfo import already_set
 _EXPOSED: Final = (
     "the server is remote and sslmode is below verify-full: its identity is not checked"
 )
-# Fields that a connection string or libpq's variables can set too, and outdo.
+# Fields that a connection string or libpq's variables can also set, and then override.
 _CLIENT_SIDE: Final = (
     "connect_timeout",
     "keepalives_idle",
@@ -34,7 +34,7 @@ _CLIENT_SIDE: Final = (
 
 
 def probe(settings: Settings) -> dict[str, Any]:
-    """Connect once as the pool would, and say what was found; no secret is in it."""
+    """Connect once as the pool would, and return a report without secrets."""
     effective = settings.masked()
     report: dict[str, Any] = {"ok": False, "settings": effective}
     conn: Any = None
@@ -61,15 +61,15 @@ def probe(settings: Settings) -> dict[str, Any]:
     except (PoolError, ConfigError) as ex:
         report["error"] = describe(ex.__cause__ or ex)
         report["kind"] = getattr(ex, "kind", "conninfo")
-    except psycopg.Error as ex:  # it served, and then broke off
+    except psycopg.Error as ex:  # the connection broke after it was made
         report |= {"ok": False, "error": describe(ex, conn)}
     finally:
-        pool.close(timeout=0.1)  # a connect that hangs is not waited for
+        pool.close(timeout=0.1)  # do not wait for a connect that hangs
     return report
 
 
 def _in_effect(settings: Settings, params: Mapping[str, Any]) -> dict[str, object]:
-    """What differs from the settings because it is set elsewhere, or cannot be sent."""
+    """Return the values that differ from the settings: set elsewhere, or impossible to send."""
     known = already_set(params, os.environ)
     found: dict[str, Any] = {
         key: int(known[key]) if str(known[key]).isdecimal() else MASK for key in _CLIENT_SIDE
@@ -82,7 +82,7 @@ def _in_effect(settings: Settings, params: Mapping[str, Any]) -> dict[str, objec
 
 
 def _enforced(conn: psycopg.Connection[Any]) -> dict[str, object]:
-    """The server's own word on its timeouts: roles, databases and `options` set them too."""
+    """Return the timeouts in effect on the server: roles, databases and `options` set them too."""
     query = "select name, setting::float8 / 1000 from pg_settings where name = any(%s)"
     with conn.cursor(row_factory=decoded(tuple_row)) as cursor:
         rows: Any = cursor.execute(query, [list(SERVER_SIDE.values())]).fetchall()
@@ -91,9 +91,9 @@ def _enforced(conn: psycopg.Connection[Any]) -> dict[str, object]:
 
 
 def is_exposed(params: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
-    """Whether a remote server's identity would go unchecked: below `sslmode=verify-full`.
+    """Whether the identity of a remote server is not checked: `sslmode` is below `verify-full`.
 
-    `sslrootcert=system` implies that.
+    `sslrootcert=system` implies `verify-full`.
     """
     known = already_set(params, environ)
     hosts = str(known.get("hostaddr") or known.get("host") or "").split(",")
@@ -105,7 +105,7 @@ def is_exposed(params: Mapping[str, Any], environ: Mapping[str, str]) -> bool:
 def _is_loopback(host: str) -> bool:
     try:
         return ip_address(host).is_loopback
-    except ValueError:  # a name, which means what the resolver says: of these alone it is known
+    except ValueError:  # a name, which may resolve to any address, except these
         return host.lower() in ("localhost", "ip6-localhost", "localhost.")
 
 

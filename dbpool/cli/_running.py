@@ -1,4 +1,4 @@
-"""The application that runs here, as commands find it: its directory of statistics."""
+"""Finds the application that runs on this host, by its directory for statistics."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ _FILE: Final = re.compile(r"(\w+)(?:-\d+)+\.json|(.+)\.archive")
 
 
 def statistics_directory(given: str | None) -> str | Path | None:
-    """Return the directory that is given or set, else that of the one application that runs here."""
+    """Return the directory that is given or set, else that of the only application that runs."""
     return given or AppSettings.from_env(dotenv=find_dotenv()).stats_dir or running_directory()
 
 
 def running_directory() -> Path | None:
-    """Return the directory of the one application that runs here, None if none does."""
+    """Return the directory of the only application that runs here, None if none does."""
     found = find_directories()
     if len(found) > 1:
         names = ", ".join(map(str, found))
-        raise ConfigError(f"several applications run here: choose one with --dir: {names}")
+        raise ConfigError(f"several applications run here; choose one with --dir: {names}")
     return found[0] if found else None
 
 
 def find_processes(directory: Path, app: str | None) -> Processes:
-    """Return the processes of the application that writes there; raise `ConfigError` if it is unclear which."""
+    """Return the processes of the application that writes there.
+
+    Raises `ConfigError` if there is none, or if several do and *app* does not choose one.
+    """
     place = safe_repr(os.fspath(directory))
     matches = [_FILE.fullmatch(path.name) for path in directory.glob("*")]
     apps = sorted({match[1] or match[2] for match in matches if match})
     if app is None and len(apps) > 1:
         raise ConfigError(
-            f"several applications share {place}: choose one with --app {' or '.join(apps)}"
+            f"several applications share {place}; choose one with --app {' or '.join(apps)}"
         )
     if not apps or (app is not None and app not in apps):
-        raise ConfigError(f"{place} holds no statistics{f' of {app}' if app else ''}")
+        raise ConfigError(f"{place} contains no statistics{f' of {app}' if app else ''}")
     return Processes({}, directory, app or apps[0])

@@ -71,7 +71,7 @@ def _pool(pool: PoolScene, series: Mapping[str, Any], width: int) -> Iterator[st
         if isinstance(values, list) and any(number(value) for value in values):
             most = max(number(value) for value in values)
             top = duration(most) if name == "wait_p95" else f"{most:g}"
-            yield f"    {name.replace('_', ' '):<9} {_strip(values, most, width - 40)}  at most {top}"
+            yield f"    {name.replace('_', ' '):<9} {_strip(values, most, width - 40)}  peak {top}"
     for holder in pool.holders[:_HOLDERS]:
         status = "" if holder.status == "unknown" else f"  {holder.status}"
         yield f"    {duration(holder.seconds):>7}  {holder.place}{status}  {holder.thread or ''}"
@@ -86,14 +86,14 @@ def _server(server: Mapping[str, Any]) -> Iterator[str]:
             f"    server     PostgreSQL {text(server.get('version')) or '?'}"
             f" {text(server.get('role')) or ''}, {number(server.get('used')):g} of"
             f" {number(server.get('max')):g} connections used, {number(server.get('ours')):g} ours,"
-            f" {number(server.get('latency')) * 1000:.1f} ms away"
-            + ("" if lag is None else f", {duration(number(lag))} behind")
+            f" latency {number(server.get('latency')) * 1000:.1f} ms"
+            + ("" if lag is None else f", lag {duration(number(lag))}")
             + (", TLS" if server.get("tls") is True else "")
         )
 
 
 def _minute(minute: Mapping[str, Any]) -> Iterator[str]:
-    """Return the percentiles of the last minute, of what there was."""
+    """Yield the percentiles of the last minute, except of times without a value."""
     times = {name: mapping(minute.get(name)) for name in ("wait", "use", "connect")}
     said = [
         f"{name} p95 {duration(number(each.get('p95')))}"
@@ -133,7 +133,7 @@ def _workers(workers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _strip(values: Sequence[object], most: float, width: int) -> str:
-    """Return the last values as bars; a dot is a step that nothing is known of."""
+    """Return the last values as bars; a dot stands for a step without a known value."""
     return "".join(
         "·" if value is None else _BARS[ceil(8 * number(value) / most)]
         for value in values[-max(10, min(width, 90)) :]

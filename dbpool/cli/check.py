@@ -1,4 +1,4 @@
-"""`check`: connect to every database, and report what was found."""
+"""`check`: connect to every database, and report the result."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _error_beside(databases: Mapping[str, Settings], dotenv: Dotenv) -> str | None:
-    """Return what is wrong with an application's settings, those of its databases aside."""
+    """Return what is wrong with the application's settings other than those of its databases."""
     try:
         with warnings_printed():
             Health(Databases(databases), AppSettings.from_env(dotenv=dotenv).required)

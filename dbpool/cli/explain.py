@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print one page; the titles of several, where the words fit several."""
+    """Print one page, or the titles of several if the words fit several."""
     found = list(pages()) if arguments.code is None else find(arguments.code)
     if not found:
-        return fail("no page has that code or those words; without a code all are listed")
+        return fail("no page has that code or those words; to list all, leave them out")
     if len(found) == 1:
         print(as_text(pages()[found[0]]))
     else:

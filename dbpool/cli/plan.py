@@ -87,7 +87,7 @@ def _web_concurrency() -> int:
 
 
 def _target(settings: Settings, processes: int, size: int, monitors: int) -> Target:
-    is_pooled = settings.pooler == "transaction"  # there nobody looks who blocks whom
+    is_pooled = settings.pooler == "transaction"  # the monitor does not ask through a pooler
     demand = Demand(
         settings.name,
         processes=processes,
@@ -101,7 +101,7 @@ def _target(settings: Settings, processes: int, size: int, monitors: int) -> Tar
 def _size(
     settings: Settings, measured: Mapping[str, Measured], arguments: argparse.Namespace
 ) -> int:
-    """Return the max_size in effect: the running one, else as set, else as gunicorn's hooks size."""
+    """Return the max_size in effect: the running one, else the one set, else as the hooks do."""
     if (found := measured.get(settings.name)) and found.max_size:
         return found.max_size
     threads: int | None = arguments.threads
@@ -111,7 +111,7 @@ def _size(
 
 
 def _watch(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Return the statistics before and after; None where no application runs."""
+    """Return the statistics before and after, None if no application runs."""
     directory = statistics_directory(arguments.dir) if arguments.watch else None
     if directory is None:
         return None
@@ -140,17 +140,17 @@ def _as_text(plan: ConnectionPlan, measured: Mapping[str, Measured], threads: in
 
 
 def load_text(found: Measured, threads: int | None) -> str:
-    """Return one line: what is set, what the load needs, and what twice the load would."""
+    """Return one line: what is set, what the load needs, and what twice the load would need."""
     if found.load is None:
-        return f"{found.max_size} is set; {found.reason}"
+        return f"max_size is {found.max_size}; {found.reason}"
     least = "at least " if found.is_too_small else ""
-    parts = [f"{found.max_size} is set, {least}{found.needs()} would do"]
+    parts = [f"max_size is {found.max_size}, the load needs {least}{found.needs()}"]
     if threads is not None:
         parts.append(f"{threads} threads need {found.needs(threads)}")
-    parts.append(f"at twice the load {found.needs(threads, 2.0)}")
+    parts.append(f"twice the load needs {found.needs(threads, 2.0)}")
     return (
-        f"{'; '.join(parts)} (95 % wait less than {TARGET * 1000:.0f} ms; a process has"
-        f" {found.load.rate:.3g} checkouts a second, each held {found.load.hold * 1000:.3g} ms,"
+        f"{'; '.join(parts)} (95 % wait for less than {TARGET * 1000:.0f} ms; a process has"
+        f" {found.load.rate:.3g} checkouts a second, each held for {found.load.hold * 1000:.3g} ms,"
         f" {found.load.busy:.2g} at once)"
     )
 

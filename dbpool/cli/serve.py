@@ -1,4 +1,4 @@
-"""`serve`: page, statistics, metrics and health of the application that runs here, on an address."""
+"""`serve`: serve page, statistics, metrics and health of the application that runs here."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     settings = AppSettings.from_env(dotenv=find_dotenv())
     text = arguments.address or settings.serve
     if not text:
-        raise ConfigError("name an address: python -m dbpool serve 127.0.0.1:8900, or DBPOOL_SERVE")
+        raise ConfigError("no address: use python -m dbpool serve 127.0.0.1:8900 or DBPOOL_SERVE")
     address = parse_address(text)
     if settings.details == "always" and not is_private(address):
         raise ConfigError(
@@ -64,7 +64,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop_soon(door, stop))
-    if arguments.until_eof:  # else somebody looks on
+    if arguments.until_eof:  # otherwise a person started this command
         threading.Thread(None, _stop_at_eof, "dbpool-eof", (door, views, stop), daemon=True).start()
     else:
         print(f"dbpool: page, stats, metrics and health on {text}", file=sys.stderr, flush=True)
@@ -73,21 +73,21 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _find(known: str | None, app: str | None) -> Processes:
-    """Return the processes of the application that runs now: it may have been started anew."""
+    """Return the processes of the application that runs now: it may have been restarted."""
     directory = known or running_directory()
     if directory is None:
-        raise ConfigError("no application runs here that shares its statistics")
+        raise ConfigError("no application that shares its statistics runs here")
     return find_processes(Path(directory), app)
 
 
 def _stop_soon(door: Door, stop: threading.Event) -> None:
-    """Stop from a signal handler, which runs in the thread that serves and may not wait for it."""
+    """Stop from a signal handler, which runs in the serving thread and must not wait for it."""
     stop.set()
     threading.Thread(None, door.stop, "dbpool-stop", daemon=True).start()
 
 
 def _stop_at_eof(door: Door, views: Views, stop: threading.Event) -> None:
-    """Stop once the process that started this one is gone, and the last worker too."""
+    """Stop once the process that started this one and the last worker are gone."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     wait_until(views.is_deserted, _LAST_WORKERS, stop)

@@ -63,5 +63,5 @@ def _ask_pools() -> Report:
             try:
                 pool.fetch_value("select 1")
             except psycopg.Error:
-                continue  # the pool's state says so
+                continue  # the pool's state shows it
         return Processes(databases).collect("process")

@@ -1,4 +1,4 @@
-"""`top`: what is wrong and what the pools do, again each second, in a terminal."""
+"""`top`: show what is wrong and what the pools do, in a terminal, refreshed each second."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         if is_once:
             print(shown)
             return 0
-        # What does not fit would scroll the first lines away.
+        # More lines than fit would scroll the first ones away.
         fitting = os.linesep.join(shown.splitlines()[: size.lines - 1])
         print(f"{_CLEAR}{fitting}", end="", flush=True)
         time.sleep(_INTERVAL)
@@ -48,7 +48,7 @@ def read_running(given: str | None, app: str | None) -> dict[str, Any]:
     directory = statistics_directory(given)
     if directory is None:
         raise ConfigError(
-            "no application runs here that shares its statistics: see DBPOOL_STATS_DIR"
+            "no application that shares its statistics runs here: see DBPOOL_STATS_DIR"
         )
     processes = find_processes(Path(directory), app)
     report = processes.collect_others(usage=True)

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _wait_for(settings: Settings, deadline: float, progress: _Progress) -> str | None:
-    """Try again and again, whatever is wrong, until it serves; return why it does not."""
+    """Try until the database serves, whatever the error is; return why it does not in time."""
     while True:
         left = deadline - monotonic()
         report = probe(replace(settings, timeout=max(0.1, min(5.0, left))))

@@ -1,6 +1,6 @@
 """Sizes: do the configured connections fit, and how many does the load need?
 
-`plan_connections` asks the servers; all arithmetic is in pure functions of the modules below it.
+`plan_connections` asks the servers. All arithmetic is in pure functions, in the other modules.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ class Target(NamedTuple):
 
     demand: Demand
     params: Mapping[str, Any]
-    is_pooled: bool = False  # PgBouncer stands in front of the server
+    is_pooled: bool = False  # whether PgBouncer is in front of the server
 
 
 @dataclass(frozen=True)
 class ConnectionPlan:
-    """What fits and what does not, the tightest limit first; and what could not be asked."""
+    """Which limits fit and which do not, the tightest first; and which databases gave no answer."""
 
     verdicts: list[Verdict]
     unknown: dict[str, str]  # by database, why
 
     @property
     def fits(self) -> bool:
-        """Whether every limit that is known is wide enough, during a deploy too."""
+        """Whether every known limit is high enough, during a deploy too."""
         return all(verdict.fits for verdict in self.verdicts)
 
 
 def plan_connections(targets: Mapping[str, Target]) -> ConnectionPlan:
     """Compare what the pools may open with what their servers allow.
 
-    One connection to each database is opened and closed again, and one to PgBouncer's console. A
-    server that cannot be asked is left out and listed in `unknown`.
+    This opens and closes one connection to each database, and one to PgBouncer's console. A server
+    that cannot be asked is left out and listed in `unknown`.
     """
     seen: list[tuple[Demand, ServerLimits]] = []
     pooled: list[tuple[Demand, PoolerLimits]] = []
@@ -90,7 +90,7 @@ class _NoConsoleError(Exception):
 
 
 def _ask_pooler(params: Mapping[str, Any], server: ServerLimits) -> PoolerLimits:
-    # PgBouncer's names of database and role are those of the client, not the server's.
+    # PgBouncer knows database and role by the client's names, not by the server's.
     try:
         with _connect({**params, "dbname": CONSOLE}) as console:
             database = str(params.get("dbname") or server.database)
@@ -98,8 +98,8 @@ def _ask_pooler(params: Mapping[str, Any], server: ServerLimits) -> PoolerLimits
             return read_pooler_limits(console, database, role, server.application)
     except (psycopg.Error, KeyError) as ex:
         raise _NoConsoleError(
-            f"PgBouncer's sizes: its console does not answer this role (add it to stats_users);"
-            f" {describe(ex)}"
+            "PgBouncer's sizes are unknown: its console does not answer this role (add it to"
+            f" stats_users): {describe(ex)}"
         ) from None
 
 

@@ -13,7 +13,7 @@ DEPLOY: Final = 2  # during a deploy the old processes still run beside the new 
 class Demand:
     """What one database's pools may open: *processes* of *max_size* each, on all hosts together.
 
-    *monitors* are connections beside the pools: one on each host may look at who blocks whom.
+    *monitors* are connections beside the pools: on each host, one may ask who blocks whom.
     """
 
     database: str
@@ -40,7 +40,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Limit:
-    """What allows *most* connections: a server, a role, a database or a pooler.
+    """The limit of a server, a role, a database or a pooler, which allows *most* connections.
 
     *reserved* of them are not for ordinary roles, *others* are in use by somebody else.
     """
@@ -76,7 +76,7 @@ class Verdict:
 
     @property
     def fits(self) -> bool:
-        """Whether it is enough, during a deploy too."""
+        """Whether the limit is high enough, during a deploy too."""
         return self.need_in_deploy <= self.limit.room
 
     @property
@@ -90,7 +90,7 @@ class Verdict:
         names = " and ".join(dict.fromkeys(demand.setting for demand in self.demands))
         raise_it = f"raise {self.limit.setting} to {enough}"
         if largest < 1:
-            return f"run fewer processes, {raise_it}, or put a pooler in between"
+            return f"run fewer processes, {raise_it}, or put a pooler in front of it"
         return f"set {names} to {largest}, or {raise_it}"
 
     def __str__(self) -> str:
@@ -103,17 +103,17 @@ class Verdict:
             )
             if number
         ]
-        less = f", {' and '.join(taken)}" if taken else ""
+        less = f" ({self.limit.most}, minus {' and '.join(taken)})" if taken else ""
         return (
-            f"{self.limit.what} allows {self.limit.most}{less}: {self.limit.room} left for"
-            f" {parts} = {self.need}, {self.need_in_deploy} during a deploy"
+            f"{self.limit.what} allows {self.limit.room} connections{less}; the pools may open"
+            f" {parts} = {self.need}, or {self.need_in_deploy} during a deploy"
         )
 
     @property
     def warning(self) -> str:
         """Return one line for a log: what does not fit, the numbers, and what to change."""
         when = "" if self.need > self.limit.room else " during a deploy"
-        return f"more connections are configured than fit{when}: {self}. To mend it, {self.advice}"
+        return f"more connections are configured than fit{when}: {self}. To fix it, {self.advice}"
 
 
 def judge(pairs: Iterable[tuple[Limit, Sequence[Demand]]]) -> list[Verdict]:

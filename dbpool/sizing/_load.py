@@ -12,16 +12,16 @@ from dbpool.metrics import BOUNDS, HistogramSnapshot, Snapshot
 from dbpool.report import read_snapshot
 from dbpool.sizing._queueing import TARGET, Load, connections_needed
 
-ENOUGH: Final = 1000  # checkouts; with fewer the 95th percentile rests on a handful
+ENOUGH: Final = 1000  # checkouts; with fewer the 95th percentile depends on a handful
 _SERIOUS: Final = ("warning", "critical")
-_NOT_OF_LOAD: Final = "DB11"  # more configured than the server allows: no matter of the load
+_NOT_OF_LOAD: Final = "DB11"  # more configured than the server allows: the load is not affected
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A pool's load between two reports: of all processes together, `load` is one's share.
+    """A pool's load between two reports, of all processes together; `load` is that of one process.
 
-    `load` is None where nothing can be said, and `reason` tells why. Times in seconds.
+    If there is not enough data, `load` is None and `reason` says why. Times are in seconds.
     """
 
     processes: int
@@ -34,13 +34,13 @@ class Measured:
 
     @property
     def is_too_small(self) -> bool:
-        """Whether callers wait for too long already: how many more would come is not seen then."""
+        """Whether callers already wait for too long: the load may be larger than what was seen."""
         return self.wait_p95 >= TARGET
 
     def needs(self, threads: int | None = None, times: float = 1.0) -> int | None:
-        """Return the `max_size` that the load needs; None where there is not enough data.
+        """Return the `max_size` that the load needs, None if there is not enough data.
 
-        Where the pool is too small and the number of threads is unknown, it is at least that.
+        If the pool is too small and the number of threads is unknown, it may need more.
         """
         if self.load is None:
             return None
@@ -52,13 +52,13 @@ def measure(before: Mapping[str, Any], after: Mapping[str, Any], pool: str) -> M
     """Compare two reports, as `/stats` gives them, of the pool of that name."""
     first, last = (_snapshot(report, pool) for report in (before, after))
     processes = max(1, len(after["processes"]))
-    seconds = max(0.0, _written(after) - _written(before))  # 0 where nothing new was published
+    seconds = max(0.0, _written(after) - _written(before))  # 0 if nothing new was published
     use, wait = _since(last.use, first.use), _since(last.wait, first.wait)
     checkouts = 0 if use is None else use.count
     size = last.max_size // processes
     reason = _doubt(after, pool, last)
     if use is None or wait is None:
-        reason = reason or "its counts fell meanwhile"
+        reason = reason or "its counters were reset in that time"
     elif checkouts < ENOUGH or seconds <= 0:
         reason = reason or f"{checkouts} of {ENOUGH} needed checkouts in {seconds:.0f} s"
     if reason is not None or use is None or wait is None:
@@ -79,16 +79,16 @@ def _snapshot(report: Mapping[str, Any], pool: str) -> Snapshot:
 
 
 def _written(report: Mapping[str, Any]) -> float:
-    """When the processes wrote, on average: each publishes once a second."""
+    """Return when the processes wrote, on average: each publishes once a second."""
     ages: list[float] = [process["age"] for process in report["processes"]]
     written: float = report["time"] - sum(ages) / max(1, len(ages))
     return written
 
 
 def _doubt(after: Mapping[str, Any], pool: str, last: Snapshot) -> str | None:
-    """Return why the load is not a usual one."""
+    """Return why the load is not a usual one, None if it is."""
     if last.state != "up":
-        return f"the pool is {last.state or 'not there'}"
+        return f"the pool is {last.state or 'not running'}"
     if last.breaker.state != "closed":
         return f"its breaker is {last.breaker.state}"
     for finding in after.get("findings", ()):
@@ -99,7 +99,7 @@ def _doubt(after: Mapping[str, Any], pool: str, last: Snapshot) -> str | None:
 
 
 def _since(last: HistogramSnapshot, first: HistogramSnapshot) -> HistogramSnapshot | None:
-    """Return what came between two states of a histogram; None if it is another one."""
+    """Return what was added between two states of a histogram, None if it began anew."""
     counts = tuple(b - a for a, b in zip(first.counts, last.counts, strict=True))
     if min(counts) < 0 or last.sum_ns < first.sum_ns:
         return None

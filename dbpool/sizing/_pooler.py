@@ -1,4 +1,4 @@
-"""PgBouncer's sizes, as its console tells them to a role in `stats_users` or `admin_users`."""
+"""PgBouncer's sizes, which its console shows to roles in `stats_users` or `admin_users`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CONSOLE = "pgbouncer"  # the name of its database
 
 @dataclass(frozen=True)
 class PoolerLimits:
-    """PgBouncer's limits as seen by one database and role; 0 is no limit.
+    """PgBouncer's limits for one database and role; 0 means no limit.
 
     `pool_size` bounds its connections to the server, its reserve included.
     """
 
-    address: str  # the same for all that go through it
+    address: str  # the same for all pools behind one PgBouncer
     database: str
     role: str
     max_clients: int
@@ -34,7 +34,7 @@ class PoolerLimits:
 def read_pooler_limits(
     console: Connection[Any], database: str, role: str, application: str
 ) -> PoolerLimits:
-    """Ask PgBouncer's console; four statements."""
+    """Ask PgBouncer's console, with a few statements."""
     config = {row["key"]: row["value"] for row in _rows(console, "SHOW CONFIG")}
     known = {row["name"]: row for row in _rows(console, "SHOW DATABASES")}.get(database, {})
     clients = [row for row in _rows(console, "SHOW CLIENTS") if row["database"] != CONSOLE]
@@ -67,7 +67,7 @@ def _rows(console: Connection[Any], command: str) -> list[dict[str, Any]]:
 def client_limits(
     pools: Iterable[tuple[Demand, PoolerLimits]],
 ) -> list[tuple[Limit, list[Demand]]]:
-    """Return how many clients each PgBouncer takes: to it the pools' connections are clients."""
+    """Return how many clients each PgBouncer accepts: the pools' connections are its clients."""
     found: dict[str, list[tuple[Demand, PoolerLimits]]] = {}
     for demand, seen in pools:
         found.setdefault(seen.address, []).append((demand, seen))
@@ -84,7 +84,7 @@ def _client_limit(under: list[tuple[Demand, PoolerLimits]]) -> tuple[Limit, list
 
 
 def behind(demand: Demand, seen: PoolerLimits) -> Demand:
-    """Return what reaches the server: at most PgBouncer's pool, during a deploy too."""
+    """Return what reaches the server: at most PgBouncer's own pool, during a deploy too."""
     sizes = [seen.pool_size, seen.max_db_connections or seen.pool_size, demand.most_in_deploy]
     return replace(
         demand,

@@ -1,9 +1,9 @@
 """How many connections a load needs: Little's law and the M/M/c queue, pure functions.
 
 A pool is a queue with `max_size` servers. Arrivals are Poisson unless the number of threads is
-known: each thread asks again only after its last request was served (a finite source, as in the
-machine repair model). Hold times that vary more or less than exponential ones stretch or shorten
-the waits by (1 + variation) / 2, after Allen and Cunneen.
+known: then each thread asks again only after its last request was served (a finite source, as in
+the machine repair model). If hold times vary more or less than exponential ones, the waits are
+longer or shorter by the factor (1 + variation) / 2, after Allen and Cunneen.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Final
 
 TARGET: Final = 0.005  # seconds that the 95th percentile of waits may take
 _MAY_WAIT: Final = 0.05  # the share of checkouts that may wait longer
-_LARGE_MEAN: Final = 500.0  # from here on a Poisson distribution is a normal one
+_LARGE_MEAN: Final = 500.0  # from here on a Poisson distribution counts as a normal one
 _MOST: Final = 10_000  # connections, and threads; no process has more
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one process asks of its pool; times in seconds.
+    """The load of one process on its pool; times are in seconds.
 
     `rate` is checkouts per second, `hold` and `wait` are means per checkout, `variation` is the
     squared coefficient of variation of the hold time: 0 if constant, 1 if exponential.
@@ -46,7 +46,7 @@ def connections_needed(
 ) -> int:
     """Return the smallest `max_size` at which 95 % of the checkouts wait less than *target* seconds.
 
-    With *threads*, the most that can ask at once, the load comes from them alone and their number
+    *threads* is how many can ask at once: with it, the load comes only from them, and their number
     is always enough. *times* scales the load: 2.0 is twice as many requests.
     """
     if threads is not None:
@@ -61,7 +61,7 @@ def connections_needed(
         def fits(size: int) -> bool:
             return _open_wait_share(size, load, times, target) <= _MAY_WAIT
 
-    # The share that waits falls with the size, so that halving finds the first that fits.
+    # The share that waits falls as the size grows, so bisection finds the first size that fits.
     return 1 + bisect_left(range(1, sources), True, key=fits)
 
 

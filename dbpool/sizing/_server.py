@@ -1,4 +1,4 @@
-"""What a server allows, and how much of it is in use, as one of its ordinary roles sees it."""
+"""What a server allows, and how much of it is in use, as an ordinary role sees it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dbpool._rows import decoded
 from dbpool.sizing._budget import Demand, Limit
 
 # An ordinary role does not see the backend_type of other users' sessions. It sees their database,
-# and background processes have none. What comes before the host in their name tells ours apart.
+# which background processes do not have. Our own have the same application_name, up to the host.
 _QUERY = """
 with sessions as (
     select datname, usename,
@@ -43,7 +43,7 @@ select pg_postmaster_start_time()::text || ' ' || current_setting('port') as ide
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """One server as seen through one database's role. A limit that is None does not exist."""
+    """One server as the role of one database sees it. A limit of None means that there is none."""
 
     identity: str  # the same for all connections to one running server
     database: str
