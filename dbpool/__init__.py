@@ -1,8 +1,8 @@
 """A PostgreSQL connection pool for thread-based WSGI applications, over psycopg_pool.
 
-Names are imported on first use. A gunicorn master imports only `dbpool.gunicorn`: workers would keep
-the old version of anything else that it imported, even after a reload, and it would be imported
-before gevent patches the standard library.
+Names are imported on first use. A gunicorn master imports only `dbpool.gunicorn`: if it imported
+more, workers would keep the old version of that even after a reload, and it would be imported before
+gevent patches the standard library.
 """
 
 from __future__ import annotations

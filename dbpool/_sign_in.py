@@ -1,7 +1,8 @@
 """Who may see details: programs send the token, browsers sign in with it once and send a cookie.
 
 This module does not depend on a web framework: the blueprint and the door both use it. Nothing is
-stored, so every worker accepts a cookie that another one issued, and a new token signs everybody out.
+stored, so every worker accepts a cookie that another one issued, and changing the token signs
+everybody out.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def caller(frame: FrameType) -> FrameType:
 
 
 def _file_of(frame: FrameType) -> str:
-    """Return the file of a frame's code; generated code counts to the module whose names it uses."""
+    """Return the file of a frame's code; for generated code, that of the module that it belongs to."""
     name, module = frame.f_code.co_filename, frame.f_globals
     is_file = not name.startswith("<") or module.get("__name__") == "__main__"
     return name if is_file else str(module.get("__file__", "<frozen "))
@@ -160,7 +160,7 @@ def _file_of(frame: FrameType) -> str:
 
 @lru_cache(maxsize=_MAX_FILES)
 def _origin(filename: str) -> int:
-    """Return whose code a source file is: the application's, an installed package's, or Python's."""
+    """Return whose code a source file is: the application's, a package's, or Python's."""
     # An application may be installed beside SQLAlchemy, whose frames say nothing about the holder.
     if filename.startswith(_OWN) or f"-packages{os.sep}sqlalchemy{os.sep}" in filename:
         return _PYTHON

@@ -60,8 +60,8 @@ def poller(fd: int, events: int = _READ) -> Poll:
 def closed_by_peer(fds: Iterable[int]) -> set[int]:
     """Return those of *fds* that the peer has closed, with one system call.
 
-    This is a best effort: without `poll` it returns none, and only sockets closed in both directions
-    if the system's `poll` does not report half-closed ones.
+    This is a best effort: without `poll` it returns none. If the system's `poll` does not report
+    half-closed sockets, it returns only those closed in both directions.
     """
     if not hasattr(select, "poll"):
         return set()
@@ -133,7 +133,7 @@ def check_socket(
 
 
 def _deliver_notifies(pgconn: PGconn) -> None:
-    """Pass on notifications that libpq has read; psycopg would do so only when more data arrives."""
+    """Pass on notifications that libpq has read; psycopg would do so only when more data comes."""
     while pgconn.notify_handler is not None and (notify := pgconn.notifies()) is not None:
         try:
             pgconn.notify_handler(notify)

@@ -251,7 +251,7 @@ def test_a_socket_folder_that_is_somebody_else_s_is_refused(home: Path) -> None:
     shutil.rmtree(home / "run", ignore_errors=True)
     (home / "run").symlink_to("/tmp")
     try:
-        with pytest.raises(EmbeddedError, match="not a folder of ours"), server(home):
+        with pytest.raises(EmbeddedError, match="belongs to another user"), server(home):
             pass
     finally:
         (home / "run").unlink()

@@ -202,7 +202,7 @@ def test_a_console_that_refuses_is_told(narrow: Server, plan: Plan) -> None:
     finally:
         bouncer.kill()
     assert status == 1
-    assert printed.startswith("unknown: default: PgBouncer's sizes: its console does not answer")
+    assert printed.startswith("unknown: default: PgBouncer's sizes are unknown: its console does")
     assert "stats_users" in printed
 
 

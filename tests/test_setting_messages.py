@@ -112,7 +112,7 @@ def test_the_same_for_key_and_value() -> None:
         (f"postgresql://u:{SECRET}@h/d'", "in quotes"),
         (f"<postgresql://u:{SECRET}@h/d>", "in quotes"),
         (f"“postgresql://u:{SECRET}@h/d”", "in quotes"),
-        (f"postgresql://u:{SECRET}@h/d;ssl=true", "its database holds ;"),
+        (f"postgresql://u:{SECRET}@h/d;ssl=true", "its database contains ;"),
         (f"postgresql://u:{SECRET}@h/d?options=-csearch_path=x", "%3D"),
         ("**********", "asterisks"),  # pydantic's SecretStr as text
         ("${DATABASE_URL}", "placeholder"),
@@ -150,7 +150,7 @@ def test_the_mistake_in_a_string_is_named(string: str, said: str) -> None:
 )
 def test_hosts_as_sqlalchemy_has_them_are_not_taken_for_one(query: str) -> None:
     text = refusal(f"postgresql://u:{SECRET}@/d?{query}")
-    assert "host twice" in text or "its host holds a port" in text
+    assert "host twice" in text or "its host contains a port" in text
 
 
 @pytest.mark.parametrize(
@@ -435,11 +435,11 @@ def test_seconds_that_look_like_milliseconds_are_one_warning(
 
 @pytest.mark.parametrize("key", ["password", "user", "dbname"])
 def test_a_nul_is_refused_and_not_cut(key: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"{key} must not hold a NUL"):
+    with pytest.raises(ConfigError, match=rf"{key} must not contain (a )?NUL"):
         Settings().connect_params("host=h", {key: "a\0b"})
     file = tmp_path / "password"
     file.write_text("a\0b")
-    with pytest.raises(ConfigError, match="password must not hold a NUL"):
+    with pytest.raises(ConfigError, match=r"password must not contain (a )?NUL"):
         Settings(password_file=str(file)).connect_params("host=h")
 
 

@@ -473,9 +473,9 @@ def test_names_that_are_no_words_are_refused() -> None:
 
 
 def test_a_list_of_names_of_another_type_is_refused() -> None:
-    with pytest.raises(ConfigError, match="DBPOOL_DATABASES must hold names, not 5"):
+    with pytest.raises(ConfigError, match="DBPOOL_DATABASES must be a list of names, not 5"):
         settings_from_config({"DBPOOL_DATABASES": 5}, environ={})
-    with pytest.raises(ConfigError, match="DBPOOL_REQUIRED must hold names, not 5"):
+    with pytest.raises(ConfigError, match="DBPOOL_REQUIRED must be a list of names, not 5"):
         AppSettings.from_config({"DBPOOL_REQUIRED": 5}, environ={})
 
 

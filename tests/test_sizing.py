@@ -271,7 +271,7 @@ def test_a_load_is_one_process_s_share() -> None:
             ),
             "its breaker is open",
         ),
-        ({**reported(used(5000), 10.0), "pools": {}}, "the pool is not there"),
+        ({**reported(used(5000), 10.0), "pools": {}}, "the pool is not running"),
         (
             reported(used(5000), 10.0)
             | {

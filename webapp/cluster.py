@@ -1,6 +1,6 @@
 """`python -m webapp.cluster`: the application with a primary, a standby and PgBouncer, to try out.
 
-Its database `default` is the primary behind PgBouncer in transaction mode, `replica` is the standby.
+Its database `default` is the primary behind PgBouncer in transaction mode, `replica` the standby.
 All run on this machine, on Unix sockets in a temporary folder that is removed at the end.
 """
 

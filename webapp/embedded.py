@@ -1,4 +1,4 @@
-"""The sample application's PostgreSQL, which runs for as long as a process of this checkout needs it.
+"""The sample application's PostgreSQL, which runs while any process of this checkout needs it.
 
 This module does not depend on Flask, gunicorn or the pool.
 """

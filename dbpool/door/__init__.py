@@ -1,12 +1,12 @@
-"""The views in a process of their own: they answer while every worker of the application hangs.
+"""The views in a process of their own: they answer even if every worker of the application hangs.
 
-Needs no web framework, and so also serves applications that are not made with Flask.
+They need no web framework, and so also serve applications that do not use Flask.
 
-- `_views.py`: what is answered, without a socket; `_pages.py`: what answers are made of
+- `_views.py`: the answers, made without a socket; `_pages.py`: the parts of an answer
 - `_server.py`: a small HTTP server, bounded in connections and time
-- `_supervisor.py`: starts the server again if it ends, and ends with the process that wants it
+- `_supervisor.py`: starts the server again if it ends, and ends with the process that started it
 
-Nothing is imported here: the supervisor stays small.
+Nothing is imported here, so that the supervisor stays small.
 """
 
 WRONG_SETTINGS = 2  # the exit status of a server that would fail again if it were started again

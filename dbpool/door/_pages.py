@@ -1,4 +1,4 @@
-"""What answers are made of: JSON, the blueprint's templates, and the files that they load."""
+"""The parts of answers: JSON, the blueprint's templates, and the files that they load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TEMPLATES: Final = _FILES / "templates" / "dbpool"
 STATIC: Final = re.compile(r"/static/([a-z-]+\.(?:js|css|svg))")
 _PLACE: Final = re.compile(r"\{\{ (?:url_for\('\.(\w+)'(?:, filename='([\w.-]+)')?\)|(\w+)) \}\}")
 _PATHS: Final = {"index": "/", "stats": "/stats", "sign_in": "/sign-in", "sign_out": "/sign-out"}
-_PREFIX: Final = re.compile(r"(?:/[\w.~-]{1,99}){1,9}", re.ASCII)  # as X-Forwarded-Prefix has it
+_PREFIX: Final = re.compile(r"(?:/[\w.~-]{1,99}){1,9}", re.ASCII)  # in X-Forwarded-Prefix
 _HEADERS: Final = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -29,7 +29,7 @@ _HEADERS: Final = {
 
 @dataclass(frozen=True)
 class Response:
-    """An answer; `headers` beside those that every answer has."""
+    """An answer; `headers` are in addition to those that every answer has."""
 
     status: int
     body: bytes
@@ -44,7 +44,7 @@ class Response:
 
 
 def read_form(form: bytes) -> tuple[str, str]:
-    """Return the token that a form offers, and the view that it leads to."""
+    """Return the token in a form, and the view to show after it."""
     try:
         fields = parse_qs(form.decode("ascii", "replace"), max_num_fields=9)
     except ValueError:
@@ -68,7 +68,7 @@ def page(
     /,
     **values: str,
 ) -> Response:
-    """Fill a template of the blueprint's, which has nothing in it but addresses and *values*."""
+    """Fill in a template of the blueprint; it contains only URLs and *values*."""
     prefix = prefix_of(headers)
 
     def fill(place: re.Match[str]) -> str:
@@ -87,7 +87,7 @@ def redirect(path: str, headers: Mapping[str, str], cookie: str = "") -> Respons
 
 
 def prefix_of(headers: Mapping[str, str]) -> str:
-    """Return the prefix that a proxy in front has taken off, "" if there is none."""
+    """Return the path prefix that a proxy in front has removed, "" if there is none."""
     prefix = headers.get("x-forwarded-prefix", "").rstrip("/")
     return prefix if _PREFIX.fullmatch(prefix) else ""
 

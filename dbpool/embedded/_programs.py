@@ -1,4 +1,4 @@
-"""The programs of PostgreSQL: where they are, which user runs them, and what of them runs."""
+"""The programs of PostgreSQL: where they are, which user runs them, which processes they are."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ logger = logging.getLogger("embedded")
 
 Account = tuple[int, int]  # user and group
 
-# Where root keeps what an unprivileged server must reach when the checkout is closed to it.
+# Where root keeps the data and binaries if the unprivileged server cannot read the checkout.
 ROOT_HOME = Path("/var/lib/dbpool-webapp")
-# initdb quotes the path of its programs for the shell, but not these.
+# initdb quotes the path of its programs for the shell, but not these characters.
 UNQUOTED = re.compile(r'["$`\n]')
 
 
@@ -33,12 +33,12 @@ class EmbeddedError(Exception):
 
 
 def server_user() -> str | None:
-    """The user that a server runs as: PostgreSQL refuses to be root's."""
+    """Return the user to run a server as, None for our own: PostgreSQL refuses to run as root."""
     return "nobody" if os.geteuid() == 0 else None
 
 
 def account_of(user: str | None) -> Account:
-    """The ids of a user, by default of this process's own."""
+    """Return the ids of a user, by default of this process's."""
     if user is None:
         return os.geteuid(), os.getegid()
     entry = pwd.getpwnam(user)
@@ -46,19 +46,19 @@ def account_of(user: str | None) -> Account:
 
 
 def identity(account: Account) -> dict[str, Any]:
-    """What subprocess needs to run a command as that account; nothing unless root."""
+    """Return subprocess's arguments to run a command as that account; none unless we are root."""
     if os.geteuid() != 0:
         return {}
     return {"user": account[0], "group": account[1], "extra_groups": []}
 
 
 def without_pg(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without libpq's variables, which would lead elsewhere."""
+    """Return the environment without libpq's variables, which could name another server."""
     return {key: value for key, value in environ.items() if not key.startswith("PG")}
 
 
 def can(user: str, *command: object) -> bool:
-    """Whether a command of that user's succeeds."""
+    """Whether that user can run a command with success."""
     how = identity(account_of(user))
     try:
         done = subprocess.run(
@@ -74,12 +74,12 @@ def can(user: str, *command: object) -> bool:
 
 @cache
 def binaries() -> Path:
-    """The folder with `initdb`, `postgres` and `pg_ctl`, reachable by the server's user."""
+    """Return the folder with `initdb`, `postgres` and `pg_ctl`; the server's user can reach it."""
     folder, user = _packaged(), server_user()
     if UNQUOTED.search(str(folder)):
         folder = _copied(folder, "has a character in its path that initdb cannot take")
     elif user and not can(user, folder / "postgres", "--version"):
-        folder = _copied(folder, f"is closed to user {user}")
+        folder = _copied(folder, f"is not accessible to user {user}")
     if user and not can(user, folder / "postgres", "--version"):
         raise EmbeddedError(f"user {user} cannot run the PostgreSQL binaries in {folder}")
     return folder
@@ -87,7 +87,7 @@ def binaries() -> Path:
 
 @cache
 def major_version(folder: Path) -> str:
-    """The version of the server there, `18` for example."""
+    """Return the major version of the server there, `18` for example."""
     said = subprocess.run(
         [folder / "postgres", "--version"], capture_output=True, text=True, check=True
     ).stdout
@@ -95,11 +95,11 @@ def major_version(folder: Path) -> str:
 
 
 def elsewhere() -> Path:
-    """Where this user keeps what cannot be in the checkout."""
+    """Return the folder in which this user keeps what cannot be in the checkout."""
     if os.geteuid() == 0:
         return ROOT_HOME
     named = os.environ.get("XDG_STATE_HOME", "")
-    # A relative one is to be ignored, as its specification says.
+    # The specification says to ignore a relative path.
     state = Path(named) if named.startswith("/") else Path.home() / ".local" / "state"
     return state / "dbpool-webapp"
 
@@ -119,7 +119,7 @@ def _packaged() -> Path:
 
 
 def _copied(folder: Path, why: str) -> Path:
-    """Copy the binaries, and the libraries that they find beside their package, elsewhere."""
+    """Copy the binaries to another place, with the libraries that are beside their package."""
     install, package = folder.parent, folder.parent.parent
     stamp = int(folder.joinpath("postgres").stat().st_mtime)
     target = elsewhere() / f"binaries-{install.name}-{stamp}"
@@ -139,7 +139,7 @@ def _copied(folder: Path, why: str) -> Path:
             made.chmod(0o755)
         try:
             making.rename(target)
-        except OSError:  # another process that was quicker made the same
+        except OSError:  # another process made the same copy first
             shutil.rmtree(making)
             if not target.exists():
                 raise
@@ -149,8 +149,8 @@ def _copied(folder: Path, why: str) -> Path:
 def spawn(
     command: Iterable[object], output: IO[bytes] | int, account: Account
 ) -> subprocess.Popen[bytes]:
-    """Start one of the programs as that account, away from our terminal and our settings."""
-    # A session of its own: Ctrl-C in the terminal is for who started it alone.
+    """Start one of the programs as that account, without our terminal and our settings."""
+    # In a session of its own: Ctrl-C in the terminal must not reach it.
     return subprocess.Popen(
         [*map(str, command)],
         stdin=subprocess.DEVNULL,
@@ -168,7 +168,7 @@ def spawn(
 
 
 def servers_in(data: Path, pids: Iterable[int] | None = None) -> list[int]:
-    """Those of *pids*, else of all, that are servers in this folder: a pid may be another's by now."""
+    """Return those of *pids*, or of all, that are servers in this folder: pids are reused."""
     import psutil
 
     found = []

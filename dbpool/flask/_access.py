@@ -88,7 +88,7 @@ def _call(authorize: Authorize) -> AnyResponse | None:
 
 
 def _response(verdict: Any) -> AnyResponse | None:
-    """Turn what *authorize* returned, such as a redirect, into a response; None if it is not one."""
+    """Make a response from what *authorize* returned, such as a redirect; None if it is not one."""
     try:
         answer = current_app.make_response(verdict)
     except Exception:  # noqa: BLE001  # a tuple may hold anything

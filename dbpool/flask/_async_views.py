@@ -1,7 +1,7 @@
 """Lets asynchronous views hold connections on behalf of their request's thread.
 
-Flask runs each asynchronous view in an event loop and a thread of its own. That thread knows neither
-the endpoint of the request nor which connections to take back at its end.
+Flask runs each asynchronous view in an event loop and a thread of its own. That thread knows
+neither the endpoint of the request nor which connections to take back at its end.
 """
 
 from __future__ import annotations

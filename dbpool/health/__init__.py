@@ -1,7 +1,7 @@
 """Liveness, readiness and details of an application's databases, and of its own checks.
 
-Liveness touches no database. Readiness asks through the pools that serve requests, and accepts a
-connection that was returned healthy a moment ago as proof. A busy database is not a down one.
+Liveness touches no database. Readiness asks through the pools that serve requests. A connection
+that was returned healthy a moment ago is proof enough. A busy database does not count as down.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class _Outcome:
 class Health:
     """The health of databases, and of the checks that `add` adds.
 
-    While a *required* database is down the application is not ready; the others only degrade it.
+    While a *required* database is down, the application is not ready. If another is down, it is
+    only degraded.
     """
 
     def __init__(self, databases: Databases, required: Iterable[str] = ("default",)) -> None:
@@ -108,7 +109,7 @@ class Health:
         taken, the check cannot be called, or the timeout is wrong.
         """
         if name in self._databases or name in self._checks:
-            raise ConfigError(f"there is a check called {name!r} already")
+            raise ConfigError(f"there is already a check called {name!r}")
         if not name or not callable(check):
             raise ConfigError("a check needs a name, and a function that can be called")
         seconds = parse_number(timeout, f"the timeout of check {name!r}", limits=_POSITIVE)
@@ -124,7 +125,7 @@ class Health:
         return self._evaluate(self._ask_databases(), self._await_checks(checks))
 
     def detail(self) -> dict[str, Any]:
-        """Return what a trusted reader may know: latencies, servers, last errors.
+        """Return the details for a trusted reader: latencies, servers, last errors.
 
         What a server says is at most a few seconds old. It is missing if the server does not answer.
         """
@@ -145,10 +146,10 @@ class Health:
         return answer
 
     def servers(self) -> dict[str, dict[str, Any]]:
-        """Return what is known of each database's server, in the words of `/stats`.
+        """Return what is known of each database's server, with the keys of `/stats`.
 
-        Read anew where it is some seconds old and a connection is idle: this never waits for one.
-        Missing until the server has answered.
+        If it is some seconds old and a connection is idle, it is read again; this never waits for a
+        connection. A server is missing until it has answered.
         """
         free = [(name, pool) for name, pool in self._stale() if _has_idle(pool)]
         self._await_reads(self._start_reads(free), monotonic() + TIMEOUT)
@@ -196,7 +197,7 @@ class Health:
     # Databases
 
     def _ask_databases(self) -> dict[str, PoolState]:
-        """Return the state of each database; those in doubt are pinged at the same time."""
+        """Return the state of each database; those in doubt are pinged, all at the same time."""
         known = {name: _known_state(pool) for name, pool in self._items()}
         calls = {
             name: self._calls.start(("ready", name), partial(ping_database, pool, TIMEOUT))
@@ -215,7 +216,7 @@ class Health:
         return PoolState.STARTING if pool.last_alive_at is None else PoolState.DEGRADED
 
     def _stale(self) -> list[tuple[str, Pool[Any]]]:
-        """Return the databases that serve and have no server info, or too old a one."""
+        """Return the databases that serve and whose server info is missing or too old."""
         now = monotonic()
         return [
             (name, pool)

@@ -42,8 +42,8 @@ class SingleFlight:
     """The calls under way by key: at most one thread for each key, however many callers ask."""
 
     def __init__(self) -> None:
-        # Only atomic operations change it: a lock could be held across a fork. With the pid in the
-        # key a child does not wait for threads of its parent.
+        # Only atomic operations change it, since a lock could be held across a fork. The pid is in
+        # the key, so that a child does not wait for threads of its parent.
         self._calls: dict[tuple[int, Hashable], Call[Any]] = {}
 
     def start(self, key: Hashable, fn: Callable[[], T]) -> Call[T]:

@@ -1,6 +1,6 @@
-"""OpenTelemetry for pools: the conventions' metrics of connection pools, and spans of slow steps.
+"""OpenTelemetry for pools: the metrics of its conventions, and spans for slow steps.
 
-Needs the package opentelemetry-api alone. Without an SDK nothing is recorded.
+It needs only the package opentelemetry-api. Without an SDK nothing is recorded.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Pools = Pool[Any] | Mapping[str, Pool[Any]]
 
 _FLUSH_TIMEOUT: Final = 5.0  # seconds
 
-# Kept for good: a provider makes an instrument once, with the callback of its first meter.
+# Kept for ever: a provider creates each instrument once, with the callback of its first meter.
 _meters: dict[metrics.MeterProvider, Meter] = {}
-_global: list[Meter] = []  # that of the global provider, also from before it was set
+_global: list[Meter] = []  # the meter of the global provider, also from before that was set
 _traced: set[trace.TracerProvider] = set()
 _lock = PerProcess(threading.Lock)
 
@@ -94,12 +94,12 @@ def _flush(flushes: Iterable[Any]) -> None:
     for force_flush in flushes:
         try:
             force_flush()
-        except Exception as ex:  # noqa: BLE001  # of any provider; the others flush all the same
+        except Exception as ex:  # noqa: BLE001  # of any provider; the others still flush
             logger.warning("OpenTelemetry: a provider cannot flush: %s", type(ex).__name__)
 
 
 def _meter_of(provider: metrics.MeterProvider | None) -> Meter:
-    """Return the meter of a provider, always the same: its instruments take one callback each."""
+    """Return the meter of a provider, always the same: each instrument takes only one callback."""
     current = metrics.get_meter_provider()
     provider = provider or current
     found = _meters.get(provider)

@@ -1,8 +1,8 @@
 """Meter: the instruments of one provider, for the pools that it watches in this process.
 
-A checkout does nothing for them. A pool's own histograms count it as ever; what they have gained
-is recorded each second and at each collection, outside the pool's lock. The API takes one value at
-a time: those of a bucket are spread so that their number, their buckets and their sum are exact.
+A checkout does nothing for them: the pool's own histograms count it as always. What these have
+gained is recorded each second and at each collection, outside the pool's lock. The API takes one
+value at a time, so values are made up such that their number, their buckets and their sum are exact.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Watched:
         self.pool = ref(pool)
         self.name = pool.name
         self.attributes = {POOL_NAME: pool.name}
-        self.metrics = pool._store.metrics  # outlives the pool: what ended last is counted too
+        self.metrics = pool._store.metrics  # outlives the pool, so its last checkouts count too
         self.pid = os.getpid()
         self.seen = Snapshot()
 
@@ -79,11 +79,11 @@ class _Watched:
 
 
 class _ProcessState:
-    """What belongs to one process: a child inherits no thread, and no lock that is free."""
+    """The state of one process: a child inherits no thread, and perhaps a lock that is held."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # held while what was gained is recorded
-        self.timeouts: Counter[str] = Counter()  # by pool's name, of those that are gone too
+        self.lock = threading.Lock()  # held while recording
+        self.timeouts: Counter[str] = Counter()  # by the pool's name, also of pools that are gone
         self.thread: threading.Thread | None = None
         self.wake = threading.Event()
 
@@ -115,7 +115,7 @@ class Meter:
         meter.create_observable_counter(f"{_PREFIX}timeouts", [self._timeouts], "{timeout}", about)
 
     def add(self, pool: Pool[Any]) -> None:
-        """Watch a pool; once more does nothing."""
+        """Watch a pool; a second call does nothing."""
         watched = self._known.get(pool) or self._known.setdefault(pool, _Watched(pool))
         self._watched[watched] = None
         gone = [each for each in list(self._watched) if each.pool() is None]
@@ -123,10 +123,7 @@ class Meter:
             self._watched.pop(each, None)
 
     def remove(self, pools: Collection[Pool[Any]]) -> None:
-        """Watch these pools no more; what has ended until now is recorded.
-
-        So is what ended in pools that are gone.
-        """
+        """Stop watching these pools, and those that are gone; record what has ended until now."""
         state = self._state()
         with state.lock:
             for watched in list(self._watched):
@@ -157,7 +154,7 @@ class Meter:
             yield Observation(number, {POOL_NAME: name})
 
     def _observe(self) -> dict[str, Snapshot]:
-        """Record what was gained; return the sizes by pool's name, those of one name added up."""
+        """Record what was gained; return the sizes by the pool's name, added up for equal names."""
         state = self._state()
         found = self.record(state)
         with suppress(RuntimeError):  # out of threads, or the interpreter is ending
@@ -167,7 +164,7 @@ class Meter:
     # Recording
 
     def record(self, state: _ProcessState) -> dict[str, Snapshot]:
-        """Record what was gained; return what `_observe` does, nothing if that cannot be done now."""
+        """Record what was gained; return what `_observe` does, nothing if the lock is not free."""
         _fork.notice_fork()
         found: dict[str, list[Snapshot]] = {}
         # A provider might hold a lock of its own here that another thread waits for in `record`.
@@ -211,8 +208,8 @@ class Meter:
             logger.warning("OpenTelemetry: %s", text)
 
     def _start_thread(self, state: _ProcessState) -> None:
-        """Record each second from now on: a collection, or the end, then has little to do."""
-        if not state.lock.acquire(blocking=False):  # the next collection does it
+        """Record each second from now on, so that a collection, or the end, has little to do."""
+        if not state.lock.acquire(blocking=False):  # the next collection starts it
             return
         try:
             if state.thread is None and self._watched:
@@ -236,7 +233,7 @@ class Meter:
 
 
 def gained(old: HistogramSnapshot, new: HistogramSnapshot) -> Iterable[tuple[float, int]]:
-    """Return the durations that *new* has beyond *old*: values, each with its number."""
+    """Return the durations that *new* has in addition to *old*: values, each with its number."""
     counts = [max(0, count) for count in map(sub, new.counts, old.counts)]
     return spread(counts, (new.sum_ns - old.sum_ns) / 1e9, new.max) if any(counts) else ()
 

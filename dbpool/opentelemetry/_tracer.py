@@ -1,4 +1,4 @@
-"""Tracer: spans of an acquire that waits, in the span of its caller, and of each try to connect."""
+"""Tracer: spans for an acquire that waits, in its caller's span, and for each try to connect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("dbpool")
 
 
 class Tracer:
-    """Takes the place of `Pool.trace`; whatever a provider raises, the pool goes on."""
+    """Replaces `Pool.trace`; whatever a provider raises, the pool goes on."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self.provider = provider
@@ -67,7 +67,7 @@ class Tracer:
         return span or trace.INVALID_SPAN
 
     def _fail(self, span: Span, ex: BaseException, kind: str | None, more: dict[str, Any]) -> None:
-        """Say why it failed: an error's text holds no secret, and `describe` masks it again."""
+        """Record why it failed: an error's text holds no secret, and `describe` masks it again."""
 
         def fail() -> None:
             cls = type(ex)

@@ -43,7 +43,7 @@ _POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "t
 _NAMES_A_DATABASE: Final = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE")
 # What others call DATABASE_URL.
 _MEANT: Final = "(?i)(sqlalchemy_)?(database|db|pg|psql|postgres(ql)?)_?(ur[il]|dsn|conninfo)"
-# Fields without a variable: nobody was seen to need one.
+# Fields without a variable.
 _WITHOUT_VARIABLE: Final = """name conninfo_file password_file libpq explicit
     keepalives_idle keepalives_interval keepalives_count tcp_user_timeout"""
 
@@ -140,7 +140,7 @@ class Settings:
         return values | masked
 
     def resolve(self) -> str:
-        """Return the connection string as it is now; its secret file is read again."""
+        """Return the current connection string; its secret file is read again."""
         if self.conninfo or self.conninfo_file is None:
             return self.conninfo
         name = f"{variable('conninfo', self.name)}_FILE"
@@ -149,10 +149,10 @@ class Settings:
     def connect_params(
         self, conninfo: str | None = None, kwargs: _Params = None, *, defaults: bool = True
     ) -> dict[str, Any]:
-        """Return the keywords to connect with: those of *conninfo* and *kwargs*, and the missing.
+        """Return the keywords to connect with: those of *conninfo* and *kwargs*, and our defaults.
 
-        *kwargs* win; those that are psycopg's pass through. Without *defaults* the
-        `default_options` are left out.
+        *kwargs* win; psycopg's own keywords pass through. Without *defaults* the `default_options`
+        are left out.
         """
         conninfo, given, kwargs = conceal(conninfo), conceal_params(kwargs or {}), None
         params = {**_conninfo.parse(self.resolve() if conninfo is None else conninfo), **given}
@@ -168,7 +168,7 @@ class Settings:
         _insist_on_text(params)
         if self.pooler == "transaction":
             return {"prepare_threshold": None} | params
-        # Of equal options the server takes the last.
+        # If an option is given twice, the server takes the last one.
         before = self.default_options().values() if defaults else ()
         after = self._server_side(self.explicit).values()
         options = " ".join(filter(None, (*before, str(known.get("options", "")), *after)))
@@ -182,10 +182,10 @@ class Settings:
         }
 
     def _known_to_server_as(self) -> str:
-        """Return the application_name; by default it tells the processes of an application apart.
+        """Return the application_name; by default it is different in each process.
 
-        Not behind a transaction pooler: it would set the name anew for each client that it serves.
-        The server keeps 63 bytes, and replaces what is not ASCII.
+        Behind a transaction pooler it is not: the pooler would have to set the name for each client
+        that it serves. The server keeps 63 bytes, and replaces characters that are not ASCII.
         """
         name = self.application_name or f"dbpool:{self.name}"[:40]
         if self.application_name or self.pooler == "transaction":
@@ -222,7 +222,7 @@ class Settings:
 
 
 def unknown_variables(environ: Environ = None, dotenv: Dotenv = None) -> list[_Unknown]:
-    """Return the `DBPOOL_` variables that mean nothing, each with the nearest that does."""
+    """Return the unknown `DBPOOL_` variables, each with the nearest known one."""
     environ = conceal(environ)
     sources = _sources.read_sources(environ, dotenv)
     return list(find_unknown(sources, database_names(sources)))
@@ -237,7 +237,7 @@ def variable(name: str, database: str = "default") -> str:
 
 
 _FIELDS: Final = tuple(f.name for f in fields(Settings) if f.name not in _WITHOUT_VARIABLE.split())
-# The variables of an application, beside those of its pools.
+# The variables of an application, in addition to those of its pools.
 _OTHERS: Final = "DATABASES REQUIRED TOKEN TOKEN_FILE DETAILS DOTENV STATS_DIR ERROR_HANDLERS BLOCKERS SHOW_QUERIES SERVE ENDPOINT_METRICS"
 COMMON: Final = frozenset(map(variable, [*_FIELDS, *_OTHERS.lower().split()])) - {"DATABASE_URL"}
 
@@ -277,7 +277,7 @@ def _insist_on_text(params: Mapping[str, Any]) -> None:
 
 
 def _check_that_nothing_was_meant(sources: Sources) -> None:
-    """Raise `ConfigError` if libpq's defaults would be used in place of what the user meant."""
+    """Raise `ConfigError` if a database was probably meant, but libpq's defaults would apply."""
     if skipped := find(sources, _sources.SKIPPED):
         raise ConfigError(f"DATABASE_URL is not set, and {skipped}; DBPOOL_DOTENV can name it")
     if any(source.get("DATABASE_URL_FILE") == "" for source in sources):

@@ -1,7 +1,7 @@
 """Connection strings: validated, masked, and merged with what libpq adds to them.
 
-A malformed one is refused here, before psycopg or libpq see it: their messages quote it, with its
-password.
+A malformed string is refused here, before psycopg or libpq see it: their messages quote it, with
+the password.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def parse(conninfo: str, known_as: str = "the connection string") -> dict[str, A
     text = _spell(conninfo)
     params: dict[str, Any] | None = None
     with suppress(psycopg.Error, ValueError):
-        # Everything is concealed: in a malformed string any part may be of the password.
+        # Everything is concealed: in a malformed string any part may belong to the password.
         params = conceal(conninfo_to_dict(text))
     # The error is raised here, so that no chained error repeats the string.
     if problem := "it is blank" if conninfo and not text else _problem(text, params):
@@ -73,16 +73,16 @@ def _problem(text: str, params: Mapping[str, Any] | None) -> str:
     problem = "it cannot be parsed" if params is None else _misplaced(params, is_url=is_url)
     if problem and not problem.endswith("a port"):
         advice = "percent-encode special characters in user and password"
-        problem += f" ({advice if is_url else 'quote values that hold blanks'})"
+        problem += f" ({advice if is_url else 'quote values that contain blanks'})"
     return problem
 
 
 def _unknown_parameter(text: str, query: str, *, is_url: bool) -> str:
-    """Return which parameter is unknown to libpq, or there twice; "" if none."""
+    """Return which parameter is unknown to libpq, or occurs twice; "" if none."""
     pattern, where = (r"(?:^|&)([^=&]+)", query) if is_url else (r"(?:^|\s)(\w+)\s*=", text)
     names = list(map(unquote, re.findall(pattern, re.sub(r"'(\\.|[^'\\])*('|$)", "", where))))
     if (found := re.search(r"(?:^|&)(\w+)=[^&]*=", query)) and found[1] in VARIABLES:
-        return f"the value of {found[1]} holds an = (percent-encode it as %3D)"
+        return f"the value of {found[1]} contains an = (percent-encode it as %3D)"
     for before, name in enumerate(names):
         # After a password the name may be part of it; a strange one may be a misplaced token.
         is_secret = "pass" in "".join(names[:before]) or not re.fullmatch("[A-Za-z_-]{1,24}", name)
@@ -98,7 +98,7 @@ def _unknown_parameter(text: str, query: str, *, is_url: bool) -> str:
 
 
 def _misplaced(params: Mapping[str, Any], *, is_url: bool) -> str:
-    """Return what libpq would find out only by connecting, "" if nothing.
+    """Return a mistake that libpq would notice only when it connects, "" if there is none.
 
     An unencoded `@`, `/` or `:` in a URL's password puts the rest of it into another parameter.
     """
@@ -111,7 +111,7 @@ def _misplaced(params: Mapping[str, Any], *, is_url: bool) -> str:
     if not all(re.fullmatch("[0-9]{0,5}", each) and 0 < int(each or 1) < 65536 for each in ports):
         return "its port is not a number from 1 to 65535"
     if is_url and (found := re.search("[@;]", str(params.get("dbname", "")))):
-        return f"its database holds {found[0]}"
+        return f"its database contains {found[0]}"
     return ""
 
 
@@ -131,7 +131,7 @@ def mask_conninfo(conninfo: str) -> str:
 
 
 def already_set(params: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return *params* with what its service file and libpq's variables add; *params* win."""
+    """Return *params* and what their service file and libpq's variables add; *params* win."""
     environ = conceal(environ)
     variables = {key: environ[var] for key, var in VARIABLES.items() if environ.get(var)}
     service = params.get("service") or variables.get("service")
@@ -153,7 +153,7 @@ def _read_service(name: str, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _section(text: str, name: str) -> dict[str, str]:
-    """Return the entries of the first section called *name*; the first of equal keys counts."""
+    """Return the entries of the first section called *name*; of a repeated key the first counts."""
     sections = re.split(r"(?m)^[^\S\n]*\[", text)[1:]
     own = next((section for section in sections if section.startswith(f"{name}]")), "")
     lines = [line.strip() for line in own.split("\n")[1:]]

@@ -77,7 +77,7 @@ def parse_time(value: Any, known_as: str, *, suspect: int = 1000, **options: Any
 
 
 def parse_timeout(value: Any, known_as: str) -> float:
-    """Parse a time that is sent as an integer of milliseconds; 0 turns it off."""
+    """Parse a time that is sent as a whole number of milliseconds; 0 turns it off."""
     least = 0.001 if parse_number(value, known_as) else 0.0
     return parse_time(value, known_as, limits=(least, MAX_INT // 1000))
 
@@ -101,7 +101,7 @@ def parse_choice(value: Any, known_as: str, *, choices: Mapping[str, Any]) -> An
 
 
 def parse_name(value: str, known_as: str = "name") -> str:
-    """Return the name of a database. Raises `ConfigError` for a connection string in its place."""
+    """Return the name of a database. Raises `ConfigError` if it is a connection string."""
     if re.search(r"://|=", str(value)):
         raise ConfigError(f"{known_as} looks like a connection string, which belongs in conninfo")
     if value == "":
@@ -129,7 +129,7 @@ def switch(default: bool) -> Any:
 def parse_list(value: Any, known_as: str) -> tuple[str, ...]:
     """Return the names in *value*: text with commas, or any iterable. Raises `ConfigError`."""
     if not isinstance(value, Iterable):
-        raise ConfigError(f"{known_as} must hold names, not {safe_repr(value)}")
+        raise ConfigError(f"{known_as} must be a list of names, not {safe_repr(value)}")
     parts = value.split(",") if isinstance(value, str) else value
     names = filter(None, (str(part).strip() for part in parts))
     return tuple(n if n.isidentifier() and n.islower() else Secret(n) for n in names)
@@ -138,7 +138,7 @@ def parse_list(value: Any, known_as: str) -> tuple[str, ...]:
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """Return the known name that other libraries call *word*, else the most similar one, if any.
 
-    A word that looks like the name of a password never leads to that of another secret.
+    For a word that looks like a password's name, only names of passwords are suggested.
     """
     plain, names = _plain(word), {_plain(name): name for name in known}
     for name, others in NAMES.items():

@@ -26,7 +26,7 @@ logger = logging.getLogger("dbpool")
 
 _REFERENCE: Final = re.compile(r"\$\{([A-Za-z_]\w*)((?::-[^}]*)?)\}", re.ASCII)
 _SINGLE_QUOTED: Final = re.compile(r"[^=]*=\s*'")
-# Other lines are for other programs: errors in them do not matter here.
+# Other lines are for other programs, so errors in them do not matter here.
 _OURS: Final = re.compile(r"\s*(export\s+)?(DATABASE_URL|DBPOOL_|PG)")
 
 # Not a variable: the key under which a source says which file was skipped, and why.
@@ -40,7 +40,7 @@ Sources = list[Mapping[str, Any]]
 def read_sources(environ: Environ, dotenv: Dotenv) -> Sources:
     """Return the environment and the variables of the `.env`, in this order.
 
-    `DBPOOL_DOTENV` counts where *dotenv* is None.
+    If *dotenv* is None, `DBPOOL_DOTENV` names the file.
     """
     outer = conceal(os.environ if environ is None else environ)
     if dotenv is None:
@@ -93,7 +93,7 @@ def read_dotenv(path: str | os.PathLike[str], environ: Environ = None) -> Mappin
 def why_untrusted(file: BinaryIO, directories: list[Path]) -> str:
     """Return how another user could have written an open file or put it there; "" if none could.
 
-    *directories* were passed on the way to it.
+    *directories* are those that the search for it went through.
     """
     directories = [*directories, Path(os.path.realpath(file.name)).parent]
     found = {"it": os.fstat(file.fileno())} | {str(each): each.stat() for each in directories}

@@ -1,4 +1,4 @@
-"""The settings of an application beside its pools, and the search for its `.env`."""
+"""The settings of an application other than those of its pools, and the search for its `.env`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _parse_text(value: object, known_as: str) -> str | None:
 @conceals_fields
 @dataclass(frozen=True)
 class AppSettings:
-    """The settings of an application beside its pools. Raises `ConfigError`."""
+    """The settings of an application other than those of its pools. Raises `ConfigError`."""
 
     required: tuple[str, ...] = parsed(("default",), parse_list)
     token: str | None = field(default=None, repr=False, metadata={"parse": _parse_text})

@@ -1,7 +1,7 @@
-"""Where each setting in force comes from, for a reader who wonders why it is what it is.
+"""Finds out where the value of each setting in effect comes from.
 
-A variable, the `.env`, the application's configuration, the connection string, an argument in the
-code, or the default. No secret is shown.
+That is a variable, the `.env`, the application's configuration, the connection string, an argument
+in the code, or the default. No secret is shown.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def describe_settings(
 ) -> dict[str, Any]:
     """Return the settings of each pool and of the application: name, value and source.
 
-    *config* is searched before *environ*, the process's environment by default, and that before
-    *dotenv*.
+    *config* is searched first, then *environ*, by default the process's environment, then *dotenv*.
     """
     given = (("app.config", config), ("", os.environ if environ is None else environ))
     layers = [(label, _ours(layer)) for label, layer in (*given, (".env", dotenv))]
@@ -101,7 +100,7 @@ def _source_of_database(settings: Settings, layers: _Layers) -> str:
 
 
 def _find(names: Iterable[str], layers: _Layers) -> tuple[str, Any]:
-    """Return where the first of these names that is set is set, and its value."""
+    """Return the source and the value of the first of these names that is set."""
     for name in names:
         for label, layer in layers:
             if layer.get(name) not in (None, ""):
@@ -114,7 +113,7 @@ def _labelled(name: str, label: str) -> str:
 
 
 def _is_same(f: Field[Any], raw: Any, value: Any) -> bool:
-    """Whether *raw* is what the value was made of: an argument may have won over it."""
+    """Whether the value was made from *raw*: an argument may have won over it."""
     parse = f.metadata.get("parse")
     try:
         return bool((parse(raw, f.name) if parse else raw) == value)
@@ -127,7 +126,7 @@ def _from_connection(settings: Settings) -> dict[str, tuple[str, str]]:
     try:
         params = {**_conninfo.parse(settings.libpq), **_conninfo.parse(settings.resolve())}
         known = _conninfo.already_set(params, os.environ)
-    except ConfigError:  # of a file that cannot be read, or not now
+    except ConfigError:  # for example a file that cannot be read now
         return {}
     found = {}
     for f in fields(settings):

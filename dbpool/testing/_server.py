@@ -1,4 +1,4 @@
-"""A PostgreSQL for a test session, where none is named: that of the wheel, in a directory of its own."""
+"""A private PostgreSQL for a test session that names none; its programs come in a wheel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The session that a test's work goes over: one transaction, with savepoints for what is in it."""
+"""The session of a test: one transaction, with savepoints for the transactions within it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RoundTrips:
 
 
 class Level:
-    """A savepoint: of a transaction, or of a block within one."""
+    """A savepoint, for a transaction or for a block within one."""
 
     def __init__(self, name: bytes) -> None:
         self.name = name
@@ -36,10 +36,10 @@ class Level:
 
 
 class Session:
-    """The connection that a test's work goes over, and its savepoints.
+    """The connection that a test uses, and its savepoints.
 
     Blocks of one thread nest. Another thread's block waits until they are over; a single statement
-    of another thread does not.
+    of another thread does not wait.
     """
 
     def __init__(self, main: psycopg.Connection[Any], timeout: float) -> None:
@@ -73,7 +73,7 @@ class Session:
                 self.end(level, commit=False)
             if not self._turn.wait_for(lambda: self._owner in (None, me), self.timeout):
                 raise TimeoutError(
-                    "a block of another thread is open: within a test that is kept in one"
+                    "a block of another thread is still open: in a test that runs in one"
                     " transaction, the blocks of different threads run one after another"
                 )
             self._owner = me
@@ -92,7 +92,7 @@ class Session:
         return taken
 
     def end(self, level: Level, *, commit: bool) -> None:
-        """End a block; those that were begun after it go on."""
+        """End a block; blocks that began after it go on."""
         with self._turn:
             with self.lock:
                 above = self._settle(level, commit)
@@ -104,10 +104,10 @@ class Session:
                 self._turn.notify_all()
 
     def restart(self, level: Level, *, commit: bool) -> None:
-        """Let a transaction begin anew, as commit() and rollback() do."""
+        """Begin a new transaction, as commit() and rollback() do."""
         with self._turn, self.lock:
             above = self._settle(level, commit)
-            if above:  # what is kept must not be undone with those
+            if above:  # undoing one of those must not undo what is kept here
                 self._levels.remove(level)
                 self._levels.append(level)
             else:
@@ -116,7 +116,7 @@ class Session:
         level.is_failed = False
 
     def _settle(self, level: Level, commit: bool) -> list[Level]:
-        """Undo what a block did unless it is kept; return the blocks that were begun after it."""
+        """Undo what a block did unless it is kept; return the blocks that began after it."""
         above = self._levels[self._levels.index(level) + 1 :]
         if not commit or level.is_failed or self.is_in_error:
             self._send(b"rollback to " + level.name)
@@ -131,7 +131,7 @@ class Session:
 
     @contextmanager
     def guarded(self, level: Level | None) -> Iterator[None]:
-        """Undo what an error spoils: the *level*, or without one the statement. Lock held."""
+        """After an error, undo the *level*, or without one the statement. The lock is held."""
         is_plain = self.pgconn.pipeline_status == PipelineStatus.OFF
         if level is None and is_plain:
             self._send(b"savepoint dbpool_0")
@@ -158,7 +158,7 @@ class Session:
             self._send(b"savepoint " + each.name)
 
     def close(self) -> None:
-        """Undo everything; what still uses it finds its connection closed."""
+        """Undo everything; views that are still used find their connection closed."""
         self.is_over = True
         with suppress(psycopg.Error):
             self._send(b"rollback")

@@ -1,4 +1,4 @@
-"""Views of a test's session: what a holder is given in place of the pooled connection."""
+"""Views of a test's session: a holder gets one in place of the pooled connection."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from dbpool.testing._session import Level, Session
 
 _IN_ERROR: Final = "the transaction is in error, nothing was committed"
-_NO_END: Final = "{} is forbidden within a block of transaction() or run(): it ends by itself"
+_NO_END: Final = "{} is forbidden within a block of transaction() or run(), which ends by itself"
 
 
 class View:
-    """A mixin for connections over a test's session: what a holder is given."""
+    """A mixin for connections over a test's session, as a holder gets them."""
 
     _test: Session
     _levels: list[Level]
@@ -33,12 +33,12 @@ class View:
 
     @property
     def adapters(self) -> Any:
-        """Those that `configure` has set up."""
+        """The adapters that `configure` has set up."""
         return self._test.main.adapters
 
     @property
     def closed(self) -> bool:
-        """Whether it was given back, or the test is over."""
+        """Whether it was returned, or the test is over."""
         return self._is_over or self._test.is_over or bool(super().closed)  # type: ignore[misc]
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ class View:
     def _count(self, was_pipeline: bool) -> None:
         """Count an exchange that is over, and the BEGIN that would have come before it."""
         if self._test.pgconn.transaction_status == TransactionStatus.ACTIVE:
-            return  # it goes on: a COPY, or what a pipeline has not sent yet
+            return  # it is not over: a COPY, or a pipeline that has not sent all
         if self._is_pipeline and not was_pipeline:
             return  # a pipeline was entered, which sends nothing
         alone = self._is_single or self._is_autocommit
@@ -71,12 +71,12 @@ class View:
         self._is_used = self._is_used or not alone
 
     def cursor(self, name: str = "", **options: Any) -> Any:
-        """Return a cursor; one of the server's has its rows described, a round trip of its own."""
+        """Return a cursor; a server-side cursor takes a round trip more, to describe its rows."""
         self._test.trip(bool(name))
         return super().cursor(name, **options)  # type: ignore[misc]
 
     def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
-        """Execute a statement; the empty one, which only begins a transaction, is left out."""
+        """Execute a statement; an empty one, which only begins a transaction, is skipped."""
         if query == "":
             return self.cursor()
         return super().execute(query, *args, **kwargs)  # type: ignore[misc]
@@ -100,7 +100,7 @@ class View:
     def transaction(
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> Transaction:
-        """Return a block that is undone alone if it fails."""
+        """Return a block; if it fails, only that block is undone."""
         return Transaction(self, force_rollback)
 
     def set_autocommit(self, value: bool) -> None:
@@ -108,17 +108,17 @@ class View:
         self._is_autocommit = value
 
     def _ignore(self, value: object) -> None:
-        """Ignore what only a new transaction could have."""
+        """Ignore a characteristic that only a new transaction could have."""
 
     set_isolation_level = set_read_only = set_deferrable = _ignore
 
     def close(self) -> None:
-        """Give the connection back to its pool."""
+        """Return the connection to its pool."""
         if self.give_back is not None:
             self.give_back(self)
 
     def end(self, *, commit: bool) -> None:
-        """End all that it has begun."""
+        """End all blocks that it has begun."""
         self._is_over = True
         while self._levels:
             self._test.end(self._levels.pop(), commit=commit or self._is_autocommit)
