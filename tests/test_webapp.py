@@ -451,7 +451,7 @@ def test_making_an_environment_can_be_interrupted(tmp_path: Path) -> None:
     os.killpg(making.pid, signal.SIGINT)  # as a terminal does: what it started hears it too
     _, complained = making.communicate(timeout=20)
     assert making.returncode == 1
-    assert complained == "venv: interrupted; the next time it is made anew\n"
+    assert complained == "venv: interrupted; the next run starts again\n"
 
 
 # What it tells about the views

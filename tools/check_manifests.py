@@ -2,7 +2,7 @@
 
 Usage: python tools/check_manifests.py ops/kubernetes docs/probes.md ops/grafana/dashboards/dbpool.json
 
-Fields that no schema knows are errors: a cluster drops them without a word, and so does Grafana.
+Unknown fields are errors: a cluster drops them silently, and so does Grafana.
 """
 
 import json
@@ -17,7 +17,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-VERSIONS = ("1.30", "1.37")  # the oldest and the newest that they are to work with
+VERSIONS = ("1.30", "1.37")  # the oldest and the newest version that they have to work with
 KUSTOMIZATION = "kustomization.yaml"
 
 
@@ -36,7 +36,7 @@ def main(folder):
 
 
 def check_page(page):
-    """Return the number of problems of the manifests that a page of the documentation shows."""
+    """Return the number of problems in the manifests on a page of the documentation."""
     blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     manifests = [yaml.safe_load(block) for block in blocks]
     problems = [f"{page}: {problem}" for manifest in manifests for problem in check(manifest)]
@@ -47,7 +47,7 @@ def check_page(page):
 
 
 def check_dashboard(path):
-    """Return the number of problems of a dashboard of Grafana."""
+    """Return the number of problems in a Grafana dashboard."""
     register_default_plugins()  # the models of panels and of Prometheus's queries
     dashboard = json.loads(path.read_text())
     understood = json.loads(JSONEncoder().encode(Dashboard.from_json(dashboard)))
@@ -59,7 +59,7 @@ def check_dashboard(path):
 
 
 def lost(given, understood, where=""):
-    """Yield what a model left out, or understood otherwise; it may add defaults."""
+    """Yield what a model left out or changed; it may add defaults."""
     if isinstance(given, dict) and isinstance(understood, dict):
         for name, value in given.items():
             yield from lost(value, understood.get(name), f"{where}.{name}")

@@ -1,8 +1,8 @@
-"""Make a virtual environment out of lock files, once.
+"""Make a virtual environment from lock files, unless it is up to date.
 
 Usage: python3 tools/make_venv.py .venv requirements.txt [...]
 
-Run by whatever Python there is, old ones included, so that it can say what is missing in a line.
+This runs on any Python, even an old one, so that it can say in one line what is missing.
 """
 
 import fcntl
@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 OLDEST = (3, 11)
-# In an environment of ours: which lock files it was made from.
+# A file in each environment: it says from which lock files that was made.
 STAMP = ".stamp"
-# Bytes: with less an environment without any package is not made.
+# Bytes that even an environment without packages needs.
 ROOM = 32 * 2**20
 
 
@@ -31,17 +31,17 @@ def main(venv, *lock_files):
         return
     if not os.access(str(venv if venv.exists() else venv.parent), os.W_OK):
         fail("cannot write %s: choose another place, such as make run VENV=~/dbpool-venv" % venv)
-    # Two at once, in two terminals, wait for each other. A file that is there stays as it is.
+    # Two runs at once, in two terminals, wait for each other. The file of the lock is kept.
     with venv.with_name(venv.name + ".lock").open("a") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         if read(stamp) != wanted:
             make(venv, lock_files)
-            # Last, so that what was interrupted is done again.
+            # Written last, so that an interrupted run is repeated.
             stamp.write_text(wanted)
 
 
 def insist_on_ours(venv):
-    """Refuse what is no environment: making one anew deletes what is there."""
+    """Refuse a directory that is not an environment: its content would be deleted."""
     try:
         found = {path.name for path in venv.iterdir()}
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def make(venv, lock_files):
 
 
 def clear(venv):
-    """Empty the directory, and mark it as ours: what is interrupted now is not refused later."""
+    """Empty the directory, and mark it as ours, so that it is not refused after an interruption."""
     venv.mkdir(exist_ok=True)
     for path in venv.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -86,13 +86,13 @@ def why_no_venv(venv, said):
     if shutil.disk_usage(str(venv)).free < ROOM:
         return "no space left on the device of %s" % venv
     if "ensurepip" in said:
-        # venv keeps to itself what that said.
+        # venv does not show ensurepip's output.
         said = run([str(venv / "bin" / "python"), "-m", "ensurepip", "--default-pip"]).stdout
     return "python3 -m venv failed: " + reason(said)
 
 
 def fingerprint(lock_files):
-    """Differs when the packages, the Python or this recipe differ."""
+    """Return a digest that changes with the packages, the Python, or this script."""
     digest = hashlib.sha256(sys.version.encode())
     for path in (*lock_files, Path(__file__)):
         digest.update(path.read_bytes())
@@ -113,7 +113,7 @@ def run(command):
 
 
 def reason(said):
-    """The cause that was met first; what pip says last is a consequence."""
+    """Return the first error: pip's last message is only a consequence."""
     lowered = said.lower()
     if "no space left" in lowered:
         return "no space left on the device"
@@ -124,7 +124,7 @@ def reason(said):
 
 
 def last_line(said):
-    """What a traceback ends with; its text goes on where a command is quoted."""
+    """Return the last line of a traceback, cut off: it may quote a long command."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     return lines[-1][-300:] if lines else "it said nothing"
 
@@ -137,4 +137,4 @@ if __name__ == "__main__":
     try:
         main(*map(Path, sys.argv[1:]))
     except KeyboardInterrupt:
-        fail("interrupted; the next time it is made anew")
+        fail("interrupted; the next run starts again")

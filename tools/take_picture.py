@@ -1,7 +1,7 @@
 """Take pictures of the live page: `python tools/take_picture.py DIRECTORY`, with Chromium installed.
 
-One for each state of tests/page_states.py, at two widths and in both colour schemes. Without a
-directory the README's pictures are made anew, in docs/images.
+It takes one for each state of tests/page_states.py, at two widths and in both colour schemes.
+Without a directory, it renews the README's pictures, in docs/images.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def seconds_of(name: str) -> list[dict[str, Any]]:
-    """Ten seconds of a state, so that there are rates."""
+    """Return the answers of ten seconds in a state, so that the page can show rates."""
     answers = [STATES[name]()]
     while len(answers) < 10:
         answers.append(later(answers[-1], RATES.get(name, 0)))
@@ -62,7 +62,7 @@ def seconds_of(name: str) -> list[dict[str, Any]]:
 def take(
     browser: Any, url: str, path: Path, size: tuple[int, int], scheme: str, *, is_cut: bool = False
 ) -> None:
-    """Take the picture once all parts have come; *is_cut* shows no more than fits the window."""
+    """Take the picture once all parts have arrived; *is_cut* cuts it to the size of the window."""
     page = browser.new_page(
         viewport={"width": size[0], "height": size[1]}, color_scheme=scheme,
         device_scale_factor=2 if is_cut else 1, locale="en-GB", timezone_id="UTC",

@@ -1,6 +1,7 @@
-"""Write what the documentation takes from the code: `python tools/write_docs.py`, run by `make docs`.
+"""Write the generated parts of the documentation: `python tools/write_docs.py`, run by `make docs`.
 
-A page has `<!-- generated: NAME -->` and `<!-- end -->` around it, so that it reads on a forge too.
+In a page, such a part is between `<!-- generated: NAME -->` and `<!-- end -->`, so that the page is
+complete on a forge too.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ SUMMARY = (
 
 
 def main() -> None:
-    """Write all pages anew."""
+    """Write all pages and llms.txt."""
     for path in DOCS.glob("*.md"):
         path.write_text(written(path.read_text()))
     (DOCS / "llms.txt").write_text(llms())
 
 
 def written(page: str) -> str:
-    """Return a page with its generated parts as they should be."""
+    """Return a page with its generated parts up to date."""
     return GENERATED.sub(lambda found: found[1] + "\n" + PARTS[found[2]]() + "\n" + found[3], page)
 
 
