@@ -246,7 +246,7 @@ TROUBLES: dict[str, Case] = {
     "idle in transaction, the server says so": Case(
         "DB05",
         always(full(2, holders(12, 9.0, "idle in transaction"))),
-        ("12 connections of default idle in a transaction", "9.0 s", "orders.index"),
+        ("12 connections of default are idle in a transaction", "9.0 s", "orders.index"),
         view=seen(*(ours(5001 + n, state="idle in transaction", state_seconds=9.0)
                     for n in range(12))),
         steps=lately(2, step(number=0)),
@@ -260,7 +260,7 @@ TROUBLES: dict[str, Case] = {
     "connections forgotten": Case(
         "DB06",
         lambda ago: pool(counters={"leaks": 7 - min(ago, 3)}),
-        ("3 connections of default not returned by orders.index (3 times)",),
+        ("3 connections of default were not returned by orders.index (3 times)",),
         seconds=5, forgotten_by=(("orders.index", 3),),
     ),
     "slow statement everywhere": Case(
@@ -285,11 +285,11 @@ TROUBLES: dict[str, Case] = {
         steps=lately(12, step(settled_connects=80, connects=80)),
     ),
     "more configured than allowed": Case(
-        "DB11", always(pool(max_size=120)), ("may open 120 connections", "allows them 97"),
+        "DB11", always(pool(max_size=120)), ("may open 120 connections", "server allows 97"),
         view=seen(facts=replace(FACTS, used=20)),
     ),
     "worker frozen": Case(
-        "DB12", always(pool()), ("1 worker silent for 12 s (pid 4712)",),
+        "DB12", always(pool()), ("1 worker has been silent for 12 s (pid 4712)",),
         processes=[{"pid": 4711, "age": 0.2, "uptime": 90.0},
                    {"pid": 4712, "age": 12.0, "uptime": 90.0}],
     ),

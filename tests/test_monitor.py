@@ -417,7 +417,7 @@ def test_the_limits_of_a_server_are_read_without_a_checkout(
     passed[0] = 11.0
     found = shop.await_finding("DB11")
     assert found["evidence"]["role_limit"] == 8
-    assert "may open 9 connections, but the server allows them 8" in found["text"]
+    assert "may open 9 connections together, but the server allows 8" in found["text"]
     assert shop.pool.stats().counters.checkouts == 1
 
     def is_closed() -> bool:

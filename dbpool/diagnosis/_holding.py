@@ -61,8 +61,9 @@ def idle_in_transaction(pool: PoolScene) -> Finding | None:
         worst if is_bad else Severity.NOTICE,
         pool=pool.name,
         since=pool.now - seconds,
-        text=f"{count(len(stuck), 'connection')} of {pool.name} idle in a transaction, the longest"
-        f" for {duration(seconds)}{guess}, checked out by {holder.place};"
+        text=f"{count(len(stuck), 'connection')} of {pool.name}"
+        f" {'is' if len(stuck) == 1 else 'are'} idle in a transaction, the longest for"
+        f" {duration(seconds)}{guess}, checked out by {holder.place};"
         f" {count(pool.waiting, 'caller')} waiting",
         do="Commit or roll back before slow work, and hold a connection only while it is used."
         " idle_in_transaction_timeout ends such transactions.",

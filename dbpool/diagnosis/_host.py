@@ -37,8 +37,8 @@ def over_configured(scene: Scene) -> Iterator[Finding]:
         yield Finding(
             "DB11", Severity.NOTICE if is_deploy else Severity.WARNING,
             pool=pool.name, since=pool.view.time,
-            text=f"all workers' pools {pool.name} together may open {pool.max_size} connections,"
-            f" but the server allows them {room}",
+            text=f"the pools {pool.name} of all workers may open {pool.max_size} connections"
+            f" together, but the server allows {room}",
             do="Lower max_size or the number of workers, or put a pooler in front of the server.",
             evidence={
                 "max_size": pool.max_size, "room": room, "max_connections": facts.max_connections,
@@ -67,7 +67,7 @@ def replica(pool: PoolScene) -> Finding | None:
     lag = facts.lag_seconds or 0.0
     if lag < _LAG:
         return None
-    state = "lags" if facts.is_streaming else "does not stream from its primary, and lags"
+    state = "is" if facts.is_streaming else "does not stream from its primary and is"
     return Finding(
         "DB13", Severity.WARNING, pool=pool.name, since=pool.now - lag,
         text=f"the replica of {pool.name} {state} {duration(lag)} behind",
@@ -85,7 +85,7 @@ def silent_workers(scene: Scene) -> Finding | None:
         seconds = max(scene.stalled, *(each.age for each in silent), 0.0)
         return Finding(
             "DB12", Severity.NOTICE, since=scene.now - seconds, subject="host",
-            text=f"the host stalled for {duration(seconds)}: no worker said anything",
+            text=f"the host stalled for {duration(seconds)}: no worker reported anything",
             do="A suspended or overloaded machine does this; so does a container without CPU.",
             evidence={"seconds": seconds, "workers": [each.pid for each in silent]},
         )  # fmt: skip
@@ -95,8 +95,8 @@ def silent_workers(scene: Scene) -> Finding | None:
     pids = ", ".join(str(each.pid) for each in silent[:5])
     return Finding(
         "DB12", Severity.WARNING, since=scene.now - oldest,
-        text=f"{count(len(silent), 'worker')} silent for {duration(oldest)} (pid {pids}), the others"
-        " answer",
+        text=f"{count(len(silent), 'worker')} {'has' if len(silent) == 1 else 'have'} been silent"
+        f" for {duration(oldest)} (pid {pids}), while others report",
         do="The process is stopped, or a thread of it holds the interpreter: py-spy dump shows where.",
         evidence={"workers": [each.pid for each in silent], "seconds": oldest},
     )  # fmt: skip

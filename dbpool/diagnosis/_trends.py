@@ -34,8 +34,8 @@ def forgotten(pool: PoolScene) -> Finding | None:
         "DB06",
         Severity.CRITICAL if pool.refused else Severity.WARNING,
         pool=pool.name, since=since,
-        text=f"{count(number, 'connection')} of {pool.name} not returned by {code}; the pool"
-        " replaced them",
+        text=f"{count(number, 'connection')} of {pool.name} {'was' if number == 1 else 'were'} not"
+        f" returned by {code}; the pool replaced {'it' if number == 1 else 'them'}",
         do="Use `with pool.connection()`. The log names where each was checked out.",
         evidence={
             "forgotten": number, "waiting": pool.waiting,
