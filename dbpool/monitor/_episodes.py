@@ -1,4 +1,4 @@
-"""When a finding is logged: as it begins, grows worse, and after 1, 10 and 60 minutes. Pure."""
+"""Decides when a finding is logged: when it begins, grows worse, and after 1, 10 and 60 minutes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Episodes:
         self._open: dict[str, _Episode] = {}
 
     def due(self, findings: Iterable[Finding], now: float) -> list[tuple[Finding, int]]:
-        """Return the findings to log, each with how often it was seen; 1 as it begins.
+        """Return the findings to log, each with how often it was seen; that is 1 when it begins.
 
         One that becomes worse than it was ever logged is logged again.
 

@@ -1,4 +1,4 @@
-"""Which endpoints forgot connections of late, or lines of code where there is no endpoint."""
+"""Finds out which endpoints, or lines of code outside of requests, forgot connections recently."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Forgotten:
     def look(
         self, watches: Mapping[str, Watch], usage: Callable[[], Mapping[str, Rows]]
     ) -> dict[str, Watch]:
-        """Return the watches with who forgot; *usage* reads the use by endpoint, and is not cheap."""
+        """Return the watches, with who forgot connections; *usage*, not cheap, reads the use."""
         if not any(watch.forgotten for watch in watches.values()):
             if self._before is None or not self._is_over:
                 self._before, self._is_over = usage(), True

@@ -1,4 +1,4 @@
-"""Looks at the server of one pool while callers wait for long, in a thread of its own."""
+"""Asks the server of one pool about its sessions while callers wait for long, in its own thread."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ _OF_PSYCOPG: Final = ("autocommit", "row_factory", "cursor_factory", "prepare_th
 
 
 class Inspector:
-    """What is seen of one pool's server.
+    """Asks one pool's server what its sessions do, and keeps the last answer.
 
-    An idle connection of the pool is asked if nobody waits for one, else a connection of its own:
-    one at most, beyond max_size, and closed ten seconds after the last need. The limits of a server
-    and its role are read each minute without need, and how far a standby is behind more often.
-    Nothing is looked at behind a transaction pooler.
+    It uses an idle connection of the pool if nobody waits for one. Otherwise it opens one connection
+    of its own, beyond max_size, and closes it ten seconds after the last need. It reads the server's
+    limits and role each minute in any case, and the lag of a standby more often. Behind a transaction
+    pooler it asks nothing.
     """
 
     def __init__(self, pool: Any, *, queries: bool = False) -> None:
@@ -93,7 +93,7 @@ class Inspector:
             self._start(self._look_soon if first_look else self._look)
 
     def view(self) -> ServerView | None:
-        """Return what the server said last, and since when it has not answered, if it does not."""
+        """Return the server's last answer, and since when it has been silent, if it is."""
         now = time.time()
         since = self._silent_since
         if since is None and (asked := self._asked_at) is not None and now - asked > _SILENT:
@@ -103,7 +103,7 @@ class Inspector:
         return replace(self._view or ServerView(0.0), silent_since=since)
 
     def wait(self, seconds: float) -> None:
-        """Wait until the look that is under way has ended, for so long at most."""
+        """Wait for the end of a look that is under way, for at most *seconds*."""
         if self._thread is not None:
             self._thread.join(max(0.0, seconds))
 
@@ -115,7 +115,7 @@ class Inspector:
         self._close_own()
 
     def _rest(self, now: float) -> None:
-        """Nobody waits for long: close what is not needed, and read the server's limits at times."""
+        """While nobody waits for long, close what is unused, and read the limits at times."""
         if self._next is not None and self._view is not None:  # what was seen there is over
             self._view = replace(self._view, sessions={}, prepared=(), locked_since=None)
         self._looks, self._next, self._silent_since, self._locked_since = 0, None, None, None
@@ -169,7 +169,7 @@ class Inspector:
             self._say(problem)
 
     def _with_past(self, view: ServerView) -> ServerView:
-        """Add what earlier looks at the server showed, and decide when to read its role again."""
+        """Add the results of earlier looks, and decide when to read the server's role again."""
         now, facts = monotonic(), view.facts
         self._locked_since = (self._locked_since or view.time) if view.is_locked else None
         view = replace(view, locked_since=self._locked_since)
@@ -213,7 +213,7 @@ class Inspector:
                 conn.close()
 
     def _hang_up(self) -> None:
-        """End a look that takes too long: its thread reads the end of the connection."""
+        """End a look that takes too long: its thread then reads end of file."""
         conn = self._asked
         with suppress(Exception):  # it may have ended just now
             if conn is not None:
@@ -221,7 +221,7 @@ class Inspector:
                     copy.shutdown(socket.SHUT_RDWR)
 
     def _say(self, text: str) -> None:
-        """Log a trouble of its own once."""
+        """Log a problem of the inspector itself, once."""
         kind = text.partition(":")[0]
         if kind not in self._said:
             self._said.add(kind)
@@ -249,7 +249,7 @@ def _connect(pool: Any) -> psycopg.Connection[Any]:
 
 
 def _names(pool: Any, conn: psycopg.Connection[Any]) -> tuple[str, str]:
-    """Return the application_name of the pool's connections, and what those of others begin with."""
+    """Return the pool's application_name, and the part that all its processes share."""
     own = conn.info.parameter_status("application_name")
     if own == NAME:
         params = _params(pool)

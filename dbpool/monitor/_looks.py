@@ -1,4 +1,4 @@
-"""What one process notices of its own looks: that it stood still, and which pools nobody uses."""
+"""What a process notices when it looks: that it stood still, and which pools nobody uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Pauses:
         self._known: list[tuple[float, float]] = []  # when a look was, and how long after the last
 
     def look(self, now: float) -> float:
-        """Take the next look's time; return the longest pause of late, in seconds."""
+        """Take the time of the next look; return the longest recent pause, in seconds."""
         before = self._known[-1][0] if self._known else now
         self._known = [each for each in self._known if now - each[0] <= _STALL]
         self._known.append((now, now - before))
@@ -27,13 +27,13 @@ class Pauses:
 
 
 class Pings:
-    """Pings pools that nobody uses, so that it is known of them too whether their server is there."""
+    """Pings pools that nobody uses, so that an outage of their server is noticed too."""
 
     def __init__(self) -> None:
         self._used: dict[str, tuple[int, float]] = {}  # checkouts, and when there last was one
 
     def look(self, pools: Mapping[str, Any], stats: Mapping[str, Snapshot], now: float) -> None:
-        """Ping what was unused for five seconds, by its *stats* of *now*, which is monotonic."""
+        """Ping pools that were unused for five seconds; *now* is monotonic."""
         for name, each in stats.items():
             checkouts, at = self._used.get(name, (-1, now))
             is_unused = each.state == "up" and each.idle > 0 and each.active == 0

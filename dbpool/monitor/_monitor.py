@@ -46,7 +46,7 @@ atexit.register(close_all)
 
 
 class Collects(Protocol):
-    """What is needed of `dbpool.processes.Processes`."""
+    """The part of `dbpool.processes.Processes` that the monitor needs."""
 
     app: str
 
@@ -61,7 +61,7 @@ class Collects(Protocol):
 
 
 class _ProcessState:
-    """What belongs to one process alone; a child begins anew."""
+    """The state of one process; a child begins with a new one."""
 
     def __init__(self) -> None:
         self.started = monotonic()
@@ -78,14 +78,14 @@ class _ProcessState:
         self.pauses, self.pings = Pauses(), Pings()
 
     def is_stopped(self, seconds: float) -> bool:
-        """Wait for the end, so many seconds at most; whether it came."""
+        """Wait for the end for at most *seconds*; return whether it came."""
         with suppress(queue.Empty):
             self.stops.get(timeout=seconds)
             return True
         return False
 
     def release(self) -> None:
-        """Close what watching opened, and let another process watch."""
+        """Close what watching has opened, and let another process watch."""
         if self.watching is not None:
             self.watching.close()
         with suppress(OSError):
@@ -193,7 +193,7 @@ class Monitor:
         return shown | more
 
     def tick(self) -> None:
-        """Take one look. `start` has it done each second."""
+        """Take one look; `start` does so each second."""
         state, now = self._state(), monotonic()
         stalled = state.pauses.look(now)
         stats = {name: pool.stats() for name, pool in self._databases.items()}
@@ -219,7 +219,7 @@ class Monitor:
         return all(pool.state == PoolState.STOPPED for pool in self._databases.values())
 
     def try_tick(self) -> None:
-        """Take one look, and log what is wrong with looking, once."""
+        """Take one look; log each kind of error of the look itself once."""
         try:
             self.tick()
         except Exception as ex:  # noqa: BLE001  # watching never harms what it watches
@@ -231,7 +231,7 @@ class Monitor:
         return state.shelf
 
     def _record(self, state: _ProcessState, stats: Mapping[str, Snapshot], now: float) -> list[str]:
-        """Take this process's own part in the history; return the pools that callers wait for."""
+        """Record this process's part of the history; return the pools that are full."""
         short = []
         if self._is_reader:
             self._shelf(state)
@@ -263,19 +263,19 @@ class Monitor:
         return self._processes.collect("process", usage=usage)
 
     def _found(self) -> Mapping[str, Any]:
-        """Return what was found, unless that is too old."""
+        """Return the last findings, unless they are too old."""
         known = self._known("findings")
         is_valid = 0 <= monotonic() - number(known.get("at")) <= number(known.get("valid"))
         return known if is_valid else {}
 
     def _suspect(self, short: Collection[str]) -> None:
-        """Let the errors of these pools say what was found; those of the others say nothing."""
+        """Put the findings into the errors of these pools, and none into those of the others."""
         found = mapping(self._found().get("suspicions")) if short else {}
         for name, pool in self._databases.items():
             pool.suspicion = (name in short and text(found.get(name))) or ""
 
     def _known(self, ending: str) -> Mapping[str, Any]:
-        """Return what the watching process says: of this one, or of the file that it wrote."""
+        """Return what the watching process found, be it this one or another that wrote a file."""
         state = self._state()
         if state.watching is not None:
             return state.watching.said.get(ending, {})
@@ -310,7 +310,7 @@ def _run(monitor: weakref.ref[Monitor], state: _ProcessState) -> None:
 
 
 def _facts_of(report: Report) -> dict[str, Any]:
-    """Return what a diagnosis looks at, in the shape of `/stats`: all but the histograms."""
+    """Return the input of a diagnosis, in the format of `/stats` but without histograms."""
     return {
         "time": report.time,
         "processes": [vars(process) for process in report.processes],

@@ -1,4 +1,4 @@
-"""What a reader of `/stats` asks for: parts beside the pools, and how much of them. Pure."""
+"""What a reader of `/stats` asks for: additional parts, and how much of them. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Query:
 
     @classmethod
     def parse(cls, given: Mapping[str, str]) -> Self:
-        """Read them from an address; raise `ValueError` with what is wrong for a reader."""
+        """Read them from a URL's query; raise `ValueError` with a message for the reader."""
         include = frozenset(filter(None, given.get("include", "").split(",")))
         if not include <= set(INCLUDES):
             raise ValueError(f"include is a list of {', '.join(INCLUDES)}")
@@ -42,7 +42,7 @@ class Query:
         )
 
     def trim(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Return a report without what is not wanted of its parts."""
+        """Return a report with only the wanted parts."""
         more: dict[str, Any] = {"pools": {k: self._cut(v) for k, v in report["pools"].items()}}
         if "history" in report:
             more["history"] = self._newer(report["history"])

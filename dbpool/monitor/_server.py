@@ -121,7 +121,7 @@ def look(conn: psycopg.Connection[Any], name: str, prefix: str, *, queries: bool
 def _sessions(
     cursor: psycopg.Cursor[Any], known: dict[str, Any]
 ) -> tuple[dict[int, Session], bool]:
-    """Return our sessions and those up their queues, and whether any of these is hidden."""
+    """Return our sessions and those that they wait for, and whether any of these is hidden."""
     rows = cursor.execute(_OURS, known).fetchall()
     found: dict[int, Session] = {}
     is_hidden = False

@@ -62,7 +62,7 @@ class Record:
             self._lock.close()
 
     def close(self) -> None:
-        """Say that the process ends as it should."""
+        """Record that the process ends as it should."""
         if self._lock is not None and self._lock.fd >= 0:
             with suppress(OSError):
                 fd, pid = self._lock.fd, os.getpid()
@@ -153,7 +153,7 @@ class Shelf:
         return is_stale or is_lesser or key == self.key or self._is_dead(key)
 
     def _is_dead(self, key: str) -> bool:
-        """Whether the process of that key was killed; false in doubt."""
+        """Whether the process with that key was killed; false in doubt."""
         return bool(_KEY.fullmatch(key)) and is_held(self._record_path(key)) is False
 
     def _record_path(self, key: str) -> Path:

@@ -1,4 +1,4 @@
-"""What the one process keeps that watches all: memory, the servers' views, and what it found."""
+"""The state of the one process that watches all: memory, the servers' views, its findings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _LEVELS: Final = {
 
 
 class Watching:
-    """What the one process keeps that watches all: memory, the servers' views, what it said."""
+    """The state of the one process that watches all: memory, the servers' views, its findings."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Watching:
         self.said: dict[str, dict[str, Any]] = {}
 
     def _inherit(self) -> None:
-        """Take over the journal and the deaths that the process before this one wrote."""
+        """Take over the journal and the deaths from the process that watched before."""
         before = mapping(self._shelf.load("journal")) if self._shelf is not None else {}
         deaths = {str(k): number(v) for k, v in mapping(before.get("deaths")).items()}
         self._journal = self._journal.merge(Journal.from_json(before.get("journal")))
@@ -202,11 +202,11 @@ class Watching:
         self._write("about", known, self._interval("about", _ABOUT_INTERVAL), now)
 
     def _interval(self, ending: str, least: float) -> float:
-        """Return how long to wait between two writes of a file: the larger, the longer."""
+        """Return the pause between two writes of a file, which is longer for a larger file."""
         return max(least, self._sizes.get(ending, 0) / _BYTES_A_SECOND)
 
     def _write(self, ending: str, what: object, interval: float, now: float) -> None:
-        """Write what was said if it changed, or some time ago."""
+        """Write a result if it changed, or if it was last written some time ago."""
         at, before = self._written.get(ending, (-interval, object()))
         if self._shelf is not None and (what != before or now - at >= interval):
             self._written[ending] = now, what

@@ -67,7 +67,7 @@ def _pool_from_json(data: Any, pid: int) -> dict[str, Any]:
 
 
 def _part_from_json(data: Any) -> Report:
-    """Rebuild a process's report from its file; raise `ValueError` if that holds none."""
+    """Rebuild a process's report from its file; raise `ValueError` if there is none in it."""
     with malformed("record"):
         _check_schema(data)
         process = Process(
@@ -136,7 +136,7 @@ class Archive:
             return set(), Report({})
 
     def _write(self, dead: Mapping[Path, Report], archived: Report) -> None:
-        """Write the archive, then remove the files: a crash in between counts nothing twice."""
+        """Write the archive, then remove the files: after a crash in between, none counts twice."""
         data = {
             "schema": SCHEMA,
             "folded": [part.processes[0].key for part in dead.values()],
@@ -175,7 +175,7 @@ def _usage_from_json(data: Any) -> dict[str, Rows]:
 
 
 def _completed(part: Report) -> Report:
-    """Return the report of a process that ended: its file of use by endpoint is older."""
+    """Return the full report of a process that ended, whose file of use by endpoint is older."""
     usage = {name: complete(part.usage.get(name, {}), pool) for name, pool in part.pools.items()}
     return replace(part, usage=usage)
 

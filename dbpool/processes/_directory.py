@@ -23,14 +23,14 @@ EXITS: Final = "exits"  # how workers ended that did not end as they should, by 
 
 
 class Directory(NamedTuple):
-    """A directory that a master made: it goes with the process *pid*, not with its children."""
+    """A directory that a master made: it is removed by the process *pid*, not by its children."""
 
     path: Path
     pid: int
     lock: ProcessLock
 
     def remove(self) -> None:
-        """Remove it, if it is still the one that was made and this is the process that made it."""
+        """Remove it, if this process made it and no other directory has taken its place."""
         if self.pid != os.getpid():
             return
         with suppress(OSError), _opened(self.path) as fd:
@@ -43,7 +43,7 @@ class Directory(NamedTuple):
 def make_directory(first_parent: str | None, uid: int, gid: int) -> Directory:
     """Make a directory private to that user, and remove those that dead masters left behind.
 
-    Raises `OSError`, which says why it was possible nowhere.
+    Raises `OSError`, which says why it failed in each place.
     """
     failed: dict[str, str] = {}
     for parent in _parents(first_parent):
@@ -56,7 +56,7 @@ def make_directory(first_parent: str | None, uid: int, gid: int) -> Directory:
 
 
 def find_directories() -> list[Path]:
-    """Return the directories of the masters that run now and are this user's.
+    """Return the directories of this user's masters that run now.
 
     Those of masters in other containers only where none runs in this one.
     """
@@ -97,7 +97,7 @@ def leave_file(path: Path, text: str, uid: int, gid: int) -> None:
 
 
 def _parents(worker_tmp_dir: str | None) -> Iterator[Path]:
-    """Yield where the directory may be, memory first: a write to a disk can stall."""
+    """Yield the places where the directory may be, memory first: a write to a disk can stall."""
     if worker_tmp_dir:
         yield Path(worker_tmp_dir).absolute()
     yield Path("/dev/shm")  # noqa: S108  # made 0700 inside
@@ -124,7 +124,7 @@ def _is_of_a_process_here(path: Path) -> bool:
 
 
 def _sweep(parent: Path, uid: int) -> None:
-    """Remove what dead masters of this user left: directories whose lock nobody holds."""
+    """Remove directories that dead masters of this user left: those whose lock nobody holds."""
     for path in _named(parent):
         with suppress(OSError), _opened(path) as fd:
             held = is_held(_LOCK, dir_fd=fd)
@@ -135,7 +135,7 @@ def _sweep(parent: Path, uid: int) -> None:
 
 
 def _make(parent: Path, uid: int, gid: int) -> Directory:
-    """Make a directory private to that user. It gets its name once its lock is held."""
+    """Make a directory private to that user; it gets its final name once its lock is held."""
     new = Path(tempfile.mkdtemp(prefix=".dbpool-", dir=parent))
     with _opened(new) as fd:
         if os.fstat(fd).st_uid != os.geteuid() or os.listdir(fd):  # noqa: PTH208  # a descriptor
@@ -157,7 +157,7 @@ def _make(parent: Path, uid: int, gid: int) -> Directory:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """Open a directory, to use it by its descriptor alone.
+    """Open a directory, to use it only by its descriptor.
 
     The master may be root. If its workers' user may write to the parent, that user can put another
     directory, or a link, under the name.
@@ -170,6 +170,6 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _empty(fd: int) -> None:
-    """Remove the files of a directory, the lock last: `_sweep` finds it by that."""
+    """Remove the files of a directory, the lock last, since `_sweep` looks for that."""
     for name in sorted(os.listdir(fd), key=_LOCK.__eq__):
         os.unlink(name, dir_fd=fd)

@@ -1,4 +1,4 @@
-"""Files that processes of one host share: written at once or not at all, and locks.
+"""Files that processes of one host share, which are written completely or not at all; and locks.
 
 Imports the standard library alone: the gunicorn master imports this too.
 """
@@ -68,7 +68,7 @@ def write(path: Path, data: object) -> int:
 
 
 def read(path: Path) -> Any:
-    """Read a JSON file of this user; raise `OSError` or `ValueError` if it is none."""
+    """Read a JSON file of this user; raise `OSError` or `ValueError` if it is not one."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         found = os.fstat(fd)
@@ -85,7 +85,7 @@ def read(path: Path) -> Any:
 
 
 class _LockFile:
-    """An open file whose lock belongs to this process alone.
+    """An open file whose lock belongs only to this process.
 
     A forked child closes it: a lock lasts until the last copy of its descriptor is closed, and
     the child may outlive this process.
@@ -97,7 +97,7 @@ class _LockFile:
         _lock_files.add(self)
 
     def close(self) -> None:
-        """Close the file, which frees the lock unless a copy is left."""
+        """Close the file, which releases the lock unless a copy is still open."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -139,7 +139,7 @@ class ProcessLock(_LockFile):
 
 
 def is_held(path: str | Path, dir_fd: int | None = None) -> bool | None:
-    """Whether the maker of a `ProcessLock` lives; None if the file is missing, true in doubt."""
+    """Whether the maker of a `ProcessLock` is alive; None if the file is missing, true in doubt."""
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(path, flags, dir_fd=dir_fd)

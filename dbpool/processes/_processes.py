@@ -55,7 +55,7 @@ class HasStats(Protocol):
 
 
 class _ProcessState:
-    """What belongs to one process alone: a child inherits no thread, and no lock that is free."""
+    """The state of one process: a child inherits no thread, and perhaps a lock that is held."""
 
     def __init__(self) -> None:
         self.started_at = time.monotonic()
@@ -136,7 +136,7 @@ class Processes:
         atexit.unregister(self.close)
 
     def publish(self) -> bool:
-        """Write this process's file; return false if that is not possible, which is logged once."""
+        """Write this process's file; return false if that fails, which is logged once."""
         return self._publish() is not None
 
     def collect(self, scope: str = "all", *, usage: bool = False) -> Report:
@@ -163,7 +163,7 @@ class Processes:
         return Report({}, time=time.time()).merge(*self._collect("", usage=usage))
 
     def collect_each(self) -> list[Report]:
-        """Return the report of each other process that lives; none if there is no directory."""
+        """Return the reports of the other living processes, none if there is no directory."""
         parts = [] if self.directory() is None else self._collect("")
         return [part for part in parts if part.processes]
 
@@ -195,11 +195,11 @@ class Processes:
 
     @property
     def interval(self) -> float:
-        """Seconds between two publications: one, or more if there is much to write."""
+        """Return the seconds between two publications: one, or more if there is much to write."""
         return min(max(PUBLISH_INTERVAL, self._state().size / _BYTES_A_SECOND), _MAX_INTERVAL)
 
     def _publish(self) -> Report | None:
-        """Write this process's file and return what it holds, None if that is not possible."""
+        """Write this process's file and return its content, None if that fails."""
         directory = self.directory()
         if directory is None:
             return None
@@ -249,7 +249,7 @@ class Processes:
                 state.alive = ProcessLock(path)
 
     def _describe(self) -> Report:
-        """Return the report of this process alone."""
+        """Return the report of only this process."""
         state, now = self._state(), time.monotonic()
         process = Process(
             pid=os.getpid(),
@@ -264,7 +264,7 @@ class Processes:
         return Report(pools, (process,), "process", time.time())
 
     def _collect(self, own_key: str, *, usage: bool = False) -> list[Report]:
-        """Return the reports of all processes but the one of that key."""
+        """Return the reports of all processes except the one with that key."""
         directory = self.directory()
         if directory is None:
             return []
@@ -301,7 +301,7 @@ class Processes:
 
 
 def _fitting(usage: Mapping[str, Rows], room: int) -> dict[str, Rows]:
-    """Return the largest rows of each pool, so many as fit into *room* bytes."""
+    """Return the largest rows of each pool, as many as fit into *room* bytes."""
     most = min(MAX_NAMES, _MAX_ROWS // len(usage))
     while True:
         found = {name: merge([rows], most) for name, rows in usage.items()}
@@ -312,7 +312,7 @@ def _fitting(usage: Mapping[str, Rows], room: int) -> dict[str, Rows]:
 
 
 def _count_usage(pool: Any) -> None:
-    """Have a pool count its use by endpoint, if it can and does not yet."""
+    """Make a pool count its use by endpoint, if it can and does not yet."""
     if getattr(pool, "usage", pool) is None:
         pool.count_usage(UsageCounter)
 
