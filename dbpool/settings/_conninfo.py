@@ -62,7 +62,7 @@ def _problem(text: str, params: Mapping[str, Any] | None) -> str:
     """Return what is wrong with a string, or ""; *params* are None if libpq refused it."""
     is_url = text.startswith(("postgresql://", "postgres://"))
     if "\0" in text:
-        return "it holds a blank, a line break or a NUL character"
+        return "it contains a blank, a line break or a NUL character"
     kind = "url" if is_url else "other" if params is None else ""
     for of_kind, pattern, problem in _MISTAKES:
         if of_kind == kind and (match := re.match(pattern, text)):
@@ -106,7 +106,7 @@ def _misplaced(params: Mapping[str, Any], *, is_url: bool) -> str:
         for value in conceal(params.get(part, "")).split(","):
             # Neither a path nor an abstract socket.
             if found := re.match(r"(?s)(?![/@])(?:.*?([][@;?#/\s]|\.\.)|[^:]*:[^:]*$)", value):
-                return f"its {part} holds {found[1] or 'a port'}"
+                return f"its {part} contains {found[1] or 'a port'}"
     ports = str(params.get("port", "")).split(",")
     if not all(re.fullmatch("[0-9]{0,5}", each) and 0 < int(each or 1) < 65536 for each in ports):
         return "its port is not a number from 1 to 65535"
