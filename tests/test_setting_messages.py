@@ -136,9 +136,9 @@ def test_the_same_for_key_and_value() -> None:
         (f"postgresql://u:{SECRET}@h/d?sslmode=require&sslmode=disable", "sslmode twice"),
         (f"host=h password={SECRET} 2", "quote values"),
         (f"host=h password='{SECRET}", "quote values"),
-        ("host=localhost:5432", "its host holds a port"),
-        ("host=h;port=1", "its host holds ;"),
-        ("postgresql://u@h..example/d", "its host holds .."),
+        ("host=localhost:5432", "its host contains a port"),
+        ("host=h;port=1", "its host contains ;"),
+        ("postgresql://u@h..example/d", "its host contains .."),
     ],
 )
 def test_the_mistake_in_a_string_is_named(string: str, said: str) -> None:
