@@ -273,7 +273,7 @@ def build_settings(name: str, sources: Sources, overrides: Mapping[str, Any]) ->
 def _insist_on_text(params: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for a value that neither libpq nor the server takes."""
     if bad := [key for key, value in params.items() if re.search("[\0\ud800-\udfff]", str(value))]:
-        raise ConfigError(f"{bad[0]} must not hold a NUL character, nor what is not UTF-8")
+        raise ConfigError(f"{bad[0]} must not contain NUL characters or invalid UTF-8")
 
 
 def _check_that_nothing_was_meant(sources: Sources) -> None:
