@@ -27,7 +27,7 @@ _STATE: Final = sql.SQL("""
 select json_build_object(
     'settings', (select json_object_agg(name, setting) from pg_settings where source = 'session'),
     'custom settings', (select json_object_agg(name, value) from (
-        select name, current_setting(name, true) as value from unnest({}::text[]) as name
+        select name, current_setting(name, true) as value from unnest(string_to_array({}, ',')) as name
         where lower(name) not in (select lower(name) from pg_settings)) as _ where value is not null),
     'a role', concat_ws(' ', session_user, current_setting('role')),
     'LISTEN', (select json_agg(name) from pg_listening_channels() as name),
@@ -77,7 +77,8 @@ def reset_message(conn: Any, timeout: float, custom: Names) -> bytes:
 
     *custom* are names of custom settings. Raises `ConfigError` if no message can.
     """
-    query = _STATE.format(list(custom)).as_bytes(conn)
+    # Text and no list: in older versions of psycopg 3.3 its dumper holds the connection in a cycle.
+    query = _STATE.format(",".join(custom)).as_bytes(conn)
     state = json.loads(query_value(conn, query, timeout))
     calls = [
         sql.SQL("set_config({}, {}, false)").format(name, value).as_bytes(conn)
