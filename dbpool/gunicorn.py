@@ -311,8 +311,8 @@ def _check_sizes(worker: Any) -> None:
 
     plan = plan_connections(
         {
-            pool.name: target
-            for pool in _fork.list_pools()
+            f"{pool.name} {number}": target  # several may have one name
+            for number, pool in enumerate(_fork.list_pools())
             if (target := _sizing_target(pool, worker.cfg.workers)) is not None
         }
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
 
 import psycopg
@@ -23,6 +24,7 @@ from dbpool.report import Process
 
 from .gunicorn_site import ROOT, Site, conf_of
 from .postgres import Server, until
+from .scripts import python
 
 
 def test_a_thousand_requests_are_a_thousand_checkouts(make_site: Callable[..., Site]) -> None:
@@ -52,6 +54,27 @@ def test_a_thousand_requests_are_a_thousand_checkouts(make_site: Callable[..., S
     until(lambda: said in site.get("/db/stats?include=journal"), 20.0)
     until(lambda: len(site.stats()["processes"]) >= 2)
     assert site.checkouts() == 1000
+
+
+def test_pools_of_one_name_are_all_compared_with_the_server(server: Server) -> None:
+    """Every `Pool` is called `default` unless it is given a name."""
+    script = f"""
+        import time
+        from types import SimpleNamespace
+        from dbpool import Pool, gunicorn
+
+        told = []
+        pools = [Pool({server.conninfo!r}, max_size=40) for _ in range(2)]
+        cfg = SimpleNamespace(threads=1, workers=1)
+        worker = SimpleNamespace(age=1, cfg=cfg, log=SimpleNamespace(warning=lambda *a: told.append(a)))
+        gunicorn.post_worker_init(worker)
+        deadline = time.monotonic() + 10
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.05)
+        print(told)
+    """
+    done = python("-c", dedent(script))
+    assert "max_connections" in done.stdout, done.stderr
 
 
 def test_workers_that_are_recycled_leave_their_counts(make_site: Callable[..., Site]) -> None:
