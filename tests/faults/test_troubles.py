@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -698,8 +699,9 @@ def _(shop: Shop) -> Known:
 def _(shop: Shop) -> Known:
     shop.extra.execute("alter system set max_standby_streaming_delay = -1")
     shop.extra.reload()
-    shop.load("/report/120.0", 1)
-    time.sleep(1)
+    client = shop.stack.enter_context(socket.create_connection(("127.0.0.1", shop.site.port)))
+    client.sendall(b"GET /report/120.0 HTTP/1.1\r\nHost: shop\r\n\r\n")  # once: it takes long
+    until(lambda: shop.extra.execute("select 1 from pg_stat_activity where wait_event = 'PgSleep'"))
     for statement in ("update stock set n = 1", "vacuum stock", "update stock set n = 2"):
         shop.server.execute(statement)
     shop.begin()
