@@ -33,8 +33,8 @@ _MIN_LENGTH: Final = 4  # characters: the gaps left by a shorter secret would sh
 
 
 def read_lines(package: str, name: str) -> list[str]:
-    """Return the lines of a table that is installed with a package, without its comments."""
-    return re.findall(r"(?m)^[^#\n].*", (get_data(package, name) or b"").decode())  # also of a zip
+    """Return the lines of a table in a package, which may be a zip file, without its comments."""
+    return re.findall(r"(?m)^[^#\n].*", (get_data(package, name) or b"").decode())
 
 
 # The parameters of libpq that take any text. The value of another one may be a misplaced secret,
@@ -79,9 +79,10 @@ class _Partial(partial[T]):
 
 
 def conceal(value: Any) -> Any:
-    """Return *value* such that its `repr()` shows no secret, also where it is a collection.
+    """Return *value* such that its `repr()` shows no secret: strings, also in collections.
 
-    What is of no type to hold one, such as bytes, is replaced if it does: only its type is known.
+    Bytes, and objects whose text has a password in a URL, are of the wrong type wherever they are
+    given: they are replaced by an object of which the type's name alone is known.
     """
     if isinstance(value, Mapping):
         return {_conceal_key(k): conceal(_as_text(k, v)) for k, v in value.items()}
@@ -105,10 +106,9 @@ def _as_text(key: object, value: Any) -> Any:
 
 def _shows_password(value: object) -> bool:
     with suppress(Exception):  # an object of the user's may fail at anything
-        is_known = isinstance(value, str) or callable(value) or hasattr(value, "masked")
-        return (
-            not is_known and _mask_passwords(text := f"{value} {value!r}") != text and "://" in text
-        )
+        if not (isinstance(value, str) or callable(value) or hasattr(value, "masked")):
+            text = f"{value} {value!r}"
+            return "://" in text and _mask_passwords(text) != text
     return False
 
 
@@ -186,7 +186,8 @@ def _pattern(text: str) -> str:
     others = sorted({*map(printable, forms)} - {text, ""}, key=len, reverse=True)
     # Which characters are percent-encoded depends on who does it. No two ways begin alike.
     encoded = re.sub(r"(?a)[^\w.~-]", lambda m: f"(?:{quote(m[0], '')}|{re.escape(m[0])})", text)
-    return "|".join([*map(re.escape, others), encoded.replace("%20|", r"%20|\+|")])
+    encoded = encoded.replace(".", r"\.").replace("%20|", r"%20|\+|")
+    return "|".join([*map(re.escape, others), encoded])
 
 
 def mask_value(value: object, key: str = "") -> str:
