@@ -21,6 +21,7 @@ from dbpool import events, holders
 from dbpool._secrets import conceal
 from dbpool.errors import CommitUncertain, PoolError
 from dbpool.holders import ConnectionRecord, application_files, current
+from dbpool.liveness import notice_loss
 from dbpool.metrics import Metrics
 from dbpool.pool import _fork, _lending, _options, _returning, _transaction
 from dbpool.pool._lending import ROW, ROW_COUNT, ROWS, Lease, Statement, Step, resend
@@ -219,6 +220,7 @@ class Pool(PoolBase[CT]):
 
     def _check_certain(self, conn: Any, error: psycopg.Error, what: str = "COMMIT") -> None:
         """Raise `CommitUncertain` if the connection was lost while *what* had no answer."""
+        notice_loss(conn)
         if is_lost_unanswered(conn, error):
             lost = f"the connection was lost during {what}; it may or may not have been done"
             text = f"pool {self.name!r}: {lost}"

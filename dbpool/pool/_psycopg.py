@@ -21,7 +21,7 @@ from psycopg.rows import RowFactory, dict_row, namedtuple_row, scalar_row, tuple
 
 from dbpool._threads import clamp_timeout
 from dbpool.holders import ConnectionRecord
-from dbpool.liveness import Liveness, check_socket, ping, poller, run_query
+from dbpool.liveness import Liveness, check_socket, notice_loss, ping, poller, run_query
 
 IDLE, ACTIVE, INTRANS, INERROR, UNKNOWN = TransactionStatus
 
@@ -274,6 +274,7 @@ def insist_on_unlocked(conn: Any, timeout: float, error: BaseException | None = 
     """
     is_torn = conn._notifies_backlog is None or (error and conn.pgconn.pipeline_status)
     if not is_torn and conn.lock.acquire(timeout=clamp_timeout(timeout)):
+        notice_loss(conn)
         conn.lock.release()
         return
     close(conn)

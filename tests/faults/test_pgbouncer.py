@@ -402,7 +402,7 @@ def test_killed_under_load_it_fails_no_more_than_the_statements_in_flight(
     load.await_calls()
     load.stop()
     assert len(load.errors) <= THREADS, load.errors
-    assert all(isinstance(error, CommitUncertain) for error in load.errors)
+    assert all(isinstance(error, CommitUncertain) for error in load.errors), load.errors
     ((there,),) = own_server.execute("select count(*) from appends")
     acknowledged = load.calls - len(load.errors)
     assert acknowledged <= there <= load.calls

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -337,3 +339,54 @@ def test_a_statement_whose_result_came_is_done_though_the_tidying_up_fails(
     assert pool.execute("drop table gone") == -1
     assert not proxy.is_armed
     assert rows() == 0
+
+
+# Where psycopg notices the loss before libpq does
+
+
+def hasty(proxy: Proxy, armed: threading.Event) -> type[psycopg.Connection[Any]]:
+    """Return a class whose `wait`, while *armed*, ends as if `poll` had reported an error alone."""
+
+    class Hasty(psycopg.Connection[Any]):
+        def wait(self, gen: Any, *args: Any, **how: Any) -> Any:
+            if not armed.is_set():
+                return super().wait(gen, *args, **how)
+            armed.clear()
+            next(gen)  # sends the statement
+            proxy.drop(reset=True)
+            select.select([self.fileno()], [], [], 10)
+            raise psycopg.OperationalError("connection socket closed")
+
+    return Hasty
+
+
+def test_a_loss_that_libpq_has_not_noticed_is_a_loss(
+    proxy: Proxy, make_pool: MakePool, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    armed, tries = threading.Event(), []
+    pool = make_pool(proxy.conninfo, connection_class=hasty(proxy, armed), max_size=1)
+    pool.wait()
+
+    def insert_in_block() -> None:
+        with pool.connection() as conn:
+            conn.execute(INSERT, [1])
+            armed.set()
+
+    def work(conn: psycopg.Connection[Any]) -> None:
+        tries.append(conn.info.backend_pid)
+        armed.set() if len(tries) == 1 else armed.clear()
+        conn.execute(INSERT, [2])
+
+    with pytest.raises(CommitUncertain):
+        insert_in_block()
+    armed.set()
+    with pytest.raises(CommitUncertain):
+        pool.execute(INSERT, [3])
+    armed.set()
+    with pytest.raises(psycopg.OperationalError) as caught:
+        pool.fetch_value("select 1")
+    assert not isinstance(caught.value, CommitUncertain)
+    pool.run(work)
+    assert len(tries) == 2
+    assert pool.stats().counters.discarded["broken"] == 4
+    assert "in the middle of an operation" not in caplog.text
