@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +124,35 @@ def test_an_environment_takes_no_package_without_a_hash(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "hash" in done.stderr.lower()
     assert len(done.stderr.splitlines()) == 1
+
+
+def imported(path: Path, seen: set[Path]) -> Iterator[str]:
+    """The distributions' packages that a file imports, by way of our own modules too."""
+    if path in seen:
+        return
+    seen.add(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            origin = ".".join([*path.relative_to(ROOT).parts[: -node.level], node.module or ""])
+            base = origin.strip(".") if node.level else node.module or ""
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        for name in names:
+            top, place = name.partition(".")[0], ROOT / name.replace(".", "/")
+            if (ROOT / top).is_dir():
+                for module in (place.with_suffix(".py"), place / "__init__.py"):
+                    if module.is_file():
+                        yield from imported(module, seen)
+            elif top not in sys.stdlib_module_names:
+                yield top
+
+
+def test_what_the_benchmarks_import_is_installed_for_them() -> None:
+    known, locked, seen = packages_distributions(), pins("bench/requirements.txt"), set[Path]()
+    found = {each for path in (ROOT / "bench").glob("*.py") for each in imported(path, seen)}
+    found -= {"psycopg2"}  # its distribution is psycopg2-binary, which tests do not need
+    assert {"django", "pytest"} <= found
+    missing = [
+        each for each in found if not any(canonicalize_name(d) in locked for d in known[each])
+    ]
+    assert missing == []
