@@ -12,7 +12,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from time import monotonic
 from typing import Any
 
@@ -85,16 +85,6 @@ def file_limit_error() -> str | None:
 def is_active(conn: Connection[Any] | None) -> bool:
     """Whether *conn* waits for the answer to a statement."""
     return conn is not None and conn.pgconn.transaction_status == TransactionStatus.ACTIVE
-
-
-def notice_loss(conn: Connection[Any]) -> None:
-    """Have libpq read from a connection that waits for an answer, and so notice if it is lost.
-
-    psycopg may notice it alone, where `poll` reports a reset before there is anything to read.
-    """
-    if is_active(conn):
-        with suppress(psycopg.OperationalError):
-            conn.pgconn.consume_input()
 
 
 def is_retransmitting(fd: int) -> bool:

@@ -18,7 +18,7 @@ What happens where:
   a look: `_lending.acquire`, `_lending._wait`, `Store.join`, `Waiter.wait`.
 - A return: `Lease.__exit__`, `Pool._release`, and for a waiter `WaitQueue.serve`. If the connection
   is not as it was set up: `_returning.take_back`, `_returning.finish`.
-- A connect: `Store.refill`, `Breaker.reserve`; in a worker `Maintenance.connect`,
+- A connect: `Store._refill`, `Breaker.reserve`; in a worker `Maintenance.connect`,
   `Connector.connect`, `Store.connected`.
 - An outage: `Store.failed`, `Breaker.failed`, `Breaker.trip_if_due`, `WaitQueue.reject_all`,
   `Notices.down`. Its end: `Breaker.succeeded`, `Notices.back`.

@@ -130,7 +130,7 @@ def evict(store: Store, record: ConnectionRecord, reason: str) -> None:
     store.metrics.discarded[reason] += 1
     if store.listeners.active:
         store.listeners.emit(events.Discarded(store.name, reason))
-    store.refill()
+    store._refill()
 
 
 def evict_idle(store: Store, reason: str, condition: Condition, most: int | None = None) -> int:
@@ -190,7 +190,7 @@ def recover(store: Store, owner: ref[Any], step: ref[Any]) -> list[Any]:
         else:
             record.owner = step
             in_transit.append(conn)
-    store.refill()
+    store._refill()
     return in_transit
 
 

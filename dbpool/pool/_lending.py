@@ -19,7 +19,7 @@ from psycopg_pool.abc import CT
 
 from dbpool.errors import CommitUncertain, DatabaseUnavailable, PoolError, describe
 from dbpool.holders import ConnectionRecord, Owner
-from dbpool.liveness import Liveness, PingTimeout, check_socket, closed_by_peer, notice_loss
+from dbpool.liveness import Liveness, PingTimeout, check_socket, closed_by_peer
 from dbpool.pool import _psycopg
 from dbpool.pool._notices import Notices
 from dbpool.pool._waiting import Waiter
@@ -176,8 +176,7 @@ class Statement(Generic[T]):
             try:
                 return self.result(cursor.execute(self.query, self.params))
             except psycopg.errors.FeatureNotSupported as ex:
-                converted = _psycopg.converted_query(cursor, self.query, self.params)
-                _psycopg.forget_stale_plan(ex, conn, converted)
+                _psycopg.forget_stale_plan(ex, conn, cursor, self.query, self.params)
             return self.result(cursor.execute(self.query, self.params, prepare=False))
         with conn:
             value = self.result(cursor.execute(self.query, self.params))
@@ -188,17 +187,15 @@ class Statement(Generic[T]):
 
     def on_lost(self, pool: Pool[Any], conn: Any, ex: psycopg.OperationalError) -> T:
         """Return the result if all of it came before the connection was lost, else raise."""
-        notice_loss(conn)
+        _psycopg.notice_loss(conn)
         if self.sent == _SINGLE and conn.closed and self.cursor.pgresult:
             return self.result(self.cursor)  # lost over what psycopg tidies up afterwards
         error: Any = ex.__cause__ if isinstance(ex, CommitUncertain) else ex
-        is_sent = bool(self.sent) and getattr(self.cursor, "is_sent", True)
-        if is_sent and (self.result is ROW_COUNT or not self._is_reading()):
-            pool._check_certain(conn, error, self.sent)
+        if self.sent and getattr(self.cursor, "is_sent", True):
+            query = _psycopg.converted_query(self.cursor, self.query).query
+            if self.result is ROW_COUNT or not is_reading(query):
+                pool._check_certain(conn, error, self.sent)
         raise error from error.__cause__
-
-    def _is_reading(self) -> bool:
-        return is_reading(_psycopg.converted_query(self.cursor, self.query).query)
 
 
 def resend(fn: Callable[..., T], pool: Pool[Any], *args: Any, until: float | None = None) -> T:
@@ -307,8 +304,7 @@ def evict_closed_by_server(pool: PoolBase[Any]) -> None:
     """Evict all idle connections whose server closed them."""
     store = pool._store
     if lost := closed_by_peer(conn._record.fd for conn in list(store.bag.idle)):
-        number = store.evict_idle("dead", lambda record: record.fd in lost)
-        store.notices += [Notices.replaced] * number
+        store.notices += [Notices.replaced] * store.evict_idle("dead", lambda r: r.fd in lost)
         store.flush_later()  # a caller may wait: it should not have to close many
 
 

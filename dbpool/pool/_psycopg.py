@@ -21,7 +21,7 @@ from psycopg.rows import RowFactory, dict_row, namedtuple_row, scalar_row, tuple
 
 from dbpool._threads import clamp_timeout
 from dbpool.holders import ConnectionRecord
-from dbpool.liveness import Liveness, check_socket, notice_loss, ping, poller, run_query
+from dbpool.liveness import Liveness, check_socket, ping, poller, run_query
 
 IDLE, ACTIVE, INTRANS, INERROR, UNKNOWN = TransactionStatus
 
@@ -31,9 +31,8 @@ CheckCertain = Callable[[Any, psycopg.Error], None]
 _BLOCK_METHODS: Final = """__enter__ __exit__ commit rollback
     _commit_gen _exec_command _start_query _get_tx_start_command"""
 
-# What a user may change on a connection and would not want to find changed by another: first what
-# can be set back. Registering a type replaces the registry by a copy; an exception that tore the
-# end of a block leaves a number of transactions.
+# What a user may change and another would not want to find changed, first what can be set back.
+# To register a type copies the registry; an exception that tears a block's end leaves a number.
 _STATE: Final = """
     _autocommit row_factory cursor_factory server_cursor_factory _isolation_level _read_only
     _deferrable _prepared.prepare_threshold _prepared.prepared_max _tpc _pipeline _notice_handlers
@@ -205,13 +204,13 @@ def forget_plans(conn: Any) -> None:
     conn._prepared.clear()
 
 
-def forget_stale_plan(error: psycopg.Error, conn: Any, converted: Any) -> None:
+def forget_stale_plan(error: psycopg.Error, conn: Any, cursor: Any, *statement: Any) -> None:
     """Forget the plans if psycopg's was refused before any of it was done, in autocommit.
 
     Else raise *error*: a procedure that commits first and then meets a stale plan has a context.
     """
     is_idle = conn.pgconn.transaction_status == IDLE
-    is_psycopgs = conn._prepared.key(converted) in conn._prepared._names
+    is_psycopgs = conn._prepared.key(converted_query(cursor, *statement)) in conn._prepared._names
     if not (is_stale_plan(error) and is_idle and is_psycopgs and not error.diag.context):
         raise error
     forget_plans(conn)
@@ -265,12 +264,19 @@ def commit(conn: Any, check_certain: CheckCertain) -> None:
         raise error
 
 
+def notice_loss(conn: Any) -> None:
+    """Have libpq notice a loss that psycopg noticed alone: `poll` may report it before any data."""
+    if conn.pgconn.transaction_status == ACTIVE:
+        with suppress(psycopg.OperationalError):
+            conn.pgconn.consume_input()
+
+
 def insist_on_unlocked(conn: Any, timeout: float, error: BaseException | None = None) -> None:
     """Close a connection on which `stream()`, `copy()` or `notifies()` was left open.
 
-    Such a generator holds psycopg's lock until it is closed: what ends the block would wait for
-    ever. Another thread may have the lock for *timeout* seconds. Raises unless *error* ends the
-    block; then a pipeline whose end the error tore is closed too.
+    Such a generator holds psycopg's lock: what ends the block would wait for ever. Another thread
+    may have the lock for *timeout* seconds. Raises unless *error* ends the block; then a pipeline
+    whose end the error tore is closed too.
     """
     is_torn = conn._notifies_backlog is None or (error and conn.pgconn.pipeline_status)
     if not is_torn and conn.lock.acquire(timeout=clamp_timeout(timeout)):

@@ -151,7 +151,6 @@ class PoolBase(ConnectionPool[CT]):
                     raise
             is_new = store.open()
         if is_new:
-            store.refill()
             self._notices.opened()
 
     def _open_on_use(self) -> None:

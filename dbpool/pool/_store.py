@@ -52,8 +52,7 @@ class Store:
         self.jobs = jobs  # for the workers
         self.is_open = self.was_opened = False
         self.metrics, self.listeners = Metrics(), listeners
-        self.bag, self.waiting = Bag(), WaitQueue()
-        self.breaker = Breaker(grace)
+        self.bag, self.waiting, self.breaker = Bag(), WaitQueue(), Breaker(grace)
         self.notices: deque[Callable[[Notices], None]] = deque()
         self.collected: deque[Any] = deque()  # references that died; filled without the lock
 
@@ -104,6 +103,7 @@ class Store:
         """Open, unless it is open or was closed; return whether that was now."""
         is_new = not self.was_opened
         self.is_open, self.was_opened = self.is_open or is_new, True
+        self._refill()
         return is_new
 
     @locked
@@ -135,9 +135,9 @@ class Store:
         if breaker.is_failing:
             self._close_if_alive()
             self._trip_if_due()
-        if breaker.is_open:
-            error = breaker.unavailable_error(self.name, self.snapshot())
-        elif max_waiting and len(self.waiting) >= max_waiting:
+            if breaker.is_open:
+                error = breaker.unavailable_error(self.name, self.snapshot())
+        if not error and max_waiting and len(self.waiting) >= max_waiting:
             error = errors.too_many_error(self.name, self.snapshot(), max_waiting)
         if error is not None:
             self.metrics.rejected += waiter.reject(error)
@@ -147,7 +147,7 @@ class Store:
         # One may have come back; it is not for one whose time, if it had any, went by in a ping.
         if self.bag.idle and not waiter.started < waiter.deadline <= breaker.clock():
             self.hand_over_or_store(self.bag.idle.pop(), is_verified=False)
-        self.refill()
+        self._refill()
 
     @locked
     def time_out(self, waiter: Waiter, suspicion: str = "") -> tuple[int, errors.PoolError | None]:
@@ -233,7 +233,7 @@ class Store:
                 _bag.reap(self, record, "broken")
         if self.bag.to_close or self.notices:
             self.flush_later()
-        self.refill()
+        self._refill()
 
     def flush_later(self) -> None:
         """Have a worker close and log what may not be done under the lock or by a caller."""
@@ -241,14 +241,13 @@ class Store:
 
     # Connecting
 
-    @locked
-    def refill(self) -> None:
-        """Begin the connects that are missing: up to min_size, then one at a time for waiters."""
-        breaker = self.breaker
-        if not self.is_open or breaker.retry is not None or breaker.is_open:
+    def _refill(self) -> None:
+        """Begin the connects up to min_size, and one at a time for waiters; the lock is held."""
+        breaker, size = self.breaker, self.size
+        if size >= self.max_size or not self.is_open or breaker.retry or breaker.is_open:
             return
-        missing = max(0, self.min_size - self.size)
-        if self._is_short() and not breaker.attempts and self.size < self.max_size:
+        missing = max(0, self.min_size - size)
+        if self._is_short() and not breaker.attempts:
             missing = max(1, missing)
         for _ in range(missing):
             self.enqueue(breaker.reserve())
@@ -286,7 +285,7 @@ class Store:
         if self.size > self.max_size:  # it was made smaller meanwhile
             conn._record.expires_at = 0.0
         self.hand_over_or_store(conn, is_verified=True)
-        self.refill()
+        self._refill()
         return seconds
 
     @locked
@@ -347,4 +346,4 @@ class Store:
         """Change the sizes; what is too many goes at once if idle, else when it returns."""
         self.min_size, self.max_size = min_size, max_size
         _bag.trim(self)
-        self.refill()
+        self._refill()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import count
 from time import monotonic, sleep
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -38,15 +37,15 @@ class RunOptions(NamedTuple):
 
 def run(pool: Pool[Any], fn: Callable[[Any], T], options: RunOptions, caller: FrameType) -> T:
     """Call `fn(conn)` as `Pool.run` says."""
-    pauses, deadline = delays(first=0.05, cap=1.0), options.deadline or float("inf")
-    for attempt in count(1):
+    pauses, deadline = enumerate(delays(first=0.05, cap=1.0), 1), options.deadline or float("inf")
+    while True:
         step = Step(pool)
         conn = _acquire(pool, options.deadline, caller, ref(step))
         with step:
             try:
                 result = _transact(pool, conn, fn, options)
             except psycopg.Error as ex:
-                pause = next(pauses)
+                attempt, pause = next(pauses)
                 is_last = attempt >= options.attempts or monotonic() + pause >= deadline
                 if is_last or not _is_safe(pool, ex, conn, idempotent=options.idempotent):
                     raise
@@ -60,7 +59,6 @@ def run(pool: Pool[Any], fn: Callable[[Any], T], options: RunOptions, caller: Fr
         pool._store.count_retry()
         pool._notices.retried(attempt, error, pause)
         sleep(pause)
-    raise AssertionError("unreachable")
 
 
 def _acquire(pool: Pool[Any], deadline: float | None, caller: FrameType, owner: ref[Any]) -> Any:

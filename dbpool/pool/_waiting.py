@@ -48,7 +48,7 @@ class Waiter:
         """Wait until served, rejected or late; return whether it still waits then."""
         while self.latch.acquire(timeout=clamp_timeout(self.until - monotonic())):
             if not self.is_waiting:  # else it keeps the time from now on
-                break
+                return False
         return self.is_waiting
 
     def wake(self) -> None:

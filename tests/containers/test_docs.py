@@ -24,7 +24,8 @@ def test_the_database_of_the_start_page_answers(checkout: Path, tmp_path: Path) 
     port = free_port()  # 5432 may be taken
     command = command.replace(":5432:", f":{port}:")
     url = url.replace("@localhost/", f"@localhost:{port}/")
-    assert str(port) in command and str(port) in url
+    assert str(port) in command
+    assert str(port) in url
     container = docker(*shlex.split(command), POSTGRES).strip()
     try:
         done = subprocess.run(

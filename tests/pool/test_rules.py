@@ -73,7 +73,6 @@ class Pools(RuleBasedStateMachine):
         self.waiting: list[Caller] = []  # in the order in which they came
         self.made = 0
         self.is_shut = False
-        self.store.refill()
 
     # Callers
 
