@@ -297,7 +297,7 @@ TROUBLES: dict[str, Case] = {
         "DB15",
         lambda ago: full(6, holders(12, 2.0, "idle in transaction", where=f"pay.py:{ago % 2}")),
         ("the holders do nothing in the database", "orders.index (pay.py:0"),
-        seconds=12,
+        seconds=12, steps=lately(2, step(wait=1.5, use=2.0, number=30)),
     ),
     "workers killed again and again": Case(
         "DB16", always(pool()), ("3 workers died",),
@@ -504,6 +504,11 @@ MORE_QUIET: dict[str, Case] = {
         ("default has 0 of 12 connections in use, nobody waits; 12 of 12 threads are busy elsewhere",),
         processes=[{"pid": 4711 + n, "age": 0.5, "uptime": 900.0, "threads": 4, "busy": 4}
                    for n in range(3)],
+    ),
+    "80 % load by code that sleeps between its statements": Case(
+        "DB00",
+        lambda ago: full(ago % 2, holders(12, 0.04, "idle in transaction", where=f"a.py:{ago}")),
+        seconds=60, steps=[step(wait=0.03, use=0.05, number=1000)] * 180,
     ),
     "threads that wait for a connection are not elsewhere": Case(
         "DB00", always(full(3, holders(12, 0.1, "query"))),

@@ -24,6 +24,7 @@ _MANY: Final = 3  # slow statements that are told of though nobody waits for a c
 _MUCH: Final = 1 / 3  # of the connections, that are as much
 _UNUSED_AFTER: Final = 10.0
 _UNUSED_LOOKS: Final = 10
+_LONG_WAIT: Final = 0.1  # seconds
 _UNUSED_SHARE: Final = 0.5
 _MAX_HOLDERS: Final = 5  # in one finding
 # What to do about statements that wait for this event in the server.
@@ -165,6 +166,7 @@ def held_unused(pool: PoolScene) -> Finding | None:
     """DB15: callers wait while most holders, or a few for long, do nothing in the database."""
     share, since = pool.watch.unused_share or 0.0, pool.watch.unused_since
     is_common = share >= _UNUSED_SHARE and since is not None and pool.now - since >= _UNUSED_AFTER
+    is_common = is_common and _waits_are_long(pool)
     kept = _kept(pool) if pool.is_stuck else []
     unused = kept or [holder for holder in pool.holders if holder.is_unused] or list(pool.holders)
     if is_common:
@@ -185,6 +187,14 @@ def held_unused(pool: PoolScene) -> Finding | None:
         evidence={"waiting": pool.waiting, "unused_share": round(share, 2),
                   "holders": _holders(unused)},
     )  # fmt: skip
+
+
+def _waits_are_long(pool: PoolScene) -> bool:
+    """Whether callers waited for long of late, if that is known: a busy pool has some who wait."""
+    steps = pool.known(2)
+    if pool.refused or not sum(step.checkouts for step in steps):
+        return True
+    return any((step.wait.quantile(0.95) or 0.0) > _LONG_WAIT for step in steps)
 
 
 def _kept(pool: PoolScene) -> list[Holder]:
