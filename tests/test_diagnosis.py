@@ -372,8 +372,8 @@ MORE_TROUBLES: dict[str, Case] = {
     "a row that all update, each waiting for a short time": Case(
         "DB04", lambda ago: full(4, holders(12, 0.3, "query", where=f"a.py:{ago}")),
         ("3 connections of default wait for a lock that the session 99",),
-        view=seen(*[ours(pid, (99,), query_seconds=0.3) for pid in (1, 2, 3)], foreign(99),
-                  locked_since=NOW - 2),
+        view=seen(*[ours(pid, (99,), query_seconds=0.3) for pid in (1, 2, 3)],
+                  ours(99, state="idle in transaction"), locked_since=NOW - 2),
     ),
     "table that a migration rewrites": Case(
         "DB04", always(full(4, holders(3, 4.0, "query"))),
@@ -509,6 +509,11 @@ MORE_QUIET: dict[str, Case] = {
         "DB00",
         lambda ago: full(ago % 2, holders(12, 0.04, "idle in transaction", where=f"a.py:{ago}")),
         seconds=60, steps=[step(wait=0.03, use=0.05, number=1000)] * 180,
+    ),
+    "one quick migration after another": Case(
+        "DB00", lambda ago: full(1, holders(12, 0.3, "query", where=f"a.py:{ago}")),
+        view=seen(*[ours(pid, (99,), query_seconds=0.3) for pid in (1, 2, 3)], foreign(99),
+                  locked_since=NOW - 2),
     ),
     "threads that wait for a connection are not elsewhere": Case(
         "DB00", always(full(3, holders(12, 0.1, "query"))),

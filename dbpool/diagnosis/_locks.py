@@ -29,7 +29,7 @@ def waiting_for_lock(pool: PoolScene) -> Finding | None:
     waited = {each.pid: pool.lasted(each, each.query_seconds) or 0.0 for each in known}
     waiting = [each for each in known if waited[each.pid]]
     seconds = max(waited.values(), default=0.0)
-    if view is not None and view.locked_since is not None and (pool.waiting or pool.refused):
+    if view is not None and view.locked_since is not None and _is_among_us(pool, view, known):
         # One short wait follows another: those that the last look saw may have ended.
         waiting, seconds = known, max(seconds, pool.now - view.locked_since)
     if view is None or not waiting or seconds < _LOCK_AFTER:
@@ -59,6 +59,13 @@ def waiting_for_lock(pool: PoolScene) -> Finding | None:
             "limited": view.is_limited,
         },
     )  # fmt: skip
+
+
+def _is_among_us(pool: PoolScene, view: ServerView, waiting: Sequence[Session]) -> bool:
+    """Whether callers wait while our sessions wait for one another alone: that goes on by itself."""
+    roots = [view.sessions.get(pid) for pid in view.roots(waiting)]
+    is_short = pool.waiting > 0 or pool.refused > 0
+    return is_short and all(root is not None and root.is_ours for root in roots)
 
 
 def _severity(pool: PoolScene, seconds: float) -> Severity:
