@@ -7,6 +7,7 @@ from that; Python's Event, Condition and Queue are not.
 from __future__ import annotations
 
 import _thread
+import sys
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -25,6 +26,8 @@ def run_in_thread(fn: Callable[[], object]) -> None:
     Threads are started this way: `Thread.start` waits on an Event, and if that is interrupted, the
     new thread may wait for a lock without end.
     """
+    if sys.is_finalizing():  # the thread would never run; from 3.12 on Python itself says so
+        raise RuntimeError("can't create new thread at interpreter shutdown")
     errors: list[BaseException] = []
     starting, running = threading.Lock(), threading.Lock()
     starting.acquire()

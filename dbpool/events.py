@@ -248,7 +248,6 @@ class Emitter:
     def reset(self) -> None:
         """Drop all events and the thread, as a new process has to."""
         self.call_lock = threading.RLock()  # held while listeners are called: a fork waits for it
-        self._lock = threading.Lock()
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None wakes the thread
         self._thread: threading.Thread | None = None
         self._is_closing = self._has_dropped = False
@@ -277,10 +276,9 @@ class Emitter:
 
     def _run(self) -> None:
         me, call_lock = threading.current_thread(), self.call_lock
-        with self._lock:
-            if self._thread is not None:  # another caller started one at the same time
-                return
-            self._thread = me
+        if self._thread is not None:  # another caller started one at the same time
+            return
+        self._thread = me  # nothing was called since: CPython switches to no other thread
         # A listener may fork: `reset` has taken this thread's place in the child.
         while self._thread is me:
             try:

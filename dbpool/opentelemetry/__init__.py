@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from dbpool._per_process import PerProcess
+from dbpool._threads import run_in_thread
 from dbpool.errors import ConfigError
 from dbpool.pool import Pool, _fork
 
@@ -82,7 +83,7 @@ def flush(timeout: float = _FLUSH_TIMEOUT) -> bool:
     flushes = [f for each in providers if (f := getattr(each, "force_flush", None)) is not None]
     thread = threading.Thread(None, _flush, "dbpool-flush", (flushes,), daemon=True)
     try:
-        thread.start()
+        run_in_thread(thread.start)
     except RuntimeError:  # out of threads, or the interpreter is ending: nothing bounds it then
         _flush(flushes)
         return True

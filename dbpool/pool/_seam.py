@@ -69,8 +69,7 @@ class PoolBase(ConnectionPool[CT]):
     def __repr__(self) -> str:
         if not hasattr(self, "_budget"):
             return "<dbpool.Pool that could not be made>"
-        size = 0 if self.closed else self._store.size
-        idle = len(self._store.bag.idle)
+        size, idle = 0 if self.closed else self._store.size, len(self._store.bag.idle)
         return f"<dbpool.Pool {self.name!r} {self.state} size={size} idle={idle}>"
 
     @property

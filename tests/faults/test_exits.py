@@ -65,6 +65,16 @@ STATES = {
         while not pool.stats().active:
             time.sleep(0.01)
     """,
+    "with a listener, and a generator that holds a connection": """
+        heard = dbpool.Pool(sys.argv[1], listeners=[lambda event: None])
+
+        def rows():
+            with heard.connection() as conn:
+                yield conn
+
+        suspended = rows()
+        next(suspended)
+    """,
     "with a pool in a cycle": """
         class Holder:
             pass
