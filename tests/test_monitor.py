@@ -581,6 +581,24 @@ def test_a_process_that_stood_still_says_so_whoever_watched_before(
     assert (found[0]["code"], found[0]["severity"]) == ("DB12", "notice")
 
 
+def test_a_process_that_stood_still_in_the_middle_of_a_look_says_so(
+    directory: Path, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed, lead = [0.0], Shelf.lead
+
+    def lead_and_stand_still(shelf: Shelf, now: float, **how: Any) -> bool:
+        passed[0] += 15.0
+        return lead(shelf, now, **how)
+
+    monkeypatch.setattr("dbpool.monitor._monitor.monotonic", lambda: monotonic() + passed[0])
+    shop = make_shop("host=127.0.0.1 port=1", directory)
+    monkeypatch.setattr(Shelf, "lead", lead_and_stand_still)
+    shop.monitor.tick()
+    passed[0] = 0.0  # what it found is to be as young as it is
+    found = shop.monitor.findings()
+    assert (found[0]["code"], found[0]["severity"]) == ("DB12", "notice")
+
+
 @pytest.mark.parametrize("step", [3600.0, -3600.0])
 def test_a_clock_that_is_set_makes_no_wait_long(
     dsn: str, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch, step: float

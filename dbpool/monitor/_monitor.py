@@ -195,7 +195,7 @@ class Monitor:
     def tick(self) -> None:
         """Take one look; `start` does so each second."""
         state, now = self._state(), monotonic()
-        stalled = state.pauses.look(now)
+        state.pauses.look(now)
         stats = {name: pool.stats() for name, pool in self._databases.items()}
         if os.environ.get("DBPOOL_SERVE") and not self._is_reader:
             state.pings.look(self._databases, stats, now)
@@ -208,6 +208,7 @@ class Monitor:
             watching, report, history = state.watching, _facts_of(self._report()), state.history
             if state.shelf is not None:
                 history = watching.add_up([*self._databases, *report["pools"]], now)
+            stalled = state.pauses.look(monotonic())  # it may have stood still since `now`
             watching.look(report, history, now, stalled=stalled, usage=self._usage)
         elif state.watching is not None:  # another took over while this one was silent
             state.watching.close()
