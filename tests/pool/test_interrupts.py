@@ -265,7 +265,14 @@ def test_no_thread_waits_for_a_lock_that_was_left_behind() -> None:
     pool.close()
 
 
-@pytest.mark.parametrize("act", [lambda pool: pool.open(), block, lambda pool: pool.close()])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda pool: pool.open(),
+        pytest.param(block, marks=pytest.mark.slow),  # a minute
+        lambda pool: pool.close(),
+    ],
+)
 def test_a_signal_handler_may_close_the_pool_at_any_point(act: Act) -> None:
     """As one for SIGTERM does."""
 
