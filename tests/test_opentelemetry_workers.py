@@ -10,6 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -92,7 +93,7 @@ class Traffic:
     def _ask(self, n: int) -> tuple[int, float] | str:
         try:
             return int(self.site.get("/")), time.time()
-        except OSError as ex:
+        except (OSError, HTTPException) as ex:  # or the worker was killed within its answer
             return repr(ex)
 
     def counted(self) -> dict[int, int]:

@@ -150,7 +150,7 @@ QUICK: list[Any] = [
     pytest.param(lambda pool: pool.fetch_one("select 1"), {}, id="fetch_one"),
     pytest.param(lambda pool: pool.fetch_value("select 1"), {}, id="fetch_value"),
     pytest.param(lambda pool: pool.execute("select 1"), {}, id="execute"),
-    pytest.param(lambda pool: pool.run(lambda conn: None), {}, id="run"),
+    pytest.param(lambda pool: pool.run(lambda conn: None), {}, id="run", marks=pytest.mark.slow),
     pytest.param(lambda pool: pool.check(), {}, id="check"),
     pytest.param(lambda pool: pool.drain(), {}, id="drain"),
     pytest.param(lambda pool: pool.stats(), {}, id="stats"),
