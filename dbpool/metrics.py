@@ -25,7 +25,6 @@ BUCKETS: Final = len(BOUNDS) + 1
 REASONS: Final = ("dead", "expired", "broken", "idle", "collected")  # why one was evicted
 TIMES: Final = ("wait", "use", "connect")
 _PARENT_SIZES: Final = ("pool_min", "pool_max", "pool_size", "pool_available", "requests_waiting")
-_MAX_HOLDERS: Final = 20  # in one description
 # What a connection does, by psycopg's TransactionStatus.
 _STATUS = "idle", "query", "idle in transaction", "idle in transaction (aborted)", "unknown"
 SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", "max_size")
@@ -173,11 +172,13 @@ class HolderSnapshot:
 
 
 def describe_holders(
-    records: Iterable[ConnectionRecord], now: float, waiting: Collection[ThreadInfo] = ()
-) -> tuple[HolderSnapshot, ...]:
-    """Describe who holds the connections of *records*, longest first, at most 20.
+    records: Iterable[ConnectionRecord], now: float, waiting: Collection[ThreadInfo] = (),
+    most: int | None = 20,
+) -> tuple[HolderSnapshot, ...]:  # fmt: skip
+    """Describe who holds the connections of *records*, the longest first.
 
-    *waiting* are the threads that wait for one.
+    *waiting* are the threads that wait for one. *most* bounds the number, by default that of a
+    snapshot; None describes all.
     """
     held = sorted((r for r in records if r.since and r.thread), key=lambda r: r.since)
     return tuple(
@@ -189,7 +190,7 @@ def describe_holders(
             waits=thread in waiting,
             **_session_of(record),
         )
-        for record in held[:_MAX_HOLDERS]
+        for record in held[:most]
         if (thread := record.thread) is not None
     )
 

@@ -156,7 +156,7 @@ def reap(store: Store, record: ConnectionRecord, reason: str) -> None:
 def reap_held(store: Store, thread: ThreadInfo, since: float) -> tuple[HolderSnapshot, ...]:
     """Take from *thread* what it checked out after *since* and still holds; describe it."""
     held = [r for r in store.bag.held() if r.thread is thread and r.since >= since]
-    described = tuple(holder for r in held for holder in describe_holders([r], monotonic()))
+    described = describe_holders(held, monotonic(), most=None)
     for record in held:
         reap(store, record, "broken")
         store.metrics.count_forgotten(record)
@@ -166,7 +166,7 @@ def reap_held(store: Store, thread: ThreadInfo, since: float) -> tuple[HolderSna
 def reap_ownerless(store: Store) -> tuple[HolderSnapshot, ...]:
     """Evict the connections whose owner is gone; describe those that were held."""
     gone = [r for r in list(store.bag.records) if (r.owner or r.ref)() is None]
-    described = tuple(holder for r in gone for holder in describe_holders([r], monotonic()))
+    described = describe_holders(gone, monotonic(), most=None)
     for record in gone:
         if record.since:
             store.metrics.count_forgotten(record)
