@@ -12,7 +12,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from time import monotonic
 from typing import Any
 
@@ -178,6 +178,18 @@ def run_query(conn: Connection[Any], query: bytes, timeout: float) -> PGresult:
     if answer is None:
         raise psycopg.OperationalError("the server gave no answer")
     return answer
+
+
+def notice_loss(conn: Connection[Any]) -> None:
+    """Have libpq notice a loss that psycopg noticed alone: `poll` may report it before any data.
+
+    What the server sent before the loss is read first: no more of it can come.
+    """
+    if is_active(conn):
+        with suppress(psycopg.OperationalError):
+            conn.pgconn.consume_input()
+            while closed_by_peer([conn.pgconn.socket]):
+                conn.pgconn.consume_input()
 
 
 def cancel(request: PGcancelConn, timeout: float) -> None:

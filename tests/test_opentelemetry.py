@@ -736,7 +736,7 @@ def test_a_caller_whose_wait_is_traced_is_kept_by_nothing(
 
 def test_a_refused_connect_says_kind_and_attempt(telemetry: Telemetry, fake: FakeServer) -> None:
     fake.refuse('FATAL:  password authentication failed for user "app"')
-    with fake.pool("host=h user=app password=hunter2secret", outage_grace=0.2) as pool:
+    with fake.pool("host=h user=app password=hunter2secret", min_size=0) as pool:
         telemetry.instrument(pool)
         assert isinstance(refused(pool, 5.0), DatabaseUnavailable)
     (span, *_) = telemetry.spans("dbpool.acquire")

@@ -19,7 +19,7 @@ from psycopg_pool.abc import CT
 
 from dbpool.errors import CommitUncertain, DatabaseUnavailable, PoolError, describe
 from dbpool.holders import ConnectionRecord, Owner
-from dbpool.liveness import Liveness, PingTimeout, check_socket, closed_by_peer
+from dbpool.liveness import Liveness, PingTimeout, check_socket, closed_by_peer, notice_loss
 from dbpool.pool import _psycopg
 from dbpool.pool._notices import Notices
 from dbpool.pool._waiting import Waiter
@@ -187,7 +187,7 @@ class Statement(Generic[T]):
 
     def on_lost(self, pool: Pool[Any], conn: Any, ex: psycopg.OperationalError) -> T:
         """Return the result if all of it came before the connection was lost, else raise."""
-        _psycopg.notice_loss(conn)
+        notice_loss(conn)
         if self.sent == _SINGLE and conn.closed and self.cursor.pgresult:
             return self.result(self.cursor)  # lost over what psycopg tidies up afterwards
         error: Any = ex.__cause__ if isinstance(ex, CommitUncertain) else ex

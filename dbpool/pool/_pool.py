@@ -21,10 +21,11 @@ from dbpool import events, holders
 from dbpool._secrets import conceal
 from dbpool.errors import CommitUncertain, PoolError
 from dbpool.holders import ConnectionRecord, application_files, current
+from dbpool.liveness import notice_loss
 from dbpool.metrics import Metrics
 from dbpool.pool import _fork, _lending, _options, _returning, _transaction
 from dbpool.pool._lending import ROW, ROW_COUNT, ROWS, Lease, Statement, Step, resend
-from dbpool.pool._psycopg import IDLE, KeptCursor, notice_loss, session_state
+from dbpool.pool._psycopg import IDLE, KeptCursor, session_state
 from dbpool.pool._seam import PoolBase
 from dbpool.retry import is_lost_unanswered
 from dbpool.settings import Settings

@@ -21,7 +21,7 @@ from psycopg.rows import RowFactory, dict_row, namedtuple_row, scalar_row, tuple
 
 from dbpool._threads import clamp_timeout
 from dbpool.holders import ConnectionRecord
-from dbpool.liveness import Liveness, check_socket, ping, poller, run_query
+from dbpool.liveness import Liveness, check_socket, notice_loss, ping, poller, run_query
 
 IDLE, ACTIVE, INTRANS, INERROR, UNKNOWN = TransactionStatus
 
@@ -262,13 +262,6 @@ def commit(conn: Any, check_certain: CheckCertain) -> None:
         error = error_from_result(result, encoding=pgconn._encoding)
         check_certain(conn, error)
         raise error
-
-
-def notice_loss(conn: Any) -> None:
-    """Have libpq notice a loss that psycopg noticed alone: `poll` may report it before any data."""
-    if conn.pgconn.transaction_status == ACTIVE:
-        with suppress(psycopg.OperationalError):
-            conn.pgconn.consume_input()
 
 
 def insist_on_unlocked(conn: Any, timeout: float, error: BaseException | None = None) -> None:

@@ -344,7 +344,7 @@ def test_a_statement_whose_result_came_is_done_though_the_tidying_up_fails(
 # Where psycopg notices the loss before libpq does
 
 
-def hasty(proxy: Proxy, armed: threading.Event) -> type[psycopg.Connection[Any]]:
+def hasty(proxy: Proxy, armed: threading.Event, is_answered: bool) -> type[psycopg.Connection[Any]]:
     """Return a class whose `wait`, while *armed*, ends as if `poll` had reported an error alone."""
 
     class Hasty(psycopg.Connection[Any]):
@@ -352,7 +352,11 @@ def hasty(proxy: Proxy, armed: threading.Event) -> type[psycopg.Connection[Any]]
             if not armed.is_set():
                 return super().wait(gen, *args, **how)
             armed.clear()
+            if not is_answered:
+                proxy.go_dark()
             next(gen)  # sends the statement
+            if is_answered:
+                select.select([self.fileno()], [], [], 10)
             proxy.drop(reset=True)
             select.select([self.fileno()], [], [], 10)
             raise psycopg.OperationalError("connection socket closed")
@@ -360,11 +364,14 @@ def hasty(proxy: Proxy, armed: threading.Event) -> type[psycopg.Connection[Any]]
     return Hasty
 
 
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("is_answered", [False, True])
 def test_a_loss_that_libpq_has_not_noticed_is_a_loss(
-    proxy: Proxy, make_pool: MakePool, rows: Rows, caplog: pytest.LogCaptureFixture
+    proxy: Proxy, make_pool: MakePool, caplog: pytest.LogCaptureFixture, is_answered: bool
 ) -> None:
     armed, tries = threading.Event(), []
-    pool = make_pool(proxy.conninfo, connection_class=hasty(proxy, armed), max_size=1)
+    hasty_class = hasty(proxy, armed, is_answered)
+    pool = make_pool(proxy.conninfo, connection_class=hasty_class, max_size=1)
     pool.wait()
 
     def insert_in_block() -> None:
