@@ -142,11 +142,10 @@ def _deliver_notifies(pgconn: PGconn) -> None:
 
 
 def _notice_error(notice: Diagnostic) -> psycopg.Error:
-    try:
-        cls: type[psycopg.Error] = psycopg.errors.lookup(notice.sqlstate or "")
-    except KeyError:
-        cls = psycopg.OperationalError
-    return cls(notice.message_primary or "")
+    text = notice.message_primary or ""
+    with suppress(KeyError):
+        return psycopg.errors.lookup(notice.sqlstate or "")(text)
+    return psycopg.OperationalError(text)
 
 
 def ping(conn: Connection[Any], timeout: float) -> None:
@@ -211,6 +210,5 @@ def _next_result(pgconn: PGconn, deadline: float) -> PGresult | None:
 
 
 def _wait_ready(ready: Poll, deadline: float) -> None:
-    remaining = deadline - monotonic()
-    if remaining <= 0 or not ready(min(remaining, 1e6) * 1000.0):
+    if (remaining := deadline - monotonic()) <= 0 or not ready(min(remaining, 1e6) * 1000.0):
         raise PingTimeout("the server did not answer a ping in time")

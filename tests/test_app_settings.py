@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,22 @@ from dbpool.settings.app import AppSettings
 
 PRINTABLE = [chr(i) for i in range(32, 127)]
 
+made: list[Flask] = []
+
+
+@pytest.fixture(autouse=True)
+def close_pools() -> Iterator[None]:
+    """Close the pools of the applications that a test made: each would try to connect for ever."""
+    yield
+    while made:
+        made.pop().extensions["dbpool"].databases.close()
+
 
 def make_app(**config: str) -> Flask:
     app = Flask("app")
     app.config.update(DATABASE_URL="host=127.0.0.1 port=1", DBPOOL_DOTENV="off", **config)
     DBPool(app)
+    made.append(app)
     app.register_blueprint(create_blueprint(), url_prefix="/db")
     return app
 

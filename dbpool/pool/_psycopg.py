@@ -172,10 +172,9 @@ def begin_autocommit(conn: Any) -> bool:
 
     Without psycopg's check of the connection's status, and without its lock.
     """
-    if conn._isolation_level is conn._read_only is conn._deferrable is None:
-        conn._autocommit = True
-        return True
-    return False
+    is_plain = conn._isolation_level is conn._read_only is conn._deferrable is None
+    conn._autocommit = is_plain or conn._autocommit
+    return is_plain
 
 
 def end_autocommit(conn: Any) -> None:
