@@ -231,10 +231,10 @@ def test_wait_does_not_wait_for_a_connect_that_hangs() -> None:
     with socket.create_server(
         ("127.0.0.1", 0)
     ) as silent:  # accepts, by the kernel, and that is all
-        url = f"host=127.0.0.1 port={silent.getsockname()[1]} user=u"
+        url = f"host=127.0.0.1 port={silent.getsockname()[1]} user=u connect_timeout=40"
         began = time.monotonic()
         assert dbpool("wait", "--timeout", "0.5", DATABASE_URL=url).returncode == 1
-        assert time.monotonic() - began < 2.4  # the connect itself takes 5 s
+        assert time.monotonic() - began < 20.0  # the connect itself takes 40 s
 
 
 def test_wait_returns_when_the_database_serves(server: Server) -> None:
