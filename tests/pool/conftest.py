@@ -1,4 +1,4 @@
-"""What the tests of the pool share."""
+"""Fixtures that all tests of the pool use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.pools import MakePool
 
 @pytest.fixture
 def make_pool(make_pool: MakePool, fake: FakeServer) -> MakePool:
-    """Make pools of the fake server, or of another."""
+    """Make pools on the fake server, or on the server that the test names."""
 
     def make(where: Any = fake, **options: Any) -> Pool[Any]:
         return make_pool(where, **{"timeout": 10, "outage_grace": 30, **options})
@@ -24,13 +24,13 @@ def make_pool(make_pool: MakePool, fake: FakeServer) -> MakePool:
 
 @pytest.fixture
 def pool(fake: FakeServer) -> Iterator[Pool[Any]]:
-    """A pool whose connections are fake, for what it does around them."""
+    """A pool on the fake server, for tests of what the pool does around its connections."""
     with fake.pool(max_size=4, timeout=5) as pool:
         yield pool
 
 
 @pytest.fixture
 def server_pool(dsn: str) -> Iterator[Pool]:
-    """A pool on PostgreSQL, for what it says and how it answers."""
+    """A pool on PostgreSQL, for tests that depend on what PostgreSQL answers."""
     with Pool(dsn, max_size=4, timeout=5) as pool:
         yield pool

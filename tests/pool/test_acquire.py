@@ -33,7 +33,7 @@ def test_timeout_zero_still_gets_an_idle_connection(pool: Pool) -> None:
     pool.putconn(pool.getconn(timeout=0))
 
 
-def test_timeout_zero_costs_no_connection_that_was_idle_for_long(fake: FakeServer) -> None:
+def test_timeout_zero_closes_no_connection_that_was_idle_for_long(fake: FakeServer) -> None:
     with fake.pool(min_size=3, max_size=3, ping_after=0) as pool:
         pool.wait()
         with pool.connection(timeout=0):
@@ -48,7 +48,7 @@ def test_a_connection_past_its_lifetime_is_not_handed_out(fake: FakeServer) -> N
         assert pool.stats().counters.discarded["expired"] >= 1
 
 
-def test_a_class_that_refuses_to_be_entered_keeps_no_slot(fake: FakeServer) -> None:
+def test_a_connection_whose_enter_raises_is_returned(fake: FakeServer) -> None:
     class Refusing(FakeConnection):
         def __enter__(self) -> Any:
             raise RuntimeError("not now")
@@ -60,7 +60,7 @@ def test_a_class_that_refuses_to_be_entered_keeps_no_slot(fake: FakeServer) -> N
             assert pool.stats().active == 0, caught
 
 
-def test_threads_that_share_one_block_get_an_error_and_no_connection_of_another(
+def test_entering_one_connection_block_twice_is_an_error(
     fake: FakeServer,
 ) -> None:
     with fake.pool(max_size=3) as pool:

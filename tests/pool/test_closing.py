@@ -20,7 +20,7 @@ from tests.postgres import Server, until
 from tests.threads import Task
 
 
-def test_closing_refuses_those_who_wait_first(make_pool: MakePool) -> None:
+def test_close_fails_all_waiters_at_once(make_pool: MakePool) -> None:
     pool = make_pool(max_size=1)
     conn = pool.getconn()
     waiters = [Task(pool.getconn) for _ in range(5)]
@@ -48,7 +48,7 @@ def test_closing_while_connects_hang(fake: FakeServer, make_pool: MakePool) -> N
 
 def test_a_connection_made_after_closing_is_closed(fake: FakeServer, make_pool: MakePool) -> None:
     fake.hang()
-    # With these nothing is asked on a connection that is given up again.
+    # With these options the pool sends no query after the login.
     how: Any = {"statement_timeout": "server", "idle_in_transaction_timeout": "server"}
     pool = make_pool(min_size=2, connect_timeout=60, **how)
     waiter = Task(pool.getconn)

@@ -1,4 +1,4 @@
-"""Many callers who wait at the same time: each is told when its time is over."""
+"""Many callers wait at the same time: each times out at its own deadline."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from dbpool import Pool, PoolExhausted
 from tests.fake import FakeServer
 from tests.postgres import until
 
-CROWD = 200  # more than those who each keep their own time
-TOLD_WITHIN = 0.75  # seconds on a busy machine; one that nobody wakes wakes after a whole one
+CROWD = 200  # more waiters than the number that each watch their own deadline
+# Seconds on a busy machine. A waiter that nobody wakes up looks at the clock once in a second.
+LATE_AT_MOST = 0.75
 
 
 @contextmanager
@@ -35,7 +36,7 @@ class Callers:
         self.threads: list[threading.Thread] = []
 
     def add(self, number: int, deadline: float) -> None:
-        """Have that many more wait until *deadline*."""
+        """Start that many more threads, which wait until *deadline*."""
         new = [threading.Thread(target=self._wait, args=[deadline]) for _ in range(number)]
         self.threads += new
         for thread in new:
@@ -56,7 +57,7 @@ THOUSANDS = 4000
 
 
 def late_at_bare_locks(deadline: float) -> list[float]:
-    """Have thousands wait until *deadline*, each at a lock of its own; return how late each woke."""
+    """Let thousands wait until *deadline*, each on its own lock; return how late each woke."""
     late: list[float] = []
 
     def wait() -> None:
@@ -74,8 +75,8 @@ def late_at_bare_locks(deadline: float) -> list[float]:
 
 
 @pytest.mark.slow
-def test_thousands_who_time_out_at_once_are_told_at_once(fake: FakeServer) -> None:
-    """Each by itself, they would keep the interpreter from one another for seconds."""
+def test_thousands_of_waiters_with_one_deadline_time_out_quickly(fake: FakeServer) -> None:
+    """If every thread woke by itself, they would compete for the interpreter for seconds."""
     with small_stacks():
         bare = late_at_bare_locks(time.monotonic() + 5.0)
         with fake.pool(max_size=1) as pool, pool.connection():
@@ -88,7 +89,7 @@ def test_thousands_who_time_out_at_once_are_told_at_once(fake: FakeServer) -> No
     assert max(callers.late) < max(bare) / 4
 
 
-def test_where_the_first_are_served_the_others_keep_their_time(fake: FakeServer) -> None:
+def test_waiters_behind_served_ones_time_out_at_their_deadline(fake: FakeServer) -> None:
     with fake.pool(max_size=1) as pool:
         conn = pool.getconn()
         callers = Callers(pool)
@@ -101,10 +102,10 @@ def test_where_the_first_are_served_the_others_keep_their_time(fake: FakeServer)
         callers.join()
         pool.putconn(callers.served[-1])
         assert (len(callers.served), len(callers.late)) == (150, CROWD - 150)
-        assert max(callers.late) < TOLD_WITHIN
+        assert max(callers.late) < LATE_AT_MOST
 
 
-def test_one_with_less_time_in_a_crowd_keeps_its_own(fake: FakeServer) -> None:
+def test_shorter_deadlines_hold_in_a_long_queue(fake: FakeServer) -> None:
     with fake.pool(max_size=1) as pool, pool.connection():
         patient, hasty = Callers(pool), Callers(pool)
         patient.add(CROWD, time.monotonic() + 3.0)
@@ -114,5 +115,5 @@ def test_one_with_less_time_in_a_crowd_keeps_its_own(fake: FakeServer) -> None:
         hasty.join()
         patient.join()
         assert (len(hasty.late), len(patient.late)) == (20, CROWD + 20)
-        assert max(hasty.late) < TOLD_WITHIN
-        assert max(patient.late) < TOLD_WITHIN
+        assert max(hasty.late) < LATE_AT_MOST
+        assert max(patient.late) < LATE_AT_MOST

@@ -1,4 +1,4 @@
-"""What the log says of trouble with waiting: one warning when it begins, with numbers; not one for each call."""
+"""How the log reports callers who wait: one warning for each episode, not one for each call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.postgres import until
 from tests.threads import Task
 
 
-def test_exhaustion_is_one_warning_with_numbers_and_one_line_with_a_count(
+def test_exhaustion_logs_one_warning_and_at_its_end_a_count(
     fake: FakeServer, log: pytest.LogCaptureFixture
 ) -> None:
     with fake.pool(max_size=3) as pool:
@@ -38,7 +38,7 @@ def test_exhaustion_is_one_warning_with_numbers_and_one_line_with_a_count(
     assert lines(log, logging.INFO) == ["pool 'default': 20 callers timed out (PoolExhausted)"]
 
 
-def test_an_episode_lasts_as_long_where_callers_do_not_wait(
+def test_exhaustion_with_timeout_zero_is_one_episode(
     fake: FakeServer, log: pytest.LogCaptureFixture
 ) -> None:
     with fake.pool(timeout=0, max_size=1) as pool:
@@ -51,7 +51,7 @@ def test_an_episode_lasts_as_long_where_callers_do_not_wait(
     assert lines(log, logging.INFO) == ["pool 'default': 4 callers timed out (PoolExhausted)"]
 
 
-def test_a_full_queue_is_one_warning_with_numbers(
+def test_a_full_queue_logs_one_warning_with_numbers(
     fake: FakeServer, log: pytest.LogCaptureFixture
 ) -> None:
     with fake.pool(max_size=1, max_waiting=1) as pool:
@@ -69,7 +69,7 @@ def test_a_full_queue_is_one_warning_with_numbers(
     assert lines(log, logging.INFO) == ["pool 'default': 20 callers refused (TooManyRequests)"]
 
 
-def test_one_that_its_holder_closed_is_none_that_the_server_closed(
+def test_a_connection_closed_by_its_holder_is_not_reported_as_lost(
     fake: FakeServer, log: pytest.LogCaptureFixture
 ) -> None:
     with fake.pool() as pool:
@@ -79,7 +79,7 @@ def test_one_that_its_holder_closed_is_none_that_the_server_closed(
     assert "replaced" not in log.text
 
 
-def test_a_failing_check_is_one_warning(fake: FakeServer, log: pytest.LogCaptureFixture) -> None:
+def test_failing_checks_log_one_warning(fake: FakeServer, log: pytest.LogCaptureFixture) -> None:
     def check(conn: Any) -> None:
         raise ValueError("not this one")
 
@@ -91,7 +91,7 @@ def test_a_failing_check_is_one_warning(fake: FakeServer, log: pytest.LogCapture
     assert re.search(r"'default': \d+ checks failed", log.text)
 
 
-def test_what_is_returned_in_a_state_of_its_own_is_one_warning(
+def test_connections_returned_in_a_pipeline_log_one_warning(
     dsn: str, log: pytest.LogCaptureFixture
 ) -> None:
     left = []
@@ -124,7 +124,7 @@ def test_an_error_handler_logs_nothing_for_each_refused_request(
     assert len(lines(log, logging.WARNING)) == 1
 
 
-def test_slow_statements_are_named_where_no_connection_came_back(fake: FakeServer) -> None:
+def test_exhaustion_names_slow_statements_if_no_connection_came_back(fake: FakeServer) -> None:
     ended = threading.Event()
     fake.answers["select pg_sleep(1.5)"] = lambda: (ended.wait(10) and [("",)]) or []
     with fake.pool(max_size=2, timeout=0.3) as pool:
@@ -138,7 +138,7 @@ def test_slow_statements_are_named_where_no_connection_came_back(fake: FakeServe
         assert [each.result() for each in slow] == ["", ""]
 
 
-def test_holders_without_a_statement_are_no_slow_statements(fake: FakeServer) -> None:
+def test_exhaustion_names_no_slow_statements_if_holders_run_none(fake: FakeServer) -> None:
     with fake.pool(max_size=1, timeout=0.1) as pool:
         with pool.connection(), ThreadPoolExecutor(1) as threads:
             text = threads.submit(exhaustion, pool).result()

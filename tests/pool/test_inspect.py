@@ -33,7 +33,7 @@ def test_the_parents_own_check_costs_no_round_trip(fake: FakeServer) -> None:
         assert fake.pings == 0
 
 
-def test_a_check_that_always_fails_is_no_storm_of_connects(fake: FakeServer) -> None:
+def test_a_check_that_always_fails_causes_no_storm_of_connects(fake: FakeServer) -> None:
     def check(conn: Connection[Any]) -> None:
         raise psycopg.OperationalError("never")
 
@@ -71,7 +71,7 @@ def test_a_check_may_leave_its_transaction_open(dsn: str) -> None:
         assert pool.fetch_all("select id from t") == [(1,), (2,), (3,), (4,)]
 
 
-def test_check_pings_the_idle(fake: FakeServer) -> None:
+def test_check_pings_idle_connections(fake: FakeServer) -> None:
     with fake.pool(min_size=3, max_size=3) as pool:
         pool.wait()
         pool._store.bag.idle[0].pgconn.finish()

@@ -1,4 +1,4 @@
-"""Exceptions that a signal handler raises at any point: the pool is whole again within a second."""
+"""A signal handler raises at any point: within a second the pool has lost nothing."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.threads import Task
 Act = Callable[[Pool], object]
 
 SECOND = 1.0
-SLACK = 0.5  # of a busy machine
+SLACK = 0.5  # seconds that a busy machine may add
 
-# What is raised while a generator is closed, Python itself can but report.
+# Python can only report an exception that is raised while it closes a generator.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-# The watchdog looks four times in `leak_after`, and twice a second at least.
+# The watchdog runs four times in `leak_after`, and at least twice a second.
 def make(**options: Any) -> Pool:
     how = {"min_size": 1, "max_size": 2, "timeout": 5.0, "leak_after": 0.4} | options
     return Pool(connection_class=FakeConnection, kwargs={"host": "nowhere"}, **how)
@@ -42,7 +42,7 @@ def is_at_rest(pool: Pool) -> bool:
 
 
 def assert_whole(pool: Pool) -> None:
-    """Within a second nothing is out or on its way, and all max_size connections can be had."""
+    """Within a second nothing is out or in transit, and the pool can lend max_size connections."""
     until(lambda: is_at_rest(pool), SECOND + SLACK)
     conns = [pool.getconn(timeout=SECOND + SLACK) for _ in range(pool.max_size)]
     assert len(set(map(id, conns))) == pool.max_size
@@ -65,7 +65,7 @@ def sweep(
     prepare(pools[-1])
     points = 0
     try:
-        for points in every_point(attempt):  # noqa: B007  # the last is their number
+        for points in every_point(attempt):  # noqa: B007  # used after the loop
             assert_whole(pools[-1])
             if afresh:
                 pools[-1].close()
@@ -103,7 +103,7 @@ def broken(pool: Pool) -> None:
 
 
 def hang_up(pool: Pool) -> None:
-    """Let the server of every connection go away."""
+    """Close every connection from the server's side."""
     conns = [pool.getconn() for _ in range(pool.max_size)]
     for conn in conns:
         pool.putconn(conn)
@@ -112,7 +112,7 @@ def hang_up(pool: Pool) -> None:
 
 
 def lend_for(seconds: float) -> Act:
-    """Have all connections held elsewhere for that long."""
+    """Check out all connections, and return them in another thread after that time."""
 
     def lend(pool: Pool) -> None:
         conns = [pool.getconn() for _ in range(pool.max_size)]
@@ -142,7 +142,7 @@ def resize(pool: Pool) -> None:
 QUICK: list[Any] = [
     pytest.param(block, {}, id="connection"),
     pytest.param(door, {}, id="getconn and putconn"),
-    pytest.param(changed, {}, id="a connection to be mended"),
+    pytest.param(changed, {}, id="a connection whose settings are restored"),
     pytest.param(broken, {}, id="a connection that breaks"),
     pytest.param(block, {"reset": lambda conn: None}, id="with a reset"),
     pytest.param(block, {"check": lambda conn: None}, id="with a check"),
@@ -160,11 +160,11 @@ QUICK: list[Any] = [
 
 
 @pytest.mark.parametrize(("act", "options"), QUICK)
-def test_whatever_is_interrupted_nothing_is_lost(act: Act, options: dict[str, Any]) -> None:
+def test_an_interrupted_call_loses_no_connection(act: Act, options: dict[str, Any]) -> None:
     assert sweep(act, **options) > 1
 
 
-def test_a_resize_that_is_interrupted_is_made_good_by_the_next() -> None:
+def test_resize_repairs_a_resize_that_was_interrupted() -> None:
     def restore(pool: Pool) -> None:
         pool.resize(1, 2)
 
@@ -175,7 +175,7 @@ def test_a_resize_that_is_interrupted_is_made_good_by_the_next() -> None:
     pool.close()
 
 
-def test_a_close_that_is_interrupted_is_ended_by_the_watchdog() -> None:
+def test_the_watchdog_finishes_a_close_that_was_interrupted() -> None:
     for point, pool in _closing():
         until(lambda: not _threads(pool), SECOND + SLACK)  # noqa: B023  # at once
         assert pool.stats().size == 0, point
@@ -189,7 +189,7 @@ def _closing() -> Iterator[tuple[int, Pool]]:
         pools[-1].wait()
 
     fresh()
-    for point in every_point(lambda: pools[-1].close()):  # noqa: PLW0108  # another each time
+    for point in every_point(lambda: pools[-1].close()):  # noqa: PLW0108  # a new pool each time
         if pools[-1].state == "stopped":
             yield point, pools[-1]
         else:
@@ -203,30 +203,32 @@ def _threads(pool: Pool) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_first_use_that_is_interrupted_loses_nothing() -> None:
+def test_an_interrupted_first_use_loses_no_connection() -> None:
     assert sweep(nested, afresh=True) > 100
 
 
-def test_an_opening_that_is_interrupted_opens_or_leaves_it_to_the_next() -> None:
+def test_a_pool_opens_after_an_opening_that_was_interrupted() -> None:
     assert sweep(lambda pool: pool.open(), afresh=True) > 20
 
 
 @pytest.mark.slow
-def test_one_who_meets_dead_connections_loses_none() -> None:
+def test_an_interrupted_caller_who_meets_dead_connections_loses_none() -> None:
     assert sweep(block, hang_up) > 50
 
 
 @pytest.mark.slow
-def test_one_who_waits_loses_nothing() -> None:
+def test_an_interrupted_waiter_loses_no_connection() -> None:
     assert sweep(block, lend_for(0.02)) > 20
 
 
 @pytest.mark.slow
-def test_one_whose_time_is_over_loses_nothing() -> None:
+def test_a_caller_interrupted_at_its_timeout_loses_no_connection() -> None:
     assert sweep(run_out_of_time, lend_for(0.1)) > 50
 
 
-def test_growth_whose_task_was_never_queued_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pool_grows_although_a_connect_task_was_never_queued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pool = make(min_size=0)
     pool.open()
     jobs: list[Any] = []
@@ -244,8 +246,8 @@ def test_growth_whose_task_was_never_queued_is_made_up_for(monkeypatch: pytest.M
     pool.close()
 
 
-def test_no_thread_waits_for_a_lock_that_was_left_behind() -> None:
-    """Others go on using the pool while one thread of it is interrupted again and again."""
+def test_an_interrupted_thread_leaves_no_lock_behind() -> None:
+    """Other threads go on using the pool while one thread is interrupted again and again."""
     pool, stop, calls = make(max_size=4), threading.Event(), []
 
     def work() -> None:
@@ -269,12 +271,12 @@ def test_no_thread_waits_for_a_lock_that_was_left_behind() -> None:
     "act",
     [
         lambda pool: pool.open(),
-        pytest.param(block, marks=pytest.mark.slow),  # a minute
+        pytest.param(block, marks=pytest.mark.slow),  # takes a minute
         lambda pool: pool.close(),
     ],
 )
 def test_a_signal_handler_may_close_the_pool_at_any_point(act: Act) -> None:
-    """As one for SIGTERM does."""
+    """As a handler for SIGTERM does."""
 
     def attempt(point: int) -> bool:
         pool = make()

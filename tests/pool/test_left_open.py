@@ -1,4 +1,4 @@
-"""A stream, copy or notifies() that is left open keeps psycopg's lock: nobody may wait for it."""
+"""A stream, copy or notifies() left open keeps psycopg's lock: the pool must not wait for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from dbpool import Pool
 from tests.threads import Task
 
-SECONDS = 20.0  # more than the pool's timeout, for which another thread may have the lock
+SECONDS = 20.0  # more than the pool's timeout: another thread may keep the lock for that long
 
 
 def stream(conn: Any) -> Generator[Any]:
@@ -58,7 +58,7 @@ def small(dsn: str) -> Any:
 
 @pytest.mark.parametrize("leave", LEFT_OPEN)
 @pytest.mark.parametrize("autocommit", [False, True])
-def test_the_block_ends(small: Pool, leave: Open, autocommit: bool) -> None:
+def test_a_block_that_leaves_one_open_ends(small: Pool, leave: Open, autocommit: bool) -> None:
     left = []
 
     def use() -> None:
@@ -69,12 +69,12 @@ def test_the_block_ends(small: Pool, leave: Open, autocommit: bool) -> None:
     ended = Task(use).outcome(SECONDS)
     assert ended is None or "was left open" in str(ended)
     if leave is stream:
-        assert isinstance(ended, psycopg.ProgrammingError), "its transaction is not committed"
+        assert isinstance(ended, psycopg.ProgrammingError), "its transaction did not commit"
     assert_serves(small)
 
 
 @pytest.mark.parametrize("leave", LEFT_OPEN)
-def test_an_error_that_ends_the_block_stays_what_it_is(small: Pool, leave: Open) -> None:
+def test_the_users_error_reaches_the_caller_unchanged(small: Pool, leave: Open) -> None:
     left = []
 
     def use(conn: Any) -> None:
@@ -86,13 +86,13 @@ def test_an_error_that_ends_the_block_stays_what_it_is(small: Pool, leave: Open)
             use(conn)
 
     assert isinstance(Task(block).error(SECONDS), KeyError)
-    if leave is not notifies:  # which come outside transactions alone
+    if leave is not notifies:  # notifications arrive outside transactions only
         assert isinstance(Task(small.run, use).error(SECONDS), KeyError)
     assert_serves(small)
 
 
 @pytest.mark.parametrize("leave", [stream, copy])
-def test_run_does_not_repeat_it(small: Pool, leave: Open) -> None:
+def test_run_is_not_retried_after_a_stream_left_open(small: Pool, leave: Open) -> None:
     left = []
     error = Task(small.run, lambda conn: left.append(leave(conn))).error(SECONDS)
     assert isinstance(error, psycopg.ProgrammingError)
@@ -100,7 +100,7 @@ def test_run_does_not_repeat_it(small: Pool, leave: Open) -> None:
     assert_serves(small)
 
 
-def test_another_thread_may_finish_its_statement(small: Pool) -> None:
+def test_another_threads_statement_may_finish_after_the_block(small: Pool) -> None:
     small.timeout = SECONDS
     with small.connection() as conn:
         conn.execute("create table kept (id int)")

@@ -1,4 +1,4 @@
-"""What waiting will hardly cure: told at once, tried ever less often, over when it is put right."""
+"""Errors of configuration: callers fail at once, retries become rare, a correction is noticed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ WRONG_PASSWORD = 'FATAL:  password authentication failed for user "app"'
 NO_DATABASE = 'FATAL:  database "shop" does not exist'
 
 
-def test_a_wrong_password_is_tried_ever_less_often(fake: FakeServer, make_pool: MakePool) -> None:
+def test_a_wrong_password_is_retried_ever_less_often(fake: FakeServer, make_pool: MakePool) -> None:
     fake.refuse(WRONG_PASSWORD)
     pool = make_pool()
     assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
-    time.sleep(3.0)  # nothing to wait for: it is about what does not happen
-    # Uniform up to 1, 2, 4, 8, 15 s: eight in three seconds come once in a million times. In an
-    # outage, a dozen and more would be made.
+    time.sleep(3.0)  # checks that something does not happen
+    # The delays are random, up to 1, 2, 4, 8, 15 s: eight attempts in three seconds happen once
+    # in a million runs. In an outage the pool would make a dozen or more.
     assert pool.stats().counters.connect_failures <= 8
 
 
@@ -54,7 +54,7 @@ def test_a_secret_in_a_users_own_exception_is_masked_too(
     assert SECRET not in said
 
 
-def test_a_changed_conninfo_is_seen_within_a_second_however_long_it_was_wrong(
+def test_a_corrected_conninfo_is_used_within_a_second(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
     password = {"password": "wrong"}
@@ -70,17 +70,17 @@ def test_a_changed_conninfo_is_seen_within_a_second_however_long_it_was_wrong(
     assert_serves_all(pool)
 
 
-def test_a_database_that_is_made_later_is_found(fake: FakeServer, make_pool: MakePool) -> None:
+def test_a_database_that_is_created_later_is_found(fake: FakeServer, make_pool: MakePool) -> None:
     fake.refuse(NO_DATABASE)
     pool = make_pool()
     with pytest.raises(DatabaseMisconfigured):
         pool.fetch_value("select 1")
     fake.accept()
-    await_up(pool, 20.0)  # looked for at 1 to 15 s
+    await_up(pool, 20.0)  # the pool retries every 1 to 15 s
     assert_serves_all(pool)
 
 
-def test_wait_tells_what_is_wrong_at_once(fake: FakeServer, make_pool: MakePool) -> None:
+def test_wait_raises_the_configuration_error_at_once(fake: FakeServer, make_pool: MakePool) -> None:
     fake.refuse(NO_DATABASE)
     pool = make_pool()
     waiting = Task(pool.wait, 30.0)
@@ -89,7 +89,9 @@ def test_wait_tells_what_is_wrong_at_once(fake: FakeServer, make_pool: MakePool)
     assert pool.closed
 
 
-def test_run_with_a_deadline_does_not_wait_for_it(fake: FakeServer, make_pool: MakePool) -> None:
+def test_run_with_a_timeout_raises_a_configuration_error_at_once(
+    fake: FakeServer, make_pool: MakePool
+) -> None:
     fake.refuse(NO_DATABASE)
     pool = make_pool()
     call = Task(lambda: pool.run(lambda conn: conn.execute("select 1"), timeout=30))
@@ -97,7 +99,7 @@ def test_run_with_a_deadline_does_not_wait_for_it(fake: FakeServer, make_pool: M
     assert call.seconds < SLACK
 
 
-def test_a_conninfo_that_cannot_be_had_is_tried_again(
+def test_a_conninfo_function_that_raises_is_called_again(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
     working: list[bool] = []
@@ -117,7 +119,7 @@ def test_a_conninfo_that_cannot_be_had_is_tried_again(
 
 
 class Demanding(psycopg.Error):
-    """Cannot be made of a message alone."""
+    """An exception that cannot be built from a message alone."""
 
     def __init__(self, message: str, *, code: int) -> None:
         super().__init__(f"{message} ({code})")
@@ -127,7 +129,7 @@ DEMANDING = partial(Demanding, code=7)
 
 
 @pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, ValueError, DEMANDING])
-def test_a_configure_that_raises_anything_loses_no_slot(
+def test_a_configure_that_raises_anything_loses_no_capacity(
     fake: FakeServer, make_pool: MakePool, raised: Callable[[str], BaseException]
 ) -> None:
     failing = [True]
@@ -151,7 +153,7 @@ def test_a_configure_that_raises_anything_loses_no_slot(
         "FATAL:  Feature not supported: RDS Proxy currently doesn\u2019t support command-line options.",
     ],
 )
-def test_a_pooler_that_takes_no_options_is_told_with_the_setting(
+def test_the_error_of_a_pooler_without_startup_options_names_the_setting(
     fake: FakeServer, make_pool: MakePool, text: str
 ) -> None:
     fake.refuse(text)

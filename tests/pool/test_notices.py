@@ -1,4 +1,4 @@
-"""What the pool logs of holders that keep or lose their connection."""
+"""What the pool logs about long holds, leaks and slow checkouts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_log_handler_may_use_the_pool(fake: FakeServer) -> None:
             own.getconn()
             gc.collect()
             patrolling = Task(own.maintain, monotonic())
-            time.sleep(0.2)  # it may have something to log
+            time.sleep(0.2)  # gives maintenance time to log something
             go.set()
             logging_one.result(10)
             patrolling.result(10)
@@ -63,7 +63,7 @@ def test_a_log_handler_that_ends_its_thread_does_not_end_maintenance(fake: FakeS
         logger.removeHandler(handler)
 
 
-def test_maintenance_minds_no_idle_connection_that_its_user_closed(
+def test_maintenance_logs_no_error_for_an_idle_connection_that_its_user_closed(
     dsn: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Pool(dsn, kwargs={"target_session_attrs": "prefer-standby"}) as pool:
@@ -96,10 +96,10 @@ def test_what_is_held_long_is_reported_once_with_the_holders_stack(
     assert extras[0]["holder"]["thread"] == "MainThread"
 
 
-def test_a_leak_is_told_of_the_thread_that_left_it_not_of_its_successor(pool: Pool) -> None:
+def test_a_leak_names_the_ended_thread_not_one_that_reuses_its_ident(pool: Pool) -> None:
     held = Task(pool.getconn, name="culprit").result()
     done = threading.Event()
-    # One of them gets the culprit's ident.
+    # One of these threads gets the culprit's ident.
     innocent = [Task(done.wait, name=f"innocent-{number}") for number in range(20)]
     assert [holder.thread for holder in pool.holders()] == ["culprit (ended)"]
     done.set()
@@ -108,7 +108,7 @@ def test_a_leak_is_told_of_the_thread_that_left_it_not_of_its_successor(pool: Po
     pool.putconn(held)
 
 
-def test_a_caller_who_waits_for_long_is_an_event_each_and_one_warning(
+def test_slow_checkouts_send_an_event_each_and_log_one_warning(
     fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     heard: list[events.SlowAcquire] = []
@@ -128,7 +128,7 @@ def test_a_caller_who_waits_for_long_is_an_event_each_and_one_warning(
         conn = own.getconn()
         waiting = [Task(own.getconn) for _ in range(2)]
         until(lambda: len(heard) == 2)
-        for task in waiting:  # nobody has failed
+        for task in waiting:  # all get a connection
             own.putconn(conn)
             conn = task.result()
         own.putconn(conn)
@@ -138,7 +138,7 @@ def test_a_caller_who_waits_for_long_is_an_event_each_and_one_warning(
     assert "1 of 1 checked out; held longest: MainThread" in line.getMessage()
 
 
-def test_nobody_is_told_of_a_wait_where_that_is_off(
+def test_slow_acquire_zero_logs_no_slow_checkout(
     fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Pool(
@@ -150,7 +150,7 @@ def test_nobody_is_told_of_a_wait_where_that_is_off(
     ) as own:
         conn = own.getconn()
         waiting = Task(own.getconn)
-        until(lambda: "held for" in caplog.text)  # the watchdog came by
+        until(lambda: "held for" in caplog.text)  # the watchdog has run
         own.putconn(conn)
         own.putconn(waiting.result())
     assert "has waited" not in caplog.text

@@ -33,7 +33,7 @@ def test_opens_itself_on_first_use(fake: FakeServer) -> None:
         pool.close()
 
 
-def test_open_false_insists_on_open(fake: FakeServer) -> None:
+def test_open_false_needs_an_explicit_open(fake: FakeServer) -> None:
     pool: Pool = fake.pool(open=False)
     with pytest.raises(PoolClosed, match="not open yet"):
         pool.getconn()
@@ -49,7 +49,7 @@ def test_open_true_opens_now(fake: FakeServer) -> None:
 
 
 class NoThreads:
-    """A number of workers that the system does not have, as it says after a while."""
+    """A `num_workers` that makes opening fail, after a pause that the test ends."""
 
     def __init__(self) -> None:
         self.asked, self.answer = threading.Event(), threading.Event()
@@ -60,7 +60,7 @@ class NoThreads:
         raise RuntimeError("can't start new thread")
 
 
-def test_an_opening_that_fails_leaves_it_to_the_next(fake: FakeServer) -> None:
+def test_a_pool_opens_after_an_opening_that_failed(fake: FakeServer) -> None:
     pool = fake.pool(timeout=8)
     pool.num_workers = number = NoThreads()  # type: ignore[assignment]
     first = Task(pool.fetch_value, "select 1")
@@ -75,7 +75,7 @@ def test_an_opening_that_fails_leaves_it_to_the_next(fake: FakeServer) -> None:
     pool.close()
 
 
-def test_a_pool_that_is_closed_during_an_opening_that_fails_stays_closed(fake: FakeServer) -> None:
+def test_a_pool_closed_during_a_failing_open_stays_closed(fake: FakeServer) -> None:
     pool = fake.pool()
     pool.num_workers = number = NoThreads()  # type: ignore[assignment]
     opening = Task(pool.open)
@@ -110,7 +110,7 @@ def test_a_closed_pool_never_opens_itself_again(fake: FakeServer, used: bool) ->
         pool.open()
 
 
-def test_close_fails_waiters_and_closes_what_is_out_on_return(fake: FakeServer) -> None:
+def test_close_fails_waiters_and_closes_returned_connections(fake: FakeServer) -> None:
     pool: Pool = fake.pool(max_size=1)
     conn = pool.getconn()
     waiter = Task(pool.getconn)
@@ -125,7 +125,7 @@ def test_close_fails_waiters_and_closes_what_is_out_on_return(fake: FakeServer) 
 
 
 @pytest.mark.parametrize("changed", [False, True])
-def test_a_closed_pool_closes_what_comes_back(pool: Pool, changed: bool) -> None:
+def test_a_closed_pool_closes_returned_connections(pool: Pool, changed: bool) -> None:
     with pool.connection() as conn:
         if changed:
             conn.row_factory = dict_row  # type: ignore[assignment]
@@ -135,7 +135,7 @@ def test_a_closed_pool_closes_what_comes_back(pool: Pool, changed: bool) -> None
     assert pool.stats().active == 0
 
 
-def test_waiters_of_a_pool_that_closes_are_counted(fake: FakeServer) -> None:
+def test_waiters_that_close_fails_are_counted(fake: FakeServer) -> None:
     pool = fake.pool(max_size=1)
     conn = pool.getconn()
     waiter = Task(pool.getconn)
@@ -147,7 +147,7 @@ def test_waiters_of_a_pool_that_closes_are_counted(fake: FakeServer) -> None:
     pool.putconn(conn)
 
 
-def test_an_open_pool_that_is_collected_leaves_no_thread_behind(fake: FakeServer) -> None:
+def test_garbage_collecting_an_open_pool_stops_its_threads(fake: FakeServer) -> None:
     before = set(threading.enumerate())
     pool: Pool = fake.pool(name="forgotten")
     pool.fetch_value("select 1")
@@ -156,7 +156,7 @@ def test_an_open_pool_that_is_collected_leaves_no_thread_behind(fake: FakeServer
     until(lambda: set(threading.enumerate()) <= before)
 
 
-def test_one_thread_watches_over_all_pools(fake: FakeServer) -> None:
+def test_all_pools_share_one_watchdog_thread(fake: FakeServer) -> None:
     with fake.pool(name="one") as one, fake.pool(name="two") as two:
         one.open()
         two.open()
@@ -164,7 +164,7 @@ def test_one_thread_watches_over_all_pools(fake: FakeServer) -> None:
         assert names.count("dbpool-watchdog") == 1
 
 
-def test_repr_tells_the_state_and_no_secret(fake: FakeServer) -> None:
+def test_repr_shows_the_state_and_no_secret(fake: FakeServer) -> None:
     pool: Pool = fake.pool(fake.conninfo + " password=hunter2", name="main")
     assert repr(pool) == "<dbpool.Pool 'main' starting size=0 idle=0>"
     pool.fetch_value("select 1")

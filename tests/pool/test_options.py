@@ -1,4 +1,4 @@
-"""The options of a pool: the parent's, the settings', and what contradicts them."""
+"""A pool's options: those of psycopg_pool, those of the settings, and contradictions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dbpool import ConfigError, Pool, Settings
 from tests.fake import FakeConnection, FakeServer
 
 
-def test_unknown_options_are_refused() -> None:
+def test_unknown_options_are_rejected() -> None:
     with pytest.raises(ConfigError, match="max_sise"):
         Pool("host=localhost", max_sise=3)  # type: ignore[call-arg]
 
 
-def test_the_parents_name_is_taken(fake: FakeServer) -> None:
+def test_name_is_accepted_as_in_psycopg_pool(fake: FakeServer) -> None:
     with fake.pool(name=None) as pool:
         assert pool.fetch_value("select 1") == 1
 
 
-def test_a_class_may_want_its_conninfo_by_position(fake: FakeServer) -> None:
+def test_a_connection_class_gets_its_conninfo_by_position(fake: FakeServer) -> None:
     class Strict(FakeConnection):
         @classmethod
         def connect(cls, conninfo: str, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -65,7 +65,7 @@ def test_configure_reset_and_check_are_called(fake: FakeServer) -> None:
     assert calls.count("check") == 2
 
 
-def test_close_returns_gives_back_instead_of_closing(fake: FakeServer) -> None:
+def test_with_close_returns_close_returns_the_connection(fake: FakeServer) -> None:
     with fake.pool(max_size=1, close_returns=True) as pool:
         conn = pool.getconn()
         conn.close()
@@ -73,7 +73,7 @@ def test_close_returns_gives_back_instead_of_closing(fake: FakeServer) -> None:
         assert pool.stats().idle == 1
 
 
-def test_server_side_timeouts_are_set_without_asking_the_user(dsn: str) -> None:
+def test_server_side_timeouts_are_set_by_default(dsn: str) -> None:
     with Pool(dsn, statement_timeout=7) as pool:
         assert pool.fetch_value("show statement_timeout") == "7s"
         assert pool.fetch_value("show idle_in_transaction_session_timeout") == "1min"

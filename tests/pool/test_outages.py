@@ -1,4 +1,4 @@
-"""An outage as the pool goes through it: who is told, how often it tries, when it is over."""
+"""A pool in an outage: which callers fail, how often it retries, when the outage ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.postgres import until
 from tests.threads import Task
 
 
-def test_many_dead_connections_are_passed_over_at_once(
+def test_a_caller_skips_many_dead_connections_at_once(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
     pool = make_pool(min_size=100)
@@ -34,9 +34,7 @@ def test_many_dead_connections_are_passed_over_at_once(
     assert pool.stats().counters.discarded["dead"] == 100
 
 
-def test_all_who_wait_are_told_when_the_breaker_opens(
-    fake: FakeServer, make_pool: MakePool
-) -> None:
+def test_all_waiters_fail_when_the_breaker_opens(fake: FakeServer, make_pool: MakePool) -> None:
     pool = make_pool(max_size=2, outage_grace=0.5)
     out = [pool.getconn(), pool.getconn()]
     with ThreadPoolExecutor(6) as executor:
@@ -47,12 +45,12 @@ def test_all_who_wait_are_told_when_the_breaker_opens(
             for conn in out:
                 pool.putconn(conn)
             errors = [call.exception(10) for call in calls]
-    # Two may have been handed over before anybody could know.
+    # Two may have been handed over before the outage was noticed.
     assert sum(type(error) is DatabaseUnavailable for error in errors) >= 4
     assert all(isinstance(error, psycopg.OperationalError) for error in errors)
 
 
-def test_reconnect_failed_is_called_once_and_probing_goes_on(
+def test_reconnect_failed_is_called_once_and_retries_go_on(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
     told: list[object] = []
@@ -69,7 +67,7 @@ def test_reconnect_failed_is_called_once_and_probing_goes_on(
     await_up(pool, 3.0)
 
 
-def test_closing_ends_the_outage_for_its_watchers(make_pool: MakePool, fake: FakeServer) -> None:
+def test_closing_ends_the_outage_for_listeners(make_pool: MakePool, fake: FakeServer) -> None:
     told: list[object] = []
     heard = Recorder()
     fake.hang()
@@ -84,7 +82,7 @@ def test_closing_ends_the_outage_for_its_watchers(make_pool: MakePool, fake: Fak
     assert heard.count(events.ConnectFailed) == 0
 
 
-def test_a_pool_made_smaller_in_an_outage_goes_on_probing(
+def test_a_pool_made_smaller_in_an_outage_goes_on_retrying(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
     heard = Recorder()
@@ -102,12 +100,12 @@ def test_a_pool_made_smaller_in_an_outage_goes_on_probing(
     for conn in held:
         pool.putconn(conn)
     assert_serves_all(pool)
-    pool.close()  # all is told then
+    pool.close()  # sends what is still queued
     assert heard.count(events.CircuitOpened) == 1
     assert heard.count(events.CircuitClosed) == 1
 
 
-def test_a_reconnect_failed_that_hangs_is_in_no_other_pools_way(
+def test_a_reconnect_failed_that_hangs_blocks_no_other_pool(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
     called, ends = threading.Event(), threading.Event()
@@ -132,7 +130,7 @@ def test_a_reconnect_failed_that_hangs_is_in_no_other_pools_way(
         down.close()
 
 
-def test_who_waits_when_the_breaker_opens_is_counted_and_told_of(
+def test_waiters_that_the_breaker_rejects_are_counted_and_logged(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
     heard = Recorder()
@@ -148,13 +146,13 @@ def test_who_waits_when_the_breaker_opens_is_counted_and_told_of(
     await_up(pool)
 
 
-def test_rare_callers_of_a_pool_without_a_minimum_hear_of_an_outage_at_once(
+def test_a_pool_with_min_size_zero_notices_an_outage_between_rare_callers(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
     pool = make_pool(min_size=0, max_size=2, timeout=0.1, outage_grace=GRACE)
     fake.stop()
     assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
-    until(lambda: pool.state == "down")  # although nobody waits
+    until(lambda: pool.state == "down")  # although no caller waits
     fake.accept()
     await_up(pool)
 
@@ -166,7 +164,7 @@ def test_a_callback_that_ends_its_thread_does_not_end_the_pool(
         raise SystemExit
 
     pool = make_pool(reset=give_up, reconnect_failed=give_up, reconnect_timeout=0.0, max_size=2)
-    for _ in range(2 * len(pool._threads.threads[1:]) + 4):  # each return is reset in a worker
+    for _ in range(2 * len(pool._threads.threads[1:]) + 4):  # a worker resets each
         assert pool.fetch_value("select 1") == 1
     fake.kill()
     assert pool.fetch_value("select 1") == 1

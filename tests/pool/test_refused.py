@@ -1,4 +1,4 @@
-"""Statements that a pooler refuses before a server gets any of them: they are sent again."""
+"""Statements that a pooler refuses before a server gets them: the pool sends them again."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ENDED = [
     "pgbouncer cannot connect to server",
 ]
 REFUSALS = [*ENDED, "query_wait_timeout", "query_timeout", "client_idle_timeout"]
-# A server may have got the statement of which PgBouncer says this.
+# PgBouncer says this also of a statement that a server may have got.
 UNCERTAIN = ["server conn crashed?", "query timeout", "database removed", "admin forced disconnect"]
 
 
 class Pooler(socketserver.ThreadingTCPServer):
-    """Speaks the protocol as PgBouncer does. `refusals` are its words to the next statements.
+    """Speaks the protocol as PgBouncer does. `refusals` are its errors for the next statements.
 
     After each it closes the connection. It never refuses inside a transaction, nor a ping.
     """
@@ -117,24 +117,24 @@ USES: dict[str, Callable[[Pool[Any]], Any]] = {
 
 
 @pytest.mark.parametrize("text", REFUSALS)
-def test_it_is_sent_again(pooler: Pooler, pool: Pool[Any], text: str) -> None:
+def test_a_refused_statement_is_sent_again(pooler: Pooler, pool: Pool[Any], text: str) -> None:
     pooler.refusals = [text]
     assert pool.execute("insert") == 1
     assert pooler.done == [b"insert"]
 
 
 @pytest.mark.parametrize("use", USES)
-def test_it_is_sent_again_however_many_connections_are_refused(
+def test_a_statement_is_sent_again_however_many_connections_are_refused(
     pooler: Pooler, pool: Pool[Any], use: str
 ) -> None:
-    """As where others return their connections to a pooler that ends."""
+    """So it is while other clients return their connections to a pooler that shuts down."""
     pooler.refusals = [SHUTDOWN] * 20
     assert USES[use](pool) == 1
     assert pooler.refusals == []
 
 
 @pytest.mark.parametrize("text", ENDED)
-def test_all_idle_connections_go_with_one_that_a_pooler_at_its_end_refused(
+def test_one_refusal_by_a_pooler_that_shuts_down_evicts_all_idle_connections(
     pooler: Pooler, pool: Pool[Any], text: str
 ) -> None:
     pooler.refusals = [text]
@@ -144,7 +144,7 @@ def test_all_idle_connections_go_with_one_that_a_pooler_at_its_end_refused(
     assert pooler.logins == before + 4
 
 
-def test_the_others_stay_where_one_waited_too_long(pooler: Pooler, pool: Pool[Any]) -> None:
+def test_query_wait_timeout_evicts_no_other_connection(pooler: Pooler, pool: Pool[Any]) -> None:
     pooler.refusals = ["query_wait_timeout"]
     before = pooler.logins
     pool.execute("insert")
@@ -153,7 +153,7 @@ def test_the_others_stay_where_one_waited_too_long(pooler: Pooler, pool: Pool[An
 
 
 @pytest.mark.parametrize("use", USES)
-def test_it_is_sent_again_for_the_timeout_of_the_pool(
+def test_a_statement_is_sent_again_until_the_pools_timeout(
     pooler: Pooler, make_pool: MakePool, use: str
 ) -> None:
     pool = make_pool(pooler.conninfo, pooler="transaction", timeout=0.3, max_size=2)
@@ -165,15 +165,19 @@ def test_it_is_sent_again_for_the_timeout_of_the_pool(
     pooler.refusals = []
 
 
-def test_run_sends_it_again_until_its_own_deadline(pooler: Pooler, pool: Pool[Any]) -> None:
+def test_run_sends_a_refused_statement_again_until_its_own_timeout(
+    pooler: Pooler, pool: Pool[Any]
+) -> None:
     pooler.refusals = [SHUTDOWN] * 100_000
     with within(5.0), pytest.raises(DatabaseUnavailable):
         pool.run(lambda conn: conn.execute("insert"), timeout=0.2)
     pooler.refusals = []
 
 
-def test_a_block_learns_that_the_database_is_unavailable(pooler: Pooler, pool: Pool[Any]) -> None:
-    """What it did before is not known to the pool: it cannot be run again."""
+def test_a_refusal_inside_a_block_raises_database_unavailable(
+    pooler: Pooler, pool: Pool[Any]
+) -> None:
+    """The pool does not know what the block did before, so it cannot run it again."""
     pooler.refusals = [SHUTDOWN]
     with pytest.raises(DatabaseUnavailable) as caught, pool.connection() as conn:
         conn.execute("insert")
@@ -182,7 +186,7 @@ def test_a_block_learns_that_the_database_is_unavailable(pooler: Pooler, pool: P
 
 
 @pytest.mark.parametrize("text", UNCERTAIN)
-def test_what_a_server_may_have_got_stays_uncertain(
+def test_a_statement_that_a_server_may_have_got_raises_commit_uncertain(
     pooler: Pooler, pool: Pool[Any], text: str
 ) -> None:
     pooler.refusals = [text]
@@ -191,5 +195,5 @@ def test_what_a_server_may_have_got_stays_uncertain(
     assert pooler.done == []
 
 
-def test_a_pooler_that_does_not_let_anybody_in_shuts_down() -> None:
+def test_a_login_refused_by_a_pooler_that_shuts_down_has_kind_shutdown() -> None:
     assert classify(psycopg.OperationalError("FATAL:  pooler is shutting down")) == "shutdown"

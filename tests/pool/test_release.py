@@ -1,4 +1,4 @@
-"""Returning: what is kept, what is closed, and what may not be returned."""
+"""Returning a connection: which ones the pool keeps, closes or rejects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from tests.postgres import Server
 
 
 @pytest.mark.parametrize("foreign", [True, False])
-def test_what_is_not_out_cannot_be_returned(pool: Pool, fake: FakeServer, foreign: bool) -> None:
+def test_a_connection_that_is_not_checked_out_cannot_be_returned(
+    pool: Pool, fake: FakeServer, foreign: bool
+) -> None:
     pool.wait()
     conn = fake.connection_class.connect() if foreign else pool.getconn()
     if not foreign:
@@ -26,7 +28,7 @@ def test_what_is_not_out_cannot_be_returned(pool: Pool, fake: FakeServer, foreig
         conn.close()
 
 
-def test_what_was_returned_inside_its_block_is_not_returned_again(pool: Pool) -> None:
+def test_a_connection_returned_inside_its_block_is_not_returned_again(pool: Pool) -> None:
     with pytest.raises(ValueError, match="not out"), pool.connection() as conn:
         pool.putconn(conn)
     stats = pool.stats()
@@ -34,7 +36,7 @@ def test_what_was_returned_inside_its_block_is_not_returned_again(pool: Pool) ->
     assert pool.fetch_value("select 1") == 1
 
 
-def test_a_collected_connection_frees_its_slot(fake: FakeServer) -> None:
+def test_a_garbage_collected_connection_frees_its_slot(fake: FakeServer) -> None:
     with fake.pool(max_size=1) as pool:
         pool.getconn()
         gc.collect()

@@ -1,4 +1,4 @@
-"""Connections that come back dead, late or twice, and pools that are waited for or closed meanwhile."""
+"""Connections that come back dead, late or twice, also while the pool waits or closes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def make(**options: Any) -> Pool:
     return Pool(connection_class=FakeConnection, kwargs={"host": "nowhere"}, **how)
 
 
-def test_a_dead_connection_that_is_closed_comes_back_at_once() -> None:
+def test_closing_a_dead_connection_returns_it_at_once() -> None:
     with make(close_returns=True) as pool:
         conns = []
         for _ in range(3):
             conn = pool.getconn(timeout=1.0)
-            conns.append(conn)  # as what an exception's traceback keeps
-            conn.pgconn.finish()  # as psycopg does once the server is gone
-            conn.close()  # which psycopg leaves at that
+            conns.append(conn)  # keeps it alive, as an exception's traceback does
+            conn.pgconn.finish()  # as psycopg does once the server has gone
+            conn.close()  # does nothing more: psycopg sees it closed
         assert pool.getconn(timeout=1.0) not in conns
         assert pool.stats().size == 1
 
 
-def test_a_dead_connection_that_is_closed_is_counted_as_back_without_another_caller() -> None:
+def test_a_closed_dead_connection_is_counted_without_another_caller() -> None:
     with make(close_returns=True) as pool:
         conn = pool.getconn()
         conn.pgconn.finish()
@@ -45,7 +45,7 @@ def test_a_dead_connection_that_is_closed_is_counted_as_back_without_another_cal
         assert pool.stats().counters.discarded["broken"] == 1
 
 
-def test_to_return_what_was_taken_back_does_nothing() -> None:
+def test_returning_a_connection_that_the_pool_took_back_does_nothing() -> None:
     with make(close_returns=True, max_size=2) as pool:
         conn = pool.getconn()
         conn.pgconn.finish()
@@ -60,10 +60,10 @@ def test_to_return_what_was_taken_back_does_nothing() -> None:
         since = time.monotonic()
         conn = pool.getconn()
         assert pool.return_held(since)
-        pool.putconn(conn)  # in somebody's `finally`
+        pool.putconn(conn)  # as in a user's `finally`
 
 
-def test_to_return_twice_is_still_an_error() -> None:
+def test_returning_twice_is_still_an_error() -> None:
     with make() as pool:
         conn = pool.getconn()
         pool.putconn(conn)
@@ -71,7 +71,7 @@ def test_to_return_twice_is_still_an_error() -> None:
             pool.putconn(conn)
 
 
-def test_waiting_for_the_pool_waits_for_resets() -> None:
+def test_wait_waits_for_resets() -> None:
     resetting, go_on = threading.Event(), threading.Event()
 
     def reset(conn: object) -> None:
@@ -82,24 +82,24 @@ def test_waiting_for_the_pool_waits_for_resets() -> None:
         pool.putconn(pool.getconn())
         assert resetting.wait(5.0)
         waiting = Task(pool.wait)
-        time.sleep(0.1)  # it would have returned
+        time.sleep(0.1)  # long enough to return if it did not wait
         assert not waiting.ended
         go_on.set()
         waiting.result()
 
 
-def test_connections_that_are_out_count_for_who_waits_for_the_pool() -> None:
+def test_wait_counts_connections_that_are_checked_out() -> None:
     with make(min_size=2, max_size=2) as pool, pool.connection(), pool.connection():
         pool.wait(timeout=1.0)
 
 
-def test_nothing_is_handed_over_by_a_pool_that_closes() -> None:
-    """Wherever in `close` a connection comes back, as what a collection ends may do."""
+def test_a_pool_that_closes_hands_over_no_closed_connection() -> None:
+    """A connection may come back at any point of `close`, as by a garbage collection."""
     for point in range(1, 200):
         pool = make()
         conn = pool.getconn()
         waiting = Task(pool.getconn)
-        until(lambda: pool.stats().waiting == 1)  # noqa: B023  # at once
+        until(lambda: pool.stats().waiting == 1)  # noqa: B023  # called now
         returned = _close_and_return(pool, conn, point)
         got = None
         try:
@@ -120,15 +120,15 @@ def test_nothing_is_handed_over_by_a_pool_that_closes() -> None:
         lambda pool: pool.maintain(time.monotonic()),
         lambda pool: pool.drain(),
     ],
-    ids=["stats", "a wait in vain", "maintenance", "drain"],
+    ids=["stats", "a wait that times out", "maintenance", "drain"],
 )
-def test_what_comes_back_in_the_midst_of_it_disturbs_nothing(act: Callable[[Pool], Any]) -> None:
-    """Wherever a connection comes back, as what a collection ends or a signal handler may do."""
+def test_a_connection_may_come_back_at_any_point_of_a_call(act: Callable[[Pool], Any]) -> None:
+    """A garbage collection or a signal handler may return a connection at any point."""
     for point in itertools.count(1):
         with make(max_size=2, slow_acquire=0.001, leak_after=0) as pool:
             conn, other = pool.getconn(), pool.getconn()
             waiting = Task(pool.getconn)
-            until(lambda: pool.stats().waiting == 1)  # at once
+            until(lambda: pool.stats().waiting == 1)
             with (
                 suppress(PoolExhausted),
                 interrupted(point, call=lambda: pool.putconn(conn)) as points,  # noqa: B023
@@ -144,13 +144,13 @@ def test_what_comes_back_in_the_midst_of_it_disturbs_nothing(act: Callable[[Pool
 
 
 def _close_and_return(pool: Pool, conn: Any, point: int) -> bool:
-    """Close, and give *conn* back at that point of it; false if there was no such point."""
+    """Close the pool and return *conn* at that point of it; false if there was no such point."""
     with interrupted(point, call=lambda: pool.putconn(conn)) as points:
         pool.close()
     return points.is_met
 
 
-def test_all_whose_time_is_over_at_once_are_told_with_one_snapshot() -> None:
+def test_waiters_that_time_out_together_share_snapshots() -> None:
     count = 250
     with make() as pool, pool.connection():
         due = time.monotonic() + 1.5

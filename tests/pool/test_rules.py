@@ -1,6 +1,7 @@
-"""The rules of the store, the waiting and the breaker, without a server: any sequence of steps.
+"""The rules of the store, the wait queue and the breaker hold in any sequence of steps.
 
-After every step nothing is lost, the order is kept, and the sizes add up.
+No server is needed. After every step no connection is lost, waiters are in order, and the
+sizes add up.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Session:
     _pool = None
     _record: ConnectionRecord
 
-    class pgconn:  # noqa: N801  # as psycopg's attribute is called
+    class pgconn:  # noqa: N801  # psycopg's name
         transaction_status = 0  # idle
 
     def close(self) -> None:
@@ -67,7 +68,7 @@ class Pools(RuleBasedStateMachine):
         self.clock = Clock()
         self.store = Store(
             "rules", (1, 3), GRACE, Emitter(), SimpleQueue()
-        )  # what a worker would do a rule does
+        )  # a rule does what a worker would do
         self.store.breaker.clock = self.clock
         self.store.open()
         self.waiting: list[Caller] = []  # in the order in which they came
@@ -138,14 +139,14 @@ class Pools(RuleBasedStateMachine):
         self.collect_answers()
 
     def forget(self, caller: Caller) -> None:
-        """A caller that waits is kept: nobody else knows it."""
+        """Drop a caller that is done; one that waits is kept, as only this machine knows it."""
         if caller in self.waiting:
             return
         self.drop(caller)
 
     @rule(caller=consumes(callers))
     def tear_away(self, caller: Caller) -> None:
-        """An exception ends the step of a caller wherever it is."""
+        """An exception ends a caller's step, at whatever point it is."""
         if caller.step is None:
             return
         healer = Owner()

@@ -18,7 +18,7 @@ def test_a_full_server_is_no_outage_while_connections_are_out(
     with pool.connection():
         caller = Task(pool.getconn, 1.0)  # longer than the grace
         error = caller.error()
-        assert isinstance(error, DatabaseUnavailable)  # growth is failing, it is not the holders
+        assert isinstance(error, DatabaseUnavailable)  # not PoolExhausted: connects fail
         assert error.kind == "saturated"
         assert 0.9 < caller.seconds < 1.0 + SLACK
         assert pool.breaker.state == "closed"
@@ -30,7 +30,7 @@ def test_a_full_server_is_no_outage_while_connections_are_out(
     assert_serves_all(pool)
 
 
-def test_a_full_server_and_nothing_to_lend_is_told_after_the_grace(
+def test_callers_fail_after_the_grace_if_the_server_is_full_and_the_pool_empty(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
     fake.room = 0
@@ -46,7 +46,7 @@ def test_a_full_server_and_nothing_to_lend_is_told_after_the_grace(
     assert_serves_all(pool)
 
 
-def test_room_that_comes_within_the_grace_is_waited_for(
+def test_callers_wait_within_the_grace_for_a_full_server_to_have_room(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
     fake.room = 0

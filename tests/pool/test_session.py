@@ -1,4 +1,4 @@
-"""What a holder changes on a connection, and what is put back."""
+"""What a holder changes on a connection, and what the pool restores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Loud(TextLoader):
         return str(super().load(data)).upper()
 
 
-def test_manners_are_put_back(server_pool: Pool) -> None:
+def test_session_attributes_are_restored(server_pool: Pool) -> None:
     with server_pool.connection() as conn:
         conn.autocommit = True
         conn.row_factory = dict_row  # type: ignore[assignment]
@@ -38,7 +38,7 @@ def test_manners_are_put_back(server_pool: Pool) -> None:
         assert again.execute("show transaction_isolation").fetchone() == ("read committed",)
 
 
-def test_what_a_holder_registers_is_gone_with_it_and_what_configure_registers_stays(
+def test_a_holders_adapters_are_removed_and_those_of_configure_stay(
     dsn: str,
 ) -> None:
     def configure(conn: Connection[Any]) -> None:
@@ -60,10 +60,10 @@ def test_what_a_holder_registers_is_gone_with_it_and_what_configure_registers_st
                 ]
             conn = pool.getconn()
             assert told(conn) == ["a", "B", "c"]
-            pool.putconn(conn)  # in a transaction, to be rolled back
+            pool.putconn(conn)  # the pool rolls its transaction back
 
 
-def test_a_return_that_is_interrupted_leaves_no_session_to_the_next(dsn: str) -> None:
+def test_an_interrupted_return_passes_no_session_settings_to_the_next_holder(dsn: str) -> None:
     with Pool(dsn, max_size=1, timeout=5, leak_after=0.4, session_reset="session") as pool:
         held: list[Connection] = []
 

@@ -25,7 +25,7 @@ class Shouting(psycopg.Cursor[Any]):
         return [(text.upper(),) for (text,) in super().fetchall()]
 
 
-def test_fetches_ask_the_connections_cursor_class(dsn: str) -> None:
+def test_fetches_use_the_connections_cursor_class(dsn: str) -> None:
     with Pool(dsn, kwargs={"cursor_factory": Shouting}) as pool:
         assert pool.fetch_value("select 'a'") == "A"
         assert pool.fetch_one("select 'a'") == ("A",)
@@ -71,7 +71,7 @@ def test_a_single_statement_leaves_nothing_behind(dsn: str) -> None:
         assert pool._store.bag.idle[0]._record.cursor is kept
 
 
-def test_a_row_factory_of_the_users_has_a_cursor_of_its_own(dsn: str) -> None:
+def test_a_users_row_factory_gets_a_cursor_of_its_own(dsn: str) -> None:
     seen: list[psycopg.Cursor[Any]] = []
 
     def spy(cursor: psycopg.Cursor[Any]) -> Any:
@@ -84,7 +84,7 @@ def test_a_row_factory_of_the_users_has_a_cursor_of_its_own(dsn: str) -> None:
         assert pool.fetch_one("select 3") == (3,)
     assert seen[0].fetchone() is None
     assert isinstance(seen[0], psycopg.Cursor)
-    assert seen[0].connection is not None  # the one that is kept has let go of it
+    assert seen[0].connection is not None  # the cached cursor has none between statements
 
 
 class Loud(TextLoader):
@@ -93,7 +93,7 @@ class Loud(TextLoader):
 
 
 @pytest.mark.parametrize(("name", "expected"), [("check", "aAa"), ("reset", "aaa")])
-def test_a_single_statement_adapts_as_a_check_wants_it_until_the_connection_is_back(
+def test_adapters_of_a_check_stay_until_the_return_those_of_a_reset_are_removed(
     dsn: str, name: str, expected: str
 ) -> None:
     calls: list[Connection[Any]] = []
@@ -109,7 +109,7 @@ def test_a_single_statement_adapts_as_a_check_wants_it_until_the_connection_is_b
     assert "".join(seen) == expected
 
 
-def test_a_failing_statement_leaves_the_connection_fit(server_pool: Pool) -> None:
+def test_a_connection_is_kept_after_a_failed_statement(server_pool: Pool) -> None:
     with pytest.raises(psycopg.errors.DivisionByZero):
         server_pool.fetch_one("select 1/0")
     with pytest.raises(psycopg.errors.UndefinedTable):
@@ -118,7 +118,7 @@ def test_a_failing_statement_leaves_the_connection_fit(server_pool: Pool) -> Non
     assert server_pool.stats().counters.connects == 1
 
 
-def test_a_statement_obeys_the_set_up_of_the_connection(dsn: str) -> None:
+def test_a_statement_uses_what_configure_set(dsn: str) -> None:
     def configure(conn: Connection[Any]) -> None:
         conn.read_only = True
 

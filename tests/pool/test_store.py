@@ -17,7 +17,7 @@ from tests.threads import Task, run_in_threads
 
 
 class Guarded(set[Any]):
-    """The slots of a pool that may be changed by who holds its lock alone."""
+    """A set of records that fails if it is changed without the pool's lock."""
 
     def __init__(self, pool: Pool) -> None:
         super().__init__(pool._store.bag.records)
@@ -37,7 +37,7 @@ class Guarded(set[Any]):
 
 
 @pytest.mark.parametrize("reset", [None, lambda conn: conn.execute("reset all") and conn.commit()])
-def test_the_books_are_changed_under_the_lock_alone(
+def test_records_are_changed_only_under_the_lock(
     fake: FakeServer, reset: Callable[[Any], Any] | None
 ) -> None:
     pool: Pool = fake.pool(max_size=6, reset=reset)

@@ -1,4 +1,4 @@
-"""Making connections: for those who wait, and as min_size and max_size say."""
+"""When the pool connects: for waiters, and to keep min_size and max_size."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def test_grows_for_waiters_and_shrinks_when_idle(fake: FakeServer) -> None:
         assert pool.stats().counters.discarded["idle"] == 3
 
 
-def test_grows_for_every_one_who_waits_and_gives_nothing_back(fake: FakeServer) -> None:
+def test_grows_for_all_waiters_at_once(fake: FakeServer) -> None:
     with fake.pool(max_size=6, timeout=20) as pool:
         started = monotonic()
         conns = run_in_threads(6, pool.getconn)
         assert pool.stats().active == 6
-        assert monotonic() - started < 3.0, "it grew by patrols, one in a second"
+        assert monotonic() - started < 3.0, "only the watchdog grew it"
         for conn in conns:
             pool.putconn(conn)
 
 
-def test_a_connection_left_in_transaction_by_configure_is_refused(dsn: str) -> None:
+def test_a_configure_that_leaves_a_transaction_open_is_an_error(dsn: str) -> None:
     def configure(conn: Connection[Any]) -> None:
         conn.execute("select 1")
 
@@ -56,7 +56,7 @@ def test_resize_grows_and_shrinks(fake: FakeServer) -> None:
         assert pool.fetch_value("select 1") == 1
 
 
-def test_resize_is_kept_while_connections_are_made(fake: FakeServer) -> None:
+def test_resize_holds_while_connections_are_being_made(fake: FakeServer) -> None:
     with fake.pool(min_size=1, max_size=20) as pool:
         pool.wait()
         fake.delay = 0.02
@@ -72,7 +72,7 @@ def test_resize_is_kept_while_connections_are_made(fake: FakeServer) -> None:
             pool.putconn(conn)
 
 
-def test_resize_takes_what_is_out_when_it_returns(pool: Pool) -> None:
+def test_a_smaller_size_closes_connections_as_they_return(pool: Pool) -> None:
     out = [pool.getconn() for _ in range(4)]
     pool.resize(1, 2)
     for conn in out:
@@ -81,10 +81,10 @@ def test_resize_takes_what_is_out_when_it_returns(pool: Pool) -> None:
     assert sum(conn.closed for conn in out) == 2
 
 
-def test_resizing_may_be_what_a_wait_is_for(fake: FakeServer) -> None:
+def test_resize_can_end_a_wait(fake: FakeServer) -> None:
     with fake.pool(min_size=1, max_size=9) as pool:
         pool.wait(10)
-        pool._min_size = 9  # more than it has, and none begun: nothing else would end the wait
+        pool._min_size = 9  # more than it has, and no connect begun: only resize can end the wait
         waiter = Task(pool.wait, 20.0)
         pool.resize(1, 9)
         waiter.result(10.0)
@@ -94,7 +94,7 @@ def test_resizing_may_be_what_a_wait_is_for(fake: FakeServer) -> None:
 def test_the_last_connection_serves_past_its_lifetime_until_another_can_be_made(
     fake: FakeServer,
 ) -> None:
-    """Its successor is tried before it expires, so that the pool knows that connecting fails."""
+    """The pool connects a successor before it expires, so it knows that connecting fails."""
     with fake.pool(max_size=2, max_lifetime=1.2, leak_after=0.2) as pool:
         pid = pool.fetch_value("select pg_backend_pid()")
         fake.refuse(FULL)

@@ -1,4 +1,4 @@
-"""Waiters that an exception tears away from their wait, wherever they are."""
+"""An exception raised from outside ends a caller's wait, at any point."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from tests.threads import Task
 
 
 class Timeout(BaseException):
-    """As gevent's: no Exception, and raised from outside."""
+    """Like gevent's Timeout: a BaseException, raised from outside."""
 
 
 TORN = pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, Timeout])
 
 
 @TORN
-def test_torn_away_while_all_are_out(make_pool: MakePool, error: type[BaseException]) -> None:
+def test_an_exception_during_a_wait_loses_no_connection(
+    make_pool: MakePool, error: type[BaseException]
+) -> None:
     pool = make_pool(max_size=1)
     conn = pool.getconn()
     with pytest.raises(error), alarm(0.05, error):
@@ -42,7 +44,7 @@ def test_torn_away_while_all_are_out(make_pool: MakePool, error: type[BaseExcept
 
 
 @TORN
-def test_torn_away_while_a_connection_is_made(
+def test_an_exception_while_a_connection_is_made_loses_none(
     fake: FakeServer, make_pool: MakePool, error: type[BaseException]
 ) -> None:
     pool = make_pool(max_size=2)
@@ -56,7 +58,7 @@ def test_torn_away_while_a_connection_is_made(
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_served_in_the_moment_in_which_it_gives_up(make_pool: MakePool, torn: bool) -> None:
+def test_a_waiter_served_in_the_moment_of_its_timeout(make_pool: MakePool, torn: bool) -> None:
     pool = make_pool(max_size=1)
     conn = pool.getconn()
     step = Owner()
@@ -72,7 +74,7 @@ def test_served_in_the_moment_in_which_it_gives_up(make_pool: MakePool, torn: bo
     assert_serves_all(pool)
 
 
-def test_torn_away_at_any_moment_of_the_wait_nothing_is_lost(make_pool: MakePool) -> None:
+def test_an_exception_at_any_point_of_a_wait_loses_no_connection(make_pool: MakePool) -> None:
     pool = make_pool(max_size=2)
     stop = threading.Event()
 
@@ -84,7 +86,7 @@ def test_torn_away_at_any_moment_of_the_wait_nothing_is_lost(make_pool: MakePool
     def ring(number: int, frame: FrameType | None) -> None:
         if frame is not None and frame.f_code.co_name == "wait":
             raise Timeout
-        signal.setitimer(signal.ITIMER_REAL, 0.0001)  # it does not wait: again, soon
+        signal.setitimer(signal.ITIMER_REAL, 0.0001)  # not in `wait` yet: try again
 
     others = [Task(work) for _ in range(4)]
     previous = signal.signal(signal.SIGALRM, ring)
@@ -103,7 +105,7 @@ def test_torn_away_at_any_moment_of_the_wait_nothing_is_lost(make_pool: MakePool
     assert_serves_all(pool)
 
 
-def test_waiters_that_time_out_leave_their_place(make_pool: MakePool) -> None:
+def test_waiters_that_time_out_leave_the_queue(make_pool: MakePool) -> None:
     pool = make_pool(max_size=1, max_waiting=3)
     conn = pool.getconn()
     for _ in range(5):

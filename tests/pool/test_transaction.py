@@ -1,4 +1,4 @@
-"""Whole transactions: `run` commits, retries, and gives up."""
+"""Whole transactions: when `run` commits, retries and gives up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_run_commits_and_returns_the_result(server_pool: Pool) -> None:
     assert server_pool.fetch_all("select * from t") == [(7,)]
 
 
-def test_run_sets_isolation_and_read_only_for_its_transaction_alone(server_pool: Pool) -> None:
+def test_run_sets_isolation_and_read_only_for_its_own_transaction_only(server_pool: Pool) -> None:
     def show(conn: Connection[Any]) -> Any:
         return conn.execute(
             "select current_setting('transaction_isolation'),"
@@ -33,7 +33,7 @@ def test_run_sets_isolation_and_read_only_for_its_transaction_alone(server_pool:
     assert server_pool.run(show) == ("read committed", "off")
 
 
-def test_run_makes_a_transaction_where_autocommit_is_the_rule(dsn: str) -> None:
+def test_run_opens_a_transaction_also_with_autocommit(dsn: str) -> None:
     with Pool(dsn, kwargs={"autocommit": True}) as pool:
         pool.execute("create table t (id int)")
 
@@ -48,7 +48,7 @@ def test_run_makes_a_transaction_where_autocommit_is_the_rule(dsn: str) -> None:
             assert conn.autocommit
 
 
-def test_run_raises_instead_of_committing_nothing(server_pool: Pool) -> None:
+def test_run_raises_if_the_function_swallowed_an_sql_error(server_pool: Pool) -> None:
     def swallow(conn: Connection[Any]) -> None:
         try:
             conn.execute("select 1/0")

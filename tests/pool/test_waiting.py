@@ -1,4 +1,4 @@
-"""Waiting for a connection: the order, the time-out, and the bound on who may wait."""
+"""Waiting for a connection: the order, the timeout, and the bound of the queue."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_exhaustion_names_the_holder_and_its_line(fake: FakeServer) -> None:
     assert error.snapshot.active == 1
 
 
-def test_exhaustion_tells_a_nested_checkout(fake: FakeServer) -> None:
+def test_exhaustion_explains_a_nested_checkout(fake: FakeServer) -> None:
     with fake.pool(max_size=1) as pool, pool.connection():
         with pytest.raises(PoolExhausted, match=r"holds 1, .* hold 2 at once .* n \* 1 \+ 1"):
             pool.getconn(timeout=0.05)
@@ -72,7 +72,7 @@ def test_a_timed_out_waiter_no_longer_counts(fake: FakeServer) -> None:
         assert pool.stats().counters.rejected == 1
 
 
-def test_the_time_waited_in_vain_is_counted_as_the_parent_does(fake: FakeServer) -> None:
+def test_the_wait_of_timed_out_callers_is_counted_as_in_psycopg_pool(fake: FakeServer) -> None:
     with fake.pool(max_size=1) as pool, pool.connection():
         before = pool.get_stats()["requests_wait_ms"]
         with pytest.raises(PoolExhausted):
