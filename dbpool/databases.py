@@ -58,7 +58,11 @@ class Databases(Mapping[str, Pool[Any]]):
         listeners: Iterable[Any] = (),
         **options: Any,
     ) -> Self:
-        """Create the default pool and those of `DBPOOL_DATABASES`. Raises `ConfigError`."""
+        """Create the default pool and those that `DBPOOL_DATABASES` names.
+
+        *environ* is the process's environment by default, *dotenv* the path of a `.env`. Raises
+        `ConfigError` if a setting is wrong.
+        """
         environ, options = conceal(environ), conceal(options)
         return cls(databases_from_env(environ, dotenv), listeners, **options)
 

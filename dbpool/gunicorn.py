@@ -2,7 +2,7 @@
 
 They create the directory through which the workers share their statistics, size the pools by the
 number of requests that a worker serves at once, publish a worker's statistics from its start, and
-close the pools when it exits. Your own hook replaces the one here of the same name, unless you
+close the pools when it exits. A hook of your own replaces dbpool's hook of the same name, unless you
 combine the two:
 
     from dbpool.gunicorn import *
@@ -68,10 +68,10 @@ _door: subprocess.Popen[bytes] | None = None
 
 
 def combined(hook: Callable[..., Any]) -> Callable[..., None]:
-    """Return *hook* combined with the one here of the same name.
+    """Return *hook* combined with dbpool's hook of the same name.
 
-    The one here runs first. When a worker or the server ends it runs last, because it closes what
-    yours may still need. Raises `ValueError` if there is no hook of that name.
+    dbpool's hook runs first. When a worker or the server ends, it runs last, because it closes what
+    yours may still need. Raises `ValueError` if dbpool has no hook of that name.
     """
     name = hook.__name__
     if name not in __all__:
@@ -90,9 +90,10 @@ def combined(hook: Callable[..., Any]) -> Callable[..., None]:
 
 
 def on_starting(server: Any) -> None:
-    """Create the directory for statistics, and remove those that dead masters left behind.
+    """Create the directory for statistics, remove those of dead masters, and start the door.
 
-    If that is not possible, each worker reports only on itself, and a warning says so.
+    If no directory can be created, each worker reports only on itself, and a warning says so. The
+    door starts only if `DBPOOL_SERVE` is set.
     """
     global _made  # noqa: PLW0603  # there is one master in a process
     given = os.environ.pop(STATS_DIR, "")
@@ -131,14 +132,14 @@ def post_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Size the pools by the worker's threads, and publish its statistics from now on.
+    """Size the pools by the worker's threads, and start publishing its statistics.
 
-    A `max_size` that is set stays. Otherwise it is one more than the worker's threads, so that one
-    of them can hold two connections. A worker that does not use threads, such as gevent's, keeps
-    the default. An environment variable would not do: it would win over a `.env`.
+    A `max_size` that you have set stays. Otherwise it is one more than the worker's threads, so
+    that one of them can hold two connections. A worker that does not use threads, such as
+    gevent's, keeps the default.
 
     The first worker then compares what all workers may open with what the servers allow, as
-    `python -m dbpool plan` does.
+    `python -m dbpool plan` does, and logs a warning if that is too much.
     """
     from dbpool.monitor import watch_from_the_start
     from dbpool.processes import publish_from_the_start, set_threads
@@ -146,7 +147,7 @@ def post_worker_init(worker: Any) -> None:
     modules = {cls.__module__ for cls in type(worker).__mro__}
     threads = worker.cfg.threads
     if _GREENLET_WORKERS not in modules and (threads > 1 or modules & _THREAD_WORKERS):
-        _set_max_size(threads + 1)
+        _set_max_size(threads + 1)  # not by an environment variable: it would win over a .env
         set_threads(threads)
     # Only the first worker warns.
     if "gunicorn.workers.ggevent" in modules and worker.age == 1 and _is_patched_too_late():
@@ -209,7 +210,7 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """Leave word for the diagnosis of a worker that ended by a signal or with an exit code."""
+    """Record the signal or exit code that ended a worker, for the diagnosis."""
     with suppress(Exception):  # the master has to go on
         # One that gunicorn's timeout aborts may go on to exit with 0.
         if code := -signal.SIGABRT if worker.aborted else _exit_code():

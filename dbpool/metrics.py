@@ -31,9 +31,10 @@ SIZES: Final = ("size", "active", "idle", "connecting", "waiting", "min_size", "
 
 
 class PoolState(StrEnum):
-    """The state of a pool, and the status that views show; each equals its string.
+    """The state of a pool, or of a database in a view; each equals its string.
 
-    Ordered by severity: if several pools have the same name, the most severe state counts.
+    They are in order of severity. If pools of several processes are merged, the most severe state
+    counts. `NONE` means that all processes of the pool have ended; only views use `DEGRADED`.
     """
 
     NONE = ""  # all its processes have ended
@@ -74,7 +75,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class HistogramSnapshot:
-    """An immutable histogram: counts by bucket of `BOUNDS`, sum in nanoseconds, maximum."""
+    """A histogram of durations: a count for each bucket, the sum in nanoseconds, the maximum."""
 
     counts: tuple[int, ...] = (0,) * BUCKETS
     sum_ns: int = 0
@@ -87,7 +88,7 @@ class HistogramSnapshot:
 
     @property
     def count(self) -> int:
-        """How many durations were counted."""
+        """The number of durations."""
         return sum(self.counts)
 
     def quantile(self, q: float) -> float:
@@ -118,9 +119,9 @@ class HistogramSnapshot:
 class Counters:
     """Totals since the pool was opened.
 
-    `leaks` counts forgotten connections. `held_long` counts those held for longer than
-    `leak_after`, and `returned_late` those of them that came back. `nested` counts those callers
-    of `timeouts` whose own thread held a connection.
+    `leaks` counts forgotten connections. `held_long` counts connections held for longer than
+    `leak_after`, and `returned_late` those of them that came back. `timeouts` counts callers that
+    got no connection in time, and `nested` those of them whose own thread held another.
     """
 
     checkouts: int = 0
@@ -157,8 +158,9 @@ class BreakerSnapshot:
 class HolderSnapshot:
     """Who holds a connection: thread, seconds so far, code location, endpoint if known.
 
-    `pid` is that of the server's process, `worker` that of the holder's process. `status` says
-    what the connection does, `waits` whether the thread waits for another connection of this pool.
+    `pid` is the process id of the server's process, `worker` that of the holder's process. `status`
+    says what the connection does, `waits` whether the thread waits for another connection of the
+    same pool.
     """
 
     thread: str

@@ -51,7 +51,7 @@ _EFFECTS: Final[Mapping[str, frozenset[str]]] = MappingProxyType({
 
 
 def diagnose(scene: Scene) -> tuple[Finding, ...]:
-    """Return what is wrong, the worst and longest first; DB00 alone where nothing is."""
+    """Return the findings, the worst and oldest first; only DB00 if nothing is wrong."""
     found = [finding for pool in scene.pools for finding in _of_pool(pool)]
     whole = (_host.silent_workers(scene), _host.dying_workers(scene), *_host.over_configured(scene))
     found += [finding for finding in whole if finding is not None]

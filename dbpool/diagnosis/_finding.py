@@ -50,10 +50,11 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. `since` is Unix time; `pool` is None for a process or a host.
+    """One thing that is wrong. `since` is Unix time; `pool` is None if it concerns a whole host.
 
-    `text` says what is wrong with the numbers of now, `do` what to do about it. `evidence` is
-    plain JSON; what is not known is None. `subject` tells apart findings of one code and pool.
+    `text` says what is wrong, with the current numbers, and `do` what to do about it. `evidence` is
+    plain JSON; an unknown value is None. If a pool has several findings with the same code,
+    `subject` tells them apart.
     """
 
     code: str

@@ -74,7 +74,7 @@ class _Outcome:
 
 
 class Health:
-    """The health of databases, and of the checks that `add` adds.
+    """The health of an application: its databases, and the checks that you add.
 
     While a *required* database is down, the application is not ready. If another is down, it is
     only degraded.

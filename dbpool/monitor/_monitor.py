@@ -98,11 +98,10 @@ class _ProcessState:
 class Monitor:
     """Watches the pools of an application, and says what is wrong with them.
 
-    Each process keeps its own history. Of those that share a directory, one watches all: unless
-    *blockers* is false it asks the servers while callers wait for long, it logs each finding as it
-    begins, and it leaves what it found for the others to show. With *queries*, findings show SQL.
-    *settings*, as `describe_settings` returns them, are left for the others too. A reader has no
-    pools; it watches while no process with pools does.
+    *databases* maps names to pools, *processes* is a `Processes`. Of the processes that share a
+    directory, one watches the pools of all. It logs each new finding, and shares its findings with
+    the others, which show them. Unless *blockers* is false, it asks the servers who blocks whom
+    while callers wait for long. With *queries*, findings include SQL.
     """
 
     def __init__(
@@ -126,9 +125,9 @@ class Monitor:
         _starter.add(self)
 
     def start(self) -> None:
-        """Watch from now on, in a thread of this process. Another call costs little.
+        """Start watching, in a thread of this process. Calling it again costs little.
 
-        The thread ends with the monitor, and once all its pools are closed.
+        The thread ends when the monitor or all its pools are closed.
         """
         state = self._state()
         if state.thread is None and state.starting.acquire(blocking=False):
@@ -156,9 +155,9 @@ class Monitor:
             state.release()
 
     def findings(self, report: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Return what is wrong now, as `/stats` shows it; only DB00 if nothing is.
+        """Return the current findings as plain JSON, as in `/stats`; only DB00 if nothing is wrong.
 
-        If no process watches yet, this is what *report* alone shows, by default the current one.
+        If no process watches yet, the findings come from *report*, by default the current one.
         """
         if found := rows(self._found().get("findings")):
             return [dict(each) for each in found]

@@ -45,10 +45,11 @@ def instrument(
     meter_provider: metrics.MeterProvider | None = None,
     tracer_provider: trace.TracerProvider | None = None,
 ) -> None:
-    """Record what a pool does, or each pool of a mapping such as `Databases`, from its opening on.
+    """Record metrics and spans of *pools*: a pool, or a mapping of pools such as `Databases`.
 
-    The default is the global providers, which may be set later. Histograms count every checkout
-    that ends, and each process records its own. Another call changes the providers.
+    By default they go to the global providers, which may be set later. Each process records only
+    its own pools. Histograms count every checkout when the connection is returned, also those from
+    before this call. Another call changes the providers.
     """
     found = _each(pools)
     with _lock():
@@ -63,7 +64,7 @@ def instrument(
 
 
 def uninstrument(pools: Pools | None = None) -> None:
-    """Stop recording *pools*, by default all. What has ended until now is still recorded."""
+    """Stop recording *pools*, by default all. Checkouts that have ended are still recorded."""
     found = _fork.list_pools() if pools is None else _each(pools)
     with _lock():
         for meter in {*_meters.values()}:
@@ -75,8 +76,8 @@ def uninstrument(pools: Pools | None = None) -> None:
 def flush(timeout: float = _FLUSH_TIMEOUT) -> bool:
     """Make the providers export what they have; return whether they did within *timeout* seconds.
 
-    These are the global providers and all that were ever given to `instrument`. A provider without
-    `force_flush` is left out. The gunicorn hooks call `flush` when a worker exits.
+    This covers the global providers and all that `instrument` was ever given. It skips a provider
+    without `force_flush`. The gunicorn hooks call `flush` when a worker exits.
     """
     current = metrics.get_meter_provider(), trace.get_tracer_provider()  # proxies cannot flush
     providers: set[Any] = {*_meters, *_traced, *current}

@@ -237,14 +237,14 @@ class Pool(PoolBase[CT]):
     ) -> list[R]:
         """Run one statement in one round trip and return its rows.
 
-        It runs in autocommit, or in a transaction if the connection is set up with an
-        isolation level, read-only or deferrable. It is never sent twice, unless it had no
-        effect: the server refused a prepared plan because a table has changed, or a pooler
-        refused the statement before the server got it. A statement that returns no rows takes
-        effect, and raises `psycopg.ProgrammingError`: use `execute` for it.
+        It runs in autocommit, or in a transaction if the connection has an isolation level, or
+        is read-only or deferrable. It is sent again only if it had no effect: the server refused
+        a prepared plan because a table has changed, or a pooler refused the statement before the
+        server got it. A statement that returns no rows takes effect, and then raises
+        `psycopg.ProgrammingError`: use `execute` for it.
 
-        If the connection is lost before the whole answer came, it raises `CommitUncertain`. For
-        a statement that begins with SELECT, SHOW, TABLE or VALUES, only `execute` does that.
+        Raises `CommitUncertain` if the connection is lost before the whole answer came, unless
+        the statement begins with SELECT, SHOW, TABLE or VALUES: the error is then psycopg's.
         """
         return resend(Statement(query, params, row_factory, ROWS).run_once, self, sys._getframe())
 
@@ -266,7 +266,8 @@ class Pool(PoolBase[CT]):
     def execute(self, query: Query, params: Params | None = None) -> int:
         """Run one statement like `fetch_all`, and return the number of rows that it affected.
 
-        As in psycopg, that is -1 for a statement without such a number.
+        As in psycopg, that is -1 for a statement without such a number. Raises `CommitUncertain`
+        if the connection is lost before the whole answer came, whatever the statement.
         """
         return resend(Statement(query, params, None, ROW_COUNT).run_once, self, sys._getframe())
 
@@ -280,16 +281,18 @@ class Pool(PoolBase[CT]):
         read_only: bool = False,
         timeout: float | None = None,
     ) -> T:
-        """Call `fn(conn, *args)` in one transaction, and again if that may help.
+        """Call `fn(conn, *args)` in a transaction, commit it, and return what *fn* returned.
 
-        The transaction begins before *fn* is called, with *isolation* and *read_only*. The whole
-        transaction is retried, at most *attempts* times in all, after a serialization failure
-        or a deadlock, and if the connection is lost before COMMIT was sent. With *idempotent*
-        it is also retried if the connection is lost during COMMIT, which otherwise raises
-        `CommitUncertain`. Any other error is raised at once. `psycopg.Rollback` rolls back, and
-        None is returned. In *fn*, a block of `conn.transaction()` is a savepoint, and psycopg
-        refuses `commit()` and `rollback()`. *timeout*, in seconds, bounds the waiting for
-        connections and the retrying; with a timeout, `run` waits until an outage is over.
+        *isolation* and *read_only* apply to the transaction. After a serialization failure or a
+        deadlock, or if the connection is lost before COMMIT was sent, the whole transaction runs
+        again: *attempts* is the largest number of runs in all. With *idempotent* it also runs
+        again if the connection is lost during COMMIT, which otherwise raises `CommitUncertain`.
+        Any other error is raised at once.
+
+        *timeout*, in seconds, bounds all waiting and retrying; with a timeout, `run` waits until
+        an outage is over, instead of raising `DatabaseUnavailable` at once. In *fn*,
+        `conn.transaction()` is a savepoint, and psycopg refuses `commit()` and `rollback()`. If
+        *fn* raises `psycopg.Rollback`, the transaction is rolled back and `run` returns None.
         """
         deadline = None if timeout is None else monotonic() + timeout
         options = _transaction.RunOptions(attempts, idempotent, isolation, read_only, deadline)

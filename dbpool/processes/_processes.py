@@ -112,10 +112,10 @@ class Processes:
             serving.discard(thread)
 
     def start(self) -> bool:
-        """Publish about once a second from now on, in a thread of this process.
+        """Start to publish about once a second, in a thread of this process.
 
-        Another call costs little. Returns false while the directory cannot be used or no thread
-        can be started: then a later call has to try again.
+        Calling it again costs little. Returns false if the directory cannot be used or no thread
+        can be started; call it again later.
         """
         state = self._state()
         is_due = not state.is_publishing and time.monotonic() >= state.retry_at
@@ -140,10 +140,11 @@ class Processes:
         return self._publish() is not None
 
     def collect(self, scope: str = "all", *, usage: bool = False) -> Report:
-        """Return the report of all processes, or of this one if *scope* is "process".
+        """Return the report of all processes, or only of this one if *scope* is "process".
 
-        `Report.scope` says which it is: without a directory there is only this process. With
-        *usage* the report has the use by endpoint, which the others write every five seconds.
+        Without a directory it is always that of this process; `Report.scope` says which it is. With
+        *usage* the report includes the use by endpoint, which other processes write every five
+        seconds.
         """
         self.start()
         # Use what was published of this process: a report of another is never ahead of it.

@@ -211,9 +211,10 @@ class Settings:
     def from_env(
         cls, name: str = "default", environ: Environ = None, dotenv: Dotenv = None, **overrides: Any
     ) -> Settings:
-        """Read the settings of the database called *name*; keywords win.
+        """Read the settings of the database called *name* from variables; keywords win.
 
-        *environ* is the process's environment by default, *dotenv* the path of a `.env`.
+        *environ* is the process's environment by default, *dotenv* the path of a `.env`. Raises
+        `ConfigError`.
         """
         name, environ, dotenv, overrides = map(conceal, (name, environ, dotenv, overrides))
         name, sources = _parsing.parse_name(name), _sources.read_sources(environ, dotenv)
