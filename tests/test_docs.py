@@ -11,6 +11,7 @@ Comments in a page say how, out of sight of its readers:
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import io
@@ -19,24 +20,20 @@ import re
 import shlex
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from dbpool.databases import databases_from_env, settings_from_config
+from dbpool.databases import settings_from_config
 from dbpool.flask import DBPool
 from dbpool.prometheus import PoolCollector
 from dbpool.settings import COMMON
 
 from .conftest import MakeApp
-from .postgres import free_port, until
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -47,17 +44,6 @@ PIECE = re.compile(
     r"|^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^ *```$",
     re.DOTALL | re.MULTILINE,
 )
-# Tried elsewhere: what needs a network, a container engine, or another host.
-TRIED = {
-    "pip install '.[flask,gunicorn,prometheus]'": ".ci/package",
-    "flask dbpool check": ".ci/package",
-    "flask dbpool stats": "tests/test_flask_commands.py",
-    "flask dbpool explain DB04": ".ci/package",
-    "flask run": "tests/test_docs.py",
-    'gunicorn "app:create_app()"': "tests/test_docs.py",
-    "make run": ".ci/end-to-end",
-    "make test": ".ci/run",
-}
 
 
 @dataclass(frozen=True)
@@ -235,110 +221,6 @@ def test_sql_runs(path: Path, code: str, dsn: str) -> None:
         conn.rollback()
 
 
-# Commands
-
-
-def commands(code: str) -> Iterator[tuple[str, str]]:
-    """The commands of a console block, each with the output that is shown."""
-    for part in re.split(r"^\$ ", code, flags=re.MULTILINE)[1:]:
-        command, _, output = part.partition("\n")
-        yield re.sub(r"\s+#.*", "", command).strip(), output
-
-
-@pytest.mark.parametrize(("path", "code"), blocks("console"))
-def test_commands_do_as_shown(path: Path, code: str, dsn: str, tmp_path: Path) -> None:
-    for command, output in commands(code):
-        if command.startswith("export ") or command in TRIED:
-            continue
-        assert command.startswith("python -m dbpool "), f"{command}: add where it is tried"
-        done = subprocess.run(
-            [sys.executable, *shlex.split(command)[1:]],
-            cwd=tmp_path,
-            env={
-                "PATH": os.environ["PATH"],
-                "PYTHONPATH": str(ROOT),
-                "DATABASE_URL": dsn,
-                "COLUMNS": "120",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        status = int(comment_behind(path, code, "exit") or 0)
-        assert done.returncode == status, done.stdout + done.stderr
-        pattern = re.escape(shape(output)).replace(re.escape("..."), ".*")
-        assert not output.strip() or re.fullmatch(pattern, shape(done.stdout), re.DOTALL)
-
-
-@pytest.mark.parametrize(("command", "place"), TRIED.items())
-def test_what_is_tried_elsewhere_is_tried_there(command: str, place: str) -> None:
-    word = command.removeprefix("pip install ").removeprefix("flask dbpool ")
-    assert word in (ROOT / place).read_text()
-
-
-@pytest.mark.parametrize(("path", "code"), blocks("sh"))
-def test_what_is_exported_are_settings_that_go_together(path: Path, code: str) -> None:
-    pairs = dict(
-        word.split("=", 1)
-        for line in code.splitlines()
-        if line.startswith("export ")
-        for word in shlex.split(line.removeprefix("export "), comments=True)
-    )
-    if pairs:
-        databases_from_env(pairs)
-
-
-def samples_of_start(directory: Path) -> None:
-    """Write the samples of the page that begin with a file's name, as a user does."""
-    for piece in pieces(DOCS / "start.md"):
-        if name := re.match(r"# (\S+\.py)\n", piece.text):
-            (directory / name[1]).write_text(piece.text)
-
-
-@pytest.mark.parametrize("command", ["flask run", 'gunicorn "app:create_app()"'])
-def test_the_site_of_the_start_page_is_served(command: str, dsn: str, tmp_path: Path) -> None:
-    pytest.importorskip("gunicorn")
-    samples_of_start(tmp_path)
-    port = free_port()
-    environ = {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
-        "DATABASE_URL": dsn,
-        "DBPOOL_TOKEN": "a token of the test",
-        "FLASK_RUN_PORT": f"{port}",
-        "GUNICORN_CMD_ARGS": f"--bind 127.0.0.1:{port} --no-control-socket",
-    }
-    get = partial(fetch, f"http://127.0.0.1:{port}")
-    with (
-        (tmp_path / "log").open("w") as log,
-        subprocess.Popen(
-            [sys.executable, "-m", *shlex.split(command)],
-            cwd=tmp_path,
-            env=os.environ | environ,
-            stdout=log,
-            stderr=log,
-        ) as process,
-    ):
-        try:
-            until(lambda: get("/db/health/live") == 200, 30.0, pause=0.05)
-            assert get("/db/health/ready") == 200
-            assert get("/db/stats") == 401
-            assert get("/db/stats", Authorization="Bearer a token of the test") == 200
-        finally:
-            process.terminate()
-
-
-def fetch(site: str, path: str, **headers: str) -> int:
-    """The status of an answer, 0 while nobody listens."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(site + path, headers=headers)) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as ex:
-        return ex.code
-    except OSError:
-        return 0
-
-
 # What it says of the code
 
 
@@ -418,6 +300,22 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.read_text().split()) < 900
+
+
+def test_what_the_runbook_quotes_of_the_log_is_in_the_code() -> None:
+    page = (DOCS / "runbook.md").read_text()
+    table = page.partition("| the log says |")[2].partition("\n\n")[0]
+    quoted = re.findall(r"^\| `(.*?)`", table, re.MULTILINE)
+    search = page.partition("Search it for ")[2].partition("`/db/stats")[0]
+    quoted += re.findall(r"`(.*?)`", search)
+    assert len(quoted) == 6
+    code = " ".join(
+        str(node.value)
+        for path in (ROOT / "dbpool").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+    )
+    assert [each for each in quoted if each not in code] == []
 
 
 def test_a_line_of_the_log_that_the_page_on_flask_quotes_is_as_it_is_logged(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import psycopg
 
 from dbpool import Pool, Settings
 
-from .postgres import Server, until
+from .postgres import Server, binaries, until
 from .threads import Load
 
 
@@ -17,6 +21,54 @@ def write(path: Path, text: str) -> None:
     new = path.with_suffix(".new")
     new.write_text(text)
     new.replace(path)
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "secrets.md"
+TERMINAL = "import pty, sys; sys.exit(pty.spawn(['sh', '-c', sys.argv[1]]))"  # psql asks on one
+
+
+def test_the_commands_of_the_page_change_a_password(own_server: Server, tmp_path: Path) -> None:
+    commands = "\n".join(
+        re.findall(r"^ +```sh\n(.*?)^ +```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    )
+    commands = re.sub("^ +", "", commands, flags=re.MULTILINE)
+    commands = commands.replace("/run/secrets", str(tmp_path)).replace("--host db ", "")
+    write(tmp_path / "app_password", "old\n")
+    with psycopg.connect(own_server.conninfo, autocommit=True) as admin:
+        admin.execute("create role app login password 'old'")
+        admin.execute("create database app")
+    environ = {
+        "PATH": f"{binaries()}{os.pathsep}{os.environ['PATH']}",
+        "PGHOST": "127.0.0.1",
+        "PGPORT": f"{own_server.port}",
+        "PGPASSWORD": "old",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", TERMINAL, commands],
+        env=environ,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            said = b""
+            for prompt in (b"password", b"again"):
+                while not re.search(prompt + rb"[^\n]*: $", said):
+                    more = os.read(process.stdout.fileno(), 1024)
+                    assert more, said
+                    said += more
+                password = re.findall(rb"[0-9a-f]{48}", said)[0]
+                process.stdin.write(password + b"\n")
+                process.stdin.flush()
+            said += process.stdout.read()
+            assert process.wait(30) == 0, said
+        finally:
+            process.kill()
+    changed = (tmp_path / "app_password").read_text().strip()
+    assert changed == password.decode()
+    assert [path.name for path in tmp_path.iterdir()] == ["app_password"]
+    psycopg.connect(own_server.conninfo_for(user="app", password=changed, dbname="app")).close()
 
 
 def test_the_server_and_then_the_file_change_under_load(own_server: Server, tmp_path: Path) -> None:

@@ -2,12 +2,17 @@
 
 Usage: python tools/check_manifests.py ops/kubernetes docs/probes.md ops/grafana/dashboards/dbpool.json
 
+The command of `probes.md` that checks its manifest is run too, in an empty directory.
+
 Unknown fields are errors: a cluster drops them silently, and so does Grafana.
 """
 
 import json
 import re
+import shlex
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import kubernetes_validate
@@ -40,10 +45,27 @@ def check_page(page):
     blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     manifests = [yaml.safe_load(block) for block in blocks]
     problems = [f"{page}: {problem}" for manifest in manifests for problem in check(manifest)]
+    problems += [f"{page}: {problem}" for problem in run_command(page, blocks[0])]
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"{page}: {len(manifests)} manifests, {len(problems)} problems")
     return len(problems) or not manifests
+
+
+def run_command(page, manifest):
+    """Run the command with which a page checks its manifest, and yield what fails."""
+    [(command, name)] = re.findall(
+        r"^(kubernetes-validate .*?(\S+\.yaml))$", page.read_text(), re.MULTILINE
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, name).write_text(manifest)
+        program, *arguments = shlex.split(command)
+        program = str(Path(sys.executable).parent / program)
+        done = subprocess.run(
+            [program, *arguments], cwd=directory, capture_output=True, text=True, check=False
+        )
+    if done.returncode != 0 or "passed" not in done.stdout + done.stderr:
+        yield f"{command}: {done.stdout}{done.stderr}"
 
 
 def check_dashboard(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,11 @@ from urllib.parse import quote
 import pytest
 import yaml
 
+from webapp import ROOT
+
 from .engine import Load, Project, docker, inspect, request, until_true
 
+DOCS = ROOT / "docs"
 Record = Callable[[str, object], None]
 SERVICES = ["web", "standby", "pgbouncer", "web-cluster", "prometheus"]
 
@@ -124,6 +128,32 @@ def test_the_rules_fire_when_they_should(cluster: Project) -> None:
     ]
     assert "SUCCESS" in docker(*run, "dbpool-prometheus", "check", "rules", "/rules/rules.yml")
     assert "SUCCESS" in docker(*run, "dbpool-prometheus", "test", "rules", "/rules/rules_test.yml")
+
+
+def test_the_files_of_the_page_on_alerts_are_valid(cluster: Project, tmp_path: Path) -> None:
+    """As `promtool` checks them there; `observability.md` shows the beginning of one."""
+    rules, alerting, _ = yaml_blocks("alerts.md")
+    (tmp_path / "dbpool.yml").write_text(rules)
+    (tmp_path / "prometheus.yml").write_text(yaml_blocks("observability.md")[0] + alerting)
+    (tmp_path / "dbpool_token").write_text("a-token")
+    commands = re.findall(r"^promtool (.*)", (DOCS / "alerts.md").read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    tmp_path.chmod(0o755)
+    run = [
+        "run",
+        "--rm",
+        f"--volume={tmp_path}:/files:ro",
+        f"--volume={tmp_path}:/etc/prometheus:ro",
+        "--workdir=/files",
+        "--entrypoint=promtool",
+        "dbpool-prometheus",
+    ]
+    for command in commands:
+        assert "SUCCESS" in docker(*run, *command.split())
+
+
+def yaml_blocks(page: str) -> list[str]:
+    return re.findall(r"^```yaml\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
 def test_a_restart_of_pgbouncer_fails_no_request(
