@@ -50,8 +50,9 @@ class Process:
     """A process that reports; `start` and `number` tell it from others with the same pid.
 
     `written` is when it reported, on the system's monotonic clock; `age` is how many seconds ago
-    that was, and `uptime` how long the process has run. `threads` is how many it serves with, and
-    `busy` how many of them served a request then; None if that is not known.
+    that was, and `uptime` how long the process has run. It reports again after `interval` seconds.
+    `threads` is how many it serves with, and `busy` how many of them served a request then; None if
+    that is not known.
     """
 
     pid: int
@@ -60,6 +61,7 @@ class Process:
     written: float = 0.0
     uptime: float = 0.0
     age: float = 0.0
+    interval: float = 1.0
     threads: int | None = None
     busy: int | None = None
 

@@ -499,6 +499,11 @@ QUIET: dict[str, Case] = {
 
 # Beyond the 16.
 MORE_QUIET: dict[str, Case] = {
+    "a worker with many pools publishes seldom": Case(
+        "DB00", always(pool()),
+        processes=[{"pid": 4711, "age": 12.0, "uptime": 90.0, "interval": 12.5},
+                   {"pid": 4712, "age": 0.2, "uptime": 90.0}],
+    ),
     "all threads busy elsewhere": Case(
         "DB00", always(pool(active=0, idle=12)),
         ("default has 0 of 12 connections in use, nobody waits; 12 of 12 threads are busy elsewhere",),

@@ -247,6 +247,19 @@ def test_what_a_worker_said_long_ago_does_not_make_it_ready(
         assert views.respond("/health/live", {}).status == live
 
 
+def test_a_worker_that_publishes_seldom_is_believed_for_longer(
+    directory: Path, publish: Callable[..., Processes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with many pools has much to write."""
+    publish(default=Pool("up"))
+    (path,) = directory.glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"interval": 14.0}))
+    views, now = views_of(directory), time.monotonic()
+    for later, ready in ((12, 200), (27, 200), (30, 503)):
+        monkeypatch.setattr("time.monotonic", lambda later=later: now + later)
+        assert views.respond("/health/ready", {}).status == ready
+
+
 def test_it_lives_without_a_worker_for_a_minute(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -463,7 +464,19 @@ def test_a_crash_between_archiving_and_removing_counts_nothing_twice(
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"", b"{", b"[]", b'{"schema": 99}', b"\xff\xfe", b"null", b"[" * 200_000],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"schema": 99}',
+        b"\xff\xfe",
+        b"null",
+        b"[" * 200_000,
+        b"x",
+        b"x\x9cgarbage",
+        zlib.compress(b"[]")[:-1],
+        zlib.compress(b" " * (1 << 21) + b"[]"),
+    ],
     ids=lambda garbage: repr(garbage[:20]),
 )
 def test_garbage_is_ignored_and_told_once(
@@ -692,11 +705,11 @@ def test_a_publication_is_never_overwritten_by_an_older_one(
     processes = Processes({"default": Growing()}, directory=directory)
     begun, go_on = threading.Event(), threading.Event()
 
-    def slowly(path: Path, data: object) -> None:
+    def slowly(path: Path, data: object) -> int:
         monkeypatch.undo()
         begun.set()
         assert go_on.wait(30)
-        write(path, data)
+        return write(path, data)
 
     monkeypatch.setattr("dbpool.processes._processes.write", slowly)
     older = Task(processes.publish)

@@ -136,6 +136,30 @@ def test_commands_show_what_the_watching_process_found(
     assert status == (0 if "top" in command else 1)
 
 
+def test_while_no_process_has_reported_it_says_so_and_not_for_longer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "stats"
+    directory.mkdir(mode=0o700)
+    databases = Databases({"default": Settings(conninfo="host=127.0.0.1 port=1")})
+    processes = Processes(databases, directory)
+    monitor = Monitor(databases, processes, blockers=False)
+    monitor.tick()  # the first look may come before the first report
+    assert monitor.findings()[0]["text"] == ("nothing is known yet: no process has reported a pool")
+    processes.publish()
+    main(["top", "--once", "--dir", str(directory)])
+    shown = capsys.readouterr().out
+    assert shown.startswith("OK DB00: the pools are not the cause: default has 0 of 10 connections")
+    monitor.tick()
+    assert (
+        "default has 0 of 10"
+        in json.loads((directory / "app.findings").read_text())["findings"][0]["text"]
+    )
+    monitor.close()
+    processes.close()
+    databases.close()
+
+
 def test_the_statistics_as_json_have_the_findings(
     running: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,8 +9,8 @@ from typing import Final
 from dbpool.diagnosis._finding import Finding, Severity, count, duration, ending
 from dbpool.diagnosis._scene import PoolScene, Scene
 
-_SILENT: Final = 10.0  # seconds
-_FRESH: Final = 6.0  # with much to write a process writes each five
+_SILENT: Final = 10.0  # seconds, or twice the interval of a process that has much to write
+_FRESH: Final = 6.0  # seconds, or a second more than that interval
 _LAG: Final = 60.0
 _CONFLICT: Final = (
     " The replay waits for long queries on the replica, up to max_standby_streaming_delay."
@@ -79,8 +79,8 @@ def replica(pool: PoolScene) -> Finding | None:
 
 def silent_workers(scene: Scene) -> Finding | None:
     """DB12: a worker lives but says nothing, while another does."""
-    silent = [each for each in scene.processes if each.age > _SILENT]
-    fresh = [each for each in scene.processes if each.age <= _FRESH]
+    silent = [each for each in scene.processes if each.age > max(_SILENT, 2 * each.interval)]
+    fresh = [each for each in scene.processes if each.age <= max(_FRESH, each.interval + 1.0)]
     if scene.stalled > _STALL or (silent and not fresh):
         seconds = max(scene.stalled, *(each.age for each in silent), 0.0)
         return Finding(
@@ -150,7 +150,8 @@ def innocent(scene: Scene) -> Finding:
         parts.append(f"{elsewhere} of {count(threads, 'thread')} {verb} busy elsewhere")
     return Finding(
         "DB00", Severity.OK, since=scene.now,
-        text="the pools are not the cause: " + ("; ".join(parts) or "there are none"),
+        text="the pools are not the cause: " + "; ".join(parts)
+        if scene.pools else "nothing is known yet: no process has reported a pool",
         do="If requests are slow, look at the code outside the database, at other services, and at"
         " what waits in front of the workers.",
         evidence={"pools": {p.name: {"in_use": p.active, "max_size": p.max_size}

@@ -248,7 +248,7 @@ class PoolScene:
 
 @dataclass(frozen=True)
 class Process:
-    """A worker; `age` is how old what it published last is, in seconds.
+    """A worker; `age` is how old what it published last is, `interval` when it does so again, in seconds.
 
     `threads` is how many it serves with, `busy` how many of them serve a request now, if known.
     """
@@ -258,6 +258,7 @@ class Process:
     uptime: float
     threads: int | None = None
     busy: int | None = None
+    interval: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +325,7 @@ class Scene:
                     number(each.get("uptime")),
                     whole(each.get("threads")),
                     whole(each.get("busy")),
+                    number(each.get("interval"), 1.0),
                 )
                 for each in rows(data.get("processes"))
             ),

@@ -35,7 +35,8 @@ from dbpool.settings.app import AppSettings
 logger = logging.getLogger("dbpool")
 
 _LOCAL: Final = re.compile(r"(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?", re.IGNORECASE)
-_MAX_REPORT_AGE: Final = 10.0  # seconds that what a worker says of its databases counts
+# Seconds that what a worker says of its databases counts, or twice its interval if it is longer.
+_MAX_REPORT_AGE: Final = 10.0
 _START_TIMEOUT: Final = 60.0  # seconds in which there need be no worker yet
 _SERVING: Final = frozenset({PoolState.UP, PoolState.DEGRADED})
 
@@ -176,7 +177,10 @@ class Views:
         fresh = [
             report
             for report in self._reports()
-            if all(process.age <= _MAX_REPORT_AGE for process in report.processes)
+            if all(
+                process.age <= max(_MAX_REPORT_AGE, 2 * process.interval)
+                for process in report.processes
+            )
         ]
         words: dict[str, PoolState] = {}
         for report in fresh:

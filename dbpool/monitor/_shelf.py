@@ -116,7 +116,8 @@ class Shelf:
             for name, history in merged(parts.values()).items():
                 old = known.get(name, History()).steps
                 for slot, step in history.steps.items():
-                    if slot < end and (slot not in old or slot >= end - _LATE):
+                    is_late = slot >= end - _LATE and slot in old and not _is_same(old[slot], step)
+                    if slot < end and (slot not in old or is_late):
                         file.write(name, slot, step)
         finally:
             os.close(fd)
@@ -182,6 +183,11 @@ def _load(path: Path) -> Any:
     with suppress(OSError, ValueError):
         return read(path)
     return None
+
+
+def _is_same(one: Step, other: Step) -> bool:
+    """Whether two steps are the same in a file, which rounds them."""
+    return encode(0, one) == encode(0, other)
 
 
 def _write_all(file: _StepFile, histories: Mapping[str, History]) -> None:

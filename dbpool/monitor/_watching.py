@@ -35,7 +35,7 @@ _INTERVAL: Final = 2.0  # seconds between two writes of the same findings
 _CALM_INTERVAL: Final = 5.0  # where nothing is wrong
 _JOURNAL_INTERVAL: Final = 10.0
 _ABOUT_INTERVAL: Final = 60.0
-_BYTES_A_SECOND: Final = 350  # of each file
+_BYTES_A_SECOND: Final = 250  # of each file
 _MAX_FINDINGS: Final = 20
 _GRACE: Final = 6.0  # seconds that findings are believed beyond their next write
 _ADDED_UP_AFTER: Final = 2.0  # seconds after a step, when all processes have written it
@@ -148,7 +148,7 @@ class Watching:
         )
         found = diagnose(scene)
         self._log(found, now)
-        self._say(found, now)
+        self._say(found, report["pools"], now)
 
     def _views(self) -> dict[str, ServerView]:
         views = {name: each.view() for name, each in self._inspectors.items()}
@@ -175,15 +175,17 @@ class Watching:
                 extra=extra,
             )  # fmt: skip
 
-    def _say(self, found: Collection[Finding], now: float) -> None:
+    def _say(self, found: Collection[Finding], pools: Collection[str], now: float) -> None:
         found = list(found)[:_MAX_FINDINGS]
-        ids = [(finding.id, finding.severity) for finding in found]
-        is_calm = all(severity is Severity.OK for _, severity in ids)
+        # Where nothing is wrong, the text names the pools that report.
+        ids = [*pools, *((finding.id, finding.severity) for finding in found)]
+        is_calm = all(finding.severity is Severity.OK for finding in found)
         interval = self._interval("findings", _CALM_INTERVAL if is_calm else _INTERVAL)
         self.said["findings"] = {
             "at": now,
             "valid": _GRACE + interval,
-            "findings": [finding.to_json() for finding in found],
+            # Before the first report nothing is known: a reader diagnoses the report that it has.
+            "findings": [each.to_json() for each in found] if pools or not is_calm else [],
             "suspicions": suspicions(found),
         }
         self._write("findings", ids, interval, now)

@@ -76,6 +76,7 @@ def _part_from_json(data: Any) -> Report:
             number=read_count(data["number"]),
             written=read_seconds(data["written"]),
             uptime=read_seconds(data["uptime"]),
+            interval=read_seconds(data["interval"]),
             threads=read_optional(read_count, data["threads"]),
             busy=read_optional(read_count, data["busy"]),
         )

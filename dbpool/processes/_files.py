@@ -13,6 +13,7 @@ import stat
 import tempfile
 import time
 import weakref
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any, Final
 
 STATS_DIR: Final = "DBPOOL_STATS_DIR"  # the variable that names the directory they share
-MAX_FILE_BYTES: Final = 1 << 20  # bytes of a file that is read
+MAX_FILE_BYTES: Final = 1 << 20  # bytes of a file that is read, before and after decompression
+_COMPRESSED_ABOVE: Final = 2 << 10  # bytes; a smaller file stays readable for people
 LOCK_TIMEOUT: Final = 0.2  # seconds
 
 
@@ -53,22 +55,27 @@ def start_time(pid: int) -> str | None:
 
 
 def write(path: Path, data: object) -> int:
-    """Write atomically: a reader finds the old file or the new one. Return the size in bytes."""
+    """Write atomically: a reader finds the old file or the new one. Return the size in bytes.
+
+    The file is JSON, compressed by zlib if it is long.
+    """
+    content = json.dumps(data, separators=(",", ":")).encode()  # dump() would not use the C encoder
+    if len(content) > _COMPRESSED_ABOVE:
+        content = zlib.compress(content, 1)
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=".")
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            # dump() would not use the C encoder.
-            size = file.write(json.dumps(data, separators=(",", ":")))
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
         Path(name).replace(path)
     except BaseException:
         with suppress(OSError):
             Path(name).unlink()
         raise
-    return size  # of ASCII
+    return len(content)
 
 
 def read(path: Path) -> Any:
-    """Read a JSON file of this user; raise `OSError` or `ValueError` if it is not one."""
+    """Read a file that `write` wrote; raise `OSError` or `ValueError` if it is not one."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         found = os.fstat(fd)
@@ -76,12 +83,26 @@ def read(path: Path) -> Any:
             raise ValueError("it is not a file of this user")
         if found.st_size > MAX_FILE_BYTES:
             raise ValueError("it is too large")
-        with os.fdopen(fd, encoding="utf-8", closefd=False) as file:
-            return json.load(file)
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return json.loads(_decompressed(file.read()))
     except RecursionError as ex:
         raise ValueError("it is nested too deeply") from ex
     finally:
         os.close(fd)
+
+
+def _decompressed(content: bytes) -> bytes:
+    """Return what was compressed, and JSON as it is; raise `ValueError` for anything else."""
+    if not content.startswith(b"x"):  # as zlib begins, but no JSON does
+        return content
+    decompressor = zlib.decompressobj()
+    try:
+        found = decompressor.decompress(content, MAX_FILE_BYTES)
+    except zlib.error as ex:
+        raise ValueError("it is damaged") from ex
+    if not decompressor.eof:
+        raise ValueError("it is too large or not complete")
+    return found
 
 
 class _LockFile:

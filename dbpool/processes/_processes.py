@@ -28,10 +28,11 @@ from dbpool.report import SCHEMA, Process, Report, read_text
 logger = logging.getLogger("dbpool")
 
 PUBLISH_INTERVAL: Final = 1.0  # seconds
-_MAX_INTERVAL: Final = 5.0  # seconds: the more there is to write, the less often
-_BYTES_A_SECOND: Final = 2400
+_MAX_INTERVAL: Final = 20.0  # seconds: the more there is to write, the less often
+# What a process writes in all stays below 4 KiB a second: steps, findings and journal come on top.
+_BYTES_A_SECOND: Final = 2000
 _USAGE_INTERVAL: Final = 5.0  # seconds at least between two writes of the use by endpoint
-_USAGE_BYTES_A_SECOND: Final = 450
+_USAGE_BYTES_A_SECOND: Final = 350
 _MAX_ROWS: Final = 400  # of it, in all pools
 _MAX_BYTES: Final = 52 * 1024  # of both files of a process
 WRITE_TIMEOUT: Final = 1.0  # seconds that a publication waits for another of this process
@@ -258,6 +259,7 @@ class Processes:
             number=state.number,
             written=now,
             uptime=now - state.started_at,
+            interval=self.interval,
             threads=_threads,
             busy=None if state.serving is None else len(state.serving),
         )
