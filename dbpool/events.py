@@ -219,15 +219,22 @@ def _problem_of(listener: Any) -> str | None:
 
 def _takes_event(function: Any) -> bool:
     """Whether *function* can be called with an event, and runs when it is."""
-    from inspect import iscoroutinefunction, signature
+    from inspect import signature
 
     try:
         signature(function).bind(None)
-    except TypeError:
-        return False
-    except ValueError:  # a builtin may have no signature
-        return True
-    return not iscoroutinefunction(function) and not iscoroutinefunction(type(function).__call__)
+    except (TypeError, ValueError) as ex:
+        return isinstance(ex, ValueError)  # a builtin may have no signature
+    return runs_when_called(function)
+
+
+def runs_when_called(function: Any) -> bool:
+    """Whether a call runs *function* to its end: one with `async` or `yield` only begins it."""
+    import inspect as i
+
+    kinds = i.iscoroutinefunction, i.isasyncgenfunction, i.isgeneratorfunction
+    calls = function, type(function).__call__
+    return callable(function) and not any(is_kind(f) for is_kind in kinds for f in calls)
 
 
 class Emitter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -21,6 +23,45 @@ def test_a_callback_that_cannot_be_called_is_refused(name: str, value: Any) -> N
         Pool(NOWHERE, **options)
 
 
+async def asynchronous(*_: object) -> None: ...
+
+
+def generator(*_: object) -> Iterator[None]:
+    yield
+
+
+async def asynchronous_generator(*_: object) -> AsyncIterator[None]:
+    yield
+
+
+class AsynchronousCall:
+    async def __call__(self, *_: object) -> None: ...
+
+
+NEVER_RUN = [
+    asynchronous,
+    generator,
+    asynchronous_generator,
+    partial(asynchronous, 1),
+    AsynchronousCall(),
+]
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+@pytest.mark.parametrize("value", NEVER_RUN)
+def test_a_callback_that_a_call_does_not_run_is_refused(name: str, value: Any) -> None:
+    """A `check` that is asynchronous would pass every connection."""
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(ConfigError, match=f"^{name} must be callable, without async or yield"):
+        Pool(NOWHERE, **options)
+
+
+@pytest.mark.parametrize("fn", NEVER_RUN)
+def test_a_transaction_that_a_call_does_not_run_is_refused(fn: Any) -> None:
+    with pytest.raises(TypeError, match=r"^fn must not be asynchronous or a generator"):
+        Pool(NOWHERE).run(fn)
+
+
 @pytest.mark.parametrize("name", CALLABLES)
 def test_no_callback_is_none(name: str) -> None:
     options: dict[str, Any] = {name: None}
@@ -32,7 +73,7 @@ def test_the_setting_that_a_reset_of_the_session_needs_is_named() -> None:
         Pool(NOWHERE, reset="session")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("value", [dict, "psycopg.Connection", None, 3])
+@pytest.mark.parametrize("value", [dict, "psycopg.Connection", None, 3, psycopg.AsyncConnection])
 def test_a_class_that_cannot_connect_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"^connection_class must be"):
         Pool(NOWHERE, connection_class=value)
@@ -41,6 +82,14 @@ def test_a_class_that_cannot_connect_is_refused(value: Any) -> None:
 def test_a_generic_class_is_taken() -> None:
     pool = Pool(NOWHERE, connection_class=psycopg.Connection[tuple[int]])
     assert pool.state == "starting"
+
+
+@pytest.mark.parametrize("sizes", [(1.5, 2), (1, 2.5), ("1", 2), (None, 2)])
+def test_a_size_that_is_no_whole_number_changes_nothing(sizes: Any) -> None:
+    pool = Pool(NOWHERE, min_size=2, max_size=4)
+    with pytest.raises(TypeError):
+        pool.resize(*sizes)
+    assert (pool.min_size, pool.max_size) == (2, 4)
 
 
 def test_the_parents_numbers_are_read_as_ours_are() -> None:

@@ -138,6 +138,7 @@ def test_the_same_for_key_and_value() -> None:
         (f"host=h password='{SECRET}", "quote values"),
         ("host=localhost:5432", "its host contains a port"),
         ("host=h;port=1", "its host contains ;"),
+        ("host=h,port=1", "its host contains ="),
         ("postgresql://u@h..example/d", "its host contains .."),
     ],
 )

@@ -1,4 +1,4 @@
-"""After a schema change: a prepared plan that the server refuses does not fail for ever."""
+"""A prepared plan that the server refuses does not fail for ever, after a schema change say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg.errors import FeatureNotSupported
+from psycopg.errors import FeatureNotSupported, InvalidSqlStatementName
 from psycopg.rows import class_row, dict_row
 
 from dbpool import Pool
@@ -159,6 +159,42 @@ def test_a_procedure_that_has_committed_something_is_not_called_again(
         with pytest.raises(FeatureNotSupported):
             pool.execute("call work(%s)", [8])
     assert other.execute("select count(*) from log").fetchone() == (9,)
+
+
+def deallocate(pool: Pool[Any]) -> None:
+    """Drop what psycopg has prepared, in a way that psycopg does not notice."""
+    pool.execute("do $$ begin execute 'deallocate all'; end $$")
+
+
+def test_a_plan_that_somebody_deallocated_is_made_again(
+    dsn: str, other: psycopg.Connection[Any]
+) -> None:
+    with Pool(dsn, max_size=1) as pool:
+        for call in CALLS.values():
+            for _ in range(8):
+                call(pool)
+            deallocate(pool)
+            assert call(pool)
+
+
+def test_in_a_block_a_plan_that_somebody_deallocated_fails_once(
+    dsn: str, other: psycopg.Connection[Any]
+) -> None:
+    with Pool(dsn, max_size=1, kwargs={"autocommit": True}) as pool:
+        for _ in range(8):
+            in_block(pool)
+        deallocate(pool)
+        with pytest.raises(InvalidSqlStatementName):
+            in_block(pool)
+        for _ in range(8):
+            assert in_block(pool) == (1, 10)
+
+
+def test_a_users_own_plan_that_is_gone_is_raised(dsn: str, other: psycopg.Connection[Any]) -> None:
+    with Pool(dsn, max_size=1) as pool:
+        for _ in range(8):
+            with pytest.raises(InvalidSqlStatementName):
+                pool.execute("execute mine(%s)", [1])
 
 
 def test_what_else_is_not_supported_is_raised(dsn: str, other: psycopg.Connection[Any]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from weakref import ref
 
 import psycopg
-from psycopg import Cursor
+from psycopg import Cursor, errors
 from psycopg_pool.abc import CT
 
 from dbpool.errors import CommitUncertain, DatabaseUnavailable, PoolError, describe
@@ -175,7 +175,7 @@ class Statement(Generic[T]):
             self.sent = _SINGLE
             try:
                 return self.result(cursor.execute(self.query, self.params))
-            except psycopg.errors.FeatureNotSupported as ex:
+            except (errors.FeatureNotSupported, errors.InvalidSqlStatementName) as ex:
                 _psycopg.forget_stale_plan(ex, conn, cursor, self.query, self.params)
             return self.result(cursor.execute(self.query, self.params, prepare=False))
         with conn:

@@ -173,10 +173,8 @@ class Maintenance:
     def check_answer(self, pool: PoolBase[Any], attempt: Attempt, started: float) -> None:
         """Count an attempt as failing if it has no answer for too long; look again until it has."""
         if (left := pool._store.overdue(attempt, started)) is not None:
-            delay = max(left, _MIN_OVERDUE_INTERVAL)
-            pool._threads.run_later(
-                lambda p: p._maintenance.check_answer(p, attempt, started), delay
-            )
+            again: Job = lambda p: p._maintenance.check_answer(p, attempt, started)  # noqa: E731
+            pool._threads.run_later(again, max(left, _MIN_OVERDUE_INTERVAL))
             self.flush(pool)
 
     def check_server_defaults(self, pool: PoolBase[Any]) -> None:
@@ -185,8 +183,7 @@ class Maintenance:
         if not pool._store.is_open or pool._store.breaker.is_failing:
             return
         try:
-            params = connector.params(pool)
-            have_changed = defaults.ask_again(partial(connector.open, pool), params)
+            have_changed = defaults.ask_again(partial(connector.open, pool), connector.params(pool))
         except Exception as ex:  # noqa: BLE001  # whatever it is, the next connect asks again
             defaults.troubles = -1
             logger.debug("pool %r: asking for timeouts failed: %s", pool.name, type(ex).__name__)
@@ -217,10 +214,9 @@ class Maintenance:
             pool._heal()
             self.shrink(pool)
             self._look_for_standby(pool, now)
-            slow = pool.settings.slow_acquire
+            slow, limit = pool.settings.slow_acquire, pool.settings.leak_after
             if slow and (began := pool._store.mark_slow(now - slow)):
                 pool._notices.slow_acquire([now - each for each in began], pool._store.snapshot())
-            limit = pool.settings.leak_after
             if limit and (held := pool._store.mark_held_long(now - limit)):
                 pool._notices.held_long(held, limit)
 

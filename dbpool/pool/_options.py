@@ -10,6 +10,7 @@ from psycopg_pool.abc import KwargsParam
 
 from dbpool._secrets import safe_key, safe_repr
 from dbpool.errors import ConfigError
+from dbpool.events import runs_when_called
 from dbpool.settings import Settings
 from dbpool.settings._conninfo import insist_on_types
 from dbpool.settings._parsing import did_you_mean, nearest, parse_number
@@ -80,12 +81,12 @@ def resolve(
     if unknown := sorted(options.keys() - _PARENT_ONLY):
         meant = did_you_mean(nearest(unknown[0], _SETTINGS | _PARENT_ONLY))
         raise ConfigError(f"Pool() has no option {safe_key(unknown[0])!r}{meant}")
-    if not hasattr(connection_class, "connect"):
+    if not runs_when_called(getattr(connection_class, "connect", None)):  # AsyncConnection's
         raise ConfigError("connection_class must be a subclass of psycopg.Connection")
     for name in _CALLBACKS:
-        if not callable(options.get(name) or print):
+        if not runs_when_called(options.get(name) or print):
             hint = ' (session_reset="session" resets the session)' if name == "reset" else ""
-            raise ConfigError(f"{name} must be callable{hint}, not {safe_repr(options[name])}")
+            raise ConfigError(f"{name} must be callable, without async or yield{hint}")
     insist_on_types(*(None if callable(x) else x for x in (conninfo, options.get("kwargs"))))
     for name in options.keys() & {"reconnect_timeout", "num_workers"}:
         whole = name == "num_workers"

@@ -294,6 +294,8 @@ class Pool(PoolBase[CT]):
         `conn.transaction()` is a savepoint, and psycopg refuses `commit()` and `rollback()`. If
         *fn* raises `psycopg.Rollback`, the transaction is rolled back and `run` returns None.
         """
+        if not events.runs_when_called(fn):
+            raise TypeError("fn must not be asynchronous or a generator: nothing would run it")
         deadline = None if timeout is None else monotonic() + timeout
         options = _transaction.RunOptions(attempts, idempotent, isolation, read_only, deadline)
         caller = sys._getframe().f_back or sys._getframe()

@@ -189,13 +189,13 @@ def converted_query(cursor: Any, query: Any, params: Any = None) -> Any:
 
 # Prepared statements
 
+# What the server calls where it refuses a plan: columns have changed, or somebody deallocated it.
+_PLAN_CHECKS: Final = ("RevalidateCachedQuery", "FetchPreparedStatement")
+
 
 def is_stale_plan(error: BaseException | None) -> bool:
-    """Whether a plan was refused because a table's columns have changed since it was made."""
-    return (
-        isinstance(error, psycopg.errors.FeatureNotSupported)
-        and error.diag.source_function == "RevalidateCachedQuery"
-    )
+    """Whether the server refused a plan: a table's columns have changed, or the plan is gone."""
+    return isinstance(error, psycopg.Error) and error.diag.source_function in _PLAN_CHECKS
 
 
 def forget_plans(conn: Any) -> None:

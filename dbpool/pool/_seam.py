@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from operator import call
+from operator import call, index
 from time import monotonic, sleep
 from typing import Any
 from weakref import ref
@@ -232,10 +232,11 @@ class PoolBase(ConnectionPool[CT]):
     def resize(self, min_size: int, max_size: int | None = None) -> None:
         """Change the sizes; what is too many goes at once if idle, else when it returns.
 
-        Raises `ValueError` for a size below 0, or a max_size below min_size.
+        Raises `ValueError` for a size below 0, or a max_size below min_size, and `TypeError` for
+        what is no whole number.
         """
         _fork.notice_fork()
-        self._store.resize(*self._check_size(min_size, max_size))
+        self._store.resize(*map(index, self._check_size(min_size, max_size)))
         self._store.bag.close_evicted()
 
     def drain(self) -> None:
