@@ -224,9 +224,14 @@ def test_explain_shows_the_page_of_a_code(capsys: pytest.CaptureFixture[str]) ->
 def test_a_terminal_shows_a_page_without_marks(code: str) -> None:
     text = as_text(pages()[code])
     prose = [line for line in text.splitlines() if not line.startswith("    ")]
-    assert not re.search(r"\*\*|`|\]\(|^#", "\n".join(prose), re.MULTILINE)
+    assert not re.search(r"\*\*|\]\(|^#", "\n".join(prose), re.MULTILINE)
     quoted = [f"    {line}" for line in quotes(code)]
     assert [line for line in text.splitlines() if line in quoted] == quoted
+
+
+def test_a_terminal_names_the_page_that_a_link_leads_to() -> None:
+    linked = as_text("## X\n**Do** use `a`: see [sizes](sizing.md#top), [DB03](#db03-server-full).")
+    assert linked == "X\nDo: use `a`: see sizes (docs/sizing.md), DB03."
 
 
 def test_explain_finds_words_of_a_title(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,9 +34,11 @@ def find(wanted: str) -> list[str]:
 
 
 def as_text(page: str) -> str:
-    """Return a page for a terminal, without Markdown's marks for links, emphasis and code."""
-    text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", page.removeprefix(_HEADING))
-    text = re.sub(r"\*\*([^*]+)\*\*|(?<!\w)\*([^*\n]+)\*", r"\1\2", text)
+    """Return a page for a terminal, without Markdown's marks for links and emphasis."""
+    text = re.sub(r"\[([^]]+)\]\((?:errors\.md)?#[^)]+\)", r"\1", page.removeprefix(_HEADING))
+    text = re.sub(r"\[([^]]+)\]\(([\w-]+\.md)[^)]*\)", r"\1 (docs/\2)", text)
+    text = re.sub(r"\*\*([^*]+?)(\.?)\*\*", r"\1:", text)
+    text = re.sub(r"(?<!\w)\*([^*\n]+)\*", r"\1", text)
     lines, is_code = [], False
     for line in text.splitlines():
         if line.startswith("```"):
@@ -44,5 +46,5 @@ def as_text(page: str) -> str:
         elif is_code:
             lines.append(f"    {line}")
         elif not re.fullmatch(r"[|:-]+", line):  # the rule below a table's head
-            lines.append(line.replace("`", ""))
+            lines.append(line)
     return "\n".join(lines)
