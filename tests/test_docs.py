@@ -4,6 +4,7 @@ Comments in a page say how, out of sight of its readers:
 
 - `env: NAME=VALUE`, `setup-first:` and `needs: PACKAGE` come before everything else;
 - `setup:` is Python that runs where it stands, `cleanup:` when the page is done;
+- `pytest:` is the `app.py` that the first two samples of a page are run beside, by pytest;
 - `check:` is an expression that must be true there, `output:` what the last block has printed;
 - `exit:` is the exit status of the commands before it, `setup-sql:` what the SQL before it needs;
 - `replace: TEXT = OTHER` is put into the samples, as the address of the test's database is.
@@ -113,6 +114,8 @@ class Page:
             for text in self.comments("setup-first"):
                 self.execute(text)
             for piece in self.pieces:
+                if piece in self.run_by_pytest():
+                    continue
                 if piece.word in {"python", "setup", "cleanup"}:
                     self.execute(piece.text)
                 elif piece.word == "check":
@@ -127,10 +130,15 @@ class Page:
                     self.execute(text)
             raise
 
+    def run_by_pytest(self) -> list[Piece]:
+        samples = [each for each in self.pieces if each.word == "python"]
+        return samples[:2] if self.comments("pytest") else []
+
     def run_pytest(self) -> None:
-        """Run the page's first two samples as `conftest.py` and a test of a user's."""
-        conftest, test = [each.text for each in self.pieces if each.word == "python"][:2]
-        Path("conftest.py").write_text("\n".join([*self.comments("pytest"), conftest]))
+        """Run the page's first two samples as `conftest.py` and a test, beside an `app.py`."""
+        conftest, test = [each.text for each in self.run_by_pytest()]
+        Path("app.py").write_text("\n".join(self.comments("pytest")))
+        Path("conftest.py").write_text(conftest)
         Path("test_sample.py").write_text(test)
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
