@@ -29,7 +29,10 @@ UNSUPPORTED_PARAMETER: Final = re.compile("unsupported startup parameter|support
 
 
 class FailureKind(StrEnum):
-    """Why a connection could not be made; each kind equals its string."""
+    """Why a connection could not be made; each kind equals its string.
+
+    `python -m dbpool explain DBE02` and `DBE03` say what each of them means.
+    """
 
     ACCESS = "access"  # pg_hba.conf, or the permissions of a socket, file or database
     CLOSED = "closed"  # the server closed the connection

@@ -105,7 +105,7 @@ class HeldLong(Event):
 
 
 class ReturnedLate(Event):
-    """A connection held for too long came back after `seconds`; `where` had checked it out."""
+    """A connection held for too long came back after `seconds`; it was checked out at `where`."""
 
     seconds: float
     where: str

@@ -116,7 +116,7 @@ class Health:
         self._checks[name] = _Check(check, required, seconds)
 
     def live(self) -> dict[str, str]:
-        """Answer that the process serves; touches no database and runs no check."""
+        """Return the status of the process, without touching a database or running a check."""
         return {"status": PoolState.UP}
 
     def ready(self) -> Readiness:

@@ -45,35 +45,36 @@ _MAX_UNCHECKED_USE: Final = 0.01
 
 
 class Pool(PoolBase[CT]):
-    """A `psycopg_pool.ConnectionPool` with liveness, recovery, a breaker and exact numbers.
+    """A `psycopg_pool.ConnectionPool` that survives outages and says why there is no connection.
 
-    Takes every parameter of the parent, and the fields of `Settings` as well. *conninfo* is a
+    It takes every parameter of the parent, and also the fields of `Settings`. *conninfo* is a
     connection string, or a callable that returns one and is called before each connect. The
     environment is read only if neither *conninfo*, *kwargs* nor *settings* is given; *name* then
     says which database's variables are read. *listeners* are called with the events in
-    `dbpool.events`, in a separate thread.
+    `dbpool.events`, in a separate thread. Raises `ConfigError` if a setting is wrong.
 
-    What differs from the parent on purpose:
+    It differs from the parent on purpose:
 
-    - it opens itself on first use (`open=None`); `open=True` opens now, `open=False` requires
-      a call of `open()`. A closed pool stays closed;
-    - the defaults are `min_size` 1, `max_size` 10 (never below min_size), `timeout` 5 s,
-      `max_lifetime` 30 min; server-side timeouts and keepalives, unless the conninfo has them;
-    - the connection used last is handed out first; waiters are served in order;
-    - a connection is checked before it is handed out, and pinged if it was idle for
-      `ping_after` seconds; `check=ConnectionPool.check_connection` therefore adds nothing;
-    - `timeout` covers the whole acquisition; with 0 an idle connection is still handed out,
-      after a look at its socket only;
-    - instead of `PoolTimeout` it raises `PoolExhausted` or `DatabaseUnavailable`, which are
-      subclasses; in an outage it raises at once;
-    - by default `close` takes at most 2 s, whatever hangs, and the name is `default`;
-    - it tries to connect until it succeeds; `reconnect_failed` is called once per outage,
-      after `reconnect_timeout` seconds;
-    - lifetime is enforced at checkout too; what a caller changed on a connection (autocommit,
-      row_factory, isolation_level ...) is restored on return;
-    - `connection()` does not call `getconn` and `putconn`: a subclass hooks into it by
-      `configure`, `check` and `reset`;
-    - after a fork the child starts with an empty pool, which opens on first use.
+    - The pool opens itself on first use (`open=None`); `open=True` opens it now, `open=False`
+      requires a call of `open()`. A closed pool stays closed.
+    - The defaults are `min_size` 1, `max_size` 10 (at least `min_size`), `timeout` 5 s,
+      `max_lifetime` 30 min and the name `default`. Server-side timeouts and keepalives are set
+      unless the connection string has them.
+    - The connection used last is handed out first. Waiting callers are served in order.
+    - A connection is checked before it is handed out, and pinged if it was idle for
+      `ping_after` seconds. Therefore `check=ConnectionPool.check_connection` adds nothing.
+    - `timeout` covers the whole acquisition. With 0 an idle connection is still handed out,
+      after a look at its socket only.
+    - Instead of `PoolTimeout` the pool raises `PoolExhausted` or `DatabaseUnavailable`, which are
+      subclasses of it. In an outage it raises at once.
+    - `close` takes at most 2 s by default, even if something hangs.
+    - The pool tries to connect until it succeeds. It calls `reconnect_failed` once per outage,
+      after `reconnect_timeout` seconds.
+    - `max_lifetime` is enforced at checkout too. What a caller changed on a connection
+      (autocommit, row_factory, isolation_level ...) is restored on return.
+    - `connection()` does not call `getconn` and `putconn`: use `configure`, `check` and `reset`
+      instead of overriding them.
+    - After a fork the child starts with an empty pool, which opens on first use.
     """
 
     __module__ = "dbpool"

@@ -113,7 +113,7 @@ class Processes:
             serving.discard(thread)
 
     def start(self) -> bool:
-        """Start to publish about once a second, in a thread of this process.
+        """Start publishing, about once a second, in a thread of this process.
 
         Calling it again costs little. Returns false if the directory cannot be used or no thread
         can be started; call it again later.

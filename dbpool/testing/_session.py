@@ -13,7 +13,7 @@ from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
 
 
 class RoundTrips:
-    """The number of round trips: of statements and of ends of transactions, as outside of tests.
+    """The number of round trips in a block, `count`: as many as the code makes outside of tests.
 
     What psycopg sends to prepare a statement that has run five times is not counted.
     """
