@@ -49,12 +49,13 @@ def times(typical: float, count: int) -> HistogramSnapshot:
     """So many durations, spread around a typical one."""
     chance = random.Random(count)
     found = Histogram()
-    for _ in range(500):
+    for _ in range(min(count, 500)):
         found.add(typical * chance.lognormvariate(0, 0.9))
     shown = found.snapshot()
     factor = max(1, count // 500)
-    counts = tuple(n * factor for n in shown.counts) if count >= 500 else shown.counts
-    return replace(shown, counts=counts, sum_ns=shown.sum_ns * factor)
+    counts = [n * factor for n in shown.counts]
+    counts[shown.counts.index(max(shown.counts))] += count - sum(counts)
+    return replace(shown, counts=tuple(counts), sum_ns=shown.sum_ns * factor)
 
 
 def holders(
@@ -80,7 +81,7 @@ def worker(active: int, idle: int, *held: HolderSnapshot, **more: Any) -> Snapsh
     base = Snapshot(
         state="up", size=size, active=active, idle=idle, min_size=1, max_size=4, holders=held,
         counters=Counters(checkouts=98_214, connects=6, discarded={**Counters().discarded, "expired": 2}),
-        wait=times(0.0008, 98_000), use=times(0.004, 98_000), connect=times(0.006, 6),
+        wait=times(0.0008, 98_214), use=times(0.004, 98_214), connect=times(0.006, 6),
     )  # fmt: skip
     return replace(base, **more)
 
@@ -182,13 +183,14 @@ def answer(
 
 
 def as_it_was(report: Answer, ago: float) -> Answer:
-    """The report as it was so many seconds before, if its holders held already."""
+    """The report as it was so many seconds before: who holds only since then had others before."""
     pools = {}
     for name, pool in report["pools"].items():
         held = [
             each | {"seconds": each["seconds"] - ago}
-            for each in pool["holders"]
             if each["seconds"] > ago
+            else each | {"status": "query", "waits": False}
+            for each in pool["holders"]
         ]
         pools[name] = pool | {"holders": held}
     return report | {"time": report["time"] - ago, "pools": pools}
@@ -253,12 +255,14 @@ def full() -> Answer:
             "wait": 0.15,
             "use": 0.006,
             "checkouts": 900,
-            "refused": 7,
+            "refused": 6,
         }
 
-    wait = times(0.05, 98_000)
+    wait = times(0.05, 98_214)
+    counters = Counters(checkouts=98_214, connects=6, timeouts=28)
     parts = [
-        worker(4, 0, *holders(4, 0.5, "query", 4711 + n), waiting=3, wait=wait) for n in range(3)
+        worker(4, 0, *holders(4, 0.5, "query", 4711 + n), waiting=3, wait=wait, counters=counters)
+        for n in range(3)
     ]
     lines = [(70.0, "default", "full", "all 12 connections in use, callers wait")]
     return answer(parts, history(recent, 3.0), lines=lines)
@@ -270,16 +274,24 @@ def down() -> Answer:
     breaker = BreakerSnapshot("open", NOW - 41, error, 0.6, "refused")
 
     def recent(ago: int) -> dict[str, Any]:
-        return {"in_use": 0.0, "size": 0.0, "checkouts": 0, "refused": 40} if ago <= 8 else {}
+        return {"in_use": 0.0, "size": 0.0, "checkouts": 0, "refused": 39} if ago <= 8 else {}
 
-    parts = [worker(0, 0, state="down", connecting=1, breaker=breaker) for _ in range(3)]
+    counters = Counters(checkouts=98_214, connects=6, rejected=104, connect_failures=58)
+    parts = [
+        worker(0, 0, state="down", size=1, connecting=1, breaker=breaker, counters=counters)
+        for _ in range(3)
+    ]
     lines = [(41.0, "default", "down", f"down: {error}")]
     return answer(parts, history(recent), lines=lines, view=ServerView(NOW - 300, facts=FACTS))
 
 
 def locked() -> Answer:
     """A report has locked a table."""
-    parts = [worker(4, 0, *holders(4, 14.0, "query", 4711 + n), waiting=2) for n in range(3)]
+    counters = Counters(checkouts=98_214, connects=6, timeouts=4)
+    parts = [
+        worker(4, 0, *holders(4, 14.0, "query", 4711 + n), waiting=2, counters=counters)
+        for n in range(3)
+    ]
 
     def recent(ago: int) -> dict[str, Any]:
         if ago > 2:
@@ -349,7 +361,7 @@ def many() -> Answer:
     return shown | {"endpoints": {"default": rows}}
 
 
-RATES: Final = {"up": 31, "busy": 486, "full": 902, "silent": 88}  # checkouts a second
+RATES: Final = {"up": 27, "busy": 215, "full": 180, "silent": 54}  # checkouts a second
 STATES: Final[Mapping[str, Callable[[], Answer]]] = {
     each.__name__: each for each in (up, busy, full, down, locked, nested, silent)
 }

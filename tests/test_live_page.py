@@ -240,15 +240,17 @@ def test_the_numbers_on_the_page_are_those_of_stats(see: Callable[..., Page]) ->
     ):
         shown = page.locator(f"[data-{part}] > div").all()
         found = {box.locator("dt").inner_text(): box.locator("dd").inner_text() for box in shown}
-        assert found == {k.replace("_", " "): str(v) for k, v in counts.items() if k != "discarded"}
+        assert found == {
+            k.replace("_", " "): f"{v:,}" for k, v in counts.items() if k != "discarded"
+        }
     busy, threads = (sum(each[key] for each in last["processes"]) for key in ("busy", "threads"))
     assert text(page, "#summary") == f"3 processes, {busy} of {threads} threads busy"
     workers = last["workers"]["default"]
     assert [row[0] for row in cells(page, "[data-workers]")] == [str(w["pid"]) for w in workers]
     assert [row[6] for row in cells(page, "[data-workers]")] == [
-        str(w["checkouts"]) for w in workers
+        f"{w['checkouts']:,}" for w in workers
     ]
-    assert [row[1] for row in cells(page, "[data-times]")] == [str(pool[k]["count"]) for k in ("wait", "use", "connect")]  # fmt: skip
+    assert [row[1] for row in cells(page, "[data-times]")] == [f"{pool[k]['count']:,}" for k in ("wait", "use", "connect")]  # fmt: skip
     assert len(cells(page, "[data-held]")) == len(pool["holders"])
     assert [row[0] for row in cells(page, "[data-used]")] == [e["endpoint"] for e in last["endpoints"]["default"]]  # fmt: skip
     assert len(cells(page, "#lines")) == len(last["journal"])

@@ -62,19 +62,19 @@ def test_what_fits_leaves_room_for_a_deploy(
 def test_the_advised_size_is_the_largest_that_fits(
     processes: int, max_size: int, monitors: int, most: int, others: int
 ) -> None:
-    def judged(size: int, most: int = most) -> Verdict:
+    def of_size(size: int, most: int = most) -> Verdict:
         return verdict(most, demand(processes, size, monitors=monitors), others=others)
 
-    found = judged(max_size)
+    found = of_size(max_size)
     if found.advice.startswith("set "):
         advised = int(found.advice.split(" to ")[1].split(",")[0])
         assert advised < max_size
-        assert judged(advised).fits
-        assert not judged(advised + 1).fits
+        assert of_size(advised).fits
+        assert not of_size(advised + 1).fits
     raised = found.advice.rpartition("max_connections to ")[2].split(",")[0]
     if raised:
-        assert judged(max_size, int(raised)).fits
-        assert not judged(max_size, int(raised) - 1).fits
+        assert of_size(max_size, int(raised)).fits
+        assert not of_size(max_size, int(raised) - 1).fits
 
 
 def test_a_warning_names_the_numbers_and_the_settings() -> None:

@@ -52,11 +52,11 @@ def main() -> None:
 
 
 def seconds_of(name: str) -> list[dict[str, Any]]:
-    """Return the answers of ten seconds in a state, so that the page can show rates."""
+    """Return the answers of some seconds that lead to a state, so that the page can show rates."""
     answers = [STATES[name]()]
-    while len(answers) < 10:
+    while len(answers) < 4:  # the page asks more often until it has all parts
         answers.append(later(answers[-1], RATES.get(name, 0)))
-    return answers
+    return [each | {"time": each["time"] - len(answers) + 1} for each in answers]
 
 
 def take(

@@ -59,7 +59,7 @@ class Usage:
         weight = self._weight or 1.0
         ranked = sorted(uses.items(), key=lambda each: (-each[1].seconds, each[0]))
         return {
-            name: {"in_use": round(use.seconds / weight, 3), "longest": round(use.longest, 1)}
+            name: {"in_use": round(use.seconds / weight, 3), "longest": float(f"{use.longest:.3g}")}
             for name, use in ranked[:SHOWN]
         }
 

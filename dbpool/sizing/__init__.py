@@ -13,7 +13,7 @@ import psycopg
 
 from dbpool._secrets import conceal
 from dbpool.errors import ConfigError, describe
-from dbpool.sizing._budget import Demand, Limit, Verdict, judge
+from dbpool.sizing._budget import Demand, Limit, Verdict, evaluate
 from dbpool.sizing._load import Measured, measure
 from dbpool.sizing._pooler import CONSOLE, PoolerLimits, behind, client_limits, read_pooler_limits
 from dbpool.sizing._queueing import TARGET, Load, connections_needed
@@ -77,7 +77,7 @@ def plan_connections(targets: Mapping[str, Target]) -> ConnectionPlan:
             unknown[name] = str(ex)
         except (psycopg.Error, ConfigError, UnicodeError) as ex:  # of a host that is no name
             unknown[name] = describe(ex)
-    return ConnectionPlan(judge([*client_limits(pooled), *server_limits(seen)]), unknown)
+    return ConnectionPlan(evaluate([*client_limits(pooled), *server_limits(seen)]), unknown)
 
 
 def _ask_server(params: Mapping[str, Any]) -> ServerLimits:

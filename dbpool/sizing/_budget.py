@@ -116,7 +116,7 @@ class Verdict:
         return f"more connections are configured than fit{when}: {self}. To fix it, {self.advice}"
 
 
-def judge(pairs: Iterable[tuple[Limit, Sequence[Demand]]]) -> list[Verdict]:
+def evaluate(pairs: Iterable[tuple[Limit, Sequence[Demand]]]) -> list[Verdict]:
     """Compare each limit with the pools under it, the tightest first."""
     verdicts = [Verdict(limit, demands) for limit, demands in pairs]
     return sorted(verdicts, key=lambda v: v.limit.room - v.need_in_deploy)

@@ -2,7 +2,7 @@
 
 import * as strips from "./strips.js";
 import { ALARMING, blockersBySession, showVerdict, useful } from "./verdict.js";
-import { clock, fill, list, NOTHING, number, seconds, setClass, setText } from "./words.js";
+import { amount, clock, fill, list, NOTHING, number, seconds, setClass, setText } from "./words.js";
 
 const INTERVAL = 1000; // milliseconds
 const FIRST_INTERVAL = 100; // until each part has arrived once
@@ -73,13 +73,13 @@ function word(pool) {
   return pool.state === "up" && pool.waiting && pool.active >= pool.max_size ? "full" : pool.state;
 }
 
-function gravity(name, findings) {
+function severityRank(name, findings) {
   const found = findings.findIndex((finding) => finding.pool === name && ALARMING.includes(finding.severity));
   return found < 0 ? Infinity : found;
 }
 
 const quantile = (key) => (each) => (each.count ? seconds(each[key]) : NOTHING);
-const MINUTE = [["time", (each) => each.kind], ["count", (each) => number(each.count), "num"],
+const MINUTE = [["time", (each) => each.kind], ["count", (each) => amount(each.count), "num"],
   ...["p50", "p95", "p99"].map((key) => [key, quantile(key), "num"])];
 const TIMES = [...MINUTE, ["max", quantile("max"), "num"]];
 const KINDS = ["wait", "use", "connect"];
@@ -88,11 +88,11 @@ const ENDPOINTS = [
   ["in use", (each) => each.in_use.toFixed(1), "num"],
   ["share", (each) => (each.use_share === null ? NOTHING : (100 * each.use_share).toFixed(0) + " %"), "num"],
   ["longest", (each) => seconds(each.longest), "num"],
-  ["checkouts", (each) => number(each.checkouts), "num"],
+  ["checkouts", (each) => amount(each.checkouts), "num"],
   ["use p95", (each) => seconds(each.use_p95), "num"],
   ["wait p95", (each) => seconds(each.wait_p95), "num"],
-  ["gave up", (each) => number(each.gave_up), "num"],
-  ["forgotten", (each) => number(each.forgotten), "num"],
+  ["gave up", (each) => amount(each.gave_up || null), "num"],
+  ["forgotten", (each) => amount(each.forgotten || null), "num"],
 ];
 const WORKERS = [
   ["worker", (each) => String(each.pid)],
@@ -100,9 +100,9 @@ const WORKERS = [
   ["up for", (each) => seconds(each.uptime), "num"],
   ["state", (each) => [each.state, each.state === "down" && "alarm"]],
   ["in use", (each) => `${each.in_use} of ${each.max_size}`, "num"],
-  ["waiting", (each) => [number(each.waiting), each.waiting && "warn"], "num"],
-  ["checkouts", (each) => number(each.checkouts), "num"],
-  ["refused", (each) => [number(each.refused), each.refused && "warn"], "num"],
+  ["waiting", (each) => [amount(each.waiting), each.waiting && "warn"], "num"],
+  ["checkouts", (each) => amount(each.checkouts), "num"],
+  ["refused", (each) => [amount(each.refused), each.refused && "warn"], "num"],
   ["used for", (each) => seconds(each.use_seconds), "num"],
 ];
 const SETTINGS = [["setting", (each) => each.name], ["value", (each) => shownValue(each.value)],
@@ -204,7 +204,7 @@ function summary(stats) {
 function showAll(stats) {
   const findings = stats.findings || [];
   const names = Object.keys(stats.pools).sort((a, b) => (b === "default") - (a === "default"));
-  names.sort((a, b) => gravity(a, findings) - gravity(b, findings) || 0);
+  names.sort((a, b) => severityRank(a, findings) - severityRank(b, findings) || 0);
   for (const each of stats.processes) each.start = stats.time - each.uptime;
   if (stats.history) strips.remember(stats.history, stats.scope);
   for (const part of ["endpoints", "workers", "servers"]) parts[part] = { ...parts[part], ...stats[part] };

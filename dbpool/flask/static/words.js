@@ -16,6 +16,11 @@ export function number(value) {
   return value === null || value === undefined ? NOTHING : String(value);
 }
 
+// A count, with its digits in groups of three; a pid stays as it is.
+export function amount(value) {
+  return value === null || value === undefined ? NOTHING : value.toLocaleString("en");
+}
+
 export function clock(time) {
   return new Date(time * 1000).toLocaleTimeString([], { hour12: false });
 }
@@ -99,7 +104,7 @@ export function list(dl, pairs) {
     const box = dl.children[n] || dl.appendChild(element("div"));
     if (!box.firstChild) box.append(element("dt"), element("dd"));
     setText(box.firstChild, label);
-    setText(box.lastChild, String(value));
+    setText(box.lastChild, amount(value));
     setClass(box.lastChild, moved ? "moved" : value ? "" : "zero");
   });
 }
