@@ -45,8 +45,8 @@ _HARMLESS: Final = re.compile("|".join(read_lines(__package__, "harmless.txt")))
 _USER: Final = re.compile(r"://[^:/\[]*:")
 _PORT: Final = re.compile(r"\d*(?:[^\w%].*)?$")
 _ASSIGNED: Final = re.compile(
-    rf"\b(\w*(?:{'|'.join(sorted(SECRET))}|passwd|pwd))(['\"]?\s*(?:[:=]>?|:=)\s*|\s+(?:e|u&)?(?='|\$\w*\$))"
-    r"(\$(\w*)\$.*?(?:\$\4\$|$)|'(?:\\.|''|[^'\\])*(?:'|$)|\"(?:\\.|[^\"\\])*\"|(?:\\.|[^\s&\\])+)",
+    rf"\b(\w*(?:{'|'.join(sorted(SECRET))}|passwd|pwd))(\\*['\"]?\s*(?:[:=]>?|:=)\s*|\s+(?:e|u&)?(?='|\$\w*\$))"
+    r"(\$(\w*)\$.*?(?:\$\4\$|$)|(\\+['\"]).*?(?:\5|$)|''(?:\\''|[^'])+(?:''|$)|'(?:\\.|''|[^'\\])*(?:'|$)|\"(?:\\.|[^\"\\])*\"|(?:\\.|[^\s&\\])+)",
     re.IGNORECASE,
 )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dbpool import Databases, Settings
+from dbpool import Databases, Settings, __version__
 from dbpool.cli import main
 from dbpool.cli._probe import is_exposed
 from dbpool.processes import Processes
@@ -371,6 +371,13 @@ def test_a_reader_that_had_enough_gets_no_traceback(server: Server) -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"dbpool {__version__}\n"
 
 
 def test_wrong_usage_exits_with_two() -> None:

@@ -470,7 +470,18 @@ def test_masking_takes_linear_time() -> None:
         "é'" * 20,
         "\t" * 20 + "abcd",
     ):
-        for char in ("\\", "'", "\\'", " x", "%25", "password=$a$", "password $$", "://u:"):
+        for char in (
+            "\\",
+            "'",
+            "\\'",
+            " x",
+            "%25",
+            "password=$a$",
+            "password $$",
+            "://u:",
+            "password=''",
+            r"password=\'",
+        ):
             mask(char * 10_000, {secret})
     assert time.monotonic() - began < 10.0
 
@@ -488,6 +499,11 @@ def test_masking_takes_linear_time() -> None:
         "ALTER ROLE app PASSWORD $a$tk $$ zq7$a$ LOGIN",
         "ALTER ROLE app PASSWORD U&'tk-zq7'",
         "ALTER ROLE app PASSWORD $$tk zq7",
+        # A connection string within SQL, and JSON or a `repr` within a string.
+        "CREATE SUBSCRIPTION s CONNECTION 'host=h password=''tk zq7'' user=u'",
+        r"select dblink_connect('password=''tk\'' zq7 tk''')",
+        r'"{\"password\": \"tk zq7\", \"user\": \"app\"}"',
+        r"'{\'password\': \'tk zq7\'}'",
     ],
 )
 def test_a_value_after_the_name_of_a_password_is_masked(text: str) -> None:

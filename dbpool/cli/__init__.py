@@ -17,6 +17,7 @@ from importlib import import_module
 from io import FileIO, TextIOWrapper
 from typing import NoReturn, Protocol, TextIO, cast
 
+from dbpool import __version__
 from dbpool._secrets import mask
 from dbpool.cli._output import fail
 from dbpool.errors import ConfigError
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m dbpool", description="Test and watch the configured databases."
     )
     parser.set_defaults(json=False)
+    parser.add_argument("--version", action="version", version=f"dbpool {__version__}")
     choices = parser.add_subparsers(required=True, metavar=" | ".join(commands()))
     for name, command in commands().items():
         chosen = choices.add_parser(name, help=command.HELP, description=command.HELP)
