@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,14 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from werkzeug.serving import make_server
 
 from dbpool.databases import databases_from_env
 
+from .conftest import MakeApp
 from .postgres import Server, binaries, free_port, until
 from .test_docs import DOCS, ROOT, blocks, comment_behind, pieces, shape
+from .threads import Task
 
 # Tried elsewhere: what needs a network, a container engine, or another host.
 TRIED = {
@@ -228,6 +232,36 @@ def test_the_alert_on_exhaustion_can_be_tried_as_shown(own_server: Server, tmp_p
         until(lambda: get("/health/ready")[0] == 200, 30.0, pause=0.05)
         with shell(load.replace(":8000", f":{port}"), tmp_path, **environ):
             until(is_reported, 30.0, pause=0.2)
+
+
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@pytest.mark.skipif(NGINX is None, reason="there is no nginx here")
+def test_the_proxy_of_the_page_on_security_shows_the_health_view_alone(
+    make_app: MakeApp, dsn: str, tmp_path: Path
+) -> None:
+    (locations,) = [each.text for each in pieces(DOCS / "security.md") if each.word == "nginx"]
+    server = make_server("127.0.0.1", 0, make_app(dsn, DBPOOL_DETAILS="always"), threaded=True)
+    port = free_port()
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    places = "".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}"
+        f" http {{ access_log off; {places} upstream app {{ server 127.0.0.1:{server.port}; }}"
+        f" server {{ listen 127.0.0.1:{port}; {locations} }} }}"
+    )
+    serving = Task(server.serve_forever)
+    with shell(f"exec {NGINX} -p {tmp_path} -c {tmp_path}/nginx.conf", tmp_path):
+        try:
+            get = partial(fetch, f"http://127.0.0.1:{port}")
+            until(lambda: get("/db/health/ready") == 200, 30.0, pause=0.05)
+            for path in ("/db/", "/db/stats", "/db/metrics", "/db/health", "/db/health/live"):
+                assert get(path) == 404
+        finally:
+            server.shutdown()
+            serving.result()
+            server.server_close()
 
 
 def test_the_door_is_started_as_shown(tmp_path: Path) -> None:

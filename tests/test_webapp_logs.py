@@ -149,6 +149,13 @@ def test_under_gunicorn_every_line_is_json_and_shows_no_secret(tmp_path: Path) -
     request = {"id": "from-the-client", "endpoint": "notes.list_notes"}
     answers = [line["text"] for line in lines if line.get("request") == request]
     assert any(re.fullmatch(r"GET /notes 503 in [\d.]+ ms", text) for text in answers)
+    page = (ROOT / "docs" / "observability.md").read_text()
+    (quoted,) = [json.loads(each) for each in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    accesses = [line for line in lines if line.get("request") == request]
+    assert quoted.keys() in [line.keys() for line in accesses]
+    assert re.fullmatch(r"GET /notes 503 in [\d.]+ ms", quoted["text"])
+    assert quoted["request"].keys() == request.keys()
+    assert quoted["request"]["endpoint"] == request["endpoint"]
     (down,) = [line for line in lines if line.get("dbpool", {}).get("event") == "circuit_opened"]
     assert down["dbpool"]["kind"] == "refused"
 

@@ -114,6 +114,18 @@ def test_every_panel_of_the_dashboard_has_something_to_show(cluster: Project, pa
         until_true(lambda asked=asked: query(cluster, asked))  # type: ignore[misc]
 
 
+def test_the_queries_of_the_documentation_are_answered(cluster: Project) -> None:
+    expressions = []
+    for page in (DOCS / "observability.md", DOCS / "sizing.md"):
+        text = page.read_text()
+        expressions += re.findall(r"```promql\n(.*?)```", text, re.DOTALL)
+        table = text.partition("| question | expression |")[2].partition("\n\n")[0]
+        expressions += re.findall(r"\| `(.*)` \|$", table, re.MULTILINE)
+    assert len(expressions) == 9
+    for expression in expressions:
+        query(cluster, expression)
+
+
 def test_the_rules_fire_when_they_should(cluster: Project) -> None:
     folder: Path = cluster.checkout / "ops/prometheus"
     owner = str(folder.stat().st_uid)
