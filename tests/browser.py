@@ -1,4 +1,4 @@
-"""The live page in Debian's Chromium: a site that answers what a test says, and a browser to see it."""
+"""The live page in Debian's Chromium: a site with prepared answers, and a browser."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOWHERE: Final = "host=127.0.0.1 port=1 user=u dbname=d"
 
 
 class Site:
-    """An application whose `/stats` answers with *answers*, one after the other, then the last."""
+    """An application whose `/stats` gives prepared answers in turn, then always the last."""
 
     def __init__(self, **config: Any) -> None:
         self.answers: list[dict[str, Any]] = []
@@ -43,7 +43,7 @@ class Site:
         self.url = ""
 
     def show(self, *answers: dict[str, Any]) -> None:
-        """Answer with these from now on."""
+        """Give these answers from now on."""
         self.asked, self.answers = 0, list(answers)
 
     def _answer(self) -> Any:
@@ -61,7 +61,7 @@ class Site:
 
     @contextmanager
     def serving(self) -> Iterator[str]:
-        """Serve on a port of this machine; gives the page's address."""
+        """Serve on a local port; yields the page's address."""
         server = make_server("127.0.0.1", 0, self.app, threaded=True)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

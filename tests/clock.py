@@ -1,4 +1,4 @@
-"""Clocks that tests move, for whatever takes one: `pool.breaker.clock = ShiftedClock(-60.0)`."""
+"""Clocks that tests move, for any object that has one: `breaker.clock = ShiftedClock(-60.0)`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Clock:
 
 
 class ShiftedClock:
-    """Goes as the real one, that many seconds ahead; behind if negative."""
+    """Runs like the real clock, that many seconds ahead, or behind if negative."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

@@ -1,4 +1,4 @@
-"""Fixtures: real servers, fresh databases, and no trace of the shell's own settings."""
+"""Fixtures: real servers, fresh databases, and an environment without the shell's settings."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from .pools import MakePool, assert_closes, assert_whole
 from .postgres import Server, copy, until
 from .proxy import Proxy
 
-# pytest captures the standard error of tests; this is where a hard end can still be told.
+# pytest captures the tests' standard error; the hard deadline reports to this copy.
 _terminal = os.dup(2)
 
-# The shell's own settings must not reach the tests, nor the tools that start servers for them.
+# The shell's settings must not reach the tests or the tools that start servers for them.
 for _name in [n for n in os.environ if n.startswith(("PG", "DBPOOL_", "DATABASE_URL"))]:
     del os.environ[_name]
 
-# A shell starts what runs in its background with Ctrl-C ignored, and so all that the tests start.
+# Shells start background jobs with SIGINT ignored, and all processes of the tests inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -57,8 +57,9 @@ def pytest_collection_finish() -> None:
 
 
 class Ahead(Generic[T]):
-    """Makes the next thing while the last is in use, and clears one away while the next is: either
-    takes longer than many a test.
+    """Makes the next object while the last is in use, and removes that while the next is in use.
+
+    Both take longer than many tests.
     """
 
     def __init__(self, make: Callable[[], T], clear: Callable[[T], object]) -> None:
@@ -67,24 +68,24 @@ class Ahead(Generic[T]):
         self._next = self._worker.submit(make)
 
     def take(self) -> T:
-        """Return one that is the caller's."""
+        """Return an object for the caller's own use."""
         made = self._next.result(60)
         self._next = self._worker.submit(self._make)
         return made
 
     def give_back(self, made: T) -> None:
-        """Have it cleared away."""
+        """Remove the object in the background."""
         self._worker.submit(self._clear, made)
 
     def close(self) -> None:
-        """Clear away what nobody took, and wait until all is done."""
+        """Remove objects that were not taken, and wait until all is done."""
         self.give_back(self._next.result(60))
         self._worker.shutdown()
 
 
 @pytest.fixture(scope="session")
 def template() -> Iterator[Ahead[Path]]:
-    """Directories with a copy of one data directory: much quicker than making a new one."""
+    """Directories with a copy of one data directory, much quicker than initdb."""
     server = Server()
     copies = Ahead(lambda: copy(server.data), shutil.rmtree)
     yield copies
@@ -94,7 +95,7 @@ def template() -> Iterator[Ahead[Path]]:
 
 @pytest.fixture(scope="session")
 def server(template: Ahead[Path]) -> Iterator[Server]:
-    """The server that all tests share which do it no harm."""
+    """The shared server, for tests that do not harm it."""
     with closing(Server(template.take())) as server:
         server.start()
         yield server
@@ -125,7 +126,7 @@ def dsn(fresh_databases: Ahead[DatabaseJanitor], server: Server) -> Iterator[str
 
 @pytest.fixture
 def make_server(template: Ahead[Path]) -> Iterator[Callable[..., Server]]:
-    """Start private servers, options by keyword; they are gone after the test."""
+    """A function that starts a private server, options by keyword; removed after the test."""
     with ExitStack() as servers:
 
         def make(**options: object) -> Server:
@@ -138,7 +139,7 @@ def make_server(template: Ahead[Path]) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture
 def own_server(make_server: Callable[..., Server]) -> Server:
-    """A private server, to be harmed."""
+    """A private server, which the test may harm."""
     return make_server()
 
 
@@ -152,18 +153,18 @@ def proxy(own_server: Server) -> Iterator[Proxy]:
 
 @pytest.fixture
 def fake() -> Iterator[FakeServer]:
-    """A server that is not there, for tests of what a pool does around its connections."""
+    """A fake server, for tests of what a pool does around its connections."""
     server = FakeServer()
     yield server
-    server.accept()  # those who hang
+    server.accept()  # releases hanging connects
 
 
 @pytest.fixture
 def make_pool() -> Iterator[MakePool]:
-    """Make pools of a server, a fake one, or what a connection string names.
+    """A function that makes pools on a server, a fake server, or a connection string.
 
-    After the test nothing of them is lost, they close in time, and nothing stays behind on the
-    server.
+    After the test it checks that no connection was lost, that they close in time, and that no
+    backend is left.
     """
     made: list[tuple[Pool[Any], Server | None]] = []
 
@@ -192,14 +193,14 @@ def make_pool() -> Iterator[MakePool]:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What is logged, from INFO on."""
+    """The log, from level INFO."""
     caplog.set_level(logging.INFO, logger="dbpool")
     return caplog
 
 
 @pytest.fixture
 def make_app(request: pytest.FixtureRequest) -> MakeApp:
-    """Make applications on a connection string or on the fake server; their pools are closed."""
+    """A function that makes applications on a connection string or the fake server."""
 
     def make(
         database: str | FakeServer,
@@ -225,7 +226,7 @@ def make_app(request: pytest.FixtureRequest) -> MakeApp:
 
 @pytest.fixture
 def make_site(tmp_path: Path, dsn: str) -> Iterator[Callable[..., Site]]:
-    """Start a gunicorn that serves an application with a pool; it is killed at the end."""
+    """A function that starts gunicorn with an application and its pool; killed at the end."""
     sites: list[Site] = []
 
     def make(**options: Any) -> Site:
@@ -239,7 +240,7 @@ def make_site(tmp_path: Path, dsn: str) -> Iterator[Callable[..., Site]]:
 
 @pytest.fixture(autouse=True)
 def hard_deadline(request: pytest.FixtureRequest) -> Iterator[None]:
-    """End the run if a test hangs."""
+    """End the whole run if a test hangs."""
     slow = request.node.get_closest_marker("slow")
     seconds = SLOW_DEADLINE if slow else HARD_DEADLINE
     faulthandler.dump_traceback_later(seconds, exit=True, file=_terminal)
@@ -249,7 +250,7 @@ def hard_deadline(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_thread_left(hard_deadline: None) -> Iterator[None]:
-    """Fail a test that leaves a thread of a pool's behind."""
+    """Fail a test that leaves a pool's thread behind."""
     before = set(threading.enumerate())
 
     def left() -> list[str]:
@@ -258,7 +259,7 @@ def no_thread_left(hard_deadline: None) -> Iterator[None]:
 
     yield
     if left():
-        gc.collect()  # a pool that nobody holds any more stops its threads
+        gc.collect()  # a pool without references stops its threads
     try:
         until(lambda: not left(), 5.0)
     except AssertionError:

@@ -1,6 +1,6 @@
-"""A server that is not there: connections without PostgreSQL, for tests of what a pool does around them.
+"""A fake server: connections without PostgreSQL, for tests of what a pool does around them.
 
-`FakeServer` accepts, refuses, hangs, answers slowly, falls silent and dies as a test tells it to.
+A test can make a `FakeServer` accept, refuse, hang, answer slowly, fall silent or die.
 A pool reaches it by the `connection_class` of that server:
 
     fake = FakeServer()
@@ -40,15 +40,15 @@ LOST = "server closed the connection unexpectedly"
 
 
 class FakeServer:
-    """What fake connections connect to.
+    """The server of fake connections.
 
-    `answers` are by the text of the statement; without one, constants (`select 1`) and
+    `answers` has rows for the text of a statement; without an entry, constants (`select 1`) and
     `select pg_backend_pid()` are answered. `attempts` are the parameters of each attempt to
     connect, `logins` how many succeeded, `statements` the texts that were received, `pings`
     how many empty queries.
     """
 
-    conninfo = "host=127.0.0.1 port=1 dbname=shop user=app"  # where nobody listens
+    conninfo = "host=127.0.0.1 port=1 dbname=shop user=app"  # no server listens there
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}
@@ -71,48 +71,48 @@ class FakeServer:
         """Return a pool of connections to it, for a `with` statement."""
         return Pool(conninfo, **{"connection_class": self.connection_class, **options})
 
-    # What it does
+    # Behaviour that a test sets
 
     def accept(self) -> None:
-        """Accept connections, and answer what waits for an answer."""
+        """Accept connections, and answer all pending statements."""
         self._become()
 
     def refuse(
         self, text: str = REFUSED, unless: Callable[[dict[str, Any]], bool] = lambda params: False
     ) -> None:
-        """Refuse those who connect with that text, libpq's or the server's; keep who is there.
+        """Refuse new connections with that error text; existing ones stay.
 
-        *unless* says by their parameters whom to accept all the same.
+        *unless* gets the parameters of an attempt, and returns whether to accept it.
         """
         self._unless = unless
         self._become(refusal=text)
 
     def hang(self) -> None:
-        """Give those who connect no answer."""
+        """Leave new connections without an answer."""
         self._become(hangs=True)
 
     def fall_silent(self) -> None:
-        """Give no answer to those who connect, to pings and to statements."""
+        """Answer neither new connections nor pings nor statements."""
         self._become(hangs=True, is_silent=True)
 
     def stop(self, text: str = REFUSED) -> None:
-        """Go away, and refuse those who connect."""
+        """End all connections, and refuse new ones."""
         self.refuse(text)
         self.kill()
 
     def kill(self, *pids: int) -> None:
-        """End these backends, or all."""
+        """End these backends, by default all."""
         for pid in pids or self.backends():
             self._backends[pid].hang_up()
         with self._changed:
             self._changed.notify_all()
 
     def backends(self) -> list[int]:
-        """Return the pids of those whose connection is open."""
+        """Return the pids of open connections."""
         return [pid for pid, pgconn in list(self._backends.items()) if pgconn.is_open]
 
     def say_something(self, pid: int) -> None:
-        """Send a backend's client what proves nothing, as a notice does."""
+        """Send a backend's client a byte that is no answer, as a notice is."""
         self._backends[pid].receive()
 
     def _become(self, refusal: str = "", *, hangs: bool = False, is_silent: bool = False) -> None:
@@ -120,7 +120,7 @@ class FakeServer:
             self._refusal, self._hangs, self.is_silent = refusal, hangs, is_silent
             self._changed.notify_all()
 
-    # What a connection asks of it
+    # Called by connections
 
     def log_in(self, params: dict[str, Any]) -> FakePGconn:
         """Accept or refuse an attempt to connect."""
@@ -132,7 +132,7 @@ class FakeServer:
         time.sleep(self.delay)
         if self._refusal and not self._unless(params):
             raise psycopg.OperationalError(self._refusal)
-        with self._changed:  # one after the other: none finds room that another has taken
+        with self._changed:  # one at a time, so that no two take the same room
             if self.room is not None and len(self.backends()) >= self.room:
                 raise psycopg.OperationalError("FATAL:  sorry, too many clients already")
             pgconn = FakePGconn(self, next(self._pids))
@@ -164,7 +164,7 @@ def _constant(text: str, pid: int) -> Rows:
 
 
 class FakePGconn:
-    """What a pool and psycopg ask of libpq's connection."""
+    """The part of libpq's connection that a pool and psycopg use."""
 
     pipeline_status = 0
     used_password = needs_password = ssl_in_use = False
@@ -194,7 +194,7 @@ class FakePGconn:
     def __del__(self) -> None:
         self.finish()
 
-    # What happens to it
+    # Events
 
     @property
     def is_open(self) -> bool:
@@ -202,21 +202,21 @@ class FakePGconn:
         return self._ours.fileno() >= 0 and self._theirs.fileno() >= 0
 
     def hang_up(self) -> None:
-        """Be a server that goes away."""
+        """Close the connection from the server's side."""
         self._theirs.close()
 
     def receive(self) -> None:
-        """Get a byte from the server."""
+        """Receive a byte from the server."""
         self._theirs.send(b"N")
 
     def insist_on_open(self) -> None:
-        """Raise what libpq says on a connection that is lost."""
+        """Raise libpq's error if the connection is lost."""
         if not self.is_open:
             self.status, self.transaction_status = ConnStatus.BAD, TransactionStatus.UNKNOWN
             raise psycopg.OperationalError(LOST)
 
     def while_active(self, fn: Callable[..., Rows], *args: Any) -> Rows:
-        """Run a statement that takes time."""
+        """Call *fn* with the transaction status ACTIVE."""
         self.transaction_status = TransactionStatus.ACTIVE
         try:
             return fn(*args)
@@ -224,7 +224,7 @@ class FakePGconn:
             self.insist_on_open()
             self.transaction_status = TransactionStatus.IDLE
 
-    # Questions without psycopg's cursors, as a ping
+    # Queries without psycopg's cursors, as in a ping
 
     def consume_input(self) -> None:
         if not self._ours.recv(1):
@@ -263,7 +263,7 @@ def _result(pgconn: FakePGconn, query: bytes) -> Any:
 
 
 class FakeCursor:
-    """Answers a statement with what the server says, whatever the row factory."""
+    """A cursor that returns the server's rows and ignores the row factory."""
 
     def __init__(self, connection: Any, **how: Any) -> None:
         self.connection = connection
@@ -297,7 +297,7 @@ class FakeCursor:
 
 
 class FakeConnection(psycopg.Connection[Any]):
-    """A connection to a fake server; that of this class itself accepts everybody."""
+    """A connection to a fake server; this class itself connects to one that always accepts."""
 
     server: ClassVar[FakeServer]
 

@@ -1,4 +1,4 @@
-"""What error trackers see: the local variables of each frame, and of what they hold."""
+"""What error trackers record: the local variables of each frame, and their contents."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ HERE = str(Path(__file__).parent)
 
 
 def forms(secret: str) -> set[str]:
-    """How a secret may be written."""
+    """The forms in which a secret may appear."""
     return {secret, quote(secret, safe=""), quote_plus(secret), quote(secret)}
 
 
 def shown(value: object, depth: int = 4) -> Iterator[str]:
-    """What a tool shows of a local variable: its repr, and that of what it holds."""
-    with suppress(Exception):  # some cannot be shown
+    """What a tracker shows of a local variable: its repr and those of its contents."""
+    with suppress(Exception):  # some have no repr
         yield repr(value)
     if depth and isinstance(value, Mapping):
         for key, item in list(value.items()):
@@ -37,7 +37,7 @@ def shown(value: object, depth: int = 4) -> Iterator[str]:
 
 
 def of_frame(frame: FrameType) -> Iterator[str]:
-    """What is shown of a frame, the tests' own left out."""
+    """What is shown of a frame, except frames of the tests."""
     if not frame.f_code.co_filename.startswith(HERE):
         for name, value in list(frame.f_locals.items()):
             where = f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}: {name} ="
@@ -45,7 +45,7 @@ def of_frame(frame: FrameType) -> Iterator[str]:
 
 
 def of_error(error: BaseException | None) -> Iterator[str]:
-    """Everything that is shown of an error and of those it is chained to."""
+    """Everything that is shown of an error and of the errors it is chained to."""
     seen: set[int] = set()
     left = [error]
     while left:
@@ -62,7 +62,7 @@ def of_error(error: BaseException | None) -> Iterator[str]:
 
 
 class Frames(logging.Handler):
-    """Keeps what is shown of the frames under each log record that dbpool emits."""
+    """Keeps what is shown of the frames below each log record of dbpool."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -82,5 +82,5 @@ class Frames(logging.Handler):
 
 
 def leaks(texts: Any, *secrets: str) -> list[str]:
-    """Those of *texts* in which a secret stands, in any form."""
+    """Return those *texts* that contain a secret in any form."""
     return [text for text in texts if any(form in text for each in secrets for form in forms(each))]

@@ -141,7 +141,7 @@ class Site:
         return list(self.directory.glob("dbpool-stats-*"))
 
     def stop(self) -> float:
-        """Ask it to end; return how many seconds that took."""
+        """Send SIGTERM; return how many seconds it took to end."""
         started = time.monotonic()
         self.process.terminate()
         self.process.wait(30)
@@ -152,12 +152,12 @@ class Site:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(30)
         for directory in self.directories():
-            # A process that ends just now may remove its own files meanwhile.
+            # A process that is ending may remove its files at the same time.
             shutil.rmtree(directory, ignore_errors=True)
 
 
 def conf_of(worker_class: str, workers: int = 1) -> str:
-    """Workers of that class; `sync` with threads would be `gthread`."""
+    """A configuration for workers of that class; `sync` with threads would become `gthread`."""
     if worker_class == "gevent":
         pytest.importorskip("gevent")
     threads = 1 if worker_class == "sync" else 4

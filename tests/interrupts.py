@@ -1,4 +1,4 @@
-"""Raises in the calling thread where CPython may run a signal handler, one point after the other."""
+"""Raise at each point at which CPython may run a signal handler, one after the other."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import dbpool
 
 _FOLDERS = tuple(str(Path(package.__path__[0])) for package in (dbpool, psycopg_pool))
 
-# CPython looks for signals when a function begins, when a loop goes back, and after a call; what
-# a `with` statement enters may wait, and is then interrupted without having been entered.
+# CPython looks for signals when a function begins, when a loop goes back, and after a call. What
+# a `with` statement enters may wait, and can then be interrupted before it is entered.
 _CALLS = {"CALL", "CALL_FUNCTION_EX", "CALL_KW"}
 _BEFORE = {"JUMP_BACKWARD", "BEFORE_WITH"}
 
@@ -30,7 +30,7 @@ class Interrupt(BaseException):
 
 @cache
 def _steps(code: CodeType) -> dict[int, tuple[str, int | None]]:
-    """The name of each instruction of *code*, and which handler would catch what it raises."""
+    """The name of each instruction of *code*, and the handler that would catch its exception."""
     table = dis.Bytecode(code).exception_entries  # type: ignore[attr-defined]
     handlers = {
         offset: entry.target for entry in table for offset in range(entry.start, entry.end, 2)
@@ -42,7 +42,7 @@ class _Points:
     def __init__(self, fatal: int, call: Callable[[], object]) -> None:
         self._left = fatal
         self._call = call
-        # CPython 3.11 may call a trace function that was let go while it ran.
+        # CPython 3.11 may call a trace function after it was removed.
         self._kept: list[Any] = []
 
     def meet(self) -> None:
@@ -65,8 +65,8 @@ class _Points:
             nonlocal called
             if event == "opcode":
                 name, handler = steps[frame.f_lasti]
-                # CPython looks while it still is at the call: where the handler has changed
-                # since, as after the last call of a `with` block, it is too late to raise.
+                # CPython looks for signals while it still is at the call. If the handler has
+                # changed since, as after the last call of a `with` block, it is too late.
                 is_point = called == handler or name in _BEFORE
                 called = handler if name in _CALLS else -1
                 if is_point:
@@ -86,7 +86,7 @@ def interrupt() -> None:
 
 @contextmanager
 def interrupted(point: int, call: Callable[[], object] = interrupt) -> Iterator[_Points]:
-    """Raise, or *call*, at that point, counted from 1, of what the pool does in this block."""
+    """Raise, or *call*, at the pool's point number *point* in this block, counted from 1."""
     points, before = _Points(point, call), sys.gettrace()
     trace = points.trace
     sys.settrace(trace)
@@ -98,7 +98,7 @@ def interrupted(point: int, call: Callable[[], object] = interrupt) -> Iterator[
 
 @contextmanager
 def alarm(seconds: float, raising: type[BaseException]) -> Iterator[None]:
-    """Raise in this, the main thread, after that long, wherever it is."""
+    """Raise in the main thread after that time, at whatever point it is."""
 
     def ring(number: int, frame: object) -> None:
         raise raising

@@ -1,6 +1,7 @@
-"""What the slow tests of the diagnosis measure: `python -m tests.measured` puts it into bench/README.md.
+"""Write the measurements of the diagnosis' slow tests into bench/README.md.
 
-They leave it in `bench/results/troubles.tmp`; this keeps it as `troubles.json`.
+They are left in `bench/results/troubles.tmp`; `python -m tests.measured` keeps them as
+`troubles.json` and writes the tables.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def record(name: str, who: str, *, fixed: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
-    """Note what was measured of a situation by a role *with* pg_read_all_stats, or *without*."""
+    """Record what a role *with* pg_read_all_stats, or *without*, measured in a situation."""
     with _lock:
         results = read(LATEST)
         results.setdefault(name, {}).update({**fixed, who: dict(measured)})

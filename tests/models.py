@@ -1,7 +1,7 @@
-"""Models of what threads do to a pool at once, explored by frontrun: `python -m tests.models NAME`.
+"""Models of concurrent use of a pool, explored by frontrun: `python -m tests.models NAME`.
 
-Run in a process of its own, as frontrun replaces locks and queues. No server and no thread but the
-model's own: connections are fake, and tasks for a worker are done by the thread that plays it.
+They run in a process of their own, as frontrun replaces locks and queues. There is no server, and
+no thread but the model's: connections are fake, and one thread plays the pool's worker.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.fake import FakeConnection
 
 
 class State:
-    """A pool of which all connections are made, and what the threads saw."""
+    """A pool with all its connections made, and what the threads saw."""
 
     def __init__(self, size: int, *, made: bool = True, is_locked: bool = True) -> None:
         self.tasks: queue.Queue[Any] = queue.Queue()
-        self.held: set[int] = set()  # by id: nobody else may have one of these
+        self.held: set[int] = set()  # by id: each may be held only once
         self.faults: list[str] = []
         self.ended: list[str] = []
         self.pool: Any = Pool(
@@ -40,11 +40,11 @@ class State:
             self.pool.resize(size, size)
             self.tasks.put(None)
             self.work()
-        if not is_locked:  # to see that a model finds what the lock is there for
+        if not is_locked:  # shows that a model finds the races without a lock
             vars(self.pool._store)["lock"] = nullcontext()
 
     def work(self) -> None:
-        """Be a worker until told to stop."""
+        """Do a worker's tasks until stopped."""
         while (job := self.tasks.get()) is not None:
             job(self.pool)
 
@@ -99,7 +99,7 @@ def hand_over() -> Model:
 
 
 def time_out() -> Model:
-    """One's time is over while another returns the connection."""
+    """One thread times out while another returns the connection."""
 
     def give_up(state: State) -> None:
         try:
@@ -117,7 +117,7 @@ def time_out() -> Model:
 
 
 def close() -> Model:
-    """The pool is closed while two use it."""
+    """The pool is closed while two threads use it."""
 
     def use(state: State) -> None:
         try:
@@ -140,7 +140,7 @@ def close() -> Model:
 
 
 def growth() -> Model:
-    """Three want the one connection that a pool may have and has not yet."""
+    """Three threads want the only connection, which is not made yet."""
 
     def ask(state: State) -> None:
         try:
@@ -161,7 +161,7 @@ MODELS = {model.__name__: model for model in (checkout, hand_over, time_out, clo
 
 
 def explore(name: str, schedules: int, *, is_locked: bool = True, seed: int = 1) -> Any:
-    """Run the model by that many schedules, until one ends wrong."""
+    """Run the model in up to that many schedules, until one fails."""
     make, threads, invariant = MODELS[name]()
     return frontrun.explore(
         setup=lambda: make(is_locked),
@@ -185,7 +185,7 @@ def main() -> int:
     logging.disable(logging.CRITICAL)
     result = explore(chosen.name, chosen.schedules, is_locked=not chosen.unlocked)
     if not result.property_holds:
-        print(result.explanation)  # noqa: T201  # what a command says is its output
+        print(result.explanation)  # noqa: T201  # this is a command
     return 0 if result.property_holds else 1
 
 

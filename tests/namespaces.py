@@ -1,4 +1,4 @@
-"""Commands that run others in Linux namespaces of their own, as containers do."""
+"""Commands that run other commands in Linux namespaces of their own, as containers do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IS_ROOT = os.geteuid() == 0
 
 
 def unshared(*options: str) -> list[str]:
-    """A command that runs others in namespaces of their own; skip where there is none."""
+    """Return a command prefix that makes new namespaces; skip the test if that is not possible."""
     found = shutil.which("unshare")
     if found is None:
         pytest.skip("namespaces are made with Linux's unshare")
@@ -23,12 +23,12 @@ def unshared(*options: str) -> list[str]:
 
 
 def own_pids() -> list[str]:
-    """What is run by this is process 1, and sees no other."""
+    """Return a prefix: the command becomes process 1 and sees no other process."""
     return unshared("--pid", "--fork", "--kill-child", "--mount-proc")
 
 
 def read_only(*writable: str) -> list[str]:
-    """What is run by this finds nothing that it can write to but the mounts named."""
+    """Return a prefix: the command can write only to the named mounts."""
     script = """
     for mount in $(cut -d " " -f 5 /proc/self/mountinfo); do
         case "$0" in *" $mount "*) ;; *) mount -o remount,bind,ro "$mount" 2>/dev/null ;; esac

@@ -1,7 +1,7 @@
-"""What `/stats` says in the situations that the live page is looked at in, with real findings.
+"""The content of `/stats` in each situation in which the live page is checked.
 
 Made with the library's own classes: three workers, a quarter of an hour of history, and the
-diagnosis of it all.
+real findings of the diagnosis.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PLACES: Final = (
 
 @cache
 def times(typical: float, count: int) -> HistogramSnapshot:
-    """So many durations, spread around a typical one."""
+    """That many durations, spread around a typical one."""
     chance = random.Random(count)
     found = Histogram()
     for _ in range(min(count, 500)):
@@ -61,7 +61,7 @@ def times(typical: float, count: int) -> HistogramSnapshot:
 def holders(
     number: int, seconds: float, status: str, worker: int = 4711, **more: Any
 ) -> tuple[HolderSnapshot, ...]:
-    """Connections that are held, the longest first."""
+    """Checked-out connections, the longest first."""
     found = []
     for n in range(number):
         endpoint, where = PLACES[n % len(PLACES)]
@@ -97,7 +97,7 @@ def took(seconds: float, number: int) -> Buckets:
 
 
 def history(recent: Callable[[int], Mapping[str, Any]], load: float = 1.0) -> History:
-    """A quarter of an hour of a normal morning; *recent* changes a step so many before now."""
+    """A quarter of an hour of normal load; *recent* returns changes for the step that many ago."""
     chance = random.Random(7)
     found = History()
     for ago in range(1, STEPS + 1):
@@ -125,7 +125,7 @@ def answer(
     lines: Sequence[tuple[float, str, str, str]] = (),
     looks: int = 12,
 ) -> Answer:
-    """Everything that `/stats` says at NOW."""
+    """The whole content of `/stats` at NOW."""
     parts = [
         Report(
             {"default": snapshot},
@@ -183,7 +183,7 @@ def answer(
 
 
 def as_it_was(report: Answer, ago: float) -> Answer:
-    """The report as it was so many seconds before: who holds only since then had others before."""
+    """The report as it was *ago* seconds before; younger holders are replaced by earlier ones."""
     pools = {}
     for name, pool in report["pools"].items():
         held = [
@@ -197,7 +197,7 @@ def as_it_was(report: Answer, ago: float) -> Answer:
 
 
 def later(shown: Answer, checkouts: int) -> Answer:
-    """The same a second later, after so many more checkouts."""
+    """The same report a second later, after that many more checkouts."""
     pools = {
         name: pool | {"counters": pool["counters"] | {"checkouts": pool["counters"]["checkouts"] + checkouts}}
         for name, pool in shown["pools"].items()
@@ -212,7 +212,7 @@ FACTS: Final = ServerFacts(
 
 
 def used(lines: Sequence[tuple[float, str, str, str]]) -> endpoints.Rows:
-    """What each endpoint used, most of it of the first."""
+    """What each endpoint used, the first the most."""
     found = {}
     for n, (name, _) in enumerate(PLACES):
         count = 120_000 // (n + 1)
@@ -224,12 +224,12 @@ def used(lines: Sequence[tuple[float, str, str, str]]) -> endpoints.Rows:
 
 
 def nothing(ago: int) -> dict[str, Any]:
-    """A quarter of an hour like any other."""
+    """No changes: a normal quarter of an hour."""
     return {}
 
 
 def up() -> Answer:
-    """Little to do."""
+    """Low load."""
     return answer(
         [worker(0, 2), worker(1, 1, *holders(1, 0.003, "query")), worker(0, 2)],
         history(nothing, 0.5),
@@ -237,7 +237,7 @@ def up() -> Answer:
 
 
 def busy() -> Answer:
-    """Much to do, and enough to do it with."""
+    """High load, with enough connections."""
     parts = [worker(3, 1, *holders(3, 0.3, "query", 4711 + n)) for n in range(3)]
     return answer(parts, history(lambda ago: {"size": 12.0}, 4.0))
 
@@ -269,7 +269,7 @@ def full() -> Answer:
 
 
 def down() -> Answer:
-    """Nothing answers at the server's address."""
+    """The server refuses connections."""
     error = 'connection failed: connection to server at "10.0.3.7", port 5432 failed: Connection refused'
     breaker = BreakerSnapshot("open", NOW - 41, error, 0.6, "refused")
 
@@ -339,7 +339,7 @@ def nested() -> Answer:
 
 
 def silent() -> Answer:
-    """A worker says nothing any more."""
+    """One worker publishes nothing any more."""
     parts = [
         worker(1, 1, *holders(1, 0.02, "query")),
         worker(0, 2),
@@ -349,7 +349,7 @@ def silent() -> Answer:
 
 
 def many() -> Answer:
-    """Sixteen workers, each of which has much to say."""
+    """Sixteen workers, each with many holders."""
     parts = [worker(4, 0, *holders(4, 9.0, "query", 4711 + n), waiting=3) for n in range(16)]
     lines = [
         (float(n), "default", "forgotten", f"{n} connections forgotten by the application " * 3)

@@ -1,4 +1,4 @@
-"""What tests of pools share: steps to take, and what must hold after each fault."""
+"""Helpers for tests of pools: common steps, and checks of a pool after a fault."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .postgres import Server, until
 
 MakePool = Callable[..., Pool[Any]]
 
-# What a slow machine may add to a bound that the contract promises.
+# Seconds that a slow machine may add to a bound that the pool promises.
 SLACK = 1.0
-# Where an outage is to be told soon; elsewhere a machine that stalls is not to look like one.
+# For tests of an outage. Other tests have a longer grace, as a stalled machine would look like one.
 GRACE = 0.3
 
 
 class Recorder:
-    """A listener that keeps what it hears."""
+    """A listener that keeps all events."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -43,7 +43,7 @@ class Recorder:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Fail if the block takes longer: what must not wait, or not that long."""
+    """Fail if the block takes longer than that."""
     started = time.monotonic()
     yield
     taken = time.monotonic() - started
@@ -51,7 +51,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def fill(pool: Pool) -> list[int]:
-    """Have all min_size connections made; return their backends."""
+    """Wait for min_size connections; return the pids of their backends."""
     pool.wait(timeout=20)
     until(lambda: pool.stats().connecting == 0)
     with pool._lock:
@@ -59,21 +59,21 @@ def fill(pool: Pool) -> list[int]:
 
 
 def await_up(pool: Pool, seconds: float = 1.0 + SLACK) -> None:
-    """The pool finds out by itself that the server is back, within the second it promises.
+    """Wait until the pool has noticed by itself that the server is back, within a second.
 
-    From then on a machine that stalls is not to look like another outage.
+    Then lengthen the grace, so that a stalled machine does not look like another outage.
     """
     until(lambda: pool.state == "up", seconds)
     pool.breaker.grace = pool.breaker.answer_timeout = 30.0
 
 
 def lines(log: pytest.LogCaptureFixture, level: int) -> list[str]:
-    """What dbpool logged at that level."""
+    """Return what dbpool logged at that level."""
     return [r.message for r in log.records if r.levelno == level and r.name == "dbpool"]
 
 
 def give_up(pool: Pool[Any], number: int, timeout: float = 0.05) -> None:
-    """Have that many threads wait for a connection, most of them in vain."""
+    """Let that many threads wait for a connection; most of them time out."""
 
     def call() -> None:
         with suppress(PoolExhausted, TooManyRequests):
@@ -85,14 +85,14 @@ def give_up(pool: Pool[Any], number: int, timeout: float = 0.05) -> None:
 
 
 def exhaustion(pool: Pool[Any]) -> str:
-    """The text of the error of who gets no connection."""
+    """Check out from an exhausted pool; return the text of its error."""
     with pytest.raises(PoolExhausted) as caught:
         pool.getconn()
     return str(caught.value)
 
 
 def assert_adds_up(pool: Pool) -> None:
-    """Every connection is somewhere, and only once."""
+    """Check that every connection is in exactly one state."""
     with pool._lock:
         stats = pool.stats()
         assert stats.active + stats.idle + stats.connecting == stats.size
@@ -105,7 +105,7 @@ def assert_adds_up(pool: Pool) -> None:
 
 
 def assert_whole(pool: Pool) -> None:
-    """Nothing is out, nobody waits, and no slot was lost."""
+    """Check that no connection is out, no caller waits, and no capacity was lost."""
     if pool.closed:
         return
     until(lambda: pool.stats().active == 0 and pool.stats().waiting == 0, 20.0)
@@ -114,7 +114,7 @@ def assert_whole(pool: Pool) -> None:
 
 
 def assert_serves_all(pool: Pool, seconds: float = 20.0) -> None:
-    """The pool lends max_size connections at the same time, each of them good."""
+    """Check that the pool lends max_size working connections at the same time."""
     assert_whole(pool)
     deadline = time.monotonic() + seconds
     conns: list[Any] = []
@@ -131,17 +131,17 @@ def assert_serves_all(pool: Pool, seconds: float = 20.0) -> None:
 
 
 def terminate(server: Server, pids: list[int]) -> None:
-    """pg_terminate_backend, and wait until they have gone."""
+    """Call pg_terminate_backend, and wait until these backends have gone."""
     for pid in pids:
         server.execute("select pg_terminate_backend(%s)", pid)
     await_gone(server, pids)
 
 
 def await_gone(server: Server, pids: list[int]) -> None:
-    """Wait until none of these is a backend any longer."""
+    """Wait until these backends have gone."""
 
     def gone() -> bool:
-        with suppress(psycopg.OperationalError):  # where one was killed, it is starting over
+        with suppress(psycopg.OperationalError):  # after a kill the server is recovering
             return not set(pids) & set(server.backends())
         return False
 
@@ -149,13 +149,13 @@ def await_gone(server: Server, pids: list[int]) -> None:
 
 
 def await_farewells(pool: Pool) -> None:
-    """Wait until the servers of all its connections have said something, through a proxy too."""
+    """Wait until a message from the server has arrived on all idle connections, also by a proxy."""
     fds = [slot.fd for slot in list(pool._store.bag.records)]
     until(lambda: len(select.select(fds, [], [], 0)[0]) == len(fds))
 
 
 def await_server(server: Server) -> None:
-    """Wait until a server that mends itself accepts connections again."""
+    """Wait until a recovering server accepts connections again."""
 
     def accepts() -> bool:
         with suppress(psycopg.OperationalError):
@@ -166,12 +166,12 @@ def await_server(server: Server) -> None:
     until(accepts, 30.0, pause=0.05)
 
 
-# How long closing a pool may take, and a little for a slow machine.
+# The seconds that closing a pool may take, and a little more for a slow machine.
 CLOSE_SECONDS = 2.3
 
 
 def assert_closes(pool: Pool[Any]) -> None:
-    """Closing takes no longer than promised, and leaves nothing."""
+    """Check that closing takes no longer than promised, and leaves nothing behind."""
     with within(CLOSE_SECONDS):
         pool.close()
     stats = pool.stats()

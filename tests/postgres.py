@@ -1,4 +1,4 @@
-"""PostgreSQL servers for tests: private, quick to start, and to be stopped, killed or frozen."""
+"""Private PostgreSQL servers, quick to start, which tests may stop, kill or freeze."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ __all__ = [
     "until",
 ]
 
-# The server to test with, if not the newest that comes with the tests: Debian's for example, as
-# TEST_POSTGRES_BIN=/usr/lib/postgresql/15/bin. The sample application keeps its own.
+# The programs of the server to test with, for example Debian's in /usr/lib/postgresql/15/bin; by
+# default those that come with the tests. The sample application keeps its own.
 CHOSEN_BIN = os.environ.get("TEST_POSTGRES_BIN")
 
-# The superuser needs no password; everybody else does, over TCP.
+# Over TCP all roles but the superuser need a password.
 _HBA = """\
 local all all trust
 host all postgres 127.0.0.1/32 trust
@@ -51,7 +51,7 @@ _SETTINGS: dict[str, object] = {
     "fsync": "off",
     "max_connections": 100,
     "logging_collector": "off",
-    # In the data directory, so that it goes with it when a postmaster is killed.
+    # In the data directory, so that it is removed with it after a postmaster was killed.
     "dynamic_shared_memory_type": "mmap",
 }
 _STOPPED = {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP}
@@ -66,7 +66,7 @@ def binaries() -> Path:
 
 
 def memory() -> Path:
-    """Return a folder for what need not last, in memory if there is room."""
+    """Return a folder for temporary files, in memory if there is room."""
     with suppress(OSError):
         room = os.statvfs(_MEMORY)
         if os.access(_MEMORY, os.W_OK) and room.f_bavail * room.f_frsize >= _ROOM:
@@ -88,14 +88,14 @@ def new_directory() -> Path:
 
 @cache
 def _reaper() -> subprocess.Popen[bytes]:
-    """A process that outlives a test run that was killed, and ends the servers that it left."""
+    """A process that ends the servers of a test run that was killed."""
     command = [sys.executable, "-c", "from tests.postgres import reap; reap()"]
     root = Path(__file__).parent.parent
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, cwd=root)
 
 
 def reap() -> None:
-    """Wait for the end of the standard input; end and remove what is in the directories it names."""
+    """At the end of standard input, stop the servers in the directories it named; remove these."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for directory in map(Path, sys.stdin.read().splitlines()):
         for pid in _programs.servers_in(directory / "data"):
@@ -106,7 +106,7 @@ def reap() -> None:
 
 
 def copy(template: Path) -> Path:
-    """Return a new directory with a copy of that data directory in `data`."""
+    """Return a new directory with a copy of the template's data directory in `data`."""
     directory = new_directory()
     subprocess.run(["cp", "-a", template, directory / "data"], check=True, timeout=60)
     return directory
@@ -144,14 +144,14 @@ class Server(Cluster):
         """Its major version."""
         return int((self.data / "PG_VERSION").read_text())
 
-    # Its life
+    # Starting and stopping
 
     def start(self) -> None:
-        """Start, and wait until it accepts connections, or will not before it is promoted."""
+        """Start, and wait until it accepts connections, or would accept them once promoted."""
         self.serve(self.options)
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop, in pg_ctl's words: smart, fast or immediate."""
+        """Stop in one of pg_ctl's modes: smart, fast or immediate."""
         self.end(((_MODES[mode], 30.0),))
         assert not self.is_running()
 
@@ -165,18 +165,18 @@ class Server(Cluster):
         os.kill(self.postmaster_pid, signal.SIGHUP)
 
     def demote(self) -> None:
-        """Make a standby of it, at its next start; one that follows nobody."""
+        """Make it a standby at its next start, one that follows no primary."""
         (self.data / "standby.signal").touch()
         os.chown(self.data / "standby.signal", *self.account)
 
     def promote(self) -> None:
-        """Make a primary of a standby."""
+        """Promote a standby."""
         (self.data / "promote").touch()
         os.kill(self.postmaster_pid, signal.SIGUSR1)
         until(lambda: self.execute("select pg_is_in_recovery()") == [(False,)], 30.0)
 
     def kill_postmaster(self) -> None:
-        """SIGKILL the postmaster alone, and wait until its children have noticed and gone."""
+        """SIGKILL only the postmaster, and wait until its children have noticed and ended."""
         children = psutil.Process(self.postmaster_pid).children()
         self.end(((signal.SIGKILL, 30.0),))
         until(lambda: not any(map(_runs, children)), 30.0)
@@ -201,7 +201,7 @@ class Server(Cluster):
         """Stop at once and remove everything."""
         self.thaw()
         if self.has_crashed:
-            self.start()  # it removes the shared memory of the one that was killed
+            self.start()  # it removes the killed server's shared memory
         if self.is_running():
             self.stop("immediate")
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -216,15 +216,15 @@ class Server(Cluster):
             until(lambda pid=pid: psutil.Process(pid).status() in _STOPPED)  # type: ignore[misc]
 
     def thaw(self) -> None:
-        """SIGCONT whatever is frozen."""
+        """SIGCONT all frozen processes."""
         while self._frozen:
             with suppress(ProcessLookupError):
                 os.kill(self._frozen.pop(), signal.SIGCONT)
 
     def backends(self, application_name: str | None = None) -> list[int]:
-        """Return the pids of the client backends, this question's own left out.
+        """Return the pids of the client backends, without the one that asks.
 
-        Those of an application of several processes have names that begin the same, up to an @.
+        The processes of one application have names that are equal up to an @.
         """
         rows = self.execute(
             "select pid from pg_stat_activity where backend_type = 'client backend'"
@@ -235,7 +235,7 @@ class Server(Cluster):
         return [pid for (pid,) in rows]
 
     def execute(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
-        """Run a statement as the superuser, outside any pool; waits out a crash recovery."""
+        """Run a statement as the superuser, outside any pool; wait for a crash recovery to end."""
         with self._connection() as conn:
             cursor = conn.execute(statement.encode(), params or None)
             return cursor.fetchall() if cursor.description else []
@@ -254,7 +254,7 @@ class Server(Cluster):
 def kill_tree(pid: int) -> None:
     """SIGKILL a postmaster and its children at once, and wait until the children have gone."""
     postmaster = psutil.Process(pid)
-    postmaster.suspend()  # it starts no more of them
+    postmaster.suspend()  # so that it starts no more children
     children = postmaster.children()
     for each in (*children, postmaster):
         with suppress(psutil.NoSuchProcess):
@@ -263,13 +263,13 @@ def kill_tree(pid: int) -> None:
 
 
 def _runs(process: psutil.Process) -> bool:
-    """Whether it has not ended; a zombie has."""
+    """Whether the process has not ended; a zombie has."""
     return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
 
 
 @contextmanager
 def session(server: Server, *statements: str, name: str = "psql") -> Iterator[int]:
-    """A foreign session in a transaction with these statements."""
+    """Open another client's session, in a transaction with these statements."""
     with psycopg.connect(server.conninfo, application_name=name) as conn:
         for statement in statements:
             conn.execute(statement.encode())
@@ -280,7 +280,7 @@ def session(server: Server, *statements: str, name: str = "psql") -> Iterator[in
 
 @contextmanager
 def served(**options: object) -> Iterator[Server]:
-    """Serve for the length of a block, on a copy of one data directory."""
+    """Run a server during a block, on a copy of the template's data directory."""
     with closing(Server(copy(_template().data), **options)) as server:
         server.start()
         yield server

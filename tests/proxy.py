@@ -1,4 +1,4 @@
-"""A TCP proxy between a pool and a server, for all that networks do to connections."""
+"""A TCP proxy between a pool and a server that can misbehave as networks do."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Mode(Enum):
 
 
 class Cut(Enum):
-    """When a connection is cut over a message of the client."""
+    """When a connection is cut, relative to a message of the client."""
 
     BEFORE = "it never reaches the server"
     DURING = "the server does it, the client never hears of it"
@@ -40,19 +40,19 @@ class Cut(Enum):
 
 
 class Proxy:
-    """Listens on 127.0.0.1 and passes connections to the server at *port*, until told otherwise.
+    """Listens on 127.0.0.1 and forwards connections to the server at *port*.
 
-    All of it runs in one thread of its own. With *tls* it speaks TLS with the client, as a
-    server does that was built with it.
+    All work is done in one thread of its own. With *tls* it speaks TLS with the client, as a
+    server built with TLS does.
     """
 
     def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
         self.target = port
         self.mode = Mode.PASS
         self.delay = 0.0  # seconds before each chunk is passed on
-        self.hides_ends = False  # whether clients do not hear that the server has closed
+        self.hides_ends = False  # whether clients do not see that the server closed
         self.accepted = 0
-        self.translate: Callable[[bytes], bytes] | None = None  # of what the server says
+        self.translate: Callable[[bytes], bytes] | None = None  # changes what the server sends
         self._tls = tls
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -80,14 +80,14 @@ class Proxy:
         """The superuser's connection string."""
         return self.conninfo_for()
 
-    # What may be done to connections
+    # Faults
 
     def listen(self) -> None:
-        """Accept connections, on the same port as ever."""
+        """Accept connections again, on the same port."""
         self._call(self._listen())
 
     def refuse(self) -> None:
-        """Accept no more connections; those that are there stay."""
+        """Accept no more connections; existing ones stay."""
         self._call(self._refuse())
 
     def drop(self, *, reset: bool = False) -> None:
@@ -95,14 +95,14 @@ class Proxy:
         self._call(self._drop(reset))
 
     def go_dark(self) -> None:
-        """Swallow from now on what either side sends on the connections that are there."""
+        """From now on discard what either side sends on existing connections."""
         for link in list(self._links):
             link.dark = True
 
     def cut(self, pattern: bytes, when: Cut, *, messages: int = 0) -> None:
-        """Cut a connection over the next message in which the client says *pattern*.
+        """Cut a connection at the client's next message that contains *pattern*.
 
-        With `Cut.DURING` the client hears that many whole messages of the server's answer.
+        With `Cut.DURING` the client still gets that many whole messages of the server's answer.
         """
         self._cuts.append((pattern, when, messages))
 
@@ -113,11 +113,11 @@ class Proxy:
 
     @property
     def links(self) -> int:
-        """How many connections there are."""
+        """The number of connections."""
         return len(self._links)
 
     def close(self) -> None:
-        """End everything."""
+        """End all connections and the thread."""
         self._call(self._refuse())
         self._call(self._drop(False))
         self._call(self._settle())
@@ -150,7 +150,7 @@ class Proxy:
             task.add_done_callback(self._tasks.discard)
 
     async def _connect(self, client: socket.socket) -> None:
-        # asyncio's own server leaks what it accepts in the moment in which it is closed.
+        # asyncio's own server leaks a connection that it accepts while it is being closed.
         reader = asyncio.StreamReader()
         protocol = asyncio.StreamReaderProtocol(reader, self._serve)
         await self._loop.connect_accepted_socket(lambda: protocol, client)
@@ -164,7 +164,7 @@ class Proxy:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0)  # lets transports call back that they are closed
+        await asyncio.sleep(0)  # lets transports report that they are closed
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
@@ -193,7 +193,7 @@ class _Link:
         self._armed: Cut | None = None
         self._heard = 0
         self._ended = asyncio.Event()
-        # Nothing else holds on to a task that waits in the dark.
+        # Nothing else holds a reference to a task that waits.
         self._task = asyncio.current_task()
 
     def end(self, reset: bool = False) -> None:
@@ -238,7 +238,7 @@ class _Link:
         plain: Any = self._writer.transport
         try:
             await self._writer.start_tls(context)
-        except AttributeError as ex:  # asyncio's way to say that the client turned away
+        except AttributeError as ex:  # asyncio raises this if the client has gone
             self._writer._transport = plain  # type: ignore[attr-defined]
             raise ConnectionAbortedError from ex
 
@@ -261,7 +261,7 @@ class _Link:
             if self._armed is Cut.AFTER and look == self._from_server:
                 break
         hidden = self._proxy.hides_ends and look == self._from_server
-        if self.dark or hidden:  # one side has gone, but the other is not to know
+        if self.dark or hidden:  # one side has closed, and the other must not see it
             await self._ended.wait()
 
     def _from_client(self, chunk: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""A primary with a standby that streams from it, and writers whose every outcome is remembered."""
+"""A primary with a streaming standby, and writers that remember the outcome of each write."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ TABLE = "create table appends (n bigint)"
 APPEND = "insert into appends values (%s)"
 APPEND_ONCE = "insert into appends select %s where not exists (select from appends where n = %s)"
 
-# A commit is acknowledged only once the standby has it: what is killed then loses nothing.
+# The primary acknowledges a commit only when the standby has it, so killing it loses no commit.
 SYNCHRONOUS = {"synchronous_standby_names": "*"}
 
 
 def make_standby(primary: Server) -> Server:
-    """Copy a running primary, and start what streams from it. To be closed."""
+    """Copy a running primary, and start the copy as its standby. The caller closes it."""
     with (primary.data / "pg_hba.conf").open("a") as rules:
         rules.write("host replication postgres 127.0.0.1/32 trust\n")
     primary.reload()
     directory = new_directory()
     command = [binaries() / "pg_basebackup", "-D", directory / "data", "-d", primary.conninfo]
     command += ["-R", "-X", "stream", "-c", "fast"]
-    until(lambda: _succeeds(*command), 20.0, pause=0.1)  # once the rules are read
+    until(lambda: _succeeds(*command), 20.0, pause=0.1)  # fails until pg_hba is loaded
     standby = Server(directory)
     standby.start()
     await_streaming(primary)
@@ -51,13 +51,13 @@ def _succeeds(*command: object) -> bool:
 
 
 def await_streaming(primary: Server) -> None:
-    """Wait until a standby follows."""
+    """Wait until a standby streams from *primary*."""
     query = "select count(*) from pg_stat_replication where state = 'streaming'"
     until(lambda: primary.execute(query) != [(0,)], 20.0, pause=0.05)
 
 
 def rejoin(former: Server, primary: Server) -> None:
-    """Start a former primary as the standby of the present one. It must have lost nothing."""
+    """Start a former primary as a standby of *primary*, from which it must not have diverged."""
     if former.is_running():
         former.stop("fast")
     former.demote()
@@ -68,7 +68,7 @@ def rejoin(former: Server, primary: Server) -> None:
 
 @dataclass
 class History:
-    """What writers were told about each number, and when the acknowledged ones were."""
+    """The outcome of each number that writers saw, and the times of acknowledgements."""
 
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     acknowledged_at: list[float] = field(default_factory=list)
@@ -86,7 +86,7 @@ class History:
 
 @dataclass(frozen=True)
 class Findings:
-    """What must be empty: numbers lost, there twice, or there although their writer was not told."""
+    """Violations: numbers lost, present twice, or present although their writer got a failure."""
 
     lost: list[int]
     doubled: list[int]
@@ -94,7 +94,7 @@ class Findings:
 
 
 def check(outcomes: Mapping[int, Outcome], rows: Counter[int]) -> Findings:
-    """Compare what writers were told with what is there."""
+    """Compare the outcomes that writers saw with the rows in the table."""
     return Findings(
         lost=[n for n, told in outcomes.items() if told == "acknowledged" and not rows[n]],
         doubled=[n for n, times in rows.items() if times > 1],
@@ -134,27 +134,27 @@ class Appends:
                 self.history.errors.append(error.with_traceback(None))
 
     def await_more(self, number: int = 50, seconds: float = 60.0) -> None:
-        """Wait until that many more were acknowledged."""
+        """Wait until that many more writes are acknowledged."""
         wanted = len(self.history.acknowledged_at) + number
         until(lambda: len(self.history.acknowledged_at) >= wanted, seconds, pause=0.02)
 
     def stop(self) -> History:
-        """Let every thread end its call; return what all were told."""
+        """Let every thread end its call; return all outcomes."""
         self._load.stop()
         assert self._load.errors == []
         return self.history
 
 
 def append(conn: psycopg.Connection[Any], number: int) -> None:
-    """Append a number, unless it is there."""
+    """Append a number unless it is there already."""
     conn.execute(APPEND_ONCE, [number, number])
 
 
 def append_blindly(conn: psycopg.Connection[Any], number: int) -> None:
-    """Append a number."""
+    """Append a number without checking that it is new."""
     conn.execute(APPEND, [number])
 
 
 def rows(execute: Callable[[str], list[tuple[Any, ...]]]) -> Counter[int]:
-    """Return how often each number is there."""
+    """Return how often each number is in the table."""
     return Counter(n for (n,) in execute("select n from appends"))

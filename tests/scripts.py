@@ -1,4 +1,4 @@
-"""Python in processes of its own: commands, and scripts that must end in time."""
+"""Run Python in separate processes: commands, and scripts that must end in time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_SECONDS = 2.0
 
-# A fork in a process with threads is what is tested; newer Pythons warn of every one.
+# The tests fork processes that have threads, of which newer Pythons warn each time.
 _WARNINGS = "error,ignore:This process:DeprecationWarning"
 
 
@@ -27,8 +27,8 @@ def python(
 ) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments and wait for its end.
 
-    *prefix* is a command that runs it, *env* is added to our environment; *check* that it
-    succeeded.
+    *prefix* is a command that runs it, *env* is added to this environment; with *check* it must
+    succeed.
     """
     done = subprocess.run(
         [*prefix, sys.executable, *map(str, arguments)],
@@ -45,16 +45,16 @@ def python(
 
 
 def environ() -> dict[str, str]:
-    """The environment of a process that is to find what we find."""
+    """The environment for a process that imports the same packages."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return kept | {"PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": _WARNINGS}
 
 
 def run_script(script: Path, *arguments: str, seconds: float = 60.0) -> str:
-    """Run a script that says `END <monotonic time>` last; return what it said.
+    """Run a script that prints `END <monotonic time>` last; return its output.
 
-    It must succeed, and its process must be gone soon after that.
+    It must succeed, and its process must end soon after that.
     """
     done = subprocess.run(
         [sys.executable, script, *arguments],

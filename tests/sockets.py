@@ -1,4 +1,4 @@
-"""Listeners on 127.0.0.1 that are no PostgreSQL: one that answers in its own way, one that relays."""
+"""Listeners on 127.0.0.1: one calls a function for each connection, one relays to a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .threads import Task
 
 @contextmanager
 def answering(handle: Callable[[socket.socket], object]) -> Iterator[int]:
-    """Hand each connection to *handle*, one after the other, and close it; yields the port."""
+    """Call *handle* with each connection, one after the other, and close it; yields the port."""
 
     def serve() -> None:
         while True:
@@ -35,9 +35,9 @@ def answering(handle: Callable[[socket.socket], object]) -> Iterator[int]:
 
 
 class Relay:
-    """Passes bytes on between clients and a server, over sockets that a test may do things to.
+    """Relays bytes between clients and a server, over sockets that a test may manipulate.
 
-    Each socket that data are sent to has a lock: what is sent beside them tears no message.
+    Each socket has a lock for sending, so that a test can send messages without splitting others.
     """
 
     def __init__(self, server_port: int, port: int = 0) -> None:
@@ -51,11 +51,11 @@ class Relay:
         self.start(self._accept)
 
     def start(self, fn: Callable[..., None], *args: Any) -> None:
-        """Run *fn* in a thread until `close`; it is over when its socket is closed."""
+        """Run *fn* in a thread; it ends when `close` closes its socket."""
         self._tasks.append(Task(fn, *args, name="relay"))
 
     def send(self, target: socket.socket, data: bytes) -> None:
-        """Send that, whole."""
+        """Send all of *data*, without interleaving."""
         with self._locks[target]:
             target.sendall(data)
 

@@ -1,4 +1,4 @@
-"""Who sees the details: whatever a rule returns, and whatever a client sends."""
+"""Who sees details: any result of an `authorize` function, and any request headers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ quick = settings(
 
 
 class Rule:
-    """A rule that returns, or raises, what the test says."""
+    """An `authorize` function that returns, or raises, what the test says."""
 
     verdict: Any = None
 
@@ -59,7 +59,7 @@ def ruled(make_app: MakeApp, rule: Rule) -> Flask:
 def app(make_app: MakeApp) -> Flask:
     app = make_app(NOWHERE, DBPOOL_TOKEN=TOKEN, DBPOOL_OUTAGE_GRACE="0s")
 
-    # Without a pool that tries to connect meanwhile: hypothesis wants no other thread at random.
+    # The pool makes no connects meanwhile: hypothesis' runs must not depend on another thread.
     @app.get("/fails")
     def fails() -> str:
         raise PoolExhausted("all are out")
@@ -78,7 +78,7 @@ def test_true_opens(ruled: Flask, rule: Rule) -> None:
 
 
 @pytest.mark.parametrize("verdict", [False, None])
-def test_false_and_none_refuse(ruled: Flask, rule: Rule, verdict: object) -> None:
+def test_false_and_none_deny_access(ruled: Flask, rule: Rule, verdict: object) -> None:
     rule.verdict = verdict
     headers = {"Authorization": f"Bearer {TOKEN}"}  # the rule takes the place of the token
     for path in CLOSED:
@@ -87,7 +87,7 @@ def test_false_and_none_refuse(ruled: Flask, rule: Rule, verdict: object) -> Non
 
 
 class Empty(Response):
-    """A response that is false, as a container without content is."""
+    """A response whose truth value is false."""
 
     def __len__(self) -> int:
         return 0
@@ -108,7 +108,7 @@ def answers() -> list[tuple[str, Any, int]]:
 
 
 @pytest.mark.parametrize(("verdict", "status"), [each[1:] for each in answers()])
-def test_a_response_or_an_http_exception_is_the_answer(
+def test_a_response_or_http_exception_from_authorize_is_sent(
     ruled: Flask, rule: Rule, verdict: Any, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     rule.verdict = verdict
@@ -117,7 +117,7 @@ def test_a_response_or_an_http_exception_is_the_answer(
         answer = ruled.test_client().get(path)
         assert answer.status_code == status
         assert not shows_details(answer)
-    assert set(words.get_json()["databases"].values()) <= {"starting", "down"}, "words, no details"
+    assert set(words.get_json()["databases"].values()) <= {"starting", "down"}, "it shows details"
     assert "authorize returned" not in caplog.text
 
 
@@ -129,7 +129,7 @@ def test_an_http_exception_goes_to_the_applications_own_handler(make_app: MakeAp
 
 
 class LooksTrue:
-    """As numpy's booleans: true and equal to True, but not it."""
+    """Like numpy's booleans: true and equal to True, but not `True` itself."""
 
     def __bool__(self) -> bool:
         return True
@@ -179,7 +179,7 @@ ANYTHING = st.one_of(
 @example([])
 @example(["admin"])
 @given(ANYTHING)
-def test_anything_else_is_a_logged_500_that_shows_nothing(
+def test_any_other_result_is_a_logged_500_without_details(
     ruled: Flask, rule: Rule, caplog: pytest.LogCaptureFixture, verdict: object
 ) -> None:
     rule.verdict = verdict
@@ -193,32 +193,34 @@ def test_anything_else_is_a_logged_500_that_shows_nothing(
 
 
 @pytest.mark.parametrize("verdict", ["no", 1, 403, [], ["admin"], object(), LooksTrue(), ()])
-def test_anything_else_is_a_stranger_to_health(
+def test_with_any_other_result_health_shows_no_details(
     ruled: Flask, rule: Rule, verdict: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     rule.verdict = verdict
     answer = ruled.test_client().get("/db/health")
     assert answer.status_code == 503, "the database is down"
-    assert set(answer.get_json()["databases"].values()) <= {"starting", "down"}, "words, no details"
+    assert set(answer.get_json()["databases"].values()) <= {"starting", "down"}, "it shows details"
     assert "authorize returned" in caplog.text
 
 
 @pytest.mark.parametrize("make", [coroutine, generator])
-def test_what_would_have_to_run_first_opens_nothing(make_app: MakeApp, make: Any) -> None:
+def test_a_coroutine_or_generator_from_authorize_opens_nothing(
+    make_app: MakeApp, make: Any
+) -> None:
     app = make_app(NOWHERE, authorize=lambda: make() or None, DBPOOL_OUTAGE_GRACE="0s")
     assert app.test_client().get("/db/stats").status_code == 500
     assert "counters" not in app.test_client().get("/db/health").text
 
 
-def test_the_value_of_a_wrong_verdict_is_not_logged(
+def test_a_wrong_result_of_authorize_is_not_logged_by_value(
     ruled: Flask, rule: Rule, caplog: pytest.LogCaptureFixture
 ) -> None:
     rule.verdict = "the password of somebody"
     assert "somebody" not in ruled.test_client().get("/db/stats").text + caplog.text
 
 
-# Headers that cannot be read. The client of Werkzeug sends no bytes that are not UTF-8, so that
-# they are put into the environment as a server does: each byte a character.
+# Malformed headers. Werkzeug's client sends only UTF-8, so these are put into the environment as
+# a server does it: one character for each byte.
 
 
 def ask(app: Flask, path: str, **headers: str) -> TestResponse:
@@ -264,21 +266,21 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize("header", UNREADABLE, ids=lambda header: repr(header[:30]))
-def test_credentials_that_cannot_be_read_are_none(app: Flask, header: str) -> None:
+def test_malformed_credentials_are_answered_with_401(app: Flask, header: str) -> None:
     for path in CLOSED:
         answer = ask(app, path, authorization=header)
         assert answer.status_code == 401
         assert len(answer.headers.getlist("WWW-Authenticate")) == 2
-    assert ask(app, "/db/health", authorization=header).status_code == 503, "the words"
+    assert ask(app, "/db/health", authorization=header).status_code == 503, "needs no token"
 
 
 @quick
 @given(CREDENTIALS)
-def test_no_credentials_are_an_error_of_ours(app: Flask, header: str) -> None:
+def test_no_credentials_cause_a_server_error(app: Flask, header: str) -> None:
     assert ask(app, "/db/stats", authorization=header).status_code == 401
 
 
-def test_a_wrong_token_is_told_from_a_missing_one(app: Flask) -> None:
+def test_the_error_differs_for_a_wrong_and_a_missing_token(app: Flask) -> None:
     missing, wrong = ask(app, "/db/stats"), ask(app, "/db/stats", authorization="Bearer wrong")
     assert missing.get_json()["error"].startswith("send the token")
     assert wrong.get_json()["error"].startswith("wrong token")
@@ -301,7 +303,7 @@ ACCEPTED = st.one_of(
 @example("text/html;q=nan, application/json;q=-1, */*;q=1e999")
 @example("text/html; q*=UTF-8''%ff")
 @given(ACCEPTED)
-def test_no_accept_is_an_error_of_ours(app: Flask, header: str) -> None:
+def test_no_accept_header_causes_a_server_error(app: Flask, header: str) -> None:
     credentials = f"Bearer {TOKEN}"
     answer = ask(app, "/db/metrics", accept=header, authorization=credentials)
     assert answer.status_code == 200
@@ -311,7 +313,7 @@ def test_no_accept_is_an_error_of_ours(app: Flask, header: str) -> None:
 
 @quick
 @given(st.text(max_size=20))
-def test_a_scope_that_is_none_is_refused(app: Flask, scope: str) -> None:
+def test_an_unknown_scope_is_rejected(app: Flask, scope: str) -> None:
     for path in ("/db/stats", "/db/metrics"):
         answer = app.test_client().get(
             path, query_string={"scope": scope}, headers={"Authorization": f"Bearer {TOKEN}"}
@@ -320,7 +322,7 @@ def test_a_scope_that_is_none_is_refused(app: Flask, scope: str) -> None:
 
 
 @pytest.mark.parametrize("query", ["scope=%ff", "scope=all%00", "scope", "scope=&scope=all", "%"])
-def test_a_query_that_cannot_be_read_is_no_error_of_ours(app: Flask, query: str) -> None:
+def test_no_query_string_causes_a_server_error(app: Flask, query: str) -> None:
     headers = {"Authorization": f"Bearer {TOKEN}"}
     assert app.test_client().get(f"/db/stats?{query}", headers=headers).status_code in (200, 400)
 
@@ -342,13 +344,13 @@ def test_a_query_that_cannot_be_read_is_no_error_of_ours(app: Flask, query: str)
         ("x_forwarded_for", "127.0.0.1, \xff"),
     ],
 )
-def test_no_other_header_is_an_error_of_ours(app: Flask, name: str, value: str) -> None:
+def test_no_other_header_causes_a_server_error(app: Flask, name: str, value: str) -> None:
     for path in (*CLOSED, "/db/static/live.js"):
         with ask(app, path, authorization=f"Bearer {TOKEN}", **{name: value}) as answer:
             assert answer.status_code in (200, 206, 304, 400, 416)
 
 
-# What every answer carries
+# Headers of every answer
 
 
 @pytest.mark.parametrize(
@@ -376,7 +378,7 @@ def test_no_answer_may_be_sniffed(app: Flask, method: str, path: str, status: in
 
 
 @pytest.mark.parametrize("prefix", ["/db", "/db/", "/deep/er/", "/", None])
-def test_no_refusal_may_be_sniffed_or_kept_wherever_it_is_mounted(prefix: str | None) -> None:
+def test_rejections_may_not_be_sniffed_or_stored_under_any_prefix(prefix: str | None) -> None:
     app = Flask("app")
     app.config.update(DATABASE_URL=NOWHERE, TESTING=True)
     DBPool(app)
@@ -404,7 +406,7 @@ def test_the_rest_of_the_application_is_left_alone(app: Flask) -> None:
         assert "X-Content-Type-Options" not in app.test_client().get(path).headers
 
 
-def test_clients_that_were_refused_together_come_back_at_different_times(app: Flask) -> None:
+def test_retry_after_differs_between_clients(app: Flask) -> None:
     client = app.test_client()
     for path in ("/fails", "/db/health/ready"):
         waits = {int(client.get(path).headers["Retry-After"]) for _ in range(60)}
@@ -413,7 +415,7 @@ def test_clients_that_were_refused_together_come_back_at_different_times(app: Fl
         assert max(waits) <= 30
 
 
-def test_metrics_name_the_package_that_is_missing(
+def test_metrics_without_prometheus_client_names_the_extra(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys
@@ -424,4 +426,4 @@ def test_metrics_name_the_package_that_is_missing(
     answer = client.get("/db/metrics")
     assert answer.status_code == 501
     assert "prometheus-client" in answer.get_json()["error"]
-    assert "psycopg-dbpool" not in answer.get_json()["error"], "anyone may register that name"
+    assert "psycopg-dbpool" not in answer.get_json()["error"], "anybody may register that name"

@@ -1,4 +1,4 @@
-"""What an application is set to: its token, and who sees the details."""
+"""An application's settings: its token, and who sees details."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ made: list[Flask] = []
 
 @pytest.fixture(autouse=True)
 def close_pools() -> Iterator[None]:
-    """Close the pools of the applications that a test made: each would try to connect for ever."""
+    """Close the pools of a test's applications, which would try to connect for ever."""
     yield
     while made:
         made.pop().extensions["dbpool"].databases.close()
@@ -40,7 +40,7 @@ def make_app(**config: str) -> Flask:
 
 @pytest.mark.parametrize("char", PRINTABLE)
 @pytest.mark.parametrize("form", ["{}", "{}-and-so-on-and-on", "and-so-{}-on-and-on"])
-def test_a_token_opens_the_views_as_a_bearer_token_or_is_refused(form: str, char: str) -> None:
+def test_every_accepted_token_works_as_a_bearer_token(form: str, char: str) -> None:
     token = form.format(char)
     if token != token.strip() or "=" in token.rstrip("="):
         with pytest.raises(ConfigError, match="DBPOOL_TOKEN cannot be sent"):
@@ -55,7 +55,7 @@ def test_a_token_opens_the_views_as_a_bearer_token_or_is_refused(form: str, char
 @pytest.mark.parametrize(
     "token", ["zwölf-Sätze-lang", "a=b-and-so-on-and-on", "two-lines\nand-more", " " * 16 + "x"]
 )
-def test_where_a_token_comes_from_does_not_matter(token: str, tmp_path: Path) -> None:
+def test_an_unusable_token_is_an_error_from_any_source(token: str, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(token)
     for environ in ({"DBPOOL_TOKEN": token}, {"DBPOOL_TOKEN_FILE": str(file)}):
@@ -65,7 +65,7 @@ def test_where_a_token_comes_from_does_not_matter(token: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 40])
-def test_a_short_token_is_one_warning(length: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_short_token_logs_one_warning(length: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="dbpool")
     make_app(DBPOOL_TOKEN="q" * length)
     warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
@@ -79,7 +79,7 @@ def test_a_short_token_is_one_warning(length: int, caplog: pytest.LogCaptureFixt
     [("0.0.0.0", 1), ("10.1.2.3", 1), ("::", 1), ("127.0.0.1", 0), ("127.1.1.1", 0), ("::1", 0),
      ("localhost", 0), ("", 0)],
 )  # fmt: skip
-def test_views_open_to_others_are_one_warning(
+def test_details_open_to_other_hosts_log_one_warning(
     address: str, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = make_app(DBPOOL_DETAILS="always").test_client()
@@ -94,10 +94,10 @@ def test_views_open_to_others_are_one_warning(
     ("client", "warnings"),
     [("10.1.2.3", 1), ("2001:db8::7", 1), ("127.0.0.1", 0), ("::ffff:127.0.0.1", 0), ("", 0)],
 )
-def test_a_client_from_elsewhere_tells_where_the_servers_name_does_not(
+def test_a_client_of_another_host_shows_that_the_server_is_reachable(
     client: str, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Waitress and uWSGI give no address on which they listen."""
+    """Waitress and uWSGI do not report the address on which they listen."""
     environ = {"SERVER_NAME": "waitress.invalid", "REMOTE_ADDR": client}
     app = make_app(DBPOOL_DETAILS="always")
     for _ in range(3):
@@ -106,10 +106,10 @@ def test_a_client_from_elsewhere_tells_where_the_servers_name_does_not(
     assert len(told) == warnings
 
 
-def test_a_door_that_the_server_does_not_know_of_is_a_warning(
+def test_a_door_set_in_the_application_only_logs_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    make_app(DBPOOL_SERVE="127.0.0.1:8900")  # without gunicorn's hooks, for `dbpool serve` alone
+    make_app(DBPOOL_SERVE="127.0.0.1:8900")  # without gunicorn's hooks: `dbpool serve` may use it
     assert not caplog.messages
     monkeypatch.setenv("DBPOOL_STATS_DIR", str(tmp_path))  # as the hooks do
     make_app(DBPOOL_SERVE="127.0.0.1:8900")
@@ -120,7 +120,7 @@ def test_a_door_that_the_server_does_not_know_of_is_a_warning(
     assert len(caplog.messages) == 1
 
 
-def test_closed_views_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_closed_views_log_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     client = make_app(DBPOOL_TOKEN="0123456789abcdef").test_client()
     client.get("/db/health/live", environ_overrides={"SERVER_NAME": "0.0.0.0"})
     assert not caplog.messages

@@ -1,4 +1,4 @@
-"""Asynchronous views, which run in another thread: what they hold is their request's."""
+"""Async views run in another thread: connections they hold belong to their request."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def forget(pool: Pool[Any], kept: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("where", ["view", "task", "thread", "sync_to_async", "before_request"])
-def test_what_async_code_leaves_checked_out_is_taken_back(
+def test_connections_left_checked_out_by_async_code_are_taken_back(
     make_app: MakeApp, dsn: str, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make_app(dsn)
@@ -120,10 +120,10 @@ def test_what_async_code_leaves_checked_out_is_taken_back(
     with caplog.at_level(logging.ERROR, logger="dbpool"):
         assert app.test_client().get("/forgetful").text == "done"
     assert (pool.stats().active, pool.stats().counters.leaks) == (0, 1)
-    assert kept[0].closed, "another may not share it with who forgot it"
+    assert kept[0].closed, "the next holder would share it with the code that forgot it"
     assert "test_async_views.py" in caplog.text
     assert "endpoint forgetful" in caplog.text
-    assert pool.fetch_value("select to_regclass('t')") is None, "nothing may be committed"
+    assert pool.fetch_value("select to_regclass('t')") is None, "it was committed"
 
 
 def test_an_async_view_that_fails_leaves_nothing_held(
@@ -155,7 +155,7 @@ def test_a_connection_held_around_an_async_view_stays_out(
     assert "still held" not in caplog.text
 
 
-def test_what_a_plain_thread_of_an_async_view_holds_is_not_touched(
+def test_a_connection_of_a_thread_started_by_an_async_view_is_not_taken_back(
     app: Flask, pool: Pool[Any]
 ) -> None:
     taken, release = threading.Event(), threading.Event()
@@ -178,10 +178,8 @@ def test_what_a_plain_thread_of_an_async_view_holds_is_not_touched(
     assert others[0].result() == (1,)
 
 
-def test_requests_that_share_an_event_loop_take_nothing_from_each_other(
-    app: Flask, pool: Pool[Any]
-) -> None:
-    """As under an ASGI server: Flask's threads hand their coroutines to the server's loop."""
+def test_requests_on_one_event_loop_keep_their_own_connections(app: Flask, pool: Pool[Any]) -> None:
+    """So it is under an ASGI server: Flask's threads pass their coroutines to the server's loop."""
     begun, ended = threading.Event(), threading.Event()
 
     @app.get("/slow")
@@ -212,7 +210,7 @@ def test_requests_that_share_an_event_loop_take_nothing_from_each_other(
     assert pool.stats().active == 0
 
 
-def test_requests_that_share_a_loop_of_the_application_take_nothing_from_each_other(
+def test_requests_on_the_applications_own_loop_keep_their_own_connections(
     make_app: MakeApp, fake: FakeServer
 ) -> None:
     loop = asyncio.new_event_loop()
@@ -258,7 +256,7 @@ def test_requests_that_share_a_loop_of_the_application_take_nothing_from_each_ot
     loop.close()
 
 
-def test_nested_checkouts_in_an_async_view_are_told_as_such(
+def test_nested_checkouts_in_an_async_view_are_reported(
     make_app: MakeApp, fake: FakeServer
 ) -> None:
     app = make_app(fake, DBPOOL_MAX_SIZE=1, DBPOOL_TIMEOUT="50ms", DBPOOL_ERROR_HANDLERS=False)
@@ -274,9 +272,7 @@ def test_nested_checkouts_in_an_async_view_are_told_as_such(
         app.test_client().get("/")
 
 
-def test_a_flask_that_runs_coroutines_its_own_way_is_left_to_it(
-    make_app: MakeApp, fake: FakeServer
-) -> None:
+def test_a_custom_async_to_sync_is_still_used(make_app: MakeApp, fake: FakeServer) -> None:
     def drive(coroutine: Any) -> Any:
         try:
             coroutine.send(None)

@@ -1,4 +1,4 @@
-"""How a block ends: as the parent's does, whatever happened in it."""
+"""A `connection()` block ends as psycopg_pool's does, whatever happened in it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _insert(conn: Conn) -> None:
 
 
 def _twice(conn: Conn) -> None:
-    conn.execute("set client_encoding to latin1")  # what the error says is in it
+    conn.execute("set client_encoding to latin1")  # the error message has this encoding
     conn.commit()
     conn.execute("insert into blocks values (2), (2)")
 
@@ -58,7 +58,7 @@ def _leave_a_transaction_open(conn: Conn) -> None:
 
 def _leave_a_pipeline_open(conn: Conn) -> None:
     _left_open.enter_context(conn.pipeline())
-    conn.execute("insert into blocks values (6) returning id").fetchone()  # all is answered
+    conn.execute("insert into blocks values (6) returning id").fetchone()  # all results are here
 
 
 def _begin_two_phases(conn: Conn) -> None:
@@ -96,7 +96,7 @@ def pools(dsn: str) -> Iterator[tuple[Pool, ConnectionPool]]:
         _leave_a_pipeline_open, _begin_two_phases, _notify, _close, _autocommit,
     ],
 )  # fmt: skip
-def test_a_block_ends_as_the_parents(
+def test_a_block_ends_as_in_psycopg_pool(
     pools: tuple[Pool, ConnectionPool], work: Callable[[Conn], None]
 ) -> None:
     ours, theirs = (_outcome(pool, work) for pool in pools)
@@ -104,7 +104,7 @@ def test_a_block_ends_as_the_parents(
 
 
 def _outcome(pool: Any, work: Callable[[Conn], None]) -> dict[str, object]:
-    """What a block that does *work* leaves behind: errors, words, rows."""
+    """The outcome of a block that does *work*: errors, log lines, rows."""
     with pool.connection() as conn:
         conn.execute(SETUP)
     said: list[str] = []
@@ -114,7 +114,7 @@ def _outcome(pool: Any, work: Callable[[Conn], None]) -> dict[str, object]:
             conn.add_notice_handler(lambda notice: said.append(notice.message_primary or ""))
             conn.add_notify_handler(lambda notify: said.append(notify.payload))
             work(conn)
-    except Exception as ex:  # noqa: BLE001  # whatever it is, it is compared
+    except Exception as ex:  # noqa: BLE001  # any exception is compared
         error = ex
     with contextlib.suppress(psycopg.Error):
         _left_open.close()

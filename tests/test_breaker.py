@@ -1,4 +1,4 @@
-"""The breaker's rules, on a clock of the test's own."""
+"""The breaker's rules, on a clock that the tests move."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def breaker(clock: Clock) -> Breaker:
 
 
 def begun(breaker: Breaker, started: float) -> Attempt:
-    """An attempt that began then."""
+    """An attempt that began at *started*."""
     attempt = breaker.reserve()
     attempt.started = started
     return attempt
@@ -37,7 +37,7 @@ def fail(
     idle: int = 0,
     out: int = 0,
 ) -> bool:
-    """Whether a failure of that kind opened it."""
+    """Record a failure; return whether it opened the breaker."""
     breaker.last_alive_at = alive_at
     error = psycopg.OperationalError(f"failed: {kind}")
     breaker.failed(begun(breaker, clock.now), error, kind)
@@ -45,7 +45,7 @@ def fail(
 
 
 def overdue(breaker: Breaker, started: float, alive_at: float = 0.0) -> bool:
-    """Whether the attempt begun at *started* opened it by having no answer yet."""
+    """Whether an unanswered attempt that began at *started* opens the breaker."""
     breaker.last_alive_at = alive_at
     attempt = Attempt()
     attempt.started = started
@@ -86,9 +86,7 @@ def test_an_attempt_in_an_outage_is_half_open(breaker: Breaker, clock: Clock) ->
     assert breaker.state == "open"
 
 
-def test_success_closes_it_and_tells_how_long_the_outage_was(
-    breaker: Breaker, clock: Clock
-) -> None:
+def test_success_closes_it_and_returns_the_outages_duration(breaker: Breaker, clock: Clock) -> None:
     fail(breaker, clock)
     clock.now += 2.5
     assert fail(breaker, clock)
@@ -121,16 +119,16 @@ def test_a_full_server_is_not_down_while_connections_are_out(
 
 
 @pytest.mark.parametrize("kind", ["refused", "password", "saturated"])
-def test_while_there_are_idle_connections_nobody_waits(
+def test_it_stays_closed_while_there_are_idle_connections(
     breaker: Breaker, clock: Clock, kind: str
 ) -> None:
     fail(breaker, clock, kind, idle=1)
     clock.now += 60.0
     assert not fail(breaker, clock, kind, idle=1)
-    assert breaker.trip_if_due(idle=0, out=0), "once they are gone it opens at once"
+    assert breaker.trip_if_due(idle=0, out=0), "without idle connections it opens at once"
 
 
-def test_a_sign_of_life_starts_the_grace_anew(breaker: Breaker, clock: Clock) -> None:
+def test_a_sign_of_life_restarts_the_grace(breaker: Breaker, clock: Clock) -> None:
     fail(breaker, clock)
     clock.now += 1.5
     seen = clock.now
@@ -142,7 +140,7 @@ def test_a_sign_of_life_starts_the_grace_anew(breaker: Breaker, clock: Clock) ->
     assert fail(breaker, clock, alive_at=seen)
 
 
-def test_an_attempt_without_an_answer_counts_as_failing(breaker: Breaker, clock: Clock) -> None:
+def test_an_unanswered_attempt_counts_as_failing(breaker: Breaker, clock: Clock) -> None:
     started = clock.now
     clock.now += 2.0
     assert overdue(breaker, started)
@@ -170,7 +168,7 @@ def test_a_slow_attempt_is_no_outage_while_others_come_back(breaker: Breaker, cl
     clock.now += 2.0
     assert not overdue(breaker, started, alive_at=started + 1.0)
     assert breaker.state == "closed"
-    clock.now += 1.0  # nobody has come back since
+    clock.now += 1.0  # no connection has come back since
     assert overdue(breaker, started, alive_at=started + 1.0)
 
 
@@ -193,7 +191,7 @@ def test_a_connection_that_comes_back_healthy_closes_it(breaker: Breaker, clock:
     breaker.last_alive_at = clock.now + 1.0
     breaker.close_if_alive()
     assert breaker.state == "closed"
-    assert breaker.is_failing, "connecting may still fail, and of what is known"
+    assert breaker.is_failing, "the cause stays known, as connecting may still fail"
     assert breaker.last_error == "failed: password"
 
 
@@ -204,7 +202,7 @@ def test_an_outage_is_reported_once_until_a_connect_succeeds(
     assert not breaker.report_failure(1.0)
     clock.now += 1.0
     assert breaker.report_failure(1.0)
-    fail(breaker, clock, alive_at=clock.now)  # which starts the grace anew
+    fail(breaker, clock, alive_at=clock.now)  # starts the grace again
     assert not breaker.report_failure(1.0)
     clock.now += 1.0
     assert not breaker.report_failure(1.0)
@@ -221,8 +219,8 @@ def test_reset_forgets_everything(breaker: Breaker, clock: Clock) -> None:
     assert breaker.last_error is None
 
 
-def test_it_goes_by_the_clock_that_there_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Freezegun replaces it for a while, and perhaps before this library is imported."""
+def test_it_uses_a_replaced_time_monotonic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freezegun replaces the clock for a while, perhaps before dbpool is imported."""
     breaker = Breaker(grace=2.0)
     monkeypatch.setattr(time, "monotonic", lambda: 42.0)
     assert breaker.clock() == 42.0

@@ -1,4 +1,4 @@
-"""`python -m dbpool`, as a shell sees it."""
+"""The command `python -m dbpool`: its output and exit status."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Call = Callable[[str, dict[str, str]], tuple[int, str, str]]
 def call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Call:
-    """Call a command in this process; return its status and what it said on both streams."""
+    """Call a command in this process; return its status and its output on both streams."""
 
     def call(command: str, environ: dict[str, str]) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
@@ -87,7 +87,7 @@ def test_check_as_json(server: Server) -> None:
         ({"host": "does-not-resolve.invalid"}, "dns"),
     ],
 )
-def test_check_says_what_is_wrong_without_a_traceback(
+def test_check_prints_the_error_without_a_traceback(
     server: Server, params: dict[str, object], kind: str
 ) -> None:
     done = dbpool("check", DATABASE_URL=server.conninfo_for(**params), DBPOOL_OUTAGE_GRACE="1")
@@ -105,7 +105,7 @@ def test_check_says_what_is_wrong_without_a_traceback(
         {"DBPOOL_TIMEOUT": "soon"},
         {"DBPOOL_DATABASES": "replica"},
         {"DATABASE_URL_FILE": "/nowhere"},
-        # A connection string where another thing belongs is not repeated.
+        # A connection string in the wrong place is not repeated.
         {"DBPOOL_DATABASES": "postgresql://u:hunter2@h/d"},
         {"DBPOOL_POOLER": "host=h password=hunter2"},
         {"DBPOOL_TIMEOUT": "postgresql://u:hunter2@h/d"},
@@ -153,7 +153,7 @@ def test_strict_fails_on_unknown_variables(server: Server) -> None:
     assert dbpool("check", "--strict", cwd=None, **environ).returncode == 1
 
 
-def test_unknown_variables_of_a_dotenv_are_told_too(server: Server, tmp_path: Path) -> None:
+def test_unknown_variables_in_a_dotenv_are_reported(server: Server, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("DBPOOL_DATABASES=replica\nDBPOOL_MAX_SISE=3\n")
     environ = {"DATABASE_URL": server.conninfo, "DBPOOL_REPLICA_URL": server.conninfo}
     done = dbpool("check", "--strict", cwd=tmp_path, **environ)
@@ -230,7 +230,7 @@ def test_exposed_connections_of_the_environment(environ: dict[str, str], exposed
 def test_wait_does_not_wait_for_a_connect_that_hangs() -> None:
     with socket.create_server(
         ("127.0.0.1", 0)
-    ) as silent:  # accepts, by the kernel, and that is all
+    ) as silent:  # the kernel accepts, and nothing answers
         url = f"host=127.0.0.1 port={silent.getsockname()[1]} user=u connect_timeout=40"
         began = time.monotonic()
         assert dbpool("wait", "--timeout", "0.5", DATABASE_URL=url).returncode == 1
@@ -248,7 +248,7 @@ def test_wait_gives_up_with_the_reason() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_wait_waits_out_a_misconfiguration(server: Server, tmp_path: Path) -> None:
+def test_wait_goes_on_until_a_misconfiguration_is_corrected(server: Server, tmp_path: Path) -> None:
     url = server.conninfo_for(user="latecomer", dbname="postgres", password="secret")
     server.execute("drop role if exists latecomer")
     with subprocess.Popen(
@@ -271,14 +271,16 @@ def test_stats_of_this_process_are_json(server: Server) -> None:
     assert report["pools"]["default"]["counters"]["checkouts"] == 1
 
 
-def test_stats_say_by_their_exit_code_that_a_database_is_down() -> None:
+def test_the_exit_status_of_stats_shows_that_a_database_is_down() -> None:
     url = "host=127.0.0.1 port=1 user=u"
     done = dbpool("stats", "--scope", "process", DATABASE_URL=url, DBPOOL_OUTAGE_GRACE="0.1")
     assert done.returncode == 1
     assert json.loads(done.stdout)["pools"]["default"]["state"] == "down"
 
 
-def test_stats_of_an_application_are_read_without_taking_part(dsn: str, tmp_path: Path) -> None:
+def test_stats_reads_an_applications_statistics_without_joining_it(
+    dsn: str, tmp_path: Path
+) -> None:
     tmp_path.chmod(0o700)
     with Databases({"default": Settings(conninfo=dsn)}) as databases:
         for _ in range(3):
@@ -352,13 +354,13 @@ def test_wait_waits_for_every_database(server: Server) -> None:
         "DBPOOL_DATABASES": "replica",
         "DBPOOL_REPLICA_URL": "host=127.0.0.1 port=1 user=u",
     }
-    done = dbpool("wait", "--timeout", "200ms", cwd=None, **environ)
+    done = dbpool("wait", "--timeout", "2s", cwd=None, **environ)
     assert done.returncode == 1
     assert done.stderr.startswith("dbpool: replica does not serve: ")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_reader_that_had_enough_gets_no_traceback(server: Server) -> None:
+def test_a_closed_output_pipe_causes_no_traceback(server: Server) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "dbpool", "check", "--json"],
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DATABASE_URL": server.conninfo},
@@ -387,10 +389,10 @@ def test_wrong_usage_exits_with_two() -> None:
 
 @pytest.mark.parametrize("command", ["check", "check --json", "wait", "explain DBE01"])
 @pytest.mark.parametrize("closed", ["<&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_what_is_closed_at_the_start_changes_no_exit_status(
+def test_streams_closed_at_the_start_change_no_exit_status(
     server: Server, tmp_path: Path, command: str, closed: str
 ) -> None:
-    """Nor does a terminal that knows ASCII alone: probes and cron jobs go by the status."""
+    """Nor does an ASCII terminal. Probes and cron jobs rely on the exit status."""
     environ = {"DATABASE_URL": server.conninfo, "PATH": os.environ["PATH"], "LC_ALL": "C"}
     environ |= {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     line = f"exec {sys.executable} -m dbpool {command} {closed}"
@@ -401,7 +403,7 @@ def test_what_is_closed_at_the_start_changes_no_exit_status(
     assert done.returncode == 0
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_line(server: Server) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Connections that are not quite psycopg's: generics, subclasses, and what tracers make of them."""
+"""Other connection classes: generics, subclasses, and connections patched by tracers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SELECT = "select 1 as n"
 
 
 class Own(Connection[Row]):
-    """A generic class of a user's."""
+    """A user's generic class."""
 
 
 class OwnRows(Own[DictRow]):
-    """And one that is made of it."""
+    """A user's class with the row type given."""
 
 
 class Undone(Connection[Row]):
@@ -42,7 +42,7 @@ class Unrelated(Generic[T]):
 
 
 class Both(Unrelated[T], Own[Row]):
-    """Generic in two ways."""
+    """Generic in two parameters."""
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_generic_class_serves_like_any(dsn: str, cls: Any, pipeline_begin: boo
         assert pool.execute("select") == 1
 
 
-def test_a_generic_class_may_have_its_own_idea_of_a_commit(dsn: str) -> None:
+def test_a_generic_class_may_override_commit(dsn: str) -> None:
     Undone.commits = 0
     with Pool(dsn, connection_class=Undone[DictRow], max_size=1) as pool:
         with pool.connection() as conn:
@@ -72,12 +72,12 @@ def test_a_generic_class_may_have_its_own_idea_of_a_commit(dsn: str) -> None:
         assert Undone.commits == 2
 
 
-# What tracers do, in small: a wrapper around the connection, another class of cursors, and
-# psycopg's own methods replaced.
+# What tracers do, in small: wrap the connection, set another cursor class, or replace psycopg's
+# methods.
 
 
 class Wrapper:
-    """As wrapt's ObjectProxy: it passes for what it wraps, and keeps its own names apart."""
+    """Like wrapt's ObjectProxy: it poses as the wrapped object, and keeps its own names apart."""
 
     def __init__(self, wrapped: Any, seen: list[str]) -> None:
         object.__setattr__(self, "_self_wrapped", wrapped)
@@ -201,7 +201,7 @@ def test_a_tracer_sees_every_statement(
     assert [query for query in traced if str(query).startswith("select")] == expected
 
 
-def test_a_wrapped_connection_comes_back_however_it_is_given_back(
+def test_closing_a_wrapped_connection_returns_it(
     dsn: str, monkeypatch: pytest.MonkeyPatch, seen: list[str]
 ) -> None:
     by_wrapper(monkeypatch, seen)
@@ -217,7 +217,7 @@ def test_a_wrapped_connection_comes_back_however_it_is_given_back(
         assert (pool.stats().size, pool.stats().idle) == (1, 1)
 
 
-def test_the_commit_of_a_block_is_seen_where_commit_is_replaced(
+def test_a_replaced_commit_is_called_at_the_end_of_a_block(
     dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commits: list[object] = []
@@ -233,7 +233,7 @@ def test_the_commit_of_a_block_is_seen_where_commit_is_replaced(
     assert len(commits) == 1
 
 
-def test_begin_still_goes_with_the_first_statement_under_another_cursor_class(
+def test_pipeline_begin_works_with_a_tracers_cursor_class(
     dsn: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     by_cursor_class(monkeypatch, [])
@@ -244,7 +244,7 @@ def test_begin_still_goes_with_the_first_statement_under_another_cursor_class(
 
 
 @pytest.mark.parametrize("cls", [Connection, Undone])
-def test_where_begin_cannot_go_with_a_statement_one_line_says_so(
+def test_pipeline_begin_without_effect_logs_one_line(
     dsn: str, cls: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     kwargs = {"cursor_factory": psycopg.ClientCursor}
@@ -254,7 +254,7 @@ def test_where_begin_cannot_go_with_a_statement_one_line_says_so(
     assert caplog.text.count("pipeline_begin has no effect") == 1
 
 
-# Handlers and adapters: the next holder finds none of them.
+# Handlers and adapters of one holder are removed before the next.
 
 
 class SetDumper(Dumper):
@@ -284,7 +284,7 @@ def change_json(conn: Connection[Any]) -> None:
 
 
 def observed(conn: Connection[Any]) -> tuple[Any, ...]:
-    """What a holder can tell of handlers and adapters by what they do."""
+    """What a holder can observe of handlers and adapters."""
 
     def dump() -> object:
         try:

@@ -1,6 +1,6 @@
 """The files that images and containers are made from, and the commands that run in them.
 
-No engine is needed here: `tests/containers` has what takes one.
+No engine is needed here; tests that need one are in `tests/containers`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def steps(instruction: str) -> list[str]:
 # -- the image -------------------------------------------------------------------------------
 
 
-def test_building_asks_for_no_other_image_than_the_base() -> None:
+def test_building_needs_no_image_but_the_base() -> None:
     """A `# syntax=` line would fetch a frontend, from a registry that may be out of reach."""
     assert not re.search(
         r"^#\s*(syntax|escape|check)\s*=", DOCKERFILE, re.MULTILINE | re.IGNORECASE
@@ -49,13 +49,13 @@ def test_building_asks_for_no_other_image_than_the_base() -> None:
     assert {step.split()[0] for step in steps("FROM")} - made == {"${BASE}"}
 
 
-def test_what_serves_is_built_unless_another_target_is_asked_for() -> None:
+def test_the_default_target_is_the_serving_image() -> None:
     assert steps("FROM")[-1].split()[2] == "production"
     assert "dev" in {step.split()[2] for step in steps("FROM")}
 
 
 def test_older_builders_understand_every_step() -> None:
-    """What BuildKit alone understands: flags of RUN, --chmod and --link of COPY, heredocs."""
+    """No step uses what only BuildKit knows: RUN flags, COPY --chmod and --link, heredocs."""
     assert not re.search(r"RUN --|--chmod|--link|<<", DOCKERFILE)
 
 
@@ -66,14 +66,14 @@ def test_the_image_installs_what_the_lock_hashes_and_nothing_else() -> None:
     before = STEPS[: STEPS.index(f"RUN {installing}")]
     assert [step for step in before if step.startswith("COPY")] == [
         "COPY webapp/requirements.txt /tmp/"
-    ], "other files would have the packages installed again"
+    ], "a change of another file would reinstall all packages"
     for *sources, _ in copied:
         for source in sources:
             assert source.startswith(("--from=", "/")) or (ROOT / source).exists()
 
 
 def test_the_user_is_a_number_and_not_root() -> None:
-    """Under runAsNonRoot a kubelet refuses a name: it could be root's."""
+    """With runAsNonRoot a kubelet rejects user names, as it cannot tell which is root."""
     assert steps("USER")[-1].isdigit()
     assert int(steps("USER")[-1]) > 0
 
@@ -111,7 +111,7 @@ def test_secrets_and_editors_files_stay_out_of_the_image(folder: str, name: str)
 
 
 def tracked() -> list[str]:
-    """The files of the two folders that the image is made of; caches apart, without git too."""
+    """The files of the image's two folders, without caches; works without git too."""
     command = ["git", "ls-files", "dbpool", "webapp"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     found = [path for name in ("dbpool", "webapp") for path in (ROOT / name).rglob("*.py")]
@@ -130,7 +130,7 @@ OURS = [name for name, service in SERVICES.items() if "webapp" in service.get("i
 
 
 def test_every_setting_of_dotenv_reaches_the_application() -> None:
-    """The file as a whole. What compose itself decides is named, and nothing else is."""
+    """Compose passes `.env` as a whole, and names only the variables that it sets itself."""
     assert OURS
     for name in OURS:
         assert SERVICES[name]["env_file"] == [{"path": ".env", "required": False}]
@@ -166,7 +166,7 @@ def test_only_the_service_that_makes_secrets_writes_to_them() -> None:
 
 
 def test_the_application_s_role_is_no_superuser() -> None:
-    """The image makes POSTGRES_USER one: the application must not be that."""
+    """The image makes POSTGRES_USER a superuser, so the application uses another role."""
     assert "POSTGRES_USER" not in str(SERVICES)
     for name in OURS:
         assert SERVICES[name]["environment"]["DATABASE_URL"].startswith("postgresql://webapp@")
@@ -181,7 +181,7 @@ def test_compose_gives_one_image_one_name() -> None:
     assert [name for name in names if "build" in SERVICES[name]] == ["schema"]
 
 
-def test_ports_are_those_of_this_machine_alone() -> None:
+def test_ports_are_published_on_localhost_only() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
     assert ports
     assert all(port.startswith("127.0.0.1:") for port in ports)
@@ -196,12 +196,12 @@ def test_the_application_is_confined(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*SERVICES])
-def test_every_service_has_a_bound_of_memory(name: str) -> None:
+def test_every_service_has_a_memory_limit(name: str) -> None:
     assert re.fullmatch("[0-9]+m", SERVICES[name]["mem_limit"])
 
 
 def test_the_cluster_fits_into_a_gibibyte_and_a_half() -> None:
-    """All that keeps running; what ends before does not count."""
+    """Counts the services that keep running."""
     running = [one for name, one in SERVICES.items() if one.get("restart") == "unless-stopped"]
     assert {"db", "standby", "pgbouncer", "web", "web-cluster", "prometheus", "grafana"} == {
         name for name, one in SERVICES.items() if one in running
@@ -254,7 +254,7 @@ Serve = Callable[[bytes], int]
 
 @pytest.fixture
 def answering() -> Iterator[Callable[[bytes | None], int]]:
-    """Serve one connection on a port of its own: answer, or keep silent for None."""
+    """Serve one connection: send *answer*, or nothing if it is None."""
     listeners: list[socket.socket] = []
     over = threading.Event()
     threads = []
@@ -313,16 +313,16 @@ def healthcheck(**environ: str) -> subprocess.CompletedProcess[str]:
         (None, 1),
     ],
 )
-def test_the_health_check_judges_by_the_status_and_asks_no_proxy(
+def test_the_health_check_uses_the_status_and_no_proxy(
     answering: Callable[[bytes | None], int], answer: bytes | None, status: int
 ) -> None:
     done = healthcheck(PORT=str(answering(answer)))
     assert done.returncode == status, done
-    assert len(done.stderr.splitlines()) == status, "one line that says what is wrong"
+    assert len(done.stderr.splitlines()) == status, "a failure prints one line"
 
 
 @pytest.mark.parametrize("host", ["::", "[::1]", "127.0.0.2"])
-def test_the_image_s_command_serves_where_it_is_told_and_the_health_check_finds_it(
+def test_the_health_check_reaches_the_server_on_the_configured_address(
     tmp_path: Path, host: str
 ) -> None:
     environ = {"WEBAPP_HOST": host, "PORT": str(free_port()), "WEB_CONCURRENCY": "1"}
@@ -343,7 +343,7 @@ def test_the_image_s_command_serves_where_it_is_told_and_the_health_check_finds_
 
 
 def test_process_1_loses_no_sigterm_while_it_starts() -> None:
-    """The kernel gives it none for which it has no handler: it would be killed after its grace."""
+    """The kernel drops signals to process 1 without a handler: it would be killed only later."""
     command = [*own_pids(), sys.executable, "-m", "webapp.serve"]
     environ = {"PORT": str(free_port()), "DATABASE_URL": "postgresql://app@127.0.0.1:1/app"}
     environ |= {"DBPOOL_DOTENV": "off"}
@@ -375,14 +375,14 @@ def test_the_health_check_says_in_one_line_what_is_wrong(port: str) -> None:
     done = healthcheck(PORT=given)
     asked = given.strip() or "8000"
     if done.returncode == 0:
-        assert asked == "8000"  # somebody serves here
+        assert asked == "8000"  # another server may use this port
     else:
         assert done.returncode == 1
         assert done.stderr.startswith(f"healthcheck: port {asked}: ")
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_health_check_starts_without_what_costs_time() -> None:
+def test_the_health_check_imports_nothing_slow() -> None:
     """It runs every few seconds in each container."""
     options = re.findall(r'"([^"]+)"', next(step for step in STEPS if "HEALTHCHECK" in step))
     assert options[:3] == ["python", "-I", "-S"]
@@ -449,7 +449,7 @@ def test_the_container_s_numbers_may_be_empty(
         ["0", "-1", "many", "2.5", "1e3", "99999", "9" * 5000, "0x10", "\uff11", "true", "2;3"]
     ),
 )
-def test_the_container_s_numbers_are_refused_in_one_line(
+def test_invalid_numbers_of_the_container_are_rejected_in_one_line(
     numbers: tuple[str, str], value: str
 ) -> None:
     name, most = numbers

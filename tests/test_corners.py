@@ -1,4 +1,4 @@
-"""Rare moments: two things at once in the pool, or a garbage collection in the middle of one."""
+"""Rare races: two calls at once, or a garbage collection in the middle of one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .postgres import until
 
 
 @pytest.mark.parametrize("reset", [None, lambda conn: None])
-def test_a_lost_connection_is_replaced(
+def test_a_garbage_collected_connection_is_replaced_and_logged(
     fake: FakeServer, reset: Callable[[Any], None] | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     def lose() -> None:
@@ -40,7 +40,7 @@ def test_a_lost_connection_is_replaced(
     assert "garbage-collected" in caplog.text
 
 
-def test_close_closes_what_still_waits_to_be_reset(fake: FakeServer) -> None:
+def test_close_closes_connections_that_wait_for_their_reset(fake: FakeServer) -> None:
     reached, go_on = threading.Event(), threading.Event()
 
     def reset(conn: Any) -> None:
@@ -76,7 +76,7 @@ def test_pop_stats_loses_no_request(fake: FakeServer) -> None:
         assert counted + pool.pop_stats()["requests_num"] == calls * threads
 
 
-def test_resize_counts_what_comes_back_in_the_middle(
+def test_resize_counts_connections_returned_while_it_runs(
     fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with fake.pool(max_size=4) as pool:
@@ -104,12 +104,12 @@ def test_a_check_may_use_the_connection_as_a_context_manager(dsn: str) -> None:
     assert len(pids) == 1
 
 
-def test_a_leak_that_comes_back_while_another_is_told_is_told_of_its_own_holder(
+def test_a_connection_lent_again_during_a_leak_report_is_not_blamed_on_its_new_holder(
     fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with fake.pool(min_size=2, max_size=2, leak_after=0.3) as pool:
         pool.wait()
-        # At once, so that both are found in one look; on two lines, which are two reports.
+        # Together, so one run of the watchdog finds both; on two lines, so it logs two reports.
         first = pool.getconn()
         second = pool.getconn()
         innocent: list[Task] = []
@@ -142,10 +142,10 @@ def test_a_leak_that_comes_back_while_another_is_told_is_told_of_its_own_holder(
     blamed = [
         r.created for r in caplog.records if "by innocent" in r.getMessage().partition("\n")[0]
     ]
-    assert all(when >= lent_at[0] + 0.3 for when in blamed), "they have not held it for that long"
+    assert all(when >= lent_at[0] + 0.3 for when in blamed), "blamed too early"
 
 
-def test_a_connection_that_comes_back_while_waiters_are_refused_goes_to_one_of_them(
+def test_a_connection_returned_while_waiters_are_rejected_goes_to_one_of_them(
     fake: FakeServer,
 ) -> None:
     with fake.pool(max_size=1) as pool:
@@ -153,7 +153,7 @@ def test_a_connection_that_comes_back_while_waiters_are_refused_goes_to_one_of_t
         waiting = [Task(pool.getconn) for _ in range(3)]
         until(lambda: pool.stats().waiting == 3)
 
-        def reason() -> Exception:  # stands for the collection of what held it
+        def reason() -> Exception:  # as if its holder were garbage collected now
             if conn._record.since:
                 pool.putconn(conn)
             return PoolClosed("as closing does")
@@ -166,13 +166,13 @@ def test_a_connection_that_comes_back_while_waiters_are_refused_goes_to_one_of_t
         pool.putconn(conn)
 
 
-def test_a_connection_that_comes_back_while_one_queues_is_handed_over(
+def test_a_connection_returned_while_a_caller_joins_the_queue_is_handed_over(
     fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with fake.pool(max_size=1, timeout=5) as pool:
         conn = pool.getconn()
 
-        def returning(*what: Any) -> Waiter:  # stands for the collection of what held it
+        def returning(*what: Any) -> Waiter:  # as if its holder were garbage collected now
             pool.putconn(conn)
             return Waiter(*what)
 
@@ -183,7 +183,7 @@ def test_a_connection_that_comes_back_while_one_queues_is_handed_over(
         pool.putconn(conn)
 
 
-def test_a_max_size_of_none_is_min_size_wherever_that_is_set(
+def test_max_size_none_means_min_size_from_any_source(
     fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert fake.pool(settings=Settings(min_size=5), max_size=None).max_size == 5

@@ -120,7 +120,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("configure", WAYS)
-def test_a_custom_setting_of_configure_is_what_every_holder_finds(
+def test_every_holder_finds_the_custom_setting_of_configure(
     dsn: str, configure: Callable[[Conn], None]
 ) -> None:
     with make(dsn, configure) as pool:
@@ -133,13 +133,13 @@ def test_a_custom_setting_of_configure_is_what_every_holder_finds(
         assert pool.stats().counters.connects == 1
 
 
-def test_without_a_session_reset_nothing_is_put_back(dsn: str) -> None:
+def test_without_session_reset_nothing_is_restored(dsn: str) -> None:
     with Pool(dsn, max_size=1, configure=by_set) as pool:
         pool.execute("set app.tenant = 'another'")
         assert tenant(pool) == "another"
 
 
-def test_a_name_may_hold_other_letters(dsn: str) -> None:
+def test_a_name_may_contain_any_letters(dsn: str) -> None:
     def configure(conn: Conn) -> None:
         conn.execute("select set_config(%s, 'v', false)", ["große_app.kunde$1.x"])
         conn.commit()
@@ -149,14 +149,14 @@ def test_a_name_may_hold_other_letters(dsn: str) -> None:
         assert tenant(pool, "große_app.kunde$1.x") == "v"
 
 
-def test_a_holders_own_custom_setting_is_still_taken_back(dsn: str) -> None:
+def test_a_holders_own_custom_setting_is_reset(dsn: str) -> None:
     with make(dsn, by_set) as pool:
         pool.execute("set app.of_a_holder = 'secret'")
         assert not tenant(pool, "app.of_a_holder")
         assert tenant(pool) == VALUE
 
 
-def test_a_setting_for_one_transaction_is_none_of_the_session(dsn: str) -> None:
+def test_a_setting_local_to_a_transaction_is_not_restored(dsn: str) -> None:
     def configure(conn: Conn) -> None:
         conn.execute("select set_config('app.tenant', 'x', true)")
         conn.commit()
@@ -178,7 +178,7 @@ def of_role(dsn: str, server: Server) -> Any:
 
 
 @pytest.mark.parametrize("value", ["of configure", ""])
-def test_what_configure_changes_of_a_role_wins(of_role: str, value: str) -> None:
+def test_a_value_of_configure_wins_over_the_roles(of_role: str, value: str) -> None:
     def configure(conn: Conn) -> None:
         conn.execute("select current_setting('app.region')")
         conn.execute("select set_config('app.tenant', %s, false)", [value])
@@ -191,7 +191,7 @@ def test_what_configure_changes_of_a_role_wins(of_role: str, value: str) -> None
             assert tenant(pool, "app.region") == "of the role"
 
 
-def test_names_that_only_look_so_do_no_harm(dsn: str) -> None:
+def test_texts_that_look_like_setting_names_do_no_harm(dsn: str) -> None:
     def configure(conn: Conn) -> None:
         conn.execute("set plpgsql.extra_warnings = 'all'; select 'www.example.org', 'a.b@c.de'")
         conn.execute("select t.relname from pg_catalog.pg_class as t where 'x.y' = t.relname")
@@ -212,7 +212,7 @@ def test_each_connection_gets_its_own_value_back(dsn: str) -> None:
 
     query = "select current_setting('app.pid') = pg_backend_pid()::text"
     with Pool(dsn, max_size=1, session_reset="session", configure=configure) as pool:
-        for _ in range(3):  # the first is traced
+        for _ in range(3):  # only the first connection is traced
             with pool.connection() as conn:
                 conn.execute("reset all")
             assert pool.fetch_value(query) is True
@@ -221,7 +221,7 @@ def test_each_connection_gets_its_own_value_back(dsn: str) -> None:
         assert pool.stats().counters.connects >= 3
 
 
-def test_an_error_in_configure_is_what_is_raised(dsn: str) -> None:
+def test_an_error_in_configure_is_the_cause(dsn: str) -> None:
     def configure(conn: Conn) -> None:
         conn.execute("set app.tenant = 'x'")
         conn.execute("select 1/0")
@@ -231,11 +231,11 @@ def test_an_error_in_configure_is_what_is_raised(dsn: str) -> None:
     assert "division by zero" in str(caught.value.__cause__)
 
 
-def test_what_was_sent_stays_in_no_file(dsn: str) -> None:
+def test_no_trace_file_is_left_open(dsn: str) -> None:
     with make(dsn, by_set) as pool:
         assert tenant(pool) == VALUE
         for descriptor in Path("/proc/self/fd").iterdir():
-            with suppress(FileNotFoundError):  # it was iterdir's own
+            with suppress(FileNotFoundError):  # it was iterdir's own descriptor
                 assert "memfd:dbpool" not in str(descriptor.readlink())
 
 
@@ -255,15 +255,15 @@ def test_a_name_is_found_in_what_is_sent(name: str, line: str) -> None:
 
 
 @given(CUSTOM)
-def test_what_the_server_sends_is_no_name(name: str) -> None:
+def test_names_in_what_the_server_sends_are_ignored(name: str) -> None:
     assert not custom_names(f"F\t4\tSync\nB\t11\tDataRow\t 1 1 '{name}'\n".encode())
 
 
 @given(st.binary(max_size=200))
-def test_any_trace_is_read(trace: bytes) -> None:
+def test_no_trace_breaks_the_parser(trace: bytes) -> None:
     custom_names(trace)
 
 
-def test_the_names_are_bounded() -> None:
+def test_the_number_of_names_is_bounded() -> None:
     text = " ".join(f"a.b{number}" for number in range(5000))
     assert len(custom_names(f'F\t9\tQuery\t "{text}"'.encode())) == 1000

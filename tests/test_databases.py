@@ -29,7 +29,7 @@ def test_pools_by_name_the_default_first(fake: FakeServer) -> None:
             pool.getconn()
 
 
-def test_pools_are_closed_in_reverse_and_a_failure_stops_nothing(
+def test_pools_are_closed_in_reverse_order_although_one_fails(
     fake: FakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     databases = Databases(

@@ -1,4 +1,4 @@
-"""`make dev`: what a developer saves is served, whichever file it is."""
+"""`make dev` reloads the application whenever a source file changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .waiting import free_port, until
 
 
 class Looking:
-    """Sources on a clock of the test's own."""
+    """A watcher of sources, on a clock that the tests move."""
 
     def __init__(self, root: Path) -> None:
         self.now = 0.0
@@ -43,13 +43,13 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_change_is_reported_once_and_when_it_is_complete(tree: Path) -> None:
+def test_a_change_is_reported_once_after_the_last_write(tree: Path) -> None:
     looking = Looking(tree)
     assert looking.again() == []
     (tree / "dbpool/pool.py").write_text("22")
-    assert looking.again() == [], "more may follow"
+    assert looking.again() == [], "reported before the writes ended"
     (tree / "webapp/notes.py").write_text("22")
-    assert looking.again() == [], "more did"
+    assert looking.again() == [], "reported although another write followed"
     assert looking.again() == ["dbpool/pool.py", "webapp/notes.py"]
     assert looking.again() == []
 
@@ -69,14 +69,14 @@ def test_files_that_come_and_go_are_changes(tree: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["dbpool/__pycache__/pool.cpython-313.pyc", "webapp/.#notes.py", "webapp/notes.py~", "README.py"]
 )  # fmt: skip
-def test_what_python_and_editors_write_is_none(tree: Path, name: str) -> None:
+def test_files_written_by_python_and_editors_are_no_change(tree: Path, name: str) -> None:
     looking = Looking(tree)
     (tree / name).parent.mkdir(exist_ok=True)
     (tree / name).write_text("")
     assert (looking.again(), looking.again()) == ([], [])
 
 
-def test_the_files_are_looked_at_once_per_interval(tree: Path) -> None:
+def test_files_are_checked_once_per_interval(tree: Path) -> None:
     looking = Looking(tree)
     (tree / "dbpool/pool.py").write_text("22")
     assert looking.again() == []
@@ -90,7 +90,7 @@ def test_the_files_are_looked_at_once_per_interval(tree: Path) -> None:
 
 
 class Site:
-    """A checkout of its own that is served."""
+    """A served copy of the checkout."""
 
     def __init__(self, checkout: Path, dsn: str) -> None:
         self.checkout = checkout
@@ -127,7 +127,7 @@ class Site:
         return set(re.findall(r"^MARK (\S+)$", self.said.read_text(), re.MULTILINE))
 
     def mark(self, *names: str) -> None:
-        """Change the files such that each tells when it runs."""
+        """Change the files so that each prints when it runs."""
         for name in names:
             self.append(name, f"\nprint('MARK {name}', flush=True)\n")
 
@@ -180,7 +180,7 @@ def test_every_source_is_reloaded_and_no_request_fails(site: Site) -> None:
 
 
 @pytest.mark.parametrize("mistake", ["this is no Python", "raise RuntimeError('broken')"])
-def test_a_broken_source_is_mended_without_a_restart_by_hand(site: Site, mistake: str) -> None:
+def test_a_corrected_source_is_served_without_a_manual_restart(site: Site, mistake: str) -> None:
     path = site.checkout / "webapp/notes.py"
     sound = path.read_text()
     path.write_text(f"{sound}\n{mistake}\n")

@@ -1,4 +1,4 @@
-"""The directory that the hooks make: where it may be, whose it is, and when it goes."""
+"""The statistics directory that gunicorn's hooks make: its place, its owner, its removal."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ class Master:
         assert self.process.stdout is not None
         child, _, directory = self.process.stdout.readline().strip().partition(" ")
         self.directory = Path(directory) if directory else None
-        self._child = 0 if prefix else int(child)  # else one that ends with its namespace
+        self._child = 0 if prefix else int(child)  # otherwise it ends with its namespace
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(30)
 
     def stop(self) -> str:
-        """Stop in order; return what it said."""
+        """Stop it cleanly; return its output."""
         return self.process.communicate("stop\n", 30)[1]
 
     def close(self) -> None:
@@ -100,7 +100,9 @@ def named(parent: Path) -> set[Path]:
     return set(parent.iterdir())
 
 
-def test_masters_leave_one_another_alone(start: Callable[..., Master], tmp_path: Path) -> None:
+def test_masters_do_not_touch_each_others_directories(
+    start: Callable[..., Master], tmp_path: Path
+) -> None:
     first, second = start(tmp_path), start(tmp_path)
     assert named(tmp_path) == {first.directory, second.directory}
     assert first.stop() == second.stop() == ""
@@ -111,7 +113,7 @@ def test_a_worker_that_outlives_its_master_does_not_keep_the_directory(
     start: Callable[..., Master], tmp_path: Path
 ) -> None:
     first = start(tmp_path)
-    first.kill()  # the process that it forked still runs
+    first.kill()  # its forked worker still runs
     assert named(tmp_path) == {first.directory}
     second = start(tmp_path)
     assert named(tmp_path) == {second.directory}
@@ -139,7 +141,7 @@ def test_masters_in_other_containers_are_left_alone_while_they_run(
 @pytest.mark.parametrize(
     "name", ["dbpool-stats-1-0123456789ab", "dbpool-stats-1-1", "x-dbpool-stats-1-0123456789ab"]
 )
-def test_what_no_master_made_is_not_swept(
+def test_directories_that_no_master_made_are_not_swept(
     start: Callable[..., Master], tmp_path: Path, name: str
 ) -> None:
     (tmp_path / name).mkdir()
@@ -178,7 +180,7 @@ def test_a_command_in_a_container_finds_the_master_that_runs_there(
     made, found = done.stdout.splitlines()
     assert made.partition(" ")[2] == found
     assert named(tmp_path) == {master.directory for master in outside}
-    # Where none runs, there may be several.
+    # Without a master in this container it may find several.
     done = python("-c", finding, prefix=[*own_pids()], env={"TMPDIR": str(tmp_path)}, check=True)
     assert set(done.stdout.split()) >= {str(master.directory) for master in outside}
 
@@ -208,7 +210,7 @@ def test_a_link_in_place_of_a_directory_is_not_followed(
     assert (kept / "file").exists()
 
 
-def test_a_directory_of_ones_own_is_kept(start: Callable[..., Master], tmp_path: Path) -> None:
+def test_a_directory_set_by_the_user_is_kept(start: Callable[..., Master], tmp_path: Path) -> None:
     master = start(tmp_path, DBPOOL_STATS_DIR="/somewhere/else")
     assert master.directory == Path("/somewhere/else")
     assert master.stop() == ""
@@ -225,7 +227,7 @@ def test_a_master_made_by_a_master_has_a_directory_of_its_own(
     assert named(tmp_path) == {new.directory}
 
 
-def test_a_directory_that_is_gone_is_no_error_at_the_end(
+def test_a_directory_removed_by_others_is_no_error_at_the_end(
     start: Callable[..., Master], tmp_path: Path
 ) -> None:
     master = start(tmp_path)
@@ -234,7 +236,7 @@ def test_a_directory_that_is_gone_is_no_error_at_the_end(
     assert master.stop() == ""
 
 
-# Where nothing can be written
+# Read-only file systems
 
 
 def is_in_memory(master: Master) -> bool:
@@ -242,20 +244,20 @@ def is_in_memory(master: Master) -> bool:
 
 
 needs_memory = pytest.mark.skipif(
-    not os.access("/dev/shm", os.W_OK), reason="there is no /dev/shm to write to"
+    not os.access("/dev/shm", os.W_OK), reason="needs a writable /dev/shm"
 )
 
 
 @needs_memory
 @pytest.mark.parametrize("kind", ["unset", "missing", "file", "full"])
-def test_where_a_directory_cannot_be_made_memory_is_used(
+def test_dev_shm_is_used_if_the_directory_cannot_be_made(
     start: Callable[..., Master], tmp_path: Path, kind: str
 ) -> None:
     place = tmp_path / "place"
     prefix: list[str] = []
     if kind == "file":
         place.touch()
-    elif kind == "full":  # for two: itself, and the directory, but no file in that
+    elif kind == "full":  # two inodes: the mount and the directory, but no file in it
         place.mkdir()
         mount = 'mount -t tmpfs -o nr_inodes=2 none "$0" && exec "$@"'
         prefix = [*unshared("--mount"), "sh", "-c", mount, str(place)]
@@ -267,7 +269,7 @@ def test_where_a_directory_cannot_be_made_memory_is_used(
 
 
 @needs_memory
-def test_a_directory_that_is_not_in_memory_is_said_with_what_is_written_there(
+def test_a_directory_on_a_disk_is_logged_with_the_amount_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DBPOOL_STATS_DIR", str(tmp_path))
@@ -283,8 +285,8 @@ def test_a_directory_that_is_not_in_memory_is_said_with_what_is_written_there(
     assert "up to 4 KiB a second" in said[0]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone lists its mounts like this")
-def test_what_is_in_memory_is_told_from_what_is_not() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/mounts")
+def test_is_in_memory_recognises_tmpfs() -> None:
     mounts = map(str.split, Path("/proc/mounts").read_text().splitlines())
     kinds = {path: kind for _, path, kind, *_ in mounts}
     for mount in {"/dev/shm", "/proc", "/sys"} & kinds.keys():
@@ -299,7 +301,9 @@ def test_a_read_only_root_is_no_error(start: Callable[..., Master], tmp_path: Pa
         assert master.stop() == ""
 
 
-def test_nothing_to_write_to_is_one_warning(start: Callable[..., Master], tmp_path: Path) -> None:
+def test_no_writable_directory_logs_one_warning(
+    start: Callable[..., Master], tmp_path: Path
+) -> None:
     for parent in ("", tmp_path):
         master = start(parent, *read_only())
         assert master.directory is None
@@ -335,7 +339,7 @@ def test_the_master_closes_no_pool_for_a_worker_that_is_gone(
     assert closed == []
 
 
-# As root, beside the workers' user, who may write where the directory is made
+# The master runs as root; the workers' user may write to the parent directory
 
 
 RACE = """
@@ -418,8 +422,8 @@ for before, phase in (
 
 @only_root
 @pytest.mark.parametrize("way", ["link", "move"])
-def test_the_workers_user_gets_nothing_of_roots(tmp_path: Path, way: str) -> None:
-    """Whatever it puts in place of the directory, at whatever step."""
+def test_the_workers_user_gains_no_access_to_files_of_root(tmp_path: Path, way: str) -> None:
+    """Whatever it puts in place of the directory, at any step."""
     nobody = pwd.getpwnam("nobody")
     done = python("-c", RACE, str(tmp_path), str(nobody.pw_uid), way)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The commands that the documentation shows are tried, each in an empty directory."""
+"""The documentation's commands are tested, each in an empty directory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .postgres import Server, binaries, free_port, until
 from .test_docs import DOCS, ROOT, blocks, comment_behind, pieces, shape
 from .threads import Task
 
-# Tried elsewhere: what needs a network, a container engine, or another host.
+# Commands tested elsewhere: they need a network, a container engine, or another host.
 TRIED = {
     "pip install '.[flask,gunicorn,prometheus]'": ".ci/package",
     "flask dbpool check": ".ci/package",
@@ -39,7 +39,7 @@ TRIED = {
     "make run": ".ci/end-to-end",
     "make test": ".ci/run",
 }
-# The same for blocks of a shell, by how the line begins. Each place takes it from the page.
+# The same for lines of shell blocks, by their beginning. Each place reads the line from the page.
 TRIED_IN_A_SHELL = {
     "curl ": "tests/test_docs_commands.py",
     "docker run ": "tests/containers/test_docs.py",
@@ -56,18 +56,20 @@ TRIED_IN_A_SHELL = {
 
 
 def commands(code: str) -> Iterator[tuple[str, str]]:
-    """The commands of a console block, each with the output that is shown."""
+    """The commands of a console block, each with the output that the page shows."""
     for part in re.split(r"^\$ ", code, flags=re.MULTILINE)[1:]:
         command, _, output = part.partition("\n")
         yield re.sub(r"\s+#.*", "", command).strip(), output
 
 
 @pytest.mark.parametrize(("path", "code"), blocks("console"))
-def test_commands_do_as_shown(path: Path, code: str, dsn: str, tmp_path: Path) -> None:
+def test_commands_print_what_the_page_shows(
+    path: Path, code: str, dsn: str, tmp_path: Path
+) -> None:
     for command, output in commands(code):
         if command.startswith("export ") or command in TRIED:
             continue
-        assert command.startswith("python -m dbpool "), f"{command}: add where it is tried"
+        assert command.startswith("python -m dbpool "), f"{command}: add where it is tested"
         done = subprocess.run(
             [sys.executable, *shlex.split(command)[1:]],
             cwd=tmp_path,
@@ -89,21 +91,21 @@ def test_commands_do_as_shown(path: Path, code: str, dsn: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("command", "place"), TRIED.items())
-def test_what_is_tried_elsewhere_is_tried_there(command: str, place: str) -> None:
+def test_commands_tested_elsewhere_are_tested_there(command: str, place: str) -> None:
     word = command.removeprefix("pip install ").removeprefix("flask dbpool ")
     assert word in (ROOT / place).read_text()
 
 
 @pytest.mark.parametrize(("path", "code"), blocks("sh"))
-def test_each_line_of_a_shell_is_tried_somewhere(path: Path, code: str) -> None:
+def test_each_line_of_a_shell_block_is_tested_somewhere(path: Path, code: str) -> None:
     for line in code.splitlines():
         places = {p for start, p in TRIED_IN_A_SHELL.items() if line.startswith(start)}
-        assert line.startswith("export ") or len(places) == 1, f"{line}: add where it is tried"
+        assert line.startswith("export ") or len(places) == 1, f"{line}: add where it is tested"
         assert all(path.name in (ROOT / place).read_text() for place in places)
 
 
 @pytest.mark.parametrize(("path", "code"), blocks("sh"))
-def test_what_is_exported_are_settings_that_go_together(path: Path, code: str) -> None:
+def test_exported_settings_are_valid_together(path: Path, code: str) -> None:
     pairs = dict(
         word.split("=", 1)
         for line in code.splitlines()
@@ -115,7 +117,7 @@ def test_what_is_exported_are_settings_that_go_together(path: Path, code: str) -
 
 
 def samples_of_start(directory: Path) -> None:
-    """Write the samples of the page that begin with a file's name, as a user does."""
+    """Write the samples that begin with a file name into files, as a user does."""
     for piece in pieces(DOCS / "start.md"):
         if name := re.match(r"# (\S+\.py)\n", piece.text):
             (directory / name[1]).write_text(piece.text)
@@ -159,7 +161,7 @@ def test_the_site_of_the_start_page_is_served(command: str, dsn: str, tmp_path: 
 
 
 def fetch(site: str, path: str, **headers: str) -> int:
-    """The status of an answer, 0 while nobody listens."""
+    """The status of the answer, 0 while nothing listens."""
     return fetch_text(site, path, **headers)[0]
 
 
@@ -175,7 +177,7 @@ def fetch_text(site: str, path: str, **headers: str) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def shell(script: str, directory: Path, **environ: str) -> Iterator[None]:
-    """Run a script for as long as the block takes, with PostgreSQL's programs and ours."""
+    """Run a script during a block, with PostgreSQL's programs and ours on the path."""
     path = os.pathsep.join([str(Path(sys.executable).parent), str(binaries()), os.environ["PATH"]])
     with (
         (directory / "log").open("a") as log,
@@ -196,7 +198,9 @@ def shell(script: str, directory: Path, **environ: str) -> Iterator[None]:
                 os.killpg(process.pid, signal.SIGTERM)
 
 
-def test_the_alert_on_exhaustion_can_be_tried_as_shown(own_server: Server, tmp_path: Path) -> None:
+def test_the_alert_on_exhaustion_can_be_tested_as_the_page_shows(
+    own_server: Server, tmp_path: Path
+) -> None:
     pytest.importorskip("gunicorn")
     samples_of_start(tmp_path)
     serve, load = [
@@ -264,7 +268,7 @@ def test_the_proxy_of_the_page_on_security_shows_the_health_view_alone(
             server.server_close()
 
 
-def test_the_door_is_started_as_shown(tmp_path: Path) -> None:
+def test_the_door_starts_as_the_page_shows(tmp_path: Path) -> None:
     (command,) = [
         piece.text
         for piece in pieces(DOCS / "door.md")

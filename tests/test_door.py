@@ -42,7 +42,7 @@ OPEN = {"host": "localhost:8900"}
 
 
 class Pool:
-    """Stands in for a pool: its state is what the test says."""
+    """Stands in for a pool; the test sets its state."""
 
     def __init__(self, state: str = "up", **sizes: int) -> None:
         self.state, self.sizes = state, {"max_size": 4, **sizes}
@@ -63,7 +63,7 @@ def publish(directory: Path) -> Iterator[Callable[..., Processes]]:
     with ExitStack() as stack:
 
         def publish(**pools: Pool) -> Processes:
-            """Be a worker with these pools."""
+            """Publish statistics as a worker with these pools does."""
             processes = Processes(pools, directory, "shop")
             stack.callback(processes.close)
             assert processes.publish()
@@ -88,7 +88,7 @@ def get(views: Views, path: str, **headers: str) -> tuple[int, Any]:
     return answer.status, json.loads(answer.body)
 
 
-# What is answered
+# Answers
 
 
 def test_it_answers_what_the_workers_published(
@@ -112,7 +112,7 @@ def test_it_answers_what_the_workers_published(
     assert b'dbpool_finding{code="DB01",pool_name="default"} 0.0' in metrics.body
 
 
-def test_clients_that_were_refused_together_come_back_at_different_times(directory: Path) -> None:
+def test_retry_after_differs_between_clients(directory: Path) -> None:
     views = views_of(directory, details="token", token=TOKEN)
     for path in ("/health/ready", "/stats"):
         headers = OPEN | {"authorization": f"Bearer {TOKEN}"}
@@ -123,7 +123,7 @@ def test_clients_that_were_refused_together_come_back_at_different_times(directo
         assert 1 <= min(waits) <= max(waits) <= 10
 
 
-def test_while_there_is_no_application_it_says_so(directory: Path) -> None:
+def test_without_an_application_it_says_so(directory: Path) -> None:
     status, answer = get(views_of(directory), "/stats")
     assert status == 503
     assert answer["error"].startswith("there is no application")
@@ -131,7 +131,7 @@ def test_while_there_is_no_application_it_says_so(directory: Path) -> None:
     assert views_of(directory).respond("/", OPEN).status == 200
 
 
-def test_the_page_loads_from_the_door_alone(directory: Path) -> None:
+def test_the_live_page_loads_only_from_the_door(directory: Path) -> None:
     page = views_of(directory).respond("/", OPEN)
     text = page.body.decode()
     assert "{{" not in text
@@ -180,13 +180,13 @@ def test_details_need_the_token(
     assert views.respond("/health/live", headers).status == 200
 
 
-def test_without_a_token_nobody_sees_details(directory: Path) -> None:
+def test_without_a_token_details_are_closed(directory: Path) -> None:
     views = views_of(directory, details="token")
     assert views.respond("/stats", {"authorization": "Bearer "}).status == 403
     assert "findings" not in json.loads(views.respond("/health", {}).body)
 
 
-def test_open_details_are_for_localhost_alone(directory: Path) -> None:
+def test_open_details_are_for_localhost_only(directory: Path) -> None:
     views = views_of(directory)
     for host in ("evil.example", "localhost.evil.example", "127.evil.example", ""):
         assert views.respond("/stats", {"host": host}).status == 403
@@ -196,7 +196,7 @@ def test_open_details_are_for_localhost_alone(directory: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=40), st.dictionaries(st.sampled_from(["host", "authorization", "accept"]), st.text()))  # fmt: skip
-def test_whatever_a_client_sends_gets_an_answer(
+def test_any_request_headers_get_an_answer(
     directory: Path, target: str, headers: dict[str, str]
 ) -> None:
     views = views_of(directory, details="token", token=TOKEN)
@@ -225,7 +225,7 @@ def test_it_is_ready_while_one_worker_is(
     assert ("Retry-After" in answer.headers) == (status == 503)
 
 
-def test_where_no_database_is_required_it_is_ready(
+def test_it_is_ready_if_no_database_is_required(
     directory: Path, publish: Callable[..., Processes]
 ) -> None:
     publish(default=Pool("down"))
@@ -236,7 +236,7 @@ def test_where_no_database_is_required_it_is_ready(
     )
 
 
-def test_what_a_worker_said_long_ago_does_not_make_it_ready(
+def test_old_statistics_of_a_worker_do_not_make_it_ready(
     directory: Path, publish: Callable[..., Processes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(default=Pool("up"))
@@ -269,7 +269,7 @@ def test_it_lives_without_a_worker_for_a_minute(
         assert views.respond("/health/live", {}).status == live
 
 
-def test_it_watches_while_no_worker_does_and_gives_way_at_once(
+def test_it_runs_the_monitor_only_while_no_worker_does(
     directory: Path, publish: Callable[..., Processes]
 ) -> None:
     from dbpool.monitor import Monitor
@@ -310,7 +310,7 @@ def test_addresses(text: str, address: object) -> None:
     ["8900", "localhost", "x:y", "127.0.0.1:99999", "http://127.0.0.1:8900", "tcp://10.0.0.1:8900",
      "::1:8900", "[::1]", "127.0.0.1:\u0661", f"127.0.0.1:{'9' * 5000}", "a b:80", "unix:", " "],
 )  # fmt: skip
-def test_what_is_no_address_is_refused(text: str) -> None:
+def test_invalid_addresses_are_rejected(text: str) -> None:
     with pytest.raises(ConfigError, match="DBPOOL_SERVE"):
         parse_address(text)
 
@@ -355,7 +355,7 @@ def test_it_speaks_http(serve: Callable[..., Door]) -> None:
 
 
 @pytest.mark.parametrize("request_line", [b"GET /<b>x y z HTTP/1.1", b"GET /<b> HTTP/3.0", b"<b>"])
-def test_a_request_that_cannot_be_read_is_refused_without_quoting_it(
+def test_a_malformed_request_is_rejected_without_quoting_it(
     serve: Callable[..., Door], request_line: bytes
 ) -> None:
     port = serve().address[1]
@@ -366,7 +366,7 @@ def test_a_request_that_cannot_be_read_is_refused_without_quoting_it(
     assert b"error" in answer
 
 
-@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="there is no IPv6 here")
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="needs IPv6")
 def test_it_listens_on_ipv6_too(serve: Callable[..., Door]) -> None:
     port = serve(("::1", 0)).address[1]
     conn = http.client.HTTPConnection("::1", port, timeout=10)
@@ -391,8 +391,8 @@ def test_connections_are_bounded_in_number_and_time(
         except (OSError, http.client.HTTPException):
             return True
 
-    until(is_refused, 1.0)  # once all sixteen have been accepted
-    for each in slow:  # though they go on sending
+    until(is_refused, 1.0)  # after all sixteen have been accepted
+    for each in slow:  # although they go on sending
         while time.monotonic() < began + 1.0:
             each.sendall(b"x")
             time.sleep(0.1)
@@ -404,7 +404,7 @@ def test_connections_are_bounded_in_number_and_time(
     until(lambda: is_served(port))
 
 
-def test_a_port_that_is_taken_is_one_warning_and_is_tried_again(
+def test_a_port_in_use_logs_one_warning_and_is_retried(
     serve: Callable[..., Door], caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -418,7 +418,7 @@ def test_a_port_that_is_taken_is_one_warning_and_is_tried_again(
     assert fetch(port).status == 200
 
 
-def test_a_unix_socket_is_private_and_an_old_one_is_no_obstacle(
+def test_a_unix_socket_is_private_and_replaces_an_old_one(
     serve: Callable[..., Door], tmp_path: Path
 ) -> None:
     path = tmp_path / "door.sock"
@@ -434,7 +434,7 @@ def test_a_unix_socket_is_private_and_an_old_one_is_no_obstacle(
     until(lambda: not path.exists())
 
 
-def test_open_details_on_an_address_of_others_are_refused(
+def test_open_details_on_a_public_address_are_rejected(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -448,7 +448,7 @@ def test_open_details_on_an_address_of_others_are_refused(
 def test_the_settings_are_read_once(
     directory: Path, publish: Callable[..., Processes], tmp_path: Path
 ) -> None:
-    """A short token is warned of as it starts, not at each look."""
+    """The warning about a short token is logged at the start, not at each request."""
     publish(default=Pool())
     port, log = free_port(), tmp_path / "log"
     with log.open("w") as errors:
@@ -491,7 +491,7 @@ def is_served(port: int) -> bool:
     return False
 
 
-def test_the_server_is_started_again_and_ends_with_its_master(
+def test_the_server_is_restarted_and_ends_with_its_master(
     directory: Path, publish: Callable[..., Processes]
 ) -> None:
     processes, port = publish(default=Pool()), free_port()
@@ -508,7 +508,7 @@ def test_the_server_is_started_again_and_ends_with_its_master(
         assert supervisor.stdin is not None
         supervisor.stdin.close()
         time.sleep(0.7)
-        assert is_served(port), "a worker lives on"
+        assert is_served(port), "it ended although a worker lives"
         processes.close()
         for path in directory.glob("*.alive"):
             path.unlink()
@@ -582,13 +582,13 @@ def test_it_answers_while_every_thread_of_every_worker_hangs(
 ) -> None:
     served, port = site
     until(lambda: is_served(port), 20)
-    until(lambda: fetch(port, "/health/ready").status == 200)  # though nobody asked a worker yet
+    until(lambda: fetch(port, "/health/ready").status == 200)  # although no worker was asked
     waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
     with psycopg.connect(dsn, autocommit=True) as conn, ThreadPoolExecutor(100) as clients:
         conn.execute("select pg_advisory_lock(1)")
 
         def all_hang() -> bool:
-            clients.submit(served.get, "/lock")  # gunicorn spreads them as it likes
+            clients.submit(served.get, "/lock")  # gunicorn chooses the worker
             return bool((conn.execute(waiting).fetchone() or (0,))[0] == 8)
 
         until(all_hang, 20, pause=0.1)
@@ -602,7 +602,7 @@ def test_it_answers_while_every_thread_of_every_worker_hangs(
             answer.read()
             slowest = max(slowest, time.monotonic() - began)
             assert answer.status == 200
-        assert slowest < 1.0  # a tenth of that where nothing else runs
+        assert slowest < 1.0  # a tenth of that on a quiet machine
 
         def findings() -> list[Any]:
             report = json.loads(fetch(port, "/stats").read())
@@ -646,7 +646,7 @@ def app(environ, start_response):
 
 
 def test_it_serves_an_application_without_flask(tmp_path: Path, dsn: str) -> None:
-    """As the page on the door shows it, made in the master."""
+    """As on the documentation's page, with the pool made in the master."""
     found = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "door.md").read_text(), re.DOTALL)
     assert found is not None
     port = free_port()
@@ -720,7 +720,7 @@ def test_a_browser_signs_in_behind_a_proxy_that_takes_a_prefix_off(closed: Views
         assert b'action="/sign-in"' in closed.respond("/", away).body
 
 
-def test_forms_that_are_not_ours_are_refused(closed: Views, directory: Path) -> None:
+def test_foreign_forms_are_rejected(closed: Views, directory: Path) -> None:
     form = f"token={TOKEN}".encode()
     assert closed.submit("/sign-in", {"sec-fetch-site": "cross-site"}, form).status == 403
     assert closed.submit("/stats", HTML, form).status == 501
@@ -730,14 +730,14 @@ def test_forms_that_are_not_ours_are_refused(closed: Views, directory: Path) -> 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=30), st.binary(max_size=200), st.text(max_size=60))
-def test_whatever_a_form_holds_gets_an_answer(
+def test_any_form_content_gets_an_answer(
     closed: Views, target: str, form: bytes, cookie: str
 ) -> None:
     for path in ("/sign-in", "/sign-out", target):
         assert "token" not in closed.submit(path, HTML | {"cookie": cookie}, form).headers
 
 
-def test_a_form_is_read_up_to_a_bound(serve: Callable[..., Door]) -> None:
+def test_a_forms_size_is_bounded(serve: Callable[..., Door]) -> None:
     port = serve().address[1]
     for length in ("5000", "-1", "x", "1_0", "9" * 5000, None):
         with socket.create_connection(("127.0.0.1", port), 10) as client:

@@ -1,4 +1,4 @@
-"""The `.env`: one that somebody else could have written is not read, and what a file may say."""
+"""The `.env`: files that another user could have written are not read; what a file may contain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dbpool.flask import DBPool
 from webapp import create_app
 
 ROOT = Path(__file__).parent.parent
-STRANGER = 54321  # a user and a group that nobody here is
+STRANGER = 54321  # the id of no user or group of this process
 
 NOBODY = pwd.getpwnam("nobody")
 
@@ -54,7 +54,7 @@ def chosen(**config: Any) -> str:
         return db.pool.settings.resolve()
 
 
-# Whose it is
+# Owner and permissions
 
 
 def given_away(above: Path) -> str:
@@ -164,7 +164,7 @@ def test_a_file_that_others_could_have_written_is_skipped_with_one_warning(
 
 @pytest.mark.parametrize("scene", FOREIGN)
 @pytest.mark.parametrize("environ", [{}, {"PGPASSWORD": "hunter2", "PGUSER": "u"}])
-def test_if_nothing_else_names_a_database_that_is_an_error(
+def test_a_skipped_file_is_named_if_nothing_else_names_a_database(
     above: Path, scene: Scene, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = scene(above)
@@ -178,7 +178,7 @@ def test_if_nothing_else_names_a_database_that_is_an_error(
 
 
 @pytest.mark.parametrize("name", ["PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE"])
-def test_libpqs_own_variables_name_a_database_too(
+def test_a_skipped_file_is_no_error_if_libpqs_variables_name_a_database(
     above: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_to_everybody(above)
@@ -190,7 +190,7 @@ def test_libpqs_own_variables_name_a_database_too(
 def test_the_nearest_file_ends_the_search(
     above: Path, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One further up is of another project, however well it is kept."""
+    """A file further up belongs to another project, even if it is safe."""
     here = above / "a" / "b"
     (here / "project" / "src").mkdir(parents=True)
     write(above)
@@ -215,13 +215,13 @@ def with_umask_002(above: Path) -> None:
 
 
 def linked(above: Path) -> None:
-    """As Kubernetes mounts a secret."""
+    """Linked as Kubernetes mounts a secret."""
     (above / "..data").mkdir()
     (above / ".env").symlink_to(write(above / "..data"))
 
 
 @pytest.mark.parametrize("scene", [plain, private, with_umask_002, linked])
-def test_ones_own_file_is_read_and_named(
+def test_a_safe_file_is_read_and_named(
     above: Path, scene: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     scene(above)
@@ -265,9 +265,9 @@ def below_root() -> Iterator[Path]:
         ((1234, 1234), 0, 0, 0o664, True),
         ((1234, 1234), STRANGER, 7, 0o644, False),
         ((1234, 1234), 1234, 1234, 0o664, True),  # umask 002
-        ((1234, 1234, 4321), 0, 4321, 0o664, True),  # fsGroup: a group that has no name
+        ((1234, 1234, 4321), 0, 4321, 0o664, True),  # fsGroup: a group without a name
         ((1234, 1234), 0, 4321, 0o664, False),
-        ((1234, 1234, 100), 0, 100, 0o664, False),  # "users": all are in it
+        ((1234, 1234, 100), 0, 100, 0o664, False),  # every user is in the group "users"
         ((NOBODY.pw_uid, 100), NOBODY.pw_uid, NOBODY.pw_gid, 0o664, True),  # after `newgrp users`
     ],
 )
@@ -289,7 +289,7 @@ def test_as_an_ordinary_user(
     assert ("ConfigError" in done.stderr) is not is_read
 
 
-# Named on purpose
+# A file that DBPOOL_DOTENV names
 
 
 @pytest.mark.parametrize("scene", FOREIGN)
@@ -305,7 +305,7 @@ def test_a_named_file_is_read_even_if_others_could_have_written_it(
     assert chosen(DBPOOL_DOTENV=path) == "host=of-the-file"
     assert Settings.from_env(dotenv=path).resolve() == "host=of-the-file"
     warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    # What lies between the file and the working directory is of no interest then.
+    # Then the directories between the file and the working directory do not matter.
     assert len(warned) in (0, 4)
     assert all(str(path) in text for text in warned)
 
@@ -329,7 +329,7 @@ def test_an_invalid_path_is_refused(path: Any) -> None:
             read()
 
 
-def test_off_reads_none(above: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_off_reads_no_file(above: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(above)
     assert chosen(DBPOOL_DOTENV="off") == ""
     assert chosen(DBPOOL_DOTENV=False) == ""
@@ -380,7 +380,7 @@ def test_the_command_line_sends_nothing_to_a_strangers_server(above: Path, comma
     assert "of-the-file" not in skipped.stdout + skipped.stderr
 
 
-# What it says
+# Content
 
 
 def test_the_environment_may_be_used_and_wins(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_a_reference_to_an_unset_variable_is_an_error_that_names_it(
     file = write(tmp_path, f"USED=${{MISSING}}\nDBPOOL_APPLICATION_NAME={text}\n")
     with pytest.raises(ConfigError, match=r"DBPOOL_APPLICATION_NAME uses \$\{(MISSING|USED)\}"):
         Settings.from_env(environ={}, dotenv=file)
-    # What counts is set elsewhere.
+    # No error if the environment sets the variable.
     environ = {"DBPOOL_APPLICATION_NAME": "shop"}
     assert Settings.from_env(environ=environ, dotenv=file).application_name == "shop"
 
@@ -442,7 +442,7 @@ def test_another_encoding_is_an_error(tmp_path: Path, encoding: str) -> None:
         Settings.from_env(environ={}, dotenv=file)
 
 
-def test_utf_8_may_have_its_mark(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_bytes("DATABASE_URL=host=é\n".encode("utf-8-sig"))
     assert Settings.from_env(environ={}, dotenv=file).resolve() == "host=é"
@@ -459,7 +459,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_no_frame_of_an_error_shows_what_the_file_says(above: Path, wrong: str) -> None:
+def test_no_frame_of_an_error_shows_the_files_content(above: Path, wrong: str) -> None:
     secret = "PGPASSWORD=hunter2\nOTHER=hunter2\nDBPOOL_TOKEN=hunter2-and-so-on\n"
     write(above, secret + WRONG[wrong])
     for read in (chosen, lambda: Settings.from_env(dotenv=above / ".env")):

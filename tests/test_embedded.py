@@ -1,4 +1,4 @@
-"""The embedded server: who starts it, who stops it, and what is left after a crash."""
+"""The embedded server: how it starts and stops, and how it recovers from a crash."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @contextmanager
 def reachable_folder(where: Path) -> Iterator[Path]:
-    """A folder that the server's user reaches, which pytest's own is not under root."""
+    """A folder that the server's user may enter; pytest's own is closed to it under root."""
     folder = Path(tempfile.mkdtemp(prefix="dbpool-embedded-", dir=where))
     folder.chmod(0o755)
     yield folder
@@ -54,7 +54,7 @@ def made() -> Iterator[Path]:
 
 @pytest.fixture
 def home(made: Path) -> Iterator[Path]:
-    """A home with data in it, shared by the tests that leave it whole: making one takes time."""
+    """A home with data, shared by tests that do not damage it, as making one takes time."""
     yield made
     end_servers(next(made.glob("postgres-*")))
 
@@ -67,7 +67,7 @@ def new_home() -> Iterator[Path]:
 
 @pytest.fixture
 def home_on_disk() -> Iterator[Path]:
-    """One on the file system of the binaries, to which they can be linked."""
+    """A home on the file system of the binaries, so that they can be hard-linked."""
     with reachable_folder(Path("/tmp")) as folder:
         yield folder / "data"
 
@@ -120,7 +120,7 @@ def test_stops_in_time_while_a_client_sits_in_a_transaction(home: Path) -> None:
     conn.close()
 
 
-def test_a_holder_that_was_killed_leaves_a_server_that_the_next_one_adopts_and_stops(
+def test_the_server_of_a_killed_holder_is_adopted_and_stopped_by_the_next(
     home: Path,
 ) -> None:
     program = (
@@ -143,7 +143,7 @@ def test_a_holder_that_was_killed_leaves_a_server_that_the_next_one_adopts_and_s
 def test_starts_again_after_the_postmaster_was_killed(home: Path) -> None:
     with server(home) as running:
         query(running, "create table lasting (n integer)")
-        client = psycopg.connect(running.conninfo)  # whose backend outlives the postmaster a bit
+        client = psycopg.connect(running.conninfo)  # its backend outlives the postmaster
         os.kill(postmaster(running), signal.SIGKILL)
     assert running.pid_file.exists()
     with server(home) as again:
@@ -162,7 +162,7 @@ def test_a_holder_revives_a_server_that_crashed(home: Path) -> None:
         assert query(running, "select 1") == [(1,)]
 
 
-def test_a_holder_leaves_a_server_down_that_was_stopped_on_purpose(home: Path) -> None:
+def test_a_server_stopped_on_purpose_is_not_revived(home: Path) -> None:
     with server(home) as running:
         os.kill(postmaster(running), signal.SIGINT)
         until(lambda: running.pid() is None)
@@ -170,7 +170,7 @@ def test_a_holder_leaves_a_server_down_that_was_stopped_on_purpose(home: Path) -
         assert running.pid() is None
 
 
-def test_a_pid_that_now_belongs_to_another_process_is_no_server(home: Path) -> None:
+def test_a_pid_reused_by_another_process_is_not_taken_for_the_server(home: Path) -> None:
     stranger = subprocess.Popen(
         ["sleep", "60"], **_programs.identity(_programs.account_of(_programs.server_user()))
     )
@@ -196,7 +196,7 @@ def test_a_pid_that_now_belongs_to_another_process_is_no_server(home: Path) -> N
         stranger.wait()
 
 
-def test_an_interrupted_initdb_leaves_nothing_that_the_next_start_trips_over(
+def test_the_next_start_works_after_an_interrupted_initdb(
     new_home: Path,
 ) -> None:
     def stopping() -> bool:
@@ -209,7 +209,7 @@ def test_an_interrupted_initdb_leaves_nothing_that_the_next_start_trips_over(
         assert query(running, "select 1") == [(1,)]
 
 
-def test_an_initdb_that_outlives_its_supervisor_does_not_trip_up_the_next_start(
+def test_the_next_start_works_beside_an_initdb_whose_supervisor_was_killed(
     new_home: Path,
 ) -> None:
     program = "import sys, pathlib\nfrom webapp.embedded import server\nserver(pathlib.Path(sys.argv[1])).__enter__()\n"
@@ -221,9 +221,7 @@ def test_an_initdb_that_outlives_its_supervisor_does_not_trip_up_the_next_start(
         assert query(running, "select 1") == [(1,)]
 
 
-def test_the_shell_s_settings_do_not_lead_astray(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shells_settings_are_ignored(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "PGPORT": "1",
         "PGHOST": "nowhere.invalid",
@@ -247,7 +245,7 @@ def test_a_path_too_long_for_a_socket_gets_a_short_folder(new_home: Path) -> Non
     folder.rmdir()
 
 
-def test_a_socket_folder_that_is_somebody_else_s_is_refused(home: Path) -> None:
+def test_a_socket_folder_of_another_user_is_rejected(home: Path) -> None:
     shutil.rmtree(home / "run", ignore_errors=True)
     (home / "run").symlink_to("/tmp")
     try:
@@ -257,7 +255,7 @@ def test_a_socket_folder_that_is_somebody_else_s_is_refused(home: Path) -> None:
         (home / "run").unlink()
 
 
-def test_a_server_that_cannot_start_is_told_in_one_line(home: Path) -> None:
+def test_a_server_that_cannot_start_is_an_error_of_one_line(home: Path) -> None:
     configuration = next(home.glob("postgres-*")) / "postgresql.conf"
     whole = configuration.read_bytes()
     configuration.write_text("shared_buffers = 'plenty'\n")
@@ -300,7 +298,7 @@ def test_root_keeps_binaries_and_data_elsewhere_when_the_checkout_is_closed(
         _programs.binaries.cache_clear()
 
 
-def test_its_locks_are_closed_to_others(home: Path) -> None:
+def test_its_lock_files_are_private(home: Path) -> None:
     (home / "users.lock").chmod(0o644)  # as an earlier release made it
     with server(home):
         for name in ("users.lock", "server.lock"):
@@ -308,7 +306,7 @@ def test_its_locks_are_closed_to_others(home: Path) -> None:
             assert (found.st_mode & 0o777, found.st_uid) == (0o600, Server(home).account[0])
 
 
-def test_a_lock_that_cannot_be_opened_is_told_in_one_line(new_home: Path) -> None:
+def test_a_lock_that_cannot_be_opened_is_an_error_of_one_line(new_home: Path) -> None:
     new_home.mkdir()
     (new_home / "server.lock").symlink_to("/etc/passwd")
     with pytest.raises(EmbeddedError, match=r"cannot open .*server\.lock"):
@@ -317,7 +315,7 @@ def test_a_lock_that_cannot_be_opened_is_told_in_one_line(new_home: Path) -> Non
 
 
 @needs_root
-def test_root_serves_a_user_s_data_as_that_user(new_home: Path) -> None:
+def test_root_serves_a_users_data_as_that_user(new_home: Path) -> None:
     with server(new_home):
         pass
     cluster = next(new_home.glob("postgres-*"))
@@ -355,7 +353,7 @@ def test_the_application_is_not_the_superuser_but_owns_its_database(home: Path) 
         query(running, "drop schema shop")
 
 
-def test_what_an_earlier_version_stored_as_superuser_stays(home: Path) -> None:
+def test_data_that_an_earlier_version_stored_as_superuser_stays(home: Path) -> None:
     with server(home) as running:
         admin = running.conninfo.replace("webapp@/webapp", "postgres@/postgres")
         with psycopg.connect(admin, autocommit=True) as conn:
@@ -376,7 +374,7 @@ def test_what_an_earlier_version_stored_as_superuser_stays(home: Path) -> None:
 
 @contextmanager
 def precious(folder: Path) -> Iterator[Path]:
-    """A file that must stay as it is."""
+    """A file that must not be changed."""
     path = folder / "precious"
     path.write_text("precious\n")
     path.chmod(0o640)
@@ -392,7 +390,7 @@ def precious(folder: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 @pytest.mark.parametrize("where", ["server.log", "../initdb.log"])
-def test_no_link_is_followed_where_the_server_writes(home: Path, link: object, where: str) -> None:
+def test_no_link_in_the_servers_folder_is_followed(home: Path, link: object, where: str) -> None:
     cluster = next(home.glob("postgres-*"))
     path = cluster / where
     with precious(home.parent) as victim:
@@ -407,7 +405,7 @@ def test_no_link_is_followed_where_the_server_writes(home: Path, link: object, w
     path.unlink()
 
 
-def test_what_cannot_be_written_is_told_in_one_line(home: Path) -> None:
+def test_a_log_that_cannot_be_written_is_an_error_of_one_line(home: Path) -> None:
     log = next(home.glob("postgres-*")) / "server.log"
     log.unlink(missing_ok=True)
     log.mkdir()
@@ -419,7 +417,7 @@ def test_what_cannot_be_written_is_told_in_one_line(home: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "folder"])
-def test_a_pid_file_that_is_no_file_is_not_read(home: Path, kind: str) -> None:
+def test_a_pid_file_that_is_not_a_regular_file_is_not_read(home: Path, kind: str) -> None:
     path = next(home.glob("postgres-*")) / "postmaster.pid"
     if kind == "link":
         path.symlink_to("/etc/shadow")
@@ -434,7 +432,7 @@ def test_a_pid_file_that_is_no_file_is_not_read(home: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["users.lock", "server.lock"])
-def test_a_lock_that_is_another_file_too_is_refused(new_home: Path, name: str) -> None:
+def test_a_lock_file_that_is_a_link_is_rejected(new_home: Path, name: str) -> None:
     new_home.mkdir()
     with precious(new_home.parent) as victim:
         os.link(victim, new_home / name)
@@ -447,7 +445,7 @@ def test_a_lock_that_is_another_file_too_is_refused(new_home: Path, name: str) -
 
 
 @needs_root
-def test_a_data_folder_that_leads_to_root_s_own_is_refused(new_home: Path) -> None:
+def test_a_data_folder_that_links_to_a_folder_of_root_is_rejected(new_home: Path) -> None:
     elsewhere = new_home.parent / "etc"
     elsewhere.mkdir()
     new_home.mkdir()
@@ -459,13 +457,13 @@ def test_a_data_folder_that_leads_to_root_s_own_is_refused(new_home: Path) -> No
     assert list(elsewhere.iterdir()) == []
 
 
-# Checkouts that the server cannot work in
+# Checkouts in which the server cannot work
 
 
 def link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another user's, or on another file system
+    except OSError:  # of another user, or on another file system
         shutil.copy2(source, target)
 
 
@@ -496,12 +494,12 @@ def test_a_checkout_may_have_any_name(
         with server(embedded.home(checkout)) as running:
             assert running.home == checkout / ".data"
             assert query(running, "select 1") == [(1,)]
-        running.sockets.rmdir()  # in /tmp: postgres takes no quotes in its path
+        running.sockets.rmdir()  # in /tmp, as postgres accepts no quotes in its path
     finally:
         _programs.binaries.cache_clear()
 
 
-def test_a_checkout_that_cannot_be_written_has_its_data_elsewhere(
+def test_a_read_only_checkout_has_its_data_elsewhere(
     new_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkout = new_home.parent / "checkout"
@@ -509,7 +507,7 @@ def test_a_checkout_that_cannot_be_written_has_its_data_elsewhere(
     reads_only = os.access
 
     def access(path: Path, mode: int) -> bool:
-        """As on a file system that is mounted read-only, for root too."""
+        """As on a file system that is mounted read-only, also for root."""
         inside = checkout in (path, *Path(path).parents)
         return not (inside and mode & os.W_OK) and reads_only(path, mode)
 
@@ -530,7 +528,9 @@ def test_a_checkout_with_a_line_break_in_its_path_has_its_data_elsewhere(new_hom
     assert checkout not in embedded.home(checkout).parents
 
 
-def test_a_full_disk_is_told_in_one_line(new_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_of_one_line(
+    new_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: object, **options: object) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new_home))
 

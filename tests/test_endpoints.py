@@ -1,4 +1,4 @@
-"""The use by endpoint: exact over processes, those that ended among them, and bounded."""
+"""Use by endpoint: exact over all processes, also ended ones, and of bounded size."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ CODE = (lambda: None).__code__
 
 
 def counted(**uses: list[float]) -> Rows:
-    """The rows of one process whose endpoints used connections for so long."""
+    """The rows of one process whose endpoints used connections for these seconds."""
     counter = UsageCounter()
     for name, seconds in uses.items():
         for each in seconds:
@@ -67,7 +67,7 @@ def shown(rows: Rows, **seen: Any) -> dict[str, dict[str, Any]]:
 
 
 def test_percentiles_of_several_processes_are_those_of_all_uses() -> None:
-    """Not the mean of their percentiles: that would be 0.5 s."""
+    """They are not the mean of the processes' percentiles, which would be 0.5 s."""
     busy = counted(pay=[0.002] * 990)
     slow = counted(pay=[1.0] * 10)
     (row,) = to_json(merge([busy, slow]), {})
@@ -86,7 +86,7 @@ def test_the_order_of_merging_changes_nothing(parts: list[dict[str, list[float]]
     assert sum(row["checkouts"] for row in to_json(merge(rows), {})) == number
 
 
-def test_what_has_too_many_names_is_one_and_nothing_is_lost() -> None:
+def test_endpoints_beyond_the_bound_are_summed_in_one_row() -> None:
     counter = UsageCounter()
     for n in range(5000):
         counter.ended(0.0, 0.01, f"endpoint-{n}", CODE, 0)
@@ -112,13 +112,13 @@ def test_an_endpoint_that_never_returns_is_shown_before_those_that_do() -> None:
     assert found[0]["use_p95"] is None
 
 
-def test_what_an_ended_process_had_not_written_is_one_of_the_others() -> None:
+def test_uses_that_an_ended_process_had_not_written_are_counted_as_other() -> None:
     metrics = Metrics()
     metrics.usage = UsageCounter()
     metrics.finished += [(0.5, 2.0, "pay", CODE, 0)] * 3
     metrics.timeouts, metrics.leaks = 2, 1
     pool = metrics.snapshot([])
-    written = counted(pay=[2.0])  # one of the three
+    written = counted(pay=[2.0])  # one of the three uses
     found = shown(complete(written, pool))
     assert (found["pay"]["checkouts"], found[OTHER]["checkouts"]) == (1, 3)
     metrics.usage.gave_up("pay", sys._getframe())
@@ -129,7 +129,7 @@ def test_what_an_ended_process_had_not_written_is_one_of_the_others() -> None:
 
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=9) | st.floats(),
        lambda x: st.lists(x, max_size=30) | st.dictionaries(st.text(max_size=9), x)))  # fmt: skip
-def test_garbage_is_refused(data: Any) -> None:
+def test_malformed_rows_are_rejected_or_harmless(data: Any) -> None:
     try:
         rows = read_rows(data)
     except ValueError:
@@ -172,7 +172,7 @@ def test_a_checkout_belongs_to_the_endpoint_that_began_it(pool: Pool) -> None:
     }  # fmt: skip
 
 
-def test_who_gave_up_and_who_forgot_is_counted_by_endpoint(pool: Pool) -> None:
+def test_timeouts_and_forgotten_connections_are_counted_by_endpoint(pool: Pool) -> None:
     who = holders.current.thread
     who.endpoint = "greedy"
     held = [pool.getconn(), pool.getconn()]
@@ -192,7 +192,7 @@ def test_who_gave_up_and_who_forgot_is_counted_by_endpoint(pool: Pool) -> None:
     assert found[line]["gave_up"] == 1
 
 
-def test_counts_add_up_to_those_of_the_pool(pool: Pool) -> None:
+def test_counts_add_up_to_the_pools_counts(pool: Pool) -> None:
     names = iter(["a", "b", "a", None, "c", "a", "b", None])
 
     def requests() -> None:
@@ -235,7 +235,7 @@ with FakeServer().pool(max_size=1) as pool:
 """
 
 
-def test_the_use_of_workers_that_ended_stays_also_if_they_were_killed(tmp_path: Path) -> None:
+def test_the_use_of_ended_and_killed_workers_stays(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     workers = [
         subprocess.Popen(
@@ -258,7 +258,7 @@ def test_the_use_of_workers_that_ended_stays_also_if_they_were_killed(tmp_path: 
     killed, orderly = workers
     assert killed.stdin is not None
     assert killed.stdout is not None
-    killed.stdin.write("\n")  # one more, which is published, but not yet by endpoint
+    killed.stdin.write("\n")  # one more use, published in total but not yet by endpoint
     killed.stdin.flush()
     assert killed.stdout.readline() == "published\n"
     killed.kill()
@@ -270,7 +270,7 @@ def test_the_use_of_workers_that_ended_stays_also_if_they_were_killed(tmp_path: 
     assert not list(tmp_path.glob("*.usage"))
 
 
-def test_garbage_in_a_file_of_use_is_contained(
+def test_a_damaged_use_file_does_no_harm(
     tmp_path: Path, fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     tmp_path.chmod(0o700)
@@ -304,13 +304,13 @@ def test_the_file_of_two_hundred_endpoints_is_written_at_a_bounded_rate(
         before, size = path.stat().st_mtime_ns, path.stat().st_size
         assert size < 32 * 1024
         processes.publish()
-        assert path.stat().st_mtime_ns == before, "not again within five seconds"
+        assert path.stat().st_mtime_ns == before, "written again within five seconds"
         processes.close()
-        assert path.stat().st_mtime_ns > before, "but at the end"
+        assert path.stat().st_mtime_ns > before, "not written at the end"
 
 
 class Busy:
-    """Stands in for a pool: every bucket has counts, every connection is held, by 200 endpoints."""
+    """Stands in for a pool: all buckets have counts, and 200 endpoints hold all connections."""
 
     state, suspicion = "up", ""
     settings = SimpleNamespace(pooler=None)
@@ -337,7 +337,7 @@ class Busy:
 
 
 def test_the_files_of_a_busy_worker_are_small_and_seldom_written(tmp_path: Path) -> None:
-    """Its monitor's files may take 1.1 KiB a second and 12 KiB beside these."""
+    """The files of its monitor may add 1.1 KiB a second and 12 KiB."""
     tmp_path.chmod(0o700)
     processes = Processes({"default": Busy(), "replica": Busy()}, directory=tmp_path)
     started = time.monotonic()
@@ -375,18 +375,18 @@ def test_the_files_of_a_worker_with_many_busy_pools_are_as_small(
     assert report is not None
     held = [len(pool.holders) for pool in report.pools.values()]
     assert sum(held) <= 40
-    assert min(held) >= 1, "the longest of each, as all are alike"
+    assert min(held) >= 1, "a pool shows no holder"
     for rows in report.usage.values():
         assert sum(checkouts for _, checkouts, _, _ in totals(rows)) == 50 * MAX_NAMES
     processes.close()
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count writes")
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs /proc/self/io")
 @pytest.mark.parametrize("number", [1, 4, 8, 16, 32])
-def test_a_worker_writes_less_than_4_kib_a_second_however_many_busy_pools_it_has(
+def test_a_worker_with_any_number_of_busy_pools_writes_less_than_4_kib_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """A minute of the worker that watches, which writes what it finds too."""
+    """A minute of the watching worker, which also writes findings."""
     tmp_path.chmod(0o700)
     pools = {f"pool-{n}": Busy() for n in range(number)}
     processes = Processes(pools, directory=tmp_path)
@@ -397,7 +397,7 @@ def test_a_worker_writes_less_than_4_kib_a_second_however_many_busy_pools_it_has
     written = 0
     for second in range(-10, 60):
         now = begin + second
-        written = written if second > 0 else -bytes_written()  # the first files are all new
+        written = written if second > 0 else -bytes_written()  # leaves out the first writes
         if now >= publish_at:
             processes.publish()
             publish_at = now + processes.interval
@@ -408,7 +408,7 @@ def test_a_worker_writes_less_than_4_kib_a_second_however_many_busy_pools_it_has
 
 
 def bytes_written() -> int:
-    """How many bytes this process has written, to whatever."""
+    """Return the number of bytes that this process has written."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["wchar"])
 
@@ -432,7 +432,7 @@ def test_workers_that_are_replaced_keep_their_share_of_the_use(
 
 
 @pytest.mark.parametrize("is_wanted", [True, False])
-def test_metrics_have_the_use_by_endpoint_where_it_is_asked_for(
+def test_metrics_have_the_use_by_endpoint_if_asked_for(
     dsn: str, make_app: MakeApp, is_wanted: bool
 ) -> None:
     app = make_app(dsn, DBPOOL_DETAILS="always", DBPOOL_ENDPOINT_METRICS=is_wanted)
@@ -473,8 +473,8 @@ def test_threads_are_busy_while_they_serve_a_request(dsn: str, make_app: MakeApp
         return f"{inner}{busy()}"
 
     app.add_url_rule("/view", "view", view)
-    assert busy() is None, "not known before there is a request"
-    assert app.test_client().get("/view").text == "11", "one thread, though requests nest"
+    assert busy() is None, "known before the first request"
+    assert app.test_client().get("/view").text == "11", "nested requests count as one busy thread"
     assert busy() == 0
     assert app.test_client().get("/nowhere").status_code == 404
     assert busy() == 0

@@ -1,4 +1,4 @@
-"""What can go wrong: exceptions that travel, and what a failure to connect means."""
+"""Exceptions can be pickled, and failures to connect are classified."""
 
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ def test_an_outage_can_be_pickled(cls: type[DatabaseUnavailable]) -> None:
         ("ERROR:  connection is insecure (try using `sslmode=require`)", "tls"),
     ],
 )
-def test_what_other_servers_say_is_understood(text: str, kind: str) -> None:
+def test_messages_of_other_servers_are_classified(text: str, kind: str) -> None:
     assert classify(psycopg.OperationalError(f"connection failed: {text}\nmore")) == kind
 
 
-def test_a_statement_of_the_users_own_that_fails_says_nothing_about_the_conninfo() -> None:
+def test_a_users_failed_statement_is_not_classified_as_a_conninfo_error() -> None:
     assert classify(psycopg.errors.UndefinedTable('relation "t" does not exist')) == "unknown"
     assert classify(psycopg.ProgrammingError("invalid dsn")) == "conninfo"
     assert not is_permanent("unknown")
 
 
 @pytest.mark.parametrize("word", [*FailureKind, *PoolState])
-def test_a_kind_and_a_state_are_their_strings_wherever_they_go(
+def test_kinds_and_states_behave_as_strings(
     word: FailureKind | PoolState, caplog: pytest.LogCaptureFixture
 ) -> None:
     text = word.value
@@ -91,12 +91,12 @@ def test_a_kind_and_a_state_are_their_strings_wherever_they_go(
     ]
 
 
-def test_what_classify_returns_is_one_of_the_kinds() -> None:
+def test_classify_returns_a_kind() -> None:
     timeout = psycopg.errors.ConnectionTimeout("connection timeout expired")
     for error in (timeout, ValueError(), psycopg.OperationalError("Connection refused")):
         assert type(classify(error)) is FailureKind
 
 
-def test_only_what_somebody_has_to_repair_is_permanent() -> None:
+def test_only_errors_that_a_person_must_repair_are_permanent() -> None:
     permanent = {kind for kind in FailureKind if is_permanent(kind)}
     assert permanent == {"access", "conninfo", "database", "password", "role", "tls"}

@@ -1,4 +1,4 @@
-"""Events: what is told, in which order, and that a listener can do no harm."""
+"""Events: which ones are sent, in which order, and that no listener harms the pool."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_life_of_a_pool_in_events(fake: FakeServer) -> None:
     assert {event.pool for event in heard} == {"default"}
 
 
-def test_what_becomes_of_a_connection_that_is_not_returned_in_events(fake: FakeServer) -> None:
+def test_the_events_of_a_connection_that_is_not_returned(fake: FakeServer) -> None:
     heard: list[Event] = []
     with fake.pool(max_size=1, leak_after=0.1, listeners=[heard.append]) as pool:
         conn = pool.getconn()
@@ -66,11 +66,11 @@ def test_what_becomes_of_a_connection_that_is_not_returned_in_events(fake: FakeS
     assert late.where == held.holder.where
     assert late.seconds >= held.holder.seconds >= 0.1
     assert "in until" in held.stack
-    assert "test_what_becomes_of_a_connection" in leaked.holder.where
+    assert "test_the_events_of_a_connection" in leaked.holder.where
     assert lost.reason == "collected"
 
 
-def test_a_class_hears_the_events_it_has_methods_for(fake: FakeServer) -> None:
+def test_a_listener_class_gets_the_events_it_has_methods_for(fake: FakeServer) -> None:
     class Uses(Listener):
         def __init__(self) -> None:
             self.uses: list[float] = []
@@ -85,7 +85,7 @@ def test_a_class_hears_the_events_it_has_methods_for(fake: FakeServer) -> None:
     assert len(listener.uses) == 2
 
 
-def test_every_listener_is_told_also_after_one_that_raises(
+def test_a_listener_that_raises_stops_no_other_listener(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     heard: list[Event] = []
@@ -113,7 +113,7 @@ def test_a_raising_listener_breaks_no_checkout(
         assert pool.stats().active == 0
 
 
-def test_a_listener_that_hangs_is_in_nobodys_way(fake: FakeServer) -> None:
+def test_a_listener_that_hangs_blocks_no_caller(fake: FakeServer) -> None:
     stuck, heard = threading.Event(), list[Event]()
 
     def hanging(event: Event) -> None:
@@ -135,7 +135,7 @@ def test_a_listener_that_hangs_is_in_nobodys_way(fake: FakeServer) -> None:
     assert sum(isinstance(event, CheckedIn) for event in heard) == 1001
 
 
-def test_what_listeners_are_too_slow_for_is_dropped_and_that_is_told_once(
+def test_events_beyond_the_queues_bound_are_dropped_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     stuck, heard = threading.Event(), list[Event]()
@@ -150,7 +150,7 @@ def test_what_listeners_are_too_slow_for_is_dropped_and_that_is_told_once(
         emitter.emit(event)
     stuck.set()
     emitter.close(10)
-    # One may have left the queue already, to be told.
+    # One event may have left the queue already.
     assert len(heard) in (Emitter.MAX_QUEUED, Emitter.MAX_QUEUED + 1)
     assert heard == emitted[: len(heard)]
     assert [r.message for r in caplog.records] == [
@@ -158,7 +158,7 @@ def test_what_listeners_are_too_slow_for_is_dropped_and_that_is_told_once(
     ]
 
 
-def test_events_of_many_threads_are_told_one_after_the_other_and_all(fake: FakeServer) -> None:
+def test_events_of_many_threads_all_arrive_one_at_a_time(fake: FakeServer) -> None:
     inside, together, heard = threading.Lock(), list[Event](), list[Event]()
 
     def listener(event: Event) -> None:
@@ -176,7 +176,7 @@ def test_events_of_many_threads_are_told_one_after_the_other_and_all(fake: FakeS
     assert sum(isinstance(event, CheckedIn) for event in heard) == 800
 
 
-def test_what_is_returned_after_the_close_is_told_too(fake: FakeServer) -> None:
+def test_a_return_after_close_sends_an_event(fake: FakeServer) -> None:
     heard: list[Event] = []
     pool = fake.pool(listeners=[heard.append])
     conn = pool.getconn()
@@ -204,20 +204,20 @@ def test_the_thread_ends_with_the_pool(fake: FakeServer) -> None:
     pool: Pool = fake.pool(listeners=[lambda event: None])
     assert not listening_threads()
     pool.fetch_value("select 1")
-    until(lambda: len(listening_threads()) == 1)  # two may begin at once: one ends
+    until(lambda: len(listening_threads()) == 1)  # two may start at once; one of them ends
     del pool
     gc.collect()
     until(lambda: not listening_threads(), 5.0)
 
 
-def test_without_listeners_there_is_no_thread_for_them(fake: FakeServer) -> None:
+def test_without_listeners_there_is_no_listener_thread(fake: FakeServer) -> None:
     with fake.pool() as pool:
         pool.fetch_value("select 1")
         assert not listening_threads()
 
 
 def test_a_listener_may_use_the_pool(fake: FakeServer) -> None:
-    """None is called under a lock."""
+    """No listener is called under a lock."""
     answers: list[Any] = []
 
     def curious(event: Event) -> None:
@@ -227,7 +227,7 @@ def test_a_listener_may_use_the_pool(fake: FakeServer) -> None:
     pool: Pool = fake.pool(listeners=[curious])
     with pool:
         pool.fetch_value("select 1")
-        until(lambda: answers)  # once closed its size is 0
+        until(lambda: answers)  # before the pool closes, as its size is 0 then
     assert answers == [1]
 
 
@@ -244,7 +244,7 @@ def test_no_event_is_built_when_nobody_listens(
         assert pool.fetch_value("select 1") == 1
 
 
-def test_the_logging_listener_gives_the_fields(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_logging_listener_logs_the_events_fields(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dbpool"):
         LoggingListener()(CheckedOut("main", 0.25))
     (record,) = caplog.records
@@ -252,7 +252,7 @@ def test_the_logging_listener_gives_the_fields(caplog: pytest.LogCaptureFixture)
     assert vars(record)["dbpool"] == {"event": "checked_out", "pool": "main", "wait": 0.25}
 
 
-def test_the_logging_listener_tells_an_event_on_one_short_line(
+def test_the_logging_listener_logs_one_short_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO, logger="dbpool"):

@@ -1,4 +1,4 @@
-"""Every counter exact to the last one, and of constant size, however many threads come and go."""
+"""Counters are exact with many threads, and their size is constant."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_counts_add_up_while_the_pool_is_resized_and_restarted(own_server: Serve
         while not done.is_set():
             try:
                 pool.fetch_value("select 1")
-            except Exception:  # noqa: BLE001  # the server is restarted under it
+            except Exception:  # noqa: BLE001  # the server restarts meanwhile
                 pass
 
     def watch() -> None:
@@ -113,7 +113,7 @@ def test_counts_add_up_while_the_pool_is_resized_and_restarted(own_server: Serve
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_threads_that_come_and_go_cost_no_memory(fake: FakeServer, count: int) -> None:
+def test_ended_threads_leave_no_memory_in_use(fake: FakeServer, count: int) -> None:
     def once() -> None:
         with pool.connection():
             pass

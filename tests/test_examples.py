@@ -1,4 +1,4 @@
-"""Each example runs as its first lines say, from an empty directory."""
+"""Each example runs from an empty directory as its first lines describe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_a_script_says_what_it_should(name: str, dsn: str, tmp_path: Path) -> None:
+def test_a_script_prints_what_it_should(name: str, dsn: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "examples" / f"{name}.py"],
         cwd=tmp_path,
@@ -56,7 +56,7 @@ def test_a_script_says_what_it_should(name: str, dsn: str, tmp_path: Path) -> No
 
 @contextmanager
 def made(name: str, dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
-    """The application of an example, as `flask --app` makes it."""
+    """An example's application, made as `flask --app` makes it."""
     monkeypatch.setenv("DATABASE_URL", dsn)
     spec = spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None
@@ -81,7 +81,7 @@ def test_the_application_serves(dsn: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert client.get("/db/stats").status_code == 403
 
 
-def test_a_check_of_its_own_is_in_readiness(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_own_check_is_in_readiness(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with made("custom_check", dsn, monkeypatch) as app:
         answer = app.test_client().get("/db/health/ready")
         assert answer.json is not None
@@ -102,7 +102,7 @@ def test_the_tests_of_the_application_pass(dsn: str, tmp_path: Path) -> None:
     assert "3 passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_every_example_is_tried_and_listed() -> None:
+def test_every_example_is_tested_and_listed() -> None:
     names = {path.stem for path in EXAMPLES}
     assert names == SAID.keys() | {"application", "custom_check", "test_notes"}
     listed = (ROOT / "examples" / "README.md").read_text()

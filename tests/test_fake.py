@@ -1,4 +1,4 @@
-"""The fake server against PostgreSQL: what tests rely on is the same with both."""
+"""The fake server behaves like PostgreSQL in everything that tests rely on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dbpool.liveness import Liveness, PingTimeout, check_socket, ping, poller
 from .fake import FakeServer
 from .postgres import Server, until
 
-pytestmark = pytest.mark.usefixtures("template")  # its threads are no test's
+pytestmark = pytest.mark.usefixtures("template")  # its threads belong to no test
 
 
 @dataclass
 class Subject:
-    """What both can do, under one name."""
+    """One interface to the fake server and to PostgreSQL."""
 
     connect: Callable[..., psycopg.Connection[Any]]
     kill: Callable[[int], object]
@@ -79,7 +79,7 @@ def seen(conn: psycopg.Connection[Any]) -> Liveness:
     return check_socket(conn, poller(conn.fileno()))
 
 
-def test_it_answers(subject: Subject) -> None:
+def test_statements_are_answered(subject: Subject) -> None:
     conn = subject.connect()
     assert conn.execute("select 1").fetchone() == (1,)
     assert conn.execute("select 'a'").fetchall() == [("a",)]
@@ -110,7 +110,7 @@ def test_a_statement_that_is_sent_to_an_ended_backend_fails(subject: Subject) ->
     assert (conn.closed, conn.broken) == (True, True)
 
 
-def test_silence_is_no_end(subject: Subject) -> None:
+def test_a_silent_connection_is_not_closed(subject: Subject) -> None:
     conn = subject.connect()
     subject.fall_silent([conn.info.backend_pid])
     assert seen(conn) is Liveness.ALIVE

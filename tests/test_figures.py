@@ -1,4 +1,4 @@
-"""The figures that the documentation quotes are those of `bench/README.md`, row by row."""
+"""The documentation quotes the figures of `bench/README.md`, row by row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 MEASURED = (ROOT / "bench" / "README.md").read_text()
 QUOTED = (ROOT / "docs" / "benchmarks.md").read_text()
 
-# The same row or column under another name.
+# Rows and columns with another name in the documentation.
 ALIASES = {
     "dbpool, fetch_one and execute": "dbpool, one trip",
     "dbpool, DBPOOL_PIPELINE_BEGIN": "dbpool, pipeline_begin",
@@ -39,7 +39,7 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 def cells(text: str) -> Iterator[tuple[str, str, str]]:
-    """Each cell of the tables of a page that is not empty, with the names of its row and column."""
+    """Each non-empty cell of a page's tables, with the names of its row and column."""
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         header, _, *rows = [
             [plain(cell) for cell in line.strip("|\n").split("|")] for line in table.splitlines()
@@ -61,9 +61,7 @@ SOURCE = {(row, column): value for row, column, value in cells(MEASURED)}
 
 
 @pytest.mark.parametrize(("row", "column", "quoted"), list(cells(QUOTED)))
-def test_a_figure_of_the_page_is_that_of_the_measurements(
-    row: str, column: str, quoted: str
-) -> None:
+def test_a_pages_figure_is_the_measured_one(row: str, column: str, quoted: str) -> None:
     measured = SOURCE[row, column]
     spread = re.compile(r"±[\d.]+%?|\(at most [^)]*\)")
     figures = NUMBER.findall(spread.sub("", measured))
@@ -73,7 +71,7 @@ def test_a_figure_of_the_page_is_that_of_the_measurements(
 
 
 def figure(row: str, column: str, pattern: str) -> float:
-    """A figure of the measurements in seconds, or as it stands there."""
+    """A measured figure, in seconds if it has a unit of time."""
     found = re.search(pattern, SOURCE[row, column])
     assert found is not None, SOURCE[row, column]
     return float(found[1]) * (0.001 if found[0].endswith("ms") else 1.0)
@@ -84,8 +82,8 @@ OUTAGE = "20 s outage under load: served after"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/why.md"])
-def test_what_the_comparison_says_was_measured(page: str) -> None:
-    """The table of both pages in round figures, each beside what it is rounded from."""
+def test_the_comparisons_figures_were_measured(page: str) -> None:
+    """Both pages' tables have round figures; each is compared with its exact one."""
     text = (ROOT / page).read_text()
     assert "10 failed requests, or with `check=` more than 30 s" in text
     assert figure(RESTART, "psycopg_pool", r"(\d+) errors") == 10
@@ -103,7 +101,7 @@ def test_what_the_comparison_says_was_measured(page: str) -> None:
     assert figure("gunicorn --preload, 3 workers, 300 requests", "psycopg_pool", r"(\d+) sh") > 1
 
 
-def test_what_a_check_costs_was_measured() -> None:
+def test_the_cost_of_a_check_was_measured() -> None:
     text = (ROOT / "docs" / "why.md").read_text()
     ratio = r"\(([\d.]+) x\)"
     check = figure("psycopg_pool, check", "checkout and return", ratio)

@@ -1,4 +1,4 @@
-"""The diagnosis in the views and commands: the same words everywhere."""
+"""The diagnosis in the views and commands: the same texts everywhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOWHERE = "host=127.0.0.1 port=1 user=u dbname=d"
 
 @pytest.fixture
 def down(make_app: MakeApp) -> Flask:
-    """An application whose database is down, as its pool knows."""
+    """An application whose database is down; its pool has noticed."""
     app = make_app(NOWHERE, DBPOOL_DETAILS="always", DBPOOL_OUTAGE_GRACE="0s")
     with suppress(PoolError):
         app.extensions["dbpool"].databases.default.fetch_value("select 1")
@@ -36,7 +36,7 @@ def get(app: Flask, path: str) -> Any:
     return answer.json
 
 
-def test_stats_and_health_say_what_is_wrong_in_the_same_words(down: Flask) -> None:
+def test_stats_and_health_show_the_same_findings(down: Flask) -> None:
     (found,) = get(down, "/db/stats")["findings"]
     assert (found["id"], found["severity"]) == ("DB01/default", "critical")
     assert "Connection refused" in found["text"]
@@ -45,13 +45,13 @@ def test_stats_and_health_say_what_is_wrong_in_the_same_words(down: Flask) -> No
     assert other["since"] == pytest.approx(found["since"], abs=0.01)
 
 
-def test_health_says_nothing_of_it_to_strangers(make_app: MakeApp) -> None:
+def test_health_shows_no_findings_without_a_token(make_app: MakeApp) -> None:
     app = make_app(NOWHERE, DBPOOL_TOKEN="a-token-of-some-length", DBPOOL_OUTAGE_GRACE="0s")
     assert "findings" not in get(app, "/db/health")
     assert "findings" not in get(app, "/db/health/ready")
 
 
-def test_what_takes_room_comes_only_if_it_is_asked_for(down: Flask) -> None:
+def test_history_and_endpoints_are_sent_only_if_asked_for(down: Flask) -> None:
     monitor = down.extensions["dbpool"].monitor
     monitor.tick()
     assert {"history", "journal", "endpoints"}.isdisjoint(get(down, "/db/stats"))
@@ -60,7 +60,7 @@ def test_what_takes_room_comes_only_if_it_is_asked_for(down: Flask) -> None:
     assert [line["event"] for line in report["journal"]] == ["down"]
     (row,) = report["endpoints"]["default"]
     assert (row["checkouts"], row["gave_up"]) == (0, 1)
-    assert row["endpoint"].startswith("tests/test_findings.py:"), "no request, but a line of code"
+    assert row["endpoint"].startswith("tests/test_findings.py:"), "a line of code"
     assert len(json.dumps(report, separators=(",", ":"))) < 20 * 1024
     assert down.test_client().get("/db/stats?include=everything").status_code == 400
     monitor.close()
@@ -75,7 +75,7 @@ def test_metrics_have_every_code_as_0_or_1(down: Flask) -> None:
     assert [key for key, value in values.items() if value] == [("default", "DB01")]
 
 
-def test_a_server_that_is_back_is_no_finding_any_more(dsn: str, make_app: MakeApp) -> None:
+def test_the_finding_ends_when_the_server_is_back(dsn: str, make_app: MakeApp) -> None:
     app = make_app(dsn, DBPOOL_DETAILS="always")
     app.extensions["dbpool"].databases.default.fetch_value("select 1")
     (found,) = get(app, "/db/stats")["findings"]
@@ -83,7 +83,7 @@ def test_a_server_that_is_back_is_no_finding_any_more(dsn: str, make_app: MakeAp
     assert "default has 0 of 10 connections in use, nobody waits" in found["text"]
 
 
-def test_who_held_connections_is_shown_by_endpoint(
+def test_holders_are_shown_by_endpoint(
     dsn: str, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed = [0.0]
@@ -106,9 +106,7 @@ def test_who_held_connections_is_shown_by_endpoint(
     own.monitor.close()
 
 
-def test_the_monitor_of_an_application_that_serves_runs_and_ends_with_its_pools(
-    dsn: str, tmp_path: Path
-) -> None:
+def test_a_serving_applications_monitor_ends_with_its_pools(dsn: str, tmp_path: Path) -> None:
     from dbpool.flask import DBPool, create_blueprint
 
     app = Flask("serving")
@@ -124,4 +122,4 @@ def test_the_monitor_of_an_application_that_serves_runs_and_ends_with_its_pools(
         assert get(app, "/db/stats")["findings"][0]["code"] == "DB00"
     finally:
         own.processes.close()
-        own.databases.close()  # and the thread that watched is gone, as each test checks
+        own.databases.close()  # ends the monitor's thread, as a fixture checks for every test

@@ -1,4 +1,4 @@
-"""The extension and the blueprint, as a client sees them."""
+"""The Flask extension and the blueprint's views."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def test_the_extension_keeps_no_application(make_app: MakeApp, fake: FakeServer)
         _ = db.pool
 
 
-def test_a_second_registration_is_refused(app: Flask) -> None:
+def test_a_second_registration_is_an_error(app: Flask) -> None:
     with pytest.raises(RuntimeError, match="already"):
         DBPool().init_app(app)
 
 
-def test_a_blueprint_without_the_extension_is_refused() -> None:
+def test_a_blueprint_without_the_extension_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="init_app"):
         Flask("app").register_blueprint(create_blueprint())
 
@@ -95,14 +95,14 @@ def test_an_application_without_the_extension_says_what_is_missing() -> None:
         _ = db.pool
 
 
-def test_wrong_configuration_is_refused_at_once(make_app: MakeApp, fake: FakeServer) -> None:
+def test_wrong_configuration_is_an_error_at_once(make_app: MakeApp, fake: FakeServer) -> None:
     with pytest.raises(ConfigError, match="DBPOOL_TIMEOUT"):
         make_app(fake, DBPOOL_TIMEOUT="soon")
     with pytest.raises(ConfigError, match="'reports'"):
         make_app(fake, DBPOOL_REQUIRED="default,reports")
 
 
-def test_listeners_hear_of_all_pools(make_app: MakeApp, fake: FakeServer) -> None:
+def test_listeners_get_the_events_of_all_pools(make_app: MakeApp, fake: FakeServer) -> None:
     heard: list[Any] = []
     app = make_app(fake, db=DBPool(listeners=[heard.append]))
     with app.app_context():
@@ -128,13 +128,13 @@ def test_a_connection_held_at_the_end_of_a_request_is_returned_and_reported(
         assert app.test_client().get("/forgetful").status_code == 200
     pool = app.extensions["dbpool"].databases.default
     assert pool.stats().active == 0
-    assert kept[0].closed, "another may not share it with who forgot it"
+    assert kept[0].closed, "the next holder would share it with the code that forgot it"
     assert "forgetful" in caplog.text
     assert "endpoint forgetful" in caplog.text
-    assert pool.fetch_value("select to_regclass('t')") is None, "nothing may be committed"
+    assert pool.fetch_value("select to_regclass('t')") is None, "it was committed"
 
 
-def test_a_place_that_forgets_at_each_request_is_logged_once(
+def test_code_that_forgets_at_every_request_is_logged_once(
     make_app: MakeApp, fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     db = DBPool()
@@ -156,7 +156,7 @@ def test_a_place_that_forgets_at_each_request_is_logged_once(
     lines = [each.getMessage() for each in caplog.records if "still held" in each.getMessage()]
     assert [re.findall(r"endpoint (\w+)", line) for line in lines] == [["forgetful"], ["also"]]
     counters = app.extensions["dbpool"].databases.default.stats().counters
-    assert counters.leaks == 10, "each is counted"
+    assert counters.leaks == 10, "all are counted"
 
 
 def test_a_connection_held_around_a_request_stays_out(make_app: MakeApp, fake: FakeServer) -> None:
@@ -230,7 +230,7 @@ def test_a_stream_keeps_its_connection_until_it_ends(
     assert "still held" not in caplog.text
 
 
-def test_what_another_thread_holds_is_not_touched(make_app: MakeApp, fake: FakeServer) -> None:
+def test_another_threads_connection_is_not_taken_back(make_app: MakeApp, fake: FakeServer) -> None:
     db = DBPool()
     app = make_app(fake, db=db)
     pool = app.extensions["dbpool"].databases.default
@@ -264,7 +264,7 @@ def test_contexts_may_nest(make_app: MakeApp, fake: FakeServer) -> None:
         with db.pool.connection() as conn:
             with app.app_context():
                 forgotten = db.pool.getconn()
-            assert len(db.pool.holders()) == 1, f"{forgotten} is back, the other is not"
+            assert len(db.pool.holders()) == 1, f"only {forgotten} came back"
             inner = app.test_client().get("/inner").text
             app.test_client().get("/nowhere")
             assert conn.execute("select 1").fetchone() == (1,)
@@ -291,7 +291,7 @@ def test_a_dotenv_is_read_but_not_under_test(
             assert db.pool.max_size == size
 
 
-def test_an_application_that_serves_already_is_left_as_it_was() -> None:
+def test_init_app_on_a_serving_application_fails_and_changes_nothing() -> None:
     app = Flask("app")
     app.test_client().get("/")
     with pytest.raises(AssertionError, match="before_request"):
@@ -299,7 +299,7 @@ def test_an_application_that_serves_already_is_left_as_it_was() -> None:
     assert "dbpool" not in app.extensions
 
 
-def test_an_unknown_database_is_named(make_app: MakeApp, fake: FakeServer) -> None:
+def test_an_unknown_database_is_named_in_the_error(make_app: MakeApp, fake: FakeServer) -> None:
     db = DBPool()
     with (
         make_app(fake, db=db).app_context(),
@@ -351,7 +351,7 @@ def test_a_busy_pool_is_a_503(make_app: MakeApp, fake: FakeServer) -> None:
     assert answer.json == {"error": "the service is busy"}
 
 
-def test_an_uncertain_commit_is_a_500_that_asks_for_no_second_try(
+def test_an_uncertain_commit_is_a_500_without_retry_after(
     make_app: MakeApp, fake: FakeServer
 ) -> None:
     app = make_app(fake, db=DBPool())
@@ -385,7 +385,7 @@ def test_the_applications_own_handlers_stay(make_app: MakeApp) -> None:
     assert app.test_client().get("/").text == "ours"
 
 
-def test_an_exhausted_pool_is_told_in_the_log_not_to_the_client(
+def test_exhaustion_is_explained_in_the_log_not_to_the_client(
     make_app: MakeApp, fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     db = DBPool()
@@ -398,8 +398,8 @@ def test_an_exhausted_pool_is_told_in_the_log_not_to_the_client(
     assert (answer.status_code, answer.headers["Cache-Control"]) == (503, "no-store")
     assert "test_flask.py" not in answer.text
     assert re.search(r"no connection within 0\.\d+ s: 1 of 1 checked out", caplog.text)
-    assert "shop.index answers" not in caplog.text, "one line per episode, not per request"
-    assert "test_flask.py" in caplog.text, "who holds the connections is in the log"
+    assert "shop.index answers" not in caplog.text, "it logged a line for each request"
+    assert "test_flask.py" in caplog.text, "the log does not name the holder"
 
 
 def test_a_closed_pool_is_a_503(
@@ -412,7 +412,7 @@ def test_a_closed_pool_is_a_503(
     for _ in range(5):
         answer = app.test_client().get("/")
         assert (answer.status_code, answer.headers["Retry-After"] in {"1", "2", "3"}) == (503, True)
-    assert caplog.text.count("PoolClosed") == 1, "a line for all requests of a minute"
+    assert caplog.text.count("PoolClosed") == 1, "more than one line in a minute"
 
 
 # The blueprint
@@ -425,7 +425,7 @@ def test_liveness_touches_no_database(make_app: MakeApp) -> None:
     assert app.extensions["dbpool"].databases.default.closed
 
 
-def test_readiness_opens_the_pool_and_tells_up(client: FlaskClient) -> None:
+def test_readiness_opens_the_pool_and_is_up(client: FlaskClient) -> None:
     answer = client.get("/db/health/ready")
     assert (answer.status_code, answer.json) == (
         200,
@@ -434,7 +434,7 @@ def test_readiness_opens_the_pool_and_tells_up(client: FlaskClient) -> None:
     assert answer.headers["Cache-Control"] == "no-store"
 
 
-def test_readiness_tells_down_and_when_to_come_back(make_app: MakeApp) -> None:
+def test_readiness_is_down_with_retry_after(make_app: MakeApp) -> None:
     client = make_app(NOWHERE, DBPOOL_OUTAGE_GRACE="100ms").test_client()
     first = client.get("/db/health/ready")
     assert first.status_code == 503
@@ -458,13 +458,13 @@ def test_an_optional_database_only_degrades(make_app: MakeApp, fake: FakeServer)
     assert ask().json["status"] == "degraded"
 
 
-def test_everyone_gets_status_words_and_no_more(client: FlaskClient) -> None:
+def test_without_a_token_health_shows_only_status_words(client: FlaskClient) -> None:
     answer = client.get("/db/health")
     assert answer.status_code == 200
     assert answer.json == {"status": "up", "databases": {"default": "up"}}
 
 
-def test_a_trusted_reader_gets_facts(make_app: MakeApp, dsn: str) -> None:
+def test_with_a_token_health_shows_details(make_app: MakeApp, dsn: str) -> None:
     client = make_app(dsn, DBPOOL_TOKEN=TOKEN).test_client()
     client.get("/db/health/ready")
     detail = client.get("/db/health", headers=bearer()).get_json()["databases"]["default"]
@@ -516,31 +516,33 @@ def test_details_may_be_opened_to_all(make_app: MakeApp, fake: FakeServer) -> No
     assert make_app(fake, DBPOOL_DETAILS="always").test_client().get("/db/stats").status_code == 200
 
 
-def test_a_rule_that_cannot_be_called_is_refused_at_once() -> None:
+def test_authorize_must_be_callable() -> None:
     with pytest.raises(TypeError, match="authorize must be callable, not 'admin'"):
         create_blueprint(authorize="admin")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("answer", "status"), [(True, 200), (False, 403)])
-def test_an_application_may_have_its_own_rule(
+def test_authorize_decides_who_sees_details(
     make_app: MakeApp, fake: FakeServer, answer: bool, status: int
 ) -> None:
     client = make_app(fake, authorize=lambda: answer, DBPOOL_TOKEN=TOKEN).test_client()
     assert client.get("/db/stats", headers=bearer()).status_code == status
 
 
-def test_a_rule_may_answer_itself(make_app: MakeApp, fake: FakeServer) -> None:
+def test_authorize_may_return_a_response(make_app: MakeApp, fake: FakeServer) -> None:
     client = make_app(fake, authorize=lambda: redirect("/login")).test_client()
     assert client.get("/db/stats").headers["Location"] == "/login"
     assert client.get("/db/health").json == {"status": "up", "databases": {"default": "up"}}
 
 
-def test_a_rule_that_answers_with_a_tuple_refuses(make_app: MakeApp, fake: FakeServer) -> None:
+def test_an_authorize_that_returns_a_tuple_denies_access(
+    make_app: MakeApp, fake: FakeServer
+) -> None:
     client = make_app(fake, authorize=lambda: ("go away", 418)).test_client()
     assert client.get("/db/stats").status_code == 418
 
 
-def test_a_rule_that_aborts_or_fails_leaves_everyone_the_status_words(
+def test_health_shows_status_words_if_authorize_aborts_or_fails(
     make_app: MakeApp, fake: FakeServer
 ) -> None:
     app = make_app(fake, authorize=lambda: abort(418))
@@ -611,7 +613,7 @@ def test_metrics_without_the_package_name_the_extra(
     answer = client.get("/db/metrics", headers=bearer())
     assert answer.status_code == 501
     assert "the package prometheus-client" in answer.get_json()["error"]
-    assert "dbpool" not in answer.get_json()["error"], "a name that is not ours on the public index"
+    assert "dbpool" not in answer.get_json()["error"], "anybody may register that name"
 
 
 def test_a_blueprint_may_be_mounted_twice_or_inside_another(
@@ -628,7 +630,7 @@ def test_a_blueprint_may_be_mounted_twice_or_inside_another(
     assert client.get("/db/stats").status_code == client.get("/admin/pools/stats").status_code
 
 
-def test_stats_say_what_the_pool_is_doing(app: Flask, client: FlaskClient) -> None:
+def test_stats_shows_the_pools_state_and_counters(app: Flask, client: FlaskClient) -> None:
     pool = app.extensions["dbpool"].databases.default
     with pool.connection():
         stats = client.get("/db/stats", headers=bearer()).get_json()
@@ -644,15 +646,15 @@ def test_stats_say_what_the_pool_is_doing(app: Flask, client: FlaskClient) -> No
         "state": "closed", "since": None, "last_error": None, "retry_after": None, "kind": None
     }  # fmt: skip
     (holder,) = found["holders"]
-    assert "test_stats_say_what_the_pool_is_doing" in holder["where"]
+    assert "test_stats_shows_the_pools_state_and_counters" in holder["where"]
 
 
-def test_scope_is_checked(client: FlaskClient) -> None:
+def test_an_unknown_scope_is_rejected(client: FlaskClient) -> None:
     assert client.get("/db/stats?scope=process", headers=bearer()).status_code == 200
     assert client.get("/db/stats?scope=nonsense", headers=bearer()).status_code == 400
 
 
-def test_metrics_are_negotiated(client: FlaskClient) -> None:
+def test_the_format_of_metrics_is_negotiated(client: FlaskClient) -> None:
     classic = client.get("/db/metrics", headers=bearer())
     assert classic.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     assert "db_client_connections{" in classic.text
@@ -680,7 +682,7 @@ def test_no_answer_is_a_redirect(client: FlaskClient, path: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["post", "put", "delete", "patch"])
-def test_other_methods_are_refused(client: FlaskClient, method: str) -> None:
+def test_other_methods_are_rejected(client: FlaskClient, method: str) -> None:
     assert getattr(client, method)("/db/health/ready").status_code == 405
 
 
@@ -697,7 +699,7 @@ def test_no_secret_is_in_any_answer(
 
 
 class Undone(psycopg.Connection[Any]):
-    """The README's way of rolling back after a test."""
+    """Rolls back after a test, as the README shows."""
 
     def commit(self) -> None:
         self.execute("savepoint kept")
@@ -706,7 +708,9 @@ class Undone(psycopg.Connection[Any]):
         self.execute("rollback to savepoint kept")
 
 
-def test_an_applications_tests_may_be_rolled_back(make_app: MakeApp, dsn: str) -> None:
+def test_a_connection_class_can_roll_back_an_applications_tests(
+    make_app: MakeApp, dsn: str
+) -> None:
     with Pool(dsn) as plain:
         plain.execute("create table t (id int)")
         app = make_app(dsn, DBPOOL_MAX_SIZE=1)
@@ -728,7 +732,7 @@ def test_an_applications_tests_may_be_rolled_back(make_app: MakeApp, dsn: str) -
         assert plain.fetch_all("select id from t") == []
 
 
-def test_run_begins_what_is_never_committed_too(dsn: str) -> None:
+def test_run_works_with_a_connection_class_that_never_commits(dsn: str) -> None:
     with Pool(dsn) as plain, Pool(dsn, connection_class=Undone, max_size=1) as pool:
         plain.execute("create table t (id int)")
         pool.run(lambda conn: conn.execute("insert into t values (1)"))
@@ -775,7 +779,7 @@ os._exit(0)
 """
 
 
-def test_without_a_file_descriptor_left_the_views_still_answer(tmp_path: Path) -> None:
+def test_the_views_answer_without_free_file_descriptors(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     expected = {
         "/db/": 200,

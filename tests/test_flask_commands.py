@@ -1,4 +1,4 @@
-"""`flask dbpool …`, and what `flask shell` finds."""
+"""The commands `flask dbpool …`, and the names in `flask shell`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def invoke(app: Flask, *arguments: str) -> tuple[int, str]:
 def test_check_tries_the_databases_of_the_application(
     make_app: MakeApp, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DATABASE_URL", "host=127.0.0.1 port=1")  # not this one
+    monkeypatch.setenv("DATABASE_URL", "host=127.0.0.1 port=1")  # must not be used
     app = make_app(dsn, DBPOOL_MAX_SIZE=3, DBPOOL_DATABASES={"replica": dsn})
     status, said = invoke(app, "check", "--json")
     databases = json.loads(said)["databases"]
@@ -46,7 +46,7 @@ def test_the_commands_connect_with_the_applications_keywords(
     assert "unknown" not in invoke(app, "plan", "--for", "0")[1]
 
 
-def test_what_is_wrong_is_the_exit_status(make_app: MakeApp) -> None:
+def test_a_failed_check_sets_the_exit_status(make_app: MakeApp) -> None:
     status, said = invoke(make_app("host=127.0.0.1 port=1"), "check")
     assert status == 1
     assert said.startswith("default: failed\n")
@@ -58,7 +58,7 @@ def test_stats_are_those_of_the_applications_directory(
     tmp_path.chmod(0o700)
     app = make_app(dsn, DBPOOL_STATS_DIR=str(tmp_path))
     assert app.test_client().get("/db/health/ready").status_code == 200
-    app.extensions["dbpool"].processes.collect()  # which publishes
+    app.extensions["dbpool"].processes.collect()  # publishes this process
     status, said = invoke(app, "stats")
     assert status == 0
     assert json.loads(said)["pools"]["default"]["counters"]["checkouts"] == 1
@@ -70,7 +70,9 @@ def test_explain_needs_no_application() -> None:
     assert result.output.startswith("DB04 Waiting for a lock\n")
 
 
-def test_all_commands_are_there_and_another_is_wrong_usage(make_app: MakeApp, dsn: str) -> None:
+def test_all_commands_exist_and_an_unknown_one_is_a_usage_error(
+    make_app: MakeApp, dsn: str
+) -> None:
     app = make_app(dsn)
     status, said = invoke(app, "--help")
     assert status == 0

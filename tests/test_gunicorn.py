@@ -1,4 +1,4 @@
-"""The hooks, under a real gunicorn, with workers of each class."""
+"""gunicorn's hooks, under a real gunicorn, with workers of each class."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from .scripts import python
 
 def test_a_thousand_requests_are_a_thousand_checkouts(make_site: Callable[..., Site]) -> None:
     site = make_site()
-    until(lambda: len(site.stats()["processes"]) == 3)  # all have started
+    until(lambda: len(site.stats()["processes"]) == 3)  # all workers have started
     with ThreadPoolExecutor(12) as threads:
         workers = Counter(threads.map(lambda _: site.get("/"), range(1000)))
     assert workers.total() == 1000
     assert len(workers) == 3
-    # Each worker publishes once a second, and the one that answers at once.
+    # Each worker publishes once a second; the one that answers publishes at once.
     until(lambda: site.stats()["pools"]["default"]["use"]["count"] == 1000)
     stats = site.stats()
     assert stats["scope"] == "all"
@@ -44,7 +44,7 @@ def test_a_thousand_requests_are_a_thousand_checkouts(make_site: Callable[..., S
     assert pool["active"] + pool["idle"] + pool["connecting"] == pool["size"]
 
     assert {process["threads"] for process in stats["processes"]} == {4}
-    assert max(process["busy"] for process in stats["processes"]) >= 1, "that which answers"
+    assert max(process["busy"] for process in stats["processes"]) >= 1, "the one that answers"
 
     killed = workers.most_common(1)[0][0]
     os.kill(int(killed), signal.SIGKILL)
@@ -56,8 +56,8 @@ def test_a_thousand_requests_are_a_thousand_checkouts(make_site: Callable[..., S
     assert site.checkouts() == 1000
 
 
-def test_pools_of_one_name_are_all_compared_with_the_server(server: Server) -> None:
-    """Every `Pool` is called `default` unless it is given a name."""
+def test_pools_of_one_name_are_added_up_against_max_connections(server: Server) -> None:
+    """A `Pool` without a name is called `default`."""
     script = f"""
         import time
         from types import SimpleNamespace
@@ -116,7 +116,7 @@ def test_the_directory_belongs_to_the_user_of_the_workers(
     assert not directory.exists()
 
 
-SIZES = {"gthread": 5, "sync": 2, "gevent": 10}  # four threads and one more, or the default
+SIZES = {"gthread": 5, "sync": 2, "gevent": 10}  # a worker's threads and one more, or the default
 RECORD = """
 def pre_fork(server, worker):
     import pathlib, sys
@@ -130,7 +130,7 @@ def pre_fork(server, worker):
 def served(
     request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Site]]:
-    """Two workers of each class in turn, for tests that do them no harm."""
+    """Two workers of each class in turn, for tests that do not harm them."""
     directory = tmp_path_factory.mktemp(request.param)
     conf = conf_of(request.param, workers=2) + RECORD.format(directory=str(directory))
     site = Site(directory, server.conninfo, more=f"loglevel = 'warning'\n{conf}")
@@ -138,13 +138,13 @@ def served(
     site.kill()
 
 
-def test_a_pool_is_sized_by_what_its_worker_serves(served: tuple[str, Site]) -> None:
+def test_a_pools_size_fits_its_workers_concurrency(served: tuple[str, Site]) -> None:
     worker_class, site = served
     size = SIZES[worker_class]
     assert site.get("/size") == str(size)
     assert site.get("/late/1") == str(size)  # a pool made after the hooks ran
     assert site.get("/late/20") == "20"
-    with ThreadPoolExecutor(8) as threads:  # each holds one connection and takes another
+    with ThreadPoolExecutor(8) as threads:  # each request holds one connection and takes another
         assert set(threads.map(lambda _: site.get("/nested"), range(16))) == {"1"}
 
 
@@ -162,7 +162,7 @@ def test_every_request_is_served_by_each_class(served: tuple[str, Site]) -> None
 def test_the_master_imports_neither_psycopg_nor_the_pool(served: tuple[str, Site]) -> None:
     _, site = served
     site.get("/")
-    site.process.send_signal(signal.SIGHUP)  # after which two more were forked
+    site.process.send_signal(signal.SIGHUP)  # forks two more workers
     path = site.directory / "modules-4"
     until(path.exists)
     modules = set(path.read_text().split())
@@ -183,10 +183,10 @@ def test_a_size_that_is_set_stays(make_site: Callable[..., Site], given: int) ->
     assert site.get("/size") == str(given)
 
 
-def test_more_connections_than_the_server_has_are_told_once_at_the_start(
+def test_more_connections_than_the_server_allows_log_one_warning_at_the_start(
     make_site: Callable[..., Site],
 ) -> None:
-    """The master says nothing itself: it must not import psycopg."""
+    """A worker logs it, as the master must not import psycopg."""
     conf = f"loglevel = 'warning'\n{conf_of('gthread', workers=3)}"
     site = make_site(more=conf, DBPOOL_MAX_SIZE="40")
     until(lambda: "more connections are configured" in site.said(), 20.0)
@@ -194,10 +194,10 @@ def test_more_connections_than_the_server_has_are_told_once_at_the_start(
     assert site.said().count(warning) == 1
     assert "3 x 40 + 1 (default) = 121, or 242 during a deploy" in site.said()
     assert "set DBPOOL_MAX_SIZE to 1" in site.said()
-    assert site.checkouts() == 0  # it is not one of the pool's connections that asks
+    assert site.checkouts() == 0  # the question uses a connection of its own
 
 
-def test_a_pool_that_was_resized_before_the_fork_stays_so(make_site: Callable[..., Site]) -> None:
+def test_a_pool_resized_before_the_fork_keeps_its_size(make_site: Callable[..., Site]) -> None:
     app = """
     with app.app_context():
         db.pool.resize(2, 17)
@@ -235,7 +235,7 @@ def test_a_query_does_not_stop_a_gevent_worker(
     assert LATE not in site.said()
 
 
-def test_an_application_may_be_preloaded_where_gevent_patched_first(
+def test_an_application_may_be_preloaded_if_gevent_patched_first(
     make_site: Callable[..., Site], held_lock: psycopg.Connection
 ) -> None:
     patch = "import gevent.monkey; gevent.monkey.patch_all()"
@@ -254,12 +254,12 @@ def test_an_application_may_be_preloaded_where_gevent_patched_first(
         pytest.param(False, "import dbpool.holders", id="part", marks=pytest.mark.slow),
     ],
 )
-def test_a_patch_that_comes_too_late_is_told_once(
+def test_gevent_patching_after_the_import_logs_one_warning(
     make_site: Callable[..., Site], preload: bool, more: str
 ) -> None:
     conf = f"loglevel = 'warning'\n{conf_of('gevent', workers=3)}\n{more}"
     site = make_site(preload=preload, more=conf)
-    until(lambda: len(site.stats()["processes"]) == 3)  # by then each has run its hooks
+    until(lambda: len(site.stats()["processes"]) == 3)  # all have run their hooks
     assert site.said().count(LATE) == 1
 
 
@@ -274,7 +274,7 @@ def marks():
 
 
 @pytest.mark.parametrize("is_watched", [False, True], ids=["HUP", "--reload"])
-def test_a_reload_is_one_of_the_whole_library(
+def test_a_reload_reloads_the_whole_library(
     make_site: Callable[..., Site], tmp_path: Path, is_watched: bool
 ) -> None:
     shutil.copytree(ROOT / "dbpool", tmp_path / "dbpool", ignore=shutil.ignore_patterns("*.pyc"))
@@ -282,7 +282,7 @@ def test_a_reload_is_one_of_the_whole_library(
         more=f"{conf_of('gthread')}\nreload = {is_watched}", app=MARKED, PYTHONPATH=str(tmp_path)
     )
     assert site.get("/marks") == "0"
-    # All files at once: a worker that starts in between would watch what it has not imported.
+    # All files at once, so that no worker starts between the changes.
     changed = shutil.copytree(tmp_path / "dbpool", tmp_path / "changed")
     for path in changed.rglob("*.py"):
         path.write_text(path.read_text() + "\nMARK = 1\n")
@@ -292,9 +292,9 @@ def test_a_reload_is_one_of_the_whole_library(
         site.process.send_signal(signal.SIGHUP)
 
     def marks() -> str:
-        with suppress(OSError):  # its worker ended meanwhile
+        with suppress(OSError):  # the worker ended meanwhile
             if (found := site.get("/marks")) == "0" and is_watched:
-                # The first look at the files may come only now: it takes them as they are.
+                # The reloader may look for the first time now, and take the new files as unchanged.
                 (tmp_path / "dbpool" / "__init__.py").touch()
             return found
         return ""
@@ -321,7 +321,9 @@ def test_a_worker_publishes_before_it_has_served(make_site: Callable[..., Site])
     assert living() >= before - {killed}
 
 
-def test_the_directory_is_private_and_goes_with_the_master(make_site: Callable[..., Site]) -> None:
+def test_the_directory_is_private_and_is_removed_with_the_master(
+    make_site: Callable[..., Site],
+) -> None:
     site = make_site()
     site.get("/")
     (directory,) = site.directories()
@@ -331,7 +333,9 @@ def test_the_directory_is_private_and_goes_with_the_master(make_site: Callable[.
     assert site.directories() == []
 
 
-def test_what_a_dead_master_left_is_swept_at_the_next_start(make_site: Callable[..., Site]) -> None:
+def test_a_dead_masters_directory_is_removed_at_the_next_start(
+    make_site: Callable[..., Site],
+) -> None:
     first = make_site()
     first.get("/")
     (left,) = first.directories()
@@ -342,5 +346,5 @@ def test_what_a_dead_master_left_is_swept_at_the_next_start(make_site: Callable[
     second.get("/")
     (made,) = second.directories()
     assert made != left
-    until(lambda: second.checkouts() >= 1)  # the others hear of it within a second
+    until(lambda: second.checkouts() >= 1)  # the other workers publish within a second
     assert second.checkouts() == 1

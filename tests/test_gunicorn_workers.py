@@ -22,7 +22,7 @@ from .gunicorn_site import Site, conf_of
 from .postgres import until
 
 CLASSES = ["gthread", "sync", "gevent"]
-# Class and requests; what takes long is the start of workers.
+# Worker class and number of requests; most of the time goes into starting workers.
 LOADS = [("gthread", 200), *(pytest.param(c, 2000, marks=pytest.mark.slow) for c in CLASSES)]
 
 MakeSite = Callable[..., Site]
@@ -58,7 +58,7 @@ def outcomes(
         return Counter(threads.map(ask, range(number)))
 
 
-# Workers that are replaced
+# Replaced workers
 
 
 @pytest.mark.parametrize(("worker_class", "number"), LOADS)
@@ -94,27 +94,27 @@ def test_requests_in_flight_are_answered_before_a_stop(
     site.process.wait(20)
 
 
-# A worker that is aborted
+# Aborted workers
 
 
-def test_an_aborted_worker_says_what_it_held_and_leaves_no_query(
+def test_an_aborted_worker_logs_its_holders_and_cancels_their_queries(
     make_site: MakeSite, dsn: str, held_lock: psycopg.Connection
 ) -> None:
     site = make_site(more=f"{conf_of('sync')}loglevel = 'error'\ntimeout = 1\n")
     with socket.create_connection(("127.0.0.1", site.port), timeout=30) as client:
         client.sendall(b"GET /lock HTTP/1.0\r\n\r\n")
-        client.recv(1)  # there is no answer, but an end
+        client.recv(1)  # the connection ends without an answer
     waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
     until(lambda: held_lock.execute(waiting).fetchone() == (0,), 10.0)
     said = site.said()
     assert "the worker is aborted; thread MainThread held a connection of pool 'default'" in said
     assert "counted.py" in said
     assert "(lock)" in said
-    assert site.get("/").isdecimal()  # another took its place
+    assert site.get("/").isdecimal()  # another worker took its place
     until(lambda: "died by SIGABRT" in site.get("/db/stats?include=journal"), 20.0)
 
 
-def test_an_error_in_it_is_not_raised_where_the_signal_came(dsn: str) -> None:
+def test_an_error_in_worker_abort_is_logged_not_raised(dsn: str) -> None:
     class Log:
         calls = 0
 
@@ -169,7 +169,7 @@ def test_dirty_workers_have_pools_of_their_own(
         "loglevel = 'info'\n"
     )
     site = make_site(more=conf, app=DIRTY_VIEW, preload=True)
-    # The others serve before these do.
+    # The ordinary workers serve before the dirty ones do.
     until(lambda: len(re.findall(r"Dirty worker \d+ listening", site.said())) == 2)
     with ThreadPoolExecutor(8) as threads:
         reports = list(threads.map(lambda _: tuple(eval(site.get("/report"))), range(60)))
@@ -177,7 +177,7 @@ def test_dirty_workers_have_pools_of_their_own(
     assert len(workers) == 2
     assert {size for _, _, size in reports} == {4}
     by_backend = {backend: pid for pid, backend, _ in reports}
-    assert all(by_backend[backend] == pid for pid, backend, _ in reports), "none is shared"
+    assert all(by_backend[backend] == pid for pid, backend, _ in reports), "a backend is shared"
     until(lambda: {each["pid"] for each in site.stats()["processes"]} >= workers)
     until(lambda: site.checkouts() == 60)
     assert site.stop() < 10
@@ -236,7 +236,7 @@ def test_hooks_combine_with_the_users_own(make_site: MakeSite, tmp_path: Path) -
     ]
 
 
-def test_ours_runs_although_the_users_own_fails_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dbpools_hook_runs_although_the_users_hook_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(hooks, "worker_exit", lambda server, worker: seen.append("ours"))
 
@@ -248,7 +248,7 @@ def test_ours_runs_although_the_users_own_fails_at_the_end(monkeypatch: pytest.M
     assert seen == ["ours"]
 
 
-def test_only_a_hook_can_be_combined() -> None:
+def test_combine_rejects_unknown_hooks() -> None:
     def post_forks(server: object, worker: object) -> None: ...
 
     with pytest.raises(ValueError, match="no hook post_forks: only child_exit, dirty_worker_init"):

@@ -1,4 +1,4 @@
-"""Health: down is told from busy, nothing hangs, and nobody's check can do harm."""
+"""Health: busy is not down, no answer hangs, and no user's check does harm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOWHERE = "host=127.0.0.1 port=1 user=u dbname=d"
 
 @pytest.fixture
 def databases(fake: FakeServer) -> Iterator[Databases]:
-    """A database without a server, for what becomes of answers."""
+    """A database on the fake server, for tests of what health does with answers."""
     settings = {"default": Settings(conninfo=fake.conninfo, max_size=1, timeout=1)}
     with Databases(settings, connection_class=fake.connection_class) as databases:
         yield databases
@@ -37,17 +37,17 @@ def databases(fake: FakeServer) -> Iterator[Databases]:
 
 @pytest.fixture
 def on_server(dsn: str) -> Iterator[Databases]:
-    """A database on PostgreSQL, for what that says of itself."""
+    """A database on PostgreSQL, for tests of facts about the server."""
     with Databases({"default": Settings(conninfo=dsn, max_size=1, timeout=1)}) as databases:
         yield databases
 
 
-def test_a_database_nobody_asked_yet_is_opened_and_up(databases: Databases) -> None:
+def test_readiness_opens_an_unused_database(databases: Databases) -> None:
     ready = Health(databases).ready()
     assert (ready.status, ready.is_ready) == ("up", True)
 
 
-def test_the_servers_are_described_in_the_words_of_stats(on_server: Databases) -> None:
+def test_servers_are_described_with_the_fields_of_stats(on_server: Databases) -> None:
     assert on_server.default.fetch_value("select 1") == 1
     found = Health(on_server).servers()["default"]
     assert found["version"].partition(".")[0].isdecimal()
@@ -57,11 +57,11 @@ def test_the_servers_are_described_in_the_words_of_stats(on_server: Databases) -
     assert abs(found["time"] - time.time()) < 5
 
 
-def test_who_looks_at_the_servers_takes_no_connection_from_others(databases: Databases) -> None:
+def test_asking_the_servers_takes_no_connection_from_callers(databases: Databases) -> None:
     health, pool = Health(databases), databases.default
     with pool.connection():
         assert health.servers() == {}
-    assert health.servers() == {}, "a fake says nothing of itself"
+    assert health.servers() == {}, "the fake server has no facts"
     assert pool.stats().counters.timeouts == 0
 
 
@@ -96,7 +96,7 @@ def test_an_open_breaker_is_down_at_once() -> None:
         assert not health.ready().is_ready
 
 
-def test_ready_says_when_the_pool_tries_next() -> None:
+def test_retry_after_is_the_pools_next_attempt() -> None:
     with Databases({"default": Settings(conninfo=NOWHERE, outage_grace=0.05)}) as databases:
         health = Health(databases)
         until(lambda: health.ready().status == "down")
@@ -111,7 +111,7 @@ def test_a_closed_pool_is_down(databases: Databases) -> None:
 
 @contextmanager
 def frozen(fake: FakeServer) -> Iterator[Databases]:
-    """Three databases that served, on a server that answers nothing any more."""
+    """Three databases that served, on a server that has stopped answering."""
     settings = {
         name: Settings(name=name, conninfo=fake.conninfo, ping_timeout=5)
         for name in ("default", "one", "two")
@@ -131,18 +131,18 @@ def threads_that_ask() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "dbpool-ask" in thread.name]
 
 
-def test_databases_that_hang_are_asked_side_by_side_within_the_bound(fake: FakeServer) -> None:
+def test_hanging_databases_are_asked_in_parallel_within_one_timeout(fake: FakeServer) -> None:
     with frozen(fake) as databases:
         health = Health(databases)
         started = monotonic()
         ready = health.ready()
-        assert monotonic() - started < 2 * TIMEOUT, "one bound, not three"
+        assert monotonic() - started < 2 * TIMEOUT, "they were asked one after the other"
         assert dict(ready.databases) == dict.fromkeys(databases, "degraded")
         until(lambda: not threads_that_ask())
         assert all(pool.stats().active == 0 for pool in databases.values())
 
 
-def test_the_detailed_view_of_databases_that_hang_comes_within_the_bound(
+def test_the_details_of_hanging_databases_come_within_the_timeout(
     fake: FakeServer,
 ) -> None:
     with frozen(fake) as databases:
@@ -156,7 +156,7 @@ def test_the_detailed_view_of_databases_that_hang_comes_within_the_bound(
         until(lambda: not threads_that_ask())
 
 
-def test_who_asks_at_the_same_time_shares_the_answer(databases: Databases) -> None:
+def test_concurrent_requests_share_one_answer(databases: Databases) -> None:
     health = Health(databases)
     asking: list[int] = []
     calls: list[int] = []
@@ -177,7 +177,7 @@ def test_who_asks_at_the_same_time_shares_the_answer(databases: Databases) -> No
     assert 1 <= len(calls) <= 8
 
 
-def test_proof_of_life_is_passive_where_it_can_be(databases: Databases) -> None:
+def test_readiness_runs_no_query_after_a_recent_healthy_return(databases: Databases) -> None:
     databases.default.fetch_value("select 1")
     health = Health(databases)
     for _ in range(5):
@@ -188,7 +188,7 @@ def test_proof_of_life_is_passive_where_it_can_be(databases: Databases) -> None:
     assert databases.default.stats().counters.checkouts == 2
 
 
-def test_readiness_asks_through_the_pool_there_is(databases: Databases) -> None:
+def test_readiness_asks_through_the_existing_pool(databases: Databases) -> None:
     databases.default.fetch_value("select 1")
     before = databases.default.stats().counters.connects
     databases.default.breaker.last_alive_at -= 60.0
@@ -196,13 +196,13 @@ def test_readiness_asks_through_the_pool_there_is(databases: Databases) -> None:
     assert databases.default.stats().counters.connects == before == 1
 
 
-def test_required_must_exist(databases: Databases) -> None:
+def test_required_databases_must_exist(databases: Databases) -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         Health(databases, ["nowhere"])
 
 
 @pytest.mark.parametrize(("required", "status"), [(True, "down"), (False, "degraded")])
-def test_a_failing_check_counts_by_its_weight(
+def test_a_failing_check_is_down_if_required_else_degraded(
     databases: Databases, required: bool, status: str
 ) -> None:
     health = Health(databases)
@@ -220,7 +220,7 @@ def test_a_passing_check_is_up(databases: Databases, answer: bool | None) -> Non
     }  # fmt: skip
 
 
-def test_a_check_that_raises_or_talks_nonsense_is_contained_and_logged_once(
+def test_a_check_that_raises_or_returns_nonsense_is_down_and_logged_once(
     databases: Databases, caplog: pytest.LogCaptureFixture
 ) -> None:
     health = Health(databases)
@@ -233,7 +233,7 @@ def test_a_check_that_raises_or_talks_nonsense_is_contained_and_logged_once(
     assert len([r for r in caplog.records if "ZeroDivisionError" in r.message]) == 1
 
 
-def test_a_check_that_hangs_is_given_up_and_not_started_twice(databases: Databases) -> None:
+def test_a_check_that_hangs_times_out_and_is_not_started_twice(databases: Databases) -> None:
     health = Health(databases)
     release = threading.Event()
     calls: list[int] = []
@@ -253,7 +253,7 @@ def test_a_check_that_hangs_is_given_up_and_not_started_twice(databases: Databas
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
-def test_a_check_that_wants_the_process_to_end_is_contained(
+def test_a_check_that_raises_system_exit_is_down(
     databases: Databases, error: BaseException
 ) -> None:
     health = Health(databases)
@@ -265,7 +265,7 @@ def test_a_check_that_wants_the_process_to_end_is_contained(
     assert health.ready().to_json()["checks"] == {"rude": "down"}
 
 
-def test_an_error_without_a_text_is_contained(databases: Databases) -> None:
+def test_a_check_whose_error_has_no_text_is_down(databases: Databases) -> None:
     class Unspeakable(Exception):
         def __str__(self) -> str:
             raise RuntimeError("no")
@@ -278,7 +278,7 @@ def test_an_error_without_a_text_is_contained(databases: Databases) -> None:
     assert dict(health.ready().checks) == {"odd": "down"}
 
 
-def test_a_failure_is_logged_again_after_it_was_well(
+def test_a_checks_failure_is_logged_again_after_a_success(
     databases: Databases, caplog: pytest.LogCaptureFixture
 ) -> None:
     health = Health(databases)
@@ -295,7 +295,7 @@ def test_a_failure_is_logged_again_after_it_was_well(
     assert logged == ["one", "three"]
 
 
-def test_the_detailed_view_names_what_a_check_raised_and_hides_its_text(
+def test_details_show_the_class_of_a_checks_error_and_not_its_text(
     databases: Databases,
 ) -> None:
     health = Health(databases)
@@ -314,7 +314,7 @@ def test_the_detailed_view_names_what_a_check_raised_and_hides_its_text(
     assert "hunter2" not in str(detail)
 
 
-def test_names_are_unique(databases: Databases) -> None:
+def test_names_of_checks_are_unique(databases: Databases) -> None:
     health = Health(databases)
     health.add("redis", lambda: True)
     for name in ("default", "redis"):
@@ -323,12 +323,12 @@ def test_names_are_unique(databases: Databases) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan"), None, "soon", "0s"])
-def test_a_check_needs_a_bound(databases: Databases, timeout: Any) -> None:
+def test_a_check_needs_a_finite_timeout(databases: Databases, timeout: Any) -> None:
     with pytest.raises(ConfigError, match="timeout"):
         Health(databases).add("redis", lambda: True, timeout=timeout)
 
 
-def test_a_check_can_be_called(databases: Databases) -> None:
+def test_a_check_must_be_callable(databases: Databases) -> None:
     check: Any = "redis"
     with pytest.raises(ConfigError, match="call"):
         Health(databases).add("redis", check)
@@ -362,7 +362,7 @@ def test_facts_count_connections_that_are_hidden_from_the_role(server: Server, d
         server.execute("drop role lowly")
 
 
-def test_facts_that_cannot_be_had_are_missing_and_logged_once(
+def test_unavailable_facts_are_missing_and_logged_once(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.execute("create role blind login password 'blind'")
@@ -386,7 +386,7 @@ def test_facts_that_cannot_be_had_are_missing_and_logged_once(
     assert len([r for r in caplog.records if "server info 'default'" in r.message]) == 1
 
 
-def test_facts_of_a_standby_tell_its_lag(own_server: Server) -> None:
+def test_facts_of_a_standby_include_its_lag(own_server: Server) -> None:
     with (own_server.data / "pg_hba.conf").open("a") as hba:
         hba.write("host replication postgres 127.0.0.1/32 trust\n")
     own_server.stop()
@@ -420,7 +420,7 @@ def test_facts_of_a_standby_tell_its_lag(own_server: Server) -> None:
         standby.close()
 
 
-def test_liveness_asks_nobody(databases: Databases) -> None:
+def test_liveness_asks_no_database(databases: Databases) -> None:
     assert Health(databases).live() == {"status": "up"}
     assert databases.default.closed
 
@@ -440,10 +440,10 @@ def test_readiness_in_a_forked_child_does_not_wait_for_the_parents_threads(
     assert dict(health.ready().checks) == {"slow": "down"}
     assert hanging.wait(10)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the fork of threads is the subject
+        warnings.simplefilter("ignore", DeprecationWarning)  # the test forks a process with threads
         pid = os.fork()
     if pid == 0:
-        release.set()  # the parent's thread, which still waits, does not exist here
+        release.set()  # the parent's waiting thread does not exist in the child
         health._checks["slow"] = replace(health._checks["slow"], timeout=10.0)
         try:
             well = dict(health.ready().checks) == {"slow": "up"}

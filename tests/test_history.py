@@ -1,4 +1,4 @@
-"""Fifteen minutes of history: steps that merge, a clock that jumps, rows that are damaged, sizes."""
+"""Fifteen minutes of history: merged steps, clock jumps, damaged rows, and bounded sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOW = 5000.0
 
 
 class Pool:
-    """A pool's numbers, to be changed at will."""
+    """Stands in for a pool; the tests change its numbers."""
 
     def __init__(self) -> None:
         self.metrics = Metrics()
@@ -72,7 +72,7 @@ def test_a_step_holds_what_happened_in_its_five_seconds() -> None:
     assert step.use.seconds == pytest.approx(0.06)
 
 
-def test_what_a_new_worker_connects_is_no_churn() -> None:
+def test_the_first_connects_of_a_new_worker_are_not_counted_as_churn() -> None:
     pool, recorder = Pool(), Recorder(started=NOW - 10)
     recorder.sample(pool.stats(), NOW)
     pool.metrics.connects += 4
@@ -82,14 +82,14 @@ def test_what_a_new_worker_connects_is_no_churn() -> None:
 
 
 @pytest.mark.parametrize("jump", [3600.0, -3600.0, 2 * STEP, -3 * STEP])
-def test_a_clock_that_jumps_leaves_a_gap_and_makes_nothing_up(jump: float) -> None:
+def test_a_clock_jump_leaves_a_gap_and_invents_no_counts(jump: float) -> None:
     pool, recorder, history = Pool(), Recorder(), History()
     for second in range(20):
         pool.use(1)
         if ended := recorder.sample(pool.stats(), NOW + second):
             history.add(*ended)
     assert sum(step.checkouts for step in history.steps.values()) == 15
-    pool.use(1000)  # in a time that nobody saw
+    pool.use(1000)  # during the jump
     for second in range(20):
         pool.use(1)
         if ended := recorder.sample(pool.stats(), NOW + 20 + jump + second):
@@ -98,7 +98,7 @@ def test_a_clock_that_jumps_leaves_a_gap_and_makes_nothing_up(jump: float) -> No
     assert len(history.steps) <= STEPS
 
 
-def test_counters_that_begin_anew_count_from_zero() -> None:
+def test_counters_that_restart_count_from_zero() -> None:
     pool, recorder = Pool(), Recorder()
     pool.use(100)
     recorder.sample(pool.stats(), NOW)
@@ -198,7 +198,7 @@ def test_its_series_are_of_one_length_and_small() -> None:
 
 
 @pytest.mark.parametrize("pools", [1, 2, 3, 16])
-def test_a_file_is_below_its_bound_whatever_the_number_of_pools(pools: int) -> None:
+def test_a_files_size_is_bounded_for_any_number_of_pools(pools: int) -> None:
     assert Layout(pools, STEPS).size <= LARGEST < 64 * 1024
     assert Layout(2, STEPS).ring == STEPS
     assert ROW * pools / STEP < 1024  # bytes a second
@@ -219,14 +219,14 @@ def file_of(history: History, names: tuple[str, ...] = ("default",)) -> bytes:
     return bytes(data)
 
 
-def test_names_are_bounded_in_number_and_length() -> None:
+def test_the_number_and_length_of_names_are_bounded() -> None:
     names = known_names([f"{'x' * 30}{n}" * 3 for n in range(100)])
     assert len(names) <= 16
     assert len(header(names, STEPS)) == HEADER
     assert decode(header(names, STEPS))[0]["pools"] == names
 
 
-def test_a_file_gives_back_what_was_written() -> None:
+def test_a_file_is_read_as_it_was_written() -> None:
     history = full_history()
     known, pools = decode(file_of(history, ("default", "replica")))
     assert known == {"pools": ["default", "replica"], "rows": STEPS, "pid": 7}
@@ -239,7 +239,7 @@ def test_a_file_gives_back_what_was_written() -> None:
             assert read.wait.seconds == pytest.approx(step.wait.seconds, rel=1e-6)
 
 
-def test_counts_that_are_too_large_keep_their_percentiles() -> None:
+def test_counts_too_large_for_a_row_keep_their_percentiles() -> None:
     counts = (5_000_000, 0, 100_000, *[0] * 9)
     row = History({1000: Step(wait=Buckets(counts, 1e12), retries=10**9, checkouts=10**12)})
     step = decode(file_of(row))[1]["default"].steps[1000]
@@ -265,12 +265,12 @@ def test_damaged_rows_are_gaps_and_break_nothing(data: st.DataObject) -> None:
 
 
 @given(st.binary(max_size=2000))
-def test_what_is_no_history_is_refused(data: bytes) -> None:
+def test_malformed_histories_are_rejected(data: bytes) -> None:
     with pytest.raises(ValueError, match="history"):
         decode(data)
 
 
-def test_steps_of_before_the_system_started_are_left_out() -> None:
+def test_steps_before_the_systems_start_are_left_out() -> None:
     history = full_history()
     assert history.around(NOW) == history
     assert history.around(60.0) == History()
@@ -292,7 +292,7 @@ def report(pool: dict[str, object], workers: dict[int, float] | None = None) -> 
     return {"pools": {"default": pool}, "processes": processes}
 
 
-def test_an_outage_is_two_lines_with_its_cause_and_its_length() -> None:
+def test_an_outage_is_two_lines_with_cause_and_duration() -> None:
     reporter, lines = Reporter(), []
     down = state(
         state="down", breaker={"state": "open", "since": 98.0, "last_error": "connection refused"}
@@ -305,7 +305,7 @@ def test_an_outage_is_two_lines_with_its_cause_and_its_length() -> None:
     ]
 
 
-def test_full_forgotten_resized_and_an_outage_between_two_looks_are_lines() -> None:
+def test_full_leaked_resized_and_a_short_outage_are_lines() -> None:
     reporter = Reporter()
     reporter.look(report(state()), 100.0)
     full = state(active=4, waiting=3)
@@ -358,7 +358,7 @@ def test_lines_are_short_printable_and_without_secrets() -> None:
 
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=5) | st.floats(),
                     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=9), x)))  # fmt: skip
-def test_whatever_is_read_as_a_journal_breaks_nothing(data: object) -> None:
+def test_a_malformed_journal_breaks_nothing(data: object) -> None:
     json.dumps(Journal.from_json(data).to_json())
     Reporter().look({"pools": data, "processes": data}, 1.0)
 
@@ -371,4 +371,4 @@ def test_the_last_minute_has_its_own_percentiles() -> None:
         assert times["count"]
         assert 0.0 < low <= middle <= high
     nothing = {"count": 0, "p50": None, "p95": None, "p99": None}
-    assert full_history().minute(NOW + 65)["use"] == nothing, "what is older does not count"
+    assert full_history().minute(NOW + 65)["use"] == nothing, "older durations were counted"

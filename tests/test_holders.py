@@ -1,4 +1,4 @@
-"""Who holds a connection: which line of code is named, and what was forgotten or held too long."""
+"""Holders: the line of code that is named, forgotten connections, and long holds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load(path: Path, source: str) -> types.ModuleType:
-    """A module whose code says that it lives in *path*."""
+    """A module compiled under the file name *path*."""
     module = types.ModuleType(path.stem)
     exec(compile(textwrap.dedent(source), str(path), "exec"), module.__dict__)
     return module
@@ -37,7 +37,7 @@ def load(path: Path, source: str) -> types.ModuleType:
 
 @pytest.fixture
 def library(tmp_path: Path) -> types.ModuleType:
-    """A package that is installed and calls the pool, as SQLAlchemy does."""
+    """An installed package that calls the pool, as SQLAlchemy does."""
     return load(
         tmp_path / "site-packages" / "orm" / "base.py",
         """
@@ -84,18 +84,18 @@ def test_an_installed_application_is_named_behind_sqlalchemy(
 
 
 @pytest.mark.parametrize("names", [{}, {"__name__": "orm", "__file__": "/x/site-packages/orm.py"}])
-def test_generated_code_is_the_line_of_nobody(fake: FakeServer, names: dict[str, str]) -> None:
-    """Libraries make code of their own, as SQLAlchemy and attrs do."""
+def test_generated_code_is_never_named(fake: FakeServer, names: dict[str, str]) -> None:
+    """Libraries such as SQLAlchemy and attrs generate code."""
     scope: dict[str, Any] = dict(names)
     exec(compile("def call(fn): return fn()", "<orm generated call>", "exec"), scope)
     with fake.pool() as pool:
         conn = scope["call"](pool.getconn)
         (holder,) = pool.holders()
         pool.putconn(conn)
-    assert holder.where.endswith("test_generated_code_is_the_line_of_nobody")
+    assert holder.where.endswith("test_generated_code_is_never_named")
 
 
-def test_a_script_that_has_no_file_is_named() -> None:
+def test_a_script_without_a_file_is_named() -> None:
     source = """
 from tests.fake import FakeServer
 def lend():
@@ -107,14 +107,14 @@ lend()
     assert done.stdout.strip() == "<string>:4 lend"
 
 
-def test_a_line_is_named_behind_the_standard_library_too(fake: FakeServer) -> None:
+def test_the_line_that_called_the_standard_library_is_named(fake: FakeServer) -> None:
     with fake.pool() as pool, ExitStack() as stack:
         stack.enter_context(pool.connection())
         (holder,) = pool.holders()
-    assert holder.where.endswith("test_a_line_is_named_behind_the_standard_library_too")
+    assert holder.where.endswith("test_the_line_that_called_the_standard_library_is_named")
 
 
-def test_an_application_that_is_installed_is_named_by_its_own_call(
+def test_an_installed_application_is_named_at_its_own_call(
     fake: FakeServer, tmp_path: Path
 ) -> None:
     app = load(
@@ -127,7 +127,7 @@ def test_an_application_that_is_installed_is_named_by_its_own_call(
     )
     held: list[Any] = []
     with fake.pool() as pool:
-        # From a thread, so that no frame of these tests is below it.
+        # In a thread, so that no frame of these tests is on the stack.
         thread = threading.Thread(target=app.view, args=(pool, held))
         thread.start()
         thread.join(10)
@@ -149,8 +149,8 @@ def test_an_application_that_is_installed_is_named_by_its_own_call(
         "_thread.start_new_thread(pool.connection().__enter__, ())",
     ],
 )
-def test_no_python_code_needs_to_be_the_caller(dsn: str, script: str) -> None:
-    """Called from C there is no frame to name."""
+def test_a_checkout_without_a_python_caller_works(dsn: str, script: str) -> None:
+    """A call from C has no frame to name."""
     source = f"""
 import _thread, atexit, sys, time
 from functools import partial
@@ -183,7 +183,7 @@ while "_thread.start" in {script!r} and time.monotonic() < deadline:
     assert done.returncode == 0
 
 
-def test_a_thread_that_runs_a_method_of_the_pool_is_a_holder_like_any(fake: FakeServer) -> None:
+def test_a_thread_that_runs_a_method_of_the_pool_is_a_holder(fake: FakeServer) -> None:
     with fake.pool() as pool, ThreadPoolExecutor(1) as threads:
         conn = threads.submit(functools.partial(pool.getconn, timeout=5)).result()
         (holder,) = pool.holders()
@@ -191,8 +191,8 @@ def test_a_thread_that_runs_a_method_of_the_pool_is_a_holder_like_any(fake: Fake
     assert "thread.py:" in holder.where
 
 
-def test_who_calls_the_pool_directly_pays_for_no_walk(fake: FakeServer) -> None:
-    """The same calls for ten frames as for two."""
+def test_a_direct_caller_causes_no_walk_of_the_stack(fake: FakeServer) -> None:
+    """A deep stack makes no more calls than a shallow one."""
 
     def lend(pool: Pool[Any], depth: int) -> None:
         if depth:
@@ -208,14 +208,14 @@ def test_who_calls_the_pool_directly_pays_for_no_walk(fake: FakeServer) -> None:
     assert deep["c_call"] == shallow["c_call"]
 
 
-# Forgotten, or held for too long
+# Forgotten connections and long holds
 
 
 def forget(pool: Pool[Any]) -> None:
     pool.getconn()
 
 
-def test_a_leak_is_a_connection_that_was_forgotten(fake: FakeServer) -> None:
+def test_a_forgotten_connection_is_a_leak(fake: FakeServer) -> None:
     heard: list[Any] = []
     with fake.pool(max_size=5, leak_after=0.2, listeners=[heard.append]) as pool:
         for _ in range(5):
@@ -231,7 +231,7 @@ def test_a_leak_is_a_connection_that_was_forgotten(fake: FakeServer) -> None:
     assert sum(isinstance(event, Discarded) for event in heard) == 5
 
 
-def test_of_many_forgotten_at_once_each_is_an_event(fake: FakeServer) -> None:
+def test_many_connections_forgotten_at_once_send_an_event_each(fake: FakeServer) -> None:
     heard: list[Any] = []
     with fake.pool(max_size=30, listeners=[heard.append]) as pool:
         kept = [pool.getconn() for _ in range(30)]
@@ -243,7 +243,7 @@ def test_of_many_forgotten_at_once_each_is_an_event(fake: FakeServer) -> None:
         until(lambda: sum(isinstance(event, Leaked) for event in heard) == 55)
 
 
-def test_what_is_taken_back_was_forgotten_too(fake: FakeServer) -> None:
+def test_a_connection_that_is_taken_back_is_a_leak(fake: FakeServer) -> None:
     heard: list[Any] = []
     with fake.pool(listeners=[heard.append]) as pool:
         conn = pool.getconn()
@@ -254,7 +254,7 @@ def test_what_is_taken_back_was_forgotten_too(fake: FakeServer) -> None:
     assert leaked.holder == holder
 
 
-def test_what_is_held_long_is_no_leak_and_pairs_with_its_late_return(fake: FakeServer) -> None:
+def test_a_long_hold_is_no_leak_and_has_a_late_return(fake: FakeServer) -> None:
     heard: list[Any] = []
     with fake.pool(max_size=8, leak_after=0.1, listeners=[heard.append]) as pool:
         held = [pool.getconn() for _ in range(8)]
@@ -270,7 +270,7 @@ def test_what_is_held_long_is_no_leak_and_pairs_with_its_late_return(fake: FakeS
     assert not any(isinstance(event, Leaked) for event in heard)
 
 
-def test_connections_held_long_by_one_line_are_one_line_of_the_log(
+def test_long_holds_by_one_line_of_code_log_one_line(
     fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     done = threading.Event()
@@ -291,16 +291,16 @@ def test_connections_held_long_by_one_line_are_one_line_of_the_log(
         for holder in holders:
             holder.result()
     held = [text for text in caplog.messages if "been held" in text]
-    assert len(held) == 1, "one line, however many"
+    assert len(held) == 1, "more than one line"
     assert "\n" not in held[0]
-    assert "threading.py" not in held[0], "the frames of the application alone"
+    assert "threading.py" not in held[0], "it shows frames of the standard library"
     assert "hold" in held[0]
     late = [text for text in caplog.messages if "came back after" in text]
     assert len(late) == 1
     assert any("8 connections returned late, from" in text for text in caplog.messages)
 
 
-def test_the_metrics_tell_both(fake: FakeServer) -> None:
+def test_the_metrics_have_leaks_and_long_holds(fake: FakeServer) -> None:
     from dbpool.prometheus import expose
 
     with fake.pool(leak_after=0.1) as pool:
@@ -312,7 +312,7 @@ def test_the_metrics_tell_both(fake: FakeServer) -> None:
     assert 'dbpool_leaks_total{pool_name="default"} 0.0' in text.decode()
 
 
-def test_a_holder_says_its_session_its_process_and_what_it_does(dsn: str) -> None:
+def test_a_holder_has_its_backend_pid_and_transaction_status(dsn: str) -> None:
     with Pool(dsn, max_size=2) as pool:
         with pool.connection() as conn:
             (holder,) = pool.holders()
@@ -330,7 +330,7 @@ def test_a_holder_says_its_session_its_process_and_what_it_does(dsn: str) -> Non
             assert (pool.holders()[0].pid, pool.holders()[0].status) == (None, "unknown")
 
 
-def test_a_holder_that_waits_for_a_second_connection_is_told_from_one_that_works(dsn: str) -> None:
+def test_a_holder_that_waits_for_a_second_connection_is_marked(dsn: str) -> None:
     with Pool(dsn, max_size=2, timeout=20) as pool, ThreadPoolExecutor(1) as other:
 
         def nest() -> None:
@@ -344,9 +344,9 @@ def test_a_holder_that_waits_for_a_second_connection_is_told_from_one_that_works
         nesting.result(10)
 
 
-def test_a_frame_that_is_at_no_instruction_is_named_by_where_its_code_begins() -> None:
-    """A compiler such as Nuitka makes such frames."""
-    code = test_a_frame_that_is_at_no_instruction_is_named_by_where_its_code_begins.__code__
+def test_a_frame_without_an_instruction_is_named_by_its_first_line() -> None:
+    """Compilers such as Nuitka make such frames."""
+    code = test_a_frame_without_an_instruction_is_named_by_its_first_line.__code__
     assert holders.where(code, -1).partition(":")[2].split() == [
         str(code.co_firstlineno), code.co_name
     ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""A guard on the hot path that no clock can upset: calls are counted, not timed.
+"""Guards the hot path by counting its calls, which does not depend on the machine's speed.
 
-How long a checkout takes is measured in `bench/`. What makes it slow first shows as calls.
+`bench/` measures how long a checkout takes. Most slowdowns first show as more calls.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_a_query_calls_less_than_the_parents(pool: Pool, parent: ConnectionPool)
 
 
 def test_a_checkout_calls_no_more_than_it_did(pool: Pool) -> None:
-    """Raise these only for something that is worth what it costs every checkout."""
+    """Raise these numbers only for something that is worth its cost in every checkout."""
     ours = calls_of(lambda: lend(pool))
     assert ours["call"] <= 11
     assert ours["c_call"] <= 15
@@ -91,7 +91,7 @@ def test_the_cost_of_a_checkout_does_not_grow_with_the_pool(dsn: str) -> None:
     assert cost(32) == cost(2)
 
 
-def test_a_wait_and_a_connect_can_be_traced_and_nothing_else_is(fake: FakeServer) -> None:
+def test_only_waits_and_connects_are_traced(fake: FakeServer) -> None:
     with fake.pool(max_size=1) as pool:
         traced = []
 

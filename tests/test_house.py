@@ -1,4 +1,4 @@
-"""The house: floors, sizes, and who may import what."""
+"""The layout of the code: floors, sizes, and allowed imports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dbpool.pool._store import Store
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dbpool"
 
-# A folder is listed as one name, or file by file: then its own name stands for its `__init__`.
+# A folder is listed as one name, or file by file; then its own name means its `__init__`.
 FLOORS = {
     0: ["_threads", "_secrets", "metrics", "errors", "liveness", "events"],
     1: [
@@ -81,7 +81,7 @@ FLOORS = {
         "__main__",
     ],
 }
-# Tools, each with the one folder or module that may import it.
+# Tools, each with the only folder or module that may import it.
 TOOLS = {
     "flask": "flask",
     "gunicorn": "gunicorn",
@@ -91,14 +91,14 @@ TOOLS = {
     "pytest": "testing",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
-# A floor's private modules come before those that are made of them.
+# On a floor, modules come before those that import them.
 RANK = {name: rank for rank, name in enumerate(name for names in FLOORS.values() for name in names)}
 FILES = sorted(PACKAGE.rglob("*.py"))
 FILES_OF_POOL = sorted((PACKAGE / "pool").glob("_[a-z]*.py"))
 
 
 def listed(dotted: str) -> str:
-    """The entry of FLOORS that a module or a name in it belongs to: the longest that fits."""
+    """The entry of FLOORS for a module or a name in it: the longest that matches."""
     parts = dotted.split(".")
     found = (".".join(parts[:size]) for size in range(len(parts), 0, -1))
     return next((name for name in found if name in FLOOR_OF), parts[0])
@@ -109,7 +109,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules that *path* imports, those for the type checker alone left out."""
+    """The modules that *path* imports, except those for the type checker only."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -118,7 +118,7 @@ def imports(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # What is imported may be a module of it.
+            # The imported name may be a submodule.
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -127,7 +127,7 @@ CORE = [path for path in FILES if FLOOR_OF.get(module_of(path), 9) <= 2]
 
 @cache
 def code_lines(path: Path) -> frozenset[int]:
-    """The numbers of the lines of code: no blank ones, comments or docstrings."""
+    """The numbers of the lines of code, without blank lines, comments and docstrings."""
     source = path.read_text()
     lines: set[int] = set()
     previous = tokenize.NEWLINE
@@ -179,7 +179,7 @@ def test_one_class_stands_between_the_parent_and_the_pool() -> None:
 
 
 def test_the_store_alone_takes_its_lock() -> None:
-    """But for the two hot lines, in `Pool._acquire` and `Pool._release`."""
+    """The two exceptions are the hot lines in `Pool._acquire` and `Pool._release`."""
     found: Counter[str] = Counter()
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -196,7 +196,7 @@ def test_the_store_alone_takes_its_lock() -> None:
 
 
 def test_functions_are_short() -> None:
-    """Of the pool's, half have at most five lines of code, nine of ten at most twenty."""
+    """In the core the median is at most five lines of code, and the 90th percentile at most 20."""
     sizes = sorted(
         len(code_lines(path).intersection(range(node.lineno, (node.end_lineno or 0) + 1)))
         for path in CORE
@@ -222,7 +222,7 @@ def test_the_type_information_ships() -> None:
     assert (PACKAGE / "py.typed").exists()
 
 
-def test_what_is_public_is_there_in_order_and_says_so() -> None:
+def test_public_names_are_sorted_and_show_their_public_path() -> None:
     assert dbpool.__all__ == sorted(dbpool.__all__)
     for name in dbpool.__all__:
         found = getattr(dbpool, name)
@@ -231,7 +231,7 @@ def test_what_is_public_is_there_in_order_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_every_module_says_what_lives_in_it(path: Path) -> None:
+def test_every_module_has_a_docstring(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring
     assert len(docstring.splitlines()[0]) <= 99

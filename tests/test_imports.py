@@ -1,4 +1,4 @@
-"""What importing dbpool brings, and when: names come on first use."""
+"""Importing dbpool is cheap: its names are imported on first use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ERRORS = [
 
 
 def fresh(script: str) -> str:
-    """Run a script in a process of its own; return what it said."""
+    """Run a script in a new process; return its output."""
     done = python("-W", "error", "-c", script)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -34,11 +34,11 @@ LOADED = (
 
 
 @pytest.mark.parametrize("statement", ["import dbpool", "dbpool.__version__; dir(dbpool)"])
-def test_importing_dbpool_imports_nothing_of_it(statement: str) -> None:
+def test_importing_dbpool_imports_none_of_its_modules(statement: str) -> None:
     assert fresh(f"import dbpool; {statement}; {LOADED}") == "['dbpool']"
 
 
-def test_importing_the_hooks_brings_the_standard_library_alone() -> None:
+def test_importing_the_hooks_imports_only_the_standard_library() -> None:
     script = f"""
 import sys
 before = set(sys.modules)
@@ -54,7 +54,7 @@ print(sorted(tops - sys.stdlib_module_names))
     ]
 
 
-def test_an_error_brings_no_pool() -> None:
+def test_importing_an_error_does_not_import_the_pool() -> None:
     assert (
         fresh("import dbpool, sys; dbpool.ConfigError; print('dbpool.pool' in sys.modules)")
         == "False"
@@ -71,27 +71,27 @@ for name in {names}:
 """
 
 
-def test_each_public_name_can_be_the_first() -> None:
+def test_each_public_name_can_be_imported_first() -> None:
     assert fresh(FIRST.format(names=dbpool.__all__)).split() == dbpool.__all__
 
 
-def test_each_module_is_an_attribute() -> None:
+def test_each_public_module_is_an_attribute() -> None:
     said = fresh(FIRST.format(names=MODULES)).split()
     assert said == [f"dbpool.{name}" for name in MODULES]
 
 
-def test_a_star_brings_all_public_names() -> None:
+def test_a_star_import_brings_all_public_names() -> None:
     script = "import dbpool\nfrom dbpool import *\nprint({*dbpool.__all__} - {*globals()})"
     assert fresh(script) == "set()"
 
 
-def test_all_names_are_listed_before_their_first_use() -> None:
+def test_dir_lists_all_names_before_their_first_use() -> None:
     names = {*dbpool.__all__, *MODULES, "__version__"}
     assert fresh(f"import dbpool; print({names} - {{*dir(dbpool)}})") == "set()"
 
 
 @pytest.mark.parametrize("name", ["Poool", "no_such_module", "flask", "_no_such", "__wrapped__"])
-def test_another_name_is_an_attribute_error(name: str) -> None:
+def test_an_unknown_name_is_an_attribute_error(name: str) -> None:
     script = f"""
 import dbpool
 assert not hasattr(dbpool, {name!r})
@@ -108,7 +108,7 @@ def test_a_misspelt_name_cannot_be_imported() -> None:
         exec("from dbpool import Poool")
 
 
-def test_an_error_is_unpickled_where_nothing_is_imported_yet() -> None:
+def test_an_error_can_be_unpickled_before_dbpool_is_imported() -> None:
     pickles = [pickle.dumps(getattr(dbpool, name)("why")) for name in ERRORS]
     script = f"""
 import pickle, sys
@@ -121,7 +121,7 @@ for data in {pickles}:
     assert fresh(script).splitlines() == [f"{name} why" for name in ERRORS]
 
 
-def test_a_name_may_first_be_used_by_many_threads_at_once() -> None:
+def test_many_threads_may_use_a_name_first_at_once() -> None:
     script = """
 import dbpool, sys, threading
 sys.setswitchinterval(1e-6)
@@ -143,6 +143,6 @@ print(len(found))
     assert fresh(script) == "16"
 
 
-def test_events_bring_no_module_that_only_a_wrong_listener_needs() -> None:
+def test_importing_events_imports_no_module_for_error_messages() -> None:
     script = "import dbpool.events, sys; print({'difflib'} & {*sys.modules})"
     assert fresh(script) == "set()"

@@ -1,4 +1,4 @@
-"""What cannot be a listener is an error where it is given, not silence where it is needed."""
+"""An invalid listener is an error when it is passed, not silence when an event is sent."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ WRONG: list[Any] = [
 
 
 @pytest.mark.parametrize("listeners", WRONG)
-def test_what_cannot_hear_is_refused(listeners: Any) -> None:
+def test_invalid_listeners_are_rejected(listeners: Any) -> None:
     with pytest.raises(ConfigError, match="listener"):
         Pool("host=nowhere", listeners=listeners)
     with pytest.raises(ConfigError, match="listener"):
@@ -110,7 +110,7 @@ def test_what_cannot_hear_is_refused(listeners: Any) -> None:
         DBPool(listeners=listeners)
 
 
-def test_the_message_says_what_to_write_and_shows_no_value() -> None:
+def test_the_error_shows_the_correction_and_no_value() -> None:
     with pytest.raises(
         ConfigError, match=r"listener Alarm is a class: pass an instance, Alarm\(\)"
     ):
@@ -162,12 +162,12 @@ class Overridden(Listener):
         LoggingListener(), functools.partial(print, "event"), lambda *args: None, Counting().opened,
     ],
 )  # fmt: skip
-def test_what_can_hear_is_taken(listener: Any) -> None:
+def test_valid_listeners_are_accepted(listener: Any) -> None:
     Pool("host=nowhere", listeners=[listener]).close()
     Pool("host=nowhere", listeners=iter([listener])).close()
 
 
-def test_every_event_can_be_heard_by_its_name(fake: FakeServer) -> None:
+def test_every_event_has_a_listener_method(fake: FakeServer) -> None:
     kinds = [
         kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)
     ]
@@ -177,7 +177,7 @@ def test_every_event_can_be_heard_by_its_name(fake: FakeServer) -> None:
         fake.pool(listeners=[cls()]).close()
 
 
-def test_a_listener_that_passed_hears(fake: FakeServer) -> None:
+def test_an_accepted_listener_gets_events(fake: FakeServer) -> None:
     listener = Counting()
     with fake.pool(listeners=[listener]):
         until(lambda: listener.heard == 1)

@@ -1,4 +1,4 @@
-"""Waiting for sockets, where the system has `poll` and where it has not."""
+"""Waiting for sockets, on systems with and without `poll`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def test_what_was_said_can_be_read_and_so_can_the_end(
+def test_a_socket_with_data_or_closed_by_its_peer_is_readable(
     system: str, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     ours, theirs = pair
@@ -41,7 +41,7 @@ def test_what_was_said_can_be_read_and_so_can_the_end(
     assert readable(0)
 
 
-def test_a_socket_that_takes_more_can_be_written_to(
+def test_a_socket_with_room_in_its_buffer_is_writable(
     system: str, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     ours, _ = pair
@@ -54,7 +54,7 @@ def test_a_socket_that_takes_more_can_be_written_to(
     assert not writable(0)
 
 
-def test_who_hung_up_is_found_among_many_where_there_is_poll(
+def test_closed_by_peer_finds_closed_sockets_only_with_poll(
     system: str, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     ours, theirs = pair

@@ -1,4 +1,4 @@
-"""The lock files: complete, pinned, hashed, of one mind, and obeyed."""
+"""The lock files are complete, pinned, hashed and consistent, and pip obeys them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def pins(path: str) -> dict[str, tuple[str, list[str]]]:
 
 
 def bounds(*groups: str, package: bool = True) -> list[Requirement]:
-    """What pyproject.toml asks for: the package with its extras, and these groups."""
+    """The requirements in pyproject.toml: the package with its extras, and these groups."""
     wanted: list[Any] = []
     if package:
         wanted += PROJECT["project"]["dependencies"]
@@ -70,7 +70,7 @@ def test_every_package_is_pinned_and_hashed(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_the_header_says_how_it_is_made_and_no_index_is_named(path: str) -> None:
+def test_the_header_has_the_command_and_no_index_is_named(path: str) -> None:
     text = (ROOT / path).read_text()
     assert "make lock" in text.splitlines()[1]
     assert not re.search(r"https?:|index-url|find-links|file:", text)
@@ -101,12 +101,12 @@ def test_the_lock_files_agree(path: str) -> None:
     assert {name: whole[name] for name in both} == both
 
 
-def test_the_image_holds_nothing_of_tests_and_lint() -> None:
+def test_the_image_has_no_packages_of_tests_and_lint() -> None:
     tools = {canonicalize_name(r.name) for r in bounds("test", "lint", package=False)}
     assert pins("webapp/requirements.txt").keys().isdisjoint(tools)
 
 
-def test_an_environment_takes_no_package_without_a_hash(tmp_path: Path) -> None:
+def test_pip_installs_no_package_without_a_hash(tmp_path: Path) -> None:
     metadata = "Metadata-Version: 2.1\nName: tiny\nVersion: 1\n"
     with zipfile.ZipFile(tmp_path / "tiny-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tiny-1.dist-info/METADATA", metadata)
@@ -127,7 +127,7 @@ def test_an_environment_takes_no_package_without_a_hash(tmp_path: Path) -> None:
 
 
 def imported(path: Path, seen: set[Path]) -> Iterator[str]:
-    """The distributions' packages that a file imports, by way of our own modules too."""
+    """The third-party packages that a file imports, directly or through our own modules."""
     if path in seen:
         return
     seen.add(path)
@@ -147,7 +147,7 @@ def imported(path: Path, seen: set[Path]) -> Iterator[str]:
                 yield top
 
 
-def test_what_the_benchmarks_import_is_installed_for_them() -> None:
+def test_packages_that_benchmarks_import_are_locked_for_them() -> None:
     known, locked, seen = packages_distributions(), pins("bench/requirements.txt"), set[Path]()
     found = {each for path in (ROOT / "bench").glob("*.py") for each in imported(path, seen)}
     found -= {"psycopg2"}  # its distribution is psycopg2-binary, which tests do not need

@@ -1,4 +1,4 @@
-"""The tool that makes the environment: what it refuses to delete, and what it says."""
+"""The tool that makes the virtual environment: what it refuses to delete, and its messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 TOOL = ROOT / "tools" / "make_venv.py"
 
 
-# Making a real environment takes seconds, and none of what is asked here depends on it.
+# Making a real environment takes seconds, and no test here depends on it.
 MAKES_ONE = """
 import os, pathlib, sys
 venv = pathlib.Path(sys.argv[1])
@@ -87,7 +87,7 @@ def not_a_folder(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "make", [with_documents, with_hidden_file, with_folder, behind_a_link, not_a_folder]
 )
-def test_what_is_no_environment_is_not_deleted(
+def test_a_folder_that_is_not_an_environment_is_not_deleted(
     tmp_path: Path, lock: Path, make: Callable[[Path], Path]
 ) -> None:
     folder = make(tmp_path / "folder")
@@ -97,7 +97,7 @@ def test_what_is_no_environment_is_not_deleted(
     assert done.stderr.startswith("venv: ")
     assert len(done.stderr.splitlines()) == 1
     assert str(folder) in done.stderr
-    assert content(tmp_path) == before, "not even a lock beside it"
+    assert content(tmp_path) == before, "it left a lock file beside the folder"
 
 
 @pytest.mark.parametrize("name", [".", "..", ""])
@@ -108,18 +108,18 @@ def test_the_working_directory_is_not_deleted(tmp_path: Path, lock: Path, name: 
     assert lock.exists()
 
 
-def test_a_file_beside_it_that_has_the_name_of_its_lock_stays(tmp_path: Path, lock: Path) -> None:
+def test_a_users_file_with_the_name_of_the_lock_stays(tmp_path: Path, lock: Path) -> None:
     beside = tmp_path / "poetry.lock"
     beside.write_text("precious")
     run(tmp_path / "poetry", lock)
     assert beside.read_text() == "precious"
 
 
-def test_an_environment_is_made_once_and_anew_for_other_packages(
+def test_an_environment_is_made_once_and_again_for_other_packages(
     tmp_path: Path, lock: Path
 ) -> None:
     venv = tmp_path / "venv"
-    venv.mkdir()  # an empty folder will do
+    venv.mkdir()  # an empty folder is accepted
     first, second = run(venv, lock), run(venv, lock)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert first.stdout.startswith("making")
@@ -132,7 +132,7 @@ def test_an_environment_is_made_once_and_anew_for_other_packages(
 
 
 @pytest.mark.parametrize("left", ["pyvenv.cfg", ".stamp"])
-def test_one_that_was_interrupted_is_made_anew(tmp_path: Path, lock: Path, left: str) -> None:
+def test_an_interrupted_environment_is_made_again(tmp_path: Path, lock: Path, left: str) -> None:
     venv = tmp_path / "venv"
     (venv / "lib").mkdir(parents=True)
     (venv / left).touch()
@@ -152,7 +152,7 @@ def test_one_that_was_interrupted_is_made_anew(tmp_path: Path, lock: Path, left:
         ("", "it said nothing"),
     ],
 )
-def test_it_says_why_no_environment_could_be_made(
+def test_the_error_says_why_no_environment_could_be_made(
     tmp_path: Path, lock: Path, said: str, told: str
 ) -> None:
     done = run(tmp_path / "venv", lock, venv=f"import sys\nprint({said!r})\nsys.exit(1)\n")

@@ -1,4 +1,4 @@
-"""The map of the tests: it names what there is, and most tests need no server."""
+"""`tests/README.md` names every folder and helper, and most tests need no server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 MAP = (TESTS / "README.md").read_text()
 
-WHOLE_SUITE = 1000  # functions; fewer are a part of it, which tells nothing
+WHOLE_SUITE = 1000  # functions; with fewer only a part of the suite runs
 
 
 def test_it_names_every_folder_and_every_helper() -> None:
@@ -33,7 +33,7 @@ def test_at_most_half_of_the_test_functions_need_a_server(request: pytest.Fixtur
         assert isinstance(item, pytest.Function)
         function = item.nodeid.partition("[")[0]
         all_.add(function)
-        if "template" in item.fixturenames:  # what every server is a copy of
+        if "template" in item.fixturenames:  # the fixture that all servers are copied from
             needing.add(function)
     if len(all_) < WHOLE_SUITE:
         pytest.skip("this is not the whole suite")

@@ -1,11 +1,11 @@
-"""The tables of what the slow tests of the diagnosis measured."""
+"""The tables of measurements that the diagnosis' slow tests made."""
 
 from __future__ import annotations
 
 from .measured import KEPT, README, read, written
 
 
-def test_the_tables_of_the_benchmarks_are_those_of_the_last_kept_run() -> None:
+def test_the_tables_in_bench_are_those_of_the_last_kept_run() -> None:
     results = read(KEPT)
     assert len([row for row in results.values() if row["code"]]) >= 24
     assert len([row for row in results.values() if not row["code"]]) >= 16

@@ -1,4 +1,4 @@
-"""Histograms and snapshots: exact, bounded, and merged in any order."""
+"""Histograms and snapshots are exact and bounded, and merge in any order."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_merging_is_commutative_and_adds_up(a: Snapshot, b: Snapshot) -> None:
 
 
 @given(snapshots())
-def test_nothing_is_lost_in_json(snapshot: Snapshot) -> None:
+def test_a_snapshot_survives_json(snapshot: Snapshot) -> None:
     data = json.loads(json.dumps(snapshot.to_json()))
     assert read_snapshot(data) == snapshot
     assert hash(read_snapshot(data)) == hash(snapshot)
 
 
 @given(snapshots())
-def test_empty_is_neutral(snapshot: Snapshot) -> None:
+def test_merging_with_an_empty_snapshot_changes_nothing(snapshot: Snapshot) -> None:
     merged = merge(Snapshot(), snapshot)
     assert merged.wait == snapshot.wait
     assert merged.counters == snapshot.counters
@@ -103,7 +103,7 @@ def test_a_quantile_is_off_by_a_third_at_most(durations: list[float], q: float) 
 
 
 @given(st.lists(DURATIONS, max_size=9), st.data())
-def test_a_sum_does_not_fall_when_what_was_pending_ends(
+def test_a_sum_does_not_fall_when_a_pending_wait_ends(
     waits: list[float], data: st.DataObject
 ) -> None:
     metrics = Metrics()
@@ -120,7 +120,7 @@ def test_bounds_are_logarithmic_from_a_microsecond_to_a_thousand_seconds() -> No
         assert upper / lower == pytest.approx(10 ** (1 / 8))
 
 
-def test_what_is_beyond_the_bounds_is_counted() -> None:
+def test_durations_beyond_the_bounds_are_counted() -> None:
     histogram = Histogram()
     for seconds in (0.0, 1e-9, 1e6):
         histogram.add(seconds)
@@ -135,7 +135,7 @@ def test_an_empty_histogram_has_zero_quantiles() -> None:
     }  # fmt: skip
 
 
-def test_pending_waits_are_counted_in_a_snapshot_alone() -> None:
+def test_pending_waits_are_counted_only_in_a_snapshot() -> None:
     metrics = Metrics()
     snapshot = metrics.snapshot([0.5, 0.25], state="up")
     assert snapshot.counters.checkouts == snapshot.wait.count == 2
@@ -154,7 +154,7 @@ def test_pending_waits_are_counted_in_a_snapshot_alone() -> None:
         Snapshot(state="up").to_json() | {"wait": {"buckets": [1] * 999, "sum_ns": 0, "max": 0}},
     ],
 )
-def test_garbage_is_a_value_error(data: object) -> None:
+def test_a_malformed_snapshot_is_a_value_error(data: object) -> None:
     with pytest.raises(ValueError):
         read_snapshot(data)  # type: ignore[arg-type]
 
@@ -166,6 +166,6 @@ def test_a_pools_metrics_are_small() -> None:
     metrics.finished = [(n / 1000, n / 100, None, None, 0) for n in range(Metrics.BATCH)]
     rows = [metrics.finished, *metrics.finished]
     rows += [h.counts for h in (metrics.wait, metrics.use, metrics.connect)]
-    numbers = {id(each): each for row in rows[1:] for each in row}  # each object once
+    numbers = {id(each): each for row in rows[1:] for each in row}  # count each object once
     size = sum(map(sys.getsizeof, [*rows, *numbers.values()]))
     assert size < 16 * 1024

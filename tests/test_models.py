@@ -1,4 +1,4 @@
-"""What threads do to a pool at once, by thousands of schedules of their steps: see `tests.models`."""
+"""Concurrent use of a pool in thousands of thread schedules: see `tests.models`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODELS = ["checkout", "hand_over", "time_out", "close", "growth"]
 
 
 def explore(name: str, schedules: int, *options: str) -> subprocess.CompletedProcess[str]:
-    """Explore in a process of its own: there locks and queues are frontrun's."""
+    """Explore a model in a process of its own, in which frontrun replaces locks and queues."""
     return python(
         "-m",
         "tests.models",
@@ -27,13 +27,13 @@ def explore(name: str, schedules: int, *options: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_no_schedule_of_a_few_goes_wrong(name: str) -> None:
+def test_no_schedule_fails_in_a_short_run(name: str) -> None:
     done = explore(name, 25)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_finds_that_the_lock_is_missing(name: str) -> None:
+def test_a_model_finds_races_if_the_lock_is_missing(name: str) -> None:
     done = explore(name, 200, "--unlocked")
     assert done.returncode == 1
     assert done.stdout, done.stderr
@@ -41,6 +41,6 @@ def test_a_model_finds_that_the_lock_is_missing(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_no_schedule_of_many_goes_wrong(name: str) -> None:
+def test_no_schedule_fails_in_a_long_run(name: str) -> None:
     done = explore(name, 400)
     assert done.returncode == 0, done.stdout + done.stderr

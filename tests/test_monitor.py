@@ -1,4 +1,4 @@
-"""The monitor: who blocks whom on a real server, over one connection at most, and what it shares."""
+"""The monitor: it finds blockers over at most one connection, and shares its findings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NAME = "dbpool:monitor"
 
 
 class Shop:
-    """An application of one process: pools, a monitor, and callers in threads."""
+    """An application in one process: pools, a monitor, and callers in threads."""
 
     def __init__(self, conninfo: str, directory: Path | None = None, **options: Any) -> None:
         settings = Settings(conninfo=conninfo, **{"max_size": 2, "timeout": 20.0, **options})
@@ -45,10 +45,10 @@ class Shop:
         self.processes = Processes(self.databases, directory)
         self.monitor = Monitor(self.databases, self.processes)
         self.callers = ThreadPoolExecutor(8)
-        self.pids: set[int] = set()  # of the sessions that callers had
+        self.pids: set[int] = set()  # of the callers' sessions
 
     def call(self, statement: str, then: Callable[[], object] = lambda: None) -> None:
-        """Run a statement over the pool in another thread, and what is done before it returns."""
+        """Run a statement over the pool in another thread, then call *then* before returning it."""
 
         def run() -> None:
             with suppress(psycopg.Error, PoolError), self.pool.connection() as conn:
@@ -59,7 +59,7 @@ class Shop:
         self.callers.submit(run)
 
     def await_finding(self, code: str, seconds: float = 15.0) -> dict[str, Any]:
-        """Look as the monitor's thread does, only more often, until that is the first finding."""
+        """Run the monitor's steps until *code* is the first finding; return that."""
         found: list[dict[str, Any]] = []
 
         def is_first() -> bool:
@@ -118,26 +118,24 @@ def test_a_foreign_session_that_holds_a_lock_is_named(
         assert found["severity"] == "critical"
         assert f"session {pid} (psql, 127.0.0.1) holds, idle in transaction" in found["text"]
         assert f"pg_terminate_backend({pid})" in found["do"]
-        assert len(table.backends(NAME)) == 1, "asked over one connection beyond the pool's"
+        assert len(table.backends(NAME)) == 1, "more than one connection beside the pool's"
         with pytest.raises(PoolExhausted) as info:
             shop.pool.getconn(timeout=0.05)
         assert "; DB04: 2 connections of default wait for a lock that the" in str(info.value)
         assert f"session {pid} (psql) holds" in str(info.value)
-        assert "127.0.0.1" not in str(info.value), "an error may be read by more people"
+        assert "127.0.0.1" not in str(info.value), "errors must not show addresses"
     shop.await_finding("DB00")
     shop.monitor.tick()
     held = [shop.pool.getconn() for _ in range(2)]
     with pytest.raises(PoolExhausted) as info:
         shop.pool.getconn(timeout=0.0)
-    assert "DB0" not in str(info.value), "it is over"
+    assert "DB0" not in str(info.value), "the finding has not ended"
     for conn in held:
         shop.pool.putconn(conn)
 
 
-def test_a_database_in_sql_ascii_is_read_as_any(
-    table: Server, make_shop: Callable[..., Shop]
-) -> None:
-    """There psycopg returns text as bytes."""
+def test_a_database_in_sql_ascii_is_read(table: Server, make_shop: Callable[..., Shop]) -> None:
+    """In SQL_ASCII psycopg returns text as bytes."""
     shop = make_shop(f"{table.conninfo} client_encoding=sql_ascii")
     with session(table, "lock table stock") as pid:
         for _ in range(5):
@@ -149,7 +147,7 @@ def test_a_database_in_sql_ascii_is_read_as_any(
 @pytest.mark.parametrize(
     ("variable", "more"), [("shop", ""), ("", f" application_name={'shop-' * 20}")]
 )
-def test_our_sessions_are_known_by_whatever_name_they_have(
+def test_our_sessions_are_recognised_by_any_application_name(
     table: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch,
     variable: str, more: str,
 ) -> None:  # fmt: skip
@@ -164,7 +162,7 @@ def test_our_sessions_are_known_by_whatever_name_they_have(
         assert {each["worker"] for each in found["evidence"]["blocked"]} == {os.getpid()}
 
 
-def test_errors_in_another_process_say_what_the_watching_one_found(
+def test_errors_in_another_process_name_the_watching_process_finding(
     table: Server, directory: Path, make_shop: Callable[..., Shop]
 ) -> None:
     watching, other = (make_shop(table.conninfo, directory) for _ in range(2))
@@ -242,7 +240,7 @@ def test_a_prepared_transaction_that_holds_a_lock_is_named(
     with psycopg.connect(server.conninfo) as conn:
         conn.execute("lock table stock")
         conn.execute("prepare transaction 'order-7'")
-    with psycopg.connect(server.conninfo) as conn:  # older, and innocent
+    with psycopg.connect(server.conninfo) as conn:  # older, and not the blocker
         conn.execute("select 1")
     shop = make_shop(server.conninfo)
     for _ in range(3):
@@ -254,7 +252,7 @@ def test_a_prepared_transaction_that_holds_a_lock_is_named(
     server.execute("rollback prepared 'order-7'")
 
 
-def test_without_pg_read_all_stats_the_pid_is_named_and_the_grant(
+def test_without_pg_read_all_stats_the_finding_names_the_pid_and_the_grant(
     table: Server, make_shop: Callable[..., Shop]
 ) -> None:
     table.execute("create role shop login password 'pw'")
@@ -270,7 +268,7 @@ def test_without_pg_read_all_stats_the_pid_is_named_and_the_grant(
     assert "GRANT pg_read_all_stats" in found["do"]
 
 
-def test_a_server_that_denies_pg_stat_activity_is_said_once(
+def test_a_server_that_denies_pg_stat_activity_is_logged_once(
     table: Server,
     make_shop: Callable[..., Shop],
     caplog: pytest.LogCaptureFixture,
@@ -291,7 +289,7 @@ def test_a_server_that_denies_pg_stat_activity_is_said_once(
             return [text for text in texts if "who blocks whom" in text]
 
         until(complaints, 15.0, pause=0.1)
-        for _ in range(5):  # it looks, and is refused, again and again
+        for _ in range(5):  # it asks and is denied each time
             passed[0] += 2.5
             until(lambda: len(complaints()) == 1, pause=0.05)
             until(lambda: not any("monitor-default" in t.name for t in threading.enumerate()))
@@ -299,7 +297,7 @@ def test_a_server_that_denies_pg_stat_activity_is_said_once(
         assert "pg_stat_activity" in complaints()[0]
 
 
-def test_an_idle_connection_of_the_pool_is_asked_where_nobody_waits(
+def test_an_idle_connection_of_the_pool_is_used_if_no_caller_waits(
     table: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dbpool.monitor._watching._SLOW_HOLD", 0.5)
@@ -314,7 +312,7 @@ def test_an_idle_connection_of_the_pool_is_asked_where_nobody_waits(
 
 
 @pytest.mark.slow
-def test_a_look_that_hangs_ends_and_harms_nothing(
+def test_a_query_that_hangs_is_given_up_and_does_no_harm(
     table: Server, make_shop: Callable[..., Shop]
 ) -> None:
     shop = make_shop(table.conninfo)
@@ -339,7 +337,7 @@ def test_a_look_that_hangs_ends_and_harms_nothing(
 def test_the_server_is_asked_at_once_when_callers_begin_to_wait(
     table: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after a long report, which it asks about less and less often."""
+    """Also after a long-running query, for which it asks less and less often."""
     shop, passed = make_shop(table.conninfo), [0.0]
     monkeypatch.setattr("dbpool.monitor._inspector.monotonic", lambda: monotonic() + passed[0])
     shop.call("select pg_sleep(60)")
@@ -351,13 +349,13 @@ def test_the_server_is_asked_at_once_when_callers_begin_to_wait(
     with session(table, "lock table stock") as pid:
         for _ in range(3):
             shop.call("select count(*) from stock")
-        found = shop.await_finding("DB04", 7.0)  # the next look would be due after ten
+        found = shop.await_finding("DB04", 7.0)  # the next query would be due after ten seconds
         assert found["evidence"]["blockers"][0]["pid"] == pid
         table.execute("select pg_cancel_backend(pid) from pg_stat_activity"
                       " where query = 'select pg_sleep(60)'")  # fmt: skip
 
 
-def test_its_connection_is_closed_when_it_is_not_needed_any_more(
+def test_its_connection_is_closed_when_no_longer_needed(
     table: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shop, passed = make_shop(table.conninfo), [0.0]
@@ -378,13 +376,13 @@ def test_its_connection_is_closed_when_it_is_not_needed_any_more(
     until(is_closed, 20.0, pause=0.2)
 
 
-def test_a_server_that_changes_its_role_is_named_and_so_is_one_that_replays_no_more(
+def test_a_changed_role_and_a_stopped_replay_are_findings(
     own_server: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed = [0.0]
     monkeypatch.setattr("dbpool.monitor._inspector.monotonic", lambda: monotonic() + passed[0])
     own_server.stop()
-    own_server.demote()  # it follows nobody, and has replayed no commit in this life
+    own_server.demote()  # it follows no primary, and has replayed no commit since its start
     own_server.start()
     shop = make_shop(own_server.conninfo)
     shop.pool.fetch_value("select 1")
@@ -427,7 +425,7 @@ def test_the_limits_of_a_server_are_read_without_a_checkout(
     until(is_closed, pause=0.1)
 
 
-def test_nothing_is_asked_where_it_is_turned_off(
+def test_nothing_is_asked_if_it_is_turned_off(
     table: Server, make_shop: Callable[..., Shop]
 ) -> None:
     shop = make_shop(table.conninfo)
@@ -454,7 +452,7 @@ def test_two_processes_that_share_a_directory_ask_over_one_connection(
         for _ in range(4):
             first.call("select count(*) from stock")
             second.call("select count(*) from stock")
-        first.monitor.tick()  # it watches from now on
+        first.monitor.tick()  # becomes the watching process
 
         def both_know() -> bool:
             second.processes.publish()
@@ -470,10 +468,10 @@ def test_two_processes_that_share_a_directory_ask_over_one_connection(
         until(both_know, 15.0, pause=0.1)
 
 
-# What the processes share; no server is needed
+# What processes share; without a server
 
 
-def test_another_process_watches_once_the_first_was_silent_for_five_seconds(
+def test_another_process_watches_after_five_silent_seconds_of_the_first(
     directory: Path,
 ) -> None:
     first, second = (Shelf(directory, "app", key) for key in ("1-a", "2-b"))
@@ -482,7 +480,7 @@ def test_another_process_watches_once_the_first_was_silent_for_five_seconds(
     assert first.lead(101.0)
     assert not second.lead(105.9)
     assert second.lead(106.5)
-    assert not first.lead(107.0), "it was passed over"
+    assert not first.lead(107.0), "the second process watches now"
     second.give_up()
     assert first.lead(107.5)
 
@@ -492,11 +490,11 @@ def test_another_process_watches_at_once_if_the_first_was_killed(directory: Path
     record = first.record(["default"])
     assert first.lead(100.0)
     assert not second.lead(100.5)
-    record.abandon()  # as the system does
+    record.abandon()  # as when the process is killed
     assert second.lead(100.6)
 
 
-def test_what_is_written_while_another_takes_over_is_not_lost(
+def test_deaths_written_during_a_takeover_are_not_lost(
     directory: Path, make_shop: Callable[..., Shop]
 ) -> None:
     killed = [Shelf(directory, "app", f"{n}-a").record(["default"]) for n in (1, 2, 3)]
@@ -529,7 +527,7 @@ def test_the_line_that_forgot_a_connection_is_named(
     assert "test_the_line_that_forgot" in found["evidence"]["endpoints"][0]["endpoint"]
 
 
-def test_a_door_makes_a_worker_ping_the_pools_that_nobody_uses(
+def test_with_a_door_a_worker_pings_unused_pools(
     own_server: Server, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed = [0.0]
@@ -549,7 +547,7 @@ def test_a_door_makes_a_worker_ping_the_pools_that_nobody_uses(
     assert shop.pool.stats().counters.checkouts == 1
 
 
-def test_what_one_process_saw_end_is_known_to_the_next_that_watches(
+def test_the_next_watching_process_knows_of_earlier_deaths(
     directory: Path, make_shop: Callable[..., Shop]
 ) -> None:
     killed = [Shelf(directory, "app", f"{n}-a").record(["default"]) for n in (1, 2, 3)]
@@ -562,12 +560,12 @@ def test_what_one_process_saw_end_is_known_to_the_next_that_watches(
     first.monitor.close()
     for path in directory.glob("*.steps"):
         if path.stem in ("app-1-a", "app-2-a"):
-            path.unlink(missing_ok=True)  # as they are once they are old
+            path.unlink(missing_ok=True)  # old files are removed
     second.monitor.tick()
     assert second.monitor.findings()[0]["code"] == "DB16"
 
 
-def test_a_process_that_stood_still_says_so_whoever_watched_before(
+def test_a_process_that_was_stopped_reports_it_whichever_process_watched(
     directory: Path, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed = [0.0]
@@ -581,7 +579,7 @@ def test_a_process_that_stood_still_says_so_whoever_watched_before(
     assert (found[0]["code"], found[0]["severity"]) == ("DB12", "notice")
 
 
-def test_a_process_that_stood_still_in_the_middle_of_a_look_says_so(
+def test_a_process_that_was_stopped_while_looking_reports_it(
     directory: Path, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed, lead = [0.0], Shelf.lead
@@ -594,13 +592,13 @@ def test_a_process_that_stood_still_in_the_middle_of_a_look_says_so(
     shop = make_shop("host=127.0.0.1 port=1", directory)
     monkeypatch.setattr(Shelf, "lead", lead_and_stand_still)
     shop.monitor.tick()
-    passed[0] = 0.0  # what it found is to be as young as it is
+    passed[0] = 0.0  # so that its findings are fresh
     found = shop.monitor.findings()
     assert (found[0]["code"], found[0]["severity"]) == ("DB12", "notice")
 
 
 @pytest.mark.parametrize("step", [3600.0, -3600.0])
-def test_a_clock_that_is_set_makes_no_wait_long(
+def test_a_changed_system_clock_causes_no_long_wait(
     dsn: str, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch, step: float
 ) -> None:
     shop, set_by = make_shop(dsn), [0.0]
@@ -617,13 +615,13 @@ def test_a_clock_that_is_set_makes_no_wait_long(
     shop.pool.putconn(waiting.result(20))
 
 
-def test_a_lease_from_before_the_system_started_holds_nobody_up(directory: Path) -> None:
+def test_a_lease_from_before_the_systems_start_is_ignored(directory: Path) -> None:
     Shelf(directory, "app", "1-a").lead(90_000.0)
     assert Shelf(directory, "app", "2-b").lead(10.0)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"key": 7, "at": "x"}', b"\xff" * 99, b"[1]"])
-def test_garbage_in_the_shared_files_is_contained(directory: Path, content: bytes) -> None:
+def test_damaged_shared_files_do_no_harm(directory: Path, content: bytes) -> None:
     for name in ("lease", "findings", "journal", "history"):
         (directory / f"app.{name}").write_bytes(content)
     for name in ("app-9-z.steps", "exits"):
@@ -637,7 +635,7 @@ def test_garbage_in_the_shared_files_is_contained(directory: Path, content: byte
     monitor.close()
 
 
-def test_the_steps_of_all_processes_add_up_also_of_those_that_ended(directory: Path) -> None:
+def test_the_steps_of_all_processes_add_up_also_of_ended_ones(directory: Path) -> None:
     now = 1000 * STEP + 2.5
     shelf = Shelf(directory, "app", "1-a")
     records = [Shelf(directory, "app", f"{n}-a").record(["default", "replica"]) for n in (1, 2, 3)]
@@ -656,19 +654,19 @@ def test_the_steps_of_all_processes_add_up_also_of_those_that_ended(directory: P
         now += STEP
         records[0].write("default", 999 + later, Step(checkouts=1))
         shelf.add_up(["default", "replica"], shelf.history(now), now)
-    assert shelf.ended() == {}, "its file is removed once it is added up"
+    assert shelf.ended() == {}, "the added-up file was not removed"
     found = shelf.history(now)["default"]
-    assert found.steps[999].checkouts == 3 * 999, "and what it did stays"
+    assert found.steps[999].checkouts == 3 * 999, "the ended process' checkouts are missing"
     for record in (records[0], records[2]):
         record.close()
     sizes = [path.stat().st_size for path in directory.iterdir()]
     assert max(sizes) < 64 * 1024
 
 
-def test_a_process_that_is_killed_is_told_from_one_that_ends(directory: Path) -> None:
+def test_a_killed_process_differs_from_one_that_ended(directory: Path) -> None:
     orderly, killed = (Shelf(directory, "app", f"{n}-a").record(["default"]) for n in (1, 2))
     orderly.close()
-    killed.abandon()  # as the system does
+    killed.abandon()  # as when the process is killed
     assert Shelf(directory, "app", "3-a").ended() == {"app-1-a": True, "app-2-a": False}
 
 
@@ -724,11 +722,11 @@ def test_a_finding_that_grows_worse_is_logged_again() -> None:
     assert not episodes.due([critical], 1006.0)
 
 
-def test_what_is_well_is_not_logged() -> None:
+def test_ok_is_not_logged() -> None:
     assert not Episodes().due([finding("DB00", Severity.OK)], 1000.0)
 
 
-def test_the_line_has_the_code_what_to_do_and_no_running_numbers(
+def test_a_log_line_has_code_and_advice_and_no_changing_numbers(
     own_server: Server, make_shop: Callable[..., Shop], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "dbpool")
@@ -772,7 +770,7 @@ def test_the_shared_files_are_small_and_seldom_written(
     assert json.loads((directory / "app.findings").read_bytes())["findings"]
 
 
-def test_a_full_journal_is_written_the_less_often(directory: Path) -> None:
+def test_a_full_journal_is_written_less_often(directory: Path) -> None:
     databases = Databases({"default": Settings(conninfo="host=127.0.0.1 port=1")})
     monitor = Monitor(databases, Processes(databases, directory), blockers=False)
     lines = [
@@ -795,8 +793,8 @@ def test_a_full_journal_is_written_the_less_often(directory: Path) -> None:
     monitor.close()
 
 
-@pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here")
-def test_behind_a_pooler_that_nobody_declared_no_names_are_given(
+@pytest.mark.skipif(PROGRAM is None, reason="needs pgbouncer")
+def test_behind_an_undeclared_pooler_no_holders_are_named(
     table: Server, make_shop: Callable[..., Shop], caplog: pytest.LogCaptureFixture
 ) -> None:
     table.execute("create role app login password 'right'")
@@ -824,7 +822,7 @@ def test_behind_a_pooler_that_nobody_declared_no_names_are_given(
 
 
 @pytest.mark.parametrize("ends", [Monitor.close, lambda monitor: None])
-def test_its_thread_ends_at_once_when_it_is_closed_or_nobody_holds_it(
+def test_its_thread_ends_when_it_is_closed_or_dropped(
     ends: Callable[[Monitor], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dbpool.monitor._monitor.INTERVAL", 3600.0)

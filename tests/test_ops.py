@@ -1,4 +1,4 @@
-"""What operators load into Prometheus and Grafana names what the application exposes."""
+"""The files for Prometheus, Grafana and Kubernetes match what the application exposes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORDS = {
 
 
 class Counting:
-    """Stands in for a pool: any object with `stats()` will do."""
+    """Stands in for a pool: any object with `stats()` is enough."""
 
     def stats(self) -> Any:
         metrics = Metrics()
@@ -55,22 +55,20 @@ def expressions() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("expression", [*expressions()])
-def test_every_series_is_one_that_the_application_exposes(
-    expression: str, exposed: set[str]
-) -> None:
+def test_every_series_in_rules_and_dashboard_is_exposed(expression: str, exposed: set[str]) -> None:
     names = set(re.findall(r"\b[a-z]\w*\b", re.sub(r'"[^"]*"|\$\w+|\[[^]]*\]', "", expression)))
     assert names - WORDS
     assert names - WORDS <= exposed
 
 
-def test_every_rule_says_how_bad_it_is_and_what_to_do() -> None:
+def test_every_rule_has_a_severity_and_advice() -> None:
     for rule in RULES:
         assert rule["labels"]["severity"] in {"critical", "warning"}
         annotations = rule["annotations"]
         assert "runbook" in annotations or "python -m dbpool explain" in annotations["summary"]
 
 
-def test_every_rule_is_tried() -> None:
+def test_every_rule_is_tested() -> None:
     tests = yaml.safe_load((OPS / "prometheus/rules_test.yml").read_text())["tests"]
     fired = {
         case["alertname"]
@@ -87,9 +85,9 @@ def test_the_documentation_shows_these_rules() -> None:
     assert [one["groups"][0]["rules"] for one in shown] == [RULES]
 
 
-def test_the_dashboard_is_one_that_grafana_provisions() -> None:
+def test_the_dashboard_can_be_provisioned() -> None:
     assert DASHBOARD["uid"] == "dbpool"
-    assert "id" not in DASHBOARD, "it is the database's to give"
+    assert "id" not in DASHBOARD, "Grafana's database assigns it"
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     for panel in DASHBOARD["panels"]:
         assert panel["datasource"] == {"type": "prometheus", "uid": "${source}"}
@@ -99,7 +97,7 @@ def test_the_dashboard_is_one_that_grafana_provisions() -> None:
     assert source["datasources"][0]["uid"] == "prometheus"
 
 
-# -- Kubernetes: `make manifests` checks the schemas, here is what they cannot know -----------
+# -- Kubernetes: `make manifests` checks the schemas; these tests check the rest --------------
 
 MANIFESTS: dict[str, dict[str, Any]] = {
     manifest["kind"]: manifest
@@ -110,7 +108,7 @@ WEB = MANIFESTS["Deployment"]["spec"]["template"]
 SCHEMA = MANIFESTS["Job"]["spec"]["template"]
 
 
-def test_only_what_serves_is_selected() -> None:
+def test_the_service_selects_only_serving_pods() -> None:
     labels = WEB["metadata"]["labels"]
     spec = {kind: manifest.get("spec", {}) for kind, manifest in MANIFESTS.items()}
     assert spec["Service"]["selector"] == labels
@@ -120,8 +118,8 @@ def test_only_what_serves_is_selected() -> None:
 
 
 @pytest.mark.parametrize("pod", [WEB["spec"], SCHEMA["spec"]], ids=["web", "schema"])
-def test_a_pod_may_do_what_it_has_to_and_no_more(pod: dict[str, Any]) -> None:
-    """What the restricted pod security standard asks for, and a file system that is read-only."""
+def test_a_pod_has_only_the_permissions_that_it_needs(pod: dict[str, Any]) -> None:
+    """It meets the restricted pod security standard, and its file system is read-only."""
     (container,) = pod["containers"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -134,7 +132,7 @@ def test_a_pod_may_do_what_it_has_to_and_no_more(pod: dict[str, Any]) -> None:
     assert {"requests", "limits"} <= container["resources"].keys()
 
 
-def test_every_secret_is_a_file_that_kustomization_yaml_says_how_to_make() -> None:
+def test_kustomization_yaml_says_how_to_make_every_secret_file() -> None:
     header = (OPS / "kubernetes/kustomization.yaml").read_text()
     files = set(re.findall(r"--from-literal=(\w+)", header))
     used = set(re.findall(r"/run/secrets/dbpool/(\w+)", str([WEB, SCHEMA])))
@@ -152,7 +150,7 @@ def test_liveness_does_not_depend_on_the_database() -> None:
     assert container["readinessProbe"]["httpGet"]["path"] == "/db/health/ready"
 
 
-def test_the_grace_of_a_pod_covers_all_that_its_end_takes() -> None:
+def test_a_pods_grace_period_covers_its_whole_shutdown() -> None:
     (container,) = WEB["spec"]["containers"]
     wait = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     graceful_timeout, closing_pools = 2, 1

@@ -1,4 +1,4 @@
-"""The parent's parameters: a value that could not work is refused where it is given."""
+"""Parameters inherited from psycopg_pool: an unusable value is rejected at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CALLABLES = ("configure", "check", "reset", "reconnect_failed")
 
 @pytest.mark.parametrize("name", CALLABLES)
 @pytest.mark.parametrize("value", ["session", True, 1, ["x"], {"a": 1}])
-def test_a_callback_that_cannot_be_called_is_refused(name: str, value: Any) -> None:
+def test_a_callback_that_is_not_callable_is_rejected(name: str, value: Any) -> None:
     options: dict[str, Any] = {name: value}
     with pytest.raises(ConfigError, match=f"^{name} must be callable"):
         Pool(NOWHERE, **options)
@@ -49,50 +49,50 @@ NEVER_RUN = [
 
 @pytest.mark.parametrize("name", CALLABLES)
 @pytest.mark.parametrize("value", NEVER_RUN)
-def test_a_callback_that_a_call_does_not_run_is_refused(name: str, value: Any) -> None:
-    """A `check` that is asynchronous would pass every connection."""
+def test_an_async_or_generator_callback_is_rejected(name: str, value: Any) -> None:
+    """An async `check` would never run, so every connection would pass."""
     options: dict[str, Any] = {name: value}
     with pytest.raises(ConfigError, match=f"^{name} must be callable, without async or yield"):
         Pool(NOWHERE, **options)
 
 
 @pytest.mark.parametrize("fn", NEVER_RUN)
-def test_a_transaction_that_a_call_does_not_run_is_refused(fn: Any) -> None:
+def test_run_rejects_an_async_or_generator_function(fn: Any) -> None:
     with pytest.raises(TypeError, match=r"^fn must not be asynchronous or a generator"):
         Pool(NOWHERE).run(fn)
 
 
 @pytest.mark.parametrize("name", CALLABLES)
-def test_no_callback_is_none(name: str) -> None:
+def test_callbacks_may_be_none(name: str) -> None:
     options: dict[str, Any] = {name: None}
     assert Pool(NOWHERE, **options).state == "starting"
 
 
-def test_the_setting_that_a_reset_of_the_session_needs_is_named() -> None:
+def test_reset_session_names_the_setting_to_use() -> None:
     with pytest.raises(ConfigError, match='session_reset="session"'):
         Pool(NOWHERE, reset="session")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [dict, "psycopg.Connection", None, 3, psycopg.AsyncConnection])
-def test_a_class_that_cannot_connect_is_refused(value: Any) -> None:
+def test_a_connection_class_that_cannot_connect_is_rejected(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"^connection_class must be"):
         Pool(NOWHERE, connection_class=value)
 
 
-def test_a_generic_class_is_taken() -> None:
+def test_a_generic_connection_class_is_accepted() -> None:
     pool = Pool(NOWHERE, connection_class=psycopg.Connection[tuple[int]])
     assert pool.state == "starting"
 
 
 @pytest.mark.parametrize("sizes", [(1.5, 2), (1, 2.5), ("1", 2), (None, 2)])
-def test_a_size_that_is_no_whole_number_changes_nothing(sizes: Any) -> None:
+def test_resize_with_an_invalid_size_changes_nothing(sizes: Any) -> None:
     pool = Pool(NOWHERE, min_size=2, max_size=4)
     with pytest.raises(TypeError):
         pool.resize(*sizes)
     assert (pool.min_size, pool.max_size) == (2, 4)
 
 
-def test_the_parents_numbers_are_read_as_ours_are() -> None:
+def test_inherited_numbers_are_parsed_like_settings() -> None:
     options: dict[str, Any] = {"reconnect_timeout": "5m", "num_workers": "3"}
     pool = Pool(NOWHERE, **options)
     assert (pool.reconnect_timeout, pool.num_workers) == (300.0, 3)
@@ -102,7 +102,7 @@ def test_the_parents_numbers_are_read_as_ours_are() -> None:
     ("name", "value"),
     [("reconnect_timeout", "soon"), ("reconnect_timeout", -1), ("num_workers", "two")],
 )
-def test_a_number_that_is_none_is_refused(name: str, value: Any) -> None:
+def test_an_invalid_number_is_rejected(name: str, value: Any) -> None:
     options: dict[str, Any] = {name: value}
     with pytest.raises(ConfigError, match=f"^{name} must be"):
         Pool(NOWHERE, **options)

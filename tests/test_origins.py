@@ -1,4 +1,4 @@
-"""Where each setting in force comes from."""
+"""The source of each setting that is in effect."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_each_source_is_named() -> None:
     assert rows["conninfo"][1] == "DATABASE_URL"
 
 
-def test_another_database_names_its_own_variable_or_the_common_one() -> None:
+def test_a_named_databases_source_is_its_own_variable_or_the_common_one() -> None:
     environ = {
         "DATABASE_URL": URL, "DBPOOL_DATABASES": "replica", "DBPOOL_REPLICA_URL": URL,
         "DBPOOL_REPLICA_MAX_SIZE": "3", "DBPOOL_TIMEOUT": "2",
@@ -61,7 +61,7 @@ def test_another_database_names_its_own_variable_or_the_common_one() -> None:
     assert rows["conninfo"][1] == "DBPOOL_DATABASES in app.config"
 
 
-def test_what_the_connection_string_sets_wins_over_a_default() -> None:
+def test_the_connection_string_is_the_source_instead_of_a_default() -> None:
     rows = rows_of(
         {"DATABASE_URL": f"{URL}?connect_timeout=9&options=-c%20statement_timeout%3D7s&keepalives_idle=11"}
     )  # fmt: skip
@@ -72,7 +72,7 @@ def test_what_the_connection_string_sets_wins_over_a_default() -> None:
     assert rows["connect_timeout"] == (4, "DBPOOL_CONNECT_TIMEOUT")
 
 
-def test_an_argument_wins_over_the_variable() -> None:
+def test_an_argument_is_the_source_instead_of_a_variable() -> None:
     environ = {"DATABASE_URL": URL, "DBPOOL_MAX_SIZE": "8"}
     with Pool(URL, max_size=3, open=False) as pool:
         found = describe_settings({"default": pool.settings}, environ=environ)
@@ -80,7 +80,7 @@ def test_an_argument_wins_over_the_variable() -> None:
     assert rows["max_size"] == "argument"
 
 
-def test_libpq_itself_may_say_which_database(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libpqs_own_variables_may_be_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"default": Settings()}
     row = describe_settings(settings, environ={})["pools"]["default"][0]
     assert (row["name"], row["source"]) == ("conninfo", "libpq's defaults")
@@ -113,11 +113,11 @@ def test_no_secret_is_shown(tmp_path: Path) -> None:
 
 
 @given(st.dictionaries(st.sampled_from(["DBPOOL_MAX_SIZE", "DBPOOL_TIMEOUT", "PGHOST", "PGOPTIONS"]), st.text()))  # fmt: skip
-def test_whatever_the_layers_hold_it_can_be_described(layer: dict[str, str]) -> None:
+def test_any_configuration_can_be_described(layer: dict[str, str]) -> None:
     assert json.dumps(describe_settings({"default": Settings()}, layer, layer, environ=layer))
 
 
-def test_stats_shows_them_if_asked(make_app: MakeApp) -> None:
+def test_stats_shows_the_sources_if_asked(make_app: MakeApp) -> None:
     client = make_app(URL, DBPOOL_DETAILS="always", DBPOOL_MAX_SIZE=7).test_client()
     found = client.get("/db/stats?include=settings").get_json()["settings"]
     rows = {row["name"]: row for row in found["pools"]["default"]}

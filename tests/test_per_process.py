@@ -1,4 +1,4 @@
-"""What belongs to one process alone, and what starts with a server's worker."""
+"""Values that belong to one process, and services that start with a server's worker."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Counted:
         self.starts += 1
 
 
-def test_a_child_has_values_of_its_own() -> None:
+def test_a_forked_child_has_values_of_its_own() -> None:
     python("-c", FORK, check=True)
 
 
@@ -46,7 +46,7 @@ def test_a_value_is_made_at_its_first_use() -> None:
     assert (values(), values()) == ("value 1", "value 1")
 
 
-def test_all_instances_start_with_the_worker_and_new_ones_at_once() -> None:
+def test_instances_start_with_the_worker_and_later_ones_at_once() -> None:
     starter: Starter[Counted] = Starter()
     old, gone = Counted(), Counted()
     starter.add(old)

@@ -1,4 +1,4 @@
-"""`pipeline_begin`: one round trip less, and nothing else that a user could see."""
+"""`pipeline_begin` saves one round trip, and changes nothing else that users could see."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SETUP = """
 
 @pytest.fixture
 def pools(server: Server) -> Iterator[tuple[Pool, Pool]]:
-    """One that sends BEGIN with the first statement, and one that does not."""
+    """Two pools: one sends BEGIN with the first statement, the other does not."""
     with (
         Pool(server.conninfo, max_size=1, name="ours", pipeline_begin=True) as ours,
         Pool(server.conninfo, max_size=1, name="theirs") as theirs,
@@ -45,7 +45,7 @@ def pools(server: Server) -> Iterator[tuple[Pool, Pool]]:
     server.execute("drop table if exists joined, gone; drop function if exists say")
 
 
-# What goes over the wire
+# On the wire
 
 
 def _two(conn: Conn) -> None:
@@ -70,14 +70,14 @@ def _prepared(conn: Conn) -> None:
         ),
     ],
 )
-def test_begin_goes_with_the_first_statement(
+def test_begin_is_sent_with_the_first_statement(
     pools: tuple[Pool, Pool], work: Callable[[Conn], None], ours: str, theirs: str
 ) -> None:
     assert [_sent(pool, work) for pool in pools] == [ours, theirs]
 
 
 def _sent(pool: Pool, work: Callable[[Conn], None]) -> str:
-    """What went to the server, with a bar wherever its answer was waited for."""
+    """The messages to the server, with a bar at each wait for an answer."""
     with tempfile.TemporaryFile("w+") as file, pool.connection() as conn:
         conn.pgconn.trace(file.fileno())
         work(conn)
@@ -96,7 +96,7 @@ def _sent(pool: Pool, work: Callable[[Conn], None]) -> str:
         return " ".join(sent)
 
 
-# What users see
+# Seen by users
 
 
 def _insert(conn: Conn) -> Any:
@@ -123,7 +123,7 @@ def _read_binary(conn: Conn) -> Any:
 
 
 def _read_often(conn: Conn) -> Any:
-    """Often enough to be prepared, each time first in a transaction."""
+    """Often enough to be prepared, each time as a transaction's first statement."""
     rows = []
     for number in range(8):
         rows += conn.execute("select %s::int * 2", [number]).fetchall()
@@ -132,7 +132,7 @@ def _read_often(conn: Conn) -> Any:
 
 
 def _read_too_often(conn: Conn) -> Any:
-    """More different ones than are kept prepared."""
+    """More different statements than are kept prepared."""
     conn.prepared_max = 2
     for number in range(5):
         conn.execute(f"select %s::int + {number}", [number], prepare=True)
@@ -141,7 +141,7 @@ def _read_too_often(conn: Conn) -> Any:
 
 
 def _run_too_many(conn: Conn) -> Any:
-    """More different ones than are counted, and fewer to be kept prepared than there are."""
+    """More different statements than psycopg counts, with a small limit of prepared ones."""
     for number in range(4):
         conn.execute(f"select %s::int - {number}", [number], prepare=True)
     conn.commit()
@@ -165,11 +165,11 @@ def _use_a_cursor_again(conn: Conn) -> Any:
 
 
 def _fail_often(conn: Conn) -> Any:
-    """Often enough to be prepared, failing all but the first time."""
+    """Often enough to be prepared; all but the first call fail."""
     for number in (1, 0, 0, 0, 0, 0, 0, 0):
         with contextlib.suppress(psycopg.Error):
             conn.execute("select 40 / %s", [number])
-        conn.commit()  # a rollback would forget what is prepared
+        conn.commit()  # a rollback would drop prepared statements
     return conn.execute("select statement from pg_prepared_statements order by 1").fetchall()
 
 
@@ -380,7 +380,7 @@ def test_users_see_the_same_of_any_sequence(
 
 
 def _outcome(pool: Pool, blocks: list[list[Callable[[Conn], Any]]]) -> list[object]:
-    """What blocks that do some works each tell and leave behind."""
+    """The results of blocks, and what they leave behind."""
     with pool.connection() as conn:
         conn.execute("select pg_advisory_xact_lock(1)")
         conn.execute(SETUP)
@@ -403,7 +403,7 @@ def _outcome(pool: Pool, blocks: list[list[Callable[[Conn], Any]]]) -> list[obje
                     told[-1] = told[-1].fetchall()
             conn.cursor_factory = conn._record.session_state[2]  # type: ignore[attr-defined]
         with pool.connection() as conn:
-            conn.close()  # its handlers and prepared statements go with it
+            conn.close()  # drops its handlers and prepared statements
     with pool.connection() as conn:
         return [*told, conn.execute("select * from joined order by 1").fetchall()]
 
@@ -426,7 +426,7 @@ def _alarm_raises(error: type[BaseException]) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def test_an_interrupt_leaves_a_connection_that_can_be_used(pools: tuple[Pool, Pool]) -> None:
+def test_a_connection_can_be_used_after_an_interrupt(pools: tuple[Pool, Pool]) -> None:
     with _alarm_raises(KeyboardInterrupt):
         for pool in pools:
             with pool.connection() as conn:
@@ -440,7 +440,7 @@ def test_an_interrupt_leaves_a_connection_that_can_be_used(pools: tuple[Pool, Po
             assert pool.fetch_value("select pg_backend_pid()") == pid
 
 
-def test_a_copy_that_should_not_be_ends_the_connection(pools: tuple[Pool, Pool]) -> None:
+def test_a_copy_by_execute_closes_the_connection(pools: tuple[Pool, Pool]) -> None:
     for pool in pools:
         with pytest.raises(psycopg.ProgrammingError) as caught, pool.connection() as conn:
             conn.execute("create table copied as select generate_series(1, 10) as id")
@@ -453,18 +453,18 @@ def test_a_copy_that_should_not_be_ends_the_connection(pools: tuple[Pool, Pool])
 
 
 class _TimeIsOverError(Exception):
-    """Raised by a signal handler, as job queues do."""
+    """Raised by a signal handler, as in job queues."""
 
 
-def test_what_ends_the_wait_ends_the_connection(pools: tuple[Pool, Pool]) -> None:
-    """It can be used no more, as psycopg's, and answers nothing wrong."""
+def test_an_exception_during_the_wait_closes_the_connection(pools: tuple[Pool, Pool]) -> None:
+    """It cannot be used any more, as with psycopg, and gives no wrong answer."""
     with _alarm_raises(_TimeIsOverError):
         for pool in pools:
             conn = pool.getconn()
             signal.setitimer(signal.ITIMER_REAL, 0.1)
             with pytest.raises(_TimeIsOverError):
                 conn.execute("select %s::int from pg_sleep(0.5)", [666])
-            time.sleep(0.6)  # now there is an answer
+            time.sleep(0.6)  # until the answer is here
             for statement in ("insert into joined values (%s)", "select %s::int"):
                 with pytest.raises(psycopg.OperationalError):
                     conn.execute(statement, [7])
@@ -473,7 +473,7 @@ def test_what_ends_the_wait_ends_the_connection(pools: tuple[Pool, Pool]) -> Non
             assert pool.fetch_one("select %s::int", [1]) == (1,)
 
 
-def test_a_thread_that_fails_leaves_the_statement_of_another_alone(dsn: str) -> None:
+def test_a_failing_thread_does_not_disturb_another_threads_statement(dsn: str) -> None:
     def fail() -> None:
         for _ in range(100):
             with contextlib.suppress(psycopg.Error):
@@ -486,7 +486,7 @@ def test_a_thread_that_fails_leaves_the_statement_of_another_alone(dsn: str) -> 
         assert conn.execute("select %s::int", [1]).fetchone() == (1,)
 
 
-def test_an_error_that_is_kept_keeps_no_connection(pools: tuple[Pool, Pool]) -> None:
+def test_a_kept_error_keeps_no_connection_alive(pools: tuple[Pool, Pool]) -> None:
     for pool in pools:
         with pytest.raises(psycopg.errors.AdminShutdown) as caught, pool.connection() as conn:
             _die(conn)
@@ -496,10 +496,10 @@ def test_an_error_that_is_kept_keeps_no_connection(pools: tuple[Pool, Pool]) -> 
         assert gone() is None, kept
 
 
-# How it is set
+# Configuration
 
 
-def test_a_class_with_its_own_idea_of_how_to_begin_is_asked_for_it(dsn: str) -> None:
+def test_a_connection_class_may_override_how_a_transaction_begins(dsn: str) -> None:
     begun: list[str] = []
 
     class Own(Connection[Any]):
@@ -519,7 +519,7 @@ def test_single_statements_keep_their_cursor(pools: tuple[Pool, Pool]) -> None:
         assert conn._record.cursor is not None
 
 
-def test_a_cursor_factory_of_the_users_stays(dsn: str) -> None:
+def test_a_users_cursor_factory_is_kept(dsn: str) -> None:
     with Pool(dsn, pipeline_begin=True, kwargs={"cursor_factory": psycopg.ClientCursor}) as pool:
         with pool.connection() as conn:
             assert type(conn.cursor()) is psycopg.ClientCursor
@@ -533,6 +533,6 @@ def test_it_is_read_from_the_environment(text: str, value: bool) -> None:
     assert settings.pipeline_begin is value
 
 
-def test_what_is_no_switch_is_refused() -> None:
+def test_an_invalid_switch_is_rejected() -> None:
     with pytest.raises(ConfigError, match="DBPOOL_PIPELINE_BEGIN"):
         Settings.from_env(environ={"DBPOOL_PIPELINE_BEGIN": "maybe"})

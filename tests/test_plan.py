@@ -1,4 +1,4 @@
-"""`python -m dbpool plan`, against real servers, a real PgBouncer and a running application."""
+"""`python -m dbpool plan` with real servers, a real PgBouncer and a running application."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plan(
         monkeypatch.chdir(tmp_path)
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
-        # Without a directory it would find whatever application runs on this machine.
+        # Without a directory it would find any application that runs on this machine.
         return main(["plan", "--for", "0", *arguments]), capsys.readouterr().out
 
     return plan
@@ -41,15 +41,15 @@ def plan(
 
 @pytest.fixture
 def narrow(make_server: Callable[..., Server]) -> Server:
-    """A server with 30 connections, 3 of them reserved, and a role that is no superuser."""
+    """A server with 30 connections, 3 of them reserved, and an ordinary role."""
     server = make_server(max_connections=30, superuser_reserved_connections=3)
     server.execute("create role app login password 'right'")
-    until(lambda: not sessions(server))  # it would count as one of others
+    until(lambda: not sessions(server))  # they would count as sessions of others
     return server
 
 
 def sessions(server: Server) -> list[str]:
-    """The sessions of a server as the system's process list has them: a query would add its own."""
+    """A server's sessions from the system's process list, as a query would add its own."""
     titles = []
     for child in psutil.Process(server.postmaster_pid).children():
         with suppress(psutil.Error):  # it has just ended
@@ -65,7 +65,7 @@ def limits(printed: str) -> dict[str, Any]:
     return {limit["what"]: limit for limit in json.loads(printed)["limits"]}
 
 
-def test_it_says_what_fits_and_exits_with_zero(narrow: Server, plan: Plan) -> None:
+def test_a_plan_that_fits_exits_with_zero(narrow: Server, plan: Plan) -> None:
     status, printed = plan("--workers", "2", DATABASE_URL=url_of(narrow), DBPOOL_MAX_SIZE="6")
     assert status == 0
     assert printed == (
@@ -74,20 +74,18 @@ def test_it_says_what_fits_and_exits_with_zero(narrow: Server, plan: Plan) -> No
     )
 
 
-def test_a_database_in_sql_ascii_is_read_as_any(narrow: Server, plan: Plan) -> None:
+def test_a_database_in_sql_ascii_is_read(narrow: Server, plan: Plan) -> None:
     url = f"{url_of(narrow)} client_encoding=sql_ascii"
     _, printed = plan("--json", DATABASE_URL=url, DBPOOL_MAX_SIZE="6")
     assert limits(printed)["the server of default"]["need"] == 7
 
 
-def test_without_a_look_at_blockers_its_connection_is_not_counted(
-    narrow: Server, plan: Plan
-) -> None:
+def test_without_the_monitor_its_connection_is_not_counted(narrow: Server, plan: Plan) -> None:
     _, printed = plan("--json", DATABASE_URL=url_of(narrow), DBPOOL_BLOCKERS="false")
     assert limits(printed)["the server of default"]["need"] == 10
 
 
-def test_what_does_not_fit_is_told_with_the_setting(narrow: Server, plan: Plan) -> None:
+def test_a_plan_that_does_not_fit_names_the_setting(narrow: Server, plan: Plan) -> None:
     status, printed = plan("--workers", "2", DATABASE_URL=url_of(narrow), DBPOOL_MAX_SIZE="7")
     assert status == 1
     assert printed.startswith("too many: the server of default allows 27 connections (30, minus 3")
@@ -109,7 +107,7 @@ def test_databases_of_one_server_share_its_connections(narrow: Server, plan: Pla
 
 
 def test_only_sessions_of_others_take_room(narrow: Server, plan: Plan) -> None:
-    """An ordinary role counts them: it sees no more of them than that."""
+    """An ordinary role can count them, although it sees none of their details."""
     ours = url_of(narrow) + " application_name=dbpool:default@web1/17"
     monitor = url_of(narrow) + " application_name=dbpool:monitor"
     with psycopg.connect(narrow.conninfo), psycopg.connect(ours), psycopg.connect(monitor):
@@ -117,7 +115,9 @@ def test_only_sessions_of_others_take_room(narrow: Server, plan: Plan) -> None:
     assert limits(printed)["the server of default"]["others"] == 1
 
 
-def test_reserved_connections_are_no_room(make_server: Callable[..., Server], plan: Plan) -> None:
+def test_reserved_connections_are_subtracted(
+    make_server: Callable[..., Server], plan: Plan
+) -> None:
     server = make_server(
         max_connections=30, superuser_reserved_connections=2, reserved_connections=5
     )
@@ -126,7 +126,7 @@ def test_reserved_connections_are_no_room(make_server: Callable[..., Server], pl
     assert limits(printed)["the server of default"]["reserved"] == 7
 
 
-def test_the_limits_of_role_and_database_count(narrow: Server, plan: Plan) -> None:
+def test_the_limits_of_role_and_database_are_respected(narrow: Server, plan: Plan) -> None:
     narrow.execute("alter role app connection limit 7")
     narrow.execute("alter database postgres connection limit 6")
     with psycopg.connect(narrow.conninfo):
@@ -149,7 +149,7 @@ def test_a_database_that_cannot_be_asked_is_named(narrow: Server, plan: Plan) ->
     assert "wr0ng" not in printed
 
 
-def test_a_host_that_is_no_name_is_no_traceback(plan: Plan) -> None:
+def test_an_invalid_host_name_causes_no_traceback(plan: Plan) -> None:
     environ = {"DATABASE_URL": f"postgresql://u@{'x' * 70}/d", "WEB_CONCURRENCY": "9" * 5000}
     assert plan(**environ) == (1, "unknown: default: UnicodeError\n")
 
@@ -167,8 +167,8 @@ def bouncer(narrow: Server) -> Iterator[Bouncer]:
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here")
-def test_behind_a_pooler_its_sizes_count(bouncer: Bouncer, plan: Plan) -> None:
-    """Clients by its max_client_conn, which is 6; its pool of 5 + 2 alone reaches the server."""
+def test_behind_pgbouncer_its_limits_are_used(bouncer: Bouncer, plan: Plan) -> None:
+    """max_client_conn, here 6, limits clients; only its 5 + 2 connections reach the server."""
     settings = {"DATABASE_URL": bouncer.conninfo_for(), "DBPOOL_POOLER": "transaction"}
     status, printed = plan("--json", "--workers", "4", **settings, DBPOOL_MAX_SIZE="2")
     clients = limits(printed)["PgBouncer in front of default"]
@@ -194,7 +194,7 @@ def test_databases_behind_one_pooler_share_its_clients(bouncer: Bouncer, plan: P
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here")
-def test_a_console_that_refuses_is_told(narrow: Server, plan: Plan) -> None:
+def test_a_console_that_denies_access_is_named(narrow: Server, plan: Plan) -> None:
     bouncer = Bouncer(narrow, extra="admin_users = somebody_else")
     bouncer.start()
     try:
@@ -209,7 +209,7 @@ def test_a_console_that_refuses_is_told(narrow: Server, plan: Plan) -> None:
 # A running application
 
 
-def test_the_load_of_a_running_application_says_what_it_needs(
+def test_a_running_applications_load_gives_the_size_it_needs(
     dsn: str, tmp_path: Path, plan: Plan
 ) -> None:
     (tmp_path / "stats").mkdir(mode=0o700)
@@ -229,13 +229,15 @@ def test_the_load_of_a_running_application_says_what_it_needs(
             processes.close()
     found = json.loads(printed)["load"]["default"]
     assert status == 0
-    assert found["max_size"] == 8  # the running pool's, not the environment's
+    assert found["max_size"] == 8  # of the running pool, not of the environment
     assert found["reason"] is None, found
     assert 1 <= found["threads_need"] <= found["twice_the_load_needs"] <= 4
     assert found["busy"] == pytest.approx(found["rate"] * found["hold"])
 
 
-def test_an_idle_application_gives_not_enough_data(dsn: str, tmp_path: Path, plan: Plan) -> None:
+def test_an_idle_application_does_not_give_enough_data(
+    dsn: str, tmp_path: Path, plan: Plan
+) -> None:
     (tmp_path / "stats").mkdir(mode=0o700)
     with Databases({"default": Settings(conninfo=dsn)}) as databases:
         databases.default.fetch_value("select 1")

@@ -1,4 +1,4 @@
-"""The servers of the tests: gone afterwards, whatever became of the run."""
+"""The tests' servers are removed afterwards, also after a killed run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ sys.stdin.read()
 """
 
 
-def test_what_a_killed_run_left_is_ended_and_removed() -> None:
+def test_servers_of_a_killed_run_are_stopped_and_removed() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", _STARTING],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
@@ -39,7 +39,7 @@ def _is_postmaster(directory: Path, pid: int) -> bool:
     return (directory / "data" / "postmaster.pid").read_text().split()[0] == str(pid)
 
 
-def test_a_server_is_killed_started_again_and_leaves_nothing() -> None:
+def test_a_server_can_be_killed_and_restarted_and_leaves_nothing() -> None:
     with served() as server:
         server.execute("create table t as select 1")
         server.kill_postmaster()
@@ -50,7 +50,7 @@ def test_a_server_is_killed_started_again_and_leaves_nothing() -> None:
     assert not server.directory.exists()
 
 
-def test_two_servers_at_once_have_nothing_in_common() -> None:
+def test_two_servers_at_once_are_independent() -> None:
     with served(work_mem="5MB") as one, served() as two:
         assert one.port != two.port
         assert one.execute("show work_mem") != two.execute("show work_mem")

@@ -1,4 +1,4 @@
-"""The statistics of several processes: merged, archived, and robust against what lies around."""
+"""Statistics of several processes: merged, archived, and robust against damaged files."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ time.sleep(60)
 """
 
 
-DERIVED = {"count", "sum", "p50", "p95", "p99"}  # nobody reads them back
+DERIVED = {"count", "sum", "p50", "p95", "p99"}  # written, but not read back
 
 
 class Counting:
-    """Stands in for a pool: any object with `stats()` will do."""
+    """Stands in for a pool: any object with `stats()` is enough."""
 
     def __init__(self, checkouts: int = 0) -> None:
         self.metrics = Metrics()
@@ -107,7 +107,7 @@ def checkouts(report: dict[str, Any]) -> int:
     return int(report["pools"]["default"]["counters"]["checkouts"])
 
 
-def test_without_a_directory_a_process_answers_for_itself() -> None:
+def test_without_a_directory_a_process_reports_only_itself() -> None:
     report = Processes({"default": Counting(5)}).report()
     assert report["scope"] == "process"
     assert [process["pid"] for process in report["processes"]] == [os.getpid()]
@@ -143,13 +143,13 @@ def test_totals_do_not_fall_when_a_worker_is_killed(
         assert workers[0].pid not in {process["pid"] for process in report["processes"]}
 
 
-def test_a_worker_that_ended_and_is_not_yet_collected_has_ended(
+def test_a_zombie_worker_counts_as_ended(
     processes: Processes, workers: list[subprocess.Popen[str]]
 ) -> None:
     workers[0].kill()
     stdout = workers[0].stdout
     assert stdout is not None
-    assert stdout.read() == ""  # closed with it; nobody waited for it
+    assert stdout.read() == ""  # it has ended, but its parent has not waited for it
     until(lambda: processes.report()["pools"]["default"]["size"] == 3)
     assert checkouts(processes.report()) == 35
 
@@ -167,7 +167,7 @@ def test_nothing_is_archived_while_another_process_does(
     assert (directory / "app.archive").exists()
 
 
-def test_a_hung_worker_grows_old_and_is_not_lost(
+def test_a_hung_workers_age_grows_and_its_counts_stay(
     processes: Processes, workers: list[subprocess.Popen[str]]
 ) -> None:
     os.kill(workers[0].pid, signal.SIGSTOP)
@@ -186,7 +186,7 @@ CONTAINED = WORKER.replace("time.sleep(60)", "sys.stdin.read()")
 
 
 class Contained:
-    """A worker that is process 1 of a pid namespace of its own, as in a container."""
+    """A worker that is process 1 in its own pid namespace, as in a container."""
 
     def __init__(self, directory: Path, count: str) -> None:
         self._process = subprocess.Popen(
@@ -225,7 +225,7 @@ def test_containers_may_share_the_directory(
         assert report["pools"]["default"]["size"] == 6
         assert [p["pid"] for p in report["processes"]].count(1) == 2
         assert len(report["processes"]) == 5
-    # From a container it looks the same.
+    # The report is the same from inside a container.
     command = [sys.executable, "-m", "dbpool", "stats", "--dir", str(directory)]
     done = subprocess.run(
         [*own_pids(), *command],
@@ -240,7 +240,7 @@ def test_containers_may_share_the_directory(
     contained[0].kill()
     workers[1].kill()
     workers[1].wait()
-    until(lambda: processes.report()["pools"]["default"]["size"] == 4)  # a namespace takes its time
+    until(lambda: processes.report()["pools"]["default"]["size"] == 4)  # takes a moment
     for _ in range(3):
         report = processes.report()
         assert checkouts(report) == 335
@@ -260,7 +260,7 @@ time.sleep(60)
 """
 
 
-def test_a_dead_worker_does_not_live_on_in_what_it_forked(
+def test_a_dead_worker_does_not_seem_alive_because_of_its_forked_child(
     processes: Processes, directory: Path
 ) -> None:
     script = WORKER.replace("time.sleep(60)", FORKING)
@@ -275,7 +275,7 @@ def test_a_dead_worker_does_not_live_on_in_what_it_forked(
     assert worker.stdout.readline() == "ready\n"
     assert worker.stdout.readline() == "forked\n"
     assert processes.report()["pools"]["default"]["size"] == 3
-    worker.kill()  # not the process that it forked
+    worker.kill()  # its forked child lives on
     worker.communicate()
     report = processes.report()
     os.killpg(worker.pid, signal.SIGKILL)
@@ -284,7 +284,7 @@ def test_a_dead_worker_does_not_live_on_in_what_it_forked(
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_lock_does_not_live_on_in_what_was_forked_meanwhile(directory: Path) -> None:
+def test_a_forked_child_does_not_keep_its_parents_lock(directory: Path) -> None:
     with locked(directory / "app.lock") as is_locked:
         assert is_locked
         pid = os.fork()
@@ -297,7 +297,7 @@ def test_a_lock_does_not_live_on_in_what_was_forked_meanwhile(directory: Path) -
         assert is_locked
 
 
-def test_a_process_whose_life_sign_was_removed_is_told_by_its_pid(
+def test_a_process_whose_lock_file_was_removed_is_recognised_by_its_pid(
     processes: Processes, workers: list[subprocess.Popen[str]], directory: Path
 ) -> None:
     for sign in directory.glob("*.alive"):
@@ -310,7 +310,7 @@ def test_a_process_whose_life_sign_was_removed_is_told_by_its_pid(
     assert checkouts(processes.report()) == 35
 
 
-def test_a_process_gets_its_lock_while_others_ask_whether_it_lives(directory: Path) -> None:
+def test_a_process_gets_its_lock_while_others_check_it(directory: Path) -> None:
     stop, path = threading.Event(), directory / "one.alive"
 
     def ask() -> None:
@@ -339,7 +339,7 @@ sys.addaudithook(hook)
 """
 
 
-def test_where_no_locks_are_kept_a_process_is_told_by_its_pid(directory: Path) -> None:
+def test_without_file_locks_a_process_is_recognised_by_its_pid(directory: Path) -> None:
     report = """
 import json
 print(json.dumps(Processes({}, directory=sys.argv[1]).collect_others().to_json()), flush=True)
@@ -361,7 +361,7 @@ print(json.dumps(Processes({}, directory=sys.argv[1]).collect_others().to_json()
     assert "statistics" not in done.stderr
 
 
-def test_a_file_that_cannot_be_opened_now_is_tried_again(directory: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_tried_again(directory: Path) -> None:
     script = """
 import os, resource, sys
 from tests.test_processes import Counting
@@ -388,7 +388,7 @@ HOLDING = WORKER.replace(
 
 
 class Holding(Counting):
-    """A pool with one holder, whose age is the same whenever it is asked."""
+    """Stands in for a pool with one holder, whose age is constant."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -399,7 +399,7 @@ class Holding(Counting):
         return self.metrics.snapshot([], state="up", size=1, active=1, holders=holders)
 
 
-def test_what_others_hold_grows_older_between_their_snapshots(directory: Path) -> None:
+def test_holders_of_other_processes_age_between_snapshots(directory: Path) -> None:
     worker = subprocess.Popen(
         [sys.executable, "-c", HOLDING, str(directory), "10"],
         stdout=subprocess.PIPE,
@@ -408,7 +408,7 @@ def test_what_others_hold_grows_older_between_their_snapshots(directory: Path) -
     )
     assert worker.stdout is not None
     assert worker.stdout.readline() == "ready\n"
-    os.kill(worker.pid, signal.SIGSTOP)  # it publishes no more
+    os.kill(worker.pid, signal.SIGSTOP)  # so that it publishes no more
     processes = Processes({"default": Holding(6.0)}, directory=directory)
 
     def pool() -> dict[str, Any]:
@@ -427,7 +427,7 @@ def test_what_others_hold_grows_older_between_their_snapshots(directory: Path) -
         until(lambda: ages()["theirs"] > first["theirs"] + 0.1)
         assert pool()["breaker"]["retry_after"] < left < 30.0
         assert uptime() > up
-        assert ages()["ours"] < 6.5  # what is said now is of now
+        assert ages()["ours"] < 6.5  # its own snapshot is current
         until(lambda: ages()["theirs"] > ages()["ours"])
         assert [holder["thread"] for holder in pool()["holders"]] == ["theirs", "ours"]
     finally:
@@ -449,7 +449,7 @@ def test_a_recycled_pid_is_another_process(processes: Processes, directory: Path
     assert not (directory / "app-1-12345.json").exists()
 
 
-def test_a_crash_between_archiving_and_removing_counts_nothing_twice(
+def test_a_crash_between_archiving_and_removing_doubles_no_counts(
     processes: Processes, directory: Path
 ) -> None:
     processes.publish()
@@ -479,7 +479,7 @@ def test_a_crash_between_archiving_and_removing_counts_nothing_twice(
     ],
     ids=lambda garbage: repr(garbage[:20]),
 )
-def test_garbage_is_ignored_and_told_once(
+def test_damaged_files_are_ignored_and_logged_once(
     processes: Processes, directory: Path, garbage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     (directory / "app-7-7.json").write_bytes(garbage)
@@ -544,7 +544,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(st.sampled_from(list(paths(a_record()))), ODD, st.booleans())
-def test_whatever_a_file_holds_the_report_is_strict_json(
+def test_the_report_is_strict_json_whatever_a_file_contains(
     shared: Path, path: tuple[Any, ...], odd: Any, is_archive: bool
 ) -> None:
     record = replaced(a_record(), path, odd)
@@ -575,7 +575,7 @@ def test_an_incomplete_record_is_not_used(processes: Processes, directory: Path)
         assert len(processes.report()["processes"]) == 1, path
 
 
-def test_text_that_cannot_be_encoded_loses_no_worker(directory: Path) -> None:
+def test_text_that_cannot_be_encoded_does_not_hide_a_worker(directory: Path) -> None:
     processes = Processes({"a\udc80": Counting(5)}, directory=directory)
     report = processes.report()
     assert report["pools"].keys() == {"a?"}
@@ -630,24 +630,26 @@ def test_another_users_directory_is_not_used(directory: Path) -> None:
     assert list(directory.iterdir()) == []
 
 
-def test_a_missing_directory_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_directory_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     processes = Processes({"default": Counting(5)}, directory=tmp_path / "nowhere")
     for _ in range(2):
         assert processes.report()["scope"] == "process"
     assert len([r for r in caplog.records if "nowhere" in r.message]) == 1
 
 
-def test_a_failing_write_is_contained_and_told_once(
+def test_a_failing_write_does_no_harm_and_is_logged_once(
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     processes = Processes({"default": Counting(5)}, directory=directory, app="a" * 300)
-    for _ in range(2):  # the name is too long for any file system
+    for _ in range(2):  # the name is too long for a file system
         assert processes.report()["scope"] == "process"
     assert len([r for r in caplog.records if "cannot write" in r.message]) == 1
     processes.close()
 
 
-def test_a_full_disk_is_contained_and_told_once(directory: Path) -> None:
+def test_a_full_disk_does_no_harm_and_is_logged_once(directory: Path) -> None:
     script = f"""
 import resource, signal
 from tests.test_processes import Counting
@@ -665,8 +667,8 @@ for _ in range(3):
     assert list(directory.glob("*.json")) == []
 
 
-@pytest.mark.skipif(shutil.which("unshare") is None, reason="mounts are made with Linux's unshare")
-def test_a_read_only_file_system_is_contained_and_told_once(directory: Path) -> None:
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_a_read_only_file_system_does_no_harm_and_is_logged_once(directory: Path) -> None:
     script = f"""
 from tests.test_processes import Counting
 from dbpool.processes import Processes
@@ -687,7 +689,7 @@ for _ in range(3):
 
 
 class Growing(Counting):
-    """A pool with one checkout more whenever it is asked."""
+    """Stands in for a pool that counts one more checkout at each snapshot."""
 
     def stats(self) -> Snapshot:
         self.metrics.checkouts += 1
@@ -722,13 +724,13 @@ def test_a_publication_is_never_overwritten_by_an_older_one(
     assert published(directory) == 2
 
 
-def test_a_report_says_of_its_process_what_the_others_read(directory: Path) -> None:
+def test_a_process_reports_about_itself_what_others_read(directory: Path) -> None:
     processes = Processes({"default": Growing()}, directory=directory)
     assert checkouts(processes.report()) == published(directory)
     processes.close()
 
 
-def test_a_write_that_hangs_holds_up_no_report(
+def test_a_hanging_write_delays_no_report(
     directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("dbpool.processes._processes.WRITE_TIMEOUT", 0.01)
@@ -742,7 +744,7 @@ def test_a_write_that_hangs_holds_up_no_report(
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_child_publishes_although_its_parent_did_when_it_forked(directory: Path) -> None:
+def test_a_child_forked_during_a_publication_publishes(directory: Path) -> None:
     processes = Processes({"default": Counting(5)}, directory=directory)
     processes.start()
     state = processes._state()
@@ -757,7 +759,7 @@ def test_a_child_publishes_although_its_parent_did_when_it_forked(directory: Pat
     processes.close()
 
 
-def test_a_system_without_threads_fails_no_request_and_is_asked_again(
+def test_a_lack_of_threads_fails_no_request_and_is_retried(
     directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(thread: threading.Thread) -> None:
@@ -777,7 +779,7 @@ def test_a_system_without_threads_fails_no_request_and_is_asked_again(
 
 
 @pytest.mark.parametrize("days", [-1, 1])
-def test_a_clock_that_jumps_changes_no_age_and_no_number(
+def test_a_clock_jump_changes_no_age_and_no_count(
     processes: Processes,
     workers: list[subprocess.Popen[str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -800,7 +802,7 @@ def test_two_applications_do_not_mix(processes: Processes, directory: Path) -> N
     other.close()
 
 
-def test_two_applications_of_one_name_in_a_process_are_told_as_one(
+def test_two_applications_with_one_name_in_a_process_are_reported_as_one(
     processes: Processes, directory: Path
 ) -> None:
     other = Processes({"default": Counting(100)}, directory=directory)

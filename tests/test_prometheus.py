@@ -1,4 +1,4 @@
-"""The collector in a registry of the application's own."""
+"""The collector in an application's own registry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dbpool.settings import Settings
 from tests.fake import FakeServer
 
 
-def test_each_scrape_of_a_registry_shows_the_numbers_of_its_moment(fake: FakeServer) -> None:
+def test_each_scrape_shows_the_current_numbers(fake: FakeServer) -> None:
     with Databases(
         {"default": Settings(conninfo=fake.conninfo)}, connection_class=fake.connection_class
     ) as databases:
@@ -30,7 +30,7 @@ def test_each_scrape_of_a_registry_shows_the_numbers_of_its_moment(fake: FakeSer
         processes.close()
 
 
-def test_registering_asks_for_no_report_and_names_every_metric() -> None:
+def test_registering_describes_every_metric_without_a_report() -> None:
     def report() -> dict[str, Any]:
         raise AssertionError("nobody scraped")
 
@@ -43,7 +43,7 @@ def test_registering_asks_for_no_report_and_names_every_metric() -> None:
     registry.register(collector)
 
 
-def test_what_is_described_is_what_is_collected() -> None:
+def test_the_described_metrics_are_the_collected_ones() -> None:
     pool: Pool[Any] = Pool("host=127.0.0.1 port=1")
     collector = PoolCollector(
         lambda: {"pools": {"default": pool.stats().to_json()}, "processes": [{"pid": 1, "age": 2}]}
@@ -53,6 +53,6 @@ def test_what_is_described_is_what_is_collected() -> None:
 
 
 @pytest.mark.parametrize("report", [{}, {"pools": {}, "processes": []}, None, "report"])
-def test_a_report_that_would_stay_as_it_is_is_refused(report: Any) -> None:
+def test_report_must_be_callable(report: Any) -> None:
     with pytest.raises(TypeError, match="report must be callable"):
         PoolCollector(report)

@@ -1,4 +1,4 @@
-"""What a reader of `/stats` may ask for, and how much of it."""
+"""The query parameters of `/stats`."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ REPORT: dict[str, Any] = {
     ("since", "steps"),
     [("", [1, 2, 3, 4]), ("1000", []), ("995", [4]), ("994.9", [4]), ("990.1", [3, 4]), ("1", [1, 2, 3, 4]), ("2000", [])],
 )  # fmt: skip
-def test_of_the_history_only_newer_steps_are_shown(since: str, steps: list[int]) -> None:
+def test_since_limits_the_history_to_newer_steps(since: str, steps: list[int]) -> None:
     shown = Query.parse({"since": since}).trim(REPORT)
     assert shown["history"]["pools"]["default"]["in_use"] == steps
-    assert len(REPORT["history"]["pools"]["default"]["in_use"]) == 4, "the report is as it was"
+    assert len(REPORT["history"]["pools"]["default"]["in_use"]) == 4, "the report was changed"
 
 
-def test_lists_are_cut_and_old_lines_left_out() -> None:
+def test_lists_are_shortened_and_old_lines_left_out() -> None:
     shown = Query.parse({"limit": "1"}).trim(REPORT)
     assert [line["text"] for line in shown["journal"]] == ["late"]
     assert shown["endpoints"] == {"default": [{"endpoint": "a"}]}
-    assert shown["workers"] == REPORT["workers"], "each worker counts"
+    assert shown["workers"] == REPORT["workers"], "a worker is missing"
     assert shown["pools"]["default"] == {"size": 2, "holders": [{"where": "a"}]}
     assert len(Query.parse({"since": "950"}).trim(REPORT)["journal"]) == 1
     assert Query().trim(REPORT) == REPORT
 
 
-def test_parts_may_be_those_of_one_pool() -> None:
+def test_the_parts_may_be_limited_to_one_pool() -> None:
     shown = Query.parse({"pool": "replica"}).trim(REPORT)
     assert shown["history"]["pools"] == shown["endpoints"] == shown["workers"] == {}
-    assert shown["pools"] == REPORT["pools"], "beside those of all"
+    assert shown["pools"] == REPORT["pools"], "the other pools are missing"
     assert Query.parse({"pool": "default"}).trim(REPORT) == REPORT
 
 
@@ -61,13 +61,13 @@ def test_parts_may_be_those_of_one_pool() -> None:
         ({"limit": "\u0663"}, "limit is"),
     ],
 )
-def test_what_cannot_be_read_is_an_error_that_names_it(given: dict[str, str], said: str) -> None:
+def test_an_invalid_parameter_is_named_in_the_error(given: dict[str, str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Query.parse(given)
 
 
 @given(st.dictionaries(st.sampled_from(["include", "since", "limit"]), st.text(max_size=9)))
-def test_anything_is_read_or_refused_by_a_value_error(given: dict[str, str]) -> None:
+def test_any_query_is_accepted_or_a_value_error(given: dict[str, str]) -> None:
     with suppress(ValueError):
         query = Query.parse(given)
         assert set(query.include) <= set(INCLUDES)

@@ -1,4 +1,4 @@
-"""The report: what processes say of their pools, merged, and the same object out of JSON."""
+"""The report about the pools of all processes: merging it, and reading it from JSON."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_merged_reports_hold_every_process_and_each_pool_once(one: Snapshot, two
     assert merged.pools == other.merge(part(1, one)).pools
 
 
-def test_a_process_is_as_young_as_the_youngest_of_its_parts() -> None:
+def test_a_processes_age_is_that_of_its_newest_part() -> None:
     parts = [
         part(1, Snapshot(), written, number).as_of(10.0) for number, written in ((1, 3), (2, 9))
     ]
@@ -66,17 +66,17 @@ def test_a_process_is_as_young_as_the_youngest_of_its_parts() -> None:
     assert [p.age for p in parts[1].merge(parts[0]).processes] == [1.0]
 
 
-def test_later_a_holder_has_held_for_longer_and_the_next_attempt_is_nearer() -> None:
+def test_as_of_ages_holders_and_brings_the_next_attempt_nearer() -> None:
     report = part(1, busy(3.0), written=10.0)
     later, much_later = report.as_of(11.5), report.as_of(100.0)
     assert later.pools["default"].holders[0].seconds == 4.5
     assert later.pools["default"].breaker.retry_after == 0.5
     assert (later.processes[0].age, later.processes[0].uptime) == (1.5, 2.5)
     assert much_later.pools["default"].breaker.retry_after == 0.0
-    assert report.as_of(9.0).processes[0].age == 0.0, "a clock that was read earlier"
+    assert report.as_of(9.0).processes[0].age == 0.0, "an age is never negative"
 
 
-def test_of_processes_that_ended_the_totals_remain() -> None:
+def test_totals_of_ended_processes_remain() -> None:
     remaining = part(1, busy(3.0)).totals_only()
     pool = remaining.pools["default"]
     assert remaining.processes == ()
@@ -85,7 +85,7 @@ def test_of_processes_that_ended_the_totals_remain() -> None:
     assert (pool.counters.checkouts, pool.wait.count) == (1, 1)
 
 
-def test_each_worker_that_lives_keeps_its_own_numbers() -> None:
+def test_each_live_worker_keeps_its_own_numbers() -> None:
     ended = part(9, busy(3.0)).totals_only()
     merged = ended.merge(part(2, busy(1.0), written=8.0).as_of(10.0), part(1, Snapshot()))
     again = Report({}).merge(merged)
@@ -93,10 +93,10 @@ def test_each_worker_that_lives_keeps_its_own_numbers() -> None:
     assert (first["pid"], first["in_use"], first["checkouts"]) == (1, 0, 0)
     assert (second["pid"], second["age"], second["uptime"]) == (2, 2.0, 3.0)
     assert (second["state"], second["in_use"], second["checkouts"]) == ("down", 1, 1)
-    assert merged.pools["default"].counters.checkouts == 2, "with that of the one that ended"
+    assert merged.pools["default"].counters.checkouts == 2, "with those of the ended worker"
 
 
-def test_of_many_workers_the_busiest_are_shown() -> None:
+def test_the_busiest_of_many_workers_are_shown() -> None:
     parts = [part(pid, busy(1.0) if pid > 90 else Snapshot()) for pid in range(1, 101)]
     shown = parts[0].merge(*parts[1:]).workers_to_json()["default"]
     assert len(shown) == 64
@@ -117,7 +117,7 @@ def test_of_many_workers_the_busiest_are_shown() -> None:
         {"processes": None, "pools": {}},
     ],
 )
-def test_what_is_no_report_is_a_value_error(data: Any) -> None:
+def test_a_malformed_report_is_a_value_error(data: Any) -> None:
     with pytest.raises(ValueError):
         Report.from_json(data)
 
@@ -126,9 +126,7 @@ A_REPORT = part(1, busy(3.0)).to_json()
 
 
 @given(st.sampled_from(list(paths(A_REPORT))), ODD)
-def test_whatever_stands_in_the_json_a_report_is_strict_or_refused(
-    path: tuple[Any, ...], odd: Any
-) -> None:
+def test_any_json_is_a_strict_report_or_rejected(path: tuple[Any, ...], odd: Any) -> None:
     try:
         report = Report.from_json(replaced(A_REPORT, path, odd))
     except ValueError:
@@ -137,7 +135,7 @@ def test_whatever_stands_in_the_json_a_report_is_strict_or_refused(
     expose(report)
 
 
-def test_a_request_makes_no_json_to_parse_it_again(
+def test_a_request_does_not_parse_its_own_json(
     make_app: MakeApp, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object) -> None:
@@ -151,7 +149,7 @@ def test_a_request_makes_no_json_to_parse_it_again(
     assert client.get("/db/metrics").status_code == 200
 
 
-def test_without_a_directory_requests_do_not_ask_to_publish_again(
+def test_without_a_directory_requests_do_not_publish(
     make_app: MakeApp, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = make_app(fake).test_client()
@@ -160,7 +158,7 @@ def test_without_a_directory_requests_do_not_ask_to_publish_again(
     assert client.get("/db/health/live").status_code == 200
 
 
-def test_requests_ask_to_publish_until_the_directory_is_there(
+def test_requests_publish_once_the_directory_exists(
     make_app: MakeApp, fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "stats"

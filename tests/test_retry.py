@@ -26,7 +26,7 @@ def test_delays_are_jittered_over_the_whole_range() -> None:
     assert max(values) > 0.9
 
 
-def test_a_budget_runs_dry_and_fills_up_by_tenths() -> None:
+def test_a_budget_is_used_up_and_refilled_by_tenths() -> None:
     budget = Budget(2)
     assert [budget.draw() for _ in range(3)] == [True, True, False]
     for _ in range(9):

@@ -1,4 +1,4 @@
-"""A password is rotated as docs/secrets.md says, and no request fails by it."""
+"""Rotating a password as docs/secrets.md describes fails no request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .threads import Load
 
 
 def write(path: Path, text: str) -> None:
-    """As the page does: beside it, and then in its place."""
+    """Write a new file and rename it, as the page does."""
     new = path.with_suffix(".new")
     new.write_text(text)
     new.replace(path)
@@ -80,14 +80,14 @@ def test_the_server_and_then_the_file_change_under_load(own_server: Server, tmp_
             conninfo=own_server.conninfo_for(user="app"),
             password_file=str(file),
             max_size=4,
-            max_lifetime=2.0,  # so that there are new connections all the time, one by one
-            outage_grace=0.05,  # it takes longer than that until the file changes
+            max_lifetime=2.0,  # so that new connections are made all the time
+            outage_grace=0.05,  # shorter than the time until the file changes
         )
         with Pool(settings=settings) as pool:
             load = Load(lambda: pool.fetch_value("select 1"), threads=4)
             load.await_calls(100)
             admin.execute("alter role app password 'new'")
-            until(lambda: pool.stats().counters.connect_failures > 0)  # it meets the old password
+            until(lambda: pool.stats().counters.connect_failures > 0)  # the old password fails
             load.await_calls(500)
             write(file, "new\n")
             connects = pool.stats().counters.connects

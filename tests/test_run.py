@@ -1,4 +1,4 @@
-"""`python -m webapp`, as `make run` calls it: what it starts, what it says, and what it leaves."""
+"""`python -m webapp`, as `make run` calls it: what it starts, prints and leaves behind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STOP_SECONDS = 5.0
 
 
 class Application:
-    """A supervisor of ours, and the way to talk to what it serves."""
+    """A running supervisor, with requests to the application that it serves."""
 
     def __init__(self, checkout: Path, **environ: str) -> None:
         self.port = int(environ.setdefault("PORT", str(free_port())))
@@ -69,7 +69,7 @@ class Application:
             return False
 
     def await_served(self) -> Application:
-        """Wait until it says so: before, a predecessor may answer on the port."""
+        """Wait for its message, as a predecessor may still answer on the port."""
         until(lambda: self.process.poll() is not None or "Serving" in self.said(), 30)
         assert self.process.poll() is None, self.said()
         return self
@@ -103,7 +103,7 @@ def command(pid: int) -> str:
 
 @pytest.fixture(scope="module")
 def checkout() -> Iterator[Path]:
-    """A copy of the sources, with data of its own, where the server's user can go."""
+    """A copy of the sources with its own data, in a folder that the server's user may enter."""
     folder = Path(tempfile.mkdtemp(prefix="dbpool-run-", dir=memory()))
     folder.chmod(0o755)
     for package in ("dbpool", "webapp"):
@@ -115,7 +115,7 @@ def checkout() -> Iterator[Path]:
 
 @pytest.fixture
 def run(checkout: Path) -> Iterator[Callable[..., Application]]:
-    """Start applications that do not outlive the test, whatever it did to them."""
+    """A function that starts applications; they are killed after the test."""
     started: list[Application] = []
 
     def start(**environ: str) -> Application:
@@ -167,7 +167,7 @@ def test_serves_the_api_and_the_views_and_keeps_the_data(run: Run, checkout: Pat
     assert second.get(f"/notes/{note['id']}") == (200, note)
 
 
-def test_a_pool_has_one_more_than_its_worker_has_threads_unless_told_otherwise(run: Run) -> None:
+def test_a_pools_default_size_is_its_workers_threads_and_one(run: Run) -> None:
     assert largest(run()) == 9
     assert largest(run(DBPOOL_MAX_SIZE="3")) == 3
     assert largest(run(DBPOOL_MIN_SIZE="9")) == 9
@@ -182,7 +182,7 @@ def largest(application: Application) -> int:
 def test_ctrl_c_in_a_terminal_stops_it_quietly(run: Run, checkout: Path) -> None:
     application = run().await_served()
     with stopping_in_time():
-        os.killpg(application.process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+        os.killpg(application.process.pid, signal.SIGINT)  # to the whole group, as a terminal does
         code, output = application.ended()
     assert code == 0
     assert "Traceback" not in output
@@ -243,7 +243,7 @@ def test_two_at_once_share_the_server_and_the_last_one_stops_it(run: Run, checko
     assert not servers(checkout)
 
 
-def test_a_supervisor_that_was_killed_is_followed_by_the_next_one(run: Run, checkout: Path) -> None:
+def test_the_next_supervisor_takes_over_from_a_killed_one(run: Run, checkout: Path) -> None:
     killed = run().await_served()
     status, note = killed.request("POST", "/notes", {"title": "survives"})
     assert status == 201
@@ -255,7 +255,7 @@ def test_a_supervisor_that_was_killed_is_followed_by_the_next_one(run: Run, chec
     assert not servers(checkout)
 
 
-def test_gunicorn_killed_ends_the_rest_with_a_word(run: Run, checkout: Path) -> None:
+def test_killing_gunicorn_ends_the_supervisor_with_a_message(run: Run, checkout: Path) -> None:
     application = run().await_served()
     with stopping_in_time():
         os.kill(application.gunicorn(), signal.SIGKILL)
@@ -280,7 +280,7 @@ def test_a_postmaster_that_was_killed_is_started_again(run: Run, checkout: Path)
     assert "starting it again" in output
 
 
-def test_after_everything_was_killed_the_next_one_serves(run: Run, checkout: Path) -> None:
+def test_the_next_supervisor_serves_after_everything_was_killed(run: Run, checkout: Path) -> None:
     application = run().await_served()
     pid = embedded.Server(checkout / ".data").pid_in_file()
     assert pid is not None
@@ -293,7 +293,7 @@ def test_after_everything_was_killed_the_next_one_serves(run: Run, checkout: Pat
     assert following.stop()[0] == 0
 
 
-def test_a_port_in_use_is_one_clear_line(run: Run) -> None:
+def test_a_port_in_use_is_an_error_of_one_line(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, output = run(PORT=str(port)).ended()
@@ -307,7 +307,7 @@ def test_an_empty_number_of_workers_is_the_default(run: Run, dsn: str) -> None:
 
 
 @pytest.mark.parametrize("port", ["http", "-1", "65536", "1e3", "9" * 5000])
-def test_a_port_that_is_none_is_one_clear_line(checkout: Path, port: str) -> None:
+def test_an_invalid_port_is_an_error_of_one_line(checkout: Path, port: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "webapp"],
         cwd=checkout,
@@ -320,7 +320,7 @@ def test_a_port_that_is_none_is_one_clear_line(checkout: Path, port: str) -> Non
     assert done.stderr == f"webapp: PORT must be a number up to 65535, not {port[:20]!r}\n"
 
 
-def test_a_database_that_is_not_there_is_one_clear_line(run: Run, checkout: Path) -> None:
+def test_an_unreachable_database_is_an_error_of_one_line(run: Run, checkout: Path) -> None:
     url = f"postgresql://someone:s3cr3t@127.0.0.1:{free_port()}/app"
     code, output = run(DATABASE_URL=url).ended()
     assert code == 1
@@ -340,7 +340,7 @@ def test_a_database_that_is_not_there_is_one_clear_line(run: Run, checkout: Path
         ("DATABASE_URL_FILE", "/nonexistent/url"),
     ],
 )
-def test_a_wrong_setting_is_one_clear_line(run: Run, name: str, value: str) -> None:
+def test_a_wrong_setting_is_an_error_of_one_line(run: Run, name: str, value: str) -> None:
     code, output = run(**{name: value}).ended()
     assert code == 1
     assert output.startswith("webapp: ")
@@ -355,7 +355,7 @@ def test_the_open_demo_is_served_to_this_machine_only(run: Run, checkout: Path) 
     assert not servers(checkout)
 
 
-def test_a_database_of_one_s_own_keeps_the_details_closed(
+def test_details_stay_closed_with_the_users_own_database(
     run: Run, checkout: Path, dsn: str
 ) -> None:
     application = run(DATABASE_URL=dsn, DBPOOL_TOKEN="knock-knock").await_served()

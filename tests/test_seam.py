@@ -1,6 +1,6 @@
-"""The seam to psycopg_pool and psycopg: what is overridden or touched must still be there.
+"""The seam to psycopg_pool and psycopg: every member that we override or use must still exist.
 
-A failure here after an upgrade says which assumption to look at again.
+A failure here after an upgrade shows which assumption to check again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CALLED = {
     "reconnect_failed": "self",
 }
 PROPERTIES = {"closed", "max_size", "min_size"}
-# Methods of the parent that ours never reach, since what calls them is overridden.
+# Methods of the parent that are never called, since all their callers are overridden.
 REPLACED = {
     "_add_connection",
     "_add_to_pool",
@@ -84,7 +84,7 @@ REPLACED = {
 INHERITED = {"__enter__", "__exit__", "check_connection"}
 OURS_AS_WELL = {"__repr__", "_open"}
 
-# The protected members of psycopg_pool that are read, called or set, all of them in `_seam`.
+# The protected members of psycopg_pool that are read, called or set, all in `_seam`.
 PROTECTED = {"_check", "_check_size", "_configure", "_lock", "_reset"}
 
 
@@ -93,12 +93,12 @@ def _parameters(function: Any) -> str:
 
 
 @pytest.mark.parametrize(("name", "parameters"), sorted((PUBLIC | CALLED).items()))
-def test_the_parents_methods_take_what_they_took(name: str, parameters: str) -> None:
+def test_the_parents_methods_have_the_same_parameters(name: str, parameters: str) -> None:
     assert _parameters(getattr(ConnectionPool, name)) == parameters
 
 
 def test_every_method_of_the_parent_is_accounted_for() -> None:
-    """A new one may be a new path around what is overridden."""
+    """A new method may be a new way around the overridden ones."""
     theirs = {
         name
         for cls in ConnectionPool.__mro__[:-1]
@@ -111,13 +111,13 @@ def test_every_method_of_the_parent_is_accounted_for() -> None:
     assert theirs - known - ignored == set()
 
 
-def test_what_is_overridden_is_ours() -> None:
+def test_the_listed_methods_are_overridden() -> None:
     for name in PUBLIC.keys() | PROPERTIES:
         assert getattr(Pool, name) is not getattr(ConnectionPool, name), name
 
 
-def test_the_parents_public_methods_reach_nothing_that_is_replaced() -> None:
-    """What `Pool` inherits works on its state alone through what is overridden."""
+def test_the_parents_public_methods_use_no_replaced_member() -> None:
+    """Inherited methods reach the pool's state only through overridden methods."""
     for name in INHERITED | CALLED.keys():
         assert set(_used(ConnectionPool, name)[name]) & REPLACED == set(), name
 
@@ -129,7 +129,7 @@ def test_the_parents_state_is_as_assumed() -> None:
 
 
 def _private_names(path: Path, *holders: str) -> set[str]:
-    """The protected names that a file uses of what is called so, in `getattr` strings too."""
+    """The protected names that a file uses of objects named *holders*, `getattr` included."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in holders:
@@ -141,7 +141,7 @@ def _private_names(path: Path, *holders: str) -> set[str]:
     return {name for name in found if re.fullmatch(r"_[a-z]\w*", name)}
 
 
-def test_psycopg_pools_protected_members_are_touched_in_the_seam_alone() -> None:
+def test_psycopg_pools_protected_members_are_used_only_in_the_seam() -> None:
     parent = PROTECTED | vars(ConnectionPool("", open=False)).keys() | set(dir(ConnectionPool))
     ours = {"_open", "_threads"} | vars(PoolBase).keys() - vars(ConnectionPool).keys()
     pool = {
@@ -155,7 +155,7 @@ def test_psycopg_pools_protected_members_are_touched_in_the_seam_alone() -> None
     assert _private_names(seam, "self", "cls") & parent - ours == PROTECTED
 
 
-def test_psycopgs_protected_members_are_touched_in_the_seam_and_hot_lines_alone() -> None:
+def test_psycopgs_protected_members_are_used_only_in_the_seam_and_hot_lines() -> None:
     touched = {
         path.name: names - {"_record"}
         for path in FILES
@@ -163,12 +163,12 @@ def test_psycopgs_protected_members_are_touched_in_the_seam_and_hot_lines_alone(
     }
     assert touched.pop("_psycopg.py")
     assert touched.pop("_pipelining.py")
-    assert touched == {"_pool.py": {"_pool"}}, "set in acquire, unset in release"
+    assert touched == {"_pool.py": {"_pool"}}, "set in acquire, cleared in release"
     hot = [line.strip() for line in HOT_FILE.read_text().splitlines() if "conn._pool" in line]
     assert hot == ["conn._pool = self", "record.since, record.owner, conn._pool = 0.0, None, None"]
 
 
-def test_what_is_needed_is_there() -> None:
+def test_all_needed_members_exist() -> None:
     assert list(missing()) == []
 
 
@@ -190,7 +190,7 @@ def test_what_is_needed_is_there() -> None:
         ),
     ],
 )
-def test_only_what_is_missing_makes_a_version_refused(harm: str, named: str) -> None:
+def test_a_version_is_rejected_only_for_a_missing_member(harm: str, named: str) -> None:
     script = (
         "import psycopg, psycopg_pool, psycopg_pool.base, psycopg_pool.sched\n"
         "psycopg.__version__ = psycopg_pool.__version__ = '9.9'\n"
@@ -211,7 +211,7 @@ def test_a_newer_version_is_accepted_if_nothing_is_missing() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-def test_connections_have_the_attributes_that_are_put_back(dsn: str) -> None:
+def test_connections_have_the_attributes_that_are_restored(dsn: str) -> None:
     with psycopg.connect(dsn) as conn:
         assert conn.adapters is conn._adapters
         remember_session_state(conn)
@@ -221,7 +221,7 @@ def test_connections_have_the_attributes_that_are_put_back(dsn: str) -> None:
         assert session_state(conn)[0] is False
 
 
-def test_what_registers_an_adapter_or_a_type_is_noticed(dsn: str) -> None:
+def test_registering_an_adapter_or_a_type_is_noticed(dsn: str) -> None:
     class Loader(psycopg.adapt.Loader):
         def load(self, data: Any) -> bytes:
             return bytes(data)
@@ -238,7 +238,7 @@ def test_what_registers_an_adapter_or_a_type_is_noticed(dsn: str) -> None:
 
 
 def test_psycopg_commits_as_the_short_cut_does() -> None:
-    """Another attribute may be another case that the short cut has to leave to psycopg."""
+    """A new attribute may be a new case that the short cut must leave to psycopg."""
     assert "with self.lock:\n            self.wait(self._commit_gen())" in inspect.getsource(
         psycopg.Connection.commit
     )
@@ -255,7 +255,7 @@ def test_psycopg_ends_a_transaction_block_as_run_does() -> None:
     }
 
 
-def test_psycopg_sends_a_statement_where_the_kept_cursor_sees_it() -> None:
+def test_psycopg_sends_statements_by_a_method_that_the_cached_cursor_overrides() -> None:
     sending = inspect.getsource(psycopg.Cursor._maybe_prepare_gen)
     assert set(re.findall(r"self\.(_\w*send\w*)\(", sending)) == {
         "_execute_send", "_send_prepare", "_send_query_prepared",
@@ -263,7 +263,7 @@ def test_psycopg_sends_a_statement_where_the_kept_cursor_sees_it() -> None:
 
 
 def test_psycopg_executes_as_the_pipelining_cursor_does() -> None:
-    """Another attribute may be another step that it has to take too."""
+    """A new attribute may be a new step that our cursor must take too."""
     assert _used(psycopg.Cursor, "_execute_gen", "_start_query", "_maybe_prepare_gen") == {
         "_execute_gen": {
             "_start_query", "_convert_query", "_maybe_prepare_gen", "_conn", "_last_query",
@@ -283,15 +283,15 @@ def test_psycopg_executes_as_the_pipelining_cursor_does() -> None:
 
 
 def _used(cls: type, *names: str) -> dict[str, set[str]]:
-    """What of itself each of those methods uses."""
+    """The attributes of `self` that each of these methods uses."""
     return {
         name: set(re.findall(r"\bself\.(\w+)", inspect.getsource(getattr(cls, name))))
         for name in names
     }
 
 
-def test_a_cursor_holds_what_the_kept_one_lets_go_of() -> None:
-    """Another attribute may be another thing that a kept cursor has to forget."""
+def test_a_cursor_has_only_attributes_that_the_cached_one_clears() -> None:
+    """A new attribute may be a new object that a cached cursor must release."""
     forgotten = {"_conn", "_pgconn", "_tx", "_query", "_last_query", "_results", "pgresult"}
     harmless = {"_adapters", "_closed", "_execmany_returning", "_iresult", "_make_row", "_pos"}
     harmless |= {"_row_factory", "_rowcount", "_statusmessage", "arraysize", "format"}

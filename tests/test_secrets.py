@@ -1,4 +1,4 @@
-"""No secret is shown: not by an error, its frames, a log record, a repr, a view or a command."""
+"""No error, frame, log record, repr, view or command shows a secret."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ URL = f"postgresql://app:{quote(PASSWORD, safe='')}@127.0.0.1:1/db"
 NOWHERE = "host=127.0.0.1 port=1 user=u dbname=d"
 TOKEN = "tk-4711-zq7-token-of-the-views"
 
-# A value that could be a secret in the wrong place, in several shapes.
+# Values that could be a secret in the wrong place, in several forms.
 SHAPES = [
     "hunter2-zq7",
     "Swordfish",
@@ -79,7 +79,7 @@ def raised(make: Callable[[], Any]) -> BaseException | None:
 
 @pytest.fixture
 def frames() -> Iterator[Frames]:
-    """Watch what is logged by anybody."""
+    """Records the frames below every log record."""
     handler, root = Frames(), logging.getLogger()
     level = root.level
     root.addHandler(handler)
@@ -90,10 +90,10 @@ def frames() -> Iterator[Frames]:
     root.setLevel(level)
 
 
-# The type
+# The type of secrets
 
 
-def test_a_secret_is_kept_as_one_and_shown_by_nobody() -> None:
+def test_a_secret_stays_a_secret_and_is_never_shown() -> None:
     settings = Settings(conninfo=URL)
     for each in (settings, copy.copy(settings), copy.deepcopy(settings), replace(settings)):
         conninfo = each.conninfo
@@ -230,7 +230,7 @@ def test_no_frame_shows_the_content_of_an_unreadable_file(frames: Frames, tmp_pa
 
 
 def texts_of(make: Callable[[], Any]) -> list[str]:
-    """What is told of what *make* returns or raises."""
+    """The texts that users see of what *make* returns or raises."""
     try:
         return [repr(make())]
     except Exception as ex:  # noqa: BLE001  # the kind does not matter here
@@ -248,7 +248,7 @@ MISPLACED = [
     for name in VARIABLES
     for value in SHAPES
     if name not in ("DBPOOL_NAME", "DATABASE_URL")
-    # These are good names of a database.
+    # These are valid names of a database.
     and not (name in ("DBPOOL_DATABASES", "DBPOOL_REQUIRED") and value == "zq7hunterzqzq7")
 ]
 
@@ -295,7 +295,7 @@ def test_no_view_and_no_command_quotes_a_value_in_the_wrong_variable(
 
 
 def served() -> str:
-    """What the views show of a database that cannot be reached."""
+    """What the views show about a database that cannot be reached."""
     app = Flask("app")
     db = DBPool(app)
     app.register_blueprint(create_blueprint(authorize=lambda: True), url_prefix="/db")
@@ -366,7 +366,7 @@ def test_a_url_as_an_argument_is_not_quoted(
 
 
 class Dsn:
-    """A connection string that is no `str`, as pydantic's."""
+    """A connection string that is not a `str`, like pydantic's."""
 
     def __str__(self) -> str:
         return URL
@@ -395,7 +395,7 @@ class Dsn:
         lambda: AppSettings(token=PASSWORD, details="x"),
     ],
 )
-def test_a_mistake_shows_nothing(mistake: Callable[[], Any], frames: Frames) -> None:
+def test_a_users_mistake_shows_no_secret(mistake: Callable[[], Any], frames: Frames) -> None:
     error = raised(mistake)
     assert error is not None
     assert not leaks([*of_error(error), *frames.shown], PASSWORD)
@@ -442,12 +442,12 @@ def test_a_secret_of_another_type_is_in_no_frame(make: Callable[[], Any], frames
         lambda value: setting(value, "DBPOOL_SERVE"),
     ]
     errors = [raised(lambda d=door: d(make())) for door in doors]  # type: ignore[misc]
-    assert errors.count(None) <= 2, "some are good as a mapping"
+    assert errors.count(None) <= 2, "some are valid as a mapping"
     assert not leaks([text for error in errors for text in of_error(error)], PASSWORD)
     assert not leaks(frames.shown, PASSWORD)
 
 
-def test_the_arguments_of_a_partial_are_shown_by_nobody(frames: Frames) -> None:
+def test_the_arguments_of_a_partial_are_never_shown(frames: Frames) -> None:
     def configure(conn: Any, password: str) -> None:
         raise AssertionError(password)
 
@@ -463,8 +463,8 @@ def test_the_arguments_of_a_partial_are_shown_by_nobody(frames: Frames) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("DBPOOL_REPLICA_URL", "host=h"),  # what it suggests is DBPOOL_DATABASES with this one too
-        ("DBPOOL_TOKEN:zq7hunter", "="),  # as YAML has it
+        ("DBPOOL_REPLICA_URL", "host=h"),  # the suggestion names this database too
+        ("DBPOOL_TOKEN:zq7hunter", "="),  # as in YAML
         ("DBPOOL_TOKEN zq7hunter", ""),
     ],
 )
@@ -486,7 +486,7 @@ def test_no_name_and_no_suggestion_quotes_a_secret(
     assert not leaks(told, PASSWORD, "zq7hunter")
 
 
-def test_a_name_that_looks_like_that_of_a_url_is_one_of_a_database() -> None:
+def test_a_variable_like_a_databases_url_names_that_database() -> None:
     environ = {"DATABASE_URL": "host=h", "DBPOOL_DATABASES": "curl", "DBPOOL_CURL_URL": "host=c"}
     assert [*Databases.from_env(environ)] == ["default", "curl"]
     names = [*Databases({"default": Settings(), "my-curl": Settings()})]

@@ -1,4 +1,4 @@
-"""Other servers and workers than gunicorn: uWSGI with threads, waitress, Celery's prefork."""
+"""Servers and workers besides gunicorn: uWSGI with threads, waitress, Celery's prefork."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .postgres import free_port, until
 ROOT = Path(__file__).parent.parent
 REQUESTS = 200
 
-# The pool is used before any fork: what a child inherits must not be used by it.
+# The pool is used before any fork, so that each child inherits connections it must not use.
 APP = """
 import os, time
 from flask import Flask
@@ -62,7 +62,7 @@ class Running:
         return self._log.read_text()
 
     def stop(self, number: int = signal.SIGTERM) -> float:
-        """Ask it to end; return how many seconds that took."""
+        """Send a signal; return how many seconds it took to end."""
         started = time.monotonic()
         self.process.send_signal(number)
         self.process.wait(30)
@@ -104,7 +104,7 @@ def await_serving(port: int, running: Running) -> None:
 
 
 def answers(port: int) -> list[list[int]]:
-    """Return process, backend and the parent's backend of many requests at once."""
+    """Return process, backend and the parent's backend for many concurrent requests."""
     with ThreadPoolExecutor(8) as threads:
         texts = list(threads.map(lambda _: get(port), range(REQUESTS)))
     return [[int(part) for part in text.split()] for text in texts]
@@ -128,7 +128,7 @@ def await_no_backends(dsn: str) -> None:
 
 
 def test_uwsgi_with_threads(start: Callable[..., Running], tmp_path: Path, dsn: str) -> None:
-    """It forks without Python's own hooks: the pool finds out by itself."""
+    """It forks without Python's hooks: the pool notices the fork by itself."""
     pytest.importorskip("pyuwsgi", reason="uWSGI is not installed (pip install pyuwsgi)")
     (tmp_path / "counted.py").write_text(APP.format(dsn=dsn))
     port = free_port()
@@ -195,7 +195,7 @@ TASKS = 60
 
 
 def test_celery_prefork(start: Callable[..., Running], tmp_path: Path, dsn: str) -> None:
-    """Its pool processes are forked from one that used the pool, and replaced after 15 tasks."""
+    """Its processes are forked from one that used the pool, and replaced after 15 tasks."""
     pytest.importorskip("celery", reason="Celery is not installed")
     for folder in ("queue", "control"):
         (tmp_path / folder).mkdir()
@@ -219,7 +219,7 @@ def test_celery_prefork(start: Callable[..., Running], tmp_path: Path, dsn: str)
         rows = conn.execute("select pid, backend, in_parent, n from work").fetchall()
     assert len(rows) == TASKS
     assert_no_backend_is_shared([(pid, backend) for pid, backend, _, _ in rows], rows[0][2])
-    assert len({pid for pid, _, _, _ in rows}) > 2, "some were replaced"
+    assert len({pid for pid, _, _, _ in rows}) > 2, "no process was replaced"
     assert worker.stop() < 20
     assert "Traceback" not in worker.said()
     await_no_backends(dsn)

@@ -48,7 +48,7 @@ LEFT = {
 
 @pytest.fixture
 def proxy(server: Server) -> Iterator[Proxy]:
-    """A proxy in front of the shared server, which this does no harm."""
+    """A proxy in front of the shared server, which it does not harm."""
     proxy = Proxy(server.port)
     yield proxy
     proxy.close()
@@ -60,7 +60,7 @@ def conninfo(proxy: Proxy, dsn: str) -> str:
 
 
 class Trips:
-    """Counts how often the server answers that it is ready for more."""
+    """Counts the server's ReadyForQuery messages, one for each round trip."""
 
     def __init__(self, proxy: Proxy) -> None:
         self.count = 0
@@ -100,7 +100,7 @@ def by_hand(pool: Pool[Any], statement: str) -> None:
     conn.execute(statement)
     conn.commit()
     conn.execute("select 1")
-    pool.putconn(conn)  # in a transaction
+    pool.putconn(conn)  # with an open transaction
 
 
 def by_run(pool: Pool[Any], statement: str) -> None:
@@ -127,7 +127,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_holder_finds_nothing_of_the_one_before(
+def test_a_holder_finds_no_session_state_of_the_previous_one(
     dsn: str, way: Callable[[Pool[Any], str], None]
 ) -> None:
     with Pool(dsn, max_size=1, session_reset="session") as pool:
@@ -141,16 +141,14 @@ def test_a_holder_finds_nothing_of_the_one_before(
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_without_the_setting_it_is_as_it_was(dsn: str, name: str) -> None:
+def test_without_the_setting_session_state_stays(dsn: str, name: str) -> None:
     with Pool(dsn, max_size=1) as pool:
         before = state(pool)
         in_block(pool, LEFT[name])
         assert state(pool) != before
 
 
-def test_it_costs_one_trip_for_a_checkout_that_sent_something_and_none_else(
-    conninfo: str, proxy: Proxy
-) -> None:
+def test_the_reset_costs_one_round_trip_only_after_a_statement(conninfo: str, proxy: Proxy) -> None:
     def cost(pool: Pool[Any], work: Callable[[Pool[Any]], object]) -> int:
         before = trips.count
         work(pool)
@@ -190,7 +188,7 @@ def test_it_costs_one_trip_for_a_checkout_that_sent_something_and_none_else(
             assert cost(resetting, nothing) == 0
 
 
-def test_a_ping_of_the_pools_own_is_no_statement(conninfo: str, proxy: Proxy) -> None:
+def test_the_pools_own_ping_causes_no_reset(conninfo: str, proxy: Proxy) -> None:
     trips = Trips(proxy)
     with Pool(conninfo, max_size=1, session_reset="session", ping_after=0) as pool:
         pool.wait()
@@ -207,7 +205,7 @@ def test_a_ping_of_the_pools_own_is_no_statement(conninfo: str, proxy: Proxy) ->
         assert state(pool)[5] != "Asia/Tokyo"
 
 
-def test_a_users_check_may_leave_something_too(dsn: str) -> None:
+def test_session_state_of_a_users_check_is_reset(dsn: str) -> None:
     statements = ["set timezone = 'Asia/Tokyo'"]
 
     def check(conn: Conn) -> None:
@@ -232,7 +230,7 @@ def test_prepared_statements_stay_and_never_fail(dsn: str) -> None:
             assert conn.execute(names).fetchone() == (2,)
 
 
-def test_a_temporary_table_of_the_same_name_may_look_different(dsn: str) -> None:
+def test_a_temporary_table_of_the_same_name_may_have_other_columns(dsn: str) -> None:
     with Pool(dsn, max_size=1, session_reset="session") as pool:
         for number in range(12):
             columns = ", ".join(f"c{n} int" for n in range(1 + number // 6))
@@ -276,7 +274,9 @@ def test_every_holder_finds_what_configure_set(dsn: str) -> None:
         ("declare mine cursor with hold for select 1", "cursor"),
     ],
 )
-def test_state_that_cannot_be_put_back_is_refused(dsn: str, statement: str, named: str) -> None:
+def test_configure_may_not_leave_state_that_cannot_be_restored(
+    dsn: str, statement: str, named: str
+) -> None:
     def configure(conn: Conn) -> None:
         conn.execute(statement)
         conn.commit()
@@ -315,7 +315,7 @@ def test_notifications_for_one_holder_do_not_reach_the_next(dsn: str) -> None:
             assert list(conn.notifies(timeout=0.05)) == []
 
 
-def test_both_resets_work_together_the_session_first(dsn: str) -> None:
+def test_the_session_is_reset_before_the_users_reset(dsn: str) -> None:
     found: list[Any] = []
 
     def reset(conn: Conn) -> None:
@@ -334,7 +334,7 @@ def test_both_resets_work_together_the_session_first(dsn: str) -> None:
         assert found[1][5] == found[0][5]
 
 
-def test_it_happens_in_the_thread_that_returns_the_connection(dsn: str) -> None:
+def test_the_reset_runs_in_the_returning_thread(dsn: str) -> None:
     with Pool(dsn, max_size=1, session_reset="session", configure=configured) as pool:
         threads: list[str] = []
         with pool.connection() as conn:
@@ -368,7 +368,7 @@ def test_an_error_in_the_reset_replaces_the_connection(dsn: str, server: Server)
             conn.execute("set idle_in_transaction_session_timeout = 0")
             conn.commit()
             conn.autocommit = True
-            conn.execute("set statement_timeout = 1")  # last: the reset may meet it, nothing else
+            conn.execute("set statement_timeout = 1")  # last: only the reset can hit this timeout
         conn = pool.getconn()
         conn.execute("select 1")
         conn.commit()
@@ -378,7 +378,7 @@ def test_an_error_in_the_reset_replaces_the_connection(dsn: str, server: Server)
         assert pool.fetch_value("select pg_backend_pid()") != pid
 
 
-def test_an_interrupted_holder_leaves_nothing(dsn: str) -> None:
+def test_an_interrupted_holder_leaves_no_session_state(dsn: str) -> None:
     class Interrupt(BaseException):
         pass
 
@@ -424,7 +424,7 @@ def test_a_hot_standby_resets_as_well(make_server: Callable[..., Server]) -> Non
         assert pool.stats().counters.connects == 1
 
 
-def test_libpq_forgets_the_mark_with_whatever_is_sent(dsn: str) -> None:
+def test_everything_sent_is_noticed_by_libpqs_state(dsn: str) -> None:
     def send_in_pipeline(conn: Conn) -> None:
         with conn.pipeline():
             conn.execute("select 1")
@@ -458,7 +458,7 @@ def test_libpq_forgets_the_mark_with_whatever_is_sent(dsn: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["latin1", "utf8"])
-def test_what_configure_set_comes_back_in_every_encoding(dsn: str, encoding: str) -> None:
+def test_settings_of_configure_are_restored_in_every_encoding(dsn: str, encoding: str) -> None:
     def configure(conn: Conn) -> None:
         conn.execute("set search_path = 'schéma'")
         conn.commit()

@@ -1,4 +1,4 @@
-"""What wrong settings say: the cause, by name, in words of the user's, and nothing of a secret."""
+"""Messages about wrong settings name the setting and the cause, and show no secret."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ def test_an_unknown_parameter_is_named_with_a_suggestion(query: str, name: str, 
     assert "percent-encode" not in text
 
 
-def test_the_same_for_key_and_value() -> None:
+def test_an_unknown_parameter_in_a_key_value_string_is_named() -> None:
     text = refusal(f"host=h sslmod=require password={SECRET}")
     assert "the parameter sslmod; did you mean sslmode?" in text
     assert "did you mean max_size" not in text
-    # After a password it may be the rest of one that holds a blank.
+    # After a password the word may be the rest of a password with a blank.
     text = refusal("host=h password=an sslmod=require")
     assert "sslmod;" not in text
     assert "did you mean sslmode?" in text
@@ -149,7 +149,7 @@ def test_the_mistake_in_a_string_is_named(string: str, said: str) -> None:
 @pytest.mark.parametrize(
     "query", ["host=h1:5432&host=h2:5433", "host=h1&host=h2", "host=h1:5432", "host=h1,h2:5433"]
 )
-def test_hosts_as_sqlalchemy_has_them_are_not_taken_for_one(query: str) -> None:
+def test_sqlalchemys_notation_of_hosts_is_not_mistaken(query: str) -> None:
     text = refusal(f"postgresql://u:{SECRET}@/d?{query}")
     assert "host twice" in text or "its host contains a port" in text
 
@@ -192,7 +192,7 @@ def test_no_part_of_a_password_is_quoted(before: list[str], after: list[str]) ->
         try:
             Settings(conninfo=string)
         except ConfigError as ex:
-            assert "zQ7q" not in str(ex)  # noqa: PT017  # some of them are well-formed
+            assert "zQ7q" not in str(ex)  # noqa: PT017  # some of the strings are well-formed
 
 
 class Dsn:
@@ -201,20 +201,20 @@ class Dsn:
 
 
 def test_a_url_with_a_masked_password_is_reported() -> None:
-    """SQLAlchemy's, say, which shows *** in place of it."""
+    """SQLAlchemy, for example, prints *** instead of the password."""
     with pytest.raises(ConfigError, match=r"DATABASE_URL.*its password is [*]{3}"):
         settings_from_config({"DATABASE_URL": Dsn()}, environ={})
     assert "its password is ***" in refusal(str(Dsn()))
 
 
 @pytest.mark.parametrize("value", [5, b"postgresql://h", ["host=h"], {"NAME": SECRET}])
-def test_a_connection_string_of_another_type_is_refused(value: object) -> None:
+def test_a_connection_string_of_another_type_is_rejected(value: object) -> None:
     with pytest.raises(ConfigError, match=r"DATABASE_URL.*is malformed") as caught:
         settings_from_config({"DATABASE_URL": value}, environ={})
     assert SECRET not in str(caught.value)
 
 
-# Where nothing names a database
+# Nothing names a database
 
 
 def test_an_empty_secret_file_is_an_error(tmp_path: Path) -> None:
@@ -234,8 +234,8 @@ def test_an_empty_file_for_a_password_is_an_error(content: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("blank", [" ", "\n", "\t \u00a0"])
-def test_a_blank_value_is_not_taken_for_none(blank: str) -> None:
-    """A template filled with nothing, for example: libpq's defaults would be another database."""
+def test_a_blank_value_does_not_count_as_unset(blank: str) -> None:
+    """It may come from an empty template; libpq's defaults would be another database."""
     with pytest.raises(ConfigError, match=r"DATABASE_URL.* is blank"):
         databases_from_env({"DATABASE_URL": blank})
     with pytest.raises(ConfigError, match=r"DBPOOL_B_URL.* is blank"):
@@ -250,7 +250,7 @@ def test_a_blank_value_is_not_taken_for_none(blank: str) -> None:
         databases_from_env({"DATABASE_URL_FILE": blank})
 
 
-def test_an_empty_variable_for_the_file_is_an_error_where_nothing_else_is_set() -> None:
+def test_an_empty_file_variable_is_an_error_if_nothing_else_is_set() -> None:
     with pytest.raises(ConfigError, match="DATABASE_URL_FILE is empty"):
         databases_from_env({"DATABASE_URL_FILE": ""})
     environ = {"DATABASE_URL_FILE": "", "DATABASE_URL": "host=h"}
@@ -272,7 +272,7 @@ def test_another_variable_for_the_url_is_reported(name: str) -> None:
     assert settings_from_config(both, environ={})["default"].resolve() == "host=h"
 
 
-def test_that_nothing_is_set_is_in_the_message(
+def test_the_error_says_if_nothing_names_a_database(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -293,10 +293,10 @@ def test_that_nothing_is_set_is_in_the_message(
         assert said not in str(caught.value)
 
 
-# libpq's variables where libpq does not see them
+# libpq's variables in places that libpq does not read
 
 
-def test_pg_variables_of_a_dotenv_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pg_variables_in_a_dotenv_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / ".env"
     file.write_text(f"PGHOST=of-the-file\nPGUSER=u\nPGPASSWORD={SECRET}\nPGOPTIONS='-c geqo=off'\n")
     settings = Settings.from_env(dotenv=file)
@@ -305,18 +305,18 @@ def test_pg_variables_of_a_dotenv_count(tmp_path: Path, monkeypatch: pytest.Monk
     assert params["options"].endswith("-c geqo=off")
     assert SECRET not in repr(settings)
     assert SECRET not in str(settings.masked())
-    # What is set closer to the connection wins, as with libpq.
+    # The setting closest to the connection wins, as in libpq.
     assert settings.connect_params("host=h user=v")["host"] == "h"
     assert settings.connect_params("host=h")["password"] == SECRET
     monkeypatch.setenv("PGHOST", "of-the-environment")
     params = Settings.from_env(dotenv=file).connect_params()
-    assert "host" not in params, "libpq reads that by itself"
+    assert "host" not in params, "libpq reads the variable by itself"
     (tmp_path / "services").write_text("[mine]\nuser=of-the-service\n")
     monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
     assert settings.connect_params("service=mine")["user"] == "of-the-service"
 
 
-def test_pg_variables_of_a_given_environment_and_configuration_count() -> None:
+def test_pg_variables_of_a_given_environment_and_configuration_are_used() -> None:
     settings = Settings.from_env(environ={"PGHOST": "h", "PGCONNECT_TIMEOUT": "9"})
     assert settings.connect_params()["host"] == "h"
     assert settings.connect_params()["connect_timeout"] == "9"
@@ -334,7 +334,7 @@ PG_VARIABLES = {
 
 
 @pytest.mark.parametrize(("variable", "keyword"), PG_VARIABLES.items())
-def test_every_pg_variable_counts(variable: str, keyword: str) -> None:
+def test_every_pg_variable_is_used(variable: str, keyword: str) -> None:
     params = Settings.from_env(environ={variable: "7"}).connect_params()
     assert "7" in str(params[keyword])
 
@@ -344,13 +344,13 @@ def test_every_pg_variable_counts(variable: str, keyword: str) -> None:
 
 @pytest.mark.parametrize("name", ["DBPOOL_TIMEOUT", "DBPOOL_MAX_SIZE", "DBPOOL_STATEMENT_TIMEOUT"])
 @pytest.mark.parametrize("value", ["-1", "-0.5", -1])
-def test_a_negative_number_is_reported_as_such(name: str, value: Any) -> None:
+def test_the_error_for_a_negative_number_names_the_allowed_range(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"{name}\) must be (0 or more|a whole number), not"):
         settings_from_config({name: value}, environ={})
 
 
 @pytest.mark.parametrize("value", [timedelta(seconds=3), b"3", [3], {"s": 3}])
-def test_another_type_is_named(value: Any) -> None:
+def test_the_error_names_a_wrong_type(value: Any) -> None:
     with pytest.raises(ConfigError, match="must be a number of seconds or a time") as caught:
         Settings(timeout=value)
     assert type(value).__name__ in str(caught.value)
@@ -361,7 +361,7 @@ def test_another_type_is_named(value: Any) -> None:
     "name", ["statement_timeout", "lock_timeout", "idle_in_transaction_timeout", "tcp_user_timeout"]
 )
 @pytest.mark.parametrize("value", ["0.4ms", "0.9ms", 0.0001])
-def test_a_time_that_would_be_sent_as_zero_is_refused(name: str, value: Any) -> None:
+def test_a_time_that_would_be_rounded_to_zero_is_rejected(name: str, value: Any) -> None:
     given: dict[str, Any] = {name: value}
     with pytest.raises(ConfigError, match=f"^{name}.*must be at least 0.001 s"):
         Settings(**given)
@@ -371,7 +371,7 @@ def test_a_time_that_would_be_sent_as_zero_is_refused(name: str, value: Any) -> 
 
 
 @pytest.mark.parametrize("value", ['"10"', "'10s'", "1_000", "inf", "-nan", "1e3", "null", "5S"])
-def test_a_number_that_is_written_wrongly_is_quoted(value: str) -> None:
+def test_a_malformed_number_is_quoted(value: str) -> None:
     with pytest.raises(ConfigError, match=r"DBPOOL_MAX_SIZE.* whole number, not ") as caught:
         Settings.from_env(environ={"DATABASE_URL": "host=h", "DBPOOL_MAX_SIZE": value})
     assert value in str(caught.value)
@@ -383,7 +383,7 @@ def test_minus_zero_is_zero() -> None:
 
 @pytest.mark.parametrize("value", ["4711471147114711", "/run/secret/token", "root.key", "prefer"])
 @pytest.mark.parametrize("name", ["DBPOOL_DETAILS", "DBPOOL_BLOCKERS", "DBPOOL_SHOW_QUERIES"])
-def test_where_few_words_are_meant_no_other_is_quoted(name: str, value: str) -> None:
+def test_an_invalid_choice_is_not_quoted(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name} must be ") as caught:
         AppSettings.from_env({name: value})
     assert value not in str(caught.value)
@@ -397,7 +397,7 @@ def test_another_spelling_of_a_variable_is_reported(name: str) -> None:
     assert unknown_variables({name: "5"}) == [(name, "DBPOOL_MAX_SIZE")]
 
 
-def test_a_long_text_is_refused_at_once() -> None:
+def test_a_long_text_is_rejected_quickly() -> None:
     began = monotonic()
     for text in ("1" + " " * 100_000 + "x", " " * 100_000 + "x", "1" * 100_000 + "x"):
         with pytest.raises(ConfigError) as caught:
@@ -424,7 +424,7 @@ def test_a_long_text_is_refused_at_once() -> None:
         ({"DBPOOL_MAX_SIZE": "2000"}, False),
     ],
 )
-def test_seconds_that_look_like_milliseconds_are_one_warning(
+def test_seconds_that_look_like_milliseconds_log_one_warning(
     environ: dict[str, str], is_told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     databases_from_env(environ)
@@ -435,7 +435,7 @@ def test_seconds_that_look_like_milliseconds_are_one_warning(
 
 
 @pytest.mark.parametrize("key", ["password", "user", "dbname"])
-def test_a_nul_is_refused_and_not_cut(key: str, tmp_path: Path) -> None:
+def test_a_nul_is_rejected(key: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{key} must not contain (a )?NUL"):
         Settings().connect_params("host=h", {key: "a\0b"})
     file = tmp_path / "password"
@@ -444,7 +444,7 @@ def test_a_nul_is_refused_and_not_cut(key: str, tmp_path: Path) -> None:
         Settings(password_file=str(file)).connect_params("host=h")
 
 
-def test_a_secret_file_may_begin_with_a_mark(tmp_path: Path) -> None:
+def test_a_secret_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     file = tmp_path / "url"
     file.write_bytes("host=h".encode("utf-8-sig"))
     assert Settings(conninfo_file=str(file)).resolve() == "host=h"
@@ -452,7 +452,7 @@ def test_a_secret_file_may_begin_with_a_mark(tmp_path: Path) -> None:
 
 # Names
 
-# What other pools call it: SQLAlchemy, psycopg2, HikariCP, Django, pgxpool, asyncpg, Npgsql,
+# Names in other pools: SQLAlchemy, psycopg2, HikariCP, Django, pgxpool, asyncpg, Npgsql,
 # node-postgres, Druid.
 ELSEWHERE = {
     "pool_size": "max_size",
@@ -493,7 +493,7 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize(("theirs", "ours"), ELSEWHERE.items())
-def test_names_of_other_pools_are_known_as_keyword_variable_and_key(theirs: str, ours: str) -> None:
+def test_names_of_other_pools_get_a_suggestion(theirs: str, ours: str) -> None:
     keyword: dict[str, Any] = {theirs: 3}
     with pytest.raises(ConfigError, match=f"did you mean {ours}[?]"):
         Pool("host=h", **keyword)
@@ -524,7 +524,7 @@ def test_names_of_other_pools_are_known_as_keyword_variable_and_key(theirs: str,
         ("DBPOOL_TOKEN_FIEL", "DBPOOL_TOKEN_FILE"),
     ],
 )
-def test_variables_of_libpq_by_our_prefix(name: str, meant: str) -> None:
+def test_libpqs_variables_with_our_prefix_get_a_suggestion(name: str, meant: str) -> None:
     assert unknown_variables({name: "x"}) == [(name, meant)]
 
 
@@ -538,7 +538,7 @@ def test_another_variable_for_the_url_of_a_named_database_is_reported() -> None:
 )
 @pytest.mark.parametrize("ending", ["", "_FILE"])
 @pytest.mark.parametrize("database", ["", "B_"])
-def test_a_password_is_never_taken_for_another_secret(
+def test_a_password_is_not_suggested_as_another_secret(
     word: str, ending: str, database: str
 ) -> None:
     name = f"DBPOOL_{database}{word}{ending}"
@@ -549,26 +549,26 @@ def test_a_password_is_never_taken_for_another_secret(
 
 
 @pytest.mark.parametrize("option", ["password", "host", "user", "dbname", "connect_args"])
-def test_parameters_of_a_connection_belong_into_kwargs(option: str) -> None:
+def test_connection_parameters_as_keywords_suggest_kwargs(option: str) -> None:
     with pytest.raises(ConfigError, match=r"did you mean kwargs\?"):
         Pool(**{option: SECRET})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("settings", [{}, "host=h", 5, Settings])
-def test_settings_of_another_type_are_refused(settings: Any) -> None:
+def test_settings_of_another_type_are_rejected(settings: Any) -> None:
     with pytest.raises(ConfigError, match=r"settings must be a dbpool\.Settings, not"):
         Pool(settings=settings)
 
 
-def test_the_default_database_is_not_listed() -> None:
+def test_default_may_not_be_listed_as_a_database() -> None:
     with pytest.raises(ConfigError, match="leave it out, it is the database of DATABASE_URL"):
         databases_from_env({"DBPOOL_DATABASES": "default,a", "DBPOOL_A_URL": "host=a"})
 
 
-# What a pool says
+# Messages of a pool
 
 
-def test_a_first_failure_is_reported_without_a_span() -> None:
+def test_a_first_failure_is_reported_without_a_duration() -> None:
     with Pool("host=127.0.0.1 port=1", timeout=0) as pool:
         with pytest.raises(DatabaseUnavailable) as caught:
             pool.getconn()

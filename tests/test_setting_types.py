@@ -1,4 +1,4 @@
-"""Values of any type and size, and names that are nearly right: refused at once, by name."""
+"""Values of wrong type or size, and misspelt names, are rejected at once with the name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dbpool.settings import COMMON, unknown_variables
 from dbpool.settings.app import AppSettings
 
 ROOT = Path(__file__).parent.parent
-HUGE = 10**5000  # which Python refuses to write out
+HUGE = 10**5000  # too long for Python to print
 FIELDS = [field.name for field in fields(Settings) if field.name != "explicit"]
 LARGEST = 2_147_483_647
 
@@ -53,7 +53,7 @@ ODD: list[Any] = [
 
 @pytest.mark.parametrize("key", [*sorted(COMMON), "DATABASE_URL", "DATABASE_URL_FILE", "PGHOST",
                                  "PGPASSWORD_FILE", "DBPOOL_A_URL", "DBPOOL_A_TIMEOUT"])  # fmt: skip
-def test_a_key_of_app_config_takes_a_value_or_is_a_config_error(key: str) -> None:
+def test_any_value_in_app_config_is_accepted_or_a_config_error(key: str) -> None:
     for value in ODD:
         app = Flask("app")
         app.config.update(DATABASE_URL="host=h", DBPOOL_DOTENV="off")
@@ -68,7 +68,7 @@ def test_a_key_of_app_config_takes_a_value_or_is_a_config_error(key: str) -> Non
 @pytest.mark.parametrize(
     "value", [True, HUGE, b"a token of bytes", ["x"], 1.5, object()], ids=lambda v: type(v).__name__
 )
-def test_an_application_setting_that_is_no_text_is_a_config_error(key: str, value: Any) -> None:
+def test_an_application_setting_of_a_wrong_type_is_a_config_error(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=key):
         AppSettings.from_config({key: value}, environ={})
 
@@ -79,7 +79,7 @@ def test_a_token_may_be_a_number() -> None:
 
 
 @pytest.mark.parametrize("wrong", [5, b"host=h", Path("/run"), ["host=h"]])
-def test_a_conninfo_of_another_type_is_no_outage(wrong: Any) -> None:
+def test_a_conninfo_of_a_wrong_type_is_a_configuration_error(wrong: Any) -> None:
     with pytest.raises(ConfigError, match="conninfo must be"):
         Pool(wrong)
     with Pool(lambda: wrong, timeout=2) as pool, pytest.raises(DatabaseMisconfigured) as caught:
@@ -88,7 +88,7 @@ def test_a_conninfo_of_another_type_is_no_outage(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("wrong", [5, "host=h", [("host", "h")]])
-def test_keywords_of_another_type_are_no_outage(wrong: Any) -> None:
+def test_kwargs_of_a_wrong_type_are_a_configuration_error(wrong: Any) -> None:
     with pytest.raises(ConfigError, match="kwargs must be a mapping"):
         Pool("host=h", kwargs=wrong)
     pool = Pool("host=h", kwargs=lambda: wrong, timeout=2)
@@ -97,8 +97,8 @@ def test_keywords_of_another_type_are_no_outage(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("parameter", ["password", "application_name", "options"])
-def test_what_is_not_utf_8_is_no_outage(parameter: str) -> None:
-    """As a variable of the environment has it that holds other bytes."""
+def test_a_parameter_that_is_not_utf_8_is_a_configuration_error(parameter: str) -> None:
+    """An environment variable may contain any bytes."""
     kwargs = {parameter: os.fsdecode(b"\xff")}
     with Pool("host=127.0.0.1 port=1", kwargs=kwargs, timeout=2) as pool:
         with pytest.raises(DatabaseMisconfigured, match=f"{parameter} must not contain") as caught:
@@ -108,26 +108,26 @@ def test_what_is_not_utf_8_is_no_outage(parameter: str) -> None:
 
 @pytest.mark.parametrize("name", ["keepalives_idle", "keepalives_interval", "keepalives_count"])
 @pytest.mark.parametrize("value", [0, 40_000])
-def test_keepalives_that_the_system_refuses_are_named(name: str, value: Any) -> None:
+def test_keepalives_outside_the_systems_range_are_rejected(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be at (least 1|most)"):
         Settings(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["connect_timeout", "ping_timeout"])
-def test_the_largest_timeouts_are_waited_for(name: str, dsn: str) -> None:
+def test_the_largest_timeouts_work(name: str, dsn: str) -> None:
     options: Any = {name: LARGEST, "session_reset": "session", "ping_after": 0}
     with Pool(dsn, max_size=1, timeout=10, **options) as pool:
         pids = [pool.fetch_value("select pg_backend_pid()") for _ in range(3)]
         with pool.connection() as conn:
             assert conn.info.backend_pid == pids[0]
-        assert set(pids) == {pids[0]}, "each was kept"
+        assert set(pids) == {pids[0]}, "a connection was replaced"
         with pytest.raises(psycopg.Error):
             pool.execute("select 1/0")
 
 
 @pytest.mark.parametrize("value", ["transaction\r", " Transaction ", "PGBOUNCER\n"])
-def test_blanks_around_a_word_do_not_count(value: str) -> None:
-    """As Windows' line ends leave them; they do not count around numbers either."""
+def test_blanks_around_a_word_are_ignored(value: str) -> None:
+    """Windows' line ends leave them. They are ignored around numbers too."""
     environ = {"DATABASE_URL": "host=h", "DBPOOL_POOLER": value, "DBPOOL_PIPELINE_BEGIN": "true\r"}
     found = Settings.from_env(environ=environ)
     assert (found.pooler, found.pipeline_begin) == ("transaction", True)
@@ -140,17 +140,17 @@ def test_blanks_around_a_word_do_not_count(value: str) -> None:
         "POSTGRESQL_URL", "PGURL", "DB_DSN", "PG_CONNINFO",
     ],
 )  # fmt: skip
-def test_a_variable_that_is_called_nearly_so_is_reported(name: str) -> None:
+def test_a_misspelt_variable_is_reported(name: str) -> None:
     with pytest.raises(ConfigError, match=f"DATABASE_URL is not set, but {name} is: rename it"):
         Settings.from_env(environ={name: "postgresql://h/d", "PGUSER": "app"})
 
 
-def test_a_variable_in_small_letters_is_reported() -> None:
+def test_a_lower_case_variable_is_reported() -> None:
     assert unknown_variables({"dbpool_timeout": "3"}) == [("dbpool_timeout", "DBPOOL_TIMEOUT")]
 
 
-def test_it_runs_from_a_zip_file(tmp_path: Path) -> None:
-    """As zipapp, shiv and pex have it."""
+def test_dbpool_runs_from_a_zip_file(tmp_path: Path) -> None:
+    """zipapp, shiv and pex run it so."""
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         for path in (ROOT / "dbpool").rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:

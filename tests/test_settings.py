@@ -1,4 +1,4 @@
-"""Settings: precedence, validation, names, and that nothing shows a secret."""
+"""Settings: precedence, validation and names; nothing shows a secret."""
 
 from __future__ import annotations
 
@@ -55,21 +55,21 @@ def test_durations(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["x", "-1", "5 minutes", "1d", "nan", "inf", "1e3", "٣s", "1,5"])
-def test_an_invalid_duration_is_refused_by_name(text: str) -> None:
+def test_an_invalid_duration_is_rejected_with_its_name(text: str) -> None:
     with pytest.raises(ConfigError, match="DBPOOL_TIMEOUT"):
         from_env(DBPOOL_TIMEOUT=text)
 
 
 @pytest.mark.parametrize("field", ["timeout", "max_lifetime", "connect_timeout", "max_size"])
 @pytest.mark.parametrize("value", ["9" * 500, "9" * 20, 2**31, 10**400, float("inf")])
-def test_a_number_that_is_too_large_is_refused_by_name(field: str, value: Any) -> None:
+def test_a_number_that_is_too_large_is_rejected_with_its_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{field} .* must be at most 2147483647") as caught:
         Settings(**{field: value})
     assert len(str(caught.value)) < 150
 
 
 @pytest.mark.parametrize("field", ["statement_timeout", "lock_timeout", "tcp_user_timeout"])
-def test_a_time_that_is_sent_in_milliseconds_fits_an_integer(dsn: str, field: str) -> None:
+def test_a_time_that_overflows_as_milliseconds_is_rejected(dsn: str, field: str) -> None:
     with pytest.raises(ConfigError, match=f"^{field}.* must be at most 2147483 s"):
         Settings(**{field: "1000h"})  # type: ignore[arg-type]
     with Pool(dsn, **{field: 2_147_483}) as pool:  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def test_a_time_that_is_sent_in_milliseconds_fits_an_integer(dsn: str, field: st
 
 
 @pytest.mark.parametrize("text", ["1.5", "3s", "x", "-1"])
-def test_an_invalid_size_is_refused_by_name(text: str) -> None:
+def test_an_invalid_size_is_rejected_with_its_name(text: str) -> None:
     with pytest.raises(ConfigError, match="DBPOOL_MAX_SIZE"):
         from_env(DBPOOL_MAX_SIZE=text)
 
@@ -99,7 +99,7 @@ def test_contradictions_and_ranges_name_the_variable(environ: dict[str, str], na
 
 
 @pytest.mark.parametrize("pooler", ["transaction", "pgbouncer"])
-def test_a_transaction_pooler_refuses_timeouts_with_advice(pooler: str) -> None:
+def test_timeouts_behind_a_transaction_pooler_are_rejected_with_advice(pooler: str) -> None:
     with pytest.raises(ConfigError, match="ALTER ROLE … SET statement_timeout"):
         from_env(DBPOOL_POOLER=pooler, DBPOOL_STATEMENT_TIMEOUT="5s")
     params = from_env(DBPOOL_POOLER=pooler).connect_params("host=h")
@@ -111,7 +111,7 @@ def test_min_size_alone_raises_max_size() -> None:
     assert from_env(DBPOOL_MIN_SIZE="20").max_size == 20
 
 
-def test_unknown_keywords_are_refused_with_a_suggestion() -> None:
+def test_unknown_keywords_are_rejected_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match=r"max_sise.*max_size"):
         Settings.from_env(environ={}, max_sise=3)
 
@@ -151,7 +151,7 @@ VARIABLES = sorted(
 @example({"DATABASE_URL_FILE": "\0"})
 @example({"PGPORT": "1" * 5000})
 @example({"PGPORT": "\r\x00"})
-def test_any_configuration_is_taken_or_a_config_error(config: dict[str, Any]) -> None:
+def test_any_configuration_is_accepted_or_a_config_error(config: dict[str, Any]) -> None:
     with suppress(ConfigError):
         AppSettings.from_config(config, {})
     with suppress(ConfigError):
@@ -161,7 +161,7 @@ def test_any_configuration_is_taken_or_a_config_error(config: dict[str, Any]) ->
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES["texts"] | VALUES["objects"], max_size=3))
-def test_any_keywords_are_taken_or_a_config_error(keywords: dict[str, Any]) -> None:
+def test_any_keywords_are_accepted_or_a_config_error(keywords: dict[str, Any]) -> None:
     with suppress(ConfigError):
         settings = Settings(**keywords)
         repr(settings)
@@ -197,7 +197,7 @@ def test_keyword_beats_environment_beats_secret_file_beats_dotenv(tmp_path: Path
     assert read(environ={}).resolve() == ""
 
 
-def test_an_empty_variable_is_as_none() -> None:
+def test_an_empty_variable_counts_as_unset() -> None:
     assert from_env(DBPOOL_TIMEOUT="", DATABASE_URL="").timeout == 5
 
 
@@ -217,7 +217,7 @@ def test_a_missing_secret_file_is_named() -> None:
         settings.resolve()
 
 
-def test_defaults_are_added_where_nothing_is_set() -> None:
+def test_defaults_are_added_if_nothing_is_set() -> None:
     params = Settings().connect_params("host=h")
     assert params == {
         "host": "h",
@@ -233,7 +233,7 @@ def test_defaults_are_added_where_nothing_is_set() -> None:
 
 @pytest.mark.parametrize("name", ["default", "a" * 99, "größe" * 9, "kunden\n", "a@b"])
 @pytest.mark.parametrize("host", ["web-1", "h" * 200, "höst"])
-def test_the_default_application_name_is_one_that_the_server_keeps_as_it_is(
+def test_the_server_does_not_change_the_default_application_name(
     name: str, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.uname", lambda: SimpleNamespace(nodename=host))
@@ -249,7 +249,7 @@ def test_the_default_application_name_is_one_that_the_server_keeps_as_it_is(
     ("given", "found"),
     [({"application_name": "shop"}, "shop"), ({"pooler": "transaction"}, "dbpool:default")],
 )
-def test_an_application_name_of_ones_own_is_kept_and_a_pooler_sees_one_for_all_processes(
+def test_a_users_application_name_is_kept_and_a_pooler_gets_one_for_all_processes(
     given: dict[str, Any], found: str
 ) -> None:
     assert Settings(**given).connect_params("host=h")["fallback_application_name"] == found
@@ -300,7 +300,7 @@ def test_a_service_file_wins_over_defaults(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize(
     ("text", "timeout"),
     [
-        (b"[mine]\nconnect_timeout=7\nconnect_timeout=8\n", "7"),  # of one key the first
+        (b"[mine]\nconnect_timeout=7\nconnect_timeout=8\n", "7"),  # the first of two equal keys
         (b"[mine]\nconnect_timeout=7\n[mine]\nconnect_timeout=8\n", "7"),
         (b"[mine] # see [other]\nconnect_timeout=7\n", "7"),
         (b"# caf\xe9\n[mine]\nconnect_timeout=7\n", "7"),
@@ -315,7 +315,7 @@ def test_a_service_file_is_read_as_libpq_does(
     assert already_set({"service": "mine"}, os.environ).get("connect_timeout") == timeout
 
 
-def test_without_a_home_there_is_no_service_file_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_directory_there_is_no_service_file(monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -374,7 +374,7 @@ def test_more_databases_fall_back_to_the_common_settings() -> None:
         ("replica", "DBPOOL_REPLICA_URL"),
     ],
 )
-def test_bad_names_are_refused(names: str, reason: str) -> None:
+def test_bad_names_are_rejected(names: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         databases_from_env({"DBPOOL_DATABASES": names, "DBPOOL_A_URL": "host=a"})
 
@@ -395,12 +395,12 @@ def test_an_applications_configuration_wins_and_takes_dicts() -> None:
     assert databases["b"].resolve() == "host=b"
 
 
-def test_an_unknown_key_of_a_configuration_is_refused() -> None:
+def test_an_unknown_key_of_a_configuration_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"DBPOOL_TIMEOT.*DBPOOL_TIMEOUT"):
         settings_from_config({"DBPOOL_TIMEOT": 3}, environ={})
 
 
-def test_an_unknown_variable_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_variable_logs_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     environ = {"DBPOOL_PORT": "tcp://10.0.0.1:80", "DBPOOL_MAX_SISE": "3"}
     assert unknown_variables(environ) == [
         ("DBPOOL_MAX_SISE", "DBPOOL_MAX_SIZE"),
@@ -450,14 +450,14 @@ def test_a_named_database_needs_a_url_of_its_own(detail: Any) -> None:
         Settings.from_env("replica", environ, max_size=3)
 
 
-def test_a_detail_that_is_none_counts_as_not_given() -> None:
+def test_a_detail_of_none_counts_as_unset() -> None:
     config = {"DBPOOL_DATABASES": {"replica": {"url": None, "max_size": None}}}
     databases = settings_from_config(config, environ={"DBPOOL_REPLICA_URL": "host=r"})
     assert databases["replica"].resolve() == "host=r"
     assert databases["replica"].max_size == 10
 
 
-def test_a_wrong_value_names_each_variable_it_may_come_from() -> None:
+def test_the_error_for_a_wrong_value_names_all_its_variables() -> None:
     environ = {"DBPOOL_REPLICA_URL": "host=r", "DBPOOL_MAX_SIZE": "many"}
     with pytest.raises(ConfigError, match=r"DBPOOL_REPLICA_MAX_SIZE or DBPOOL_MAX_SIZE"):
         Settings.from_env("replica", environ)
@@ -467,12 +467,12 @@ def test_a_wrong_value_names_each_variable_it_may_come_from() -> None:
         Settings("My-Pool", "nonsense")
 
 
-def test_names_that_are_no_words_are_refused() -> None:
+def test_names_that_are_not_words_are_rejected() -> None:
     with pytest.raises(ConfigError, match=r"'1' is not a valid name"):
         settings_from_config({"DBPOOL_DATABASES": [1]}, environ={})
 
 
-def test_a_list_of_names_of_another_type_is_refused() -> None:
+def test_a_list_of_names_of_another_type_is_rejected() -> None:
     with pytest.raises(ConfigError, match="DBPOOL_DATABASES must be a list of names, not 5"):
         settings_from_config({"DBPOOL_DATABASES": 5}, environ={})
     with pytest.raises(ConfigError, match="DBPOOL_REQUIRED must be a list of names, not 5"):
@@ -481,7 +481,7 @@ def test_a_list_of_names_of_another_type_is_refused() -> None:
 
 @pytest.mark.parametrize("field", ["name", "conninfo", "pooler", "application_name"])
 @pytest.mark.parametrize("value", [None, 5, ["transaction"]])
-def test_a_value_of_another_type_is_refused_by_field(field: str, value: Any) -> None:
+def test_a_value_of_another_type_is_rejected_with_its_field(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{field} must be a string, not of type"):
         Settings(**{field: value})
     if field == "name":
@@ -533,14 +533,14 @@ def test_app_settings(tmp_path: Path) -> None:
 
 # Secrets
 
-# Made distinct from every word that an error or a repr may hold.
+# Different from every word that an error or a repr may contain.
 SECRETS = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=3, max_size=20
 ).map("zQ7{}".format)
 
 
 def everything_shown(make: Any) -> str:
-    """Whatever a user could see of settings, or of the error they raise."""
+    """Everything that a user could see of settings, or of the error they raise."""
     try:
         settings = make()
     except ConfigError as ex:
@@ -594,7 +594,7 @@ def test_mask_leaves_no_occurrence(secret: str, text: str) -> None:
     assert not any(form in masked for form in forms)
 
 
-def test_psycopg_itself_would_have_shown_it() -> None:
-    """The reason for refusing a malformed string before libpq sees it."""
+def test_psycopgs_own_error_would_show_the_password() -> None:
+    """This is why a malformed string is rejected before libpq gets it."""
     with pytest.raises(psycopg.ProgrammingError, match="hunter2"):
         psycopg.connect("postgresql://u:hunter2%zz@h/d")

@@ -1,4 +1,4 @@
-"""Signing in with a browser: the form, the cookie, and who is turned away."""
+"""Signing in with a browser: the form, the cookie, and rejected attempts."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def send(client: Client, token: str, path: str = "/db/sign-in", **more: str) -> 
     return client.post(path, data={"token": token, **more}, headers=BROWSER)
 
 
-# What was signed
+# Signed cookies
 
 
 def value_of(cookie: str) -> str:
     return cookie.partition(";")[0].partition("=")[2]
 
 
-def test_a_cookie_holds_for_half_a_day_and_for_its_token_alone() -> None:
+def test_a_cookie_is_valid_for_half_a_day_and_for_its_token_only() -> None:
     clock = Clock()
     sign_in = SignIn(TOKEN, clock)
     cookie = value_of(sign_in.issue("/db/", is_secure=False))
     assert sign_in.recognises(cookie)
-    assert SignIn(TOKEN, clock).recognises(cookie), "another worker's"
+    assert SignIn(TOKEN, clock).recognises(cookie), "another worker must accept it"
     assert not SignIn(TOKEN + "2", clock).recognises(cookie)
     clock.now += LIFETIME - 1
     assert sign_in.recognises(cookie)
@@ -73,16 +73,16 @@ def test_no_cookie_outlives_the_longest_life() -> None:
     sign_in = SignIn(TOKEN, clock)
     cookie = value_of(sign_in.issue("/", is_secure=False))
     clock.now -= 60
-    assert not sign_in.recognises(cookie), "of the future"
+    assert not sign_in.recognises(cookie), "a cookie from the future"
 
 
 @given(st.text(max_size=99) | st.from_regex(r"\A\d{10}\.[\w-]{16}\.[\w-]{43}\Z"))
-def test_nobody_makes_a_cookie_without_the_token(cookie: str) -> None:
+def test_no_cookie_can_be_made_without_the_token(cookie: str) -> None:
     assert not SignIn(TOKEN, Clock()).recognises(cookie)
 
 
 @given(st.integers(0, 200), st.characters())
-def test_a_changed_cookie_is_none(at: int, character: str) -> None:
+def test_a_changed_cookie_is_rejected(at: int, character: str) -> None:
     sign_in = SignIn(TOKEN, Clock())
     cookie = value_of(sign_in.issue("/", is_secure=False))
     at %= len(cookie)
@@ -90,7 +90,7 @@ def test_a_changed_cookie_is_none(at: int, character: str) -> None:
     assert sign_in.recognises(changed) == (changed == cookie)
 
 
-def test_after_ten_wrong_tokens_none_is_looked_at_for_a_minute() -> None:
+def test_after_ten_wrong_tokens_all_are_rejected_for_a_minute() -> None:
     clock = Clock()
     sign_in = SignIn(TOKEN, clock)
     assert {sign_in.attempt(f"guess-{n}") for n in range(10)} == {"This token is wrong."}
@@ -100,7 +100,7 @@ def test_after_ten_wrong_tokens_none_is_looked_at_for_a_minute() -> None:
     assert sign_in.attempt(TOKEN) is None
 
 
-# Who sees details, whatever serves the views
+# Access to details, in blueprint and door alike
 
 
 def basic(password: str) -> str:
@@ -123,13 +123,15 @@ def basic(password: str) -> str:
         (f"Digest {TOKEN}", ""),
     ],
 )
-def test_the_token_opens_in_two_ways(authorization: str, problem: str | None) -> None:
+def test_the_token_is_accepted_as_bearer_and_basic_credentials(
+    authorization: str, problem: str | None
+) -> None:
     found = denial(SignIn(TOKEN), {"authorization": authorization})
     assert (None if found is None else found.problem) == problem
     assert found is None or found.reason.startswith("wrong token: ") == (problem != "")
 
 
-def test_a_cookie_opens_as_long_as_it_holds() -> None:
+def test_a_cookie_opens_details_while_it_is_valid() -> None:
     clock = Clock()
     sign_in = SignIn(TOKEN, clock)
     pair = sign_in.issue("/", is_secure=False).partition(";")[0]
@@ -152,7 +154,7 @@ def test_without_a_token_nothing_opens() -> None:
     assert not is_signed_in(None, {})
 
 
-def test_the_page_is_asked_without_a_dialog() -> None:
+def test_the_page_causes_no_browser_dialog() -> None:
     program, page = denial(SignIn(TOKEN), {}), denial(SignIn(TOKEN), {"x-requested-with": "f"})
     assert program is not None
     assert page is not None
@@ -178,7 +180,7 @@ def test_the_form_says_how_to_go_on() -> None:
     ("site", "is_foreign"),
     [(None, False), ("none", False), ("same-origin", False), ("same-site", True), ("cross-site", True), ("", True)],
 )  # fmt: skip
-def test_only_forms_from_here_count(site: str | None, is_foreign: bool) -> None:
+def test_only_forms_from_this_site_are_accepted(site: str | None, is_foreign: bool) -> None:
     assert is_cross_site({} if site is None else {"sec-fetch-site": site}) is is_foreign
 
 
@@ -198,7 +200,7 @@ def test_a_browser_gets_a_form_and_others_get_json(app: Flask) -> None:
             assert client.get(path, headers=accept).get_json()["error"].startswith("send the token")
 
 
-def test_the_page_itself_has_the_browser_open_no_dialog(app: Flask) -> None:
+def test_the_pages_own_requests_open_no_browser_dialog(app: Flask) -> None:
     answer = app.test_client().get("/db/stats", headers={"X-Requested-With": "fetch"})
     assert answer.headers.getlist("WWW-Authenticate") == ['Bearer realm="dbpool"']
     assert answer.get_json()["error"].startswith("send the token")
@@ -216,7 +218,7 @@ def test_the_form_says_what_was_wrong(app: Flask) -> None:
     answer = send(client, "wrong")
     assert (answer.status_code, problem(answer)) == (401, "This token is wrong.")
     assert 'aria-invalid="true"' in answer.text
-    assert "wrong</" not in answer.text, "what was typed comes back nowhere"
+    assert "wrong</" not in answer.text, "the typed token must not be shown"
     wrong = client.get("/db/", headers=BROWSER | {"Authorization": "Bearer wrong"})
     assert problem(wrong) == "This token is wrong."
     name = app.extensions["dbpool"].sign_in.cookie_name
@@ -245,7 +247,7 @@ def test_the_right_token_opens_all_views_until_the_browser_signs_out(app: Flask)
     ("wanted", "location"),
     [("stats", "/db/stats"), ("metrics", "/db/metrics"), ("https://evil.example", "/db/"), ("sign_out", "/db/")],
 )  # fmt: skip
-def test_it_leads_to_the_view_that_was_asked_for_and_nowhere_else(
+def test_the_form_redirects_only_to_the_requested_view(
     app: Flask, wanted: str, location: str
 ) -> None:
     assert send(app.test_client(), TOKEN, next=wanted).headers["Location"] == location
@@ -256,11 +258,11 @@ def test_only_the_first_field_of_a_view_is_offered(app: Flask) -> None:
     assert 'name="next" value="stats"' in client.get("/db/stats", headers=BROWSER).text
     assert client.get(f"/db/sign-in?token={TOKEN}", headers=BROWSER).status_code == 200
     assert client.get(f"/db/?token={TOKEN}", headers=BROWSER).status_code == 401, (
-        "no token in a URL"
+        "a token must not be in a URL"
     )
 
 
-def test_it_works_below_a_prefix_and_behind_tls(app: Flask) -> None:
+def test_signing_in_works_below_a_prefix_and_behind_tls(app: Flask) -> None:
     client = Client(DispatcherMiddleware(Flask("outer"), {"/inner": app}))
     page = client.get("/inner/db/", headers=BROWSER)
     assert 'action="/inner/db/sign-in"' in page.text
@@ -275,7 +277,7 @@ def test_it_works_below_a_prefix_and_behind_tls(app: Flask) -> None:
 
 
 @pytest.mark.parametrize("path", ["/db/sign-in", "/db/sign-out"])
-def test_forms_of_other_sites_and_endless_ones_are_refused(app: Flask, path: str) -> None:
+def test_forms_of_other_sites_and_oversized_ones_are_rejected(app: Flask, path: str) -> None:
     client = app.test_client()
     for site in ("cross-site", "same-site", "\xff"):
         answer = client.post(path, data={"token": TOKEN}, headers={"Sec-Fetch-Site": site})
@@ -290,14 +292,14 @@ def test_forms_of_other_sites_and_endless_ones_are_refused(app: Flask, path: str
 
 
 def test_a_link_from_another_site_finds_the_browser_signed_in(app: Flask) -> None:
-    """It keeps a strict cookie back then, and sends it when the page loads itself again."""
+    """The browser withholds a strict cookie, and sends it once the page reloads itself."""
     away = app.test_client().get("/db/", headers=BROWSER | {"Sec-Fetch-Site": "cross-site"})
     assert (away.status_code, away.headers["Refresh"]) == (401, "0")
     here = app.test_client().get("/db/", headers=BROWSER | {"Sec-Fetch-Site": "same-origin"})
     assert "Refresh" not in here.headers
 
 
-def test_a_stranger_who_guesses_is_slowed(app: Flask) -> None:
+def test_guessing_a_token_is_slowed_down(app: Flask) -> None:
     client = app.test_client()
     assert [send(client, f"guess {n}").status_code for n in range(12)] == [401] * 10 + [429] * 2
     assert int(send(client, TOKEN).headers["Retry-After"]) >= 60
@@ -313,7 +315,7 @@ def test_without_a_token_nobody_signs_in(make_app: MakeApp) -> None:
         assert "Set-Cookie" not in send(client, token).headers
 
 
-def test_a_rule_of_the_application_has_no_form_of_ours(make_app: MakeApp) -> None:
+def test_with_authorize_there_is_no_sign_in_form(make_app: MakeApp) -> None:
     client = make_app(NOWHERE, authorize=lambda: False, DBPOOL_TOKEN=TOKEN).test_client()
     assert client.get("/db/", headers=BROWSER).get_json() == {"error": "forbidden"}
     assert send(client, TOKEN).status_code == 404
@@ -327,7 +329,7 @@ def test_open_views_need_no_form(make_app: MakeApp) -> None:
 
 
 @given(body=st.binary(max_size=300), cookie=st.text(st.characters(max_codepoint=255), max_size=80))
-def test_whatever_a_browser_sends_gets_an_answer(body: bytes, cookie: str) -> None:
+def test_any_form_and_cookie_get_an_answer(body: bytes, cookie: str) -> None:
     client = any_app().test_client()
     for content in (body, urlencode({"token": body}).encode()):
         answer = client.post(

@@ -1,4 +1,4 @@
-"""Sizes without a server: the arithmetic of limits, and the queue against a simulation."""
+"""Pool sizes: the arithmetic of limits, and the queueing model against a simulation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def demand(processes: int, max_size: int, name: str = "default", monitors: int =
     most=st.integers(0, 4000),
     others=st.integers(0, 200),
 )
-def test_what_fits_leaves_room_for_a_deploy(
+def test_a_size_that_fits_leaves_room_for_a_deploy(
     processes: int, max_size: int, monitors: int, most: int, others: int
 ) -> None:
     wanted = demand(processes, max_size, monitors=monitors)
@@ -88,14 +88,14 @@ def test_a_warning_names_the_numbers_and_the_settings() -> None:
     assert "than fit:" in verdict(50, demand(4, 20)).warning
 
 
-def test_where_no_size_fits_fewer_processes_are_advised() -> None:
+def test_if_no_size_fits_fewer_processes_are_advised() -> None:
     assert verdict(10, demand(8, 4)).advice.startswith("run fewer processes")
 
 
 # The queue
 
 
-def test_erlang_c_is_what_textbooks_print() -> None:
+def test_erlang_c_has_the_values_of_textbooks() -> None:
     assert erlang_c(1, 0.5) == pytest.approx(0.5)
     assert erlang_c(2, 1.0) == pytest.approx(1 / 3)
     assert erlang_c(10, 8.0) == pytest.approx(0.409, abs=0.001)
@@ -103,7 +103,7 @@ def test_erlang_c_is_what_textbooks_print() -> None:
 
 
 @given(load=loads, threads=st.integers(1, 64))
-def test_more_load_never_needs_less_and_threads_bound_it(load: Load, threads: int) -> None:
+def test_more_load_never_needs_fewer_and_threads_bound_the_size(load: Load, threads: int) -> None:
     open_loop = connections_needed(load)
     assert open_loop >= load.busy
     assert connections_needed(load, times=2.0) >= open_loop
@@ -112,12 +112,12 @@ def test_more_load_never_needs_less_and_threads_bound_it(load: Load, threads: in
 
 
 @given(load=loads)
-def test_a_longer_wait_that_is_allowed_never_needs_more(load: Load) -> None:
+def test_a_longer_allowed_wait_never_needs_more(load: Load) -> None:
     assert connections_needed(load, target=0.05) <= connections_needed(load, target=0.005)
 
 
-def test_threads_that_never_pause_need_one_each() -> None:
-    """A pool of two that is always full: the waits say that more threads want it."""
+def test_threads_that_never_pause_need_one_connection_each() -> None:
+    """A pool of two is always full; the waits show that more threads want connections."""
     assert connections_needed(Load(rate=20, hold=0.1, wait=0.7), threads=16) == 16
 
 
@@ -178,7 +178,7 @@ def knee(p95: Callable[[int], float], start: int = 1) -> int:
 
 
 @pytest.mark.parametrize("name", LOADS)
-def test_what_the_load_needs_is_within_one_of_the_knee(name: str) -> None:
+def test_the_advised_size_is_within_one_of_the_simulations_knee(name: str) -> None:
     draw, rate = LOADS[name]
     _, holds = open_queue(draw, rate, 64)
     report = reported(holds, seconds=ARRIVALS / rate)
@@ -190,8 +190,10 @@ def test_what_the_load_needs_is_within_one_of_the_knee(name: str) -> None:
 
 @pytest.mark.parametrize(("think", "threads"), [(0.04, 16), (0.01, 16), (0.1, 40), (0.005, 8)])
 @pytest.mark.parametrize("size", [3, 64])
-def test_with_threads_it_is_within_one_of_the_knee(think: float, threads: int, size: int) -> None:
-    """Also from the figures of a pool that is much too small, where the open queue would fail."""
+def test_with_threads_the_advised_size_is_within_one_of_the_knee(
+    think: float, threads: int, size: int
+) -> None:
+    """Also with figures of a pool that is much too small, for which the open queue is wrong."""
 
     def draw(rng: random.Random) -> float:
         return rng.expovariate(100)
@@ -201,7 +203,7 @@ def test_with_threads_it_is_within_one_of_the_knee(think: float, threads: int, s
     assert abs(connections_needed(load, threads) - true) <= 1
 
 
-# The load, from two reports
+# The load between two reports
 
 
 def empty() -> dict[str, Any]:
@@ -227,8 +229,8 @@ def used(times: int, hold: float = 0.01) -> Histogram:
     return histogram
 
 
-def test_a_pool_at_which_callers_wait_is_never_called_large_enough() -> None:
-    """Two connections always in use: how many more callers there would be is not seen."""
+def test_a_pool_with_waiting_callers_is_never_large_enough() -> None:
+    """Two connections are always in use, so the real demand is unknown."""
     crowded = reported(used(2000), 10.0)
     crowded["pools"]["default"] |= {
         "max_size": 2,
@@ -243,13 +245,13 @@ def test_a_pool_at_which_callers_wait_is_never_called_large_enough() -> None:
     assert measure(empty(), idle, "default").needs(threads=4) == 1
 
 
-def test_a_great_many_threads_are_no_matter() -> None:
+def test_a_very_large_number_of_threads_is_no_problem() -> None:
     load = Load(rate=3000, hold=0.5)
     assert 1500 < connections_needed(load) < 1700
     assert 1500 < connections_needed(load, threads=10_000) < 1700
 
 
-def test_a_load_is_one_process_s_share() -> None:
+def test_a_load_is_the_share_of_one_process() -> None:
     found = measure(empty(), reported(used(6000), 10.0, processes=3), "default")
     assert found.load is not None
     assert found.load.rate == pytest.approx(200)
@@ -283,13 +285,13 @@ def test_a_load_is_one_process_s_share() -> None:
         ),
     ],
 )
-def test_without_enough_data_nothing_is_said(report: dict[str, Any], reason: str) -> None:
+def test_without_enough_data_no_size_is_advised(report: dict[str, Any], reason: str) -> None:
     found = measure(empty(), report, "default")
     assert found.needs() is found.needs(16) is None
     assert str(found.reason).startswith(f"not enough data: {reason}")
 
 
-def test_a_notice_or_another_pool_s_trouble_is_no_reason() -> None:
+def test_a_notice_or_another_pools_finding_is_no_reason() -> None:
     others = [
         {"pool": "default", "severity": "notice", "code": "DB12", "text": "stalled"},
         {"pool": "default", "severity": "warning", "code": "DB11", "text": "60 are configured"},
@@ -299,6 +301,6 @@ def test_a_notice_or_another_pool_s_trouble_is_no_reason() -> None:
     assert measure(empty(), report, "default").needs() is not None
 
 
-def test_counts_that_fell_say_nothing() -> None:
+def test_counters_that_fell_give_no_load() -> None:
     found = measure(reported(used(5000), 0.0), reported(used(2000), 10.0), "default")
     assert found.reason == "not enough data: its counters were reset in that time"

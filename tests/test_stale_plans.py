@@ -1,4 +1,4 @@
-"""A prepared plan that the server refuses does not fail for ever, after a schema change say."""
+"""A prepared statement that the server rejects, as after a schema change, fails at most once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row:
 
 @pytest.fixture
 def other(dsn: str) -> Iterator[psycopg.Connection[Any]]:
-    """Another client, who changes the schema."""
+    """Another client, which changes the schema."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute("create table t (id int primary key, a int)")
         conn.execute("insert into t values (1, 10), (2, 20)")
@@ -50,7 +50,7 @@ CALLS: dict[str, Callable[[Pool[Any]], Any]] = {
 @pytest.mark.parametrize("pipeline_begin", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", CALLS)
-def test_a_single_statement_does_not_fail_at_all(
+def test_a_single_statement_does_not_fail(
     dsn: str, other: psycopg.Connection[Any], name: str, change: str, pipeline_begin: bool
 ) -> None:
     call = CALLS[name]
@@ -64,7 +64,7 @@ def test_a_single_statement_does_not_fail_at_all(
         assert pool.stats().counters.connects == 1
 
 
-def test_what_writes_is_done_once(dsn: str, other: psycopg.Connection[Any]) -> None:
+def test_a_write_is_done_once(dsn: str, other: psycopg.Connection[Any]) -> None:
     query = "insert into t (id) values (%s) returning *"
     with Pool(dsn, max_size=1) as pool:
         for number in range(10, 18):
@@ -75,7 +75,7 @@ def test_what_writes_is_done_once(dsn: str, other: psycopg.Connection[Any]) -> N
     assert other.execute("select count(*) from t").fetchone() == (18,)
 
 
-def test_another_search_path_is_a_change_too(dsn: str, other: psycopg.Connection[Any]) -> None:
+def test_a_changed_search_path_is_handled_too(dsn: str, other: psycopg.Connection[Any]) -> None:
     with Pool(dsn, max_size=1) as pool:
         for _ in range(8):
             assert pool.fetch_one("select * from t where a = %s", [10]) == (1, 10)
@@ -84,7 +84,7 @@ def test_another_search_path_is_a_change_too(dsn: str, other: psycopg.Connection
 
 
 def prepared(pool: Pool[Any]) -> list[Any]:
-    """What is prepared on the pool's one connection."""
+    """The prepared statements of the pool's only connection."""
     return pool.fetch_all("select name from pg_prepared_statements where statement like '%% t %%'")
 
 
@@ -104,7 +104,7 @@ def in_run(pool: Pool[Any]) -> Any:
 
 @pytest.mark.parametrize("autocommit", [False, True])
 @pytest.mark.parametrize("call", [in_block, in_pipeline, in_run])
-def test_in_a_block_it_fails_once(
+def test_a_statement_in_a_block_fails_once(
     dsn: str, other: psycopg.Connection[Any], call: Callable[[Pool[Any]], Any], autocommit: bool
 ) -> None:
     with Pool(dsn, max_size=1, kwargs={"autocommit": autocommit}) as pool:
@@ -133,7 +133,9 @@ def test_in_a_transaction_a_single_statement_fails_once(
         assert pool.fetch_one(SELECT, [1]) == (1, 10, None)
 
 
-def test_what_a_user_prepared_is_not_sent_again(dsn: str, other: psycopg.Connection[Any]) -> None:
+def test_a_users_own_prepared_statement_is_not_sent_again(
+    dsn: str, other: psycopg.Connection[Any]
+) -> None:
     with Pool(dsn, max_size=1, kwargs={"prepare_threshold": None}) as pool:
         pool.execute("prepare mine as select * from t")
         assert pool.fetch_all("execute mine") == [(1, 10), (2, 20)]
@@ -143,7 +145,7 @@ def test_what_a_user_prepared_is_not_sent_again(dsn: str, other: psycopg.Connect
                 pool.fetch_all("execute mine")
 
 
-def test_a_procedure_that_has_committed_something_is_not_called_again(
+def test_a_procedure_that_has_committed_is_not_called_again(
     dsn: str, other: psycopg.Connection[Any]
 ) -> None:
     other.execute("create table log (n int)")
@@ -162,11 +164,11 @@ def test_a_procedure_that_has_committed_something_is_not_called_again(
 
 
 def deallocate(pool: Pool[Any]) -> None:
-    """Drop what psycopg has prepared, in a way that psycopg does not notice."""
+    """Drop psycopg's prepared statements without its notice."""
     pool.execute("do $$ begin execute 'deallocate all'; end $$")
 
 
-def test_a_plan_that_somebody_deallocated_is_made_again(
+def test_a_deallocated_statement_is_prepared_again(
     dsn: str, other: psycopg.Connection[Any]
 ) -> None:
     with Pool(dsn, max_size=1) as pool:
@@ -177,7 +179,7 @@ def test_a_plan_that_somebody_deallocated_is_made_again(
             assert call(pool)
 
 
-def test_in_a_block_a_plan_that_somebody_deallocated_fails_once(
+def test_a_deallocated_statement_fails_once_in_a_block(
     dsn: str, other: psycopg.Connection[Any]
 ) -> None:
     with Pool(dsn, max_size=1, kwargs={"autocommit": True}) as pool:
@@ -190,14 +192,18 @@ def test_in_a_block_a_plan_that_somebody_deallocated_fails_once(
             assert in_block(pool) == (1, 10)
 
 
-def test_a_users_own_plan_that_is_gone_is_raised(dsn: str, other: psycopg.Connection[Any]) -> None:
+def test_a_users_own_missing_prepared_statement_is_an_error(
+    dsn: str, other: psycopg.Connection[Any]
+) -> None:
     with Pool(dsn, max_size=1) as pool:
         for _ in range(8):
             with pytest.raises(InvalidSqlStatementName):
                 pool.execute("execute mine(%s)", [1])
 
 
-def test_what_else_is_not_supported_is_raised(dsn: str, other: psycopg.Connection[Any]) -> None:
+def test_other_feature_not_supported_errors_are_raised(
+    dsn: str, other: psycopg.Connection[Any]
+) -> None:
     with Pool(dsn, max_size=1) as pool:
         for _ in range(2):
             with pytest.raises(FeatureNotSupported):

@@ -1,4 +1,4 @@
-"""dbpool.testing: what an application's tests do is undone, however they do it."""
+"""dbpool.testing undoes everything that an application's test does in the database."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pool(dsn: str) -> Iterator[Pool[Any]]:
 
 @pytest.fixture
 def outside(dsn: str, pool: Pool[Any]) -> Iterator[Ids]:
-    """What others see of the table."""
+    """The table's rows as another client sees them."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         yield lambda: [row[0] for row in conn.execute("select id from t order by id")]
 
@@ -54,7 +54,7 @@ def insert(conn: Any, number: int) -> None:
 # Undone
 
 
-def test_all_that_a_test_does_is_undone(pool: Pool[Any], outside: Ids) -> None:
+def test_everything_that_a_test_does_is_undone(pool: Pool[Any], outside: Ids) -> None:
     with Isolation(pool):
         pool.execute("insert into t values (1)")
         with pool.connection() as conn:
@@ -79,7 +79,7 @@ def test_afterwards_the_pool_is_as_it_was(pool: Pool[Any], outside: Ids) -> None
     assert pool.stats().active == 0
 
 
-def test_a_block_that_fails_is_undone_alone(pool: Pool[Any]) -> None:
+def test_only_a_failed_block_is_rolled_back(pool: Pool[Any]) -> None:
     with Isolation(pool):
         pool.execute("insert into t values (1)")
         with pytest.raises(ZeroDivisionError), pool.connection() as conn:
@@ -102,7 +102,7 @@ def test_a_connection_that_is_not_committed_is_rolled_back(pool: Pool[Any]) -> N
             insert(conn, 4)
 
 
-def test_a_statement_that_fails_spoils_nothing_else(pool: Pool[Any]) -> None:
+def test_a_failed_statement_affects_no_other(pool: Pool[Any]) -> None:
     with Isolation(pool):
         pool.execute("insert into t values (1)")
         with pytest.raises(psycopg.errors.UniqueViolation):
@@ -116,7 +116,7 @@ def test_a_statement_that_fails_spoils_nothing_else(pool: Pool[Any]) -> None:
         assert ids(pool) == [1]  # the end of a failed transaction is a rollback
 
 
-def test_savepoints_work_as_ever(pool: Pool[Any]) -> None:
+def test_savepoints_work_as_usual(pool: Pool[Any]) -> None:
     with Isolation(pool):
         with pool.connection() as conn:
             insert(conn, 1)
@@ -133,7 +133,7 @@ def test_savepoints_work_as_ever(pool: Pool[Any]) -> None:
         assert ids(pool) == [1, 4]
 
 
-def test_in_autocommit_each_statement_stands_alone(pool: Pool[Any]) -> None:
+def test_in_autocommit_each_statement_is_its_own_transaction(pool: Pool[Any]) -> None:
     with Isolation(pool):
         with pytest.raises(ZeroDivisionError), pool.connection() as conn:
             conn.autocommit = True
@@ -155,7 +155,7 @@ def test_in_autocommit_each_statement_stands_alone(pool: Pool[Any]) -> None:
         {"idempotent": True},
     ],
 )
-def test_run_takes_its_options(pool: Pool[Any], options: dict[str, Any]) -> None:
+def test_run_applies_its_options(pool: Pool[Any], options: dict[str, Any]) -> None:
     with Isolation(pool):
         pool.execute("insert into t values (1)")
         assert pool.run(lambda conn: conn.execute("select id from t").fetchall(), **options) == [
@@ -185,7 +185,7 @@ def test_run_repeats_after_a_conflict(pool: Pool[Any]) -> None:
         assert (len(attempts), ids(pool)) == (3, [3])
 
 
-def test_run_refuses_what_it_refuses_elsewhere(pool: Pool[Any]) -> None:
+def test_run_has_its_usual_errors(pool: Pool[Any]) -> None:
     def swallow(conn: Any) -> None:
         with pytest.raises(psycopg.errors.UndefinedTable):
             conn.execute("select * from nowhere")
@@ -198,7 +198,7 @@ def test_run_refuses_what_it_refuses_elsewhere(pool: Pool[Any]) -> None:
         assert pool.run(lambda conn: conn.execute("select 1").fetchone()) == (1,)
 
 
-# Several at once
+# Several blocks and threads
 
 
 def test_blocks_of_one_thread_nest(pool: Pool[Any]) -> None:
@@ -261,23 +261,23 @@ def test_a_single_statement_of_another_thread_waits_for_no_block(pool: Pool[Any]
 def test_a_block_of_another_thread_that_would_wait_for_ever_says_why(dsn: str) -> None:
     with Pool(dsn, timeout=1) as pool:
         with pool.connection(), pool.connection(), pool.connection():
-            pass  # all that are needed are there
+            pass  # makes all connections that the test needs
         with Isolation(pool), pool.connection():
             error = Task(pool.run, lambda conn: None).error(10)
     assert isinstance(error, TimeoutError)
     assert "one after another" in str(error)
 
 
-# What is real
+# What stays real
 
 
-def test_capacity_is_that_of_the_pool(dsn: str) -> None:
+def test_the_pools_capacity_still_applies(dsn: str) -> None:
     with Pool(dsn, max_size=1, timeout=1) as pool, Isolation(pool), pool.connection():
         with pytest.raises(PoolExhausted):
             pool.getconn(timeout=0.05)
 
 
-def test_a_connection_has_what_configure_gave_it(dsn: str) -> None:
+def test_configure_still_applies(dsn: str) -> None:
     def configure(conn: Any) -> None:
         conn.execute("set timezone to 'Asia/Tokyo'")
         conn.commit()
@@ -302,7 +302,7 @@ def test_cursors_of_every_kind_work(pool: Pool[Any]) -> None:
             with conn.cursor(name="rows") as rows:
                 assert [row[0] for row in rows.execute("select id from t")] == [1, 2, 3, 4, 5]
         assert pool.fetch_one("select count(*) as n from t", row_factory=dict_row) == {"n": 5}
-        for _ in range(10):  # prepared statements of two connections do not get in each other's way
+        for _ in range(10):  # prepared statements of two connections must not conflict
             with pool.connection() as one, pool.connection() as two:
                 one.execute("select 1")
                 two.execute("select 2")
@@ -313,7 +313,7 @@ def test_sqlalchemy_works_within_a_test(dsn: str, outside: Ids) -> None:
     with Pool(dsn, close_returns=True) as pool:
         engine = sqlalchemy.create_engine(
             "postgresql+psycopg://",
-            creator=lambda: pool.getconn(),  # noqa: PLW0108  # looked up when it is called
+            creator=lambda: pool.getconn(),  # noqa: PLW0108  # looked up at each call
             poolclass=sqlalchemy.NullPool,
         )
         with Isolation(pool):
@@ -345,7 +345,7 @@ def test_several_databases_are_each_undone(dsn: str, outside: Ids) -> None:
         assert outside() == []
 
 
-# What it finds
+# Errors that it finds
 
 
 def test_a_connection_that_is_still_held_at_the_end_fails_the_test(pool: Pool[Any]) -> None:
@@ -383,7 +383,7 @@ def test_a_statement_that_ends_the_transaction_fails_the_test(
     assert pool.fetch_value("select 1") == 1
 
 
-def test_what_outlives_a_test_cannot_touch_the_next(pool: Pool[Any], outside: Ids) -> None:
+def test_a_connection_kept_after_a_test_cannot_be_used(pool: Pool[Any], outside: Ids) -> None:
     isolation = Isolation(pool)
     conn = pool.getconn()
     with pytest.raises(AssertionError):
@@ -409,7 +409,7 @@ def test_without_a_server_the_pool_is_left_as_it_was() -> None:
         assert "getconn" not in vars(pool)
 
 
-def test_a_test_that_fails_by_itself_is_told_of_that_alone(pool: Pool[Any]) -> None:
+def test_a_failing_test_raises_only_its_own_error(pool: Pool[Any]) -> None:
     with pytest.raises(ZeroDivisionError), Isolation(pool):
         conn = pool.getconn()
         raise ZeroDivisionError
@@ -483,7 +483,7 @@ def nothing(pool: Pool[Any]) -> None:
 
 @pytest.fixture
 def counted_by_libpq(dsn: str, tmp_path: Path) -> Callable[[Callable[[Pool[Any]], object]], int]:
-    """Count the round trips of a work outside of tests, by what libpq has sent and received."""
+    """A function that counts round trips without isolation, from libpq's trace."""
 
     def count(work: Callable[[Pool[Any]], object]) -> int:
         with (tmp_path / "trace").open("w+b") as file, Pool(dsn, max_size=1) as pool:
@@ -516,7 +516,7 @@ def counted_by_libpq(dsn: str, tmp_path: Path) -> Callable[[Callable[[Pool[Any]]
         (nothing, 0),
     ],
 )
-def test_round_trips_are_those_of_the_application(
+def test_round_trips_are_counted_as_without_isolation(
     pool: Pool[Any],
     work: Callable[[Pool[Any]], object],
     expected: int,
@@ -527,7 +527,7 @@ def test_round_trips_are_those_of_the_application(
     assert trips.count == expected == counted_by_libpq(work)
 
 
-def test_the_fixtures_do_it(
+def test_the_fixtures_isolate_and_count(
     pool: Pool[Any], dbpool_isolated: Callable[..., Isolation], round_trips: Any
 ) -> None:
     dbpool_isolated(pool)

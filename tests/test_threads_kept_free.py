@@ -1,7 +1,7 @@
-"""Threads kept free for views that need no database: what that gains under a lock, and what it costs.
+"""Threads kept free for views without a database: the gain under a lock, and the cost.
 
-`max_size` and `max_waiting` together are fewer than gunicorn's threads: whoever comes then is refused
-at once, and the threads that are left answer.
+If `max_size` and `max_waiting` together are fewer than gunicorn's threads, later callers are
+rejected at once, and the remaining threads can answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLIENTS = 20
 
 
 def status_of(site: Site, path: str, timeout: float) -> int:
-    """The status of an answer, 0 if there was none in time."""
+    """The status of the answer, 0 if there was none in time."""
     try:
         url = f"http://127.0.0.1:{site.port}{path}"
         with urllib.request.urlopen(url, timeout=timeout) as answer:
@@ -40,7 +40,7 @@ def status_of(site: Site, path: str, timeout: float) -> int:
 
 @contextmanager
 def clients(site: Site, path: str) -> Iterator[Counter[int]]:
-    """Ask for *path* again and again, and count the answers by their status."""
+    """Request *path* repeatedly, and count the answers by their status."""
     counts: Counter[int] = Counter()
     over = threading.Event()
 
@@ -48,7 +48,7 @@ def clients(site: Site, path: str) -> Iterator[Counter[int]]:
         while not over.is_set():
             status = status_of(site, path, 20.0)
             counts[status] += 1
-            over.wait(0.1 if status == 503 else 0.0)  # as a client does that is refused
+            over.wait(0.1 if status == 503 else 0.0)  # a rejected client waits a little
 
     tasks = [Task(ask) for _ in range(CLIENTS)]
     try:
@@ -60,7 +60,7 @@ def clients(site: Site, path: str) -> Iterator[Counter[int]]:
 
 
 def liveness(site: Site, seconds: float) -> list[float]:
-    """How long each answer of the liveness view took, 1 s if there was none by then."""
+    """The duration of each answer of the liveness view, 1 s if there was none in that time."""
     taken, began = [], time.monotonic()
     while time.monotonic() < began + seconds:
         asked = time.monotonic()
@@ -80,7 +80,7 @@ def test_under_a_lock_liveness_answers_only_if_threads_are_kept_free(
     with psycopg.connect(dsn, autocommit=True) as lock:
         lock.execute("select pg_advisory_lock(1)")
         with clients(site, "/lock"):
-            time.sleep(1.0)  # the load is there
+            time.sleep(1.0)  # until all clients are waiting
             taken = liveness(site, 8.0)
             lock.execute("select pg_advisory_unlock_all()")
     if is_bound:

@@ -1,4 +1,4 @@
-"""The default timeouts never override what the server was told on purpose."""
+"""The default timeouts never override timeouts that are set on the server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULTS = ("30s", "0", "1min")
 
 @pytest.fixture
 def role(server: Server, dsn: str) -> Iterator[str]:
-    """A role of the shared server; the connection string of its own."""
+    """The connection string of a role of its own on the shared server."""
     server.execute("create role someone login password 'x'")
     yield make_conninfo(dsn, user="someone", password="x")
     server.execute("drop owned by someone; drop role someone")
@@ -30,7 +30,7 @@ def role(server: Server, dsn: str) -> Iterator[str]:
 
 @pytest.fixture
 def change(server: Server, dsn: str) -> Callable[[str], None]:
-    """Execute ALTER for that role and database."""
+    """A function that executes ALTER for that role and database."""
     database = str(conninfo_to_dict(dsn)["dbname"])
 
     def alter(statement: str) -> None:
@@ -41,7 +41,7 @@ def change(server: Server, dsn: str) -> Callable[[str], None]:
 
 @pytest.fixture
 def proxy(server: Server) -> Iterator[Proxy]:
-    """A proxy in front of the shared server, which this does no harm."""
+    """A proxy in front of the shared server, which it does not harm."""
     proxy = Proxy(server.port)
     yield proxy
     proxy.close()
@@ -56,7 +56,7 @@ def shown(conninfo: str, **options: Any) -> Any:
         return found
 
 
-def test_where_the_server_says_nothing_the_defaults_hold(role: str) -> None:
+def test_the_defaults_apply_if_the_server_has_no_timeouts(role: str) -> None:
     assert shown(role) == DEFAULTS
 
 
@@ -65,7 +65,7 @@ WHERE = ["role {role}", "database {database}", "role {role} in database {databas
 
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("value", ["2s", "7min", "0"])
-def test_what_role_and_database_say_wins_over_a_default(
+def test_timeouts_of_role_and_database_win_over_defaults(
     role: str, change: Callable[[str], None], where: str, value: str
 ) -> None:
     change(f"alter {where} set statement_timeout = '{value}'")
@@ -76,7 +76,7 @@ def test_what_role_and_database_say_wins_over_a_default(
     assert shown(role) == (value, "3s", "4s")
 
 
-def test_what_is_set_on_purpose_wins_over_the_server_and_server_leaves_it(
+def test_explicit_settings_win_and_the_value_server_keeps_the_servers(
     role: str, change: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change("alter role {role} set statement_timeout = '2s'")
@@ -91,7 +91,7 @@ def test_what_is_set_on_purpose_wins_over_the_server_and_server_leaves_it(
 
 
 @pytest.mark.parametrize("by", ["options", "PGOPTIONS", "kwargs"])
-def test_what_the_client_says_in_options_wins_too(
+def test_timeouts_in_options_win_over_defaults(
     role: str, change: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     change("alter role {role} set statement_timeout = '2s'")
@@ -107,7 +107,7 @@ def test_what_the_client_says_in_options_wins_too(
 
 
 @pytest.mark.parametrize("by", ["command line", "alter system", "file"])
-def test_what_the_configuration_says_wins_over_a_default(
+def test_timeouts_in_postgresql_conf_win_over_defaults(
     make_server: Callable[..., Server], by: str
 ) -> None:
     if by == "command line":
@@ -144,7 +144,7 @@ def test_the_server_is_asked_once(role: str, proxy: Proxy) -> None:
         {"statement_timeout": 0, "idle_in_transaction_timeout": "server"},
     ],
 )
-def test_where_there_is_no_default_nothing_is_asked(
+def test_without_defaults_the_server_is_not_asked(
     role: str, proxy: Proxy, options: dict[str, Any]
 ) -> None:
     with Pool(make_conninfo(role, port=proxy.port), max_size=1, **options) as pool:
@@ -152,7 +152,7 @@ def test_where_there_is_no_default_nothing_is_asked(
         assert proxy.accepted == 1
 
 
-def test_it_never_takes_more_places_than_the_pool_has(
+def test_asking_uses_no_more_connections_than_the_pool_may_have(
     role: str, server: Server, change: Callable[[str], None]
 ) -> None:
     change("alter role {role} connection limit 1")
@@ -161,7 +161,7 @@ def test_it_never_takes_more_places_than_the_pool_has(
         until(lambda: not server.backends("dbpool:default"))
 
 
-def test_another_answer_is_found_within_a_lifetime(
+def test_changed_timeouts_are_noticed_within_a_lifetime(
     role: str, change: Callable[[str], None]
 ) -> None:
     with Pool(role, max_size=2, max_lifetime=0.5) as pool:
@@ -173,7 +173,7 @@ def test_another_answer_is_found_within_a_lifetime(
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-def test_another_answer_is_found_after_a_restart(own_server: Server, mode: str) -> None:
+def test_changed_timeouts_are_noticed_after_a_restart(own_server: Server, mode: str) -> None:
     with Pool(own_server.conninfo, max_size=2, timeout=20, outage_grace=20) as pool:
         assert pool.fetch_one(SHOW) == DEFAULTS
         own_server.execute("alter system set statement_timeout = '7min'")
@@ -195,7 +195,7 @@ def test_each_of_several_hosts_is_asked(make_server: Callable[..., Server]) -> N
         until(lambda: pool.fetch_one(SHOW) == ("2s", *DEFAULTS[1:]))
 
 
-def test_the_asking_holds_nobody_up_after_a_restart(own_server: Server) -> None:
+def test_asking_delays_no_caller_after_a_restart(own_server: Server) -> None:
     with Pool(own_server.conninfo, max_size=1, timeout=20, outage_grace=20) as pool:
         pool.fetch_one("select 1")
         own_server.stop("immediate")
@@ -208,7 +208,7 @@ def test_the_asking_holds_nobody_up_after_a_restart(own_server: Server) -> None:
 def test_a_server_that_may_not_be_asked_gets_the_defaults(
     server: Server, role: str, dsn: str
 ) -> None:
-    server.execute("revoke select on pg_settings from public")  # in database postgres alone
+    server.execute("revoke select on pg_settings from public")  # only in database postgres
     try:
         conninfo = make_conninfo(role, dbname="postgres")
         assert shown(conninfo) == DEFAULTS
@@ -219,7 +219,7 @@ def test_a_server_that_may_not_be_asked_gets_the_defaults(
 @pytest.mark.parametrize(
     "name", ["statement_timeout", "lock_timeout", "idle_in_transaction_timeout"]
 )
-def test_the_word_is_a_value_of_these_settings_alone(name: str) -> None:
+def test_only_these_settings_accept_the_value_server(name: str) -> None:
     values: list[dict[str, Any]] = [{name: v} for v in ("SERVER", "servers", "server")]
     upper, wrong, lower = values
     settings: Any = replace(Settings(), **upper)
@@ -233,12 +233,12 @@ def test_the_word_is_a_value_of_these_settings_alone(name: str) -> None:
         replace(Settings(), **wrong)
 
 
-def test_defaults_that_are_set_explicitly_through_a_pooler_are_still_refused() -> None:
+def test_explicit_timeouts_through_a_pooler_are_rejected_even_if_default() -> None:
     with pytest.raises(ConfigError, match="pooler"):
         Settings(pooler="transaction", statement_timeout=5)
 
 
-def test_options_that_are_honoured_are_not_warned_of(
+def test_honoured_options_cause_no_warning(
     role: str, caplog: pytest.LogCaptureFixture, server: Server
 ) -> None:
     options = "-c search_path=public -c app.tenant=x --work-mem=5MB -c role=pg_monitor"

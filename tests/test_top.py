@@ -1,4 +1,4 @@
-"""`python -m dbpool top` and `stats --human`: the same words as on the page, in a terminal."""
+"""`python -m dbpool top` and `stats --human`: the live page's texts in a terminal."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REPORT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_what_is_wrong_comes_first_and_then_what_the_pools_do() -> None:
+def test_findings_come_first_then_the_pools() -> None:
     lines = as_text(REPORT).splitlines()
     assert lines[:2] == [
         "CRITICAL DB04 for 14 s: 3 connections of default wait for a lock",
@@ -51,7 +51,7 @@ def test_what_is_wrong_comes_first_and_then_what_the_pools_do() -> None:
     assert "default: full, 4 of 4 in use, 0 idle, 6 waiting" in lines
     assert "    in use    · ▄█  peak 4" in lines
     assert "    wait p95  ··▄█  peak 1.0 s" in lines
-    assert not any("refused" in line for line in lines), "what did not move takes no room"
+    assert not any("refused" in line for line in lines), "counters that did not change are left out"
     assert "       14 s  billing.pay (pay.py:88 pay)  idle in transaction  T-1" in lines
     assert "1 process  4711 (200 ms ago)" in lines
     assert lines[-1].endswith("  -  worker 1 started")
@@ -72,7 +72,7 @@ def test_it_shows_what_the_page_shows() -> None:
     assert shown[-4].endswith("all 12 connections in use, callers wait")
 
 
-def test_many_workers_are_cut_and_counted() -> None:
+def test_many_workers_are_shortened_and_counted() -> None:
     shown = as_text(STATES["locked"]() | {"workers": {"default": [{"pid": n} for n in range(20)]}})
     assert "    and 4 other workers" in shown.splitlines()
 
@@ -81,7 +81,7 @@ def test_no_line_is_wider_than_the_terminal() -> None:
     assert max(map(len, as_text(REPORT, 30).splitlines())) <= 30
 
 
-def test_what_is_wrong_is_told_in_full() -> None:
+def test_findings_are_shown_in_full() -> None:
     finding = {"code": "DB00", "severity": "ok", "text": "x " * 99 + "end", "do": "y " * 99}
     shown = as_text(REPORT | {"findings": [finding]}, 60).partition("\n\n")[0]
     assert shown.split() == f"OK DB00: {finding['text']} {finding['do']}".split()
@@ -101,13 +101,13 @@ PARTS = ["servers", "endpoints", "workers"]
         st.sampled_from([*REPORT, *PARTS]), JSON | st.dictionaries(st.just("default"), JSON)
     )
 )
-def test_whatever_a_report_holds_is_text_without_control_characters(report: Any) -> None:
+def test_any_report_is_shown_without_control_characters(report: Any) -> None:
     assert all(line.isprintable() for line in as_text(REPORT | report).splitlines())
 
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Path]:
-    """The directory of an application whose database is down, as one process watches it."""
+    """The directory of an application whose database is down, watched by one process."""
     directory = tmp_path / "stats"
     directory.mkdir(mode=0o700)
     settings = Settings(conninfo="host=127.0.0.1 port=1 user=u dbname=d", outage_grace=0.0)
@@ -132,7 +132,7 @@ def test_commands_show_what_the_watching_process_found(
     shown = capsys.readouterr().out
     assert shown.startswith("CRITICAL DB01 for ")
     assert "default: down, 0 of 10 in use" in shown
-    assert "  default  down: connection failed" in shown, "what happened"
+    assert "  default  down: connection failed" in shown, "the journal"
     assert status == (0 if "top" in command else 1)
 
 
@@ -169,7 +169,7 @@ def test_the_statistics_as_json_have_the_findings(
     assert "history" not in report
 
 
-def test_where_nothing_runs_it_says_so(
+def test_without_an_application_it_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)

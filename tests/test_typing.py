@@ -1,4 +1,4 @@
-"""What a user's type checker sees: precise types, no annotation asked for, mistakes found."""
+"""A user's type checker sees precise types, needs no annotations, and finds mistakes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ create_blueprint(authorize=True)  # arg-type
 
 @pytest.fixture(scope="module")
 def mypy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Check both at once, as strictly as mypy can, apart from this project's configuration."""
+    """Check both files at once with mypy --strict, without this project's configuration."""
     api = pytest.importorskip("mypy.api")
     home = tmp_path_factory.mktemp("typing")
     (home / "use.py").write_text(USE)
@@ -133,7 +133,7 @@ def test_a_user_sees_precise_types(mypy: str) -> None:
     assert "use.py" not in {line.partition(":")[0] for line in mypy.splitlines() if "error" in line}
 
 
-def test_a_user_is_told_of_mistakes(mypy: str) -> None:
+def test_mypy_finds_a_users_mistakes(mypy: str) -> None:
     found = {
         int(line): code
         for line, code in re.findall(
@@ -148,7 +148,7 @@ def test_a_user_is_told_of_mistakes(mypy: str) -> None:
     assert found == expected
 
 
-def test_the_options_are_the_settings_and_what_the_parent_takes() -> None:
+def test_the_options_are_the_settings_and_psycopg_pools_parameters() -> None:
     parents = inspect.signature(ConnectionPool.__init__).parameters.keys() - {
         "self",
         "conninfo",

@@ -1,4 +1,4 @@
-"""Who holds the connections of a pool, sampled: bounded and robust."""
+"""Sampled use of connections by endpoint: bounded and robust."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rows(usage: Usage) -> dict[str, dict[str, float]]:
     return usage.to_json()["default"]
 
 
-def test_the_share_of_an_endpoint_is_that_of_the_looks_which_saw_it() -> None:
+def test_an_endpoints_share_is_its_share_of_the_samples() -> None:
     usage = Usage()
     for second in range(61):
         usage.look(report("pay", "pay", *(["list"] if second % 2 else [])), 100.0 + second)
@@ -32,7 +32,7 @@ def test_the_share_of_an_endpoint_is_that_of_the_looks_which_saw_it() -> None:
     assert found["pay"]["longest"] == 1.0
 
 
-def test_what_was_long_ago_counts_less() -> None:
+def test_old_samples_count_less() -> None:
     usage = Usage()
     for second in range(900):
         usage.look(report("old" if second < 300 else "new"), 100.0 + second)
@@ -40,21 +40,21 @@ def test_what_was_long_ago_counts_less() -> None:
     assert found["old"]["in_use"] < 0.3 * found["new"]["in_use"]
 
 
-def test_a_holder_without_an_endpoint_is_known_by_its_line() -> None:
+def test_a_holder_without_an_endpoint_is_named_by_its_line() -> None:
     usage = Usage()
     usage.look(report(None), 100.0)
     usage.look(report(None), 101.0)
     assert "app.py:1 f" in rows(usage)
 
 
-def test_those_who_are_not_listed_are_others() -> None:
+def test_unlisted_holders_are_summed_as_others() -> None:
     usage = Usage()
     for second in range(10):
         usage.look(report("pay", active=5), 100.0 + second)
     assert rows(usage)[OTHER]["in_use"] == pytest.approx(4.0, abs=0.05)
 
 
-def test_a_thousand_endpoints_take_bounded_room() -> None:
+def test_the_number_of_endpoints_is_bounded() -> None:
     usage = Usage()
     for second in range(20):
         names = [f"e{n}" for n in range(second * 50, second * 50 + 50)]
@@ -65,7 +65,7 @@ def test_a_thousand_endpoints_take_bounded_room() -> None:
     assert len(json.dumps(found)) < 10 * 1024
 
 
-def test_a_clock_that_jumps_weighs_no_look_more_than_others() -> None:
+def test_a_clock_jump_gives_no_sample_more_weight() -> None:
     usage = Usage()
     for now in (100.0, 101.0, 5000.0, 10.0, 11.0):
         usage.look(report("pay"), now)

@@ -1,4 +1,4 @@
-"""The notes API: what a client gets for what it sends; over PostgreSQL where a statement is run."""
+"""The notes API: requests and answers; with PostgreSQL if a statement is run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def client(app: Flask) -> FlaskClient:
 
 @pytest.fixture
 def without_tables(fake: FakeServer) -> Iterator[Flask]:
-    """An application for what it answers without a statement: the fake server knows none of its."""
+    """An application on the fake server, for requests that run no statement."""
     app = make(DATABASE_URL=fake.conninfo)
     app.extensions["dbpool"].databases.default.connection_class = fake.connection_class
     yield app
@@ -75,7 +75,7 @@ def created(client: FlaskClient, title: str = "a title", **fields: Any) -> dict[
 
 
 def refused(answer: TestResponse, status: int) -> str:
-    """Every error is JSON with a reason."""
+    """Check that the error is JSON with a reason; return that."""
     assert answer.status_code == status, answer.text
     assert answer.mimetype == "application/json"
     reason = answer.get_json()["error"]
@@ -93,7 +93,7 @@ def test_creates_and_reads_a_note(client: FlaskClient) -> None:
     assert client.get(answer.headers["Location"]).get_json() == note
 
 
-def test_what_looks_like_sql_is_text(client: FlaskClient) -> None:
+def test_text_that_looks_like_sql_is_stored_as_text(client: FlaskClient) -> None:
     nasty = "'); drop table notes; -- %s %(a)s"
     assert created(client, nasty)["title"] == nasty
     assert client.get("/notes").status_code == 200
@@ -142,7 +142,7 @@ def test_pages_through_all_notes_while_others_come_and_go(client: FlaskClient) -
         page = client.get(path).get_json()
         assert len(page["notes"]) <= 3
         seen += [note["id"] for note in page["notes"]]
-        client.delete(f"/notes/{seen[-1]}")  # where the next page starts from
+        client.delete(f"/notes/{seen[-1]}")  # the next page starts after it
         path = page["next"]
     assert seen == ids
 
@@ -155,12 +155,12 @@ def test_the_last_page_has_no_next_one(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "limit=", "limit=%2B5"])
-def test_a_limit_out_of_range_is_refused(asker: FlaskClient, query: str) -> None:
+def test_a_limit_out_of_range_is_rejected(asker: FlaskClient, query: str) -> None:
     assert refused(asker.get(f"/notes?{query}"), 400) == "limit must be a number from 1 to 100"
 
 
 @pytest.mark.parametrize("after", ["-1", "x", "1.5", str(2**63), "9" * 5000, "٣"])
-def test_a_keyset_out_of_range_is_refused(asker: FlaskClient, after: str) -> None:
+def test_a_keyset_out_of_range_is_rejected(asker: FlaskClient, after: str) -> None:
     refused(asker.get("/notes", query_string={"after": after}), 400)
 
 
@@ -189,12 +189,12 @@ def test_an_update_of_an_unknown_id_is_not_found(client: FlaskClient) -> None:
         b'{"title": "x", "body": ' + b"1" * 5000 + b"}",
     ],
 )
-def test_a_body_that_is_no_json_object_is_refused(asker: FlaskClient, body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_rejected(asker: FlaskClient, body: bytes) -> None:
     answer = asker.post("/notes", data=body, content_type="application/json")
     refused(answer, 400)
 
 
-def test_a_body_of_another_type_is_refused(asker: FlaskClient) -> None:
+def test_a_body_of_another_content_type_is_rejected(asker: FlaskClient) -> None:
     answer = asker.post("/notes", data={"title": "a form"})
     assert "Content-Type" in refused(answer, 400)
 
@@ -216,14 +216,14 @@ def test_a_body_of_another_type_is_refused(asker: FlaskClient) -> None:
         ({"title": "x", "version": 1}, "unknown field 'version'"),
     ],
 )
-def test_a_note_that_is_not_one_is_refused_with_the_reason(
+def test_an_invalid_note_is_rejected_with_the_reason(
     asker: FlaskClient, fields: dict[str, Any], reason: str
 ) -> None:
     assert refused(asker.post("/notes", json=fields), 400).startswith(reason)
 
 
 @pytest.mark.parametrize("version", [None, "1", 1.0, True, 0, -1, 2**63])
-def test_an_update_without_a_proper_version_is_refused(asker: FlaskClient, version: Any) -> None:
+def test_an_update_without_a_valid_version_is_rejected(asker: FlaskClient, version: Any) -> None:
     answer = asker.put("/notes/1", json={"title": "x", "version": version})
     assert refused(answer, 400).startswith("version must be")
 
@@ -233,12 +233,12 @@ def test_a_title_as_long_as_allowed_is_stored(client: FlaskClient) -> None:
     assert len(note["body"]) == MAX_BODY
 
 
-def test_a_body_too_large_is_refused(asker: FlaskClient) -> None:
+def test_a_body_too_large_is_rejected(asker: FlaskClient) -> None:
     refused(asker.post("/notes", json={"title": "x", "body": "y" * 300_000}), 413)
 
 
-def test_a_body_too_large_is_refused_without_a_length_too(asker: FlaskClient) -> None:
-    body = b'{"title": "x"}' + b" " * 300_000  # what is beyond the limit is not read
+def test_a_body_too_large_is_rejected_without_a_length_too(asker: FlaskClient) -> None:
+    body = b'{"title": "x"}' + b" " * 300_000  # bytes beyond the limit are not read
     answer = asker.post(
         "/notes",
         input_stream=io.BytesIO(body),
@@ -248,17 +248,17 @@ def test_a_body_too_large_is_refused_without_a_length_too(asker: FlaskClient) ->
     refused(answer, 413)
 
 
-def test_a_method_that_is_not_there_is_refused_with_those_that_are(asker: FlaskClient) -> None:
+def test_an_unsupported_method_is_answered_with_the_supported_ones(asker: FlaskClient) -> None:
     answer = asker.patch("/notes")
     refused(answer, 405)
     assert set(answer.headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS", "POST"}
 
 
-def test_a_path_that_is_not_there_is_not_found(asker: FlaskClient) -> None:
+def test_an_unknown_path_is_not_found(asker: FlaskClient) -> None:
     refused(asker.get("/nothing/here"), 404)
 
 
-def test_a_failure_of_ours_says_nothing_of_the_inside(without_tables: Flask) -> None:
+def test_an_internal_error_shows_no_details(without_tables: Flask) -> None:
     app = without_tables
 
     @app.get("/broken")
@@ -271,7 +271,7 @@ def test_a_failure_of_ours_says_nothing_of_the_inside(without_tables: Flask) -> 
     assert "s3cr3t" not in answer.text
 
 
-def test_a_missing_table_is_told(app: Flask, client: FlaskClient) -> None:
+def test_a_missing_table_is_named_in_the_error(app: Flask, client: FlaskClient) -> None:
     with app.app_context():
         db.pool.execute("drop table notes")
     assert "webapp.schema" in refused(client.get("/notes"), 503)
@@ -316,7 +316,7 @@ def test_making_the_application_touches_no_database() -> None:
         app.extensions["dbpool"].databases.close()
 
 
-def test_two_applications_in_one_process_do_not_meet(without_tables: Flask) -> None:
+def test_two_applications_in_one_process_are_independent(without_tables: Flask) -> None:
     other = make(DATABASE_URL=FakeServer.conninfo)
     try:
         with without_tables.app_context():
@@ -327,12 +327,12 @@ def test_two_applications_in_one_process_do_not_meet(without_tables: Flask) -> N
         other.extensions["dbpool"].databases.close()
 
 
-def test_a_wrong_setting_is_refused_when_the_application_is_made() -> None:
+def test_a_wrong_setting_is_an_error_when_the_application_is_made() -> None:
     with pytest.raises(ConfigError, match="DBPOOL_MAX_SIZE"):
         make(DATABASE_URL=FakeServer.conninfo, DBPOOL_MAX_SIZE="many")
 
 
-def test_tables_are_made_once_and_by_several_at_once(dsn: str) -> None:
+def test_several_processes_may_make_the_tables_at_once(dsn: str) -> None:
     from dbpool import Pool
 
     with Pool(dsn, max_size=4) as pool:
@@ -351,7 +351,9 @@ NO_NUMBERS = ["0", "abc", "-1", "1e3", "1001", "\N{ARABIC-INDIC DIGIT THREE}", "
 
 @pytest.mark.parametrize("command", STARTED_BY, ids=["make run", "configuration", "container"])
 @pytest.mark.parametrize("workers", NO_NUMBERS, ids=lambda workers: workers[:5])
-def test_a_number_of_workers_that_is_none_is_one_line(workers: str, command: list[str]) -> None:
+def test_an_invalid_number_of_workers_is_an_error_of_one_line(
+    workers: str, command: list[str]
+) -> None:
     done = python(*command, env={"WEB_CONCURRENCY": workers, "PORT": "8000"})
     assert done.returncode == 1
     shown = repr(workers[:20])
@@ -365,7 +367,7 @@ def test_an_empty_number_of_workers_is_the_default(workers: str) -> None:
     assert done.stdout == "2\n"
 
 
-def test_a_dotenv_above_the_checkout_is_not_ours(
+def test_a_dotenv_above_the_checkout_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkout = tmp_path / "checkout"
@@ -377,7 +379,7 @@ def test_a_dotenv_above_the_checkout_is_not_ours(
     assert dotenv() == checkout / ".env"
 
 
-def test_it_says_where_the_database_comes_from(
+def test_make_run_prints_the_source_of_the_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("webapp.ROOT", tmp_path)
@@ -412,7 +414,7 @@ def test_the_embedded_demo_shows_everything_unless_a_token_is_set(
 
 
 @pytest.mark.parametrize("ignored", [True, False])
-def test_a_hangup_stops_it_unless_it_is_ignored_as_under_nohup(ignored: bool) -> None:
+def test_a_hangup_stops_it_except_under_nohup(ignored: bool) -> None:
     script = (
         "import os, signal\n"
         f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"
@@ -425,7 +427,7 @@ def test_a_hangup_stops_it_unless_it_is_ignored_as_under_nohup(ignored: bool) ->
     assert done.stdout == f"{not ignored}\n"
 
 
-def test_the_schema_s_failure_is_told_once(server: Any) -> None:
+def test_a_failure_of_the_schema_is_printed_once(server: Any) -> None:
     url = server.conninfo_for(user="nobody_here")
     done = python("-m", "webapp.schema", env={"DATABASE_URL": url})
     assert done.returncode == 1
@@ -448,13 +450,13 @@ def test_making_an_environment_can_be_interrupted(tmp_path: Path) -> None:
     )
     assert making.stdout is not None
     assert making.stdout.readline().startswith("making")
-    os.killpg(making.pid, signal.SIGINT)  # as a terminal does: what it started hears it too
+    os.killpg(making.pid, signal.SIGINT)  # to the whole group, as a terminal does
     _, complained = making.communicate(timeout=20)
     assert making.returncode == 1
     assert complained == "venv: interrupted; the next run starts again\n"
 
 
-# What it tells about the views
+# What it prints about the views
 
 
 @pytest.mark.parametrize(
@@ -465,7 +467,7 @@ def test_making_an_environment_can_be_interrupted(tmp_path: Path) -> None:
         (AppSettings(), False, ["closed", "set DBPOOL_TOKEN"]),
     ],
 )
-def test_it_tells_how_the_live_page_opens(
+def test_it_prints_how_the_live_page_opens(
     settings: AppSettings, page: bool, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     supervisor._announce("127.0.0.1", 8000, None, settings)
@@ -475,7 +477,7 @@ def test_it_tells_how_the_live_page_opens(
     assert "a-token" not in told
 
 
-def test_it_tells_the_command_that_reaches_the_demo_s_database(
+def test_it_prints_the_command_that_reaches_the_demos_database(
     server: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     embedded = SimpleNamespace(conninfo=server.conninfo, data="here")
@@ -487,11 +489,11 @@ def test_it_tells_the_command_that_reaches_the_demo_s_database(
     assert done.stdout == "42\n", done.stderr
 
 
-# What it answers to
+# Host names
 
 
 def told_names(monkeypatch: pytest.MonkeyPatch, address: str = "127.0.0.1") -> str:
-    """The names that `make run` lets its demo answer to."""
+    """The host names that `make run` lets its demo answer to."""
     embedded = SimpleNamespace(conninfo="postgresql:///")
     monkeypatch.setattr(supervisor, "server", lambda *_: nullcontext(embedded))
     monkeypatch.setattr(supervisor, "dotenv", lambda: None)
@@ -503,7 +505,7 @@ def told_names(monkeypatch: pytest.MonkeyPatch, address: str = "127.0.0.1") -> s
 
 
 @pytest.mark.parametrize("path", ["/", "/notes", "/db/", "/db/stats", "/db/static/live.js", "/no"])
-def test_the_demo_answers_to_no_name_that_a_page_on_the_web_could_have(
+def test_the_demo_answers_to_no_public_host_name(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WEBAPP_HOSTS", told_names(monkeypatch))
@@ -520,13 +522,13 @@ def test_the_demo_answers_to_no_name_that_a_page_on_the_web_could_have(
         app.extensions["dbpool"].databases.close()
 
 
-def test_the_demo_answers_to_the_address_that_it_is_bound_to(
+def test_the_demo_answers_to_the_address_it_is_bound_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert "127.0.0.3" in told_names(monkeypatch, "127.0.0.3").split(",")
 
 
-def test_other_names_may_be_added_and_without_the_demo_all_are_answered(
+def test_host_names_may_be_added_and_without_the_demo_all_are_accepted(
     asker: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert asker.get("/", headers={"Host": "notes.example"}).status_code == 200
@@ -555,7 +557,7 @@ def test_a_line_of_the_log_has_time_pid_level_and_name(set_up: str) -> None:
     assert re.fullmatch(line, done.stderr), done.stderr
 
 
-def test_retries_of_what_the_database_broke_off_are_spread(without_tables: Flask) -> None:
+def test_retry_after_of_a_transient_failure_is_spread(without_tables: Flask) -> None:
     app = without_tables
 
     @app.get("/broken")
@@ -571,7 +573,7 @@ def test_retries_of_what_the_database_broke_off_are_spread(without_tables: Flask
 
 @pytest.fixture
 def role(server: Any, dsn: str) -> Iterator[str]:
-    """The URL of a role without any right of its own."""
+    """The URL of a role without privileges."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute("create role notes_app login password 'secret'")
         yield make_conninfo(dsn, user="notes_app", password="secret")
@@ -579,7 +581,9 @@ def role(server: Any, dsn: str) -> Iterator[str]:
         conn.execute("drop role notes_app")
 
 
-def test_an_owner_that_is_no_superuser_makes_the_tables_and_serves(role: str, dsn: str) -> None:
+def test_a_database_owner_without_superuser_makes_the_tables_and_serves(
+    role: str, dsn: str
+) -> None:
     with psycopg.connect(dsn, autocommit=True) as conn:
         conn.execute(f"alter database {conn.info.dbname} owner to notes_app")
     app = make(DATABASE_URL=role)
@@ -592,7 +596,7 @@ def test_an_owner_that_is_no_superuser_makes_the_tables_and_serves(role: str, ds
         app.extensions["dbpool"].databases.close()
 
 
-def test_a_role_that_may_make_no_tables_is_told_so_in_one_line(role: str) -> None:
+def test_a_role_that_may_not_make_tables_gets_an_error_of_one_line(role: str) -> None:
     done = python("-m", "webapp.schema", env={"DATABASE_URL": role})
     assert done.returncode == 1
     assert done.stderr.startswith("webapp: permission denied for schema public")

@@ -1,4 +1,4 @@
-"""`python -m webapp.cluster`: two databases on this machine, started and ended by one command."""
+"""`python -m webapp.cluster` runs two databases on this machine."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.skipif(
     shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin") is None,
-    reason="there is no pgbouncer here",
+    reason="needs pgbouncer",
 )
 
 
 class Running:
-    """The command, and what it serves."""
+    """The running command and its application."""
 
     def __init__(self, output: Path, **environ: str) -> None:
         self.port = free_port()
@@ -113,7 +113,7 @@ def test_it_serves_two_databases_and_ends_without_a_trace(start: Callable[..., R
     assert (health["default"]["role"], health["replica"]["role"]) == ("primary", "standby")
     assert set(running.get("/db/stats")["pools"]) == {"default", "replica"}
     until(lambda: "the standby, the database replica" in running.said())
-    kill_bouncer_and_standby(running)  # they are started again
+    kill_bouncer_and_standby(running)  # the command restarts them
     until(lambda: titles(running) == ["from here"], 20.0, pause=0.1)
     running.await_ready()
     folder, processes = running.folder, running.descendants()
@@ -143,7 +143,7 @@ def titles(running: Running) -> list[str] | None:
         return None
 
 
-def test_nothing_outlives_it_when_it_is_killed(start: Callable[..., Running]) -> None:
+def test_no_process_outlives_the_killed_command(start: Callable[..., Running]) -> None:
     running = start()
     running.await_ready()
     until(lambda: "the standby, the database replica" in running.said())

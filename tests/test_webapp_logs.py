@@ -1,4 +1,4 @@
-"""The sample application's log: time, level, pid and request in each line, and no secret."""
+"""The sample application's log: each line has time, level, pid and request, and no secret."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def record(**fields: Any) -> logging.LogRecord:
     )
 
 
-def test_a_json_line_has_time_level_pid_and_what_happened() -> None:
+def test_a_json_line_has_time_level_pid_and_message() -> None:
     event = {"pool": "default", "event": "circuit_opened"}
     line = json.loads(JSONFormatter().format(record(dbpool=event, created=1795000000.25)))
     assert line == {
@@ -48,7 +48,7 @@ def test_a_json_line_has_time_level_pid_and_what_happened() -> None:
     }
 
 
-def test_an_exception_stays_in_its_line() -> None:
+def test_an_exception_is_logged_in_one_line() -> None:
     try:
         raise ValueError("two\nlines")
     except ValueError:
@@ -58,9 +58,7 @@ def test_an_exception_stays_in_its_line() -> None:
 
 
 @pytest.mark.parametrize("formatter", [JSONFormatter, TextFormatter])
-def test_a_line_says_which_request_it_belongs_to(
-    fake: FakeServer, formatter: type[logging.Formatter]
-) -> None:
+def test_a_line_names_its_request(fake: FakeServer, formatter: type[logging.Formatter]) -> None:
     app = create_app({"TESTING": True, "DATABASE_URL": fake.conninfo})
     lines = []
 
@@ -82,7 +80,7 @@ def test_a_line_says_which_request_it_belongs_to(
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 65, "a\tb", "<b>", "ä"])
-def test_a_request_without_a_fit_id_gets_one(fake: FakeServer, given: str) -> None:
+def test_a_request_without_a_valid_id_gets_one(fake: FakeServer, given: str) -> None:
     app = create_app({"TESTING": True, "DATABASE_URL": fake.conninfo})
     client = app.test_client()
     headers = [("X-Request-ID", given.encode().decode("latin-1"))]
@@ -160,12 +158,12 @@ def test_under_gunicorn_every_line_is_json_and_shows_no_secret(tmp_path: Path) -
     assert down["dbpool"]["kind"] == "refused"
 
 
-def test_another_kind_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_an_unknown_log_format_is_an_error_of_one_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with serving(log, WEBAPP_LOG="xml"):
         pass
     assert "webapp: WEBAPP_LOG must be text or json, not 'xml'" in log.read_text()
 
 
-def test_people_see_no_line_for_each_request() -> None:
+def test_the_text_format_has_no_line_for_each_request() -> None:
     assert config("text")["loggers"] == {"webapp.access": {"level": "WARNING"}}

@@ -1,4 +1,4 @@
-"""A pool's errors come as the README says through the libraries that wrap them, too."""
+"""A pool's errors are answered as documented, also if a library has wrapped them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def fail(app: Flask, raising: Any, error: BaseException, path: str = "/") -> Any
     "error",
     [PoolExhausted, DatabaseUnavailable, DatabaseMisconfigured, TooManyRequests, PoolClosed],
 )
-def test_a_wrapped_refusal_is_a_503(app: Flask, raising: Any, error: type[Exception]) -> None:
+def test_a_wrapped_pool_error_is_a_503(app: Flask, raising: Any, error: type[Exception]) -> None:
     answer = fail(app, raising, error("the host is db1.internal"))
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) >= 1
@@ -89,7 +89,7 @@ def test_a_wrapped_refusal_is_a_503(app: Flask, raising: Any, error: type[Except
 
 
 @pytest.mark.parametrize("raising", WRAPPERS)
-def test_a_wrapped_uncertain_commit_is_a_500_that_asks_for_no_second_try(
+def test_a_wrapped_uncertain_commit_is_a_500_without_retry_after(
     app: Flask, raising: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     answer = fail(app, raising, CommitUncertain("who knows"))
@@ -103,7 +103,7 @@ def while_handling(error: Exception) -> None:
     try:
         raise error
     except PoolError:
-        raise ZeroDivisionError  # noqa: B904  # a bug in a handler, not a wrapper
+        raise ZeroDivisionError  # noqa: B904  # a bug in a handler, no wrapper
 
 
 def beside_a_bug(error: Exception) -> None:
@@ -117,7 +117,7 @@ def in_a_circle(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("raising", [while_handling, beside_a_bug, in_a_circle])
-def test_a_bug_stays_a_bug(app: Flask, raising: Any) -> None:
+def test_an_unrelated_error_beside_a_pool_error_is_a_500(app: Flask, raising: Any) -> None:
     app.config["PROPAGATE_EXCEPTIONS"] = False
     app.logger.disabled = True
     seen: list[Exception] = []
@@ -127,10 +127,10 @@ def test_a_bug_stays_a_bug(app: Flask, raising: Any) -> None:
 
     with got_request_exception.connected_to(see, app):
         answer = fail(app, raising, PoolExhausted("all are out"))
-    assert (answer.status_code, len(seen)) == (500, 1), "as for any other bug"
+    assert (answer.status_code, len(seen)) == (500, 1), "as for any other error"
 
 
-def test_what_the_application_handles_itself_stays_its_own(app: Flask) -> None:
+def test_an_applications_own_error_handler_wins(app: Flask) -> None:
     shop = Blueprint("shop", __name__)
 
     @shop.errorhandler(LookupError)
@@ -148,7 +148,7 @@ def test_what_the_application_handles_itself_stays_its_own(app: Flask) -> None:
     assert app.test_client().get("/shop").status_code == 418
 
 
-def test_the_applications_own_handler_of_a_pools_errors_gets_the_wrapped_ones(
+def test_an_applications_handler_for_pool_errors_gets_wrapped_ones(
     make_app: MakeApp,
 ) -> None:
     app = Flask("app")
@@ -157,7 +157,7 @@ def test_the_applications_own_handler_of_a_pools_errors_gets_the_wrapped_ones(
     assert fail(app, chained, PoolExhausted("all are out")).text == "ours: PoolExhausted"
 
 
-def test_an_application_that_handles_everything_is_left_to_it(make_app: MakeApp) -> None:
+def test_an_applications_catch_all_handler_wins(make_app: MakeApp) -> None:
     app = Flask("app")
     app.register_error_handler(Exception, lambda ex: ("ours", 500))
     app = make_app(NOWHERE, app=app)
@@ -172,7 +172,7 @@ def test_http_exceptions_and_other_errors_are_as_without_dbpool(
     def ask(app: Flask, path: str) -> object:
         try:
             answer = app.test_client().get(path)
-        except Exception as ex:  # noqa: BLE001  # what it is is the question
+        except Exception as ex:  # noqa: BLE001  # compared by the test
             return type(ex)
         return answer.status_code, answer.text, sorted(answer.headers)
 
@@ -192,7 +192,7 @@ def test_http_exceptions_and_other_errors_are_as_without_dbpool(
         assert ask(ours, path) == ask(bare, path)
 
 
-def test_handlers_that_are_turned_off_leave_wrapped_errors_alone(make_app: MakeApp) -> None:
+def test_with_error_handlers_off_wrapped_errors_are_raised(make_app: MakeApp) -> None:
     app = make_app(NOWHERE, DBPOOL_ERROR_HANDLERS=False)
     with pytest.raises(Wrapper):
         fail(app, chained, PoolExhausted("all are out"))
@@ -231,7 +231,7 @@ def test_through_sqlalchemy_a_busy_pool_is_a_503(make_app: MakeApp, dsn: str) ->
         with engine.connect() as conn:
             return str(conn.execute(sqlalchemy.text("select 1")).scalar())
 
-    with pool.connection(timeout=10):  # to connect takes longer than 50 ms at times
+    with pool.connection(timeout=10):  # a connect may take longer than 50 ms
         answer = app.test_client().get("/")
     assert (answer.status_code, answer.get_json()["error"]) == (503, "the service is busy")
 
@@ -247,6 +247,6 @@ def test_an_uncertain_commit_is_logged_with_its_endpoint(
     assert "endpoint /pay answers 500" in caplog.text
 
 
-def test_a_statement_that_fails_is_no_refusal(app: Flask) -> None:
+def test_a_failed_statement_is_not_a_503(app: Flask) -> None:
     with pytest.raises(Wrapper):
         fail(app, chained, psycopg.errors.UndefinedTable("no such table"))

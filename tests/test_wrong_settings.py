@@ -1,4 +1,4 @@
-"""What only another setting of the client cures is told at once, whatever libpq calls it."""
+"""Errors that only another client setting can cure are DatabaseMisconfigured at once."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from tests.proxy import Proxy
 from tests.sockets import answering
 from tests.threads import Task
 
-# Their values are free, or name something that may come to be.
+# Parameters with free values, or that name something that may be created later.
 FREE = {
     "service", "user", "password", "passfile", "dbname", "host", "hostaddr", "application_name",
     "fallback_application_name", "sslcert", "sslkey", "sslpassword", "sslrootcert", "sslcrl",
     "sslcrldir", "requirepeer", "krbsrvname", "oauth_issuer", "oauth_client_id",
     "oauth_client_secret", "oauth_scope", "sslkeylogfile",
 }  # fmt: skip
-# Their values are not looked at here: this libpq has no compression and needs no library.
+# Parameters that this libpq does not check: it has no compression and needs no library.
 IGNORED = {"sslcompression", "sslsni", "gsslib", "gssdelegation"}
 CLOSED = sorted({o.keyword.decode() for o in Conninfo.get_defaults()} - FREE - IGNORED)
 
-FILE = str(Path(__file__))  # no directory
+FILE = str(Path(__file__))  # not a directory
 
 WRONG: dict[str, dict[str, object]] = {
     "no such service": {"service": "nosuch"},
@@ -76,7 +76,7 @@ WRONG: dict[str, dict[str, object]] = {
 
 
 def refused(make_pool: MakePool, conninfo: str = "", **kwargs: object) -> DatabaseMisconfigured:
-    """Return the error of a pool that cannot connect, told at once."""
+    """Return the error of a pool that cannot connect; check that it is raised at once."""
     pool = make_pool(conninfo, kwargs=kwargs)
     caller = Task(pool.getconn)
     error = caller.error()
@@ -87,7 +87,7 @@ def refused(make_pool: MakePool, conninfo: str = "", **kwargs: object) -> Databa
 
 
 def at(port: int, wrong: Mapping[str, object]) -> dict[str, Any]:
-    """Parameters that are right but for *wrong*."""
+    """Valid parameters with those of *wrong* replaced."""
     where: dict[str, Any] = {
         "host": "127.0.0.1",
         "port": port,
@@ -98,14 +98,14 @@ def at(port: int, wrong: Mapping[str, object]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CLOSED)
-def test_a_value_that_a_parameter_does_not_take(
-    server: Server, make_pool: MakePool, name: str
-) -> None:
+def test_an_invalid_value_of_a_parameter(server: Server, make_pool: MakePool, name: str) -> None:
     refused(make_pool, **at(server.port, {name: "nonsense"}))
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_only_another_setting_cures(server: Server, make_pool: MakePool, wrong: str) -> None:
+def test_an_error_that_only_another_setting_cures(
+    server: Server, make_pool: MakePool, wrong: str
+) -> None:
     refused(make_pool, **at(server.port, WRONG[wrong]))
 
 
@@ -127,7 +127,7 @@ def test_a_service_file(
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates, keys and what is neither."""
+    """Certificates, keys, and files that are neither."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("there is no openssl command to make a certificate with")
@@ -154,7 +154,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tls_port(server: Server, files: Path) -> Iterator[int]:
-    """The port of a server that speaks TLS: the one at hand was built without it."""
+    """The port of a proxy that speaks TLS, as the test server may be built without it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files / "server.crt", files / "server.key")
     proxy = Proxy(server.port, tls=context)
@@ -193,7 +193,7 @@ def test_files_for_tls(tls_port: int, make_pool: MakePool, files: Path, wrong: s
     assert error.kind == "tls"
 
 
-# What is not PostgreSQL
+# Servers that are not PostgreSQL
 
 
 @pytest.mark.parametrize("sslmode", ["disable", "prefer", "require"])
@@ -208,7 +208,7 @@ def test_another_service_on_the_port(make_pool: MakePool, sslmode: str, answer: 
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may use every socket")
-def test_a_socket_that_one_may_not_use(make_pool: MakePool, tmp_path: Path) -> None:
+def test_a_socket_without_permission(make_pool: MakePool, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / ".s.PGSQL.5432"))
         listener.listen()
@@ -220,7 +220,7 @@ def test_a_socket_that_one_may_not_use(make_pool: MakePool, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("ports", ["1,{}", "{},1", "1,1,{}"])
-def test_a_host_that_is_down_is_waited_for_whatever_the_others_say(
+def test_one_host_that_is_down_makes_the_failure_transient(
     server: Server, make_pool: MakePool, ports: str
 ) -> None:
     hosts = ",".join(["127.0.0.1"] * (ports.count(",") + 1))
@@ -231,13 +231,13 @@ def test_a_host_that_is_down_is_waited_for_whatever_the_others_say(
     assert error.kind == "refused"
 
 
-def test_where_all_hosts_say_so_the_settings_are_wrong(server: Server, make_pool: MakePool) -> None:
+def test_the_settings_are_wrong_if_all_hosts_say_so(server: Server, make_pool: MakePool) -> None:
     both = f"host=127.0.0.1,127.0.0.1 port={server.port},{server.port} user=postgres"
     assert refused(make_pool, f"{both} dbname=nowhere").kind == "database"
 
 
-def test_an_address_of_a_host_that_is_not_listened_on_is_no_outage() -> None:
-    """Such as that of `localhost` for a server on 127.0.0.1 alone."""
+def test_a_refused_second_address_of_a_host_does_not_hide_the_wrong_setting() -> None:
+    """For example ::1 of `localhost`, for a server that listens only on 127.0.0.1."""
     wrong = 'connection failed: FATAL:  password authentication failed for user "u"'
     host = "- host: 'localhost', port: '5432', hostaddr"
     text = f"{wrong}\nMultiple connection attempts failed. All failures were:\n"
@@ -245,7 +245,7 @@ def test_an_address_of_a_host_that_is_not_listened_on_is_no_outage() -> None:
     assert classify(psycopg.OperationalError(text)) == "password"
 
 
-# Texts of what cannot be had here, and of what is transient.
+# Messages of errors that cannot be caused here, and of transient ones.
 
 
 SAID = {
@@ -261,7 +261,7 @@ SAID = {
 
 
 @pytest.mark.parametrize(("text", "kind"), SAID.items())
-def test_what_libpq_says_of_settings(text: str, kind: str) -> None:
+def test_libpqs_messages_about_settings_are_permanent_errors(text: str, kind: str) -> None:
     assert classify(psycopg.OperationalError(text)) == kind
     assert is_permanent(kind)
 
@@ -278,7 +278,7 @@ def test_what_libpq_says_of_settings(text: str, kind: str) -> None:
         "failed to resolve host 'fe80::1%eth0': [Errno -2] Name or service not known",
     ],
 )
-def test_what_waiting_may_cure(text: str) -> None:
+def test_messages_of_transient_errors_are_not_permanent_errors(text: str) -> None:
     assert not is_permanent(classify(psycopg.OperationalError(text)))
 
 

@@ -1,4 +1,4 @@
-"""Threads of tests: each is joined with a deadline, and what it raised is raised or looked at."""
+"""Threads for tests: each is joined with a deadline, and its error is raised or returned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Task:
     def _run(self) -> None:
         try:
             self._value = self._fn(*self._args)
-        except BaseException as ex:  # noqa: BLE001  # whatever it is, the test looks at it
+        except BaseException as ex:  # noqa: BLE001  # the test checks it
             self._error = ex
         self.ended = time.monotonic()
 
@@ -85,10 +85,10 @@ class Load:
         self._tasks = [Task(self._work) for _ in range(threads)]
 
     def _work(self) -> None:
-        while not self._stop.wait(0.001):  # without a pause some kernels starve all others
+        while not self._stop.wait(0.001):  # without a pause some kernels starve all other threads
             try:
                 self._fn()
-            except Exception as ex:  # noqa: BLE001  # the test judges it
+            except Exception as ex:  # noqa: BLE001  # the test checks it
                 _forget_frames(ex)
                 with self._lock:
                     self.errors.append(ex)
@@ -96,7 +96,7 @@ class Load:
                 self.calls += 1
 
     def await_calls(self, more: int = 50) -> None:
-        """Wait until that many more were made."""
+        """Wait until that many more calls were made."""
         wanted = self.calls + more
         until(lambda: self.calls >= wanted, 30.0)
 
@@ -108,7 +108,7 @@ class Load:
 
 
 def _forget_frames(ex: BaseException | None) -> None:
-    """Drop what the frames of a traceback hold: connections, perhaps."""
+    """Clear the frames of a traceback, which may hold connections."""
     while ex is not None:
         ex.__traceback__ = None
         ex = ex.__cause__ or ex.__context__

@@ -1,4 +1,4 @@
-"""Waiting for what other threads and processes do, and ports for them."""
+"""Wait for other threads and processes, and find free ports."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ def until(condition: Callable[[], object], seconds: float = 10.0, pause: float =
     """Wait until *condition* holds; fail if it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to be in time"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(pause)
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on.
+    """Return a free TCP port of 127.0.0.1.
 
-    It is below those that systems give to clients: none takes it while its server is down.
+    It is below the range for outgoing connections, so none of these takes it while its server is
+    down.
     """
     while True:
         port = random.randrange(12_000, 32_000)

@@ -1,6 +1,6 @@
-"""A Docker Engine, the images built on it, and the sample application as compose runs it.
+"""Fixtures: a Docker Engine, images built on it, and the application run by compose.
 
-These tests are slow ones: `.ci/containers` runs them, and `make test-slow` where an engine answers.
+These tests are slow: `.ci/containers` runs them, and `make test-slow` if an engine answers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print what the tests measured."""
+    """Print the tests' measurements."""
     for report in terminalreporter.stats.get("passed", []):
         for name, value in report.user_properties:
             terminalreporter.write_line(f"measured: {name}: {value}")
@@ -47,17 +47,17 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkout
 
 
-# A container takes a second or two to start again, and on a busy machine longer than the default.
+# A container takes a second or two to restart, and on a busy machine longer than the default.
 SETTINGS = {"DBPOOL_OUTAGE_GRACE": "10s", "DBPOOL_TIMEOUT": "15s"}
 
 
 @pytest.fixture(scope="session")
 def stack(checkout: Path) -> Iterator[Project]:
-    """PostgreSQL, the application, and it again for development, from the first `up` on."""
+    """PostgreSQL, the application, and its development service, after the first `up`."""
     ports = {name: str(free_port()) for name in PORTS}
     project = Project(checkout, {**ports, "DEV_USER": str(os.getuid())})
     project.set(**SETTINGS)
-    # All at once, those of the cluster too.
+    # All services at once, with those of the cluster.
     project("--profile", "*", "build", "schema", "dev", "pgbouncer", "prometheus")
     try:
         project("--profile", "dev", "up", "--detach", "--wait", "--wait-timeout", "120")
@@ -73,7 +73,7 @@ def port(stack: Project) -> int:
 
 @pytest.fixture(scope="session")
 def token(stack: Project) -> str:
-    """What compose printed for whoever started it."""
+    """The token that compose printed."""
     found = re.search(r"token: ([0-9a-f]{48})$", stack.logs("schema"), re.MULTILINE)
     assert found
     return found[1]

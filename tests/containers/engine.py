@@ -1,4 +1,4 @@
-"""Docker's own commands, a project of compose made of a checkout, and HTTP to what it serves."""
+"""Docker's commands, a compose project in a checkout, and HTTP requests to its services."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from webapp import ROOT
 
 
 def docker(*command: str, cwd: Path | None = None, **environ: str) -> str:
-    """Run a command of docker and return what it printed; fail with its complaint."""
+    """Run a docker command and return its output; fail with its error."""
     done = attempt(*command, cwd=cwd, **environ)
     assert done.returncode == 0, f"docker {' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -48,7 +48,7 @@ def logs(container: str) -> str:
 
 
 def copy_checkout(target: Path) -> None:
-    """Copy what git knows of the checkout such that its owner alone may read it: umask 077."""
+    """Copy the files that git tracks, readable only by their owner as with umask 077."""
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -76,7 +76,7 @@ class Answer(NamedTuple):
 def request(
     port: int, path: str, method: str = "GET", body: Any = None, token: str | None = None
 ) -> Answer:
-    """Ask what is published on a port of this machine; no proxy is asked."""
+    """Send a request to a local port, without a proxy."""
     headers = {"Content-Type": "application/json"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
@@ -97,7 +97,7 @@ def answers(port: int, path: str) -> bool:
 
 
 class Load:
-    """Clients that write notes until they are stopped, each one request after the other."""
+    """Clients that write notes until stopped, each one request after the other."""
 
     def __init__(self, port: int, clients: int) -> None:
         self.clients = clients
@@ -120,7 +120,7 @@ class Load:
                     self.failed.append(f"{answer.status} {answer.body}")
 
     def kinds(self) -> dict[str, int]:
-        """How often each failure was met."""
+        """The number of failures of each kind."""
         return dict(Counter(self.failed))
 
     def goes_on(self, requests: int = 50) -> None:
@@ -163,5 +163,5 @@ class Project:
 
 
 def until_true(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait as `until` does, for longer and with fewer looks: each one starts a process."""
+    """Wait as `until` does, but longer and with longer pauses, as each check starts a process."""
     until(condition, seconds, pause=0.1)

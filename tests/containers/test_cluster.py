@@ -1,4 +1,4 @@
-"""`docker compose --profile cluster up`: two databases, PgBouncer, and Prometheus that watches."""
+"""`docker compose --profile cluster up`: two databases, PgBouncer and Prometheus."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SERVICES = ["web", "standby", "pgbouncer", "web-cluster", "prometheus"]
 
 @pytest.fixture(scope="module")
 def cluster(stack: Project) -> Iterator[Project]:
-    """All but Grafana: there may be no image of it."""
+    """All services but Grafana, whose image may be unavailable."""
     command = ["--profile", "cluster", "up", "--detach", "--wait", *SERVICES]
     stack(*command, "--wait-timeout", "120")
     yield stack
@@ -171,7 +171,7 @@ def yaml_blocks(page: str) -> list[str]:
 def test_a_restart_of_pgbouncer_fails_no_request(
     cluster: Project, page: int, record_property: Record
 ) -> None:
-    """It refuses what comes next on each connection, and that is sent again."""
+    """It refuses the next statement on each connection, and the pool sends that again."""
     with Load(page, clients=4).running() as load:
         for _ in range(3):
             load.goes_on()
@@ -220,7 +220,7 @@ def test_a_stopped_standby_fills_no_disk_and_comes_back(
     until_true(lambda: sql(cluster, "db", "select state from pg_stat_replication") == "streaming")
 
 
-def test_all_of_it_together_needs_little_memory(cluster: Project, record_property: Record) -> None:
+def test_the_whole_cluster_needs_little_memory(cluster: Project, record_property: Record) -> None:
     limits = {
         service: inspect(cluster.container(service))["HostConfig"]["Memory"] >> 20
         for service in [*SERVICES, "db"]

@@ -1,4 +1,4 @@
-"""The image by itself: how it is built, and what it makes of odd surroundings."""
+"""The image: how it is built, and how it runs in unusual environments."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_a_change_of_the_sources_installs_nothing_again(checkout: Path) -> None:
         assert build(checkout, "production", "dbpool-test") == after
     finally:
         path.write_text(text)
-    assert before[:-1] == after[:-1], "all layers but that of the sources"
+    assert before[:-1] == after[:-1], "only the layer of the sources may change"
     assert before != after
 
 
-def test_what_is_in_the_image(checkout: Path) -> None:
+def test_the_content_of_the_image(checkout: Path) -> None:
     (checkout / "webapp/.env").write_text("DBPOOL_TOKEN=x")
     (checkout / "dbpool/notes.py~").write_text("")
     build(checkout, "production", "dbpool-test")
@@ -108,7 +108,7 @@ PROXY = "http://127.0.0.1:9"
         pytest.param(["--user=0"], id="root"),
     ],
 )
-def test_it_serves_in_odd_surroundings(stack: Project, options: list[str]) -> None:
+def test_it_serves_in_unusual_environments(stack: Project, options: list[str]) -> None:
     with trial(stack, *options) as container:
         until_true(lambda: is_healthy(container))
         ready = """
@@ -129,7 +129,7 @@ def test_it_serves_in_odd_surroundings(stack: Project, options: list[str]) -> No
 
 
 @pytest.mark.parametrize("target", ["production", "dev"])
-def test_the_classic_builder_will_do(checkout: Path, target: str) -> None:
+def test_the_classic_builder_can_build_it(checkout: Path, target: str) -> None:
     build(checkout, target, "dbpool-test:classic", DOCKER_BUILDKIT="0")
 
 
@@ -141,7 +141,9 @@ def test_the_classic_builder_will_do(checkout: Path, target: str) -> None:
         ("DBPOOL_MAX_SIZE=many", "DBPOOL_MAX_SIZE"),
     ],
 )
-def test_it_says_what_is_wrong_and_ends(stack: Project, variable: str, complaint: str) -> None:
+def test_a_wrong_setting_is_logged_and_ends_the_container(
+    stack: Project, variable: str, complaint: str
+) -> None:
     with trial(stack, f"--env={variable}") as container:
         until_true(lambda: inspect(container)["State"]["Status"] == "exited")
         assert inspect(container)["State"]["ExitCode"] != 0
@@ -154,7 +156,7 @@ def processes(port: int) -> list[dict[str, Any]]:
 
 
 def test_two_containers_of_a_pod_keep_their_statistics_apart(stack: Project) -> None:
-    """They share network and /dev/shm, and neither sees the processes of the other."""
+    """They share network and /dev/shm, but do not see each other's processes."""
     first, second = free_port(), free_port()
     published = [f"--publish=127.0.0.1:{first}:8000", f"--publish=127.0.0.1:{second}:9001"]
     with trial(stack, "--ipc=shareable", *published) as one:
@@ -166,13 +168,13 @@ def test_two_containers_of_a_pod_keep_their_statistics_apart(stack: Project) -> 
                 assert request(port, "/notes").status == 200
                 until_true(lambda port=port: len(processes(port)) == 2)  # type: ignore[misc]
         assert request(first, "/notes").status == 200
-        assert len(processes(first)) == 2, "the end of the other took nothing along"
+        assert len(processes(first)) == 2, "the other's end removed a file"
 
 
 def test_the_health_check_costs_little(
     stack: Project, record_property: Callable[[str, object], None]
 ) -> None:
-    """One every ten seconds: a twentieth of a second of a processor would be half a percent."""
+    """One check in ten seconds: 50 ms of processor time would be half a percent."""
     script = """
 import os, subprocess, sys
 for _ in range(5):

@@ -1,4 +1,4 @@
-"""The pod of ops/kubernetes as its manifest describes it, run by Docker in place of a kubelet."""
+"""The pod of ops/kubernetes as its manifest describes it, run by Docker instead of a kubelet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def manifest(stack: Project, name: str) -> dict[str, Any]:
 
 @pytest.fixture
 def secret(stack: Project, tmp_path: Path) -> Path:
-    """The files of the secret, readable as under fsGroup."""
+    """The files of the secret, readable as with fsGroup."""
     password = stack("exec", "-T", "web", "cat", "/run/secrets/app/webapp_password")
     tmp_path.chmod(0o755)
     files = {
@@ -35,7 +35,7 @@ def secret(stack: Project, tmp_path: Path) -> Path:
 
 
 def as_described(stack: Project, pod: dict[str, Any], secret: Path) -> list[str]:
-    """The options of `docker run` that do what the manifest asks for."""
+    """The options of `docker run` that correspond to the manifest."""
     (container,) = pod["containers"]
     context = pod["securityContext"]
     options = [f"--network={stack.environ['COMPOSE_PROJECT_NAME']}_default"]

@@ -37,7 +37,7 @@ def test_the_printed_token_opens_the_live_page(stack: Project, port: int, token:
         assert hosts == ({"127.0.0.1"} if published else set())
 
 
-def test_the_statistics_are_those_of_both_workers(port: int, token: str) -> None:
+def test_the_statistics_include_both_workers(port: int, token: str) -> None:
     before = counters(port, token)["checkouts"]
     for _ in range(40):
         assert request(port, "/notes").status == 200
@@ -60,7 +60,7 @@ def test_no_secret_is_in_an_environment_or_an_image(stack: Project, token: str) 
         )
 
 
-def test_the_application_s_role_owns_its_database_alone(stack: Project) -> None:
+def test_the_applications_role_owns_only_its_database(stack: Project) -> None:
     question = """
         select rolsuper, rolcreatedb, rolcreaterole, rolreplication, rolbypassrls,
             (select pg_get_userbyid(datdba) from pg_database where datname = current_database())
@@ -114,7 +114,7 @@ def test_a_restarted_database_costs_at_most_the_statements_in_flight(
     assert len(load.failed) <= load.clients, load.failed
 
 
-def test_a_new_password_costs_no_request(stack: Project, port: int, token: str) -> None:
+def test_a_new_password_fails_no_request(stack: Project, port: int, token: str) -> None:
     before = stack("exec", "-T", "web", "cat", "/run/secrets/app/webapp_password")
     with Load(port, clients=4).running() as load:
         load.goes_on()
@@ -123,7 +123,7 @@ def test_a_new_password_costs_no_request(stack: Project, port: int, token: str) 
         load.goes_on()
     assert load.failed == []
     assert stack("exec", "-T", "web", "cat", "/run/secrets/app/webapp_password") != before
-    # What connects from now on uses the new one.
+    # New connections use the new password.
     connects = counters(port, token)["connects"]
     end = "select count(pg_terminate_backend(pid)) from pg_stat_activity where usename = 'webapp'"
     stack("exec", "-T", "db", "psql", "-U", "postgres", "-c", end)
@@ -131,12 +131,12 @@ def test_a_new_password_costs_no_request(stack: Project, port: int, token: str) 
     until_true(lambda: counters(port, token)["connects"] > connects)
 
 
-def test_it_stops_in_its_grace(stack: Project, port: int) -> None:
+def test_it_stops_within_its_grace_period(stack: Project, port: int) -> None:
     with Load(port, clients=2).running() as load:
         load.goes_on()
         stack("stop", "web")
     state = inspect(stack.container("web"))["State"]
-    # 137, were it killed at the end of its grace.
+    # It would be 137 after a kill at the end of the grace period.
     assert (state["ExitCode"], state["OOMKilled"]) == (0, False)
     stack("up", "--detach", "--wait", "web")
     assert answers(port, "/notes")
@@ -168,7 +168,7 @@ def test_the_development_service_runs_what_is_saved(stack: Project) -> None:
             (stack.checkout / name).write_text(text)
 
 
-def test_who_may_not_read_the_checkout_is_told_what_to_set(stack: Project) -> None:
+def test_a_user_who_may_not_read_the_checkout_gets_the_setting(stack: Project) -> None:
     container = f"{stack.environ['COMPOSE_PROJECT_NAME']}-unreadable"
     user = str(os.getuid() + 12345)
     stack("run", "--detach", "--no-deps", "--user", user, "--name", container, "dev")

@@ -1,4 +1,4 @@
-"""Pools that must be whole again after whatever was done to their server."""
+"""Pools that must work again after a fault of their server."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dbpool import Pool
 from tests.pools import MakePool
 from tests.postgres import Server
 
-# Dead connections are told soon, an outage by who expects one.
+# Dead connections are noticed soon. A test that expects an outage sets a shorter grace itself.
 _DEFAULTS = {"timeout": 10, "outage_grace": 30, "ping_timeout": 0.3, "connect_timeout": 2}
 
 
 @pytest.fixture
 def make_pool(make_pool: MakePool, own_server: Server) -> MakePool:
-    """Make pools of the private server, or of another."""
+    """Make pools on the private server, or on the server that the test names."""
 
     def make(conninfo: Any = None, *, server: Server = own_server, **options: Any) -> Pool[Any]:
         how: dict[str, Any] = {"name": "faults", **_DEFAULTS, **options}

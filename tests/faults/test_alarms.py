@@ -1,4 +1,4 @@
-"""Real signals: an alarm that raises wherever the main thread is, thousands of times."""
+"""Real signals: an alarm raises in the main thread at a random point, thousands of times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dbpool import Pool
 from tests.pools import assert_serves_all
 from tests.postgres import until
 
-# What is raised in a finalizer or a callback of C, Python itself can but report.
+# Python can only report an exception that is raised in a finalizer or in a callback from C.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning",
     "ignore:.*was deleted while still open:ResourceWarning",
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
 Act = Callable[[Pool], object]
 
 
-class Alarm(Exception):  # as Celery's soft time limit: what catches `Exception` catches it
+class Alarm(Exception):  # like Celery's soft time limit, `except Exception` catches it
     pass
 
 
@@ -34,7 +34,7 @@ rung: list[int] = []
 
 @contextmanager
 def alarms() -> Iterator[Callable[[float], object]]:
-    """Have a function that sets an alarm, to be raised in this thread after that many seconds."""
+    """A function that raises `Alarm` in this thread after the given number of seconds."""
 
     def ring(number: int, frame: object) -> None:
         rung.append(number)
@@ -83,7 +83,7 @@ ACTS: list[Act] = [block, transaction, pipeline, single, door]
 
 
 def _interrupt(pool: Pool, wanted: int, seconds: float) -> int:
-    """Interrupt calls of all kinds; return how many were."""
+    """Interrupt calls of all kinds; return how many were interrupted."""
     rng, interrupted = random.Random(7), 0
     deadline = time.monotonic() + seconds
     with alarms() as ring:
@@ -97,8 +97,8 @@ def _interrupt(pool: Pool, wanted: int, seconds: float) -> int:
                         act(pool)
                 finally:
                     ring(0)
-            except (Alarm, psycopg.Error):  # psycopg may have put an error of its own before it
-                assert rung, "a call failed that was not interrupted"
+            except (Alarm, psycopg.Error):  # psycopg may have raised its own error instead
+                assert rung, "a call failed without an alarm"
                 interrupted += 1
     return interrupted
 
@@ -109,7 +109,7 @@ def _survives(dsn: str, wanted: int, seconds: float) -> int:
         interrupted = _interrupt(pool, wanted, seconds)
         until(lambda: pool.stats().active == 0, 2.0)
         assert_serves_all(pool)
-        for act in ACTS * 5:  # no later call fails
+        for act in ACTS * 5:  # later calls succeed
             act(pool)
         stats = pool.stats()
         assert stats.active + stats.idle + stats.connecting == stats.size <= 3

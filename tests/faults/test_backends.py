@@ -1,4 +1,4 @@
-"""Backends that die, are told to go, or freeze, with the server otherwise well."""
+"""Backends are killed, terminated or frozen while the server itself works."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ PID = "select pg_backend_pid()"
 # Killed
 
 
-def test_after_a_killed_backend_the_server_starts_over_and_callers_wait(
+def test_callers_wait_while_the_server_recovers_from_a_killed_backend(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=4, max_size=4)
     pids = fill(pool)
-    os.kill(pids[0], signal.SIGKILL)  # the postmaster ends all the others and recovers
+    os.kill(pids[0], signal.SIGKILL)  # the postmaster ends all other backends and recovers
     await_gone(own_server, pids)
     assert pool.fetch_value(PID) not in pids
     assert_serves_all(pool)
 
 
-def test_a_backend_killed_in_a_query_is_the_callers_error_and_nobody_elses(
+def test_a_backend_killed_in_a_query_fails_only_its_caller(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=2, max_size=4)
@@ -73,7 +73,7 @@ def test_all_backends_killed_at_once(own_server: Server, make_pool: Callable[...
     assert_serves_all(pool)
 
 
-# Told to go
+# Terminated
 
 
 def test_idle_connections_that_were_terminated_are_not_handed_out(
@@ -118,7 +118,7 @@ def test_terminated_while_being_handed_out_under_load(
     assert_serves_all(pool)
 
 
-def test_terminated_in_a_transaction_the_holder_is_told_and_the_slot_is_free_again(
+def test_a_holder_terminated_in_a_transaction_gets_an_error_and_its_slot_is_free(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(max_size=1)
@@ -132,9 +132,9 @@ def test_terminated_in_a_transaction_the_holder_is_told_and_the_slot_is_free_aga
     assert_serves_all(pool)
 
 
-@pytest.mark.parametrize("is_changed", [False, True])  # what was changed is put back
+@pytest.mark.parametrize("is_changed", [False, True])  # a changed attribute is restored on return
 @pytest.mark.parametrize("options", [{}, {"reset": lambda conn: None}])
-def test_terminated_in_its_holders_hands_it_is_not_passed_on_whichever_way_it_comes_back(
+def test_a_connection_terminated_while_held_is_not_handed_to_a_waiter(
     own_server: Server, make_pool: Callable[..., Pool], options: dict[str, Any], is_changed: bool
 ) -> None:
     pool = make_pool(max_size=1, **options)
@@ -146,13 +146,13 @@ def test_terminated_in_its_holders_hands_it_is_not_passed_on_whichever_way_it_co
     until(lambda: pool.stats().waiting)
     terminate(own_server, [pid])
     await_farewells(pool)
-    time.sleep(_MAX_UNCHECKED_USE)  # held for less, it would be passed on without a look
+    time.sleep(_MAX_UNCHECKED_USE)  # after a shorter use it would be handed over unchecked
     pool.putconn(conn)
     assert waiter.result() != pid
     assert_serves_all(pool)
 
 
-def test_check_gives_up_the_silent_ones_together(
+def test_check_waits_for_silent_connections_together(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=5, max_size=5, ping_timeout=0.5, ping_after=0.0)
@@ -165,7 +165,7 @@ def test_check_gives_up_the_silent_ones_together(
     assert_serves_all(pool)
 
 
-def test_check_keeps_those_that_answered(
+def test_check_keeps_connections_that_answered(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=3, max_size=3, ping_timeout=0.5, ping_after=0.0)
@@ -178,7 +178,7 @@ def test_check_keeps_those_that_answered(
     assert pool.stats().counters.discarded["dead"] == 1
 
 
-def test_while_check_waits_for_one_the_others_serve(
+def test_other_connections_serve_while_check_waits_for_one(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=3, max_size=3, ping_timeout=2.0)
@@ -189,14 +189,16 @@ def test_while_check_waits_for_one_the_others_serve(
     with within(1.0):
         for _ in range(10):
             assert pool.fetch_value("select 1") == 1
-    assert pool.stats().active == 1  # check still waits for the frozen one
+    assert pool.stats().active == 1  # check still waits for the frozen connection
     checking.result()
     own_server.thaw()
     assert pool.stats().counters.discarded["dead"] == 1
     assert_serves_all(pool)
 
 
-def test_terminated_in_a_query(own_server: Server, make_pool: Callable[..., Pool]) -> None:
+def test_a_caller_terminated_in_a_query_gets_admin_shutdown(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
     pool = make_pool(max_size=2)
     caller = Task(pool.fetch_value, "select pg_sleep(60)")
     name = f"dbpool:{pool.name}"
@@ -207,7 +209,7 @@ def test_terminated_in_a_query(own_server: Server, make_pool: Callable[..., Pool
     assert_serves_all(pool)
 
 
-def test_terminated_in_a_transaction_run_does_it_again(
+def test_run_repeats_a_transaction_that_was_terminated(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(max_size=2)
@@ -230,7 +232,7 @@ def test_terminated_in_a_transaction_run_does_it_again(
 # Frozen
 
 
-def test_a_frozen_idle_backend_costs_one_ping_when_it_has_been_idle_for_long(
+def test_a_frozen_idle_backend_costs_the_caller_one_ping_timeout(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=2, max_size=2, ping_after=0.0)
@@ -243,7 +245,7 @@ def test_a_frozen_idle_backend_costs_one_ping_when_it_has_been_idle_for_long(
     assert_serves_all(pool)
 
 
-def test_all_backends_frozen_the_deadline_holds_and_service_comes_back_with_them(
+def test_callers_of_a_frozen_server_time_out_and_are_served_after_it_thaws(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=3, max_size=3, ping_after=0.0)
@@ -260,7 +262,7 @@ def test_all_backends_frozen_the_deadline_holds_and_service_comes_back_with_them
     assert_serves_all(pool)
 
 
-def test_a_frozen_postmaster_is_an_outage_for_newcomers_only(
+def test_with_a_frozen_postmaster_existing_connections_still_serve(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=2, max_size=3, connect_timeout=2, outage_grace=GRACE)
@@ -271,7 +273,7 @@ def test_a_frozen_postmaster_is_an_outage_for_newcomers_only(
         assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
         assert time.monotonic() - began < GRACE + 2 * SLACK
         assert {first.info.backend_pid, second.info.backend_pid} == set(pids)
-    # Those that are there are lent out, whatever the breaker says.
+    # The pool lends existing connections although the breaker is open.
     for _ in range(20):
         assert pool.fetch_value(PID) in pids
     own_server.thaw()
@@ -279,7 +281,7 @@ def test_a_frozen_postmaster_is_an_outage_for_newcomers_only(
     assert_serves_all(pool)
 
 
-def test_frozen_at_the_first_connect_is_told_within_the_grace(
+def test_a_first_connect_to_a_frozen_server_fails_within_the_grace(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(outage_grace=GRACE)
@@ -294,7 +296,7 @@ def test_frozen_at_the_first_connect_is_told_within_the_grace(
     assert_serves_all(pool)
 
 
-def test_a_connection_lost_after_a_retry_is_collected_without_the_cyclic_collector(
+def test_after_a_retry_a_dropped_connection_is_freed_by_reference_count(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(max_size=1)
@@ -309,7 +311,7 @@ def test_a_connection_lost_after_a_retry_is_collected_without_the_cyclic_collect
     gc.disable()
     try:
         pool.run(work)
-        pool.getconn()  # and forgets it
+        pool.getconn()  # the result is dropped
         assert pool.fetch_value("select 1") == 1
     finally:
         gc.enable()

@@ -19,8 +19,8 @@ from tests.threads import Task
 SLOW = "select pg_sleep(30)"
 
 
-class Interrupted(Exception):  # as a task queue's soft time limit
-    """Raised by a signal's handler, at no good moment."""
+class Interrupted(Exception):  # like a task queue's soft time limit
+    """Raised by a signal handler in the middle of a statement."""
 
 
 pytestmark = pytest.mark.skipif(
@@ -82,7 +82,7 @@ USES = [by_fetch, by_execute, by_block, by_parameters, by_run, by_hand, by_forge
 @pytest.mark.parametrize(
     ("use", "pipeline_begin"), [*((use, False) for use in USES), (by_parameters, True)]
 )
-def test_an_interrupted_statement_does_not_run_on(
+def test_an_interrupted_statement_is_cancelled(
     own_server: Server, make_pool: MakePool, use: Callable[[Pool[Any]], None], pipeline_begin: bool
 ) -> None:
     pool = make_pool(max_size=1, pipeline_begin=pipeline_begin)
@@ -91,8 +91,8 @@ def test_an_interrupted_statement_does_not_run_on(
         with pytest.raises(Interrupted), alarm(0.1, Interrupted):
             use(pool)
         began = time.monotonic()
-        assert pool.fetch_value("select 1") == 1, "its place is free"
-        assert time.monotonic() - began < 1.0, "and that at once"
+        assert pool.fetch_value("select 1") == 1, "the slot is free"
+        assert time.monotonic() - began < 1.0, "the slot is free at once"
     until(lambda: running(own_server) == 0, 5.0)
 
 
@@ -102,7 +102,7 @@ def test_nothing_is_cancelled_while_connects_fail(own_server: Server, make_pool:
     conn, other = pool.getconn(), pool.getconn()
     own_server.execute("alter role app password 'new'")
     other.close()
-    pool.putconn(other)  # it is missed, so that connecting is tried again and again
+    pool.putconn(other)  # one below min_size: the pool keeps trying to connect
     until(lambda: pool.breaker.is_failing)
     with pytest.raises(Interrupted), alarm(0.1, Interrupted):
         conn.execute(SLOW)
@@ -115,7 +115,7 @@ def test_nothing_is_cancelled_while_connects_fail(own_server: Server, make_pool:
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_child_cancels_nothing_of_its_parents(
+def test_a_forked_child_cancels_no_statement_of_its_parent(
     own_server: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(max_size=1)
@@ -132,14 +132,12 @@ def test_a_forked_child_cancels_nothing_of_its_parents(
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    assert holder.result() is not None, "it was not cancelled"
+    assert holder.result() is not None, "the parent's statement was cancelled"
     conn.rollback()
     pool.putconn(conn)
 
 
-def test_what_close_finds_to_be_cancelled_is_cancelled(
-    own_server: Server, make_pool: MakePool
-) -> None:
+def test_close_cancels_interrupted_statements(own_server: Server, make_pool: MakePool) -> None:
     pool = make_pool(max_size=1)
     pool.wait()
     with pytest.raises(Interrupted), alarm(0.1, Interrupted):

@@ -1,4 +1,4 @@
-"""Faults of every kind in a random order, under a load of every kind: the books stay right."""
+"""Random faults under a mixed load: the pool's numbers stay consistent."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tests.threads import Load, Task
 
 
 class Faults:
-    """What may happen to the server and to its network. Each method leaves both mended."""
+    """Faults of the server and its network. Each method repairs both before it returns."""
 
     def __init__(self, server: Server, proxy: Proxy, pool: Pool[Any], chance: random.Random):
         self._server, self._proxy, self._pool, self._chance = server, proxy, pool, chance
 
     def strike(self) -> None:
-        """One of them, at random."""
+        """Cause one fault, chosen at random."""
         names = [name for name in vars(Faults) if not name.startswith("_") and name != "strike"]
         getattr(self, self._chance.choice(names))()
 
     def _linger(self) -> None:
-        """Let the fault last for a few calls, or for longer than the grace."""
+        """Let the fault last for a few calls, or longer than the grace."""
         seconds = self._chance.choice([0.0, 0.1, 0.6])
         end = time.monotonic() + seconds
         until(lambda: time.monotonic() >= end)
@@ -90,7 +90,7 @@ class Faults:
 
 
 class Calls:
-    """What callers do."""
+    """The calls that make up the load."""
 
     def __init__(self, pool: Pool[Any]) -> None:
         self.pool = pool
@@ -144,7 +144,7 @@ def _insert(conn: psycopg.Connection[Any], key: str) -> None:
 @pytest.mark.filterwarnings("ignore:<psycopg.Connection:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:.*Connection.__del__:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("seed", range(10))
-def test_the_books_stay_right_whatever_happens(
+def test_numbers_stay_consistent_under_random_faults(
     own_server: Server, proxy: Proxy, make_pool: MakePool, seed: int
 ) -> None:
     pool = make_pool(proxy.conninfo, min_size=2, max_size=6, ping_after=0.05)

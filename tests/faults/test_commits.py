@@ -1,4 +1,4 @@
-"""Connections lost around COMMIT, and transactions that get into each other's way."""
+"""Connections lost around COMMIT, and transactions that conflict."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INSERT = "insert into t values (%s) on conflict do nothing"
 
 @pytest.fixture
 def table(own_server: Server) -> Callable[[], list[int]]:
-    """Make a table; the callable returns its rows as another client sees them."""
+    """Make a table; the returned function reads its rows from another connection."""
     own_server.execute("create table t (id int primary key)")
     return lambda: [n for (n,) in own_server.execute("select id from t order by id")]
 
@@ -47,10 +47,10 @@ class Insert:
 Rows = Callable[[], list[int]]
 
 
-# Cut around the COMMIT of run()
+# Connections cut around the COMMIT of run()
 
 
-def test_lost_before_commit_was_sent_runs_the_whole_again(
+def test_run_repeats_a_transaction_that_was_lost_before_commit(
     proxy: Proxy, pool: Pool, table: Rows
 ) -> None:
     calls: list[int] = []
@@ -69,7 +69,7 @@ def test_lost_before_commit_was_sent_runs_the_whole_again(
     assert_serves_all(pool)
 
 
-def test_commit_that_never_arrived_is_uncertain(proxy: Proxy, pool: Pool, table: Rows) -> None:
+def test_a_commit_that_never_arrived_is_uncertain(proxy: Proxy, pool: Pool, table: Rows) -> None:
     insert = Insert()
     fill(pool)
     proxy.cut(COMMIT, Cut.BEFORE)
@@ -82,7 +82,7 @@ def test_commit_that_never_arrived_is_uncertain(proxy: Proxy, pool: Pool, table:
     assert_serves_all(pool)
 
 
-def test_commit_whose_answer_was_lost_is_uncertain(proxy: Proxy, pool: Pool, table: Rows) -> None:
+def test_a_commit_whose_answer_was_lost_is_uncertain(proxy: Proxy, pool: Pool, table: Rows) -> None:
     insert = Insert()
     fill(pool)
     proxy.cut(COMMIT, Cut.DURING)
@@ -94,7 +94,7 @@ def test_commit_whose_answer_was_lost_is_uncertain(proxy: Proxy, pool: Pool, tab
 
 
 @pytest.mark.parametrize("when", [Cut.BEFORE, Cut.DURING])
-def test_uncertain_but_idempotent_runs_again(
+def test_run_repeats_an_uncertain_commit_if_idempotent(
     proxy: Proxy, pool: Pool, table: Rows, when: Cut
 ) -> None:
     insert = Insert()
@@ -105,7 +105,9 @@ def test_uncertain_but_idempotent_runs_again(
     assert_serves_all(pool)
 
 
-def test_cut_after_the_answer_is_no_failure(proxy: Proxy, pool: Pool, table: Rows) -> None:
+def test_a_connection_cut_after_the_commits_answer_is_no_failure(
+    proxy: Proxy, pool: Pool, table: Rows
+) -> None:
     insert = Insert()
     fill(pool)
     proxy.cut(COMMIT, Cut.AFTER)
@@ -116,7 +118,9 @@ def test_cut_after_the_answer_is_no_failure(proxy: Proxy, pool: Pool, table: Row
     assert_serves_all(pool)
 
 
-def test_what_only_reads_is_not_uncertain_and_runs_again(proxy: Proxy, pool: Pool) -> None:
+def test_run_repeats_a_read_only_transaction_whose_commit_was_lost(
+    proxy: Proxy, pool: Pool
+) -> None:
     fill(pool)
     proxy.cut(COMMIT, Cut.DURING)
     assert pool.run(lambda conn: conn.execute("select 1").fetchone(), read_only=True) == (1,)
@@ -128,7 +132,7 @@ def test_what_only_reads_is_not_uncertain_and_runs_again(proxy: Proxy, pool: Poo
 
 
 @pytest.mark.parametrize(("when", "rows"), [(Cut.BEFORE, []), (Cut.DURING, [1])])
-def test_a_block_whose_commit_is_cut_raises(
+def test_a_block_whose_commit_is_cut_raises_commit_uncertain(
     proxy: Proxy, pool: Pool, table: Rows, when: Cut, rows: list[int]
 ) -> None:
     fill(pool)
@@ -141,7 +145,7 @@ def test_a_block_whose_commit_is_cut_raises(
     assert_serves_all(pool)
 
 
-def test_a_block_of_a_connection_terminated_before_its_commit_raises(
+def test_a_block_terminated_before_its_commit_raises(
     own_server: Server, pool: Pool, table: Rows
 ) -> None:
     with pytest.raises(psycopg.OperationalError), pool.connection() as conn:
@@ -165,7 +169,7 @@ def test_a_single_statement_is_never_sent_twice(
     assert_serves_all(pool)
 
 
-def test_a_block_inside_is_a_savepoint_and_nothing_is_done_twice(
+def test_run_repeats_nothing_twice_if_its_function_uses_savepoints(
     proxy: Proxy, pool: Pool, table: Rows
 ) -> None:
     def insert(conn: psycopg.Connection[Any]) -> None:
@@ -186,7 +190,7 @@ def test_a_block_inside_is_a_savepoint_and_nothing_is_done_twice(
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
-def test_the_end_is_not_the_functions_business(pool: Pool, table: Rows, end: str) -> None:
+def test_the_function_of_run_may_not_commit_or_roll_back(pool: Pool, table: Rows, end: str) -> None:
     def insert(conn: psycopg.Connection[Any]) -> None:
         conn.execute("insert into t values (1)")
         getattr(conn, end)()
@@ -197,7 +201,7 @@ def test_the_end_is_not_the_functions_business(pool: Pool, table: Rows, end: str
     assert_serves_all(pool)
 
 
-def test_a_function_may_roll_back_as_in_any_block(pool: Pool, table: Rows) -> None:
+def test_the_function_of_run_may_raise_rollback(pool: Pool, table: Rows) -> None:
     def think_better_of_it(conn: psycopg.Connection[Any]) -> int:
         conn.execute("insert into t values (1)")
         raise psycopg.Rollback
@@ -207,9 +211,7 @@ def test_a_function_may_roll_back_as_in_any_block(pool: Pool, table: Rows) -> No
     assert_serves_all(pool)
 
 
-def test_a_function_that_rolls_back_what_is_lost_has_rolled_it_back(
-    pool: Pool, table: Rows
-) -> None:
+def test_rollback_raised_on_a_lost_connection_is_no_error(pool: Pool, table: Rows) -> None:
     def lose(conn: psycopg.Connection[Any]) -> int:
         conn.execute("insert into t values (1)")
         conn.close()
@@ -220,7 +222,7 @@ def test_a_function_that_rolls_back_what_is_lost_has_rolled_it_back(
     assert_serves_all(pool)
 
 
-def test_what_succeeds_refills_the_budget(proxy: Proxy, pool: Pool) -> None:
+def test_successful_calls_refill_the_retry_budget(proxy: Proxy, pool: Pool) -> None:
     def ask(conn: psycopg.Connection[Any]) -> None:
         conn.execute("select 'once more'", prepare=False)
 
@@ -237,7 +239,9 @@ def test_what_succeeds_refills_the_budget(proxy: Proxy, pool: Pool) -> None:
     assert_serves_all(pool)
 
 
-def test_a_storm_of_lost_connections_is_bounded_by_the_budget(proxy: Proxy, pool: Pool) -> None:
+def test_the_retry_budget_bounds_retries_when_every_connection_is_lost(
+    proxy: Proxy, pool: Pool
+) -> None:
     def lose(conn: psycopg.Connection[Any]) -> None:
         proxy.drop()
         conn.execute("select 1")
@@ -247,7 +251,7 @@ def test_a_storm_of_lost_connections_is_bounded_by_the_budget(proxy: Proxy, pool
         with pytest.raises(psycopg.OperationalError):
             pool.run(lose, attempts=3)
         calls += 1
-    # Two for each connection the pool may have, and then no more: 4 calls could have had 8.
+    # The budget allows two for each connection that the pool may have; 4 calls could have made 8.
     assert pool.stats().counters.retries == 4
     assert calls == 4
     assert_serves_all(pool)
@@ -281,7 +285,7 @@ def test_two_serializable_transactions_that_conflict_both_succeed(
     assert sorted(task.result() for task in tasks) == [False, True]
     assert own_server.execute("select count(*) from doctors where on_call") == [(1,)]
     assert_serves_all(pool)
-    pool.close()  # all is told then
+    pool.close()  # sends what is still queued
     assert pool.stats().counters.retries == heard.count(events.Retried) >= 1
 
 

@@ -45,7 +45,7 @@ def refused(pool: Pool[Any]) -> DatabaseUnavailable:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 @pytest.mark.parametrize("left", [0, 1])
-def test_a_lack_of_descriptors_is_told_and_no_fault_of_the_settings(
+def test_a_lack_of_descriptors_is_named_and_is_no_configuration_error(
     server: Server, host: str, left: int
 ) -> None:
     with Pool(server.conninfo_for(host=host), max_size=2, outage_grace=GRACE) as pool:
@@ -64,7 +64,7 @@ def test_a_lack_of_descriptors_is_told_and_no_fault_of_the_settings(
 def test_a_root_without_devices_is_no_lack_of_descriptors(
     monkeypatch: pytest.MonkeyPatch, fake: FakeServer
 ) -> None:
-    """As in a chroot."""
+    """A chroot may have no `/dev`."""
     monkeypatch.setattr(os, "devnull", "/nowhere/null")
     fake.refuse()
     with fake.pool(outage_grace=GRACE) as pool:

@@ -1,4 +1,4 @@
-"""What the log says of trouble: one warning when it begins, with numbers; not one for each call."""
+"""How the log reports trouble: one warning for each episode, not one for each call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.threads import Task
 from .test_saturation import ROOM, Crowd, crowd, small  # noqa: F401  # fixtures
 
 
-def test_a_server_without_room_is_one_warning_with_numbers(
+def test_a_full_server_logs_one_warning_with_numbers(
     small: Server,  # noqa: F811
     crowd: Crowd,  # noqa: F811
     make_pool: MakePool,
@@ -45,7 +45,7 @@ def test_a_server_without_room_is_one_warning_with_numbers(
     until(lambda: not pool.breaker.is_failing)
 
 
-def test_a_password_that_is_wrong_by_now_is_told_while_connections_serve(
+def test_a_changed_password_is_logged_while_old_connections_serve(
     own_server: Server, make_pool: MakePool, log: pytest.LogCaptureFixture
 ) -> None:
     own_server.execute("create role app login password 'right'")
@@ -61,7 +61,7 @@ def test_a_password_that_is_wrong_by_now_is_told_while_connections_serve(
     until(lambda: not pool.breaker.is_failing)
 
 
-def test_a_restart_that_replaced_idle_connections_is_one_line(
+def test_connections_replaced_after_a_restart_log_one_line(
     own_server: Server, make_pool: MakePool, log: pytest.LogCaptureFixture
 ) -> None:
     pool = make_pool(min_size=4, max_size=4)
@@ -74,7 +74,7 @@ def test_a_restart_that_replaced_idle_connections_is_one_line(
     assert not lines(log, logging.WARNING)
 
 
-def test_one_that_was_terminated_is_told_in_the_singular(
+def test_one_replaced_connection_is_logged_in_the_singular(
     own_server: Server, make_pool: MakePool, log: pytest.LogCaptureFixture
 ) -> None:
     pool = make_pool(max_size=1)
@@ -87,7 +87,7 @@ def test_one_that_was_terminated_is_told_in_the_singular(
 
 
 def drop_all_packets(receiver: socket.socket) -> None:
-    """Have the kernel drop what comes for that socket, unacknowledged: a network gone silent."""
+    """Let the kernel drop all packets for that socket without acknowledging them."""
     code = create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF: return 0 bytes
     receiver.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HL", 1, addressof(code)))
 
@@ -102,7 +102,7 @@ class Silencing(Relay):
 
     def go_silent(self) -> None:
         for client in self.clients:
-            with suppress(OSError):  # one that has gone already
+            with suppress(OSError):  # this client has gone
                 drop_all_packets(client)
 
     def close(self) -> None:
@@ -118,10 +118,12 @@ def relay(server: Server) -> Iterator[Silencing]:
     relay.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells what TCP knows")
-def test_a_silent_network_is_told_by_what_tcp_knows(server: Server, relay: Silencing) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has TCP_INFO")
+def test_exhaustion_names_a_silent_network_if_tcp_reports_one(
+    server: Server, relay: Silencing
+) -> None:
     conninfo = server.conninfo_for(port=relay.port)
-    # The relay takes one connection: with these the server is not asked on another.
+    # The relay takes one connection. With these options the pool needs no second one.
     how: Any = {"statement_timeout": "server", "idle_in_transaction_timeout": "server"}
     with Pool(conninfo, max_size=1, timeout=1.0, **how) as pool:
         conn = pool.getconn()
@@ -136,8 +138,8 @@ def test_a_silent_network_is_told_by_what_tcp_knows(server: Server, relay: Silen
     assert "a silent network: 1 of 1 sockets wait for acknowledgements" in text
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells what TCP knows")
-def test_an_outage_that_began_as_a_silent_network_is_told_in_its_whole_length(
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has TCP_INFO")
+def test_an_outage_that_begins_as_a_silent_network_has_its_full_duration(
     server: Server, relay: Silencing, log: pytest.LogCaptureFixture
 ) -> None:
     conninfo = server.conninfo_for(port=relay.port)
@@ -158,4 +160,4 @@ def test_an_outage_that_began_as_a_silent_network_is_told_in_its_whole_length(
         seconds = float(log.text.partition("is back after ")[2].split()[0])
         pool.close()
         back.close()
-    assert 1.0 < seconds <= time.monotonic() - began + 0.1, "it is rounded"
+    assert 1.0 < seconds <= time.monotonic() - began + 0.1, "the figure is rounded"

@@ -1,4 +1,4 @@
-"""The process ends in whatever state its pool is in, and is gone within two seconds."""
+"""A process exits within two seconds, whatever state its pool is in."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def write(script: Path, body: str) -> Path:
 @pytest.mark.parametrize("state", STATES)
 def test_ends_in_time(own_server: Server, script: Path, state: str) -> None:
     run_script(write(script, STATES[state]), own_server.conninfo)
-    # A server in a query notices only at its end that nobody is there any more.
+    # A backend notices only at the end of its query that its client has gone.
     until(lambda: not own_server.backends("dbpool:default"), 6.0)
 
 
@@ -132,7 +132,7 @@ def test_ends_in_time_while_connects_hang(proxy: Proxy, script: Path) -> None:
     proxy.drop()
 
 
-def test_ends_in_time_when_the_network_has_gone_silent(proxy: Proxy, script: Path) -> None:
+def test_ends_in_time_with_a_silent_network(proxy: Proxy, script: Path) -> None:
     body = """
     pool.wait()
     print("FULL", flush=True)
@@ -208,9 +208,7 @@ def test_a_pool_whose_opening_was_interrupted_opens_again(own_server: Server, sc
     run_script(write(script, body), own_server.conninfo)
 
 
-def test_a_process_that_was_out_of_threads_serves_when_it_has_some_again(
-    own_server: Server, script: Path
-) -> None:
+def test_a_pool_serves_after_a_lack_of_threads_is_over(own_server: Server, script: Path) -> None:
     body = """
     import resource
     from pathlib import Path
@@ -245,7 +243,7 @@ def test_a_process_that_was_out_of_threads_serves_when_it_has_some_again(
     assert int(said.partition("refused ")[2].split()[0]) > 3
 
 
-def test_what_is_registered_before_the_first_pool_may_use_one_at_exit(
+def test_an_atexit_function_registered_before_the_pool_may_use_it(
     own_server: Server, tmp_path: Path
 ) -> None:
     script = tmp_path / "script.py"

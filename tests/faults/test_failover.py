@@ -38,16 +38,16 @@ from tests.replication import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CONNECT_TIMEOUT = 2  # libpq's least
+CONNECT_TIMEOUT = 2  # the smallest that libpq accepts
 
 Pair = tuple[Server, Server]
 
 
 @pytest.fixture
 def pair(make_server: Callable[..., Server]) -> Iterator[Pair]:
-    """A primary that acknowledges what its standby has, and that standby."""
+    """A primary with synchronous replication, and its standby."""
     primary = make_server(**SYNCHRONOUS)
-    # Without the standby no commit would be acknowledged yet.
+    # Until the standby follows, the primary acknowledges no commit.
     primary.execute("set synchronous_commit = local; " + TABLE)
     standby = make_standby(primary)
     yield primary, standby
@@ -66,9 +66,9 @@ def conninfo_of(*ports: int, wanted: str = "read-write") -> str:
 def test_writes_go_on_within_a_second_of_the_promotion(
     pair: Pair, make_pool: MakePool, attempts: int
 ) -> None:
-    """The dead host refuses. Nobody who says how long to wait is told of an error.
+    """The dead host refuses connections. Callers with a long enough timeout get no error.
 
-    A late promotion finds the pool at its longest pause between two attempts.
+    With a late promotion the pool has reached its longest pause between two attempts.
     """
     primary, standby = pair
     pool = make_pool(conninfo_of(primary.port, standby.port), max_size=4, outage_grace=0.5)
@@ -90,7 +90,7 @@ def test_writes_go_on_within_a_second_of_the_promotion(
 def test_a_host_whose_packets_are_dropped_costs_one_connect_timeout(
     pair: Pair, make_pool: MakePool
 ) -> None:
-    """Connections that are there have ended by then, as by tcp_user_timeout."""
+    """The old connections have ended by then, as tcp_user_timeout would end them."""
     primary, standby = pair
     proxy = Proxy(primary.port)
     try:
@@ -114,9 +114,9 @@ def test_a_host_whose_packets_are_dropped_costs_one_connect_timeout(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("ip") is None, reason="there is no ip here (iproute2)")
+@pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip (iproute2)")
 def test_a_host_that_vanishes_from_the_network_costs_one_connect_timeout() -> None:
-    """Its packets are really dropped, those of established connections too."""
+    """Its packets are really dropped, also on established connections."""
     command = [*unshared("--net"), sys.executable, "-m", "tests.faults.vanishing_host"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
@@ -127,11 +127,13 @@ def test_a_host_that_vanishes_from_the_network_costs_one_connect_timeout() -> No
     assert found["seconds"] < CONNECT_TIMEOUT + 1.0
 
 
-@pytest.mark.parametrize("reached", [True, False], ids=["it has them", "it lacks them"])
-def test_who_is_in_commit_is_told_that_it_is_uncertain(
+@pytest.mark.parametrize(
+    "reached", [True, False], ids=["standby has the rows", "standby lacks the rows"]
+)
+def test_commits_in_flight_at_a_failover_are_uncertain(
     pair: Pair, make_pool: MakePool, reached: bool
 ) -> None:
-    """The primary is lost while four commits wait for the standby, which has their rows or not."""
+    """The primary dies while four commits wait for the standby, which has their rows or not."""
     primary, standby = pair
     pool = make_pool(conninfo_of(primary.port, standby.port), max_size=4, outage_grace=0.5)
     appends = Appends(pool, call=append_blindly, timeout=30)
@@ -147,7 +149,7 @@ def test_who_is_in_commit_is_told_that_it_is_uncertain(
     until(lambda: primary.execute(waiting) == [(4,)], 20.0)
     primary.lose_power()
     if not reached:
-        os.kill(receiver, signal.SIGTERM)  # it reads no more of what is in its socket
+        os.kill(receiver, signal.SIGTERM)  # it stops reading from its socket
     standby.thaw()
     standby.promote()
     appends.await_more()
@@ -160,8 +162,8 @@ def test_who_is_in_commit_is_told_that_it_is_uncertain(
     assert_serves_all(pool)
 
 
-def test_a_switchover_and_back_costs_nobody_an_error(pair: Pair, make_pool: MakePool) -> None:
-    """The primary is stopped and comes back as the standby of the other."""
+def test_a_switchover_and_back_fails_no_caller(pair: Pair, make_pool: MakePool) -> None:
+    """The primary is stopped and comes back as a standby of the new primary."""
     primary, standby = pair
     primary.execute("alter system set synchronous_standby_names = ''")
     pool = make_pool(conninfo_of(primary.port, standby.port), max_size=4, outage_grace=0.5)
@@ -205,7 +207,7 @@ def count(conn: Any) -> int:
     return int(conn.execute("select count(*) from appends").fetchone()[0])
 
 
-# The judge itself
+# The check of the history itself
 
 
 told = st.dictionaries(
@@ -214,7 +216,7 @@ told = st.dictionaries(
 
 
 @given(outcomes=told, there=st.lists(st.integers(0, 20)))
-def test_whatever_a_writer_was_told_wrongly_is_found(outcomes: Any, there: list[int]) -> None:
+def test_the_history_finds_every_wrong_outcome(outcomes: Any, there: list[int]) -> None:
     found = check(outcomes, Counter(there))
     assert (found.lost == []) == all(
         n in there for n, told in outcomes.items() if told == "acknowledged"

@@ -1,4 +1,4 @@
-"""A server that sends without end, and one that says something while a connection is idle."""
+"""A server that sends notices without end, and notifications to idle connections."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Flooding(Relay):
         self._is_over = threading.Event()
 
     def flood(self) -> None:
-        """Send notices from now on to the clients that there are; for ever."""
-        # One that has gone is left out: the pool asks a server on a connection of its own.
+        """From now on send notices without end to all present clients."""
+        # Clients that have gone are left out: the pool connects once more to ask the server.
         flooded = [client for client in self.clients if not select.select([client], [], [], 0)[0]]
         for client in flooded:
             self.start(self._flood, client, notice(b"x" * 80) * 100)
@@ -59,7 +59,7 @@ def flooding(server: Server) -> Iterator[Flooding]:
 
 @pytest.mark.parametrize("ping_after", [0.0, 30.0])
 @pytest.mark.parametrize("is_answered", [True, False])
-def test_notices_without_end_do_not_outdo_the_deadline(
+def test_timeouts_hold_while_the_server_floods_notices(
     server: Server, flooding: Flooding, ping_after: float, is_answered: bool
 ) -> None:
     with Pool(
@@ -71,7 +71,7 @@ def test_notices_without_end_do_not_outdo_the_deadline(
     ) as pool:
         pool.wait()
         conns = [pool.getconn() for _ in range(3)]
-        if is_answered:  # the handlers of users are slow, and bounded by nobody
+        if is_answered:  # users' handlers are slow, and nothing bounds them
             conns[0].add_notice_handler(lambda notice: None)
         for conn in conns:
             pool.putconn(conn)
@@ -96,13 +96,11 @@ def listening(pool: Pool[Any]) -> Any:
 def announce(dsn: str, conn: Any) -> None:
     with psycopg.connect(dsn, autocommit=True) as other:
         other.execute("notify news, 'extra'")
-    assert select.select([conn.fileno()], [], [], 10)[0], "it must have come before the look"
+    assert select.select([conn.fileno()], [], [], 10)[0], "no notification arrived"
 
 
 @pytest.mark.parametrize("ping_after", [0.0, 30.0])
-def test_what_was_notified_to_an_idle_connection_is_there_at_once(
-    dsn: str, ping_after: float
-) -> None:
+def test_the_next_holder_gets_notifications_sent_while_idle(dsn: str, ping_after: float) -> None:
     with Pool(dsn, max_size=1, ping_after=ping_after) as pool:
         conn = listening(pool)
         pool.putconn(conn)
@@ -110,10 +108,10 @@ def test_what_was_notified_to_an_idle_connection_is_there_at_once(
         with pool.connection() as same:
             assert same is conn
             assert [n.payload for n in same.notifies(timeout=0)] == ["extra"]
-            assert [n.payload for n in same.notifies(timeout=0)] == [], "and once"
+            assert [n.payload for n in same.notifies(timeout=0)] == [], "it came twice"
 
 
-def test_a_handler_hears_what_a_look_reads_and_may_fail(dsn: str) -> None:
+def test_a_notify_handler_that_raises_gets_what_the_socket_check_reads(dsn: str) -> None:
     heard: list[str] = []
 
     def hear(notify: psycopg.Notify) -> None:
@@ -130,7 +128,7 @@ def test_a_handler_hears_what_a_look_reads_and_may_fail(dsn: str) -> None:
         assert pool.stats().idle == 1
 
 
-def test_what_a_check_of_the_pool_reads_is_kept_too(dsn: str) -> None:
+def test_notifications_that_check_reads_are_kept(dsn: str) -> None:
     with Pool(dsn, max_size=1) as pool:
         conn = listening(pool)
         pool.putconn(conn)
@@ -140,7 +138,7 @@ def test_what_a_check_of_the_pool_reads_is_kept_too(dsn: str) -> None:
             assert [n.payload for n in same.notifies(timeout=0)] == ["extra"]
 
 
-def test_much_that_was_notified_is_kept_whole_and_in_order(dsn: str) -> None:
+def test_many_notifications_are_kept_complete_and_in_order(dsn: str) -> None:
     with Pool(dsn, max_size=1) as pool:
         conn = listening(pool)
         pool.putconn(conn)

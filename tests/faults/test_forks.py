@@ -1,4 +1,4 @@
-"""Processes that fork while a pool is open: the child never speaks on the parent's sessions."""
+"""A process forks while a pool is open: the child never uses the parent's sessions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def end():
 
 @pytest.fixture
 def run(own_server: Server, tmp_path: Path) -> Run:
-    """Run a script on the private server; afterwards no backend is left."""
+    """Run a script against the private server; afterwards no backend is left."""
 
     def run(body: str) -> str:
         script = tmp_path / "script.py"
@@ -53,7 +53,7 @@ def run(own_server: Server, tmp_path: Path) -> Run:
     return run
 
 
-def test_a_child_is_known_to_the_server_by_its_own_pid(run: Run) -> None:
+def test_a_childs_application_name_has_its_own_pid(run: Run) -> None:
     said = run("""
         pool = dbpool.Pool(sys.argv[1], max_size=1)
         assert pool.fetch_value("show application_name").endswith(f"/{os.getpid()}")
@@ -68,7 +68,7 @@ def test_a_child_is_known_to_the_server_by_its_own_pid(run: Run) -> None:
     assert said.split()[:2] == ["True", "0"]
 
 
-def test_a_broken_connection_that_a_child_returns_is_none_of_its_own(run: Run) -> None:
+def test_a_parents_broken_connection_returned_in_a_child_changes_nothing(run: Run) -> None:
     run("""
         pool = dbpool.Pool(sys.argv[1], max_size=1)
         conn = pool.getconn()
@@ -88,7 +88,7 @@ def test_a_broken_connection_that_a_child_returns_is_none_of_its_own(run: Run) -
     """)
 
 
-def test_a_pool_that_was_to_be_opened_first_is_so_in_a_child_too(run: Run) -> None:
+def test_a_pool_made_with_open_false_needs_an_explicit_open_in_a_child_too(run: Run) -> None:
     run("""
         pool = dbpool.Pool(sys.argv[1], open=False)
         if child := os.fork():
@@ -258,7 +258,7 @@ def test_forks_while_other_threads_hold_connections_and_locks(run: Run) -> None:
 
 
 @pytest.mark.parametrize("lock", ["_lock"])
-def test_forks_while_another_thread_has_a_lock_of_the_pools(run: Run, lock: str) -> None:
+def test_forks_while_another_thread_holds_a_lock_of_the_pool(run: Run, lock: str) -> None:
     run(f"""
     pool = dbpool.Pool(sys.argv[1], min_size=1)
     pool.wait()
@@ -390,7 +390,7 @@ def test_the_watchdog_works_in_the_child(run: Run) -> None:
     assert said.count("has been held for") == 1
 
 
-def test_listeners_are_told_in_the_child_of_what_happens_there(run: Run) -> None:
+def test_listeners_in_the_child_get_the_childs_events(run: Run) -> None:
     run("""
     heard = []
     pool = dbpool.Pool(sys.argv[1], listeners=[heard.append])
@@ -411,7 +411,7 @@ def test_listeners_are_told_in_the_child_of_what_happens_there(run: Run) -> None
     """)
 
 
-def test_what_only_another_threads_own_data_holds_is_not_ended_by_a_child(run: Run) -> None:
+def test_a_child_ends_no_session_that_only_a_threads_local_data_holds(run: Run) -> None:
     run("""
     pool = dbpool.Pool(sys.argv[1], max_size=1)
     own = threading.local()
@@ -557,7 +557,7 @@ def test_a_transaction_of_the_parent_goes_on_over_many_forks(run: Run, own_serve
     assert own_server.execute("select count(*) from t") == [(10,)]
 
 
-def test_a_fork_by_a_process_without_a_descriptor_left(run: Run) -> None:
+def test_a_fork_in_a_process_without_free_descriptors(run: Run) -> None:
     run("""
     import resource
     pool = dbpool.Pool(sys.argv[1], min_size=2)
@@ -605,7 +605,7 @@ def test_a_fork_in_a_root_without_devices(run: Run) -> None:
     """)
 
 
-def test_a_descriptor_that_was_a_closed_connections_is_left_alone(run: Run) -> None:
+def test_a_reused_descriptor_of_a_closed_connection_is_left_alone(run: Run) -> None:
     run("""
     script = os.open(__file__, os.O_RDONLY)
     pool = dbpool.Pool(sys.argv[1])
@@ -624,8 +624,8 @@ def test_a_descriptor_that_was_a_closed_connections_is_left_alone(run: Run) -> N
     """)
 
 
-def test_a_child_whose_fork_no_hook_saw(run: Run) -> None:
-    """As under uWSGI: the parent's sessions are left alone, and the child's pools are maintained."""
+def test_a_child_forked_without_pythons_fork_hooks(run: Run) -> None:
+    """As under uWSGI: the parent's sessions are left alone, the child's pools maintained."""
     run("""
     hooks, os.register_at_fork = os.register_at_fork, lambda **how: None
     sys.modules["uwsgi"] = sys

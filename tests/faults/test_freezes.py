@@ -1,4 +1,4 @@
-"""Processes of the server stop answering: SIGSTOP leaves their sockets open and silent."""
+"""Backends are stopped by SIGSTOP, which leaves their sockets open but silent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.pools import MakePool, fill, terminate, within
 from tests.postgres import Server
 
 
-def test_all_backends_frozen_cost_one_ping_together(
+def test_many_frozen_backends_cost_the_caller_one_ping_timeout(
     own_server: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(min_size=10, ping_after=0)
@@ -23,7 +23,7 @@ def test_all_backends_frozen_cost_one_ping_together(
     assert pool.stats().counters.discarded["dead"] == 10
 
 
-def test_one_that_is_lost_has_the_others_pinged_before_they_are_lent(
+def test_after_a_lost_connection_the_others_are_pinged_before_use(
     own_server: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(min_size=2, max_size=2)
@@ -39,7 +39,7 @@ def test_one_that_is_lost_has_the_others_pinged_before_they_are_lent(
     own_server.thaw()
 
 
-def test_a_backend_frozen_in_a_transaction_holds_nobody_else_up(
+def test_a_backend_frozen_in_a_transaction_delays_no_other_caller(
     own_server: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(max_size=2)

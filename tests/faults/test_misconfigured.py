@@ -1,4 +1,4 @@
-"""What waiting will hardly cure is told at once, and over as soon as it is put right."""
+"""Errors of configuration fail callers at once, and end once they are corrected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SECRET = "s3cr3t-of-theirs"
 
 @pytest.fixture
 def app(own_server: Server) -> Server:
-    """A server with a role that needs its password, and all that may be wrong beside it."""
+    """A server with a role that needs a password, and with everything that a test misuses."""
     own_server.execute(f"create role app login password '{SECRET}'")
     own_server.execute("create role visitor password 'x'")
     own_server.execute("create role crowd login password 'x' connection limit 0")
@@ -47,7 +47,7 @@ TRUST = "host all all 127.0.0.1/32 trust\n"
 ONLY_US = "host all postgres 127.0.0.1/32 trust\n"
 REJECT = ONLY_US + "host all app 127.0.0.1/32 reject\n"
 
-# Of each: its kind, what the client says, and how the server authenticates unless as ever.
+# For each: its kind, the client's parameters, and pg_hba lines if they differ from the default.
 WRONG: dict[str, tuple[str, dict[str, object], str]] = {
     "password": ("password", {"user": "app", "password": "wrong"}, ""),
     "no password": ("password", {"user": "app"}, ""),
@@ -75,7 +75,7 @@ PREPARED = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_told_at_once_with_its_cause(
+def test_a_configuration_error_is_raised_at_once_with_its_cause(
     app: Server, make_pool: MakePool, wrong: str
 ) -> None:
     kind, params, hba = WRONG[wrong]
@@ -92,13 +92,11 @@ def test_what_is_wrong_is_told_at_once_with_its_cause(
         assert isinstance(error.__cause__, psycopg.Error)
         assert str(error.__cause__) in str(error)
         assert caller.seconds < SLACK
-    # A wrong password locks no account: few attempts are made, whoever asks.
+    # The pool makes few attempts however many callers come, so that no account gets locked.
     assert pool.stats().counters.connect_failures <= 3
 
 
-def test_a_wrong_password_is_over_when_the_conninfo_changes(
-    app: Server, make_pool: MakePool
-) -> None:
+def test_a_wrong_password_ends_when_the_conninfo_changes(app: Server, make_pool: MakePool) -> None:
     password = {"password": "wrong"}
     pool = make_pool(lambda: app.conninfo_for(user="app", **password))
     assert isinstance(Task(pool.getconn).error(), DatabaseMisconfigured)
@@ -122,10 +120,10 @@ def test_a_password_changed_on_the_server_is_no_outage_while_a_connection_lives(
     conn.close()
     pool.putconn(conn)
     error = Task(pool.getconn, 5.0).error()
-    assert isinstance(error, DatabaseMisconfigured), "with none left it is told at once, and why"
+    assert isinstance(error, DatabaseMisconfigured), "without connections callers fail at once"
     assert error.kind == "password"
     app.execute(f"alter role app password '{SECRET}'")
-    # The next attempt is due within 15 s; it looks at its conninfo once a second.
+    # The next attempt is due within 15 s, but the pool reads its conninfo once a second.
     pool.breaker.clock = ShiftedClock(15.0)
     await_up(pool)
     assert_serves_all(pool)
@@ -158,7 +156,7 @@ def test_a_full_role_is_not_a_misconfiguration(app: Server, make_pool: MakePool)
     assert_serves_all(pool)
 
 
-def test_no_secret_is_told(
+def test_errors_contain_no_secret(
     app: Server, make_pool: MakePool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -181,10 +179,10 @@ def test_no_secret_is_told(
     assert SECRET not in caplog.text
 
 
-# What is not the configuration
+# Errors that are not errors of configuration
 
 
-# Runs between the login and the server's first word that it is ready for queries.
+# Runs after the login, before the server's first ReadyForQuery.
 LINGER = """
 create function linger() returns event_trigger language plpgsql as
     $$ begin if session_user = 'app' then perform pg_sleep(60); end if; end $$;
@@ -192,7 +190,7 @@ create event trigger linger on login execute function linger();
 """
 
 
-def test_a_backend_terminated_while_it_logs_in_is_told_as_a_shutdown(
+def test_a_backend_terminated_during_its_login_has_kind_shutdown(
     app: Server, make_pool: MakePool
 ) -> None:
     if app.version < 17:
@@ -211,7 +209,7 @@ def test_a_backend_terminated_while_it_logs_in_is_told_as_a_shutdown(
     assert_serves_all(pool)
 
 
-def test_messages_in_another_language_are_transient_but_shown(
+def test_errors_in_another_language_are_transient_and_shown(
     app: Server, proxy: Proxy, make_pool: MakePool
 ) -> None:
     proxy.translate = _in_spanish
@@ -226,7 +224,7 @@ def test_messages_in_another_language_are_transient_but_shown(
     assert_serves_all(pool)
 
 
-def test_a_farewell_in_another_language_is_understood(
+def test_a_termination_message_in_another_language_is_recognised(
     own_server: Server, proxy: Proxy, make_pool: MakePool
 ) -> None:
     proxy.translate = _in_spanish
@@ -239,7 +237,7 @@ def test_a_farewell_in_another_language_is_understood(
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
-def test_cut_in_the_tls_handshake_is_transient(
+def test_a_connection_cut_in_the_tls_handshake_is_transient(
     own_server: Server, make_pool: MakePool, reset: bool
 ) -> None:
     with answering(partial(_agree_to_tls_and_end, reset=reset)) as port:
@@ -272,13 +270,13 @@ def test_cut_in_the_tls_handshake_is_transient(
         ("", "unknown"),
     ],
 )
-def test_what_libpq_says_is_understood(text: str, kind: str) -> None:
+def test_libpqs_messages_are_classified(text: str, kind: str) -> None:
     where = 'connection failed: connection to server at "10.0.0.1", port 5432 failed: '
     assert classify(psycopg.OperationalError(where + text)) == kind
 
 
 def _authenticate(server: Server, hba: str) -> None:
-    """Have the server authenticate by these lines, as soon as this returns."""
+    """Make these lines the server's pg_hba; return once they are loaded."""
 
     def loaded() -> Any:
         return server.execute("select pg_conf_load_time()")
@@ -290,7 +288,7 @@ def _authenticate(server: Server, hba: str) -> None:
 
 
 def _in_spanish(chunk: bytes) -> bytes:
-    """Translate the errors in what a server says: severity and message, not the codes."""
+    """Translate a server's errors: severity and message, not the SQLSTATE."""
     out, at = b"", 0
     while at + 5 <= len(chunk):
         (length,) = struct.unpack_from("!i", chunk, at + 1)

@@ -1,4 +1,4 @@
-"""The server that could be written to is not the one any longer."""
+"""The primary has moved to another server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PID = "select pg_backend_pid()"
 
 @pytest.fixture
 def standby(make_server: Callable[..., Server]) -> Server:
-    """A hot standby that follows nobody."""
+    """A hot standby that follows no primary."""
     server = make_server()
     server.execute("create table t (id int)")
     server.stop()
@@ -41,7 +41,7 @@ def writable_of(*servers: Server) -> str:
 
 
 def fence(server: Server) -> None:
-    """Take no more writes, but keep all connections."""
+    """Make the server read-only; its connections stay."""
     server.execute("alter system set default_transaction_read_only = on")
     server.reload()
     until(lambda: server.execute("show default_transaction_read_only") == [("on",)])
@@ -114,7 +114,9 @@ def test_holders_that_all_fail_drain_the_pool_once(
     until(lambda: not standby.backends("dbpool:faults"))
 
 
-def test_a_role_that_may_not_write_drains_nothing(primary: Server, make_pool: MakePool) -> None:
+def test_a_role_without_write_privilege_causes_no_drain(
+    primary: Server, make_pool: MakePool
+) -> None:
     primary.execute("create role reader login password 'r' in role pg_write_all_data")
     primary.execute("alter role reader set default_transaction_read_only = on")
     pool = make_pool(primary.conninfo_for(user="reader", password="r"), min_size=3)
@@ -126,7 +128,7 @@ def test_a_role_that_may_not_write_drains_nothing(primary: Server, make_pool: Ma
     assert pool.stats().counters.connects == 3
 
 
-def test_a_write_in_a_transaction_that_only_reads_drains_nothing(
+def test_a_write_in_a_read_only_transaction_causes_no_drain(
     primary: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(writable_of(primary), min_size=3)
@@ -139,7 +141,7 @@ def test_a_write_in_a_transaction_that_only_reads_drains_nothing(
     assert set(fill(pool)) == pids
 
 
-def test_a_standby_that_is_written_to_drains_nothing_and_serves_once_it_is_promoted(
+def test_a_write_on_a_standby_causes_no_drain_and_works_after_its_promotion(
     own_server: Server, standby: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(server=standby, max_size=1)
@@ -175,7 +177,7 @@ def test_an_outage_of_all_writable_servers_ends_with_the_promotion(
     until(lambda: not standby.backends("dbpool:faults"))
 
 
-def test_a_server_of_the_wrong_role_is_told_as_such(
+def test_a_server_of_the_wrong_role_is_named_in_the_error(
     primary: Server, standby: Server, make_pool: MakePool
 ) -> None:
     for server, wanted in ((standby, "read-write"), (standby, "primary"), (primary, "standby")):
@@ -184,16 +186,16 @@ def test_a_server_of_the_wrong_role_is_told_as_such(
         with pytest.raises(DatabaseUnavailable) as caught:
             pool.getconn()
         assert caught.value.kind == "standby"
-        assert type(caught.value) is DatabaseUnavailable, "another may be promoted any moment"
+        assert type(caught.value) is DatabaseUnavailable, "a standby may be promoted any moment"
 
 
-def test_a_server_that_was_promoted_since_is_asked_again(
+def test_a_server_that_was_promoted_is_asked_for_its_role_again(
     standby: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(standby.conninfo, min_size=2)
     pids = fill(pool)
     with pytest.raises(ReadOnlySqlTransaction), pool.connection() as conn:
-        conn.execute("select 1")  # from here on it takes no writes, whatever happens
+        conn.execute("select 1")  # this transaction stays read-only
         standby.promote()
         insert(conn)
     assert pool.execute("insert into t values (1)") == 1
@@ -201,7 +203,7 @@ def test_a_server_that_was_promoted_since_is_asked_again(
     assert_serves_all(pool)
 
 
-def test_a_moved_primary_is_noticed_where_the_environment_asked_for_one(
+def test_a_moved_primary_is_noticed_if_pgtargetsessionattrs_asks_for_one(
     primary: Server, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = make_pool(min_size=2, max_size=2)
@@ -214,7 +216,7 @@ def test_a_moved_primary_is_noticed_where_the_environment_asked_for_one(
     assert pool.stats().counters.discarded["expired"] >= 1
 
 
-def test_a_transaction_that_cannot_begin_is_not_run_again(
+def test_run_does_not_repeat_a_transaction_that_cannot_begin(
     standby: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(server=standby, conninfo=standby.conninfo)
@@ -223,7 +225,7 @@ def test_a_transaction_that_cannot_begin_is_not_run_again(
         pool.run(calls.append, isolation=psycopg.IsolationLevel.SERIALIZABLE)
     assert calls == []
     counters = pool.stats().counters
-    assert (counters.retries, counters.connects) == (0, 1), "the connection is as good as before"
+    assert (counters.retries, counters.connects) == (0, 1), "the connection is kept"
 
 
 # prefer-standby
@@ -236,7 +238,7 @@ def preferring_standby(*servers: Server) -> str:
 
 
 def await_all_on(pool: Pool[Any], server: Server, seconds: float = 20.0) -> None:
-    """Wait until all its connections are those of that server."""
+    """Wait until all connections of the pool are to that server."""
 
     def are_there() -> bool:
         return set(fill(pool)) <= set(server.backends("dbpool:faults")) and pool.stats().size > 0
@@ -253,10 +255,10 @@ def test_a_pool_that_prefers_a_standby_goes_back_to_it(
     standby.stop()
     assert pool.fetch_value("select pg_is_in_recovery()") is False
     fill(pool)
-    with pool.connection() as held:  # it is out, and is replaced when it returns
+    with pool.connection() as held:  # while held it is kept, and is replaced on return
         standby.start()
         until(lambda: "a standby is back" in caplog.text, 20.0)
-        assert held.execute("select 1").fetchone() == (1,), "and nobody is torn away"
+        assert held.execute("select 1").fetchone() == (1,), "a held connection stays open"
     await_all_on(pool, standby)
     assert pool.fetch_value("select pg_is_in_recovery()") is True
     until(lambda: not primary.backends("dbpool:faults"))
@@ -275,7 +277,7 @@ def test_a_pool_that_prefers_a_standby_leaves_one_that_was_promoted(
     primary.demote()
     primary.start()
     conns = [pool.getconn() for _ in range(2)]
-    for conn in conns:  # each hears with an answer that its server was promoted
+    for conn in conns:  # each learns with an answer that its server was promoted
         conn.execute("select 1")
         conn.rollback()
         pool.putconn(conn)
@@ -283,7 +285,7 @@ def test_a_pool_that_prefers_a_standby_leaves_one_that_was_promoted(
 
 
 @pytest.mark.parametrize("wanted", ["prefer-standby", "any", "primary"])
-def test_without_a_standby_to_go_to_nothing_is_replaced(
+def test_prefer_standby_replaces_nothing_without_a_standby(
     primary: Server, make_pool: MakePool, wanted: str
 ) -> None:
     conninfo = primary.conninfo_for(target_session_attrs=wanted)
@@ -296,7 +298,7 @@ def test_without_a_standby_to_go_to_nothing_is_replaced(
     assert pool.stats().counters.connects == 2
 
 
-def test_a_preference_that_the_environment_sets_counts_too(
+def test_prefer_standby_may_be_set_by_the_environment(
     primary: Server, standby: Server, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PGTARGETSESSIONATTRS", "prefer-standby")

@@ -1,4 +1,4 @@
-"""What networks do to connections that are made, idle, or in use."""
+"""Network faults while connections are made, idle, or in use."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def _set(proxy: Proxy, fault: str) -> None:
 def _mend(proxy: Proxy) -> None:
     proxy.mode = Mode.PASS
     proxy.listen()
-    proxy.drop()  # last: who is cut off comes again at once
+    proxy.drop()  # last: clients that are cut off reconnect at once
 
 
 FAULTS = [("refused", "refused"), ("reset", "closed"), ("close", "closed"), ("silent", "timeout")]
 
 
 @pytest.mark.parametrize(("fault", "kind"), FAULTS)
-def test_a_first_connect_that_fails_is_told_within_the_grace(
+def test_callers_fail_within_the_grace_if_the_first_connect_fails(
     proxy: Proxy, make_pool: MakePool, fault: str, kind: str
 ) -> None:
     _set(proxy, fault)
@@ -59,7 +59,7 @@ def test_a_first_connect_that_fails_is_told_within_the_grace(
 
 
 @pytest.mark.parametrize(("fault", "kind"), FAULTS)
-def test_connections_that_are_there_are_lent_while_connects_fail(
+def test_existing_connections_are_lent_while_connects_fail(
     proxy: Proxy, make_pool: MakePool, fault: str, kind: str
 ) -> None:
     pool = make_pool(proxy.conninfo, min_size=2, max_size=4, outage_grace=GRACE)
@@ -68,9 +68,9 @@ def test_connections_that_are_there_are_lent_while_connects_fail(
     with pool.connection(), pool.connection():
         assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
     assert {pool.fetch_value(PID) for _ in range(20)} <= set(pids)
-    # What serves is up, whether more could be made or not.
+    # A pool that serves is "up", even if it cannot connect more.
     until(lambda: pool.fetch_value(PID) in pids and pool.state == "up")
-    # Those who wait for one of the two are no victims of an outage as long as they come back.
+    # Waiters are not rejected as long as these two connections keep coming back.
     failures = pool.stats().counters.connect_failures
     load = Load(lambda: pool.fetch_value(PID), threads=6)
     until(lambda: pool.stats().counters.connect_failures >= failures + 2)
@@ -91,10 +91,10 @@ def test_a_connection_past_its_lifetime_is_kept_as_long_as_connects_fail(
     proxy.refuse()
     with pool.connection():
         assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
-    # No longer than that: once nobody needs another connection, no connect fails any more.
+    # Only that long: once no caller needs another connection, the pool makes no failing connects.
     until(lambda: time.monotonic() > expires_at)
     with pool.connection() as conn:
-        conn.row_factory = dict_row  # takes the slow way back
+        conn.row_factory = dict_row  # so that its return takes the slow path
         assert conn.info.backend_pid == pid
     assert pool.fetch_value(PID) == pid
     proxy.listen()
@@ -102,7 +102,7 @@ def test_a_connection_past_its_lifetime_is_kept_as_long_as_connects_fail(
     assert pool.fetch_value(PID) != pid
 
 
-def test_a_pool_that_falls_silent_while_it_grows_is_told_within_the_grace(
+def test_callers_fail_within_the_grace_if_the_network_falls_silent_while_growing(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
     pool = make_pool(
@@ -116,9 +116,9 @@ def test_a_pool_that_falls_silent_while_it_grows_is_told_within_the_grace(
     fill(pool)
     proxy.mode = Mode.SILENT
     conn = pool.getconn()
-    grown = Task(pool.getconn)  # begins an attempt
+    grown = Task(pool.getconn)  # starts a connect
     until(pool.breaker.pending)
-    pool.putconn(conn)  # a sign of life after that
+    pool.putconn(conn)  # a sign of life after that connect began
     conn = grown.result()
     proxy.go_dark()
     caller = Task(pool.getconn)
@@ -131,14 +131,14 @@ def test_a_pool_that_falls_silent_while_it_grows_is_told_within_the_grace(
     assert_serves_all(pool)
 
 
-def test_of_many_connects_that_are_due_few_are_tried_once_one_failed(
+def test_after_a_failed_connect_the_other_due_connects_are_held_back(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
     proxy.mode = Mode.CLOSE
     pool = make_pool(proxy.conninfo_for(sslmode="disable"), min_size=20, max_size=20)
     pool.open()
     until(lambda: pool.stats().counters.connect_failures and pool.stats().connecting == 1)
-    assert proxy.accepted < 10  # three workers' first, and what was tried again meanwhile
+    assert proxy.accepted < 10  # one for each of three workers, and some retries
     _mend(proxy)
     await_up(pool)
     assert_serves_all(pool)
@@ -164,7 +164,7 @@ def test_in_an_outage_one_connect_at_a_time_is_tried(
             proxy.drop()
         with pytest.raises(DatabaseUnavailable):
             pool.getconn()
-    assert most <= 1  # one that fails at once may never be seen
+    assert most <= 1  # an attempt that fails at once may go unseen
     assert pool.stats().counters.connect_failures >= tried + 4
     _mend(proxy)
     await_up(pool)
@@ -193,7 +193,7 @@ def test_a_connect_that_takes_longer_than_the_grace_still_ends_the_outage(
 
 
 @pytest.mark.parametrize("refused", ["at once", "after waiting", "at the deadline"])
-def test_an_error_keeps_nothing_of_its_callers_once_it_is_forgotten(
+def test_a_dropped_error_keeps_none_of_its_callers_objects_alive(
     proxy: Proxy, make_pool: MakePool, refused: str
 ) -> None:
     proxy.refuse()
@@ -202,7 +202,7 @@ def test_an_error_keeps_nothing_of_its_callers_once_it_is_forgotten(
         Task(pool.getconn).error()
 
     def call() -> weakref.ref[object]:
-        request = threading.Event()  # what a caller may hold
+        request = threading.Event()  # stands for an object of the caller
         with pytest.raises(DatabaseUnavailable):
             pool.getconn(timeout=0.1 if refused == "at the deadline" else 5.0)
         return weakref.ref(request)
@@ -210,16 +210,14 @@ def test_an_error_keeps_nothing_of_its_callers_once_it_is_forgotten(
     gc.disable()
     try:
         request = call()
-        until(lambda: request() is None)  # who refused may be on its way back from that
+        until(lambda: request() is None)  # the rejecting thread may still be returning
     finally:
         gc.enable()
     _mend(proxy)
     await_up(pool)
 
 
-def test_a_host_that_does_not_resolve_may_yet_do_so(
-    own_server: Server, make_pool: MakePool
-) -> None:
+def test_a_host_name_that_resolves_later_is_used(own_server: Server, make_pool: MakePool) -> None:
     where = {"conninfo": own_server.conninfo_for(host="nowhere.invalid")}
     pool = make_pool(lambda: where["conninfo"], outage_grace=GRACE)
     error = Task(pool.getconn).error()
@@ -230,9 +228,7 @@ def test_a_host_that_does_not_resolve_may_yet_do_so(
     assert_serves_all(pool)
 
 
-def test_of_several_hosts_one_that_answers_is_enough(
-    own_server: Server, make_pool: MakePool
-) -> None:
+def test_one_of_several_hosts_is_enough(own_server: Server, make_pool: MakePool) -> None:
     hosts = f"host=127.0.0.1,127.0.0.1 port={free_port()},{own_server.port}"
     pool = make_pool(f"{hosts} user=postgres dbname=postgres")
     assert pool.fetch_value("select 1") == 1
@@ -257,7 +253,7 @@ def test_connections_cut_while_idle_are_not_handed_out(
     assert_serves_all(pool)
 
 
-def test_a_network_gone_silent_costs_one_ping_and_the_rest_goes_with_it(
+def test_a_silent_network_costs_the_caller_one_ping_timeout(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
     pool = make_pool(proxy.conninfo, min_size=10, max_size=10, ping_after=0.0)
@@ -271,7 +267,7 @@ def test_a_network_gone_silent_costs_one_ping_and_the_rest_goes_with_it(
     proxy.drop()
 
 
-def test_all_silent_old_and_new_connections_the_deadline_is_kept(
+def test_timeouts_hold_if_old_and_new_connections_are_silent(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
     pool = make_pool(proxy.conninfo, min_size=4, max_size=4, ping_after=0.0)
@@ -298,12 +294,12 @@ def test_a_ping_is_bounded_by_the_callers_deadline_too(
     caller = Task(pool.getconn, timeout)
     assert isinstance(caller.error(), DatabaseUnavailable)
     assert caller.seconds < timeout + SLACK
-    assert pool.stats().counters.discarded["dead"] <= 1, "the others were not asked"
+    assert pool.stats().counters.discarded["dead"] <= 1, "more than one was pinged"
     _mend(proxy)
     assert_serves_all(pool)
 
 
-def test_who_waits_for_connections_that_are_being_pinged_blames_nobody_who_holds_one(
+def test_a_timeout_while_connections_are_pinged_is_not_pool_exhausted(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
     pool = make_pool(proxy.conninfo, min_size=2, max_size=2, ping_after=0.0, ping_timeout=30)
@@ -318,11 +314,11 @@ def test_who_waits_for_connections_that_are_being_pinged_blames_nobody_who_holds
     assert_serves_all(pool)
 
 
-def test_answers_that_come_too_late_count_as_none(proxy: Proxy, make_pool: MakePool) -> None:
+def test_pings_answered_too_late_count_as_failed(proxy: Proxy, make_pool: MakePool) -> None:
     pool = make_pool(proxy.conninfo, min_size=2, max_size=2, ping_after=0.5)
     pids = fill(pool)
     until(lambda: all(time.monotonic() > c._record.idle_since + 0.5 for c in pool._store.bag.idle))
-    proxy.delay = 0.2  # there and back is more than ping_timeout
+    proxy.delay = 0.2  # the round trip takes longer than ping_timeout
     assert pool.fetch_value(PID) not in pids
     assert pool.stats().counters.discarded["dead"] == 2
     proxy.delay = 0.0
@@ -333,7 +329,7 @@ def test_answers_that_come_too_late_count_as_none(proxy: Proxy, make_pool: MakeP
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
-def test_cut_in_a_query_the_caller_is_told_and_the_next_is_served(
+def test_a_connection_cut_in_a_query_fails_only_that_caller(
     own_server: Server, proxy: Proxy, make_pool: MakePool, reset: bool
 ) -> None:
     pool = make_pool(proxy.conninfo, max_size=1)
@@ -349,7 +345,7 @@ def test_cut_in_a_query_the_caller_is_told_and_the_next_is_served(
     terminate(own_server, _busy(own_server))
 
 
-def test_cut_in_a_transaction_run_does_it_again(proxy: Proxy, make_pool: MakePool) -> None:
+def test_run_repeats_a_transaction_that_was_cut(proxy: Proxy, make_pool: MakePool) -> None:
     pool = make_pool(proxy.conninfo, max_size=2)
     pool.execute("create table t (id int)")
     tries: list[int] = []
@@ -367,7 +363,7 @@ def test_cut_in_a_transaction_run_does_it_again(proxy: Proxy, make_pool: MakePoo
     assert_serves_all(pool)
 
 
-def test_a_silent_network_in_a_query_holds_nobody_else_up(
+def test_a_query_on_a_silent_network_delays_no_other_caller(
     own_server: Server, proxy: Proxy, make_pool: MakePool
 ) -> None:
     pool = make_pool(proxy.conninfo, max_size=2)
@@ -380,14 +376,12 @@ def test_a_silent_network_in_a_query_holds_nobody_else_up(
     assert_serves_all(pool)
 
 
-def test_a_connection_returned_into_a_cut_network_is_given_up(
-    proxy: Proxy, make_pool: MakePool
-) -> None:
+def test_a_connection_cut_before_its_return_is_discarded(proxy: Proxy, make_pool: MakePool) -> None:
     pool = make_pool(proxy.conninfo, max_size=2)
     with pytest.raises(psycopg.OperationalError), pool.connection() as conn:
         conn.execute("select 1")
         proxy.drop(reset=True)
-        # Leaving commits, which cannot be.
+        # The end of the block commits, which fails.
     conn = pool.getconn()
     conn.execute("select 1")
     proxy.drop()
@@ -396,10 +390,10 @@ def test_a_connection_returned_into_a_cut_network_is_given_up(
     assert_serves_all(pool)
 
 
-# Again and again
+# Repeated faults
 
 
-def test_a_network_that_comes_and_goes_under_load_loses_nothing(
+def test_repeated_network_faults_under_load_lose_no_connection(
     proxy: Proxy, make_pool: MakePool
 ) -> None:
     pool = make_pool(proxy.conninfo, min_size=2, max_size=4, ping_after=0.0, outage_grace=GRACE)
@@ -426,7 +420,7 @@ def test_a_network_that_comes_and_goes_under_load_loses_nothing(
 
 
 def _busy(server: Server) -> list[int]:
-    """The backends that sleep; a server does not notice that its client has gone."""
+    """The backends that run pg_sleep: they do not notice that their client has gone."""
     rows = server.execute(
         "select pid from pg_stat_activity where state = 'active' and query ~ '^select pg_sleep'"
     )

@@ -1,4 +1,4 @@
-"""The server is away for longer than anybody would wait, and comes back."""
+"""The server is down for longer than callers wait, and comes back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.threads import Task
 MODES = pytest.mark.parametrize("mode", ["fast", "immediate"])
 
 
-def test_an_outage_is_answered_at_once_with_its_cause_and_ends_by_itself(
+def test_callers_in_an_outage_fail_at_once_and_it_ends_by_itself(
     own_server: Server, make_pool: MakePool
 ) -> None:
     heard = Recorder()
@@ -49,12 +49,14 @@ def test_an_outage_is_answered_at_once_with_its_cause_and_ends_by_itself(
     assert pool.fetch_value("select 1") == 1
     assert pool.breaker.state == "closed"
     assert pool.breaker.last_error is None
-    pool.close()  # all is told then
+    pool.close()  # sends what is still queued
     assert heard.count(events.CircuitOpened) == 1
     assert heard.count(events.CircuitClosed) == 1
 
 
-def test_run_with_a_deadline_waits_an_outage_out(own_server: Server, make_pool: MakePool) -> None:
+def test_run_with_a_timeout_waits_for_the_end_of_an_outage(
+    own_server: Server, make_pool: MakePool
+) -> None:
     pool = make_pool(outage_grace=GRACE)
     pool.fetch_value("select 1")
     own_server.stop()
@@ -69,7 +71,7 @@ def test_run_with_a_deadline_waits_an_outage_out(own_server: Server, make_pool: 
         assert call.result(10) == (7,)
 
 
-def test_run_with_a_deadline_gives_up_at_it(own_server: Server, make_pool: MakePool) -> None:
+def test_run_gives_up_at_its_timeout(own_server: Server, make_pool: MakePool) -> None:
     pool = make_pool(outage_grace=GRACE)
     pool.fetch_value("select 1")
     own_server.stop()
@@ -78,7 +80,7 @@ def test_run_with_a_deadline_gives_up_at_it(own_server: Server, make_pool: MakeP
 
 
 @pytest.mark.parametrize("way", ["returned", "block"])
-def test_returning_what_was_not_used_in_an_outage_is_no_sign_of_life(
+def test_returning_an_unused_connection_does_not_end_an_outage(
     own_server: Server, make_pool: MakePool, way: str
 ) -> None:
     pool = make_pool(max_size=2, outage_grace=2.0)

@@ -1,4 +1,4 @@
-"""Ten leaders of a Patroni cluster are killed under load. Needs `patroni` and `etcd` on the path."""
+"""Kill ten leaders of a Patroni cluster under load. Needs `patroni` and `etcd` on the path."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ ETCD = shutil.which("etcd")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(PATRONI is None, reason="there is no patroni here (pip install patroni)"),
-    pytest.mark.skipif(ETCD is None, reason="there is no etcd here (Debian's etcd-server)"),
+    pytest.mark.skipif(PATRONI is None, reason="needs patroni (pip install patroni)"),
+    pytest.mark.skipif(ETCD is None, reason="needs etcd (Debian's etcd-server)"),
 ]
 
 NODES = 3
 KILLS = 10
-# Patroni's least: a leader that vanished with its agent is replaced after so many seconds.
+# The smallest that Patroni takes: seconds until a leader that vanished with its agent is replaced.
 TTL = 20
 
 
 class Cluster:
-    """Three nodes, each a PostgreSQL with its Patroni, and the etcd that they agree through."""
+    """Three nodes, each a PostgreSQL with a Patroni agent, and the etcd that they share."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -128,21 +128,21 @@ class Cluster:
         }
 
     def _role(self, node: int) -> str | None:
-        """Return what a node's agent says of it; None unless its server runs."""
+        """Return the role that a node's agent reports; None if its server does not run."""
         log = self._directory / f"{node}.log"
         assert self._agents[node].poll() is None, log.read_text()[-2000:]
         found = _get(self._rest[node], "/patroni")
         return str(found["role"]) if found and found.get("state") == "running" else None
 
     def leader(self) -> int | None:
-        """Return the node that takes writes."""
+        """Return the number of the primary's node."""
         for node in range(NODES):
             if _get(self._rest[node], "/primary") is not None:
                 return node
         return None
 
     def await_whole(self) -> None:
-        """Wait until there is a leader, and a standby without which it acknowledges nothing."""
+        """Wait until there is a leader with a synchronous standby."""
         until(self._is_whole, 90.0, pause=0.2)
 
     def _is_whole(self) -> bool:
@@ -151,12 +151,12 @@ class Cluster:
         return None not in roles and self.leader() is not None and any(sync)
 
     def kill_server(self, node: int) -> None:
-        """SIGKILL all processes of a node's server: its agent gives the leadership up."""
+        """Kill all processes of a node's server: its agent gives up the leadership."""
         pid = int((self._directory / f"data{node}" / "postmaster.pid").read_text().split()[0])
         kill_tree(pid)
 
     def kill_node(self, node: int) -> None:
-        """SIGKILL agent and server: the others hear nothing until the leader's key expires."""
+        """Kill agent and server: the other nodes notice when the leader's key expires."""
         agent = self._agents[node]
         agent.kill()
         self.kill_server(node)
@@ -175,7 +175,7 @@ class Cluster:
 
     @property
     def conninfo(self) -> str:
-        """All nodes, and the wish for the one that takes writes."""
+        """A connection string with all nodes and target_session_attrs=read-write."""
         hosts, ports = ",".join(["127.0.0.1"] * NODES), ",".join(map(str, self.ports))
         return (
             f"host={hosts} port={ports} user=postgres password=p dbname=postgres"
@@ -183,7 +183,7 @@ class Cluster:
         )
 
     def close(self) -> None:
-        for agent in self._agents.values():  # a clean end stops the server too
+        for agent in self._agents.values():  # an agent that ends cleanly stops its server too
             agent.terminate()
         for agent in self._agents.values():
             with suppress(subprocess.TimeoutExpired):
@@ -207,7 +207,7 @@ def _get(port: int, path: str) -> dict[str, Any] | None:
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    # Not in pytest's own folder, where the servers' user cannot get to.
+    # Not in pytest's own folder, which the servers' user may not enter.
     directory = Path(tempfile.mkdtemp(prefix="dbpool-patroni-"))
     directory.chmod(0o755)
     cluster = Cluster(directory)
@@ -219,7 +219,7 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(directory)
 
 
-def test_ten_leaders_are_killed_and_nothing_is_lost_or_doubled(cluster: Cluster) -> None:
+def test_killing_ten_leaders_loses_and_doubles_no_write(cluster: Cluster) -> None:
     cluster.await_whole()
     cluster.execute(TABLE)
     outages: list[float] = []
@@ -230,7 +230,7 @@ def test_ten_leaders_are_killed_and_nothing_is_lost_or_doubled(cluster: Cluster)
             leader = cluster.leader()
             assert leader is not None
             killed = time.monotonic()
-            # Each third time the whole node, which takes the others TTL seconds to notice.
+            # Every third time the whole node, which the others notice after TTL seconds.
             (cluster.kill_node if kill % 3 == 2 else cluster.kill_server)(leader)
             until(lambda leader=leader: cluster.leader() not in {leader, None}, 90.0, pause=0.05)  # type: ignore[misc]
             appends.await_more()

@@ -1,4 +1,4 @@
-"""A pool behind PgBouncer: its own words, and its end. Needs Debian's `pgbouncer`."""
+"""A pool behind PgBouncer: its error messages, its shutdown. Needs Debian's `pgbouncer`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ VERSION = (
     else ()
 )
 
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no pgbouncer here")
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs pgbouncer")
 
 MOST_CLIENTS = 6
 THREADS = 4
@@ -106,7 +106,7 @@ class Bouncer:
         return path
 
     def start(self) -> None:
-        # An absolute path stays one.
+        # The file needs an absolute path.
         self._process = spawn(
             [PROGRAM, "-q", self._config], subprocess.DEVNULL, account_of(server_user())
         )
@@ -121,16 +121,16 @@ class Bouncer:
         return True
 
     def stop_safely(self) -> None:
-        """SIGINT: transactions end first."""
+        """SIGINT: a safe shutdown, which waits for transactions to end."""
         self._process.send_signal(signal.SIGINT)
         self._process.wait(30)
 
     def log(self) -> str:
-        """What it has logged."""
+        """Return PgBouncer's log."""
         return self._log.read_text()
 
     def command(self, text: str) -> None:
-        """Tell it something on its console."""
+        """Run a command on its admin console."""
         conninfo = self.conninfo_for(dbname="pgbouncer")
         with psycopg.connect(conninfo, autocommit=True) as console:
             console.execute(text)
@@ -141,7 +141,7 @@ class Bouncer:
         self._process.wait(10)
 
     def conninfo_for(self, **params: object) -> str:
-        """The connection string of its one user."""
+        """A connection string for its only user."""
         ours: dict[str, object] = {"port": self.port, "user": "app", "password": "right"}
         return self._server.conninfo_for(**{**ours, **params})
 
@@ -157,7 +157,7 @@ def bouncer(own_server: Server) -> Iterator[Bouncer]:
 
 @pytest.fixture
 def crowded(own_server: Server) -> Iterator[Bouncer]:
-    """With a single connection to its server, for which clients wait long."""
+    """PgBouncer with a single server connection, for which clients wait long."""
     own_server.execute("create role app login password 'right'")
     bouncer = Bouncer(own_server, size=1, patience=30.0)
     bouncer.start()
@@ -176,27 +176,29 @@ def crowded(own_server: Server) -> Iterator[Bouncer]:
         ("tls", {"sslmode": "require"}),
     ],
 )
-def test_what_it_says_is_understood(bouncer: Bouncer, kind: str, params: dict[str, object]) -> None:
+def test_pgbouncers_errors_are_classified(
+    bouncer: Bouncer, kind: str, params: dict[str, object]
+) -> None:
     with pytest.raises(psycopg.OperationalError) as caught:
         psycopg.connect(bouncer.conninfo_for(**params))
     assert classify(caught.value) == kind
 
 
-def test_it_takes_no_timeouts_at_the_start_and_the_error_says_what_to_set(
+def test_the_error_of_a_pool_not_set_up_for_pgbouncer_names_the_setting(
     bouncer: Bouncer, make_pool: MakePool
 ) -> None:
     pool = make_pool(bouncer.conninfo_for())
     with pytest.raises(DatabaseMisconfigured, match="DBPOOL_POOLER=transaction") as caught:
         pool.fetch_value("select 1")
     assert caught.value.kind == "conninfo"
-    told = pool.stats().breaker.last_error or ""  # by the log and the views too
+    told = pool.stats().breaker.last_error or ""  # what the log and the views show
     assert "DBPOOL_POOLER=transaction" in told
     assert "right" not in told
 
 
 @pytest.fixture
 def in_mode(own_server: Server) -> Iterator[Callable[[str], Bouncer]]:
-    """Start one in another mode."""
+    """A function that starts a PgBouncer in the given mode."""
     with ExitStack() as bouncers:
 
         def start(mode: str) -> Bouncer:
@@ -209,7 +211,7 @@ def in_mode(own_server: Server) -> Iterator[Callable[[str], Bouncer]]:
         yield start
 
 
-def test_in_session_mode_the_error_says_what_to_set_and_then_a_pool_works(
+def test_in_session_mode_the_error_names_the_settings_and_they_work(
     in_mode: Callable[[str], Bouncer], make_pool: MakePool
 ) -> None:
     bouncer = in_mode("session")
@@ -222,7 +224,7 @@ def test_in_session_mode_the_error_says_what_to_set_and_then_a_pool_works(
         session_reset="session",
         max_size=2,
     )
-    for _ in range(10):  # prepared from the sixth on
+    for _ in range(10):  # psycopg prepares it from the sixth on
         assert pool.fetch_value("select %s::int + 1", [1]) == 2
         with pool.connection() as conn:
             conn.execute("set search_path = elsewhere")
@@ -230,7 +232,7 @@ def test_in_session_mode_the_error_says_what_to_set_and_then_a_pool_works(
     assert pool.stats().counters.connects == 1
 
 
-def test_a_database_that_is_disabled_is_told_as_such(bouncer: Bouncer, make_pool: MakePool) -> None:
+def test_a_disabled_database_is_named_in_the_error(bouncer: Bouncer, make_pool: MakePool) -> None:
     bouncer.command("DISABLE postgres")
     with pytest.raises(DatabaseMisconfigured) as caught:
         make_pool(bouncer.conninfo_for(), pooler="transaction").fetch_value("select 1")
@@ -251,16 +253,16 @@ def test_in_statement_mode_single_statements_work(
         assert conn.execute("select 2").fetchone() == (2,)
 
 
-def test_a_pool_works_through_it(bouncer: Bouncer, make_pool: MakePool) -> None:
+def test_a_pool_works_through_pgbouncer(bouncer: Bouncer, make_pool: MakePool) -> None:
     pool = make_pool(bouncer.conninfo_for(), pooler="transaction", max_size=4)
-    for _ in range(20):  # a prepared statement would be left on another's server connection
+    for _ in range(20):  # a prepared statement would stay on another server connection
         assert pool.fetch_value("select %s::int + 1", [1]) == 2
         assert pool.run(lambda conn: conn.execute("select 2").fetchone()) == (2,)
     pool.check()
     assert pool.stats().counters.discarded["dead"] == 0
 
 
-def test_the_pids_that_it_makes_up_are_no_pids(
+def test_negative_pids_invented_by_pgbouncer_are_reported_as_zero(
     bouncer: Bouncer, make_pool: MakePool, tmp_path: Path
 ) -> None:
     pool = make_pool(bouncer.conninfo_for(), pooler="transaction", max_size=5)
@@ -276,7 +278,7 @@ def test_the_pids_that_it_makes_up_are_no_pids(
     processes.close()
 
 
-def test_a_pool_works_through_it_with_a_connect_timeout_of_the_environment(
+def test_a_pool_works_through_pgbouncer_with_pgconnect_timeout_set(
     bouncer: Bouncer, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PGCONNECT_TIMEOUT", "3")
@@ -284,7 +286,7 @@ def test_a_pool_works_through_it_with_a_connect_timeout_of_the_environment(
     assert pool.fetch_value("select 1") == 1
 
 
-def test_begin_goes_through_it_with_the_first_statement(
+def test_begin_and_the_first_statement_go_through_pgbouncer_in_one_trip(
     bouncer: Bouncer, make_pool: MakePool
 ) -> None:
     pool = make_pool(bouncer.conninfo_for(), pooler="transaction", max_size=4, pipeline_begin=True)
@@ -298,7 +300,7 @@ def test_begin_goes_through_it_with_the_first_statement(
     assert pool.stats().counters.connects <= 4
 
 
-def test_its_end_is_met_like_a_servers(bouncer: Bouncer, make_pool: MakePool) -> None:
+def test_a_stopped_pgbouncer_is_an_outage(bouncer: Bouncer, make_pool: MakePool) -> None:
     pool = make_pool(
         bouncer.conninfo_for(), pooler="transaction", min_size=3, max_size=3, outage_grace=GRACE
     )
@@ -312,7 +314,7 @@ def test_its_end_is_met_like_a_servers(bouncer: Bouncer, make_pool: MakePool) ->
     assert pool.fetch_value("select 1") == 1
 
 
-def test_its_restart_costs_nobody_an_error(bouncer: Bouncer, make_pool: MakePool) -> None:
+def test_a_restart_of_pgbouncer_fails_no_caller(bouncer: Bouncer, make_pool: MakePool) -> None:
     pool = make_pool(bouncer.conninfo_for(), pooler="transaction", min_size=3, max_size=3)
     fill(pool)
     bouncer.kill()
@@ -322,13 +324,13 @@ def test_its_restart_costs_nobody_an_error(bouncer: Bouncer, make_pool: MakePool
 
 @pytest.fixture
 def appending(bouncer: Bouncer, own_server: Server, make_pool: MakePool) -> Pool[Any]:
-    """A pool through it, and a table for it to append to."""
+    """A pool through PgBouncer, with a table to which tests append."""
     own_server.execute(TABLE)
     own_server.execute("grant all on appends to app")
     return make_pool(bouncer.conninfo_for(), pooler="transaction", max_size=THREADS)
 
 
-def test_a_safe_shutdown_under_load_fails_nobody(
+def test_a_safe_shutdown_under_load_fails_no_run(
     bouncer: Bouncer, own_server: Server, appending: Pool[Any]
 ) -> None:
     appends = Appends(appending, call=append_blindly, threads=THREADS, timeout=30)
@@ -345,9 +347,9 @@ def test_a_safe_shutdown_under_load_fails_nobody(
 def test_a_safe_shutdown_under_load_fails_no_single_statement(
     bouncer: Bouncer, own_server: Server, appending: Pool[Any]
 ) -> None:
-    """It refuses a statement before the server gets any of it, and then it is sent again.
+    """PgBouncer refuses a statement before the server gets it, and the pool sends it again.
 
-    Before 1.23 it kept such clients waiting, and closed their connections without a word.
+    Before 1.23 it kept such clients waiting, and closed their connections without an error.
     """
     load = Load(lambda: appending.execute("insert into appends values (1)"), threads=THREADS)
     for _ in range(3):
@@ -362,10 +364,10 @@ def test_a_safe_shutdown_under_load_fails_no_single_statement(
     assert load.calls - len(load.errors) <= there <= load.calls
 
 
-def test_what_waited_too_long_for_a_server_is_sent_again(
+def test_a_statement_with_query_wait_timeout_is_sent_again(
     bouncer: Bouncer, own_server: Server, make_pool: MakePool
 ) -> None:
-    """The server never got it, so that nobody need be told that it may have been done."""
+    """The server never got it, so its outcome is not uncertain."""
     own_server.execute(TABLE)
     own_server.execute("grant all on appends to app")
     pool = make_pool(bouncer.conninfo_for(), pooler="transaction", max_size=4, timeout=20)
@@ -377,7 +379,7 @@ def test_what_waited_too_long_for_a_server_is_sent_again(
     assert own_server.execute("select count(*) from appends") == [(1,)]
 
 
-def test_a_write_refused_for_a_failing_login_is_certain_not_to_be_done(
+def test_a_write_refused_because_of_a_failed_login_is_not_uncertain(
     own_server: Server, bouncer: Bouncer, make_pool: MakePool
 ) -> None:
     own_server.execute(TABLE)
@@ -392,7 +394,7 @@ def test_a_write_refused_for_a_failing_login_is_certain_not_to_be_done(
     assert caught.value.kind == "refused"
 
 
-def test_killed_under_load_it_fails_no_more_than_the_statements_in_flight(
+def test_killing_pgbouncer_under_load_fails_only_statements_in_flight(
     bouncer: Bouncer, own_server: Server, appending: Pool[Any]
 ) -> None:
     load = Load(lambda: appending.execute("insert into appends values (1)"), threads=THREADS)
@@ -408,7 +410,9 @@ def test_killed_under_load_it_fails_no_more_than_the_statements_in_flight(
     assert acknowledged <= there <= load.calls
 
 
-def test_full_it_is_no_outage_while_connections_live(bouncer: Bouncer, make_pool: MakePool) -> None:
+def test_a_full_pgbouncer_is_no_outage_while_connections_live(
+    bouncer: Bouncer, make_pool: MakePool
+) -> None:
     pool = make_pool(
         bouncer.conninfo_for(),
         pooler="transaction",
@@ -439,7 +443,7 @@ def _login_fails(pool: Pool[Any]) -> bool:
 
 
 @pytest.mark.parametrize("min_size", [0, 1, 4])
-def test_a_dead_server_behind_it_is_an_outage(
+def test_a_dead_server_behind_pgbouncer_is_an_outage(
     own_server: Server, bouncer: Bouncer, make_pool: MakePool, min_size: int
 ) -> None:
     pool = make_pool(
@@ -460,20 +464,20 @@ def test_a_dead_server_behind_it_is_an_outage(
             pool.fetch_value("select 1")
         errors.append(caught.value)
         assert time.monotonic() - began < 10.0
-    assert pool.stats().counters.connects - connects <= 4, "a login that proves nothing is none"
+    assert pool.stats().counters.connects - connects <= 4, "a login to PgBouncer alone counts"
     until(lambda: pool.breaker.kind == "refused")
     for _ in range(50):
         with pytest.raises(DatabaseUnavailable) as refused:
             pool.fetch_value("select 1")
         assert refused.value.kind == "refused"
-    assert {type(error) for error in errors} <= {DatabaseUnavailable}, "503 by themselves"
+    assert {type(error) for error in errors} <= {DatabaseUnavailable}, "a view would not answer 503"
     own_server.start()
     await_up(pool, 5.0)
     assert pool.fetch_value("select 1") == 1
 
 
 @pytest.mark.parametrize("use", ["fetch", "block", "statement in a block", "run"])
-def test_its_word_for_a_failing_login_is_a_failed_connect(
+def test_pgbouncers_error_for_a_failed_login_counts_as_a_failed_connect(
     own_server: Server, bouncer: Bouncer, make_pool: MakePool, use: str
 ) -> None:
     pool = make_pool(
@@ -496,15 +500,15 @@ def test_its_word_for_a_failing_login_is_a_failed_connect(
                 conn.execute("select %s", [1]) if use == "block" else conn.execute("select 1")
     assert caught.value.kind == "refused"
     assert "right" not in f"{caught.value} {caught.value.__cause__}"
-    assert pool.stats().idle == 0, "no other reaches the server either"
+    assert pool.stats().idle == 0, "the other connections cannot reach the server either"
     own_server.start()
     until(lambda: _serves(pool.fetch_value))
 
 
-def test_readiness_tells_of_a_dead_server_behind_it_by_itself(
+def test_readiness_notices_a_dead_server_behind_pgbouncer(
     own_server: Server, bouncer: Bouncer, make_pool: MakePool
 ) -> None:
-    """Nobody asks but the probe, and all connections to PgBouncer are well."""
+    """Only the probe uses the pool, and all its connections to PgBouncer work."""
     settings = Settings(
         conninfo=bouncer.conninfo_for(),
         pooler="transaction",
@@ -522,10 +526,10 @@ def test_readiness_tells_of_a_dead_server_behind_it_by_itself(
         until(lambda: health.ready().status == "up", 20.0, pause=0.1)
 
 
-def test_a_crowded_server_behind_it_is_no_outage(
+def test_a_busy_server_behind_pgbouncer_is_no_outage(
     own_server: Server, crowded: Bouncer, make_pool: MakePool
 ) -> None:
-    """All its server connections are busy: pings get no answer in time."""
+    """All of PgBouncer's server connections are busy, so pings get no answer in time."""
     pool = make_pool(
         crowded.conninfo_for(),
         pooler="transaction",
@@ -543,7 +547,7 @@ def test_a_crowded_server_behind_it_is_no_outage(
             "select 1 from pg_stat_activity where query = 'select pg_sleep(2)' and state = 'active'"
         ))  # fmt: skip
         with pytest.raises(DatabaseUnavailable) as caught:
-            pool.getconn(timeout=0.5)  # its ping, and the one of a new connection, wait
+            pool.getconn(timeout=0.5)  # both its ping and a new connection's ping wait
         assert caught.value.kind in {"saturated", "timeout", "unknown"}
         assert pool.state == "up"
         assert pool.stats().counters.discarded["dead"] <= 2
@@ -554,7 +558,7 @@ def test_a_crowded_server_behind_it_is_no_outage(
         until(lambda: _serves(pool.fetch_value))
 
 
-def test_a_server_that_restarts_behind_it_is_met_by_its_own_word(
+def test_a_stopped_server_behind_pgbouncer_has_kind_timeout_or_refused(
     own_server: Server, bouncer: Bouncer, make_pool: MakePool
 ) -> None:
     pool = make_pool(
@@ -581,7 +585,7 @@ def _serves(fetch: Callable[[str], object]) -> bool:
 
 @pytest.fixture
 def ignoring(own_server: Server) -> Iterator[Bouncer]:
-    """One that lets clients send what it does not pass on."""
+    """PgBouncer that accepts startup options and ignores them."""
     own_server.execute("create role app login password 'right'")
     bouncer = Bouncer(own_server, extra="ignore_startup_parameters = options")
     bouncer.start()
@@ -597,7 +601,7 @@ def ignoring(own_server: Server) -> Iterator[Bouncer]:
         {"kwargs": {"options": "-c work_mem=5MB"}, "statement_timeout": "server"},
     ],
 )
-def test_one_that_ignores_options_is_noticed_and_told_once(
+def test_a_pooler_that_ignores_options_is_logged_once(
     ignoring: Bouncer,
     make_pool: MakePool,
     caplog: pytest.LogCaptureFixture,
@@ -613,7 +617,7 @@ def test_one_that_ignores_options_is_noticed_and_told_once(
     assert ("work_mem" if "kwargs" in options else "statement_timeout") in text
 
 
-def test_nothing_is_told_where_the_pooler_is_declared(
+def test_a_declared_pooler_that_ignores_options_is_not_logged(
     ignoring: Bouncer, make_pool: MakePool, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool = make_pool(ignoring.conninfo_for(), pooler="transaction")

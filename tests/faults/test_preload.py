@@ -1,4 +1,4 @@
-"""gunicorn with preload_app, and a pool that was opened and used before it forked."""
+"""gunicorn with preload_app, and a pool that was opened and used before the fork."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def application(environ, start_response):
 
 
 class Gunicorn:
-    """A gunicorn of ours."""
+    """A running gunicorn."""
 
     def __init__(self, folder: Path, conninfo: str) -> None:
         self.port = free_port()
@@ -133,5 +133,5 @@ def test_a_worker_that_is_killed_is_replaced_by_one_with_sessions_of_its_own(
 
 
 def _patient(gunicorn: Gunicorn) -> None:
-    """A request that was with the worker when it was killed is lost; the next is not."""
+    """Wait until gunicorn serves: a request in the killed worker is lost, later ones are not."""
     until(gunicorn.serves, 10.0)

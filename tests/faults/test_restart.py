@@ -1,4 +1,4 @@
-"""A server that restarts: ridden through when short, answered at once when long."""
+"""A server restarts: callers wait for a short one, and fail at once in a long one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODES = ["fast", "immediate"]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_restart_is_not_noticed_by_who_comes_after_it(
+def test_callers_after_a_restart_do_not_notice_it(
     own_server: Server, make_pool: Callable[..., Pool], mode: str
 ) -> None:
     pool = make_pool(min_size=10, max_size=10)
@@ -32,7 +32,7 @@ def test_a_restart_is_not_noticed_by_who_comes_after_it(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_restart_shorter_than_the_grace_is_waited_out(
+def test_callers_wait_for_a_restart_shorter_than_the_grace(
     own_server: Server, make_pool: Callable[..., Pool], mode: str
 ) -> None:
     pool = make_pool(min_size=4, max_size=4, timeout=30)
@@ -47,7 +47,7 @@ def test_a_restart_shorter_than_the_grace_is_waited_out(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_under_load_only_what_was_in_flight_fails(
+def test_a_restart_under_load_fails_only_statements_in_flight(
     own_server: Server, make_pool: Callable[..., Pool], mode: str
 ) -> None:
     pool = make_pool(max_size=6, timeout=30)
@@ -56,7 +56,7 @@ def test_under_load_only_what_was_in_flight_fails(
     own_server.restart(mode)
     load.await_calls()
     load.stop()
-    # Each thread can have had one statement on its way, and nobody failed to get a connection.
+    # Each thread may have had one statement in flight; no thread failed to get a connection.
     assert len(load.errors) <= 6
     assert all(type(error) is not DatabaseUnavailable for error in load.errors)
     assert all(isinstance(error, psycopg.OperationalError) for error in load.errors)
@@ -64,7 +64,7 @@ def test_under_load_only_what_was_in_flight_fails(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_run_loses_and_repeats_nothing_in_a_restart_under_load(
+def test_run_loses_and_doubles_nothing_in_a_restart_under_load(
     own_server: Server, make_pool: Callable[..., Pool], mode: str
 ) -> None:
     pool = make_pool(max_size=8)
@@ -89,7 +89,7 @@ def test_run_loses_and_repeats_nothing_in_a_restart_under_load(
     assert_serves_all(pool)
 
 
-def test_a_stop_longer_than_the_grace_is_answered_at_once_and_then_over(
+def test_callers_fail_at_once_in_a_stop_longer_than_the_grace(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=2, max_size=4, outage_grace=GRACE)
@@ -101,7 +101,7 @@ def test_a_stop_longer_than_the_grace_is_answered_at_once_and_then_over(
         assert isinstance(error, DatabaseUnavailable)
         assert error.kind == "refused"
         assert isinstance(error.__cause__, psycopg.OperationalError)
-        assert waiter.seconds < GRACE + 2 * SLACK  # the grace and an attempt, not the timeout
+        assert waiter.seconds < GRACE + 2 * SLACK  # the grace and one attempt, not the timeout
     began = time.monotonic()
     for _ in range(100):
         with pytest.raises(DatabaseUnavailable):
@@ -113,7 +113,7 @@ def test_a_stop_longer_than_the_grace_is_answered_at_once_and_then_over(
     assert_serves_all(pool)
 
 
-def test_a_stop_under_load_is_over_as_soon_as_the_server_is_back(
+def test_callers_are_served_as_soon_as_a_stopped_server_is_back(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(max_size=4, outage_grace=GRACE)
@@ -122,7 +122,7 @@ def test_a_stop_under_load_is_over_as_soon_as_the_server_is_back(
         try:
             pool.fetch_value("select 1")
         except psycopg.OperationalError:
-            time.sleep(0.001)  # a caller that is refused comes again
+            time.sleep(0.001)  # a rejected caller comes again
             raise
 
     load = Load(call)
@@ -135,11 +135,11 @@ def test_a_stop_under_load_is_over_as_soon_as_the_server_is_back(
     failed = len(load.errors)
     load.await_calls()
     load.stop()
-    assert len(load.errors) <= failed + 6  # those that were just being refused
+    assert len(load.errors) <= failed + 6  # calls that were being rejected at that moment
     assert_serves_all(pool)
 
 
-def test_a_killed_postmaster_is_an_outage_until_there_is_a_new_one(
+def test_a_killed_postmaster_is_an_outage_until_the_server_is_started(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=3, max_size=3, outage_grace=GRACE)
@@ -151,11 +151,11 @@ def test_a_killed_postmaster_is_an_outage_until_there_is_a_new_one(
     assert_serves_all(pool)
 
 
-def test_a_server_that_is_starting_up_is_waited_for(
+def test_callers_wait_for_a_server_that_is_starting_up(
     make_server: Callable[..., Server], make_pool: Callable[..., Pool]
 ) -> None:
     standby = make_server()
-    # A standby that is to recover from nothing keeps answering 57P03.
+    # A standby without a primary to recover from keeps answering 57P03.
     standby.stop()
     (standby.data / "standby.signal").touch()
     standby.options["hot_standby"] = "off"

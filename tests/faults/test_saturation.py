@@ -13,12 +13,12 @@ from tests.pools import MakePool, assert_serves_all, await_gone, fill
 from tests.postgres import Server, until
 from tests.threads import Load, Task
 
-ROOM = 8  # for those who are no superusers
+ROOM = 8  # connections for ordinary roles
 PID = "select pg_backend_pid()"
 
 
 class Crowd:
-    """Others that take a server's connections."""
+    """Other clients that take a server's connections."""
 
     def __init__(self, conninfo: str) -> None:
         self._conninfo = conninfo
@@ -31,7 +31,7 @@ class Crowd:
     def _take_one(self) -> bool:
         try:
             self._stack.enter_context(psycopg.connect(self._conninfo))
-        except psycopg.OperationalError:  # one that has gone may still hold its place
+        except psycopg.OperationalError:  # a client that left may still occupy its slot
             return False
         return True
 
@@ -41,7 +41,7 @@ class Crowd:
 
 @pytest.fixture
 def small(make_server: Callable[..., Server]) -> Server:
-    """A server with room for 8, and for the superuser."""
+    """A server with room for 8 connections, and for the superuser."""
     server = make_server(max_connections=ROOM + 5, superuser_reserved_connections=5)
     server.execute("create role app login")
     (server.data / "pg_hba.conf").write_text("host all all 127.0.0.1/32 trust\n")
@@ -56,7 +56,7 @@ def crowd(small: Server) -> Iterator[Crowd]:
     crowd.leave()
 
 
-def test_a_full_server_serves_by_the_connections_that_are_there(
+def test_existing_connections_serve_while_the_server_is_full(
     small: Server, crowd: Crowd, make_pool: MakePool
 ) -> None:
     pool = make_pool(small.conninfo_for(user="app"), server=small, min_size=2, max_size=6)
@@ -74,7 +74,7 @@ def test_a_full_server_serves_by_the_connections_that_are_there(
     assert_serves_all(pool)
 
 
-def test_more_threads_than_the_server_has_room_for_are_all_served(
+def test_more_threads_than_the_server_has_room_are_all_served(
     small: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(small.conninfo_for(user="app"), server=small, max_size=16)
@@ -88,7 +88,7 @@ def test_more_threads_than_the_server_has_room_for_are_all_served(
     assert pool.stats().idle == ROOM
 
 
-def test_two_pools_on_a_full_server_share_it_as_it_comes(
+def test_a_pool_on_a_full_server_gets_room_that_another_gives_up(
     small: Server, make_pool: MakePool
 ) -> None:
     greedy = make_pool(small.conninfo_for(user="app"), server=small, min_size=ROOM)
@@ -103,7 +103,7 @@ def test_two_pools_on_a_full_server_share_it_as_it_comes(
     assert modest.fetch_value("select 1") == 1
 
 
-def test_a_full_server_that_restarts_is_one_outage_like_any(
+def test_a_caller_waits_for_the_restart_of_a_full_server(
     small: Server, crowd: Crowd, make_pool: MakePool
 ) -> None:
     pool = make_pool(small.conninfo_for(user="app"), server=small, min_size=2, max_size=6)

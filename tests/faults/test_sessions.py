@@ -1,4 +1,4 @@
-"""What happens to a session while it is idle, held or returned; and all of it under TLS."""
+"""Sessions that end while idle, held or returned; also under TLS."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PID = "select pg_backend_pid()"
 # The server's own timeouts
 
 
-def test_a_holder_idle_in_transaction_for_too_long_loses_the_connection(
+def test_a_holder_idle_in_transaction_too_long_loses_the_connection(
     own_server: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(max_size=1, idle_in_transaction_timeout=0.5)
@@ -39,7 +39,7 @@ def test_a_holder_idle_in_transaction_for_too_long_loses_the_connection(
     assert_serves_all(pool)
 
 
-def test_idle_in_transaction_for_too_long_is_not_committed_silently(
+def test_a_block_idle_in_transaction_too_long_raises_at_commit(
     own_server: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(max_size=1, idle_in_transaction_timeout=0.5)
@@ -52,20 +52,20 @@ def test_idle_in_transaction_for_too_long_is_not_committed_silently(
 def inserting(
     pids: list[int], lose: Callable[[], object] = bool
 ) -> Callable[[psycopg.Connection[Any]], None]:
-    """Return an insert that at its first time waits until its server has said farewell."""
+    """Return a function for `run` whose first call waits until the server ends the session."""
 
     def insert(conn: psycopg.Connection[Any]) -> None:
         pids.append(conn.info.backend_pid)
         conn.execute("insert into t values (1)")
         if len(pids) == 1:
             lose()
-            # Gone from the server's list is not yet heard of here.
+            # The backend may be gone before its last message is here.
             until(lambda: select.select([conn], [], [], 0)[0])
 
     return insert
 
 
-def test_run_starts_again_what_was_idle_in_transaction_for_too_long(
+def test_run_repeats_a_transaction_that_was_idle_too_long(
     own_server: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(max_size=1, idle_in_transaction_timeout=0.5)
@@ -77,7 +77,7 @@ def test_run_starts_again_what_was_idle_in_transaction_for_too_long(
     assert_serves_all(pool)
 
 
-def test_run_says_what_the_server_ended_it_for(make_pool: MakePool) -> None:
+def test_run_raises_the_servers_reason_for_ending_the_session(make_pool: MakePool) -> None:
     pool = make_pool(max_size=1, idle_in_transaction_timeout=0.2)
     calls: list[int] = []
 
@@ -91,7 +91,7 @@ def test_run_says_what_the_server_ended_it_for(make_pool: MakePool) -> None:
     assert_serves_all(pool)
 
 
-def test_a_farewell_is_the_end_before_the_network_says_so(
+def test_a_terminate_message_is_noticed_before_the_socket_closes(
     own_server: Server, proxy: Proxy, make_pool: MakePool
 ) -> None:
     proxy.hides_ends = True
@@ -102,11 +102,11 @@ def test_a_farewell_is_the_end_before_the_network_says_so(
     caller = Task(pool.fetch_value, PID)
     assert caller.result() not in pids
     assert caller.seconds < SLACK
-    assert_serves_all(pool)  # the other is met when it is its turn, at the latest
+    assert_serves_all(pool)  # meets the other one at the latest
     assert pool.stats().counters.discarded["dead"] == 2
 
 
-def test_run_heeds_a_farewell_before_it_sends_commit(
+def test_run_notices_a_terminate_message_before_it_sends_commit(
     own_server: Server, proxy: Proxy, make_pool: MakePool
 ) -> None:
     proxy.hides_ends = True
@@ -120,7 +120,7 @@ def test_run_heeds_a_farewell_before_it_sends_commit(
     assert own_server.execute("select count(*) from t") == [(1,)]
 
 
-def test_a_statement_that_takes_too_long_costs_no_connection(make_pool: MakePool) -> None:
+def test_a_statement_timeout_keeps_the_connection(make_pool: MakePool) -> None:
     pool = make_pool(max_size=1, statement_timeout=0.3)
     pid = pool.fetch_value(PID)
     with pytest.raises(psycopg.errors.QueryCanceled):
@@ -131,10 +131,12 @@ def test_a_statement_that_takes_too_long_costs_no_connection(make_pool: MakePool
     assert_serves_all(pool)
 
 
-# What the server says unasked
+# Messages that the server sends unasked
 
 
-def test_a_pending_notification_is_not_death(own_server: Server, make_pool: MakePool) -> None:
+def test_a_connection_with_a_pending_notification_is_not_discarded(
+    own_server: Server, make_pool: MakePool
+) -> None:
     pool = make_pool(max_size=1)
     with pool.connection() as conn:
         conn.autocommit = True
@@ -148,7 +150,7 @@ def test_a_pending_notification_is_not_death(own_server: Server, make_pool: Make
     assert_serves_all(pool)
 
 
-def test_a_notification_before_the_end_does_not_hide_it(
+def test_a_terminate_message_behind_a_notification_is_noticed(
     own_server: Server, make_pool: MakePool
 ) -> None:
     pool = make_pool(max_size=1)
@@ -163,7 +165,7 @@ def test_a_notification_before_the_end_does_not_hide_it(
     assert_serves_all(pool)
 
 
-# What comes back
+# States in which a connection is returned
 
 
 def _begin(conn: psycopg.Connection[Any]) -> None:
@@ -200,7 +202,7 @@ RETURNED = [_begin, _fail, _copy_in, _copy_out, _query, _close, _pipeline]
 
 
 @pytest.mark.parametrize("leave", RETURNED, ids=lambda leave: leave.__name__)
-def test_whatever_state_it_is_returned_in_the_next_holder_gets_a_good_one(
+def test_the_next_holder_gets_a_good_connection_whatever_state_it_is_returned_in(
     own_server: Server, make_pool: MakePool, leave: Callable[[psycopg.Connection[Any]], None]
 ) -> None:
     own_server.execute("create table t (id int)")
@@ -220,7 +222,7 @@ def test_whatever_state_it_is_returned_in_the_next_holder_gets_a_good_one(
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for 127.0.0.1 that signs itself, with its key, in one file."""
+    """A self-signed certificate for 127.0.0.1 with its key, in one file."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("there is no openssl command to make a certificate with")
@@ -239,7 +241,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tls_proxy(own_server: Server, certificate: Path) -> Iterator[Proxy]:
-    """A server that speaks TLS: the one at hand was built without it."""
+    """A proxy that speaks TLS, as the test server may be built without it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     proxy = Proxy(own_server.port, tls=context)
@@ -253,7 +255,7 @@ def tls_pool(tls_proxy: Proxy, certificate: Path, make_pool: MakePool) -> Pool:
     return make_pool(conninfo, min_size=2, max_size=4)
 
 
-def test_tls_connections_live(tls_pool: Pool) -> None:
+def test_tls_connections_work(tls_pool: Pool) -> None:
     pids = fill(tls_pool)
     with tls_pool.connection() as conn:
         assert conn.pgconn.ssl_in_use
@@ -277,7 +279,7 @@ def test_tls_connections_that_were_terminated_are_not_handed_out(
     assert_serves_all(tls_pool)
 
 
-def test_tls_connections_whose_network_went_silent_cost_one_ping(
+def test_silent_tls_connections_cost_the_caller_one_ping_timeout(
     tls_proxy: Proxy, certificate: Path, make_pool: MakePool
 ) -> None:
     conninfo = tls_proxy.conninfo_for(sslmode="require", sslrootcert=certificate)
@@ -290,7 +292,7 @@ def test_tls_connections_whose_network_went_silent_cost_one_ping(
     tls_proxy.drop()
 
 
-def test_a_certificate_that_is_not_trusted_is_a_misconfiguration(
+def test_an_untrusted_certificate_is_a_configuration_error(
     tls_proxy: Proxy, make_pool: MakePool
 ) -> None:
     untrusted = tls_proxy.conninfo_for(sslmode="verify-full", sslrootcert="system")

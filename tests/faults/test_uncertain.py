@@ -1,4 +1,4 @@
-"""When the answer to COMMIT or to a single statement does not come: what is known, and what not."""
+"""The answer to COMMIT or to a single statement does not arrive: when the outcome is uncertain."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Row:
 
 
 class Own(psycopg.Connection[Any]):
-    """A class with its own idea of a commit."""
+    """A connection class with its own `commit`."""
 
     def commit(self) -> None:
         super().commit()
@@ -79,13 +79,13 @@ def test_a_commit_without_an_answer_is_uncertain(
 
 @pytest.mark.parametrize("pipeline_begin", [False, True])
 @pytest.mark.parametrize("work", [by_block, by_run])
-def test_a_commit_whose_result_came_is_done_though_the_connection_is_lost(
+def test_a_commit_whose_result_arrived_is_no_error_though_the_connection_is_lost(
     proxy: Proxy, make_pool: MakePool, rows: Rows, work: Callable[[Pool], None],
     pipeline_begin: bool,
 ) -> None:  # fmt: skip
     pool = make_pool(proxy.conninfo, pipeline_begin=pipeline_begin)
     fill(pool)
-    proxy.cut(COMMIT, Cut.DURING, messages=1)  # not that the server is ready for more
+    proxy.cut(COMMIT, Cut.DURING, messages=1)  # without ReadyForQuery
     work(pool)
     assert rows() == 1
     assert_serves_all(pool)
@@ -93,7 +93,7 @@ def test_a_commit_whose_result_came_is_done_though_the_connection_is_lost(
 
 @pytest.mark.parametrize("work", [by_block, by_run])
 @pytest.mark.parametrize("messages", [1, 2])
-def test_a_commit_that_the_server_refuses_keeps_the_class_of_its_error(
+def test_the_servers_error_at_commit_keeps_its_class(
     proxy: Proxy, make_pool: MakePool, rows: Rows, own_server: Server,
     work: Callable[[Pool], None], messages: int,
 ) -> None:  # fmt: skip
@@ -107,7 +107,7 @@ def test_a_commit_that_the_server_refuses_keeps_the_class_of_its_error(
 
 
 @pytest.mark.parametrize("connection_class", [psycopg.Connection, Own])
-def test_a_backend_that_says_why_it_ended_has_not_committed(
+def test_a_commit_to_a_terminated_backend_is_not_uncertain(
     own_server: Server, proxy: Proxy, make_pool: MakePool, rows: Rows, connection_class: Any
 ) -> None:
     pool = make_pool(proxy.conninfo, connection_class=connection_class)
@@ -117,7 +117,7 @@ def test_a_backend_that_says_why_it_ended_has_not_committed(
     assert rows() == 0
 
 
-def test_a_connection_known_to_be_lost_before_commit_is_sent_is_not_uncertain(
+def test_a_loss_noticed_before_commit_is_sent_is_not_uncertain(
     proxy: Proxy, make_pool: MakePool, rows: Rows
 ) -> None:
     pool = make_pool(proxy.conninfo)
@@ -129,7 +129,7 @@ def test_a_connection_known_to_be_lost_before_commit_is_sent_is_not_uncertain(
     assert rows() == 0
 
 
-def test_the_users_own_commit_is_the_users_business(
+def test_a_loss_in_the_users_own_commit_is_not_translated(
     proxy: Proxy, make_pool: MakePool, rows: Rows
 ) -> None:
     pool = make_pool(proxy.conninfo)
@@ -153,7 +153,7 @@ def read_only(conn: psycopg.Connection[Any]) -> None:
     ],
 )
 @pytest.mark.parametrize("connection_class", [psycopg.Connection, Own])
-def test_what_cannot_write_is_never_uncertain(
+def test_a_read_only_transaction_is_never_uncertain(
     proxy: Proxy, make_pool: MakePool, options: dict[str, Any], connection_class: Any
 ) -> None:
     pool = make_pool(proxy.conninfo, connection_class=connection_class, **options)
@@ -185,7 +185,7 @@ def test_a_single_statement_without_an_answer_is_uncertain(
         lambda: pool.execute(sql.SQL(INSERT), [2]),
         lambda: pool.fetch_one(INSERT + " returning id", [3], row_factory=row_factory),
         lambda: pool.fetch_all(b"insert into t values (4) returning id", row_factory=row_factory),
-        lambda: pool.execute("select 'insert into t'"),  # what a function does is not known
+        lambda: pool.execute("select 'insert into t'"),  # a function may write
     ]
     for number, call in enumerate(calls, 1):
         proxy.cut(b"insert into t", when)
@@ -199,7 +199,7 @@ def test_a_single_statement_without_an_answer_is_uncertain(
 
 @pytest.mark.parametrize("row_factory", [None, class_row(Row)])
 @pytest.mark.parametrize("messages", [0, 1])
-def test_lost_while_it_was_only_being_prepared_it_is_certain(
+def test_a_loss_while_a_statement_is_prepared_is_not_uncertain(
     proxy: Proxy, make_pool: MakePool, rows: Rows, row_factory: Any, messages: int
 ) -> None:
     pool = make_pool(proxy.conninfo, max_size=1)
@@ -213,21 +213,21 @@ def test_lost_while_it_was_only_being_prepared_it_is_certain(
     assert rows() == 5
     for number in range(5, 11):
         pool.fetch_one(query, [number], row_factory=row_factory)
-    proxy.cut(b"_pg3_", Cut.DURING)  # by now it is prepared
+    proxy.cut(b"_pg3_", Cut.DURING)  # now it is prepared
     with pytest.raises(CommitUncertain):
         pool.fetch_one(query, [11], row_factory=row_factory)
     until(lambda: rows() == 12)
 
 
 @pytest.mark.parametrize("how", ["parameter", "text"])
-def test_cut_while_it_was_still_being_sent_it_is_certain(
+def test_a_loss_while_a_statement_is_being_sent_is_not_uncertain(
     proxy: Proxy, make_pool: MakePool, rows: Rows, how: str
 ) -> None:
     pool = make_pool(proxy.conninfo)
     fill(pool)
     much = "x" * 30_000_000
     proxy.cut(b"insert into t", Cut.BEFORE)
-    proxy.delay = 0.3  # until then nothing is read, and so not all can be sent
+    proxy.delay = 0.3  # the proxy reads nothing until then, so the pool cannot send everything
     with pytest.raises(psycopg.OperationalError) as caught:
         if how == "parameter":
             pool.execute("insert into t select 1 where %s::text <> ''", [much])
@@ -273,7 +273,7 @@ WRITING = [
         *(("fetch_value", *case) for case in ((READING[0], False), (WRITING[0], True))),
     ],
 )
-def test_what_is_fetched_by_a_reading_statement_is_not_uncertain(
+def test_a_fetch_is_uncertain_only_if_its_statement_may_write(
     proxy: Proxy, make_pool: MakePool, method: str, query: str, is_uncertain: bool
 ) -> None:
     pool = make_pool(proxy.conninfo)
@@ -291,7 +291,7 @@ def test_what_is_fetched_by_a_reading_statement_is_not_uncertain(
 @pytest.mark.parametrize(
     "query", ["insert into t select 1 from pg_sleep(30)", "select pg_sleep(30)"]
 )
-def test_a_statement_that_the_server_ends_keeps_the_class_of_its_error(
+def test_a_terminated_statement_raises_admin_shutdown(
     own_server: Server, proxy: Proxy, make_pool: MakePool, rows: Rows, query: str
 ) -> None:
     pool = make_pool(proxy.conninfo)
@@ -305,7 +305,7 @@ def test_a_statement_that_the_server_ends_keeps_the_class_of_its_error(
     assert rows() == 0
 
 
-def test_a_single_statement_in_a_transaction_is_judged_by_its_commit(
+def test_a_single_statement_in_a_transaction_is_uncertain_only_at_its_commit(
     proxy: Proxy, make_pool: MakePool, rows: Rows
 ) -> None:
     def configure(conn: psycopg.Connection[Any]) -> None:
@@ -328,20 +328,20 @@ def test_a_single_statement_in_a_transaction_is_judged_by_its_commit(
     assert pool.execute("insert into t values (2)") == 1
 
 
-def test_a_statement_whose_result_came_is_done_though_the_tidying_up_fails(
+def test_a_statement_whose_result_arrived_is_no_error_though_deallocate_fails(
     proxy: Proxy, make_pool: MakePool, own_server: Server, rows: Rows
 ) -> None:
     own_server.execute("create table gone (id int)")
     pool = make_pool(proxy.conninfo, max_size=1)
     for _ in range(6):
         pool.fetch_one("select %s::int", [1])
-    proxy.cut(b"DEALLOCATE ALL", Cut.BEFORE)  # psycopg's, after a table was dropped
+    proxy.cut(b"DEALLOCATE ALL", Cut.BEFORE)  # psycopg sends it after a DROP
     assert pool.execute("drop table gone") == -1
     assert not proxy.is_armed
     assert rows() == 0
 
 
-# Where psycopg notices the loss before libpq does
+# psycopg notices the loss before libpq does
 
 
 def hasty(proxy: Proxy, armed: threading.Event, is_answered: bool) -> type[psycopg.Connection[Any]]:
@@ -366,7 +366,7 @@ def hasty(proxy: Proxy, armed: threading.Event, is_answered: bool) -> type[psyco
 
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("is_answered", [False, True])
-def test_a_loss_that_libpq_has_not_noticed_is_a_loss(
+def test_a_loss_that_only_psycopg_noticed_is_handled_as_a_loss(
     proxy: Proxy, make_pool: MakePool, caplog: pytest.LogCaptureFixture, is_answered: bool
 ) -> None:
     armed, tries = threading.Event(), []

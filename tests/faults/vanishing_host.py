@@ -1,6 +1,6 @@
-"""Run in a network namespace of its own: a primary's packets are dropped, its standby promoted.
+"""A primary's packets are dropped and its standby is promoted, in a network namespace of its own.
 
-Prints as JSON how long the first write took after the promotion, and what writers were told.
+Prints as JSON the seconds from the promotion to the first write, and the writers' errors.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dbpool import Pool
 from tests.postgres import served, until
 from tests.replication import SYNCHRONOUS, TABLE, Appends, append, check, make_standby, rows
 
-PRIMARY_HOST = "127.0.0.2"  # so that its packets can be told from the standby's
+PRIMARY_HOST = "127.0.0.2"  # so that its packets differ from the standby's
 CONNECT_TIMEOUT = 2
 
 
 def main() -> None:
-    """Fail over once."""
+    """Fail over once, and print the result."""
     _ip("link", "set", "lo", "up")
     with served(**SYNCHRONOUS, listen_addresses=f"127.0.0.1,{PRIMARY_HOST}") as primary:
         with (primary.data / "pg_hba.conf").open("a") as rules:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _drop_packets_of(host: str) -> None:
-    """Drop whatever that address sends, without a word to anybody."""
+    """Silently drop all packets that this address sends."""
     _ip("rule", "add", "pref", "10", "lookup", "local")
     _ip("rule", "del", "pref", "0")
     _ip("rule", "add", "pref", "5", "from", host, "blackhole")
