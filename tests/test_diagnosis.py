@@ -427,6 +427,57 @@ MORE_TROUBLES: dict[str, Case] = {
                                      *holders(11, 9.0 - ago, "query")]),
         ("slow statements hold 11 of 12",), seconds=20,
     ),
+    "too small, beside a transaction left open": Case(
+        "DB08",
+        lambda ago: full(6, [holder(60.0 - ago, "idle in transaction", thread="cron", pid=1),
+                             *holders(11, 0.2, "query", where=f"a.py:{ago}")]),
+        ("84 callers got none",), seconds=20, steps=lately(12, step(wait=0.5, refused=7)),
+    ),
+    "too small, beside a connection forgotten": Case(
+        "DB08",
+        lambda ago: full(6, holders(12, 0.2, "query", where=f"a.py:{ago}"),
+                         counters={"leaks": int(ago < 2)}),
+        ("84 callers got none",), steps=lately(12, step(wait=0.5, refused=7)),
+    ),
+    "a quarter of the connections in transactions left open": Case(
+        "DB05",
+        lambda ago: full(6, [*holders(3, 60.0 - ago, "idle in transaction", worker=1),
+                             *holders(9, 0.2, "query", where=f"a.py:{ago}", worker=1)]),
+        ("3 connections of default are idle",), seconds=20,
+        steps=lately(12, step(wait=0.5, refused=7)),
+    ),
+    "connections that are never reused, so that callers wait": Case(
+        "DB10", lambda ago: full(6, holders(12, 0.2, "query", where=f"a.py:{ago}")),
+        ("made 960 connections for 1200 checkouts",),
+        steps=lately(12, step(wait=0.5, refused=7, settled_connects=80, connects=80)),
+    ),
+    "too small from the start": Case(
+        "DB08", always(full(6, holders(12, 0.2, "query"))),
+        ("the work itself has no usual duration yet",), steps=[step(wait=0.5, use=0.4)] * 8,
+    ),
+    "server stops under nested checkouts": Case(
+        "DB01",
+        always(failing("connection refused", 8, waiting=4, active=4, size=4,
+                       holders=holders(4, 9.0, "idle in transaction", waits=True))),
+        ("has been down for 8.0 s",),
+    ),
+    "server full under nested checkouts": Case(
+        "DB03",
+        always(failing("FATAL: sorry, too many clients already", 3, "closed", waiting=4, active=4,
+                       size=4, holders=holders(4, 9.0, "idle in transaction", waits=True))),
+        ("no free connection slot",),
+    ),
+    "table locked until gunicorn's timeout ends the workers": Case(
+        "DB04", always(pool(active=3, idle=0, holders=holders(3, 14.0, "query"))), ("session 99",),
+        view=seen(*[ours(pid, (99,), query_seconds=14.0) for pid in (5001, 5002, 5003)],
+                  foreign(99)),
+        more={"deaths": tuple(Death(NOW - ago, -6) for ago in (60, 30, 9))},
+    ),
+    "requests to others that last until gunicorn's timeout, beside a short wait": Case(
+        "DB16", always(pool(active=1, holders=holders(1, 1.0, "query"))), ("3 by SIGABRT",),
+        view=seen(ours(5001, (99,), query_seconds=1.0), foreign(99)),
+        more={"deaths": tuple(Death(NOW - ago, -6) for ago in (60, 30, 9))},
+    ),
     "process without files": Case(
         "DB17",
         always(failing("connection failed: Too many open files", 3, "closed", waiting=2)

@@ -8,6 +8,7 @@ here talks to a database, reads a file or keeps a thread; `dbpool.diagnosis.moni
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -38,12 +39,15 @@ _RULES: Final[tuple[Callable[[PoolScene], Finding | None], ...]] = (
 )
 _SILENCE: Final = 2.0  # seconds
 _CANNOT_CONNECT: Final = frozenset({"DB01", "DB02", "DB03", "DB17"})
+_LONG: Final = 5.0  # seconds
+_HANGING: Final = frozenset({"DB01", "DB04", "DB05", "DB07", "DB09", "DB15"})
 # What each of these may be an effect of. It is then left out: one look names the cause.
 _EFFECTS: Final[Mapping[str, frozenset[str]]] = MappingProxyType({
     "DB05": frozenset({"DB01", "DB02", "DB04", "DB09", "DB15"}),
     "DB06": frozenset({"DB01", "DB02"}),
     "DB07": frozenset({"DB01", "DB02", "DB04"}),
-    "DB08": frozenset({"DB04", "DB05", "DB06", "DB07", "DB09", "DB15"}) | _CANNOT_CONNECT,
+    "DB08": frozenset({"DB04", "DB05", "DB06", "DB07", "DB09", "DB10", "DB15"}) | _CANNOT_CONNECT,
+    "DB09": _CANNOT_CONNECT,
     "DB10": frozenset({"DB06"}) | _CANNOT_CONNECT,
     "DB15": frozenset({"DB04", "DB09"}) | _CANNOT_CONNECT,
     "DB18": frozenset({"DB04", "DB05", "DB07", "DB09", "DB15"}) | _CANNOT_CONNECT,
@@ -53,7 +57,12 @@ _EFFECTS: Final[Mapping[str, frozenset[str]]] = MappingProxyType({
 def diagnose(scene: Scene) -> tuple[Finding, ...]:
     """Return the findings, the worst and oldest first; only DB00 if nothing is wrong."""
     found = [finding for pool in scene.pools for finding in _of_pool(pool)]
-    whole = (_host.silent_workers(scene), _host.dying_workers(scene), *_host.over_configured(scene))
+    dying = _host.dying_workers(scene)
+    if dying is not None and _host.are_timeouts(dying):
+        hanging = [finding for finding in found if _is_hanging(finding, scene.now)]
+        found = [_critical(finding) if finding in hanging else finding for finding in found]
+        dying = replace(dying, severity=Severity.WARNING if hanging else dying.severity)
+    whole = (_host.silent_workers(scene), dying, *_host.over_configured(scene))
     found += [finding for finding in whole if finding is not None]
     if not any(finding.severity in (Severity.WARNING, Severity.CRITICAL) for finding in found):
         found.append(_host.innocent(scene))
@@ -68,9 +77,19 @@ def _of_pool(pool: PoolScene) -> Iterator[Finding]:
     # What a server said of locks before it stopped answering is no longer so.
     if {"DB01", "DB04"} <= found.keys() and _is_over(pool, found["DB01"]):
         del found["DB04"]
+    causes = {code for code, finding in found.items() if not finding.is_minor}
     for code, finding in found.items():
-        if found.keys().isdisjoint(_EFFECTS.get(code, ())):
+        if causes.isdisjoint(_EFFECTS.get(code, ())):
             yield finding
+
+
+def _is_hanging(finding: Finding, now: float) -> bool:
+    """Whether requests hang for so long that gunicorn's timeout may end their workers."""
+    return finding.code in _HANGING and now - finding.since >= _LONG
+
+
+def _critical(finding: Finding) -> Finding:
+    return replace(finding, severity=Severity.CRITICAL)
 
 
 def _is_over(pool: PoolScene, down: Finding) -> bool:

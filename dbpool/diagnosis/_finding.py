@@ -66,6 +66,7 @@ class Finding:
     subject: str | None = None
     evidence: Mapping[str, Any] = field(default_factory=dict, hash=False)
     brief: str = ""  # what errors and logs say in place of the text
+    is_minor: bool = False  # whether it is too little to explain that callers wait
 
     @property
     def id(self) -> str:
@@ -121,6 +122,11 @@ def _masked(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _masked(each) for key, each in value.items()}
     return [_masked(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def are_few(connections: int, max_size: int) -> bool:
+    """Whether a pool of *max_size* that lacks so many connections still has most of them."""
+    return 4 * connections < max_size
 
 
 def count(number: float, word: str, plural: str = "") -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from dbpool.diagnosis._finding import Finding, Severity, count, duration
+from dbpool.diagnosis._finding import Finding, Severity, are_few, count, duration
 from dbpool.diagnosis._scene import (
     ABORTED,
     IDLE,
@@ -56,7 +56,8 @@ def idle_in_transaction(pool: PoolScene) -> Finding | None:
     aborted = sum(h.status == ABORTED for h, _, _ in stuck)
     guess = "" if is_exact else " (as seen from here: the server was not asked)"
     is_bad = pool.waiting > 0 or pool.refused > 0
-    worst = Severity.CRITICAL if _are_many(pool, [h for h, _, _ in stuck]) else Severity.WARNING
+    are_many = _are_many(pool, [h for h, _, _ in stuck])
+    worst = Severity.CRITICAL if are_many else Severity.WARNING
     return Finding(
         "DB05",
         worst if is_bad else Severity.NOTICE,
@@ -75,6 +76,7 @@ def idle_in_transaction(pool: PoolScene) -> Finding | None:
             "exact": is_exact,
             "holders": _holders([h for h, _, _ in stuck]),
         },
+        is_minor=not are_many and are_few(len(stuck), pool.max_size),
     )
 
 

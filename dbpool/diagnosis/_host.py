@@ -121,11 +121,17 @@ def dying_workers(scene: Scene) -> Finding | None:
     )  # fmt: skip
 
 
+def are_timeouts(dying: Finding) -> bool:
+    """Whether gunicorn's timeout ended all of these workers: their requests took too long."""
+    return bool(dying.evidence["causes"] == {_ABORTED: dying.evidence["deaths"]})
+
+
+_ABORTED: Final = "by SIGABRT"
 _CAUSES: Final = {
     "by SIGKILL": "SIGKILL: the kernel ran out of memory (dmesg, the container's limit), or"
     " somebody killed the worker.",
     "by SIGSEGV": "SIGSEGV: a library in C crashed; PYTHONFAULTHANDLER=1 logs where.",
-    "by SIGABRT": "SIGABRT: gunicorn's timeout ended the worker, and its log names the connections"
+    _ABORTED: "SIGABRT: gunicorn's timeout ended the worker, and its log names the connections"
     " that it held; or a library in C gave up.",
 }
 _UNKNOWN_CAUSE: Final = (

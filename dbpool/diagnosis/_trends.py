@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from dbpool.diagnosis._finding import Finding, Severity, count, duration
+from dbpool.diagnosis._finding import Finding, Severity, are_few, count, duration
 from dbpool.diagnosis._scene import PoolScene
-from dbpool.diagnosis.history import STEP, Step, median
+from dbpool.diagnosis.history import STEP, Buckets, Step, median
 
 _SHOWN: Final = 5  # endpoints in one finding
 _MINUTE: Final = 12  # steps
@@ -29,7 +29,7 @@ def forgotten(pool: PoolScene) -> Finding | None:
         return None
     by = pool.watch.forgotten_by[:_SHOWN]
     places = ", ".join(f"{name} ({count(n, 'time')})" for name, n in by)
-    code = places or "the code that took them"
+    code = places or f"the code that took {'it' if number == 1 else 'them'}"
     return Finding(
         "DB06",
         Severity.CRITICAL if pool.refused else Severity.WARNING,
@@ -41,6 +41,7 @@ def forgotten(pool: PoolScene) -> Finding | None:
             "forgotten": number, "waiting": pool.waiting,
             "endpoints": [{"endpoint": name, "forgotten": n} for name, n in by],
         },
+        is_minor=are_few(number, pool.max_size),
     )  # fmt: skip
 
 
@@ -56,12 +57,13 @@ def too_small(pool: PoolScene) -> Finding | None:
     view = pool.last_view
     free = view.facts.free if view is not None and view.facts is not None else None
     lost = f", {count(refused, 'caller')} got none" if refused else ""
+    is_usual = len(_usual(pool, "use")) >= _BASELINE
+    work = "is as quick as before" if is_usual else "has no usual duration yet"
     return Finding(
         "DB08", Severity.CRITICAL if refused else Severity.WARNING, pool=pool.name,
         since=pool.now - STEP * (len(window) - bad[0]),
         text=f"{pool.name} is too small for its load: one caller in twenty waits {duration(p95)} or"
-        f" longer for one of {count(pool.max_size, 'connection')}{lost}; the work itself is as"
-        " quick as before",
+        f" longer for one of {count(pool.max_size, 'connection')}{lost}; the work itself {work}",
         do=_more(free),
         evidence={"wait_p95": p95, "refused": refused, "max_size": pool.max_size, "free": free},
     )  # fmt: skip
@@ -92,7 +94,8 @@ def churn(pool: PoolScene) -> Finding | None:
     if connects <= _CHURN * checkouts:
         return None
     return Finding(
-        "DB10", Severity.WARNING, pool=pool.name, since=pool.now - STEP * _MINUTE,
+        "DB10", Severity.CRITICAL if pool.refused else Severity.WARNING,
+        pool=pool.name, since=pool.now - STEP * _MINUTE,
         text=f"{pool.name} made {count(connects, 'connection')} for {checkouts} checkouts in a"
         " minute: connections are hardly ever reused",
         do="Look at what ends them, in the counters of discarded connections: expired and idle are"
@@ -144,16 +147,21 @@ def _is_slower(pool: PoolScene, name: str, factor: float) -> tuple[float, float]
     The mean has to have risen too: one bucket is half a decade wide.
     """
     recent = [getattr(s, name) for s in pool.known(_BAD_STEPS) if getattr(s, name).count]
-    before = [getattr(s, name) for s in pool.steps[:-_BAD_STEPS] if s and getattr(s, name).count]
+    before = _usual(pool, name)
     if 2 * len(recent) < _BAD_STEPS or len(before) < _BASELINE:
         return None
     now = recent[0].merge(*recent[1:])
-    usual_p95 = median([each.quantile(0.95) for each in before]) or 0.0
-    usual_mean = median([each.mean for each in before]) or 0.0
+    usual_p95 = median([each.quantile(0.95) or 0.0 for each in before]) or 0.0
+    usual_mean = median([each.mean or 0.0 for each in before]) or 0.0
     p95, mean = now.quantile(0.95) or 0.0, now.mean or 0.0
     has_risen = p95 > factor * usual_p95 and mean > min(factor, _UNCHANGED) * usual_mean
     steady = _share_above(recent, usual_p95 * factor)
     return (p95, usual_p95) if has_risen and steady >= 0.5 else None
+
+
+def _usual(pool: PoolScene, name: str) -> list[Buckets]:
+    """Return the times of the steps before the last half minute."""
+    return [getattr(s, name) for s in pool.steps[:-_BAD_STEPS] if s and getattr(s, name).count]
 
 
 def _share_above(parts: Sequence[object], bound: float) -> float:
