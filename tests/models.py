@@ -169,7 +169,8 @@ def explore(name: str, schedules: int, *, is_locked: bool = True, seed: int = 1)
         invariant=invariant,
         strategy="random",
         max_attempts=schedules,
-        max_ops=20_000,  # more than a schedule needs
+        max_ops=150_000,  # more than a schedule needs: one in which all wait in turn is long
+        timeout_per_run=60.0,
         seed=seed,
         detect_io=False,
         reproduce_on_failure=0,

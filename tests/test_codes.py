@@ -41,8 +41,12 @@ def quotes(code: str) -> list[str]:
 
 
 def shape(text: object) -> str:
-    """A text whose numbers are all the same, but for those of codes."""
-    return re.sub(r"(?<!DBE0)\b\d+(\.\d+)?", "0", str(text)).replace("\n\t", " ")
+    """A text whose numbers are all the same, but for those of codes, and without how long it lasts.
+
+    An outage that is shorter than a tenth of a second has no duration in its text.
+    """
+    text = re.sub(r" for \d+\.\d s(?= \()", "", str(text))
+    return re.sub(r"(?<!DBE0)\b\d+(\.\d+)?", "0", text).replace("\n\t", " ")
 
 
 def run_as(filename: str, source: str, **names: Any) -> None:

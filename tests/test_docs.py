@@ -35,6 +35,7 @@ from dbpool.prometheus import PoolCollector
 from dbpool.settings import COMMON
 
 from .conftest import MakeApp
+from .postgres import until
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -202,7 +203,8 @@ def test_the_probes_ask_views_that_there_are_and_are_patient(make_app: MakeApp, 
         probe = container[name]
         assert probe.keys() <= FIELDS
         assert probe["httpGet"]["port"] == port
-        assert client.get(probe["httpGet"]["path"]).status_code == 200
+        path = probe["httpGet"]["path"]
+        until(lambda path=path: client.get(path).status_code == 200)  # type: ignore[misc]
     liveness = container["livenessProbe"]
     assert liveness["httpGet"]["path"].endswith("/live")
     assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60

@@ -789,7 +789,7 @@ def test_a_connect_says_where_to(telemetry: Telemetry, dsn: str) -> None:
     ],
 )
 def test_no_span_shows_a_secret(telemetry: Telemetry, conninfo: Any) -> None:
-    with Pool(conninfo, outage_grace=0.1) as pool:
+    with Pool(conninfo, min_size=0, outage_grace=0.1) as pool:
         telemetry.instrument(pool)
         refused(pool, 1.0)
     spans = telemetry.spans("dbpool.connect") + telemetry.spans("dbpool.acquire")

@@ -383,6 +383,8 @@ def test_of_a_callbacks_statement_the_reason_is_told_alone(
     told: list[Any] = []
     options: dict[str, Any] = {"timeout": 0.4, "outage_grace": 0.01, "listeners": [told.append]}
     with Pool(server.conninfo, **options | {role: call}) as pool:
+        if role == "reset":
+            pool.wait()
         try:
             pool.putconn(pool.getconn())
         except psycopg.Error as ex:
