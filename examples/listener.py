@@ -1,4 +1,4 @@
-"""A listener that hears what the pool does: DATABASE_URL=postgresql://… python examples/listener.py"""
+"""A listener, called for each event: DATABASE_URL=postgresql://… python examples/listener.py"""
 
 import dbpool
 from dbpool import events

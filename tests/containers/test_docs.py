@@ -40,3 +40,10 @@ def test_the_database_of_the_start_page_answers(checkout: Path, tmp_path: Path) 
         assert done.returncode == 0, done.stdout + done.stderr
     finally:
         docker("rm", "--force", "--volumes", container)
+
+
+def test_the_compose_file_of_the_start_page_is_valid(checkout: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "start.md").read_text()
+    [text] = re.findall(r"^```yaml\n(services:.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "compose.yaml").write_text(text)
+    docker("compose", "config", "--quiet", cwd=tmp_path)
