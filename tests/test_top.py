@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,6 +19,7 @@ from dbpool.cli import main
 from dbpool.cli._text import as_text
 from dbpool.monitor import Monitor
 from dbpool.processes import Processes
+from dbpool.processes._files import start_time
 
 from .page_states import STATES
 
@@ -136,25 +138,30 @@ def test_commands_show_what_the_watching_process_found(
     assert status == (0 if "top" in command else 1)
 
 
-def test_while_no_process_has_reported_it_says_so_and_not_for_longer(
+def test_the_findings_follow_the_processes_that_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """They are written again at once, not only after the interval of a calm application."""
     directory = tmp_path / "stats"
     directory.mkdir(mode=0o700)
+
+    def shown() -> str:
+        main(["top", "--once", "--dir", str(directory)])
+        return capsys.readouterr().out.splitlines()[0]
+
     databases = Databases({"default": Settings(conninfo="host=127.0.0.1 port=1")})
     processes = Processes(databases, directory)
     monitor = Monitor(databases, processes, blockers=False)
     monitor.tick()  # the first look may come before the first report
-    assert monitor.findings()[0]["text"] == ("nothing is known yet: no process has reported a pool")
+    assert monitor.findings()[0]["text"] == "nothing is known yet: no process has reported a pool"
     processes.publish()
-    main(["top", "--once", "--dir", str(directory)])
-    shown = capsys.readouterr().out
-    assert shown.startswith("OK DB00: the pools are not the cause: default has 0 of 10 connections")
+    assert shown().startswith("OK DB00: the pools are not the cause: default has 0 of 10 ")
     monitor.tick()
-    assert (
-        "default has 0 of 10"
-        in json.loads((directory / "app.findings").read_text())["findings"][0]["text"]
-    )
+    (own,) = directory.glob("*.json")
+    parent = {"pid": os.getppid(), "start": start_time(os.getppid())}
+    (directory / "app-1-1.json").write_text(json.dumps(json.loads(own.read_text()) | parent))
+    monitor.tick()
+    assert "default has 0 of 20 connections" in shown()
     monitor.close()
     processes.close()
     databases.close()

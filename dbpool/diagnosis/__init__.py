@@ -85,7 +85,8 @@ def _of_pool(pool: PoolScene) -> Iterator[Finding]:
 
 def _is_hanging(finding: Finding, now: float) -> bool:
     """Whether requests hang for so long that gunicorn's timeout may end their workers."""
-    return finding.code in _HANGING and now - finding.since >= _LONG
+    is_bad = finding.severity is Severity.CRITICAL or now - finding.since >= _LONG
+    return finding.code in _HANGING and is_bad
 
 
 def _critical(finding: Finding) -> Finding:

@@ -148,7 +148,7 @@ class Watching:
         )
         found = diagnose(scene)
         self._log(found, now)
-        self._say(found, report["pools"], now)
+        self._say(found, report, now)
 
     def _views(self) -> dict[str, ServerView]:
         views = {name: each.view() for name, each in self._inspectors.items()}
@@ -175,17 +175,20 @@ class Watching:
                 extra=extra,
             )  # fmt: skip
 
-    def _say(self, found: Collection[Finding], pools: Collection[str], now: float) -> None:
+    def _say(self, found: Collection[Finding], report: Mapping[str, Any], now: float) -> None:
         found = list(found)[:_MAX_FINDINGS]
-        # Where nothing is wrong, the text names the pools that report.
-        ids = [*pools, *((finding.id, finding.severity) for finding in found)]
+        # Where nothing is wrong, the text names the pools that report, with sums over the workers.
+        reported = sorted(report["pools"]), len(report["processes"])
+        ids = [*reported, *((finding.id, finding.severity) for finding in found)]
         is_calm = all(finding.severity is Severity.OK for finding in found)
         interval = self._interval("findings", _CALM_INTERVAL if is_calm else _INTERVAL)
         self.said["findings"] = {
             "at": now,
             "valid": _GRACE + interval,
             # Before the first report nothing is known: a reader diagnoses the report that it has.
-            "findings": [each.to_json() for each in found] if pools or not is_calm else [],
+            "findings": [each.to_json() for each in found]
+            if report["pools"] or not is_calm
+            else [],
             "suspicions": suspicions(found),
         }
         self._write("findings", ids, interval, now)
