@@ -1,4 +1,4 @@
-"""The diagnosis: 24 troubles and 16 quiet situations as data, and what holds for any report."""
+"""The diagnosis: 24 troubles and 16 quiet situations as data, and properties of any report."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def holder(seconds: float = 0.01, status: str = "query", **more: Any) -> dict[st
 
 
 def holders(number: int, seconds: float, status: str, **more: Any) -> list[dict[str, Any]]:
-    """Several, each with a session of its own."""
+    """That many holders, each with a session of its own."""
     return [
         holder(seconds, status, pid=5001 + n, thread=f"Thread-{n}", **more) for n in range(number)
     ]
 
 
 def pool(**changes: Any) -> dict[str, Any]:
-    """A pool as `/stats` shows it: up, one of 12 connections in use."""
+    """A pool as `/stats` shows it: up, with one of 12 connections in use."""
     counters = {
         "checkouts": 1000,
         "connects": 20,
@@ -84,7 +84,7 @@ def failing(error: str, since: float, state: str = "open", **changes: Any) -> di
 
 
 def took(seconds: float, number: int = 100) -> Buckets:
-    """That many durations, all alike."""
+    """That many equal durations."""
     bucket = sum(bound < seconds for bound in BOUNDS)
     counts = [0] * 12
     counts[bucket] = number
@@ -92,7 +92,7 @@ def took(seconds: float, number: int = 100) -> Buckets:
 
 
 def step(wait: float = 0.0001, use: float = 0.01, number: int = 100, **more: Any) -> Step:
-    """Five seconds of a pool that was busy, but not too much so."""
+    """Five seconds of a pool with moderate load."""
     known = {"in_use": 1.0, "size": 12.0, "checkouts": number, "settled_checkouts": number}
     return replace(Step(wait=took(wait, number), use=took(use, number)), **{**known, **more})
 
@@ -101,16 +101,16 @@ USUAL = [step() for _ in range(180)]
 
 
 def lately(number: int, each: Step) -> list[Step]:
-    """A usual quarter of an hour, but for the last steps."""
+    """A usual quarter of an hour whose last *number* steps are *each*."""
     return [*USUAL[number:], *[each] * number]
 
 
 @dataclass
 class Case:
-    """A situation: a report each second, the last one now, and what else is known now."""
+    """A situation: one report a second up to now, and the other facts known now."""
 
     expected: str
-    reports: Callable[[int], dict[str, Any]]  # of the second before now
+    reports: Callable[[int], dict[str, Any]]  # gets how many seconds ago
     words: tuple[str, ...] = ()
     seconds: int = 3
     steps: list[Step] = field(default_factory=lambda: USUAL)
@@ -144,7 +144,7 @@ def always(state: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
 
 
 def growing(held: int, status: str, most: int, waiting: int = 4) -> Callable[[int], dict[str, Any]]:
-    """The same holders at each look, a second older each time, of a full pool."""
+    """A full pool with the same holders in each report, one second older each time."""
     return lambda ago: full(waiting, holders(held, most - ago + 0.01, status))
 
 
@@ -305,7 +305,7 @@ TROUBLES: dict[str, Case] = {
     ),
 }  # fmt: skip
 
-# Beyond the 24: what needs other facts.
+# More than the 24: troubles that need other facts.
 MORE_TROUBLES: dict[str, Case] = {
     "server stopped a moment ago": Case(
         "DB01", always(failing("connection refused", 1.2, "closed")), ("has been down for 1.2 s",)
@@ -548,7 +548,7 @@ QUIET: dict[str, Case] = {
 }  # fmt: skip
 
 
-# Beyond the 16.
+# More than the 16.
 MORE_QUIET: dict[str, Case] = {
     "a worker with many pools publishes seldom": Case(
         "DB00", always(pool()),
@@ -603,7 +603,7 @@ def test_the_first_finding_names_the_trouble(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*QUIET, *MORE_QUIET])
-def test_nothing_is_found_where_nothing_is_wrong(name: str) -> None:
+def test_quiet_situations_have_no_finding_above_notice(name: str) -> None:
     case = (QUIET | MORE_QUIET)[name]
     found = diagnose(case.scene())
     assert {each.severity for each in found} <= {Severity.OK, Severity.NOTICE}, found
@@ -612,13 +612,13 @@ def test_nothing_is_found_where_nothing_is_wrong(name: str) -> None:
         assert any(word in each.text for each in found)
 
 
-def test_there_are_as_many_situations_as_were_asked_for() -> None:
+def test_there_are_24_troubles_and_16_quiet_situations() -> None:
     assert (len(TROUBLES), len(QUIET)) == (24, 16)
     expected = {case.expected for case in (TROUBLES | MORE_TROUBLES | QUIET).values()}
     assert expected == CODES.keys()
 
 
-def test_a_lock_says_since_when_and_whose_line_it_is() -> None:
+def test_the_finding_for_a_lock_has_its_start_and_the_blockers_line() -> None:
     found = diagnose(TROUBLES["row locked by our own code in another worker"].scene())[0]
     assert found.id == "DB04/default"
     assert found.severity is Severity.CRITICAL
@@ -643,11 +643,11 @@ def test_a_lock_says_since_when_and_whose_line_it_is() -> None:
         ("workers that die in two ways", "gunicorn's timeout ended the worker"),
     ],
 )
-def test_what_to_do_fits_the_cause(name: str, advice: str) -> None:
+def test_the_advice_fits_the_cause(name: str, advice: str) -> None:
     assert advice in diagnose(MORE_TROUBLES[name].scene())[0].do
 
 
-def test_a_checkout_is_the_same_at_each_look_though_its_start_is_not_known_exactly() -> None:
+def test_a_checkout_is_recognised_again_although_its_start_jitters() -> None:
     def jittering(ago: int) -> dict[str, Any]:
         return full(4, holders(12, 15.0 - ago + (0.4 if ago % 2 else 0.0), "idle in transaction"))
 
@@ -655,18 +655,18 @@ def test_a_checkout_is_the_same_at_each_look_though_its_start_is_not_known_exact
     assert found[0].code == "DB05"
 
 
-def test_short_checkouts_of_one_thread_are_not_taken_for_a_long_one() -> None:
+def test_short_checkouts_of_one_thread_are_not_a_long_one() -> None:
     state = always(full(0, holders(12, 0.6, "idle in transaction")))
     assert diagnose(Case("DB00", state, seconds=20).scene())[0].code == "DB00"
 
 
-def test_what_a_role_may_not_see_is_said_with_the_grant() -> None:
+def test_a_finding_limited_by_privileges_names_the_grant() -> None:
     found = diagnose(TROUBLES["lock whose holder our role may not see"].scene())[0]
     assert found.evidence["limited"] is True
     assert "GRANT pg_read_all_stats" in found.do
 
 
-def test_an_error_names_the_worst_finding_and_of_strangers_pid_and_application_name_alone() -> None:
+def test_an_error_shows_only_pid_and_application_name_of_foreign_sessions() -> None:
     stranger = replace(foreign(99), client="10.1.2.3", application_name="psql")
     view = seen(ours(5001, (99,), query_seconds=4.0), stranger)
     found = diagnose(Case("DB04", always(full(4, holders(12, 4.0, "query"))), view=view).scene())
@@ -682,7 +682,7 @@ def test_an_error_names_the_worst_finding_and_of_strangers_pid_and_application_n
     ("called", "is_named"),
     [("dbpool:orders@web/4711", True), ("dbpool:orders@web/4712", False), ("psql", False)],
 )
-def test_a_lock_that_another_pool_of_ours_holds_is_named_too(called: str, is_named: bool) -> None:
+def test_a_lock_held_by_another_of_our_pools_is_named(called: str, is_named: bool) -> None:
     blocker = ours(99, is_ours=False, state="idle in transaction", application_name=called)
     held = [holder(9.0, "idle in transaction", pid=99, where="pay.py:8 pay")]
     report = {
@@ -695,10 +695,10 @@ def test_a_lock_that_another_pool_of_ours_holds_is_named_too(called: str, is_nam
     assert found.evidence["blockers"][0]["pid"] == 99
 
 
-def test_nested_checkouts_that_timed_out_are_counted_since_the_first() -> None:
+def test_timed_out_nested_checkouts_are_counted_since_the_first() -> None:
     found = diagnose(MORE_TROUBLES["nested, known from those who gave up"].scene())[0]
     assert found.evidence["timed_out"] == 3
-    assert found.since == NOW - 2, "not since now, look after look"
+    assert found.since == NOW - 2, "not since the last report"
 
 
 def busy_rows(ago: int) -> dict[str, Any]:
@@ -706,7 +706,7 @@ def busy_rows(ago: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("code", ["DB04", "DB07", "DB05"])
-def test_a_look_at_the_server_says_nothing_of_checkouts_that_began_after_it(code: str) -> None:
+def test_an_older_server_view_is_not_used_for_later_checkouts(code: str) -> None:
     state = "idle in transaction" if code == "DB05" else "active"
     blocked_by = (99,) if code == "DB04" else ()
     sessions = [
@@ -718,17 +718,17 @@ def test_a_look_at_the_server_says_nothing_of_checkouts_that_began_after_it(code
     assert code not in {each.code for each in found}
 
 
-def test_an_outage_may_be_a_restart_for_five_seconds() -> None:
+def test_an_outage_is_a_notice_for_five_seconds_as_it_may_be_a_restart() -> None:
     def severity(seconds: float, **more: Any) -> Severity:
         state = failing("connection refused", seconds, **more)
         return diagnose(Scene.read({"time": NOW, "pools": {NAME: state}}))[0].severity
 
     assert [severity(3), severity(6)] == [Severity.NOTICE, Severity.CRITICAL]
-    # One that was never connected to is not restarted.
+    # A server that was never reached is not restarting.
     assert severity(3, counters={"connects": 0}) is Severity.CRITICAL
 
 
-def test_who_forgot_connections_is_named() -> None:
+def test_code_that_forgot_connections_is_named() -> None:
     watch = Watch(
         forgotten=3, forgotten_since=NOW - 2, forgotten_by=(("orders.index", 2), ("a.py:1", 1))
     )
@@ -746,7 +746,7 @@ def test_the_longest_queue_is_named_first() -> None:
     assert "and 1 other" in found.text
 
 
-def test_sessions_are_locked_if_half_of_those_that_do_something_are() -> None:
+def test_sessions_are_locked_if_half_of_the_busy_ones_are() -> None:
     idle = [ours(pid, state="idle") for pid in range(10, 20)]
     busy = [ours(pid) for pid in (20, 21, 22)]
     assert seen(*WAITERS, *busy, *idle, foreign(99)).is_locked
@@ -760,21 +760,21 @@ def test_a_chain_of_locks_is_followed_to_its_root() -> None:
     assert diagnose(case.scene())[0].evidence["blockers"][0]["pid"] == 3
 
 
-def test_nothing_is_said_of_the_server_after_ten_seconds() -> None:
+def test_a_server_view_older_than_ten_seconds_is_not_used() -> None:
     case = TROUBLES["table locked by psql"]
     assert case.view is not None
     old = replace(case, view=replace(case.view, time=NOW - 11))
     assert "DB04" not in {each.code for each in diagnose(old.scene())}
 
 
-def test_no_pid_is_joined_behind_a_pooler_that_nobody_declared() -> None:
+def test_backend_pids_are_not_matched_behind_an_undeclared_pooler() -> None:
     case = TROUBLES["idle in transaction, the server says so"]
     assert case.view is not None
     there = replace(case, view=replace(case.view, is_joined=False))
     assert "DB05" not in {each.code for each in diagnose(there.scene())}
 
 
-def test_the_worst_comes_first_and_of_equals_the_longest() -> None:
+def test_findings_are_sorted_by_severity_then_duration() -> None:
     scene = Scene.read(
         {
             "time": NOW,
@@ -791,7 +791,7 @@ def test_the_worst_comes_first_and_of_equals_the_longest() -> None:
     assert found == [("b", "DB01"), ("c", "DB02"), ("a", "DB01"), ("d", "DB11")]
 
 
-def test_more_connections_are_offered_only_if_the_server_has_some() -> None:
+def test_more_connections_are_advised_only_if_the_server_has_room() -> None:
     case = TROUBLES["pool too small"]
     assert "60" not in diagnose(case.scene())[0].do
     assert "the server has 57 connections free" in diagnose(case.scene())[0].do
@@ -809,7 +809,7 @@ def test_texts_hold_no_control_characters_and_no_password() -> None:
     assert "DB01" in answer
 
 
-# What holds for any report
+# Properties of any report
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -908,7 +908,7 @@ def test_no_report_breaks_the_diagnosis(
     again = diagnose(Scene.read(report, **facts))
     assert found
     assert [each.to_json() for each in found] == [each.to_json() for each in again]
-    assert len({each.id for each in found}) == len(found), "an id names one finding"
+    assert len({each.id for each in found}) == len(found), "two findings have one id"
     for each in found:
         answer = each.to_json()
         json.dumps(answer, allow_nan=False)
@@ -933,7 +933,7 @@ def test_an_id_stays_while_the_numbers_change() -> None:
     assert ids == {"DB01/default"}
 
 
-def test_a_finding_says_itself_as_json() -> None:
+def test_a_finding_as_json() -> None:
     found = Finding("DB01", Severity.CRITICAL, "it is down", "wait", NOW, "default")
     assert found.to_json() == {
         "id": "DB01/default", "code": "DB01", "severity": "critical", "pool": "default",

@@ -241,8 +241,8 @@ def test_the_alert_on_exhaustion_can_be_tested_as_the_page_shows(
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 
 
-@pytest.mark.skipif(NGINX is None, reason="there is no nginx here")
-def test_the_proxy_of_the_page_on_security_shows_the_health_view_alone(
+@pytest.mark.skipif(NGINX is None, reason="needs nginx")
+def test_the_proxy_of_the_security_page_passes_only_readiness(
     make_app: MakeApp, dsn: str, tmp_path: Path
 ) -> None:
     (locations,) = [each.text for each in pieces(DOCS / "security.md") if each.word == "nginx"]

@@ -1,4 +1,4 @@
-"""The live page in a browser: what it makes of the answers of several workers, and for whom.
+"""The live page in a browser: what it shows of several workers' answers, and accessibility.
 
 Uses Debian's Chromium and downloads no browser.
 """
@@ -53,14 +53,14 @@ def page(only_page: Page) -> Iterator[Page]:
     only_page.set_viewport_size(WIDE)
     only_page.emulate_media(color_scheme="light", reduced_motion="no-preference")
     yield only_page
-    only_page.goto("about:blank")  # asks for nothing any more
+    only_page.goto("about:blank")  # stops its requests
 
 
 @pytest.fixture
 def see(site: Site, page: Page) -> Callable[..., Page]:
-    """Show the page with these answers one after the other; return it once all have come.
+    """Load the page, give these answers in turn, and return it once it has shown them all.
 
-    The *whole* page has all parts, each of which comes with another answer.
+    With *whole* it waits for all parts of the page, which come with different answers.
     """
 
     def see(*answers: Answer, whole: bool = False, asked: int = 0) -> Page:
@@ -69,9 +69,9 @@ def see(site: Site, page: Page) -> Callable[..., Page]:
         if whole:
             page.locator("#application").wait_for()
         deadline = monotonic() + 60
-        # What was asked before has been shown once the next is asked for.
+        # An answer has been shown once the page sends its next request.
         while site.asked <= max(len(answers), asked) and monotonic() < deadline:
-            page.wait_for_timeout(20)  # meanwhile its events come
+            page.wait_for_timeout(20)  # lets the browser's events arrive
         return page
 
     return see
@@ -88,7 +88,7 @@ def reply(
     scope: str = "process",
     **more: Any,
 ) -> Answer:
-    """The JSON of `/stats` for a worker's time, pids, checkouts and state."""
+    """The JSON of `/stats` with a worker's time, pids, checkouts and state."""
     pool = REPORT["pools"]["default"]
     counters = pool["counters"] | {"checkouts": checkouts}
     processes = [{"pid": pid, "age": 0.0, "uptime": time - start} for pid, start in born]
@@ -100,7 +100,7 @@ def text(page: Page, selector: str) -> str:
     return str(page.locator(selector).first.inner_text())
 
 
-# What the numbers mean
+# Numbers
 
 
 def test_the_rates_of_different_workers_are_not_mixed(see: Callable[..., Page]) -> None:
@@ -111,10 +111,10 @@ def test_the_rates_of_different_workers_are_not_mixed(see: Callable[..., Page]) 
     assert text(page, "[data-rate]") == "10.0 /s"
     assert text(page, "#summary") == "process 11 only"
     expect(page.locator("#alone")).to_be_visible()
-    assert "dbpool.gunicorn" in text(page, "#alone"), "it says that it shows one worker"
+    assert "dbpool.gunicorn" in text(page, "#alone"), "it must say that it shows one worker"
 
 
-@pytest.mark.parametrize("second", [(22, 0.0), (11, 50.0)], ids=["other pid", "pid given again"])
+@pytest.mark.parametrize("second", [(22, 0.0), (11, 50.0)], ids=["other pid", "reused pid"])
 def test_a_worker_seen_for_the_first_time_has_no_rate(
     see: Callable[..., Page], second: tuple[int, float]
 ) -> None:
@@ -122,7 +122,7 @@ def test_a_worker_seen_for_the_first_time_has_no_rate(
     assert text(page, "[data-rate]") == "\N{EN DASH}"
 
 
-def test_the_answers_of_all_workers_are_compared_though_one_is_new(
+def test_rates_of_all_workers_are_shown_although_one_is_new(
     see: Callable[..., Page],
 ) -> None:
     page = see(
@@ -146,7 +146,7 @@ def test_the_verdict_comes_first_and_is_in_title_and_icon(see: Callable[..., Pag
     page = see(reply(100.0, [(1, 0.0)], 1, findings=[FINDING, FINDING | more]))
     verdict = page.locator("section").first
     expect(verdict).to_have_class("verdict critical")
-    expect(verdict.locator("h2")).to_have_text(FINDING["text"])  # shown as text
+    expect(verdict.locator("h2")).to_have_text(FINDING["text"])  # as text, not as markup
     assert verdict.locator("b").count() == 0
     said = "critical DB04 \N{MIDDLE DOT} default \N{MIDDLE DOT} for 14.0 s"
     assert text(page, "#verdict .facts").replace("\n", " ") == said
@@ -155,7 +155,7 @@ def test_the_verdict_comes_first_and_is_in_title_and_icon(see: Callable[..., Pag
     assert page.locator("#verdict-more .notice").inner_text().startswith("notice slower (DB18")
     assert text(page, "#verdict-do") == "End it."
     assert text(page, "#verdict-explain") == "python -m dbpool explain DB04"
-    expect(page.get_by_role("status")).to_have_text(FINDING["text"])  # to a screen reader, too
+    expect(page.get_by_role("status")).to_have_text(FINDING["text"])  # for screen readers
 
 
 def test_the_worst_pool_is_on_top(see: Callable[..., Page]) -> None:
@@ -186,7 +186,7 @@ def test_history_and_journal_are_shown(see: Callable[..., Page]) -> None:
     expect(page.locator(".strips svg")).to_have_count(5)
     expect(page.locator(".wait_p95 dd").last).to_have_text("peak 1.5 s")
     expect(page.locator(".refused")).to_have_class("refused calm")
-    assert page.locator(".unknown").first.get_attribute("d").count("M") == 90, "gaps are shown"
+    assert page.locator(".unknown").first.get_attribute("d").count("M") == 90, "unknown is a gap"
     expect(page.locator("#lines td").last).to_have_text("down: <i>refused</i>")
     wait = page.locator("[data-minute] tbody tr").first.locator("td").all_inner_texts()
     assert wait == ["7", "250 ms", "1.5 s", "\N{EN DASH}"], "of the last minute"
@@ -197,7 +197,7 @@ def cells(page: Page, selector: str) -> list[list[str]]:
     return [row.locator("th, td").all_inner_texts() for row in rows]
 
 
-def test_who_holds_connections_is_shown_with_session_and_worker(
+def test_holders_are_shown_with_session_and_worker(
     see: Callable[..., Page],
 ) -> None:
     held = {"thread": "T-1", "seconds": 14.0, "where": "pay.py:88", "endpoint": "billing.pay"}
@@ -219,13 +219,13 @@ def test_who_holds_connections_is_shown_with_session_and_worker(
     assert cells(page, "[data-used]") == [["<b>pay</b>", "1.5", "75 %", "14.0 s"]]
 
 
-def test_a_named_blocker_is_shown_and_beside_whom_it_blocks(see: Callable[..., Page]) -> None:
+def test_a_blocker_is_shown_and_named_beside_blocked_sessions(see: Callable[..., Page]) -> None:
     page = see(STATES["locked"]())
     assert cells(page, "#blockers")[0][:3] == ["17023", "nightly report, 10.0.3.9", "idle in transaction"]  # fmt: skip
     assert {row[4] for row in cells(page, "[data-held]")} == {"17023 nightly report"}
 
 
-def test_the_numbers_on_the_page_are_those_of_stats(see: Callable[..., Page]) -> None:
+def test_the_pages_numbers_are_those_of_stats(see: Callable[..., Page]) -> None:
     first = STATES["busy"]()
     last = later(first, RATES["busy"])
     page = see(first, last, whole=True)
@@ -266,7 +266,7 @@ def test_the_numbers_on_the_page_are_those_of_stats(see: Callable[..., Page]) ->
     assert settings["min_size"] == ["1", "default"]
 
 
-def test_what_moved_is_bold_and_zeros_are_grey(see: Callable[..., Page]) -> None:
+def test_changed_counters_are_bold_and_zeros_are_grey(see: Callable[..., Page]) -> None:
     page = see(reply(100.0, [(11, 0.0)], 50), reply(101.0, [(11, 0.0)], 57))
     assert page.locator("[data-totals] .moved").all_inner_texts() == ["57"]
     assert "zero" in page.locator("[data-totals] dd").last.get_attribute("class")
@@ -275,7 +275,9 @@ def test_what_moved_is_bold_and_zeros_are_grey(see: Callable[..., Page]) -> None
 # Time
 
 
-def test_of_the_history_only_what_is_new_is_asked_for(see: Callable[..., Page], page: Page) -> None:
+def test_the_page_requests_only_new_steps_of_the_history(
+    see: Callable[..., Page], page: Page
+) -> None:
     first = STATES["busy"]()
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
@@ -284,16 +286,16 @@ def test_of_the_history_only_what_is_new_is_asked_for(see: Callable[..., Page], 
     assert "since" not in history[0]
     assert f"since={NOW - 20:.1f}" in history[1]
     steps = page.locator(".in_use .known").get_attribute("d").count("M")
-    assert steps == len(first["history"]["pools"]["default"]["in_use"]), "and nothing is lost"
+    assert steps == len(first["history"]["pools"]["default"]["in_use"]), "old steps stay"
 
 
-def test_workers_that_share_nothing_are_asked_for_their_whole_history(
+def test_without_shared_statistics_the_whole_history_is_requested(
     see: Callable[..., Page], page: Page
 ) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     see(STATES["busy"]() | {"scope": "process"}, asked=6)
-    assert not any("since" in url for url in asked), "the next answer may come from another"
+    assert not any("since" in url for url in asked), "another worker may answer next"
 
 
 def test_a_cursor_shows_the_values_of_another_time(see: Callable[..., Page]) -> None:
@@ -310,11 +312,11 @@ def test_a_cursor_shows_the_values_of_another_time(see: Callable[..., Page]) -> 
     assert text(page, ".waiting dd") == "6"
 
 
-# For everybody
+# Accessibility
 
 
 def violations(page: Page, *rules: str) -> list[str]:
-    """What axe-core finds wrong, by all its rules or by these."""
+    """The violations that axe-core finds, by all its rules or by these."""
     if not page.evaluate("'axe' in window"):
         page.evaluate(axe.AXE_SCRIPT)
     options: dict[str, Any] = {"resultTypes": ["violations"]}
@@ -329,7 +331,7 @@ def violations(page: Page, *rules: str) -> list[str]:
 
 
 def look_at(page: Page) -> None:
-    """Look at a page at both widths in both schemes, and on a very small screen."""
+    """Check the page at both widths in both colour schemes, and on a very small screen."""
     page.emulate_media(color_scheme="light")
     page.set_viewport_size(WIDE)
     assert violations(page) == []
@@ -349,11 +351,11 @@ def look_at(page: Page) -> None:
                         && getComputedStyle(each).display !== "inline");
             }).map((each) => each.outerHTML.slice(0, 99))"""
         )
-        assert cut == [], "nothing is cut off, and nothing scrolls sideways"
+        assert cut == [], "something is cut off or scrolls sideways"
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_every_state_can_be_read_by_everybody(see: Callable[..., Page], name: str) -> None:
+def test_every_state_is_accessible(see: Callable[..., Page], name: str) -> None:
     page = see(STATES[name](), whole=True)
     for summary in page.locator("summary").all():
         summary.click()
@@ -362,7 +364,7 @@ def test_every_state_can_be_read_by_everybody(see: Callable[..., Page], name: st
     look_at(page)
 
 
-def test_old_numbers_are_marked_and_can_still_be_read(see: Callable[..., Page], site: Site) -> None:
+def test_old_numbers_are_marked_and_still_readable(see: Callable[..., Page], site: Site) -> None:
     page = see(STATES["full"](), whole=True)
     site.app.view_functions["dbpool.stats"], answer = lambda: ("busy", 503), site.app.view_functions["dbpool.stats"]  # fmt: skip
     try:
@@ -374,7 +376,7 @@ def test_old_numbers_are_marked_and_can_still_be_read(see: Callable[..., Page], 
     assert violations(page) == []
 
 
-def test_bars_stand_out_from_what_is_behind_them() -> None:
+def test_bars_have_enough_contrast() -> None:
     css = (Path(__file__).parent.parent / "dbpool/flask/static/live.css").read_text()
     schemes = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     assert len(schemes) == 2
@@ -386,7 +388,7 @@ def test_bars_stand_out_from_what_is_behind_them() -> None:
 
 
 def contrast(one: str, other: str) -> float:
-    """Of two colours, as WCAG has it."""
+    """The contrast ratio of two colours, as WCAG defines it."""
 
     def luminance(colour: str) -> float:
         digits = colour[1:] if len(colour) == 7 else "".join(c * 2 for c in colour[1:])
@@ -400,7 +402,7 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_nothing_moves_for_readers_who_ask_for_that(see: Callable[..., Page]) -> None:
+def test_nothing_moves_with_reduced_motion(see: Callable[..., Page]) -> None:
     page = see(STATES["up"]())
     duration = "getComputedStyle(document.querySelector('.bar i')).transitionDuration"
     assert page.evaluate(duration) == "0.3s"
@@ -419,12 +421,12 @@ def test_the_keyboard_reaches_everything(see: Callable[..., Page]) -> None:
     expect(page.locator("#application-settings")).to_be_visible()
 
 
-# What it costs
+# Size and traffic
 
 
-def test_the_page_is_small_and_asks_nobody_else(browser: Any, site: Site) -> None:
+def test_the_page_is_small_and_loads_only_from_its_own_site(browser: Any, site: Site) -> None:
     site.show(many())
-    page = browser.new_page()  # that has nothing in its cache
+    page = browser.new_page()  # with an empty cache
     answers: list[Any] = []
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
@@ -437,7 +439,7 @@ def test_the_page_is_small_and_asks_nobody_else(browser: Any, site: Site) -> Non
     sizes = {each.url: len(each.body()) for each in answers if "/stats" not in each.url and each.ok}
     assert len(sizes) >= 6
     assert sum(sizes.values()) < 150 * 1024
-    assert complaints == [], "the policy forbids nothing that it does"
+    assert complaints == [], "the content security policy blocked something"
     page.close()
 
 
@@ -453,7 +455,7 @@ def test_a_poll_is_small_with_sixteen_workers(see: Callable[..., Page], site: Si
 
 
 def of_pools(answer: Answer, names: list[str]) -> Answer:
-    """The same of several pools."""
+    """The same answer for several pools."""
 
     def copied(pools: dict[str, Any]) -> dict[str, Any]:
         return dict.fromkeys(names, pools["default"])
@@ -485,7 +487,7 @@ def test_a_browser_without_javascript_signs_in_and_out(browser: Any, closed: Sit
     expect(page.get_by_role("alert")).to_have_text("This token is wrong.")
     page.get_by_label("Token").fill(TOKEN)
     page.get_by_role("button", name="Sign in").click()
-    assert page.url == closed.url, "no token in the address"
+    assert page.url == closed.url, "the token must not be in the URL"
     expect(page.get_by_role("heading", name="dbpool")).to_be_visible()
     (cookie,) = page.context.cookies()
     assert (cookie["httpOnly"], cookie["sameSite"], cookie["path"]) == (True, "Strict", "/db")
@@ -498,7 +500,7 @@ def test_a_browser_without_javascript_signs_in_and_out(browser: Any, closed: Sit
     page.close()
 
 
-def test_a_link_from_another_site_finds_the_browser_signed_in(
+def test_a_link_from_another_site_opens_the_page_signed_in(
     browser: Any, closed: Site, site: Site
 ) -> None:
     page = browser.new_page()
@@ -507,14 +509,14 @@ def test_a_link_from_another_site_finds_the_browser_signed_in(
     page.keyboard.press("Enter")
     expect(page.locator("[data-state]")).to_be_visible()
     page.goto(site.url.replace("127.0.0.1", "localhost"))
-    page.evaluate("(url) => { location.href = url }", closed.url)  # as a link in a chat would
+    page.evaluate("(url) => { location.href = url }", closed.url)  # like a link in a chat
     page.wait_for_url(closed.url)
     expect(page.locator("[data-state]")).to_be_visible()
     expect(page.get_by_role("button", name="Sign out")).to_be_visible()
     page.close()
 
 
-def test_a_session_that_ends_is_said_beside_the_last_numbers(browser: Any, closed: Site) -> None:
+def test_the_end_of_a_session_is_shown_beside_the_last_numbers(browser: Any, closed: Site) -> None:
     page = browser.new_page()
     page.goto(closed.url)
     page.get_by_label("Token").fill(TOKEN)
@@ -528,7 +530,7 @@ def test_a_session_that_ends_is_said_beside_the_last_numbers(browser: Any, close
     page.close()
 
 
-def test_the_form_can_be_used_by_everybody(page: Page, closed: Site) -> None:
+def test_the_sign_in_form_is_accessible(page: Page, closed: Site) -> None:
     page.goto(closed.url)
     look_at(page)
     page.get_by_label("Token").fill("wrong")
@@ -537,7 +539,7 @@ def test_the_form_can_be_used_by_everybody(page: Page, closed: Site) -> None:
     look_at(page)
 
 
-def test_a_page_that_stays_closed_says_what_opens_it(page: Page) -> None:
+def test_a_closed_page_says_how_to_open_it(page: Page) -> None:
     site = Site()
     with site.serving():
         page.goto(site.url)
