@@ -57,7 +57,7 @@ def test_close_closes_connections_that_wait_for_their_reset(fake: FakeServer) ->
     go_on.set()
     closing.result(10)
     until(lambda: all(conn.closed for conn in conns))
-    assert not pool._store.bag.records
+    assert pool.stats().size == 0
 
 
 def test_pop_stats_loses_no_request(fake: FakeServer) -> None:

@@ -169,12 +169,11 @@ def test_check_keeps_connections_that_answered(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=3, max_size=3, ping_timeout=0.5, ping_after=0.0)
-    fill(pool)
-    *well, frozen = [conn.info.backend_pid for conn in pool._store.bag.idle]
+    *well, frozen = fill(pool)
     own_server.freeze([frozen])
     pool.check()
     own_server.thaw()
-    assert set(well) <= {conn.info.backend_pid for conn in pool._store.bag.idle}
+    assert set(well) <= set(fill(pool))
     assert pool.stats().counters.discarded["dead"] == 1
 
 
@@ -182,8 +181,7 @@ def test_other_connections_serve_while_check_waits_for_one(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=3, max_size=3, ping_timeout=2.0)
-    fill(pool)
-    own_server.freeze([pool._store.bag.idle[0].info.backend_pid])
+    own_server.freeze(fill(pool)[:1])
     checking = Task(pool.check)
     until(lambda: pool.stats().active == 1)
     with within(1.0):
@@ -237,7 +235,7 @@ def test_a_frozen_idle_backend_costs_the_caller_one_ping_timeout(
 ) -> None:
     pool = make_pool(min_size=2, max_size=2, ping_after=0.0)
     pids = fill(pool)
-    own_server.freeze([pool._store.bag.idle[-1].info.backend_pid])
+    own_server.freeze([pool.fetch_value(PID)])  # the connection that is lent next
     caller = Task(pool.fetch_value, PID)
     assert caller.result() in set(own_server.backends()) | set(pids)
     assert caller.seconds < 0.3 + SLACK  # one ping_timeout

@@ -44,7 +44,10 @@ def test_a_check_that_always_fails_causes_no_storm_of_connects(fake: FakeServer)
 
 
 def test_a_check_that_is_interrupted_loses_no_connection(dsn: str) -> None:
+    checked: list[Connection[Any]] = []
+
     def check(conn: Connection[Any]) -> None:
+        checked.append(conn)
         conn.execute("select 1")
         raise KeyboardInterrupt
 
@@ -53,7 +56,7 @@ def test_a_check_that_is_interrupted_loses_no_connection(dsn: str) -> None:
             pool.getconn()
         stats = pool.stats()
         assert (stats.size, stats.idle, stats.active) == (1, 1, 0)
-        assert pool._store.bag.idle[0].info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+        assert checked[0].info.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
 def test_a_check_may_leave_its_transaction_open(dsn: str) -> None:
@@ -74,7 +77,9 @@ def test_a_check_may_leave_its_transaction_open(dsn: str) -> None:
 def test_check_pings_idle_connections(fake: FakeServer) -> None:
     with fake.pool(min_size=3, max_size=3) as pool:
         pool.wait()
-        pool._store.bag.idle[0].pgconn.finish()
+        conn = pool.getconn()
+        pool.putconn(conn)
+        conn.pgconn.finish()
         pool.check()
         until(lambda: pool.stats().idle == 3)
         assert pool.stats().counters.discarded["dead"] == 1

@@ -103,8 +103,8 @@ def test_a_connection_returned_in_a_two_phase_commit_is_replaced(
 def test_drain_replaces_idle_and_returned_connections(fake: FakeServer) -> None:
     with fake.pool(min_size=2, max_size=2) as pool:
         pool.wait()
-        out = pool.getconn()
-        (idle,) = pool._store.bag.idle
+        idle, out = pool.getconn(), pool.getconn()
+        pool.putconn(idle)
         pool.drain()
         assert idle.closed
         pool.putconn(out)
