@@ -21,13 +21,15 @@ import psycopg
 import pytest
 from werkzeug.serving import make_server
 
+from dbpool.cli import commands as dbpool_commands
 from dbpool.databases import databases_from_env
 
 from .conftest import MakeApp
 from .postgres import Server, binaries, free_port, until
-from .test_docs import DOCS, ROOT, blocks, comment_behind, pieces, shape
+from .test_docs import DOCS, PAGES, ROOT, blocks, comment_behind, pieces, shape
 from .threads import Task
 
+MORE_PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 # Commands tested elsewhere: they need a network, a container engine, or another host.
 TRIED = {
     "pip install '.[flask,gunicorn,prometheus]'": ".ci/package",
@@ -94,6 +96,15 @@ def test_commands_print_what_the_page_shows(
 def test_commands_tested_elsewhere_are_tested_there(command: str, place: str) -> None:
     word = command.removeprefix("pip install ").removeprefix("flask dbpool ")
     assert word in (ROOT / place).read_text()
+
+
+@pytest.mark.parametrize("path", [*PAGES, *MORE_PAGES], ids=lambda path: path.stem)
+def test_every_command_that_a_page_names_exists(path: Path) -> None:
+    text = path.read_text()
+    named = set(re.findall(r"(?:python -m|flask) dbpool ([a-z]+)", text))
+    assert named <= set(dbpool_commands())
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"[`$] ?make ([a-z-]+)", text)) <= set(targets)
 
 
 @pytest.mark.parametrize(("path", "code"), blocks("sh"))
