@@ -20,7 +20,7 @@ from dbpool.metrics import HolderSnapshot, Metrics
 from dbpool.monitor import Monitor
 from dbpool.monitor._shelf import Shelf
 from dbpool.processes import Processes
-from dbpool.processes._files import start_time
+from dbpool.processes._files import read, start_time, write
 from tests.postgres import served
 
 COLUMN = "dbpool"
@@ -102,8 +102,8 @@ def _reports(times: int) -> tuple[Cell, Cell]:
         (own,) = Path(directory).glob("*.json")
         living = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal()]
         for pid in [pid for pid in living if start_time(pid)][:15]:
-            record = json.loads(own.read_text()) | {"pid": pid, "start": start_time(pid)}
-            (Path(directory) / f"app-{pid}-{record['start']}.json").write_text(json.dumps(record))
+            record = read(own) | {"pid": pid, "start": start_time(pid)}
+            write(Path(directory) / f"app-{pid}-{record['start']}.json", record)
         parts = len(processes.report()["processes"])
         cell = _measure(processes.report, times)
         now = time.monotonic()
