@@ -18,7 +18,7 @@ from dbpool.diagnosis.history import STEPS, Buckets, History, Step, slot_of
 from dbpool.health import Health
 from dbpool.metrics import HolderSnapshot, Metrics
 from dbpool.monitor import Monitor
-from dbpool.monitor._shelf import Shelf
+from dbpool.monitor._shared_files import SharedFiles
 from dbpool.processes import Processes
 from dbpool.processes._files import read, start_time, write
 from tests.postgres import served
@@ -107,9 +107,9 @@ def _reports(times: int) -> tuple[Cell, Cell]:
         parts = len(processes.report()["processes"])
         cell = _measure(processes.report, times)
         now = time.monotonic()
-        shelf = Shelf(Path(directory), "app", "1-a")
-        shelf.add_up(list(pools), dict.fromkeys(pools, _history(now)), now)
-        shelf.save("findings", {"at": now, "valid": 3600.0, "findings": [{"code": "DB00"}]})
+        shared = SharedFiles(Path(directory), "app", "1-a")
+        shared.add_up(list(pools), dict.fromkeys(pools, _history(now)), now)
+        shared.save("findings", {"at": now, "valid": 3600.0, "findings": [{"code": "DB00"}]})
         monitor = Monitor(pools, processes, blockers=False)
         with_history = _measure(
             lambda: json.dumps(monitor.extend(processes.collect(), ("history",))), times

@@ -38,7 +38,7 @@ from dbpool.diagnosis.endpoints import (
 from dbpool.diagnosis.history import Step
 from dbpool.metrics import HolderSnapshot, Metrics, Snapshot
 from dbpool.monitor import Monitor
-from dbpool.monitor._shelf import Shelf
+from dbpool.monitor._shared_files import SharedFiles
 from dbpool.processes import Processes
 
 from .conftest import MakeApp
@@ -363,7 +363,7 @@ def test_the_files_of_a_worker_with_many_busy_pools_are_as_small(
     pools = {f"pool-{n}": Busy() for n in range(number)}
     processes = Processes(pools, directory=tmp_path)
     processes.publish()
-    with closing(Shelf(tmp_path, "app", "1-a").record(list(pools))) as record:
+    with closing(SharedFiles(tmp_path, "app", "1-a").record(list(pools))) as record:
         for name in pools:
             for slot in range(100):
                 record.write(name, slot, Step())

@@ -24,7 +24,7 @@ from dbpool.diagnosis import Finding, Severity
 from dbpool.diagnosis.history import STEP, Step, slot_of
 from dbpool.monitor import Monitor
 from dbpool.monitor._episodes import Episodes
-from dbpool.monitor._shelf import Shelf
+from dbpool.monitor._shared_files import SharedFiles
 from dbpool.processes import Processes
 from dbpool.report import Report
 
@@ -474,7 +474,7 @@ def test_two_processes_that_share_a_directory_ask_over_one_connection(
 def test_another_process_watches_after_five_silent_seconds_of_the_first(
     directory: Path,
 ) -> None:
-    first, second = (Shelf(directory, "app", key) for key in ("1-a", "2-b"))
+    first, second = (SharedFiles(directory, "app", key) for key in ("1-a", "2-b"))
     assert first.lead(100.0)
     assert not second.lead(100.5)
     assert first.lead(101.0)
@@ -486,7 +486,7 @@ def test_another_process_watches_after_five_silent_seconds_of_the_first(
 
 
 def test_another_process_watches_at_once_if_the_first_was_killed(directory: Path) -> None:
-    first, second = (Shelf(directory, "app", key) for key in ("1-a", "2-b"))
+    first, second = (SharedFiles(directory, "app", key) for key in ("1-a", "2-b"))
     record = first.record(["default"])
     assert first.lead(100.0)
     assert not second.lead(100.5)
@@ -497,11 +497,11 @@ def test_another_process_watches_at_once_if_the_first_was_killed(directory: Path
 def test_deaths_written_during_a_takeover_are_not_lost(
     directory: Path, make_shop: Callable[..., Shop]
 ) -> None:
-    killed = [Shelf(directory, "app", f"{n}-a").record(["default"]) for n in (1, 2, 3)]
+    killed = [SharedFiles(directory, "app", f"{n}-a").record(["default"]) for n in (1, 2, 3)]
     shop = make_shop("host=127.0.0.1 port=1", directory)
     shop.monitor.tick()
     deaths = {"app-8-a": time.time(), "app-9-a": time.time()}
-    Shelf(directory, "app", "7-b").save("journal", {"journal": [], "deaths": deaths})
+    SharedFiles(directory, "app", "7-b").save("journal", {"journal": [], "deaths": deaths})
     killed[0].abandon()
     shop.monitor.tick()
     assert shop.monitor.findings()[0]["code"] == "DB16"
@@ -550,7 +550,7 @@ def test_with_a_door_a_worker_pings_unused_pools(
 def test_the_next_watching_process_knows_of_earlier_deaths(
     directory: Path, make_shop: Callable[..., Shop]
 ) -> None:
-    killed = [Shelf(directory, "app", f"{n}-a").record(["default"]) for n in (1, 2, 3)]
+    killed = [SharedFiles(directory, "app", f"{n}-a").record(["default"]) for n in (1, 2, 3)]
     first, second = (make_shop("host=127.0.0.1 port=1", directory) for _ in range(2))
     first.monitor.tick()
     for record in killed[:2]:
@@ -582,15 +582,15 @@ def test_a_process_that_was_stopped_reports_it_whichever_process_watched(
 def test_a_process_that_was_stopped_while_looking_reports_it(
     directory: Path, make_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passed, lead = [0.0], Shelf.lead
+    passed, lead = [0.0], SharedFiles.lead
 
-    def lead_and_stand_still(shelf: Shelf, now: float, **how: Any) -> bool:
+    def lead_and_stand_still(shared: SharedFiles, now: float, **how: Any) -> bool:
         passed[0] += 15.0
-        return lead(shelf, now, **how)
+        return lead(shared, now, **how)
 
     monkeypatch.setattr("dbpool.monitor._monitor.monotonic", lambda: monotonic() + passed[0])
     shop = make_shop("host=127.0.0.1 port=1", directory)
-    monkeypatch.setattr(Shelf, "lead", lead_and_stand_still)
+    monkeypatch.setattr(SharedFiles, "lead", lead_and_stand_still)
     shop.monitor.tick()
     passed[0] = 0.0  # so that its findings are fresh
     found = shop.monitor.findings()
@@ -616,8 +616,8 @@ def test_a_changed_system_clock_causes_no_long_wait(
 
 
 def test_a_lease_from_before_the_systems_start_is_ignored(directory: Path) -> None:
-    Shelf(directory, "app", "1-a").lead(90_000.0)
-    assert Shelf(directory, "app", "2-b").lead(10.0)
+    SharedFiles(directory, "app", "1-a").lead(90_000.0)
+    assert SharedFiles(directory, "app", "2-b").lead(10.0)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"key": 7, "at": "x"}', b"\xff" * 99, b"[1]"])
@@ -637,25 +637,27 @@ def test_damaged_shared_files_do_no_harm(directory: Path, content: bytes) -> Non
 
 def test_the_steps_of_all_processes_add_up_also_of_ended_ones(directory: Path) -> None:
     now = 1000 * STEP + 2.5
-    shelf = Shelf(directory, "app", "1-a")
-    records = [Shelf(directory, "app", f"{n}-a").record(["default", "replica"]) for n in (1, 2, 3)]
+    shared = SharedFiles(directory, "app", "1-a")
+    records = [
+        SharedFiles(directory, "app", f"{n}-a").record(["default", "replica"]) for n in (1, 2, 3)
+    ]
     for slot in (995, 998, 999):
         for record in records:
             record.write("default", slot, Step(checkouts=slot, in_use=0.5))
     records[1].close()
-    shelf.add_up(["default", "replica"], {}, now)
-    found = shelf.history(now)["default"]
+    shared.add_up(["default", "replica"], {}, now)
+    found = shared.history(now)["default"]
     assert {slot: step.checkouts for slot, step in found.steps.items()} == {
         995: 3 * 995, 998: 3 * 998, 999: 3 * 999,
     }  # fmt: skip
     assert found.steps[999].in_use == 1.5
-    assert shelf.ended() == {"app-2-a": True}
+    assert shared.ended() == {"app-2-a": True}
     for later in range(1, 30):
         now += STEP
         records[0].write("default", 999 + later, Step(checkouts=1))
-        shelf.add_up(["default", "replica"], shelf.history(now), now)
-    assert shelf.ended() == {}, "the added-up file was not removed"
-    found = shelf.history(now)["default"]
+        shared.add_up(["default", "replica"], shared.history(now), now)
+    assert shared.ended() == {}, "the added-up file was not removed"
+    found = shared.history(now)["default"]
     assert found.steps[999].checkouts == 3 * 999, "the ended process' checkouts are missing"
     for record in (records[0], records[2]):
         record.close()
@@ -664,10 +666,10 @@ def test_the_steps_of_all_processes_add_up_also_of_ended_ones(directory: Path) -
 
 
 def test_a_killed_process_differs_from_one_that_ended(directory: Path) -> None:
-    orderly, killed = (Shelf(directory, "app", f"{n}-a").record(["default"]) for n in (1, 2))
+    orderly, killed = (SharedFiles(directory, "app", f"{n}-a").record(["default"]) for n in (1, 2))
     orderly.close()
     killed.abandon()  # as when the process is killed
-    assert Shelf(directory, "app", "3-a").ended() == {"app-1-a": True, "app-2-a": False}
+    assert SharedFiles(directory, "app", "3-a").ended() == {"app-1-a": True, "app-2-a": False}
 
 
 def test_the_history_of_this_process_is_in_its_report(

@@ -65,7 +65,7 @@ def diagnose(scene: Scene) -> tuple[Finding, ...]:
     whole = (_host.silent_workers(scene), dying, *_host.over_configured(scene))
     found += [finding for finding in whole if finding is not None]
     if not any(finding.severity in (Severity.WARNING, Severity.CRITICAL) for finding in found):
-        found.append(_host.innocent(scene))
+        found.append(_host.nothing_wrong(scene))
     return ordered(found)
 
 

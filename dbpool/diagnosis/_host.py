@@ -140,7 +140,7 @@ _UNKNOWN_CAUSE: Final = (
 )
 
 
-def innocent(scene: Scene) -> Finding:
+def nothing_wrong(scene: Scene) -> Finding:
     """DB00: nothing is wrong here, with what is in use, and how many threads serve elsewhere."""
     parts = [
         f"{pool.name} has {pool.active} of {pool.max_size} connections in use, "

@@ -9,7 +9,7 @@ a clock, files or a connection.
 - `_inspector.py`: when to ask a server, over which connection
 - `_query.py`: what a reader of `/stats` asks for
 - `_server.py`: what to ask it
-- `_shelf.py`: the files that the processes share
+- `_shared_files.py`: the files that the processes share
 - `_episodes.py`: when a finding is logged
 """
 

@@ -23,7 +23,7 @@ from dbpool.diagnosis.history import History, Recorder
 from dbpool.errors import describe
 from dbpool.metrics import PoolState, Snapshot
 from dbpool.monitor._looks import Pauses, Pings
-from dbpool.monitor._shelf import Record, Shelf
+from dbpool.monitor._shared_files import Record, SharedFiles
 from dbpool.monitor._watching import Watching
 from dbpool.report import Report
 
@@ -71,7 +71,7 @@ class _ProcessState:
         self.thread: threading.Thread | None = None
         self.recorders: dict[str, Recorder] = {}
         self.record: Record | None = None
-        self.shelf: Shelf | None = None
+        self.shared: SharedFiles | None = None
         self.key = f"{os.getpid()}-{os.urandom(6).hex()}"
         self.history: dict[str, History] = {}  # of this process, where it is alone
         self.watching: Watching | None = None
@@ -91,8 +91,8 @@ class _ProcessState:
         with suppress(OSError):
             if self.record is not None:
                 self.record.close()
-            if self.shelf is not None:
-                self.shelf.give_up()
+            if self.shared is not None:
+                self.shared.give_up()
 
 
 class Monitor:
@@ -199,13 +199,13 @@ class Monitor:
         if os.environ.get("DBPOOL_SERVE") and not self._is_reader:
             state.pings.look(self._databases, stats, now)
         short = self._record(state, stats, now)
-        if state.shelf is None or state.shelf.lead(now, is_reader=self._is_reader):
+        if state.shared is None or state.shared.lead(now, is_reader=self._is_reader):
             if state.watching is None:
                 state.watching = Watching(
-                    self._databases, state.shelf, self._blockers, self._queries, self._settings
+                    self._databases, state.shared, self._blockers, self._queries, self._settings
                 )
             watching, report, history = state.watching, _facts_of(self._report()), state.history
-            if state.shelf is not None:
+            if state.shared is not None:
                 history = watching.add_up([*self._databases, *report["pools"]], now)
             stalled = state.pauses.look(monotonic())  # it may have stood still since `now`
             watching.look(report, history, now, stalled=stalled, usage=self._usage)
@@ -225,21 +225,21 @@ class Monitor:
         except Exception as ex:  # noqa: BLE001  # watching never harms what it watches
             self._complain(f"watching failed: {describe(ex)}")
 
-    def _shelf(self, state: _ProcessState) -> Shelf | None:
-        if state.shelf is None and (directory := self._processes.directory()) is not None:
-            state.shelf = Shelf(directory, self._processes.app, state.key)
-        return state.shelf
+    def _shared(self, state: _ProcessState) -> SharedFiles | None:
+        if state.shared is None and (directory := self._processes.directory()) is not None:
+            state.shared = SharedFiles(directory, self._processes.app, state.key)
+        return state.shared
 
     def _record(self, state: _ProcessState, stats: Mapping[str, Snapshot], now: float) -> list[str]:
         """Record this process's part of the history; return the pools that are full."""
         short = []
         if self._is_reader:
-            self._shelf(state)
-        elif state.record is None and (shelf := self._shelf(state)) is not None:
+            self._shared(state)
+        elif state.record is None and (shared := self._shared(state)) is not None:
             for inherited in self._state.inherited():  # of uWSGI, which runs no hooks at a fork
                 if inherited.record is not None:
                     inherited.record.abandon()
-            state.record = shelf.record(list(self._databases))
+            state.record = shared.record(list(self._databases))
         for name, each in stats.items():
             if each.waiting or 0 < each.max_size <= each.active:
                 short.append(name)
@@ -278,14 +278,14 @@ class Monitor:
         """Return what the watching process found, be it this one or another that wrote a file."""
         state = self._state()
         if state.watching is not None:
-            return state.watching.said.get(ending, {})
-        shelf = self._shelf(state)
-        return {} if shelf is None else mapping(shelf.load(ending))
+            return state.watching.published.get(ending, {})
+        shared = self._shared(state)
+        return {} if shared is None else mapping(shared.load(ending))
 
     def _history_json(self) -> dict[str, Any]:
         state, now = self._state(), monotonic()
-        shelf = self._shelf(state)
-        known = state.history if shelf is None else shelf.history(now)
+        shared = self._shared(state)
+        known = state.history if shared is None else shared.history(now)
         until = time.time() - now % 5.0
         pools = {name: history.to_json(now) for name, history in known.items()}
         minute = {name: history.minute(now) for name, history in known.items()}

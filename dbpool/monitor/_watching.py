@@ -27,7 +27,7 @@ from dbpool.diagnosis.watching import Watcher
 from dbpool.monitor._episodes import Episodes
 from dbpool.monitor._forgotten import Forgotten
 from dbpool.monitor._inspector import Inspector
-from dbpool.monitor._shelf import Shelf, read_pid
+from dbpool.monitor._shared_files import SharedFiles, read_pid
 
 logger = logging.getLogger("dbpool")
 
@@ -41,7 +41,7 @@ _GRACE: Final = 6.0  # seconds that findings are believed beyond their next writ
 _ADDED_UP_AFTER: Final = 2.0  # seconds after a step, when all processes have written it
 _SLOW_HOLD: Final = 2.0  # seconds in one statement
 _LONG_WAIT: Final = 1.0
-_PATIENCE: Final = 0.8  # seconds that a look at the pools waits for those at the servers
+_SERVERS_TIMEOUT: Final = 0.8  # seconds that a look at the pools waits for those at the servers
 _OVERLAP: Final = 5.0  # seconds in which the process that watched before may still write
 _MAX_DEATHS: Final = 20
 _CLOCK_STEP: Final = 2.0  # seconds
@@ -58,12 +58,12 @@ class Watching:
     def __init__(
         self,
         databases: Mapping[str, Any],
-        shelf: Shelf | None,
+        shared: SharedFiles | None,
         blockers: bool,
         queries: bool,
         settings: Mapping[str, Any],
     ) -> None:
-        self._shelf, self._settings = shelf, settings
+        self._shared, self._settings = shared, settings
         self._watcher, self._reporter = Watcher(), Reporter()
         self._usage, self._episodes, self._forgotten = Usage(), Episodes(), Forgotten()
         self._inspectors = {
@@ -81,24 +81,24 @@ class Watching:
         self._clock = 0.0  # by how much the wall clock was ahead of the monotonic one
         self._written: dict[str, tuple[float, object]] = {}
         self._sizes: dict[str, int] = {}  # of the files as written last
-        self.said: dict[str, dict[str, Any]] = {}
+        self.published: dict[str, dict[str, Any]] = {}
 
     def _inherit(self) -> None:
         """Take over the journal and the deaths from the process that watched before."""
-        before = mapping(self._shelf.load("journal")) if self._shelf is not None else {}
+        before = mapping(self._shared.load("journal")) if self._shared is not None else {}
         deaths = {str(k): number(v) for k, v in mapping(before.get("deaths")).items()}
         self._journal = self._journal.merge(Journal.from_json(before.get("journal")))
         self._deaths = deaths | self._deaths
 
     def add_up(self, names: list[str], now: float) -> dict[str, History]:
         """Add up the steps of all processes, once each has ended for all; return the history."""
-        assert self._shelf is not None
+        assert self._shared is not None
         if self._inherits_until is None:
             self._inherits_until = now + _OVERLAP
         if now < self._inherits_until:
             self._inherit()
-        self._exits = self._shelf.exits()
-        for name, is_orderly in self._shelf.ended().items():
+        self._exits = self._shared.exits()
+        for name, is_orderly in self._shared.ended().items():
             pid = _pid_of(name)
             if name not in self._deaths and (not is_orderly or pid in self._exits):
                 self._deaths[name] = time.time()
@@ -107,8 +107,8 @@ class Watching:
         self._deaths = dict(list(self._deaths.items())[-_MAX_DEATHS:])
         slot = slot_of(now - _ADDED_UP_AFTER)
         if slot != self._added_up:
-            self._shelf.add_up(names, self._history, now)
-            self._history = self._shelf.history(now)
+            self._shared.add_up(names, self._history, now)
+            self._history = self._shared.history(now)
             self._added_up = slot
         return self._history
 
@@ -148,7 +148,7 @@ class Watching:
         )
         found = diagnose(scene)
         self._log(found, now)
-        self._say(found, report, now)
+        self._publish(found, report, now)
 
     def _views(self) -> dict[str, ServerView]:
         views = {name: each.view() for name, each in self._inspectors.items()}
@@ -160,7 +160,7 @@ class Watching:
                 since = watches.get(pool.name, Watch()).waiting_since
                 is_urgent = since is not None and wall - since >= _LONG_WAIT
                 inspector.tick(is_needed=is_urgent or _is_held_long(pool), is_urgent=is_urgent)
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _SERVERS_TIMEOUT
         for inspector in self._inspectors.values():
             inspector.wait(deadline - time.monotonic())
 
@@ -175,14 +175,14 @@ class Watching:
                 extra=extra,
             )  # fmt: skip
 
-    def _say(self, found: Collection[Finding], report: Mapping[str, Any], now: float) -> None:
+    def _publish(self, found: Collection[Finding], report: Mapping[str, Any], now: float) -> None:
         found = list(found)[:_MAX_FINDINGS]
         # Where nothing is wrong, the text names the pools that report, with sums over the workers.
         reported = sorted(report["pools"]), len(report["processes"])
         ids = [*reported, *((finding.id, finding.severity) for finding in found)]
         is_calm = all(finding.severity is Severity.OK for finding in found)
         interval = self._interval("findings", _CALM_INTERVAL if is_calm else _INTERVAL)
-        self.said["findings"] = {
+        self.published["findings"] = {
             "at": now,
             "valid": _GRACE + interval,
             # Before the first report nothing is known: a reader diagnoses the report that it has.
@@ -192,7 +192,7 @@ class Watching:
             "suspicions": suspicions(found),
         }
         self._write("findings", ids, interval, now)
-        self.said["journal"] = {
+        self.published["journal"] = {
             "journal": self._journal.to_json(),
             "endpoints": self._usage.to_json(),
             "deaths": self._deaths,
@@ -202,7 +202,7 @@ class Watching:
         self._write("journal", deaths, self._interval("journal", _JOURNAL_INTERVAL), now)
         views = self._views()
         servers = {name: view.about() for name, view in views.items() if view.facts}
-        self.said["about"] = {"settings": self._settings, "servers": servers}
+        self.published["about"] = {"settings": self._settings, "servers": servers}
         known = {name: view.time for name, view in views.items()}
         self._write("about", known, self._interval("about", _ABOUT_INTERVAL), now)
 
@@ -213,9 +213,9 @@ class Watching:
     def _write(self, ending: str, what: object, interval: float, now: float) -> None:
         """Write a result if it changed, or if it was last written some time ago."""
         at, before = self._written.get(ending, (-interval, object()))
-        if self._shelf is not None and (what != before or now - at >= interval):
+        if self._shared is not None and (what != before or now - at >= interval):
             self._written[ending] = now, what
-            self._sizes[ending] = self._shelf.save(ending, self.said[ending])
+            self._sizes[ending] = self._shared.save(ending, self.published[ending])
 
     def close(self) -> None:
         """Close the connections to the servers."""

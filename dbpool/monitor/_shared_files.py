@@ -70,7 +70,7 @@ class Record:
             self._lock.close()
 
 
-class Shelf:
+class SharedFiles:
     """The files of one application in *directory*; *key* tells this process from all others."""
 
     def __init__(self, directory: Path, app: str, key: str) -> None:
