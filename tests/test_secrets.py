@@ -124,6 +124,10 @@ def test_a_secret_is_still_used(server: Server) -> None:
 # Wrong settings beside a good connection string
 
 
+def test_an_address_with_a_zone_is_no_secret() -> None:
+    assert "fe80::1%eth0" in repr(Settings(conninfo="hostaddr=fe80::1%eth0"))
+
+
 @pytest.mark.parametrize("name", VARIABLES)
 @pytest.mark.parametrize("value", ["x", "-1", "", "a,b", PASSWORD])
 def test_no_frame_of_a_wrong_setting_shows_the_url(

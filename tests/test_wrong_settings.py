@@ -282,6 +282,18 @@ def test_messages_of_transient_errors_are_not_permanent_errors(text: str) -> Non
     assert not is_permanent(classify(psycopg.OperationalError(text)))
 
 
-def test_a_name_that_does_not_resolve_is_transient(make_pool: MakePool) -> None:
-    pool = make_pool("host=nowhere.invalid user=u", outage_grace=0.1)
-    assert type(Task(pool.getconn).error()) is DatabaseUnavailable
+@pytest.mark.parametrize(
+    "conninfo",
+    [
+        "host=nowhere.invalid user=u",
+        "postgresql://u:password@nowhere.invalid/d",
+        lambda: "host=db.invalid,nowhere.invalid",
+    ],
+)
+def test_a_name_that_does_not_resolve_is_transient_and_told(
+    make_pool: MakePool, conninfo: Any
+) -> None:
+    pool = make_pool(conninfo, outage_grace=0.1)
+    error = Task(pool.getconn).error()
+    assert type(error) is DatabaseUnavailable
+    assert "failed to resolve host 'nowhere.invalid'" in str(error)

@@ -55,7 +55,8 @@ def parse(conninfo: str, known_as: str = "the connection string") -> dict[str, A
     # The error is raised here, so that no chained error repeats the string.
     if problem := "it is blank" if conninfo and not text else _problem(text, params):
         raise ConfigError(f"{known_as} is malformed: {problem}")
-    return params or {}
+    # psycopg's errors quote a host by its `repr()`, which must stay readable.
+    return {key: str(v) if key == "host" else v for key, v in (params or {}).items()}
 
 
 def _problem(text: str, params: Mapping[str, Any] | None) -> str:
