@@ -132,7 +132,7 @@ def test_wrong_settings_are_one_line(environ: dict[str, str], command: str, call
         {"DBPOOL_ERROR_HANDLERS": "perhaps"},
     ],
 )
-def test_check_refuses_wrong_settings_of_the_application(
+def test_check_rejects_wrong_settings_of_the_application(
     server: Server, environ: dict[str, str], call: Call
 ) -> None:
     environ = {**environ, "DATABASE_URL": server.conninfo}
@@ -375,7 +375,7 @@ def test_a_closed_output_pipe_causes_no_traceback(server: Server) -> None:
         assert process.stderr.read() == ""
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--version"])
     assert exit_.value.code == 0

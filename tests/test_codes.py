@@ -1,4 +1,4 @@
-"""The pages of the codes: one for each, shown offline, and true to what the code says."""
+"""The pages of the codes: each code has one, and it quotes what the code really prints."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ ERRORS = {
 
 
 def quotes(code: str) -> list[str]:
-    """What a page quotes of logs and errors, line by line."""
+    """The log lines and errors that a page quotes, line by line."""
     blocks = re.findall(r"```text\n(.*?)```", pages()[code], re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
 
 
 def shape(text: object) -> str:
-    """A text whose numbers are all the same, but for those of codes, and without how long it lasts.
+    """The text with every number replaced, except those in codes, and without its duration.
 
-    An outage that is shorter than a tenth of a second has no duration in its text.
+    The text of an outage shorter than a tenth of a second has no duration.
     """
     text = re.sub(r" for \d+\.\d s(?= \()", "", str(text))
     return re.sub(r"(?<!DBE0)\b\d+(\.\d+)?", "0", text).replace("\n\t", " ")
 
 
 def run_as(filename: str, source: str, **names: Any) -> None:
-    """Run *source* as if it stood in that file."""
+    """Run *source* under that file name."""
     exec(compile(source, filename, "exec"), names)
 
 
@@ -62,7 +62,7 @@ def test_every_error_and_every_diagnosis_has_a_page() -> None:
 
 
 @pytest.mark.parametrize("code", pages())
-def test_a_page_begins_with_its_code_and_says_what_to_do(code: str) -> None:
+def test_a_page_begins_with_its_code_and_has_all_parts(code: str) -> None:
     page = pages()[code]
     assert page.startswith(f"## {code} ")
     for part in ("**What it means.**", "**Look at**", "**Do**"):
@@ -76,7 +76,7 @@ def test_an_errors_page_is_titled_with_its_class(code: str, name: str) -> None:
     assert issubclass(getattr(dbpool, name), Exception)
 
 
-def test_every_kind_of_a_failure_is_told_of() -> None:
+def test_every_failure_kind_is_explained_on_a_page() -> None:
     pages_of_outages = pages()["DBE02"] + pages()["DBE03"]
     assert {kind for kind in FailureKind if f"`{kind}`" not in pages_of_outages} == set()
     assert {kind for kind in FailureKind if is_permanent(kind)} == {
@@ -84,7 +84,7 @@ def test_every_kind_of_a_failure_is_told_of() -> None:
     }
 
 
-# What they quote
+# What the pages quote
 
 
 def test_an_exhausted_pool_says_what_its_page_quotes(dsn: str) -> None:
@@ -105,7 +105,7 @@ def test_an_exhausted_pool_says_what_its_page_quotes(dsn: str) -> None:
     assert [shape(caught.value)] == [shape(line) for line in quotes("DBE01")]
 
 
-def test_a_nested_checkout_and_slow_statements_are_told_as_its_page_says(dsn: str) -> None:
+def test_a_nested_checkout_and_slow_statements_say_what_the_page_quotes(dsn: str) -> None:
     with Pool(dsn, max_size=1, timeout=30) as pool:
         with pool.connection(), pytest.raises(dbpool.PoolExhausted) as nested:
             pool.getconn(timeout=0.05)
@@ -129,7 +129,7 @@ def test_an_outage_says_what_its_page_quotes() -> None:
     assert caught.value.kind == "refused"
 
 
-def test_the_end_of_an_outage_is_logged_as_its_page_says(
+def test_the_end_of_an_outage_logs_what_its_page_quotes(
     own_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     own_server.stop("immediate")
@@ -201,7 +201,7 @@ def test_every_diagnosis_says_what_its_page_quotes() -> None:
     assert {code for code, _ in quoted} == CODES.keys()
 
 
-def test_a_page_names_all_that_the_evidence_holds() -> None:
+def test_a_page_names_every_field_of_the_evidence() -> None:
     cases = [*TROUBLES.values(), *MORE_TROUBLES.values(), *QUIET.values()]
     found = [each for case in cases for each in diagnose(case.scene())]
     missing = {
@@ -225,7 +225,7 @@ def test_explain_shows_the_page_of_a_code(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("code", pages())
-def test_a_terminal_shows_a_page_without_marks(code: str) -> None:
+def test_a_terminal_shows_a_page_without_markup(code: str) -> None:
     text = as_text(pages()[code])
     prose = [line for line in text.splitlines() if not line.startswith("    ")]
     assert not re.search(r"\*\*|\]\(|^#", "\n".join(prose), re.MULTILINE)
@@ -250,7 +250,7 @@ def test_explain_without_a_code_lists_them_all(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.splitlines() == [title(page) for page in pages().values()]
 
 
-def test_explain_of_an_unknown_code_fails_and_says_what_there_is(
+def test_explain_of_an_unknown_code_fails_and_lists_the_codes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["explain", "DB99"]) == 1

@@ -1,13 +1,13 @@
-"""What the documentation shows runs as it stands there: samples, commands, links, quoted lines.
+"""The documentation's samples, commands, links and quoted lines work as they are printed.
 
-Comments in a page say how, out of sight of its readers:
+Hidden comments in a page say how to run it:
 
 - `env: NAME=VALUE`, `setup-first:` and `needs: PACKAGE` come before everything else;
-- `setup:` is Python that runs where it stands, `cleanup:` when the page is done;
+- `setup:` is Python that runs at that place, `cleanup:` at the end of the page;
 - `pytest:` is the `app.py` that the first two samples of a page are run beside, by pytest;
-- `check:` is an expression that must be true there, `output:` what the last block has printed;
-- `exit:` is the exit status of the commands before it, `setup-sql:` what the SQL before it needs;
-- `replace: TEXT = OTHER` is put into the samples, as the address of the test's database is.
+- `check:` is an expression that must be true there, `output:` what the last block printed;
+- `exit:` is the exit status of the commands before it, `setup-sql:` SQL to run before the page's;
+- `replace: TEXT = OTHER` is applied to the samples, like the address of the test's database.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PIECE = re.compile(
 
 @dataclass(frozen=True)
 class Piece:
-    """A fenced block, whose word is its language, or a comment."""
+    """A fenced block, with its language as the word, or a comment."""
 
     word: str
     text: str
@@ -69,7 +69,7 @@ def pieces(path: Path) -> list[Piece]:
 
 
 def blocks(language: str) -> list[Any]:
-    """All blocks of a language, with the page of each."""
+    """All blocks in a language, each with its page."""
     return [
         pytest.param(path, piece.text, id=f"{path.stem}-{number}")
         for path in PAGES
@@ -79,7 +79,7 @@ def blocks(language: str) -> list[Any]:
 
 
 def comment_behind(path: Path, code: str, word: str) -> str | None:
-    """What the comment right behind a block says, if it begins with that word."""
+    """The text of the comment right after a block, if it begins with that word."""
     found = pieces(path)
     at = next(n for n, piece in enumerate(found) if piece.text == code)
     behind = found[at + 1 : at + 2]
@@ -87,12 +87,12 @@ def comment_behind(path: Path, code: str, word: str) -> str | None:
 
 
 def shape(text: str) -> str:
-    """A text whose numbers are all the same: a server's are not those of a page."""
+    """The text with every number replaced: a test's numbers differ from the page's."""
     return re.sub(r"\d+", "0", text.strip())
 
 
 class Page:
-    """Runs a page from its top to its end, in one namespace."""
+    """Runs a page from top to bottom, in one namespace."""
 
     def __init__(self, path: Path, dsn: str) -> None:
         self.path, self.pieces = path, pieces(path)
@@ -183,17 +183,17 @@ def test_the_samples_of_a_page_run(page: Page) -> None:
 
 
 @pytest.mark.parametrize(("path", "code"), blocks("yaml"))
-def test_yaml_is_read_and_holds_no_unknown_variable(path: Path, code: str) -> None:
+def test_yaml_samples_parse_and_name_only_known_variables(path: Path, code: str) -> None:
     yaml = pytest.importorskip("yaml")
     assert isinstance(yaml.safe_load(code), dict)
     assert set(re.findall(r"DBPOOL_[A-Z_]+", code)) <= COMMON
 
 
 PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
-FIELDS = {"httpGet", "periodSeconds", "timeoutSeconds", "failureThreshold"}  # of those there are
+FIELDS = {"httpGet", "periodSeconds", "timeoutSeconds", "failureThreshold"}  # fields in use
 
 
-def test_the_probes_ask_views_that_there_are_and_are_patient(make_app: MakeApp, dsn: str) -> None:
+def test_the_probes_use_existing_views_and_allow_enough_time(make_app: MakeApp, dsn: str) -> None:
     yaml = pytest.importorskip("yaml")
     client = make_app(dsn).test_client()
     (text,) = [each.text for each in pieces(DOCS / "probes.md") if each.word == "yaml"]
@@ -231,10 +231,10 @@ def test_sql_runs(path: Path, code: str, dsn: str) -> None:
         conn.rollback()
 
 
-# What it says of the code
+# What the documentation says about the code
 
 
-def test_what_is_generated_is_up_to_date() -> None:
+def test_generated_parts_are_up_to_date() -> None:
     sys.path.insert(0, str(ROOT / "tools"))
     try:
         tool = importlib.import_module("write_docs")
@@ -245,7 +245,7 @@ def test_what_is_generated_is_up_to_date() -> None:
     assert (DOCS / "llms.txt").read_text() == tool.llms()
 
 
-def test_the_page_on_metrics_names_what_stats_holds(make_app: MakeApp, dsn: str) -> None:
+def test_the_page_on_metrics_names_every_field_of_stats(make_app: MakeApp, dsn: str) -> None:
     app = make_app(dsn, DBPOOL_DETAILS="always")
     report = app.test_client().get("/db/stats").json
     assert report is not None
@@ -257,7 +257,7 @@ def test_the_page_on_metrics_names_what_stats_holds(make_app: MakeApp, dsn: str)
     assert named >= {*pool} - {"max_size", "min_size"}
 
 
-def test_every_setting_and_variable_is_told_of() -> None:
+def test_every_setting_and_variable_is_documented() -> None:
     page = (DOCS / "settings.md").read_text()
     assert {name for name in COMMON if f"`{name}`" not in page} == set()
 
@@ -272,7 +272,7 @@ def test_every_variable_that_a_page_names_exists(path: Path) -> None:
 
 
 def slug(heading: str) -> str:
-    """The anchor of a heading, as a forge makes it."""
+    """The anchor that a forge makes from a heading."""
     text = re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
     return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
 
@@ -283,7 +283,7 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_links_lead_somewhere_on_a_forge_too(path: Path) -> None:
+def test_links_and_anchors_exist_on_a_forge_too(path: Path) -> None:
     text = re.sub(r"^ *```.*?^ *```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if link.startswith("https://"):
@@ -294,7 +294,7 @@ def test_links_lead_somewhere_on_a_forge_too(path: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
-def test_the_runbooks_of_the_alert_rules_are_there() -> None:
+def test_the_runbooks_of_the_alert_rules_exist() -> None:
     runbooks = re.findall(r'runbook: "([\w-]+)\.html#?([\w-]*)"', (DOCS / "alerts.md").read_text())
     assert runbooks
     for name, anchor in runbooks:
@@ -328,7 +328,7 @@ def test_what_the_runbook_quotes_of_the_log_is_in_the_code() -> None:
     assert [each for each in quoted if each not in code] == []
 
 
-def test_a_line_of_the_log_that_the_page_on_flask_quotes_is_as_it_is_logged(
+def test_the_page_on_flask_quotes_a_real_log_line(
     make_app: MakeApp, dsn: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     db = DBPool()

@@ -320,7 +320,7 @@ def test_a_named_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [5, True, "a\0b", ["a"]])
-def test_an_invalid_path_is_refused(path: Any) -> None:
+def test_an_invalid_path_is_rejected(path: Any) -> None:
     for read in (
         lambda: Settings.from_env(environ={}, dotenv=path),
         lambda: chosen(DBPOOL_DOTENV=path),

@@ -231,7 +231,7 @@ def test_a_listener_may_use_the_pool(fake: FakeServer) -> None:
     assert answers == [1]
 
 
-def test_no_event_is_built_when_nobody_listens(
+def test_no_event_is_built_without_listeners(
     fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object) -> None:

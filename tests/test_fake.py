@@ -122,7 +122,7 @@ def test_a_silent_connection_is_not_closed(subject: Subject) -> None:
     subject.speak_again()
 
 
-def test_a_server_that_has_stopped_refuses(subject: Subject) -> None:
+def test_a_stopped_server_refuses_connections(subject: Subject) -> None:
     conn = subject.connect()
     subject.stop()
     until(lambda: seen(conn) is Liveness.DEAD)

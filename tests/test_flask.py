@@ -89,7 +89,7 @@ def test_a_blueprint_without_the_extension_is_an_error() -> None:
         Flask("app").register_blueprint(create_blueprint())
 
 
-def test_an_application_without_the_extension_says_what_is_missing() -> None:
+def test_the_error_without_the_extension_names_init_app() -> None:
     db = DBPool()
     with Flask("bare").app_context(), pytest.raises(RuntimeError, match=r"init_app.*'bare'"):
         _ = db.pool

@@ -178,7 +178,7 @@ def test_one_class_stands_between_the_parent_and_the_pool() -> None:
     assert own[0].__bases__[0] is ConnectionPool
 
 
-def test_the_store_alone_takes_its_lock() -> None:
+def test_only_the_store_takes_its_lock() -> None:
     """The two exceptions are the hot lines in `Pool._acquire` and `Pool._release`."""
     found: Counter[str] = Counter()
     for path in FILES:

@@ -1,4 +1,4 @@
-"""Metrics and spans for OpenTelemetry: exact numbers, causes, and nothing where nobody asks."""
+"""Metrics and spans for OpenTelemetry: exact numbers, causes, and no cost without a provider."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Points = dict[tuple[str, ...], Any]
 
 
 class Telemetry:
-    """Providers that keep what they are given in memory."""
+    """Providers that keep all metrics and spans in memory."""
 
     def __init__(self, **how: Any) -> None:
         self.readers = [InMemoryMetricReader(**how), InMemoryMetricReader(**how)]
@@ -106,7 +106,7 @@ durations = st.lists(st.floats(0.0, 5000.0, allow_subnormal=False) | st.sampled_
 
 
 @given(durations, durations)
-def test_buckets_number_and_sum_of_what_was_gained_are_exact(
+def test_buckets_count_and_sum_of_the_increase_are_exact(
     before: list[float], after: list[float]
 ) -> None:
     histogram = Histogram()
@@ -123,7 +123,7 @@ def test_buckets_number_and_sum_of_what_was_gained_are_exact(
     assert max(found, default=0.0) <= histogram.max
 
 
-def test_a_single_duration_is_recorded_as_it_was() -> None:
+def test_a_single_duration_is_recorded_exactly() -> None:
     histogram = Histogram()
     histogram.add(0.001234567)
     assert [*gained(Histogram().snapshot(), histogram.snapshot())] == [(0.001234567, 1)]
@@ -166,7 +166,7 @@ def test_the_instruments_are_those_of_the_conventions(
         assert telemetry.points("wait_time")["default",].explicit_bounds == BOUNDARIES
 
 
-def test_sizes_are_those_of_the_pool(telemetry: Telemetry, fake: FakeServer) -> None:
+def test_sizes_are_the_pools_sizes(telemetry: Telemetry, fake: FakeServer) -> None:
     with fake.pool(min_size=1, max_size=2, name="orders") as pool:
         telemetry.instrument(pool)
         with pool.connection():
@@ -183,7 +183,7 @@ def test_sizes_are_those_of_the_pool(telemetry: Telemetry, fake: FakeServer) -> 
         assert telemetry.value("max", "orders") == telemetry.value("idle.max", "orders") == 7
         assert telemetry.value("idle.min", "orders") == 3
     assert telemetry.value("count", "orders", "used") == 0
-    assert telemetry.value("max", "orders") == 0, "a closed pool has room for none"
+    assert telemetry.value("max", "orders") == 0, "a closed pool has no room"
 
 
 def test_timeouts_are_counted(telemetry: Telemetry, fake: FakeServer) -> None:
@@ -198,7 +198,7 @@ def test_timeouts_are_counted(telemetry: Telemetry, fake: FakeServer) -> None:
 @pytest.mark.parametrize(
     "temporality", [AggregationTemporality.CUMULATIVE, AggregationTemporality.DELTA]
 )
-def test_no_checkout_is_lost_or_counted_twice_however_often_it_is_collected(
+def test_concurrent_collections_neither_lose_nor_double_checkouts(
     fake: FakeServer, temporality: AggregationTemporality
 ) -> None:
     preferred = {SDKHistogram: temporality, ObservableCounter: temporality}
@@ -225,7 +225,7 @@ def test_no_checkout_is_lost_or_counted_twice_however_often_it_is_collected(
     telemetry.meters.shutdown()
 
 
-def test_buckets_and_sums_are_those_of_the_pool(telemetry: Telemetry, fake: FakeServer) -> None:
+def test_buckets_and_sums_are_the_pools(telemetry: Telemetry, fake: FakeServer) -> None:
     with fake.pool(max_size=4) as pool:
         telemetry.instrument(pool)
         for _ in range(5):
@@ -240,16 +240,14 @@ def test_buckets_and_sums_are_those_of_the_pool(telemetry: Telemetry, fake: Fake
             assert point.max <= field.max
 
 
-def test_what_ended_before_it_was_instrumented_counts(
-    telemetry: Telemetry, fake: FakeServer
-) -> None:
+def test_checkouts_before_instrumenting_are_counted(telemetry: Telemetry, fake: FakeServer) -> None:
     with fake.pool() as pool:
         use(pool, 3)
         telemetry.instrument(pool)
         assert telemetry.count("use_time") == 3
 
 
-def test_a_checkout_costs_no_call_more(dsn: str, telemetry: Telemetry) -> None:
+def test_an_instrumented_checkout_makes_no_more_calls(dsn: str, telemetry: Telemetry) -> None:
     with Pool(dsn, min_size=2, max_size=2) as pool:
         pool.wait()
         lend(pool)
@@ -263,7 +261,7 @@ def test_a_checkout_costs_no_call_more(dsn: str, telemetry: Telemetry) -> None:
 # Which pools
 
 
-def test_once_more_does_nothing(telemetry: Telemetry, fake: FakeServer) -> None:
+def test_instrumenting_twice_changes_nothing(telemetry: Telemetry, fake: FakeServer) -> None:
     with fake.pool() as pool:
         telemetry.instrument(pool)
         telemetry.instrument({"default": pool})
@@ -289,7 +287,7 @@ def test_a_pool_that_is_instrumented_again_is_not_counted_twice(
         assert telemetry.count("use_time") == 5 == pool.stats().use.count
 
 
-def test_what_ended_before_it_is_uninstrumented_is_recorded(
+def test_checkouts_before_uninstrumenting_are_recorded(
     telemetry: Telemetry, fake: FakeServer
 ) -> None:
     with fake.pool() as pool:
@@ -299,7 +297,9 @@ def test_what_ended_before_it_is_uninstrumented_is_recorded(
     assert telemetry.count("use_time") == 4
 
 
-def test_another_provider_takes_over(telemetry: Telemetry, fake: FakeServer) -> None:
+def test_instrumenting_with_another_provider_takes_over(
+    telemetry: Telemetry, fake: FakeServer
+) -> None:
     other = Telemetry()
     with fake.pool() as pool:
         telemetry.instrument(pool)
@@ -307,12 +307,12 @@ def test_another_provider_takes_over(telemetry: Telemetry, fake: FakeServer) -> 
         other.instrument(pool)
         use(pool, 1)
         assert telemetry.count("use_time") == 2
-        assert other.count("use_time") == 3, "all since it was opened"
+        assert other.count("use_time") == 3, "all checkouts since the pool opened"
     uninstrument()
     other.meters.shutdown()
 
 
-def test_several_pools_are_told_apart_by_name(telemetry: Telemetry, fake: FakeServer) -> None:
+def test_several_pools_are_distinguished_by_name(telemetry: Telemetry, fake: FakeServer) -> None:
     pools = {name: fake.pool(name=name) for name in ("default", "replica")}
     telemetry.instrument(pools)
     for number, pool in enumerate(pools.values(), 1):
@@ -323,7 +323,7 @@ def test_several_pools_are_told_apart_by_name(telemetry: Telemetry, fake: FakeSe
         pool.close()
 
 
-def test_pools_of_one_name_are_added_up_and_no_total_falls(
+def test_pools_with_one_name_are_summed_and_no_total_falls(
     telemetry: Telemetry, fake: FakeServer
 ) -> None:
     def generation() -> None:
@@ -345,7 +345,7 @@ def test_pools_of_one_name_are_added_up_and_no_total_falls(
         assert telemetry.value("max") == 8
 
 
-def test_the_last_checkouts_of_a_pool_that_is_dropped_count(
+def test_the_last_checkouts_of_a_dropped_pool_are_counted(
     telemetry: Telemetry, fake: FakeServer
 ) -> None:
     def script() -> weakref.ref[Pool[Any]]:
@@ -358,7 +358,7 @@ def test_the_last_checkouts_of_a_pool_that_is_dropped_count(
     gc.disable()
     try:
         pool = script()
-        until(lambda: pool() is None)  # a worker may have it for a moment
+        until(lambda: pool() is None)  # a worker may hold it for a moment
     finally:
         gc.enable()
     assert telemetry.count("use_time") == 7
@@ -370,11 +370,11 @@ def test_only_pools_can_be_instrumented() -> None:
         instrument("postgresql://user:secret@host/db")  # type: ignore[arg-type]
 
 
-# Providers that fail, or are not there
+# Providers that fail, or are missing
 
 
 class Broken(metrics.NoOpMeterProvider, trace.NoOpTracerProvider):
-    """Raises wherever it is asked to do something."""
+    """Raises in every method."""
 
     def get_meter(self, *args: Any, **kwargs: Any) -> Any:
         return BrokenMeter("broken")
@@ -406,7 +406,7 @@ class BrokenTracer(trace.NoOpTracer):
         raise RuntimeError("secret")
 
 
-def test_providers_that_raise_harm_nobody(
+def test_providers_that_raise_do_no_harm(
     fake: FakeServer, make_pool: MakePool, caplog: pytest.LogCaptureFixture
 ) -> None:
     from dbpool.opentelemetry import flush
@@ -416,7 +416,7 @@ def test_providers_that_raise_harm_nobody(
     use(pool, 3)
     for collect in BrokenMeter.callbacks * 2:
         [*collect(None)]
-    assert BrokenMeter.records == 1, "nothing is recorded twice"
+    assert BrokenMeter.records == 1, "it was recorded again"
     assert flush()
     warnings = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
     assert sorted(warnings) == [
@@ -427,9 +427,7 @@ def test_providers_that_raise_harm_nobody(
     uninstrument(pool)
 
 
-def test_a_provider_that_makes_no_meter_leaves_all_as_it_was(
-    telemetry: Telemetry, fake: FakeServer
-) -> None:
+def test_a_provider_without_a_meter_changes_nothing(telemetry: Telemetry, fake: FakeServer) -> None:
     class NoMeter(metrics.NoOpMeterProvider):
         def get_meter(self, *args: Any, **kwargs: Any) -> Any:
             raise RuntimeError("no meter")
@@ -442,10 +440,10 @@ def test_a_provider_that_makes_no_meter_leaves_all_as_it_was(
         assert telemetry.count("use_time") == 2
 
 
-def test_a_collection_does_not_wait_for_ever_for_a_provider(
+def test_a_collection_does_not_deadlock_with_a_providers_lock(
     fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one that holds a lock at a collection which a value that is recorded needs too."""
+    """The provider holds a lock while it collects, which recording a value needs too."""
     lock, recording, collecting = threading.Lock(), threading.Event(), threading.Event()
 
     class Locking(metrics.NoOpMeterProvider, metrics.NoOpMeter):
@@ -514,7 +512,7 @@ def said(script: str, **env: str) -> str:
     return done.stdout.strip()
 
 
-def test_nothing_runs_until_a_provider_is_set_which_may_be_late() -> None:
+def test_nothing_runs_before_a_provider_is_set() -> None:
     script = """
 instrument(pool)
 use(pool, 2)
@@ -542,7 +540,7 @@ pool.close()
     assert said(script, OTEL_SDK_DISABLED="true") == "{} True"
 
 
-def test_it_says_which_package_is_missing() -> None:
+def test_the_error_names_the_missing_package() -> None:
     script = """
 import sys
 sys.modules["opentelemetry"] = None
@@ -581,12 +579,12 @@ pool.close()
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_a_child_begins_at_zero(own: bool) -> None:
+def test_a_forked_child_starts_at_zero(own: bool) -> None:
     script = FORK.format(parent="", own=own)
     assert said(script, PYTHONWARNINGS="ignore").splitlines() == ["child [3]", "parent [2]"]
 
 
-def test_a_child_says_if_it_reports_its_parents_numbers_again() -> None:
+def test_a_child_warns_if_it_reports_its_parents_numbers_again() -> None:
     script = GLOBAL + FORK.format(parent="counts(reader)", own=False)
     done = python("-c", script, env={"PYTHONWARNINGS": "ignore"}, check=True)
     warning = "OpenTelemetry: the provider is the parent's: this process reports again"
@@ -655,7 +653,7 @@ pool.close()
     assert said(EXPORTING + script) == "True ['dbpool.acquire', 'dbpool.connect']"
 
 
-def test_an_exporter_that_hangs_is_not_waited_for_too_long() -> None:
+def test_the_wait_for_a_hanging_exporter_is_bounded() -> None:
     script = """
 class Hanging(ConsoleMetricExporter):
     def export(self, *args, **kwargs):
@@ -678,7 +676,7 @@ def test_an_acquire_that_waits_is_a_span_of_its_callers(
         use(pool, 1)
         telemetry.instrument(pool)
         use(pool, 3)
-        assert telemetry.spans("dbpool.acquire") == [], "these did not wait"
+        assert telemetry.spans("dbpool.acquire") == [], "a checkout without a wait made a span"
 
         def request() -> int:
             with telemetry.tracers.get_tracer("app").start_as_current_span("request") as span:
@@ -696,7 +694,7 @@ def test_an_acquire_that_waits_is_a_span_of_its_callers(
         assert span.status.is_unset
 
 
-def test_a_wait_that_ends_in_vain_says_why(telemetry: Telemetry, fake: FakeServer) -> None:
+def test_the_span_of_a_failed_wait_has_the_reason(telemetry: Telemetry, fake: FakeServer) -> None:
     with fake.pool(max_size=1) as pool:
         use(pool, 1)
         telemetry.instrument(pool)
@@ -712,7 +710,7 @@ def test_a_wait_that_ends_in_vain_says_why(telemetry: Telemetry, fake: FakeServe
     assert span.events == ()
 
 
-def test_a_caller_whose_wait_is_traced_is_kept_by_nothing(
+def test_a_traced_wait_keeps_no_object_of_its_caller_alive(
     telemetry: Telemetry, fake: FakeServer
 ) -> None:
     class Held:
@@ -734,7 +732,9 @@ def test_a_caller_whose_wait_is_traced_is_kept_by_nothing(
             gc.enable()
 
 
-def test_a_refused_connect_says_kind_and_attempt(telemetry: Telemetry, fake: FakeServer) -> None:
+def test_the_span_of_a_failed_connect_has_kind_and_attempt(
+    telemetry: Telemetry, fake: FakeServer
+) -> None:
     fake.refuse('FATAL:  password authentication failed for user "app"')
     with fake.pool("host=h user=app password=hunter2secret", min_size=0) as pool:
         telemetry.instrument(pool)
@@ -768,7 +768,7 @@ def test_attempts_are_numbered_until_one_succeeds(telemetry: Telemetry, fake: Fa
         assert acquire.status.is_unset
 
 
-def test_a_connect_says_where_to(telemetry: Telemetry, dsn: str) -> None:
+def test_the_span_of_a_connect_has_the_servers_address(telemetry: Telemetry, dsn: str) -> None:
     with Pool(dsn, min_size=1) as pool:
         telemetry.instrument(pool)
         info = pool.run(lambda conn: (conn.info.host, conn.info.port, conn.info.dbname))
@@ -782,7 +782,7 @@ def test_a_connect_says_where_to(telemetry: Telemetry, dsn: str) -> None:
     "conninfo",
     [
         "postgresql://app:hunter2secret@127.0.0.1:1/shop",
-        lambda: "postgresql://app:hunter2secret@127.0.0.1:port/shop",  # a callable comes unchecked
+        lambda: "postgresql://app:hunter2secret@127.0.0.1:port/shop",  # a callable is not checked
         lambda: "host=postgresql://app:hunter2secret@h/shop",
         "host=127.0.0.1 port=1 sslpassword=hunter2secret",
         "host=127.0.0.1 port=1 sslmode=hunter2secret",
@@ -797,8 +797,8 @@ def test_no_span_shows_a_secret(telemetry: Telemetry, conninfo: Any) -> None:
     assert "hunter2" not in " ".join(span.to_json() for span in spans)
 
 
-def test_what_is_left_can_be_flushed_while_the_interpreter_ends() -> None:
-    """From Python 3.12 on no thread can be started then."""
+def test_pending_data_can_be_flushed_at_the_interpreters_exit() -> None:
+    """From Python 3.12 on no thread can be started at that time."""
     script = """
 import atexit, threading
 from dbpool.opentelemetry import flush

@@ -1,4 +1,4 @@
-"""OpenTelemetry over gunicorn's workers: together they report what the clients counted, to the unit."""
+"""OpenTelemetry with gunicorn: all workers together report exactly what the clients counted."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ pytest.importorskip("opentelemetry.sdk")
 
 WORKERS, THREADS, CLIENTS = 4, 4, 8
 INTERVAL = 0.5  # seconds between two exports
-COLLECTING = 0.25  # seconds at most from the reading of a count to the time that it is given
+COLLECTING = 0.25  # seconds at most between reading a count and its timestamp
 APP = """
 from dbpool.opentelemetry import instrument
 instrument(app.extensions["dbpool"].databases)
 """
-# Takes the place of the one that the sample in the documentation names.
+# Replaces the exporter that the documentation's sample names.
 EXPORTER = """
 import os
 from opentelemetry.sdk.metrics.export import ConsoleMetricExporter
@@ -52,7 +52,7 @@ def sample() -> str:
 
 
 class Export:
-    """One export of a worker: how many uses of connections it counts, and when and for whom."""
+    """One export of a worker: the number of uses, the time, and the attributes."""
 
     def __init__(self, line: str) -> None:
         (resource,) = json.loads(line)["resource_metrics"]
@@ -70,18 +70,18 @@ class Export:
 
 
 def stop(site: Site) -> None:
-    """Stop it once all workers serve: gunicorn loses the signal for one that just starts."""
+    """Stop it once all workers serve: gunicorn loses signals to a worker that is starting."""
     until(lambda: len(site.stats()["processes"]) == WORKERS, 30.0)
     site.stop()
 
 
 class Traffic:
-    """What the clients saw: for each worker when its answers came, and how many got none."""
+    """What the clients saw: the times of each worker's answers, and the errors."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.answers: defaultdict[int, list[float]] = defaultdict(list)
-        self.errors: list[str] = []  # any worker may have served these
+        self.errors: list[str] = []  # any worker may have served these requests
 
     def send(self, number: int) -> None:
         with ThreadPoolExecutor(CLIENTS) as threads:
@@ -94,7 +94,7 @@ class Traffic:
     def _ask(self, n: int) -> tuple[int, float] | str:
         try:
             return int(self.site.get("/")), time.time()
-        except (OSError, HTTPException) as ex:  # or the worker was killed within its answer
+        except (OSError, HTTPException) as ex:  # the worker may have been killed while answering
             return repr(ex)
 
     def counted(self) -> dict[int, int]:
@@ -103,7 +103,7 @@ class Traffic:
 
 @pytest.fixture
 def start(make_site: Callable[..., Site], tmp_path: Path) -> Callable[..., Site]:
-    """Serve with the page's configuration; exports come into files of this directory."""
+    """A function that serves with the page's configuration; exports are written to *tmp_path*."""
 
     def start(**options: Any) -> Site:
         package = tmp_path / "opentelemetry" / "exporter" / "otlp" / "proto" / "http"
@@ -117,7 +117,7 @@ def start(make_site: Callable[..., Site], tmp_path: Path) -> Callable[..., Site]
 
 
 def exports(directory: Path) -> dict[int, list[Export]]:
-    """What each worker exported, in order; one that never used a connection has nothing to say."""
+    """Each worker's exports in order; a worker that used no connection has none."""
     return {
         int(path.stem.partition("-")[2]): found
         for path in directory.glob("exported-*.jsonl")
@@ -126,7 +126,7 @@ def exports(directory: Path) -> dict[int, list[Export]]:
 
 
 def lines(path: Path) -> list[str]:
-    """The lines that are whole: a worker may have been killed in the middle of one."""
+    """The complete lines: a worker may have been killed while writing one."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -135,7 +135,7 @@ def last_counts(directory: Path) -> dict[int, int]:
 
 
 def assert_in_slots(directory: Path, most: int) -> None:
-    """No more series than workers at a time, and none that is reported by two at once."""
+    """Check that there are at most *most* series, and that no two workers report one at once."""
     found = exports(directory).values()
     assert len({each.instance for series in found for each in series}) <= most
     starts = {(series[-1].instance, series[-1].start) for series in found}
@@ -143,10 +143,10 @@ def assert_in_slots(directory: Path, most: int) -> None:
 
 
 @pytest.mark.parametrize("number", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_what_recycled_and_killed_workers_report_is_what_the_clients_counted(
+def test_recycled_and_killed_workers_report_what_the_clients_counted(
     start: Callable[..., Site], tmp_path: Path, number: int
 ) -> None:
-    """Of a worker that was killed it may be less, by its last export interval at most."""
+    """A killed worker's report may lack at most its last export interval."""
     site = start(max_requests=number // 3)
     traffic = Traffic(site)
     traffic.send(number // 2)
@@ -161,20 +161,20 @@ def test_what_recycled_and_killed_workers_report_is_what_the_clients_counted(
     reported, counted = last_counts(tmp_path), traffic.counted()
     answered, last = traffic.answers[killed], exports(tmp_path)[killed][-1]
     errors = len(traffic.errors)
-    assert errors <= CLIENTS, traffic.errors  # each waited for the worker that was killed
+    assert errors <= CLIENTS, traffic.errors  # each client may have waited for the killed worker
     assert reported.pop(killed) <= counted.pop(killed) + errors
     assert last.count >= sum(moment <= last.time - COLLECTING for moment in answered)
     assert answered[-1] - last.time <= INTERVAL + SLACK
     unanswered = Counter(reported)
     unanswered.subtract(counted)
-    assert min(unanswered.values()) >= 0, "every answer was counted"
+    assert min(unanswered.values()) >= 0, "an answer was not counted"
     assert sum(unanswered.values()) <= errors, (unanswered, traffic.errors)
     assert_in_slots(tmp_path, WORKERS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_requests", [0, 7_000])
-def test_100_000_requests_are_reported_to_the_unit(
+def test_100_000_requests_are_reported_exactly(
     start: Callable[..., Site], tmp_path: Path, max_requests: int
 ) -> None:
     site = start(max_requests=max_requests)

@@ -1,4 +1,4 @@
-"""No secret is shown while connects fail or callbacks raise, wherever the secret came from."""
+"""No secret is shown while connects fail or callbacks raise, from whichever source it came."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ URL = f"postgresql://other:{quote(PASSWORD, safe='')}@db.example/d"
 
 @pytest.fixture
 def frames() -> Iterator[Frames]:
-    """Watch what anybody logs."""
+    """Records the frames below every log record."""
     handler, logger = Frames(), logging.getLogger()
     loggers = [logging.getLogger(name) for name in ("dbpool", "psycopg.pool")]
     logger.addHandler(handler)
@@ -61,7 +61,7 @@ def error_of(pool: Pool[Any]) -> BaseException:
 
 
 def error_with(pool: Pool[Any], word: str) -> BaseException:
-    """The error once it tells of *word*: on a busy machine the first says "no answer" only."""
+    """The error once it contains *word*: on a busy machine the first may only say "no answer"."""
     errors: list[BaseException] = []
 
     def is_told() -> bool:
@@ -73,11 +73,11 @@ def error_with(pool: Pool[Any], word: str) -> BaseException:
 
 
 def told_by(pool: Pool[Any], error: BaseException) -> list[str]:
-    """What callers, views and the wire are told."""
+    """All texts that callers, views and statistics get."""
     return [*of_error(error), json.dumps(pool.stats().to_json()), repr(pool), repr(pool.breaker)]
 
 
-# Where the password in effect came from
+# Sources of the password in use
 
 
 def by_url(port: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -130,7 +130,7 @@ Way = Callable[[int, Path, pytest.MonkeyPatch], dict[str, Any]]
 
 @contextmanager
 def hostile(text: str) -> Iterator[int]:
-    """A server that asks for the password in clear, and refuses everybody with a *text*."""
+    """A server that asks for the password in clear text, and refuses it with *text*."""
 
     def refuse(client: socket.socket) -> None:
         length = int.from_bytes(client.recv(4), "big")
@@ -153,18 +153,18 @@ def test_a_server_that_repeats_the_password_is_not_quoted(
     with hostile(f"no, {PASSWORD} (or {quote(PASSWORD)}) is wrong") as port:
         options = way(port, tmp_path, monkeypatch)
         with Pool(**options, timeout=2, outage_grace=0.01, listeners=[LoggingListener()]) as pool:
-            texts = told_by(pool, error_with(pool, "is wrong"))  # it is masked, the rest is told
+            texts = told_by(pool, error_with(pool, "is wrong"))  # only it is masked
     assert not leaks(texts, PASSWORD)
     assert not leaks(frames.shown, PASSWORD)
 
 
-def test_connections_beside_the_pools_do_not_quote_it_either(
+def test_connections_of_monitor_and_plan_do_not_quote_the_password(
     frames: Frames,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    """That of the monitor, while callers wait, and those of `plan`."""
+    """They connect beside the pool: the monitor while callers wait, and `plan`."""
     monkeypatch.chdir(tmp_path)
     with hostile(f"no, {PASSWORD} is wrong") as port:
         url = f"postgresql://app:{quote(PASSWORD, safe='')}@127.0.0.1:{port}/d"
@@ -191,7 +191,7 @@ def test_connections_beside_the_pools_do_not_quote_it_either(
 def test_no_frame_in_an_outage_shows_the_password(
     way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: Frames
 ) -> None:
-    options = way(1, tmp_path, monkeypatch)  # where nobody listens
+    options = way(1, tmp_path, monkeypatch)  # no server listens there
     with Pool(**options, timeout=0.2, outage_grace=0.05, min_size=2) as pool:
         texts = told_by(pool, error_of(pool))
         until(lambda: pool.stats().counters.connect_failures >= 3)
@@ -246,7 +246,7 @@ def test_no_kind_of_failure_shows_the_password(
     ) as pool:
         texts = told_by(pool, error_of(pool))
         texts.append(repr(pool.settings))
-    # The server cuts long names off.
+    # The server truncates long names.
     assert not leaks([*texts, *frames.shown], PASSWORD, "zq7 wrong password", "Horse")
 
 
@@ -271,7 +271,7 @@ def test_a_secret_in_the_wrong_variable_of_libpq_is_not_quoted(
 
 
 class Failure(Exception):
-    """An exception of the application's, which keeps what it was told in several places."""
+    """An application's exception that keeps its text in several places."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -280,7 +280,7 @@ class Failure(Exception):
 
 
 class Unspeakable(Exception):
-    """An exception that cannot be told."""
+    """An exception whose `str` raises."""
 
     def __str__(self) -> str:
         raise RuntimeError(f"no text, but {URL}")
@@ -289,11 +289,11 @@ class Unspeakable(Exception):
 
 
 class UnspeakableError(Unspeakable, psycopg.OperationalError):
-    """One of psycopg's that cannot be told."""
+    """An error of psycopg whose `str` raises."""
 
 
 @pytest.mark.parametrize("error", [Unspeakable, UnspeakableError])
-def test_a_callback_may_raise_what_cannot_be_told(
+def test_a_callback_may_raise_an_error_whose_str_raises(
     error: type[Exception], server: Server, frames: Frames
 ) -> None:
     wrong = [True]
@@ -320,7 +320,7 @@ def fail_with_the_password(conn: Any) -> None:
 
 
 @pytest.mark.parametrize("role", ["conninfo", "kwargs", "configure", "connection_class"])
-def test_of_what_a_callback_raises_views_and_logs_tell_the_type(
+def test_views_and_logs_show_only_the_type_of_a_callbacks_error(
     role: str, server: Server, frames: Frames, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = f"the vault said tk-zq7-4711 and {URL}"
@@ -345,7 +345,7 @@ def test_of_what_a_callback_raises_views_and_logs_tell_the_type(
 
 
 @pytest.mark.parametrize("role", ["configure", "check", "reset"])
-def test_a_callback_that_tells_the_password_in_effect_is_masked(
+def test_the_password_in_a_callbacks_error_is_masked(
     role: str, own_server: Server, frames: Frames
 ) -> None:
     own_server.execute(f"create role app login password '{PASSWORD}'")
@@ -374,7 +374,7 @@ def test_a_callback_that_tells_the_password_in_effect_is_masked(
     ],
 )
 @pytest.mark.parametrize("role", ["configure", "check", "reset"])
-def test_of_a_callbacks_statement_the_reason_is_told_alone(
+def test_only_the_reason_of_a_callbacks_failed_statement_is_shown(
     statement: str, role: str, server: Server, frames: Frames
 ) -> None:
     def call(conn: Any) -> None:
@@ -411,7 +411,7 @@ def test_the_password_in_a_statement_is_masked(statement: str) -> None:
     assert not re.search("tk|zq7|47", mask(statement))
 
 
-def test_a_callback_that_leaves_a_transaction_open_is_told_without_its_arguments(
+def test_a_callback_that_leaves_a_transaction_open_is_named_without_arguments(
     server: Server, frames: Frames
 ) -> None:
     def begin(token: str, conn: Any) -> None:
@@ -451,15 +451,13 @@ WAYS_TO_WRITE: list[Callable[[str], str]] = [
     st.text("zq7. /+%'\"\\<&\x07é€", min_size=4, max_size=20).filter(lambda t: len(t.strip()) > 3),
     st.sampled_from(WAYS_TO_WRITE),
 )
-def test_a_secret_is_masked_however_a_text_writes_it(
-    secret: str, write: Callable[[str], str]
-) -> None:
+def test_a_secret_is_masked_in_every_notation(secret: str, write: Callable[[str], str]) -> None:
     told = mask(f"BEGIN{write(secret)}END", {secret})
     left = told.removeprefix("BEGIN").removesuffix("END").replace("***", "")
     assert set(left) <= {*" b'\""}, told
 
 
-def test_no_character_of_a_secret_stands_for_others() -> None:
+def test_a_secret_is_not_used_as_a_pattern() -> None:
     assert mask("the host is away", {"....", "[a-z]+", "\\w\\w\\w\\w"}) == "the host is away"
 
 
@@ -523,12 +521,12 @@ def test_a_value_after_the_name_of_a_password_is_masked(text: str) -> None:
         "select * from t where password = $1 and id = $2",
     ],
 )
-def test_what_only_names_a_password_stays(text: str) -> None:
+def test_the_word_password_alone_is_not_masked(text: str) -> None:
     assert mask(text).replace("***", "$1") == text
 
 
 @pytest.mark.parametrize("write", [repr, json.dumps, quote, str.upper, str])
-def test_a_password_is_masked_however_an_error_writes_it(write: Callable[[Any], str]) -> None:
+def test_a_password_is_masked_in_every_form_of_error(write: Callable[[Any], str]) -> None:
     password = 'zq7 it\'s \\ a "b" \x07 é'
 
     class Talkative(psycopg.Connection[Any]):
@@ -556,7 +554,7 @@ def test_a_password_may_be_a_number(frames: Frames) -> None:
 # Hostile and short texts
 
 
-def test_nothing_that_is_told_holds_control_characters(
+def test_errors_and_log_lines_have_no_control_characters(
     frames: Frames, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "\x1b[2J\x1b]0;title\x07no\nERROR 2026 forged line\r\x9b31m \u202eevil\u2028x \x7f\u200b"
@@ -578,7 +576,7 @@ def test_nothing_that_is_told_holds_control_characters(
         assert line.isprintable(), repr(line)
 
 
-def test_holders_are_told_without_control_characters(fake: FakeServer, frames: Frames) -> None:
+def test_holders_are_shown_without_control_characters(fake: FakeServer, frames: Frames) -> None:
     with fake.pool(max_size=1, timeout=0.05) as pool:
         got, done = threading.Event(), threading.Event()
 
@@ -599,7 +597,7 @@ def test_holders_are_told_without_control_characters(fake: FakeServer, frames: F
 
 
 @pytest.mark.parametrize("password", ["e", "no", "app"])
-def test_with_a_short_password_the_text_is_left_out(password: str, frames: Frames) -> None:
+def test_with_a_short_password_the_whole_text_is_left_out(password: str, frames: Frames) -> None:
     with hostile("no such app here") as port:
         conninfo = f"host=127.0.0.1 port={port} user=x password={password}"
         with Pool(conninfo, timeout=2, outage_grace=0.01) as pool:
@@ -611,11 +609,11 @@ def test_with_a_short_password_the_text_is_left_out(password: str, frames: Frame
         assert "***" not in text
 
 
-# What is left of a pool that could not be made
+# A pool whose constructor failed
 
 
 @pytest.mark.parametrize("options", [{"num_workers": 0}, {"max_size": "x"}, {"nosuch": 1}])
-def test_a_pool_that_could_not_be_made_has_a_repr(options: dict[str, Any]) -> None:
+def test_a_pool_whose_constructor_failed_has_a_repr(options: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
         Pool("host=h password=zq7-and-more", **options)
     texts = list(of_error(caught.value))
@@ -624,11 +622,11 @@ def test_a_pool_that_could_not_be_made_has_a_repr(options: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("made", [Pool, Settings])
-def test_even_an_empty_one_has_a_repr(made: Any) -> None:
+def test_an_uninitialised_pool_has_a_repr(made: Any) -> None:
     assert made.__name__ in repr(made.__new__(made))
 
 
-# Whom the sign of a remote server is for
+# Which hosts count as remote
 
 
 @pytest.mark.parametrize(
@@ -650,5 +648,5 @@ def test_even_an_empty_one_has_a_repr(made: Any) -> None:
         ("127.0.0.1,127.evil.example", True),
     ],
 )
-def test_what_only_looks_local_is_remote(host: str, is_remote: bool) -> None:
+def test_hosts_that_only_look_local_are_remote(host: str, is_remote: bool) -> None:
     assert is_exposed({"host": host}, {}) is is_remote

@@ -162,7 +162,7 @@ def test_the_page_causes_no_browser_dialog() -> None:
     assert page.challenges == program.challenges[1:]
 
 
-def test_the_form_says_how_to_go_on() -> None:
+def test_the_form_shows_the_next_step() -> None:
     link = {"sec-fetch-site": "cross-site"}
     missing, wrong = form_for("", {}), form_for("This token is wrong.", link)
     assert [missing.status, wrong.status] == [401, 401]
@@ -212,7 +212,7 @@ def problem(answer: TestResponse) -> str:
     return found[1]
 
 
-def test_the_form_says_what_was_wrong(app: Flask) -> None:
+def test_the_form_shows_the_error(app: Flask) -> None:
     client = app.test_client()
     assert problem(client.get("/db/", headers=BROWSER)) == ""
     answer = send(client, "wrong")
@@ -306,7 +306,7 @@ def test_guessing_a_token_is_slowed_down(app: Flask) -> None:
     assert client.get("/db/stats", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
 
 
-def test_without_a_token_nobody_signs_in(make_app: MakeApp) -> None:
+def test_without_a_token_signing_in_is_not_possible(make_app: MakeApp) -> None:
     client = make_app(NOWHERE).test_client()
     answer = client.get("/db/", headers=BROWSER)
     assert (answer.status_code, problem(answer).partition(":")[0]) == (403, "closed")

@@ -91,7 +91,7 @@ def test_under_a_lock_liveness_answers_only_if_threads_are_kept_free(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_bound", [True, False], ids=["bound", "not bound"])
-def test_without_a_lock_keeping_threads_free_refuses_those_who_would_be_served(
+def test_without_a_lock_keeping_threads_free_rejects_more_callers(
     make_site: Callable[..., Site], is_bound: bool
 ) -> None:
     site = make_site(more=CONF, **(BOUND if is_bound else {"DBPOOL_MAX_SIZE": "4"}))

@@ -345,7 +345,7 @@ def test_a_statement_whose_result_arrived_is_no_error_though_deallocate_fails(
 
 
 def hasty(proxy: Proxy, armed: threading.Event, is_answered: bool) -> type[psycopg.Connection[Any]]:
-    """Return a class whose `wait`, while *armed*, ends as if `poll` had reported an error alone."""
+    """Return a class whose `wait`, while *armed*, ends as if `poll` had reported only an error."""
 
     class Hasty(psycopg.Connection[Any]):
         def wait(self, gen: Any, *args: Any, **how: Any) -> Any:

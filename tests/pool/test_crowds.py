@@ -15,7 +15,7 @@ from tests.fake import FakeServer
 from tests.postgres import until
 
 CROWD = 200  # more waiters than the number that each watch their own deadline
-# Seconds on a busy machine. A waiter that nobody wakes up looks at the clock once in a second.
+# Seconds on a busy machine. A waiter that is not woken looks at the clock once in a second.
 LATE_AT_MOST = 0.75
 
 

@@ -109,11 +109,11 @@ class Pools(RuleBasedStateMachine):
         """Do what a checkout does once it has a connection."""
         record = caller.conn._record
         assert record.owner is not None
-        assert record.owner() is caller.step, "nobody else has it"
+        assert record.owner() is caller.step, "another caller has it too"
         record.thread, record.since = current.thread, self.clock.now
 
     def collect_answers(self, extra: list[Caller] | None = None) -> None:
-        """Let those who were served go on: in the order in which they came."""
+        """Let served callers go on, and check that they were served in their order."""
         served = [caller for caller in self.waiting if caller.waiter.conn is not None]
         still = [caller for caller in self.waiting if caller.waiter.is_waiting]
         if served and still:
