@@ -154,6 +154,15 @@ def _(shop: Shop) -> Known:
     return {}
 
 
+@trouble("server stopped under nested checkouts", "DB01", 1.0, before="DB09")
+def _(shop: Shop) -> Known:
+    shop.load("/nest", 4, pause=0.1)
+    time.sleep(2.0)
+    shop.begin()
+    shop.server.stop()
+    return {}
+
+
 @trouble("password changed", "DB02", 1.0)
 def _(shop: Shop) -> Known:
     shop.load("/read", 6, pause=0.05)
