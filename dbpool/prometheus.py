@@ -68,8 +68,10 @@ _OF_ENDPOINTS: Final = {  # in the order of `totals`
 class PoolCollector(Collector):
     """A collector for your own registry.
 
-    *report* is called at each scrape. It returns a `Report`, or the JSON of one, as
-    `app.extensions["dbpool"].processes.collect` does. If it raises, the scrape fails.
+    Both arguments are called at each scrape; if one raises, the scrape fails. *report* returns a
+    `Report`, or the JSON of one, as `app.extensions["dbpool"].processes.collect` does. *findings*
+    returns the current findings, as `monitor.findings` does there; without it, `dbpool_finding` is
+    always 0.
     """
 
     def __init__(

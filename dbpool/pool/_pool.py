@@ -45,7 +45,7 @@ _MAX_UNCHECKED_USE: Final = 0.01
 
 
 class Pool(PoolBase[CT]):
-    """A `psycopg_pool.ConnectionPool` that survives outages and says why there is no connection.
+    """A `psycopg_pool.ConnectionPool` that survives outages, and explains what went wrong.
 
     It takes every parameter of the parent, and also the fields of `Settings`. *conninfo* is a
     connection string, or a callable that returns one and is called before each connect. The
@@ -240,8 +240,8 @@ class Pool(PoolBase[CT]):
 
         It runs in autocommit, or in a transaction if the connection has an isolation level, or
         is read-only or deferrable. It is sent again only if it had no effect: the server refused
-        a prepared plan because a table has changed, or a pooler refused the statement before the
-        server got it. A statement that returns no rows takes effect, and then raises
+        a prepared statement because a table has changed or it was deallocated, or a pooler
+        refused the statement before the server got it. A statement that returns no rows takes effect, and then raises
         `psycopg.ProgrammingError`: use `execute` for it.
 
         Raises `CommitUncertain` if the connection is lost before the whole answer came, unless

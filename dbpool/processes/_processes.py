@@ -144,8 +144,7 @@ class Processes:
         """Return the report of all processes, or only of this one if *scope* is "process".
 
         Without a directory it is always that of this process; `Report.scope` says which it is. With
-        *usage* the report includes the use by endpoint, which other processes write every five
-        seconds.
+        *usage* the report includes the use by endpoint, which other processes write less often.
         """
         self.start()
         # Use what was published of this process: a report of another is never ahead of it.

@@ -147,6 +147,8 @@ def test_the_files_of_the_page_on_alerts_are_valid(cluster: Project, tmp_path: P
     rules, alerting, _ = yaml_blocks("alerts.md")
     (tmp_path / "dbpool.yml").write_text(rules)
     (tmp_path / "prometheus.yml").write_text(yaml_blocks("observability.md")[0] + alerting)
+    collector = yaml.safe_load(yaml_blocks("observability.md")[1])["receivers"]["prometheus"]
+    (tmp_path / "collector.yml").write_text(yaml.safe_dump(collector["config"]))
     (tmp_path / "dbpool_token").write_text("a-token")
     commands = re.findall(r"^promtool (.*)", (DOCS / "alerts.md").read_text(), re.MULTILINE)
     assert len(commands) == 2
@@ -156,11 +158,12 @@ def test_the_files_of_the_page_on_alerts_are_valid(cluster: Project, tmp_path: P
         "--rm",
         f"--volume={tmp_path}:/files:ro",
         f"--volume={tmp_path}:/etc/prometheus:ro",
+        f"--volume={tmp_path}:/etc/otelcol:ro",
         "--workdir=/files",
         "--entrypoint=promtool",
         "dbpool-prometheus",
     ]
-    for command in commands:
+    for command in [*commands, "check config collector.yml"]:
         assert "SUCCESS" in docker(*run, *command.split())
 
 
