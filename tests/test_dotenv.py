@@ -407,11 +407,20 @@ def test_lines_for_other_programs_may_be_anything(tmp_path: Path) -> None:
     assert Settings.from_env(environ={}, dotenv=file).max_size == 3
 
 
-@pytest.mark.parametrize("line", ["DATABASE_URL='host=h", 'export PGHOST="h', "DBPOOL_X 3 = 4"])
+@pytest.mark.parametrize(
+    "line",
+    ["DATABASE_URL='host=h", 'export PGHOST="h', "DBPOOL_X 3 = 4", "DATABASE_URL", "PGHOST # none"],
+)
 def test_a_line_of_ours_that_cannot_be_parsed_is_an_error(tmp_path: Path, line: str) -> None:
     file = write(tmp_path, f"A=1\n{line}\n")
     with pytest.raises(ConfigError, match=r"\.env: line 2 cannot be parsed"):
         Settings.from_env(environ={}, dotenv=file)
+
+
+def test_a_name_alone_stands_for_the_value_in_the_environment(tmp_path: Path) -> None:
+    file = write(tmp_path, "DATABASE_URL\nDBPOOL_MAX_SIZE=3\n")
+    settings = Settings.from_env(environ={"DATABASE_URL": "host=h"}, dotenv=file)
+    assert (settings.conninfo, settings.max_size) == ("host=h", 3)
 
 
 @pytest.mark.parametrize(

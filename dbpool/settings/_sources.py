@@ -141,7 +141,8 @@ def _fill(found: dict[str, str], content: bytes, environ: Mapping[str, str]) -> 
     known = ChainMap({**environ}, found)
     for name, value, original, is_broken in parse_stream(io.StringIO(text)):
         is_ours = _OURS.match(original.string) is not None
-        if is_broken and is_ours:
+        # A name alone stands for the environment's value, as in a file for `docker run --env-file`.
+        if is_ours and (is_broken or (value is None and not environ.get(name or ""))):
             return f"line {original.line} cannot be parsed"
         if name is None or value is None:
             continue
