@@ -71,7 +71,7 @@ def shows_details(answer: TestResponse) -> bool:
     return "counters" in answer.text or "checkouts" in answer.text or "data-stats" in answer.text
 
 
-def test_true_opens(ruled: Flask, rule: Rule) -> None:
+def test_true_from_authorize_shows_details(ruled: Flask, rule: Rule) -> None:
     rule.verdict = True
     for path in CLOSED:
         assert ruled.test_client().get(path).status_code == 200

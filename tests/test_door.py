@@ -301,7 +301,7 @@ def test_it_runs_the_monitor_only_while_no_worker_does(
         ("/run/x", "/run/x"),
     ],
 )
-def test_addresses(text: str, address: object) -> None:
+def test_addresses_are_parsed(text: str, address: object) -> None:
     assert parse_address(text) == address
 
 

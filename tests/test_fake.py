@@ -91,7 +91,7 @@ def test_statements_are_answered(subject: Subject) -> None:
     assert (conn.closed, conn.broken) == (True, False)
 
 
-def test_the_end_of_a_backend_shows(subject: Subject) -> None:
+def test_the_end_of_a_backend_is_noticed(subject: Subject) -> None:
     conn, other = subject.connect(), subject.connect()
     subject.kill(conn.info.backend_pid)
     until(lambda: seen(conn) is Liveness.DEAD)

@@ -148,7 +148,7 @@ def test_uwsgi_with_threads(start: Callable[..., Running], tmp_path: Path, dsn: 
     await_no_backends(dsn)
 
 
-def test_waitress(start: Callable[..., Running], tmp_path: Path, dsn: str) -> None:
+def test_waitress_serves(start: Callable[..., Running], tmp_path: Path, dsn: str) -> None:
     pytest.importorskip("waitress", reason="waitress is not installed")
     (tmp_path / "counted.py").write_text(APP.format(dsn=dsn))
     port = free_port()
@@ -194,7 +194,9 @@ def work(n):
 TASKS = 60
 
 
-def test_celery_prefork(start: Callable[..., Running], tmp_path: Path, dsn: str) -> None:
+def test_celery_prefork_processes_share_no_session(
+    start: Callable[..., Running], tmp_path: Path, dsn: str
+) -> None:
     """Its processes are forked from one that used the pool, and replaced after 15 tasks."""
     pytest.importorskip("celery", reason="Celery is not installed")
     for folder in ("queue", "control"):

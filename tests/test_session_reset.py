@@ -395,7 +395,7 @@ def test_an_interrupted_holder_leaves_no_session_state(dsn: str) -> None:
         assert state(pool)[5] != "Asia/Tokyo"
 
 
-def test_the_setting(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_session_reset(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings().session_reset == "none"
     assert Settings.from_env(environ={"DBPOOL_RESET": "session"}).session_reset == "session"
     monkeypatch.setenv("DATABASE_URL", dsn)

@@ -49,7 +49,7 @@ def from_env(**environ: str) -> Settings:
         ("1h", 3600.0),
     ],
 )
-def test_durations(text: str, seconds: float) -> None:
+def test_durations_are_parsed(text: str, seconds: float) -> None:
     assert from_env(DBPOOL_TIMEOUT=text).timeout == pytest.approx(seconds)
     assert Settings(timeout=text).timeout == pytest.approx(seconds)  # type: ignore[arg-type]
 
@@ -510,14 +510,14 @@ def test_a_malformed_secret_file_is_reported_by_its_variable(tmp_path: Path) -> 
         settings.resolve()
 
 
-def test_variables() -> None:
+def test_names_of_variables() -> None:
     assert variable("conninfo") == "DATABASE_URL"
     assert variable("conninfo", "replica") == "DBPOOL_REPLICA_URL"
     assert variable("max_size") == "DBPOOL_MAX_SIZE"
     assert variable("max_size", "replica") == "DBPOOL_REPLICA_MAX_SIZE"
 
 
-def test_app_settings(tmp_path: Path) -> None:
+def test_settings_of_an_application(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("s3cret\n")
     settings = AppSettings.from_env(

@@ -98,12 +98,14 @@ def at(port: int, wrong: Mapping[str, object]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CLOSED)
-def test_an_invalid_value_of_a_parameter(server: Server, make_pool: MakePool, name: str) -> None:
+def test_an_invalid_parameter_value_is_misconfigured(
+    server: Server, make_pool: MakePool, name: str
+) -> None:
     refused(make_pool, **at(server.port, {name: "nonsense"}))
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_an_error_that_only_another_setting_cures(
+def test_an_error_that_only_another_setting_cures_is_misconfigured(
     server: Server, make_pool: MakePool, wrong: str
 ) -> None:
     refused(make_pool, **at(server.port, WRONG[wrong]))
@@ -112,7 +114,7 @@ def test_an_error_that_only_another_setting_cures(
 @pytest.mark.parametrize(
     "text", [None, "[mine]\nhost\n", "[mine]\nfoo=1\n", "[mine]\nservice=b\n", "[mine]\nport=x\n"]
 )
-def test_a_service_file(
+def test_a_wrong_service_file_is_misconfigured(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None
 ) -> None:
     file = tmp_path / "services"
@@ -183,7 +185,9 @@ WRONG_FILES: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_FILES)
-def test_files_for_tls(tls_port: int, make_pool: MakePool, files: Path, wrong: str) -> None:
+def test_wrong_files_for_tls_are_misconfigured(
+    tls_port: int, make_pool: MakePool, files: Path, wrong: str
+) -> None:
     given = {
         name: str(files / value) if name in ("sslcert", "sslkey", "sslrootcert")
         and value != "nosuch:key" else value
@@ -198,7 +202,9 @@ def test_files_for_tls(tls_port: int, make_pool: MakePool, files: Path, wrong: s
 
 @pytest.mark.parametrize("sslmode", ["disable", "prefer", "require"])
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"-ERR unknown\r\n"])
-def test_another_service_on_the_port(make_pool: MakePool, sslmode: str, answer: bytes) -> None:
+def test_a_port_of_another_service_is_misconfigured(
+    make_pool: MakePool, sslmode: str, answer: bytes
+) -> None:
     def answer_all(peer: socket.socket) -> None:
         peer.recv(1000)
         peer.sendall(answer)
@@ -208,7 +214,7 @@ def test_another_service_on_the_port(make_pool: MakePool, sslmode: str, answer: 
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may use every socket")
-def test_a_socket_without_permission(make_pool: MakePool, tmp_path: Path) -> None:
+def test_a_socket_without_permission_is_misconfigured(make_pool: MakePool, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / ".s.PGSQL.5432"))
         listener.listen()

@@ -508,7 +508,7 @@ def test_a_listener_may_fork(run: Run) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_multiprocessing(run: Run, method: str) -> None:
+def test_processes_of_multiprocessing_have_sessions_of_their_own(run: Run, method: str) -> None:
     run(f"""
     pool = dbpool.Pool(sys.argv[1], min_size=2, max_size=2)
 

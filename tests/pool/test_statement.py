@@ -32,7 +32,7 @@ def test_fetches_use_the_connections_cursor_class(dsn: str) -> None:
         assert pool.fetch_all("select 'a'") == [("A",)]
 
 
-def test_fetches(server_pool: Pool) -> None:
+def test_fetch_all_fetch_one_and_fetch_value(server_pool: Pool) -> None:
     assert server_pool.fetch_all("select * from generate_series(1, %s) as n", [3]) == [
         (1,),
         (2,),
