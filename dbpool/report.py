@@ -165,6 +165,7 @@ def _worker_to_json(process: Process, pool: Snapshot) -> dict[str, Any]:
     return {
         "pid": process.pid,
         "age": round(process.age, 1),
+        "interval": round(process.interval, 1),
         "uptime": round(process.uptime, 1),
         "state": pool.state,
         "in_use": pool.active,

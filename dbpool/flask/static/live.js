@@ -96,7 +96,7 @@ const ENDPOINTS = [
 ];
 const WORKERS = [
   ["worker", (each) => String(each.pid)],
-  ["seen", (each) => [seconds(each.age) + " ago", each.age > 10 && "alarm"], "num"],
+  ["seen", (each) => [seconds(each.age) + " ago", each.age > Math.max(10, 2 * (each.interval || 0)) && "alarm"], "num"],
   ["up for", (each) => seconds(each.uptime), "num"],
   ["state", (each) => [each.state, each.state === "down" && "alarm"]],
   ["in use", (each) => `${each.in_use} of ${each.max_size}`, "num"],
