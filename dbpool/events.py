@@ -230,11 +230,11 @@ def _takes_event(function: Any) -> bool:
 
 def runs_when_called(function: Any) -> bool:
     """Whether a call runs *function* to its end: one with `async` or `yield` only begins it."""
-    import inspect as i
+    from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 
-    kinds = i.iscoroutinefunction, i.isasyncgenfunction, i.isgeneratorfunction
+    begins_only = iscoroutinefunction, isasyncgenfunction, isgeneratorfunction
     calls = function, type(function).__call__
-    return callable(function) and not any(is_kind(f) for is_kind in kinds for f in calls)
+    return callable(function) and not any(test(call) for test in begins_only for call in calls)
 
 
 class Emitter:
