@@ -94,7 +94,7 @@ def test_details_open_to_other_hosts_log_one_warning(
     ("client", "warnings"),
     [("10.1.2.3", 1), ("2001:db8::7", 1), ("127.0.0.1", 0), ("::ffff:127.0.0.1", 0), ("", 0)],
 )
-def test_a_client_of_another_host_shows_that_the_server_is_reachable(
+def test_details_open_to_a_remote_client_log_one_warning(
     client: str, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Waitress and uWSGI do not report the address on which they listen."""
@@ -106,7 +106,7 @@ def test_a_client_of_another_host_shows_that_the_server_is_reachable(
     assert len(told) == warnings
 
 
-def test_a_door_set_in_the_application_only_logs_a_warning(
+def test_a_door_that_only_the_application_sets_logs_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     make_app(DBPOOL_SERVE="127.0.0.1:8900")  # without gunicorn's hooks: `dbpool serve` may use it

@@ -933,7 +933,7 @@ def test_an_id_stays_while_the_numbers_change() -> None:
     assert ids == {"DB01/default"}
 
 
-def test_a_finding_as_json() -> None:
+def test_a_finding_has_a_json_form() -> None:
     found = Finding("DB01", Severity.CRITICAL, "it is down", "wait", NOW, "default")
     assert found.to_json() == {
         "id": "DB01/default", "code": "DB01", "severity": "critical", "pool": "default",

@@ -61,7 +61,9 @@ def test_a_backend_killed_in_a_query_fails_only_its_caller(
     assert_serves_all(pool)
 
 
-def test_all_backends_killed_at_once(own_server: Server, make_pool: Callable[..., Pool]) -> None:
+def test_a_pool_serves_after_all_backends_were_killed(
+    own_server: Server, make_pool: Callable[..., Pool]
+) -> None:
     pool = make_pool(min_size=6, max_size=6)
     pids = fill(pool)
     for pid in pids:
@@ -89,7 +91,7 @@ def test_idle_connections_that_were_terminated_are_not_handed_out(
     assert pool.breaker.state == "closed"
 
 
-def test_all_idle_connections_terminated_again_and_again(
+def test_a_caller_is_served_each_time_all_idle_connections_were_terminated(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=5, max_size=5)
@@ -100,7 +102,7 @@ def test_all_idle_connections_terminated_again_and_again(
     assert_serves_all(pool)
 
 
-def test_terminated_while_being_handed_out_under_load(
+def test_terminations_under_load_fail_at_most_the_terminated_connections(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=4, max_size=4)

@@ -33,7 +33,9 @@ def test_close_fails_all_waiters_at_once(make_pool: MakePool) -> None:
     assert conn.closed
 
 
-def test_closing_while_connects_hang(fake: FakeServer, make_pool: MakePool) -> None:
+def test_closing_while_connects_hang_takes_no_longer_than_its_timeout(
+    fake: FakeServer, make_pool: MakePool
+) -> None:
     fake.hang()
     pool = make_pool(min_size=3, max_size=3, connect_timeout=60)
     waiters = [Task(pool.getconn) for _ in range(5)]
@@ -59,7 +61,7 @@ def test_a_connection_made_after_closing_is_closed(fake: FakeServer, make_pool: 
     until(lambda: fake.logins == 2 and not fake.backends())
 
 
-def test_closing_in_an_outage(fake: FakeServer, make_pool: MakePool) -> None:
+def test_closing_in_an_outage_is_quick(fake: FakeServer, make_pool: MakePool) -> None:
     pool = make_pool(min_size=3, outage_grace=GRACE)
     fill(pool)
     fake.stop()
@@ -72,7 +74,9 @@ def test_closing_in_an_outage(fake: FakeServer, make_pool: MakePool) -> None:
         pool.fetch_value("select 1")
 
 
-def test_closing_while_idle_connections_are_silent(fake: FakeServer, make_pool: MakePool) -> None:
+def test_closing_while_idle_connections_are_silent_is_quick(
+    fake: FakeServer, make_pool: MakePool
+) -> None:
     pool = make_pool(min_size=5)
     fill(pool)
     fake.fall_silent()
@@ -100,7 +104,7 @@ def test_closing_under_load_lets_holders_finish(own_server: Server) -> None:
     assert own_server.execute("select count(*) from t") == [(3,)]
 
 
-def test_closing_from_many_threads_at_once(make_pool: MakePool) -> None:
+def test_many_threads_may_close_at_once(make_pool: MakePool) -> None:
     pool = make_pool(min_size=3)
     fill(pool)
     for closer in [Task(pool.close) for _ in range(8)]:

@@ -58,7 +58,9 @@ def test_an_exception_while_a_connection_is_made_loses_none(
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_waiter_served_in_the_moment_of_its_timeout(make_pool: MakePool, torn: bool) -> None:
+def test_a_waiter_served_at_its_timeout_loses_no_connection(
+    make_pool: MakePool, torn: bool
+) -> None:
     pool = make_pool(max_size=1)
     conn = pool.getconn()
     step = Owner()
