@@ -272,6 +272,14 @@ def test_changed_counters_are_bold_and_zeros_are_grey(see: Callable[..., Page]) 
     assert "zero" in page.locator("[data-totals] dd").last.get_attribute("class")
 
 
+def test_only_a_worker_that_is_overdue_stands_out(see: Callable[..., Page]) -> None:
+    shown = STATES["silent"]()
+    seldom, often, silent = shown["workers"]["default"]
+    workers = [seldom | {"age": 12.0, "interval": 14.0}, often, silent]
+    page = see(shown | {"workers": {"default": workers}}, whole=True)
+    assert page.locator("[data-workers] .alarm").all_inner_texts() == ["47.0 s ago"]
+
+
 # Time
 
 
