@@ -9,7 +9,7 @@ from typing import Final
 from dbpool.diagnosis._finding import Finding, Severity, count, duration, ending
 from dbpool.diagnosis._scene import PoolScene, Scene
 
-_SILENT: Final = 10.0  # seconds, or twice the interval of a process that has much to write
+_SILENT_AFTER: Final = 10.0  # seconds, or twice the interval of a process that has much to write
 _FRESH: Final = 6.0  # seconds, or a second more than that interval
 _LAG: Final = 60.0
 _CONFLICT: Final = (
@@ -77,9 +77,14 @@ def replica(pool: PoolScene) -> Finding | None:
     )  # fmt: skip
 
 
+def is_overdue(age: float, interval: float) -> bool:
+    """Whether a process that publishes every *interval* seconds is silent, after *age* seconds."""
+    return age > max(_SILENT_AFTER, 2 * interval)
+
+
 def silent_workers(scene: Scene) -> Finding | None:
     """DB12: a worker lives but says nothing, while another does."""
-    silent = [each for each in scene.processes if each.age > max(_SILENT, 2 * each.interval)]
+    silent = [each for each in scene.processes if is_overdue(each.age, each.interval)]
     fresh = [each for each in scene.processes if each.age <= max(_FRESH, each.interval + 1.0)]
     if scene.stalled > _STALL or (silent and not fresh):
         seconds = max(scene.stalled, *(each.age for each in silent), 0.0)
@@ -123,15 +128,15 @@ def dying_workers(scene: Scene) -> Finding | None:
 
 def are_timeouts(dying: Finding) -> bool:
     """Whether gunicorn's timeout ended all of these workers: their requests took too long."""
-    return bool(dying.evidence["causes"] == {_ABORTED: dying.evidence["deaths"]})
+    return bool(dying.evidence["causes"] == {_TIMED_OUT: dying.evidence["deaths"]})
 
 
-_ABORTED: Final = "by SIGABRT"
+_TIMED_OUT: Final = "by SIGABRT"
 _CAUSES: Final = {
     "by SIGKILL": "SIGKILL: the kernel ran out of memory (dmesg, the container's limit), or"
     " somebody killed the worker.",
     "by SIGSEGV": "SIGSEGV: a library in C crashed; PYTHONFAULTHANDLER=1 logs where.",
-    _ABORTED: "SIGABRT: gunicorn's timeout ended the worker, and its log names the connections"
+    _TIMED_OUT: "SIGABRT: gunicorn's timeout ended the worker, and its log names the connections"
     " that it held; or a library in C gave up.",
 }
 _UNKNOWN_CAUSE: Final = (

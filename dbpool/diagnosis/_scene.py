@@ -248,7 +248,7 @@ class PoolScene:
 
 @dataclass(frozen=True)
 class Process:
-    """A worker; `age` is how old what it published last is, `interval` when it does so again, in seconds.
+    """A worker. It published last `age` seconds ago, and does so every `interval` seconds.
 
     `threads` is how many it serves with, `busy` how many of them serve a request now, if known.
     """

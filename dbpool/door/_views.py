@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 from dbpool import _sign_in
 from dbpool._http import retry_after
 from dbpool._sign_in import SignIn
+from dbpool.diagnosis._host import is_overdue
 from dbpool.door._pages import (
     STATIC,
     Response,
@@ -35,8 +36,6 @@ from dbpool.settings.app import AppSettings
 logger = logging.getLogger("dbpool")
 
 _LOCAL: Final = re.compile(r"(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?", re.IGNORECASE)
-# Seconds that what a worker says of its databases counts, or twice its interval if it is longer.
-_MAX_REPORT_AGE: Final = 10.0
 _START_TIMEOUT: Final = 60.0  # seconds in which there need be no worker yet
 _SERVING: Final = frozenset({PoolState.UP, PoolState.DEGRADED})
 
@@ -177,10 +176,7 @@ class Views:
         fresh = [
             report
             for report in self._reports()
-            if all(
-                process.age <= max(_MAX_REPORT_AGE, 2 * process.interval)
-                for process in report.processes
-            )
+            if not any(is_overdue(each.age, each.interval) for each in report.processes)
         ]
         words: dict[str, PoolState] = {}
         for report in fresh:

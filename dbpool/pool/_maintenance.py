@@ -173,7 +173,7 @@ class Maintenance:
     def check_answer(self, pool: PoolBase[Any], attempt: Attempt, started: float) -> None:
         """Count an attempt as failing if it has no answer for too long; look again until it has."""
         if (left := pool._store.overdue(attempt, started)) is not None:
-            again: Job = lambda p: p._maintenance.check_answer(p, attempt, started)  # noqa: E731
+            again = partial(self.check_answer, attempt=attempt, started=started)
             pool._threads.run_later(again, max(left, _MIN_OVERDUE_INTERVAL))
             self.flush(pool)
 
