@@ -138,7 +138,7 @@ def safe_repr(value: object) -> str:
         return "a text (hidden: it may be a secret)" if may_be_secret(value) else repr(str(value))
     # Python refuses to convert a very large number to a string.
     is_plain = isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 1e40)
-    return f"{value!r:.40}" if is_plain else f"a {type(value).__name__}"
+    return f"{value!r:.40}" if is_plain else f"a value of type {type(value).__name__}"
 
 
 def safe_key(name: object) -> str:

@@ -29,9 +29,9 @@ __all__ = ["Databases", "databases_from_env", "settings_from_config"]
 
 logger = logging.getLogger("dbpool")
 
-# What our keys in an application's configuration begin with, and how those end that name a URL.
+# What our keys in an application's configuration begin with, and how those end that name a server.
 _PREFIXES = ("DBPOOL", "DATABASE", "PG")
-_ENDINGS = "(?i)(ur[il]s?|dsn|conninfo)$"
+_ENDINGS = "(?i)(ur[il]s?|dsn|conninfo|connection_?string|host(name)?)(_file)?$"
 
 
 class Databases(Mapping[str, Pool[Any]]):

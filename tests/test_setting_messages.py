@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -25,11 +26,14 @@ SECRET = "hunter2"
 
 
 def refusal(conninfo: str) -> str:
+    """Return the error; only a URL with an @ too many is told to percent-encode a password."""
     with pytest.raises(ConfigError) as caught:
         databases_from_env({"DATABASE_URL": conninfo})
     text = str(caught.value)
     assert text.startswith("conninfo (DATABASE_URL) is malformed: ")
     assert SECRET not in text
+    if "in user and password" in text:
+        assert re.search("//[^@/]*[@/].*@", conninfo)
     return text
 
 
@@ -85,6 +89,11 @@ def test_a_doubtful_scheme_is_not_quoted(url: str) -> None:
         ("idleTimeoutMillis=3", "idleTimeoutMillis", "DBPOOL_MAX_IDLE"),
         ("pool_pre_ping=1", "pool_pre_ping", "DBPOOL_PING_AFTER"),
         ("statement_timeout=3", "statement_timeout", "DBPOOL_STATEMENT_TIMEOUT"),
+        ("targetServerType=primary", "targetServerType", "target_session_attrs"),
+        ("timezone=UTC", "timezone", "options=-ctimezone%3D"),
+        ("sslaccept=strict", "sslaccept", "sslmode"),
+        ("charset=utf8", "charset", "client_encoding"),
+        ("statement_cache_size=0", "statement_cache_size", "DBPOOL_POOLER"),
     ],
 )
 def test_an_unknown_parameter_is_named_with_a_suggestion(query: str, name: str, meant: str) -> None:
@@ -132,7 +141,27 @@ def test_an_unknown_parameter_in_a_key_value_string_is_named() -> None:
         (f"{{'NAME': '{SECRET}'}}", "neither a URL"),
         (f"postgresql://u:{SECRET}@x@h/d", "percent-encode"),
         (f"postgresql://u:{SECRET}/x@h/d", "percent-encode"),
-        (f"postgresql://u:{SECRET}%@h/d", "percent-encode"),
+        (f"postgresql://u:{SECRET}%@h/d", "percent-encode it as %25"),
+        (f"postgresql://u:{SECRET}@[fe80::1%eth0]/d", "percent-encode it as %25"),
+        (f"postgresql://u:{SECRET}@h/d?options=-c%zz", "percent-encode it as %25"),
+        (f"postgresql://u:{SECRET}%00@h/d", "%00"),
+        (f"postgresql://u:{SECRET}@::1/d", "in brackets: [::1]"),
+        ("postgresql://fe80::1:5432/d", "in brackets: [::1]"),
+        (f"postgresql://u:{SECRET}@[::1/d", "its brackets are wrong"),
+        (f"postgresql://u:{SECRET}@h,[::1]x/d", "its brackets are wrong"),
+        (f"postgresql://u:{SECRET}@%2Fcloudsql%2Fp:r:i/d", "write %3A for a :"),
+        (f"postgresql://u:{SECRET}@h/d?sslmode", "no name or no value"),
+        (f"postgresql://u:{SECRET}@h/d?a=b&&c=d", "no name or no value"),
+        (f"postgresql://u:{SECRET}@h:PORT/d", "its port is not a number"),
+        ("postgresql://u:[YOUR-PASSWORD]@h/d", "placeholder"),
+        ("postgresql://${PGUSER}:${PGPASSWORD}@h/d", "placeholder"),
+        ("postgresql://u:{{ password }}@h/d", "placeholder"),
+        ("postgresql://u:%(password)s@h/d", "placeholder"),
+        ("postgresql://<user>:<password>@<host>/d", "placeholder"),
+        (f"url: postgresql://u:{SECRET}@h/d", "name of a variable"),
+        (f"$env:DATABASE_URL='postgresql://u:{SECRET}@h/d'", "name of a variable"),
+        ("/run/secrets/url", "ends in _FILE"),
+        ("file:///run/secrets/url", "ends in _FILE"),
         (f"postgresql://u:{SECRET}@h/d?sslmode=require&sslmode=disable", "sslmode twice"),
         (f"host=h password={SECRET} 2", "quote values"),
         (f"host=h password='{SECRET}", "quote values"),
@@ -261,13 +290,16 @@ def test_an_empty_file_variable_is_an_error_if_nothing_else_is_set() -> None:
 @pytest.mark.parametrize(
     "name",
     ["DATABASE_URI", "SQLALCHEMY_DATABASE_URI", "POSTGRES_URL", "DATABSE_URL", "DATABASE_URLS",
-     "DATABASE_ULR", "DATABASE-URL", "DATABASE_URL ", "database_url"],
+     "DATABASE_ULR", "DATABASE-URL", "DATABASE_URL ", "database_url", "DJANGO_DATABASE_URL",
+     "DB_CONNECTION_STRING", "CONNECTION_STRING", "POSTGRES_URL_FILE", "DATABASE_URL_FIEL",
+     "DB_HOST", "POSTGRES_HOST", "PG_HOST", "PGHOSTNAME"],
 )  # fmt: skip
-def test_another_variable_for_the_url_is_reported(name: str) -> None:
-    with pytest.raises(ConfigError, match="DATABASE_URL is not set") as caught:
-        settings_from_config({name: f"postgresql://u:{SECRET}@h/d"}, environ={})
-    assert name in str(caught.value)
-    assert SECRET not in str(caught.value)
+def test_another_variable_that_names_the_database_is_reported(name: str) -> None:
+    meant = "PGHOST" if "HOST" in name else "DATABASE_URL" + "_FILE" * ("_FI" in name)
+    for config, environ in ({name: f"postgresql://u:{SECRET}@h/d"}, {}), ({}, {name: SECRET}):
+        with pytest.raises(ConfigError, match=f"^{meant} is not set, but {name} is: ") as caught:
+            settings_from_config(config, environ=environ)
+        assert SECRET not in str(caught.value)
     both = {name: "sqlite://", "DATABASE_URL": "host=h"}
     assert settings_from_config(both, environ={})["default"].resolve() == "host=h"
 
@@ -509,9 +541,26 @@ def test_names_of_other_pools_get_a_suggestion(theirs: str, ours: str) -> None:
     assert unknown_variables(environ)[0][1] == variable.replace("DBPOOL_", "DBPOOL_B_")
 
 
+# Kubernetes sets some of them for a service called dbpool.
+@pytest.mark.parametrize(
+    "word",
+    ["WORKERS", "THREADS", "RETRIES", "DEBUG", "LOG_LEVEL", "TLS", "SCHEMA", "TIMEZONE", "AUTH",
+     "CHECK", "API_KEY", "METRICS", "OPEN", "ENABLED", "TESTING", "KEEPALIVES", "SERVICE_HOST",
+     "SERVICE_PORT", "PORT_5432_TCP", "CONFIG_FILE", "LOG_FILE", "REPLICAS", "APP", ""],
+)  # fmt: skip
+def test_a_name_that_resembles_none_gets_no_suggestion(word: str) -> None:
+    assert unknown_variables({f"DBPOOL_{word}": "x"}) == [(f"DBPOOL_{word}", None)]
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
+        ("DBPOOL_SESSION_RESET", "DBPOOL_RESET"),
+        ("DBPOOL_ENV_FILE", "DBPOOL_DOTENV"),
+        ("DBPOOL_BIND", "DBPOOL_SERVE"),
+        ("DBPOOL_METRICS_DIR", "DBPOOL_STATS_DIR"),
+        ("DBPOOL_DEFAULT_MAX_SIZE", "DBPOOL_MAX_SIZE"),
+        ("DBPOOL_READ_TIMEOUT", "DBPOOL_STATEMENT_TIMEOUT"),
         ("DBPOOL_PASSWORD_FILE", "PGPASSWORD_FILE"),
         ("DBPOOL_PASSWORD", "PGPASSWORD"),
         ("DBPOOL_USER", "PGUSER"),
@@ -548,7 +597,7 @@ def test_a_password_is_not_suggested_as_another_secret(
     assert meant is None or meant.endswith("_FILE") is (ending == "_FILE")
 
 
-@pytest.mark.parametrize("option", ["password", "host", "user", "dbname", "connect_args"])
+@pytest.mark.parametrize("option", ["password", "host", "dbname", "connect_args", "row_factory"])
 def test_connection_parameters_as_keywords_suggest_kwargs(option: str) -> None:
     with pytest.raises(ConfigError, match=r"did you mean kwargs\?"):
         Pool(**{option: SECRET})  # type: ignore[arg-type]

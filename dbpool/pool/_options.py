@@ -89,8 +89,8 @@ def resolve(
             raise ConfigError(f"{name} must be callable, without async or yield{hint}")
     insist_on_types(*(None if callable(x) else x for x in (conninfo, options.get("kwargs"))))
     for name in options.keys() & {"reconnect_timeout", "num_workers"}:
-        whole = name == "num_workers"
-        options[name] = parse_number(options[name], name, whole=whole, is_time=not whole)
+        count: dict[str, Any] = {"time": "", "whole": True} if name == "num_workers" else {}
+        options[name] = parse_number(options[name], name, **count)
     found = _settings(conninfo, settings, chosen, options.get("kwargs"))
     shared = {name: getattr(found, name) for name in _SHARED.split()}
     return found, options | shared | {"connection_class": connection_class}

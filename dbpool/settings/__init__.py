@@ -1,6 +1,7 @@
 """Settings of one pool, from keywords, the environment, secret files and a `.env`.
 
-- `_parsing`: numbers, durations, switches, lists; suggestions for unknown names (`names.txt`)
+- `_parsing`: numbers, durations, switches, lists; suggestions for unknown names (`names.txt`,
+  `meant.txt`)
 - `_sources`: the environment, secret files, a `.env` that nobody else could have written
 - `_conninfo`: connection strings, validated (`mistakes.txt`) and masked
 - `app`: the settings of an application beside its pools
@@ -22,7 +23,7 @@ from psycopg.conninfo import make_conninfo
 from dbpool._secrets import conceal, conceal_params, conceals_fields, mask_value, safe_key
 from dbpool.errors import ConfigError
 from dbpool.settings import _conninfo, _parsing, _sources
-from dbpool.settings._parsing import LEFT_TO_SERVER, MAX_INT, did_you_mean, nearest, parsed
+from dbpool.settings._parsing import LEFT_TO_SERVER, MAX_INT, MEANT, did_you_mean, nearest, parsed
 from dbpool.settings._sources import Dotenv, Environ, Sources, find, read_secret
 
 __all__ = ["Settings", "unknown_variables"]
@@ -41,15 +42,13 @@ _RESETS: Final = {"none": "none", "session": "session"}
 _POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
 # libpq's variables that say which database is meant.
 _NAMES_A_DATABASE: Final = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE")
-# What others call DATABASE_URL.
-_MEANT: Final = "(?i)(sqlalchemy_)?(database|db|pg|psql|postgres(ql)?)_?(ur[il]|dsn|conninfo)"
 # Fields without a variable.
 _WITHOUT_VARIABLE: Final = """name conninfo_file password_file libpq explicit
     keepalives_idle keepalives_interval keepalives_count tcp_user_timeout"""
 
 
 _POSITIVE: Final = (0.001, MAX_INT)
-_count: Final = partial(parsed, parse=_parsing.parse_number, is_time=False, whole=True)
+_count: Final = partial(parsed, parse=_parsing.parse_number, time="", whole=True)
 _whole_seconds: Final = partial(parsed, parse=_parsing.parse_time, whole=True)
 _seconds: Final = partial(parsed, parse=_parsing.parse_time)
 _server_timeout: Final = partial(parsed, parse=_parsing.parse_server_timeout)
@@ -58,7 +57,7 @@ _server_timeout: Final = partial(parsed, parse=_parsing.parse_server_timeout)
 @conceals_fields
 @dataclass(frozen=True, repr=False)
 class Settings:
-    """The settings of one pool. Times are in seconds; `"500ms"`, `"30s"`, `"5m"`, `"1h"` work too.
+    """The settings of one pool. Times are in seconds; `"500ms"`, `"30s"`, `"5min"`, `"1h"` work too.
 
     Raises `ConfigError` for a value that does not parse, is out of range, or contradicts
     another. `explicit` names the fields that were set on purpose: they win over the connection
@@ -102,7 +101,7 @@ class Settings:
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(f.default, str) and not isinstance(value, str):
-                raise ConfigError(f"{f.name} must be a string, not of type {type(value).__name__}")
+                self._refuse(f.name, f"must be a string, not of type {type(value).__name__}")
             if parse := f.metadata.get("parse"):
                 self._set(f.name, parse(value, self._known_as(f.name)))
         if "max_size" not in self.explicit:
@@ -120,7 +119,7 @@ class Settings:
 
     def _known_as(self, name: str) -> str:
         """Return a field's name for a message, with the variables that can set it."""
-        if name in _WITHOUT_VARIABLE.split() or not NAME.fullmatch(self.name):
+        if name in _WITHOUT_VARIABLE.split() or not NAME.fullmatch(str(self.name)):
             return name
         own, common = variable(name, self.name), variable(name)
         return f"{name} ({own if name == 'conninfo' or own == common else f'{own} or {common}'})"
@@ -261,8 +260,7 @@ def build_settings(name: str, sources: Sources, overrides: Mapping[str, Any]) ->
     unseen = {k: v for k, v in variables.items() if v != os.environ.get(_conninfo.VARIABLES[k])}
     _insist_on_text({_conninfo.VARIABLES[key]: value for key, value in unseen.items()})
     found["libpq"] = conceal(make_conninfo("", **unseen)) or None
-    given = {key: value for key, value in overrides.items() if value is not None}
-    values = {key: value for key, value in found.items() if value is not None} | given
+    values = {k: v for k, v in (*found.items(), *overrides.items()) if v is not None}
     if not (values.get("conninfo") or values.get("conninfo_file")):
         if name != "default":
             raise ConfigError(f"database {name!r} needs {url} or {url}_FILE")
@@ -284,9 +282,10 @@ def _check_that_nothing_was_meant(sources: Sources) -> None:
     if any(source.get("DATABASE_URL_FILE") == "" for source in sources):
         raise ConfigError("DATABASE_URL_FILE is empty, and DATABASE_URL is not set")
     given = {str(key) for source in sources for key, value in source.items() if value}
-    typos = get_close_matches("DATABASE_URL", given, cutoff=0.9)
-    if meant := sorted(filter(re.compile(_MEANT).fullmatch, given)) or typos:
-        raise ConfigError(f"DATABASE_URL is not set, but {meant[0]} is: rename it")
+    for name, pattern in MEANT:
+        typos = get_close_matches(name, given, cutoff=0.9)
+        if meant := sorted(filter(re.compile(pattern).fullmatch, given)) or typos:
+            raise ConfigError(f"{name} is not set, but {meant[0]} is: rename it")
 
 
 def database_names(sources: Sources) -> tuple[str, ...]:

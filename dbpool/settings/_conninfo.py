@@ -71,10 +71,11 @@ def _problem(text: str, params: Mapping[str, Any] | None) -> str:
     query = text.partition("?")[2] if is_url else ""
     if "@" not in query and (problem := _unknown_parameter(text, query, is_url=is_url)):
         return problem  # a query with an @ is part of a password
+    if params is None and not is_url:
+        return "it cannot be parsed (quote values that contain blanks)"
     problem = "it cannot be parsed" if params is None else _misplaced(params, is_url=is_url)
-    if problem and not problem.endswith("a port"):
-        advice = "percent-encode special characters in user and password"
-        problem += f" ({advice if is_url else 'quote values that contain blanks'})"
+    if problem and re.match("[^@/]*//[^@/]*[@/].*@", text):  # an @ where none belongs
+        problem += " (percent-encode special characters in user and password)"
     return problem
 
 
@@ -91,9 +92,7 @@ def _unknown_parameter(text: str, query: str, *, is_url: bool) -> str:
         if is_url and name in names[:before]:
             return f"it has {described} twice; several hosts are written postgresql://h1,h2:5433/d"
         if name not in VARIABLES and not (is_url and "ssl=true" in query and name == "ssl"):
-            near = nearest(name, VARIABLES.keys() | NAMES.keys())
-            is_ours = near is not None and near.isidentifier() and near not in VARIABLES
-            near = f"DBPOOL_{near}".upper() if is_ours else near
+            near = nearest(name, VARIABLES.keys() | {n for n in NAMES if not n.islower()})
             return f"libpq does not know {described}{did_you_mean(near)}"
     return ""
 

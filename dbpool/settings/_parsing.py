@@ -20,15 +20,20 @@ LEFT_TO_SERVER: Final = "server"
 MAX_INT: Final = 2_147_483_647  # of libpq and the server; in seconds, less than any clock's end
 Limits = tuple[float, float]
 ANY: Final = (0.0, MAX_INT)
-_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
-_DURATION: Final = re.compile(r"(-?(?:\d+(?:\.\d*)?|\.\d+))\s*(ms|s|m|h|)", re.ASCII)
+# PostgreSQL's units, and m.
+_UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+_DURATION: Final = re.compile(r"(-?(?:\d+(?:\.\d*)?|\.\d+))\s*(us|ms|s|min|m|h|d|)", re.ASCII)
+_TIME: Final = f'a number of seconds or a time such as "500ms" ({", ".join(_UNITS)})'
 _COUNT: Final = re.compile(r"(-?\d+)()", re.ASCII)
 _SWITCHES: Final = {"1": True, "true": True, "yes": True, "on": True,
                     "0": False, "false": False, "no": False, "off": False}  # fmt: skip
 
-# Names of this package, each with what SQLAlchemy, Django, asyncpg, pgxpool, HikariCP, Npgsql,
-# Prisma and others call the same, in lower case and without underscores.
+# Names of this package, of its variable where it has one, and of libpq; each with what SQLAlchemy,
+# Django, asyncpg, pgxpool, HikariCP, Npgsql, Prisma and others call the same, in lower case and
+# without underscores.
 NAMES: Final = dict(line.split(": ") for line in read_lines(__package__, "names.txt"))
+# Variables that say which database is meant, each with a pattern of what others call it.
+MEANT: Final = [line.split("  ") for line in read_lines(__package__, "meant.txt")]
 
 
 def parsed(default: Any, parse: Callable[..., Any], **options: Any) -> Any:
@@ -37,16 +42,17 @@ def parsed(default: Any, parse: Callable[..., Any], **options: Any) -> Any:
 
 
 def parse_number(
-    value: Any, known_as: str, *, is_time: bool = True, whole: bool = False, limits: Limits = ANY
+    value: Any, known_as: str, *, time: str = _TIME, whole: bool = False, limits: Limits = ANY
 ) -> float | int:
     """Return *value* as a number; a time, in seconds, may be text with a unit.
 
-    Raises `ConfigError`, which names *known_as*.
+    *time* says what a time may be; it is empty for a count. Raises `ConfigError`, which names
+    *known_as*.
     """
-    (least, most), unit = limits, " s" if is_time else ""
-    number = _to_number(value, is_time=is_time)
+    (least, most), unit = limits, " s" if time else ""
+    number = _to_number(value, is_time=bool(time))
     if number is None:
-        wanted = 'a number of seconds or a time such as "500ms"' if is_time else "a whole number"
+        wanted = time or "a whole number"
     elif not number >= 0:  # NaN neither
         wanted = "0 or more"
     elif number > most:
@@ -63,7 +69,7 @@ def parse_number(
 def _to_number(value: Any, *, is_time: bool) -> float | None:
     if isinstance(value, str):
         match = (_DURATION if is_time else _COUNT).fullmatch(value.strip())
-        return float(match[1]) * _UNITS[match[2]] if match else None
+        return float(match[1]) * _UNITS.get(match[2], 1) if match else None
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
@@ -76,16 +82,16 @@ def parse_time(value: Any, known_as: str, *, suspect: int = 1000, **options: Any
     return seconds
 
 
-def parse_timeout(value: Any, known_as: str) -> float:
+def parse_timeout(value: Any, known_as: str, also: str = " or 0 (off)") -> float:
     """Parse a time that is sent as a whole number of milliseconds; 0 turns it off."""
-    least = 0.001 if parse_number(value, known_as) else 0.0
+    least = 0.001 if parse_number(value, known_as, time=f"{_TIME}{also}") else 0.0
     return parse_time(value, known_as, limits=(least, MAX_INT // 1000))
 
 
 def parse_server_timeout(value: Any, known_as: str) -> float | str:
     """Parse a timeout; `server` leaves it to role, database or configuration."""
     is_left = isinstance(value, str) and value.strip().lower() == LEFT_TO_SERVER
-    return LEFT_TO_SERVER if is_left else parse_timeout(value, known_as)
+    return LEFT_TO_SERVER if is_left else parse_timeout(value, known_as, ', 0 (off) or "server"')
 
 
 def parse_choice(value: Any, known_as: str, *, choices: Mapping[str, Any]) -> Any:
@@ -140,7 +146,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
     For a word that looks like a password's name, only names of passwords are suggested.
     """
-    plain, names = _plain(word), {_plain(name): name for name in known}
+    plain, names = _plain(word), {_plain(name): name for name in sorted(known)}
     for name, others in NAMES.items():
         for other in filter(plain.endswith, (_plain(name), *others.split())):
             if found := names.get(plain.removesuffix(other) + _plain(name)):
@@ -148,11 +154,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     if re.search("pass|pwd|secret|key|cred", plain):
         ending = "passfile" if plain.endswith("file") else "password"
         names = {key: name for key, name in names.items() if key.endswith(ending)}
-    return next((names[key] for key in get_close_matches(plain, sorted(names), 1)), None)
+    return next((names[key] for key in get_close_matches(plain, names, 1, 0.7)), None)
 
 
 def _plain(name: str) -> str:
-    return name.lower().replace("_", "")
+    """Return a name without case, signs, and what our variables begin with: they are not alike."""
+    return re.sub(r"[\W_]|^dbpool(_default)?", "", name.strip().lower())
 
 
 def did_you_mean(suggestion: str | None) -> str:
