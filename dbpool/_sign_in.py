@@ -46,7 +46,7 @@ PAGE_HEADERS: Final = {
 # Without Basic: it would make the browser open its own dialog before it shows the form.
 CHALLENGE: Final = 'Bearer realm="dbpool"'
 _BASIC: Final = 'Basic realm="dbpool", charset="UTF-8"'
-_HOW: Final = "send the token as a Bearer token, or as the password of HTTP Basic"
+_ADVICE: Final = "send the token as a Bearer token, or as the password of HTTP Basic"
 
 MISSING: Final = ""
 WRONG: Final = "This token is wrong."
@@ -155,8 +155,8 @@ def denial(sign_in: SignIn | None, headers: Headers) -> Denial | None:
     is_page = headers.get("x-requested-with", "") != ""
     challenges = (CHALLENGE,) if is_page else (_BASIC, CHALLENGE)
     if offered is not None:
-        return Denial(WRONG, f"wrong token: {_HOW}", challenges)
-    return Denial(ENDED if cookie else MISSING, _HOW, challenges)
+        return Denial(WRONG, f"wrong token: {_ADVICE}", challenges)
+    return Denial(ENDED if cookie else MISSING, _ADVICE, challenges)
 
 
 def is_signed_in(sign_in: SignIn | None, headers: Headers) -> bool:

@@ -300,17 +300,18 @@ class Emitter:
                     self._deliver(event)
 
     def _deliver(self, event: Event) -> None:
-        if self._has_dropped and self._is_first("dropped"):
+        if self._has_dropped and self._remember("dropped"):
             logger.error("pool %r: its listeners are too slow, events are dropped", event.pool)
         for listener in self._listeners:
             try:
                 listener(event)
             except BaseException:  # the other listeners still get the event
-                if self._is_first((id(listener), type(event))):
+                if self._remember((id(listener), type(event))):
                     text = "a listener failed on %s: %s"
                     logger.exception(text, name_of(event), _named(listener))
 
-    def _is_first(self, problem: object) -> bool:
+    def _remember(self, problem: object) -> bool:
+        """Return whether a problem is new."""
         is_first = problem not in self._logged
         self._logged.add(problem)
         return is_first

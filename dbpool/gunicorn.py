@@ -101,7 +101,7 @@ def on_starting(server: Any) -> None:
         Path(given).name
     ):  # not of the master that SIGUSR2 replaces
         os.environ[STATS_DIR] = given
-        _say_where(server, given)
+        _warn_of_disk(server, given)
         _start_door(server)
         return
     try:
@@ -114,7 +114,7 @@ def on_starting(server: Any) -> None:
         )
     else:
         os.environ[STATS_DIR] = str(_made.path)
-        _say_where(server, str(_made.path))
+        _warn_of_disk(server, str(_made.path))
     _start_door(server)
 
 
@@ -247,7 +247,7 @@ def on_exit(server: Any) -> None:
         _made.remove()
 
 
-def _say_where(server: Any, directory: str) -> None:
+def _warn_of_disk(server: Any, directory: str) -> None:
     """Say once if the statistics are not kept in memory: a disk that stalls makes them late."""
     if is_in_memory(Path(directory)) is False:
         server.log.info(
@@ -266,14 +266,14 @@ def _start_door(server: Any) -> None:
     if not os.environ.get(_SERVE) or not os.environ.get(STATS_DIR):
         return
     is_other_user = os.geteuid() == 0 and server.cfg.uid != 0
-    who = {"user": server.cfg.uid, "group": server.cfg.gid, "extra_groups": []}
-    patience = max(30, server.cfg.timeout)
+    account = {"user": server.cfg.uid, "group": server.cfg.gid, "extra_groups": []}
+    timeout = max(30, server.cfg.timeout)
     try:
         _door = subprocess.Popen(
-            [sys.executable, "-m", "dbpool.door._supervisor", f"--patience={patience}"],
+            [sys.executable, "-m", "dbpool.door._supervisor", f"--worker-timeout={timeout}"],
             stdin=subprocess.PIPE,
             start_new_session=True,
-            **(who if is_other_user else {}),
+            **(account if is_other_user else {}),
         )
     except OSError as ex:
         server.log.warning("dbpool: DBPOOL_SERVE: the door cannot be started: %s", ex)

@@ -100,11 +100,11 @@ class Report:
             self,
             pools={name: merge(*pools) for name, pools in found.items()},
             processes=tuple(process for _, process in sorted(youngest.items())),
-            parts=tuple(part for report in (self, *others) for part in report._living()),
+            parts=tuple(part for report in (self, *others) for part in report._parts_of_living()),
             usage=_merge_usage([report.usage for report in (self, *others)]),
         )
 
-    def _living(self) -> tuple[Report, ...]:
+    def _parts_of_living(self) -> tuple[Report, ...]:
         return self.parts or ((self,) if len(self.processes) == 1 else ())
 
     def as_of(self, now: float) -> Report:
@@ -144,7 +144,7 @@ class Report:
         `checkouts`, `refused` and `use_seconds` are totals since the process opened the pool.
         """
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in self.pools}
-        for part in self._living():
+        for part in self._parts_of_living():
             for name, pool in part.pools.items():
                 found[name].append(_worker_to_json(part.processes[0], pool))
         return {name: _busiest(workers) for name, workers in found.items()}

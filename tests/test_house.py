@@ -195,6 +195,39 @@ def test_only_the_store_takes_its_lock() -> None:
     assert unlocked == {"flush_later", "hand_over_or_store"}, "called with the lock held"
 
 
+_QUESTION = re.compile(r"_?(is|are|has|have|was|were|can|may|must|needs?|wants?)_")
+_ACTIONS = {"add", "append", "clear", "discard", "draw", "pop", "put", "remove", "update", "write"}
+
+
+def actions(function: ast.FunctionDef) -> list[str]:
+    """What a function changes beside its own variables, as far as its code shows."""
+    found = []
+    for node in ast.walk(function):
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            parts = (part for target in targets for part in ast.walk(target))
+            found += [
+                ast.unparse(x) for x in parts if isinstance(x, (ast.Attribute, ast.Subscript))
+            ]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            receiver = node.func.value
+            is_own = isinstance(receiver, ast.Name) and receiver.id not in ("self", "cls")
+            if node.func.attr in _ACTIONS and not is_own:
+                found.append(ast.unparse(node.func))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_answers_a_question_changes_nothing(path: Path) -> None:
+    """A function whose name asks, such as `is_due`, only answers; what acts is named by a verb."""
+    asking = (
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and _QUESTION.match(node.name)
+    )
+    assert {node.name: found for node in asking if (found := actions(node))} == {}
+
+
 def test_functions_are_short() -> None:
     """In the core the median is at most five lines of code, and the 90th percentile at most 20."""
     sizes = sorted(

@@ -23,7 +23,7 @@ import psycopg
 
 from dbpool.embedded import Cluster, EmbeddedError, Interrupted
 from dbpool.embedded._cluster import FAST_SECONDS, START_SECONDS
-from dbpool.embedded._programs import binaries, can, elsewhere, major_version, server_user
+from dbpool.embedded._programs import binaries, can, major_version, server_user, user_folder
 
 logger = logging.getLogger("webapp")
 
@@ -45,7 +45,7 @@ def home(checkout: Path) -> Path:
         why = "has a line break in its path"
     else:
         return inside
-    found = elsewhere() / f"data-{_digest(checkout)}"
+    found = user_folder() / f"data-{_digest(checkout)}"
     logger.warning("%s %s: the data is in %s", checkout, why, found)
     return found
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--app", help="the application to choose, if several share the directory")
     parser.add_argument(
-        "--patience", type=float, default=30.0, metavar="SECONDS",
+        "--worker-timeout", type=float, default=30.0, metavar="SECONDS",
         help="liveness fails if no worker has reported for this long (at least 30)",
     )  # fmt: skip
     parser.add_argument("--until-eof", action="store_true", help=argparse.SUPPRESS)
@@ -59,7 +59,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         )
     _log_to_stderr()
     known = arguments.dir or settings.stats_dir
-    views = Views(settings, lambda: _find(known, arguments.app), arguments.patience)
+    views = Views(settings, lambda: _find(known, arguments.app), arguments.worker_timeout)
     door = Door(address, views)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

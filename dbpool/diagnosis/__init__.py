@@ -39,7 +39,7 @@ _RULES: Final[tuple[Callable[[PoolScene], Finding | None], ...]] = (
 )
 _SILENCE: Final = 2.0  # seconds
 _CANNOT_CONNECT: Final = frozenset({"DB01", "DB02", "DB03", "DB17"})
-_LONG: Final = 5.0  # seconds
+_LASTING: Final = 5.0  # seconds
 _HANGING: Final = frozenset({"DB01", "DB04", "DB05", "DB07", "DB09", "DB15"})
 # What each of these may be an effect of. It is then left out: one look names the cause.
 _EFFECTS: Final[Mapping[str, frozenset[str]]] = MappingProxyType({
@@ -85,7 +85,7 @@ def _of_pool(pool: PoolScene) -> Iterator[Finding]:
 
 def _is_hanging(finding: Finding, now: float) -> bool:
     """Whether requests hang for so long that gunicorn's timeout may end their workers."""
-    is_bad = finding.severity is Severity.CRITICAL or now - finding.since >= _LONG
+    is_bad = finding.severity is Severity.CRITICAL or now - finding.since >= _LASTING
     return finding.code in _HANGING and is_bad
 
 

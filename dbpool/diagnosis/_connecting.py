@@ -110,8 +110,8 @@ _FILES: Final = (
 
 def _limit_of_late(pool: PoolScene) -> Finding | None:
     """DB03 or DB17 while callers wait, though no connect fails just now: one came free, or was given up."""
-    limit, is_lacking = pool.watch.limit, pool.waiting > 0 or pool.refused > 0
-    if limit is None or pool.now - limit.since < _FAILING_AFTER or not is_lacking:
+    limit, is_short = pool.watch.limit, pool.waiting > 0 or pool.refused > 0
+    if limit is None or pool.now - limit.since < _FAILING_AFTER or not is_short:
         return None
     evidence: dict[str, object] = {
         "error": limit.error, "kind": _SATURATED, "seconds": pool.now - limit.since,

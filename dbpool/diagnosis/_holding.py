@@ -20,8 +20,8 @@ _IDLE_AFTER: Final = 5.0
 _IDLE_LOOKS: Final = 10
 _SLOW_AFTER: Final = 5.0
 _SLOW_LOOKS: Final = 5
-_MANY: Final = 3  # slow statements that are told of though nobody waits for a connection
-_MUCH: Final = 1 / 3  # of the connections, that are as much
+_SLOW_COUNT: Final = 3  # slow statements that are told of though nobody waits for a connection
+_SLOW_SHARE: Final = 1 / 3  # of the connections, that are as much
 _UNUSED_AFTER: Final = 10.0
 _UNUSED_LOOKS: Final = 10
 _LONG_WAIT: Final = 0.1  # seconds
@@ -102,7 +102,7 @@ def slow_statements(pool: PoolScene) -> Finding | None:
     slow = [(holder, seconds) for holder in pool.holders if (seconds := _slow(pool, holder))]
     if not slow or 2 * len(slow) < len(pool.holders):
         return None
-    if not pool.is_stuck and len(slow) < min(_MANY, _MUCH * pool.max_size):
+    if not pool.is_stuck and len(slow) < min(_SLOW_COUNT, _SLOW_SHARE * pool.max_size):
         return None
     seconds = max(seconds for _, seconds in slow)
     wait = _common_wait(pool, [holder for holder, _ in slow])
@@ -151,12 +151,12 @@ def nested(pool: PoolScene) -> Finding | None:
     since = pool.watch.nested_since if timeouts else None
     since = min([pool.now - holder.seconds for holder in holders] + [since or pool.now])
     places = f" at {_places(holders)}" if holders else ""
-    everybody = len(holders) >= pool.max_size
+    are_all = len(holders) >= pool.max_size
     return Finding(
         "DB09", Severity.CRITICAL, pool=pool.name, since=since,
-        text=f"{_we_wait(pool, len(holders) or timeouts)} for a second connection while holding"
+        text=f"{_callers_wait(pool, len(holders) or timeouts)} for a second connection while holding"
         f" one{places}"
-        + (": all connections are held this way, and none can become free" if everybody else ""),
+        + (": all connections are held this way, and none can become free" if are_all else ""),
         do="Pass the connection on instead of checking out another inside the block. Else max_size"
         " must be at least threads * (held at once - 1) + 1.",
         evidence={"waiting": pool.waiting, "max_size": pool.max_size, "timed_out": timeouts,
@@ -183,7 +183,7 @@ def held_unused(pool: PoolScene) -> Finding | None:
     return Finding(
         "DB15", Severity.CRITICAL if pool.is_stuck else Severity.WARNING,
         pool=pool.name, since=since or pool.now,
-        text=f"{_we_wait(pool, pool.waiting)} while {what}: {_places(unused)}",
+        text=f"{_callers_wait(pool, pool.waiting)} while {what}: {_places(unused)}",
         do="Move everything that is not database work (calls to other services, rendering,"
         " sleeping) out of the block that holds the connection.",
         evidence={"waiting": pool.waiting, "unused_share": round(share, 2),
@@ -218,7 +218,7 @@ def has_turnover(pool: PoolScene) -> bool:
     return sum(step.checkouts for step in pool.known(2)) >= max(1, pool.active)
 
 
-def _we_wait(pool: PoolScene, callers: int) -> str:
+def _callers_wait(pool: PoolScene, callers: int) -> str:
     return count(callers, f"caller of {pool.name} waits", f"callers of {pool.name} wait")
 
 

@@ -10,13 +10,13 @@ from dbpool.diagnosis._finding import Finding, Severity, count, duration, ending
 from dbpool.diagnosis._scene import PoolScene, Scene
 
 _SILENT_AFTER: Final = 10.0  # seconds, or twice the interval of a process that has much to write
-_FRESH: Final = 6.0  # seconds, or a second more than that interval
+_MAX_AGE: Final = 6.0  # seconds, or a second more than that interval
 _LAG: Final = 60.0
 _CONFLICT: Final = (
     " The replay waits for long queries on the replica, up to max_standby_streaming_delay."
 )
 _DEATHS: Final = 3
-_WITHIN: Final = 300.0  # seconds
+_DEATH_WINDOW: Final = 300.0  # seconds
 _STALL: Final = 5.0
 _NEW: Final = 60.0  # seconds of a worker's life
 _SPREAD: Final = 3.0  # seconds between the starts of workers that were started together
@@ -85,7 +85,7 @@ def is_overdue(age: float, interval: float) -> bool:
 def silent_workers(scene: Scene) -> Finding | None:
     """DB12: a worker lives but says nothing, while another does."""
     silent = [each for each in scene.processes if is_overdue(each.age, each.interval)]
-    fresh = [each for each in scene.processes if each.age <= max(_FRESH, each.interval + 1.0)]
+    fresh = [each for each in scene.processes if each.age <= max(_MAX_AGE, each.interval + 1.0)]
     if scene.stalled > _STALL or (silent and not fresh):
         seconds = max(scene.stalled, *(each.age for each in silent), 0.0)
         return Finding(
@@ -109,7 +109,9 @@ def silent_workers(scene: Scene) -> Finding | None:
 
 def dying_workers(scene: Scene) -> Finding | None:
     """DB16: workers end by a signal, with an error or without closing their pools, several times."""
-    recent = [each for each in scene.deaths if scene.now - _WITHIN <= each.time <= scene.now + 1.0]
+    recent = [
+        each for each in scene.deaths if scene.now - _DEATH_WINDOW <= each.time <= scene.now + 1.0
+    ]
     if len(recent) < _DEATHS:
         return None
     causes = Counter(ending(each.code) for each in recent if each.code is not None)

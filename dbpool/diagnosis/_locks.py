@@ -29,7 +29,7 @@ def waiting_for_lock(pool: PoolScene) -> Finding | None:
     waited = {each.pid: pool.lasted(each, each.query_seconds) or 0.0 for each in known}
     waiting = [each for each in known if waited[each.pid]]
     seconds = max(waited.values(), default=0.0)
-    if view is not None and view.locked_since is not None and _is_among_us(pool, view, known):
+    if view is not None and view.locked_since is not None and _is_own_queue(pool, view, known):
         # One short wait follows another: those that the last look saw may have ended.
         waiting, seconds = known, max(seconds, pool.now - view.locked_since)
     if view is None or not waiting or seconds < _LOCK_AFTER:
@@ -61,7 +61,7 @@ def waiting_for_lock(pool: PoolScene) -> Finding | None:
     )  # fmt: skip
 
 
-def _is_among_us(pool: PoolScene, view: ServerView, waiting: Sequence[Session]) -> bool:
+def _is_own_queue(pool: PoolScene, view: ServerView, waiting: Sequence[Session]) -> bool:
     """Whether callers wait while our sessions wait for one another alone: that goes on by itself."""
     roots = [view.sessions.get(pid) for pid in view.roots(waiting)]
     is_short = pool.waiting > 0 or pool.refused > 0
@@ -108,7 +108,7 @@ def _blocker(pool: PoolScene, view: ServerView, pid: int) -> dict[str, Any]:
     }
 
 
-def _who(blocker: Mapping[str, Any]) -> str:
+def _name_of(blocker: Mapping[str, Any]) -> str:
     """Name a blocker as well as it is known."""
     if blocker["where"]:
         endpoint, where = blocker["endpoint"], blocker["where"]
@@ -123,13 +123,13 @@ def _who(blocker: Mapping[str, Any]) -> str:
     return f"the session {blocker['pid']}" + (f" ({', '.join(known)})" if known else "")
 
 
-def _doing(blocker: Mapping[str, Any]) -> str:
+def _activity(blocker: Mapping[str, Any]) -> str:
     """Say what a blocker does meanwhile, and for how long it has."""
     state = blocker["state"] if blocker["pid"] and blocker["state"] not in _NAMES else None
-    doing = blocker.get("statement") or blocker.get("wait")
-    said = f", {state}" if state else ""
-    said += f" in {doing}" if state and doing else ""
-    return said + (f" for {duration(blocker['seconds'])}" if blocker["seconds"] else "")
+    activity = blocker.get("statement") or blocker.get("wait")
+    text = f", {state}" if state else ""
+    text += f" in {activity}" if state and activity else ""
+    return text + (f" for {duration(blocker['seconds'])}" if blocker["seconds"] else "")
 
 
 def _text(
@@ -138,23 +138,23 @@ def _text(
     blockers: Sequence[Mapping[str, Any]],
     change: Session | None,
 ) -> str:
-    we_wait = count(
+    waiters = count(
         len(waiting), f"connection of {pool.name} waits", f"connections of {pool.name} wait"
     )
     if not blockers:
-        return f"{we_wait} for a lock; who holds it could not be seen"
+        return f"{waiters} for a lock; who holds it could not be seen"
     first = blockers[0]
-    held = _doing(first)
+    held = _activity(first)
     held += f", and {count(len(blockers) - 1, 'other')}" if len(blockers) > 1 else ""
     callers = count(pool.waiting, "caller waits", "callers wait")
     queue = f"; {callers} for a connection" if pool.waiting else ""
     if change is not None and change.pid != first["pid"]:
         who = change.application_name or f"pid {change.pid}"
         return (
-            f"{change.ddl} of {who} (session {change.pid}) waits for {_who(first)}{held};"
-            f" {we_wait} behind it{queue}"
+            f"{change.ddl} of {who} (session {change.pid}) waits for {_name_of(first)}{held};"
+            f" {waiters} behind it{queue}"
         )
-    return f"{we_wait} for a lock that {_who(first)} holds{held}{queue}"
+    return f"{waiters} for a lock that {_name_of(first)} holds{held}{queue}"
 
 
 def _advice(blockers: Sequence[Mapping[str, Any]], change: Session | None) -> str:

@@ -16,7 +16,7 @@ _LONG_WAIT: Final = 0.1  # seconds
 _BASELINE: Final = 12  # steps that are needed to know what is usual
 _CHURN: Final = 0.2  # connects a checkout
 _CONFLICTS: Final = 0.05  # retries a transaction
-_ENOUGH: Final = 20  # checkouts that a share is taken of
+_MIN_CHECKOUTS: Final = 20  # checkouts that a share is taken of
 _SLOWER: Final = 3.0  # times
 _UNCHANGED: Final = 2.0
 _NEGLIGIBLE: Final = {"use": 0.005, "connect": 0.05}  # seconds that nobody calls slow
@@ -89,7 +89,7 @@ def churn(pool: PoolScene) -> Finding | None:
     connects = sum(step.settled_connects for step in steps)
     busy = sum(step.settled_connects > 0 for step in steps)
     # A restart makes many connects at once; churn goes on.
-    if len(pool.steps) < _MINUTE or checkouts < _ENOUGH or busy < _BAD_STEPS:
+    if len(pool.steps) < _MINUTE or checkouts < _MIN_CHECKOUTS or busy < _BAD_STEPS:
         return None
     if connects <= _CHURN * checkouts:
         return None
@@ -110,7 +110,7 @@ def conflicts(pool: PoolScene) -> Finding | None:
     steps = pool.known(_MINUTE)
     retries, checkouts = (sum(getattr(s, n) for s in steps) for n in ("retries", "checkouts"))
     busy = sum(step.retries > 0 for step in steps)
-    if checkouts < _ENOUGH or retries <= _CONFLICTS * checkouts or busy < _BAD_STEPS:
+    if checkouts < _MIN_CHECKOUTS or retries <= _CONFLICTS * checkouts or busy < _BAD_STEPS:
         return None
     return Finding(
         "DB14", Severity.WARNING, pool=pool.name, since=pool.now - STEP * _MINUTE,

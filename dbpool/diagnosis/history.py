@@ -24,8 +24,10 @@ _WARM_UP: Final = 60.0  # seconds of a worker's life in which its connects are n
 
 # Every fourth of the pool's own bounds, 100 us to 10 s, two to a decade; a twelfth bucket takes
 # what is longer. Buckets can be added up, percentiles cannot.
-_FIRST, _EVERY, _BUCKETS = 16, 4, 12
-BOUNDS: Final = FINE_BOUNDS[_FIRST : _FIRST + _EVERY * (_BUCKETS - 1) : _EVERY]
+_FIRST_BOUND, _BOUND_STEP, _BUCKETS = 16, 4, 12
+BOUNDS: Final = FINE_BOUNDS[
+    _FIRST_BOUND : _FIRST_BOUND + _BOUND_STEP * (_BUCKETS - 1) : _BOUND_STEP
+]
 _LONGEST: Final = 100.0  # seconds that a duration in the last bucket is taken for
 
 
@@ -47,7 +49,11 @@ class Buckets:
         if after.sum_ns < before.sum_ns or after.count < before.count:
             before = HistogramSnapshot()
         fine = [max(0, b - a) for a, b in zip(before.counts, after.counts, strict=True)]
-        edges = [0, *range(_FIRST + 1, _FIRST + _EVERY * (_BUCKETS - 1) + 1, _EVERY), len(fine)]
+        edges = [
+            0,
+            *range(_FIRST_BOUND + 1, _FIRST_BOUND + _BOUND_STEP * (_BUCKETS - 1) + 1, _BOUND_STEP),
+            len(fine),
+        ]
         counts = tuple(sum(fine[a:b]) for a, b in pairwise(edges))
         return cls(counts, (after.sum_ns - before.sum_ns) / 1e9)
 

@@ -121,7 +121,7 @@ class _HTTP(ThreadingMixIn, UnixStreamServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        timer = threading.Timer(_CONNECTION_TIMEOUT, _hang_up, (request,))
+        timer = threading.Timer(_CONNECTION_TIMEOUT, _shut_down, (request,))
         timer.daemon = True
         timer.start()
         try:
@@ -134,7 +134,7 @@ class _HTTP(ThreadingMixIn, UnixStreamServer):
         """Log nothing about clients that hang up."""
 
 
-def _hang_up(connection: socket.socket) -> None:
+def _shut_down(connection: socket.socket) -> None:
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
 
@@ -183,13 +183,13 @@ class Door:
             self._views.tick()
 
     def _listen(self) -> socket.socket | None:
-        is_said = False
+        is_logged = False
         while not self._stop.is_set():
             try:
                 return self._bound()
             except OSError as ex:
-                if not is_said:
-                    is_said = True
+                if not is_logged:
+                    is_logged = True
                     text = "door: cannot listen on %s yet: %s"
                     logger.warning(text, _shown(self._address), ex.strerror)
             self._stop.wait(_RETRY_INTERVAL)

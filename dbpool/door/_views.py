@@ -44,16 +44,16 @@ class Views:
     """The answers of one application's door.
 
     *find* returns the processes of the application, and raises `ConfigError` while there are none.
-    Liveness fails once no worker has published for *patience* seconds.
+    Liveness fails once no worker has published for *worker_timeout* seconds.
     """
 
     def __init__(
-        self, settings: AppSettings, find: Callable[[], Processes], patience: float = 30.0
+        self, settings: AppSettings, find: Callable[[], Processes], worker_timeout: float = 30.0
     ) -> None:
         self._settings = settings
         self._sign_in = SignIn(settings.token) if settings.token else None
         self._find = find
-        self._patience = max(30.0, patience)
+        self._worker_timeout = max(30.0, worker_timeout)
         self._started = monotonic()
         self._monitor: Monitor | None = None
         self._directory: Path | None = None
@@ -159,7 +159,7 @@ class Views:
     def _live(self, query: object, headers: object) -> Response:
         ages = [process.age for report in self._reports() for process in report.processes]
         is_starting = not ages and monotonic() - self._started < _START_TIMEOUT
-        if is_starting or min(ages, default=self._patience + 1) <= self._patience:
+        if is_starting or min(ages, default=self._worker_timeout + 1) <= self._worker_timeout:
             return json_answer(200, status=PoolState.UP)
         return json_answer(503, {"Retry-After": retry_after(5.0)}, status=PoolState.DOWN)
 
@@ -185,8 +185,8 @@ class Views:
         required = [words.get(name, PoolState.STARTING) for name in self._settings.required]
         status = min(required, key=_BEST.index, default=PoolState.UP)  # or nothing is required
         if status in _SERVING:
-            is_well = set(words.values()) <= {PoolState.UP}
-            status = PoolState.UP if is_well else PoolState.DEGRADED
+            are_all_up = set(words.values()) <= {PoolState.UP}
+            status = PoolState.UP if are_all_up else PoolState.DEGRADED
             return json_answer(200, status=status, databases=words, **more)
         return json_answer(
             503, {"Retry-After": retry_after(1.0)}, status=status, databases=words, **more

@@ -101,8 +101,8 @@ class Cluster:
             if self._stopping():
                 raise Interrupted
             if (started and status is None) or time.monotonic() > deadline:
-                said = _last_line(_content(self.log))
-                raise EmbeddedError(f"PostgreSQL did not start: {said} (see {self.log})")
+                text = _last_line(_content(self.log))
+                raise EmbeddedError(f"PostgreSQL did not start: {text} (see {self.log})")
             if status is None:
                 self._start(settings)
                 started = True
@@ -255,8 +255,8 @@ def _owner(data: Path) -> Account | None:
     return None
 
 
-def _last_line(said: bytes) -> str:
-    lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
+def _last_line(text: bytes) -> str:
+    lines = [line for line in text.decode(errors="replace").splitlines() if line.strip()]
     wanted = [line for line in lines if re.search(r"FATAL|ERROR:|error:", line)] or lines
     cut = re.compile(r"^.*?(FATAL|ERROR|error): +")
     return cut.sub("", wanted[-1]).strip() if wanted else "it said nothing"

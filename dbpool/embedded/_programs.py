@@ -88,13 +88,13 @@ def binaries() -> Path:
 @cache
 def major_version(folder: Path) -> str:
     """Return the major version of the server there, `18` for example."""
-    said = subprocess.run(
+    output = subprocess.run(
         [folder / "postgres", "--version"], capture_output=True, text=True, check=True
     ).stdout
-    return re.sub(r".* (\d+).*", r"\1", said.strip())
+    return re.sub(r".* (\d+).*", r"\1", output.strip())
 
 
-def elsewhere() -> Path:
+def user_folder() -> Path:
     """Return the folder in which this user keeps what cannot be in the checkout."""
     if os.geteuid() == 0:
         return ROOT_HOME
@@ -122,7 +122,7 @@ def _copied(folder: Path, why: str) -> Path:
     """Copy the binaries to another place, with the libraries that are beside their package."""
     install, package = folder.parent, folder.parent.parent
     stamp = int(folder.joinpath("postgres").stat().st_mtime)
-    target = elsewhere() / f"binaries-{install.name}-{stamp}"
+    target = user_folder() / f"binaries-{install.name}-{stamp}"
     if not target.exists():
         logger.warning("%s %s: copying it to %s", folder, why, target)
         making = target.with_name(f"{target.name}.{os.getpid()}")

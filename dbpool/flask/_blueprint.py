@@ -79,7 +79,7 @@ def create_blueprint(name: str = "dbpool", authorize: Authorize | None = None) -
             rule, view.__name__.lstrip("_"), view, strict_slashes=False, methods=["GET"]
         )
     # An application with a function of its own has its own way to sign in, too.
-    forms = (sign_in, sign_out) if authorize is None else (_nothing, _nothing)
+    forms = (sign_in, sign_out) if authorize is None else (_not_found, _not_found)
     blueprint.add_url_rule("/sign-in", "sign_in", public(forms[0]), methods=["GET", "POST"])
     blueprint.add_url_rule("/sign-out", "sign_out", public(forms[1]), methods=["POST"])
     return blueprint
@@ -168,7 +168,7 @@ def _index(own: State) -> AnyResponse:
     return Response(page, headers=PAGE_HEADERS, mimetype="text/html")
 
 
-def _nothing(own: State) -> AnyResponse:
+def _not_found(own: State) -> AnyResponse:
     abort(404)
 
 

@@ -16,7 +16,7 @@ from dbpool.cli._configured import using
 from dbpool.flask._extension import state
 
 _WITHOUT_APPLICATION = frozenset({"explain"})
-_OF_RUNNING = frozenset({"stats", "top"})
+_NEED_DIRECTORY = frozenset({"stats", "top"})
 
 
 class _Commands(click.Group):
@@ -63,4 +63,4 @@ def _command(name: str, about: str) -> click.Command:
 def _directory(name: str) -> list[str]:
     """Return the option that names the workers' directory, if the configuration sets one."""
     given = current_app.config.get("DBPOOL_STATS_DIR")
-    return ["--dir", str(given)] if name in _OF_RUNNING and given else []
+    return ["--dir", str(given)] if name in _NEED_DIRECTORY and given else []

@@ -42,7 +42,7 @@ logger = logging.getLogger("dbpool")
 KEY: Final = "dbpool"
 _PUSHED_AT: Final = "_dbpool_pushed_at"
 _ENDPOINT: Final = "_dbpool_endpoint"
-_OUTER: Final = "dbpool.outer_endpoint"
+_OUTER_ENDPOINT: Final = "dbpool.outer_endpoint"
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def _before_request() -> None:
     if own.settings.details == "always" and not own.warned:
         _warn_of_open_views(own)
     if request.endpoint is not None:
-        who = holders.current.thread
-        request.environ[_OUTER], who.endpoint = who.endpoint, request.endpoint
-        own.processes.begin_request(who)
+        thread = holders.current.thread
+        request.environ[_OUTER_ENDPOINT], thread.endpoint = thread.endpoint, request.endpoint
+        own.processes.begin_request(thread)
         g.setdefault(_ENDPOINT, request.endpoint)
 
 
@@ -202,11 +202,11 @@ def _warn_of_open_views(own: State) -> None:
 
 def _teardown_request(exc: BaseException | None) -> None:
     """Restore the endpoint: requests may nest, as a test client's do."""
-    if _OUTER in request.environ:
-        who = holders.current.thread
-        who.endpoint = request.environ.pop(_OUTER)
-        if who.endpoint is None:
-            state().processes.end_request(who)
+    if _OUTER_ENDPOINT in request.environ:
+        thread = holders.current.thread
+        thread.endpoint = request.environ.pop(_OUTER_ENDPOINT)
+        if thread.endpoint is None:
+            state().processes.end_request(thread)
 
 
 def _on_appcontext_tearing_down(app: Flask, **extra: Any) -> None:

@@ -49,12 +49,13 @@ class Episodes:
             is_worse = finding.severity.rank > episode.severity.rank
             if is_worse:
                 episode.severity = finding.severity
-            if episode.count == 1 or is_worse or self._is_due(episode, now):
+            if episode.count == 1 or is_worse or self._remind(episode, now):
                 found.append((finding, episode.count))
         return found
 
     @staticmethod
-    def _is_due(episode: _Episode, now: float) -> bool:
+    def _remind(episode: _Episode, now: float) -> bool:
+        """Return whether another reminder is due, and count it."""
         passed = sum(now - episode.began >= seconds for seconds in _REMINDERS)
         is_due, episode.reminded = passed > episode.reminded, max(passed, episode.reminded)
         return is_due

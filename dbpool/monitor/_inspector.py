@@ -62,7 +62,7 @@ class Inspector:
         self._asked: psycopg.Connection[Any] | None = None  # the one that is asked now
         self._thread: threading.Thread | None = None
         self._started = 0.0
-        self._looks = 0  # since looking became necessary, or urgent
+        self._inspections = 0  # since looking became necessary, or urgent
         self._is_urgent = False
         self._next: float | None = None
         self._facts_at = monotonic() + _FACTS_FIRST
@@ -70,27 +70,29 @@ class Inspector:
         self._role: tuple[str | None, float] | None = None  # the usual one, and when last seen
         self._locked_since: float | None = None  # as a view's
         self._needed_at = 0.0
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def tick(self, *, is_needed: bool, is_urgent: bool) -> None:
         """Look if it is time to, and at once when it becomes urgent; called about once a second."""
         now = monotonic()
         if self._thread is not None and self._thread.is_alive():
             if now - self._started > _HUNG:
-                self._hang_up()
+                self._shut_down()
             return
         if self._is_off:
             return
-        is_news, self._is_urgent = is_urgent and not self._is_urgent, is_urgent
+        became_urgent, self._is_urgent = is_urgent and not self._is_urgent, is_urgent
         if not is_needed:
             self._rest(now)
-        elif self._next is None or now >= self._next or is_news:
-            first_look = self._next is None
+        elif self._next is None or now >= self._next or became_urgent:
+            is_first = self._next is None
             self._needed_at = now
-            self._looks = 0 if is_news else self._looks
-            pause = _PAUSES[self._looks] if self._looks < len(_PAUSES) else _LONGEST_PAUSE
-            self._looks, self._next = self._looks + 1, now + pause
-            self._start(self._look_soon if first_look else self._look)
+            self._inspections = 0 if became_urgent else self._inspections
+            pause = (
+                _PAUSES[self._inspections] if self._inspections < len(_PAUSES) else _LONGEST_PAUSE
+            )
+            self._inspections, self._next = self._inspections + 1, now + pause
+            self._start(self._inspect_soon if is_first else self._inspect)
 
     def view(self) -> ServerView | None:
         """Return the server's last answer, and since when it has been silent, if it is."""
@@ -109,7 +111,7 @@ class Inspector:
 
     def close(self) -> None:
         """Close its connection; a look that is under way fails."""
-        self._hang_up()
+        self._shut_down()
         if self._thread is not None:
             self._thread.join(1.0)
         self._close_own()
@@ -118,7 +120,7 @@ class Inspector:
         """While nobody waits for long, close what is unused, and read the limits at times."""
         if self._next is not None and self._view is not None:  # what was seen there is over
             self._view = replace(self._view, sessions={}, prepared=(), locked_since=None)
-        self._looks, self._next, self._silent_since, self._locked_since = 0, None, None, None
+        self._inspections, self._next, self._silent_since, self._locked_since = 0, None, None, None
         if self._conn is not None and now - self._needed_at > _KEPT:
             self._start(self._close_own)
         elif now >= self._facts_at and self._has_idle():
@@ -137,13 +139,13 @@ class Inspector:
 
         Not over the pool: its numbers are those of the application alone.
         """
-        self._look(is_own=True)
+        self._inspect(is_own=True)
 
-    def _look_soon(self) -> None:
+    def _inspect_soon(self) -> None:
         time.sleep(random.uniform(0.0, _SPREAD))  # noqa: S311
-        self._look()
+        self._inspect()
 
-    def _look(self, *, is_own: bool = False) -> None:
+    def _inspect(self, *, is_own: bool = False) -> None:
         began, problem = time.time(), ""
         self._asked_at = began
         try:
@@ -166,7 +168,7 @@ class Inspector:
         finally:
             self._asked = self._asked_at = None
         if problem:  # out here, where no frame has the error
-            self._say(problem)
+            self._warn_once(problem)
 
     def _with_past(self, view: ServerView) -> ServerView:
         """Add the results of earlier looks, and decide when to read the server's role again."""
@@ -212,7 +214,7 @@ class Inspector:
             with suppress(Exception):
                 conn.close()
 
-    def _hang_up(self) -> None:
+    def _shut_down(self) -> None:
         """End a look that takes too long: its thread then reads end of file."""
         conn = self._asked
         with suppress(Exception):  # it may have ended just now
@@ -220,11 +222,11 @@ class Inspector:
                 with socket.socket(fileno=os.dup(conn.fileno())) as copy:
                     copy.shutdown(socket.SHUT_RDWR)
 
-    def _say(self, text: str) -> None:
+    def _warn_once(self, text: str) -> None:
         """Log a problem of the inspector itself, once."""
         kind = text.partition(":")[0]
-        if kind not in self._said:
-            self._said.add(kind)
+        if kind not in self._warned:
+            self._warned.add(kind)
             logger.warning("pool %r: %s", self._pool.name, text)
 
 

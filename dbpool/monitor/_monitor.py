@@ -121,7 +121,7 @@ class Monitor:
         self._is_reader = is_reader
         self._settings = settings or {}
         self._state = PerProcess(_ProcessState)
-        self._complained: set[str] = set()
+        self._warned: set[str] = set()
         _starter.add(self)
 
     def start(self) -> None:
@@ -223,7 +223,7 @@ class Monitor:
         try:
             self.tick()
         except Exception as ex:  # noqa: BLE001  # watching never harms what it watches
-            self._complain(f"watching failed: {describe(ex)}")
+            self._warn_once(f"watching failed: {describe(ex)}")
 
     def _shared(self, state: _ProcessState) -> SharedFiles | None:
         if state.shared is None and (directory := self._processes.directory()) is not None:
@@ -291,9 +291,9 @@ class Monitor:
         minute = {name: history.minute(now) for name, history in known.items()}
         return {"step": 5.0, "until": round(until, 1), "pools": pools, "minute": minute}
 
-    def _complain(self, text: str) -> None:
-        if text not in self._complained and len(self._complained) < 20:
-            self._complained.add(text)
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned and len(self._warned) < 20:
+            self._warned.add(text)
             logger.warning("diagnosis: %s", text)
 
 

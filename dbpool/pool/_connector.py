@@ -106,8 +106,8 @@ class Connector:
         else:
             return conn
         # libpq and psycopg give no reason then, or another.
-        if "FATAL" not in str(error) and (lack := file_limit_error()):
-            error = psycopg.OperationalError(f"{error}: {lack}")
+        if "FATAL" not in str(error) and (limit_error := file_limit_error()):
+            error = psycopg.OperationalError(f"{error}: {limit_error}")
             kind = errors.FailureKind.DESCRIPTORS
         return Failure(kind, error)
 
@@ -187,8 +187,8 @@ class ServerDefaults:
             if is_first:
                 self._first.release()
 
-    def is_due(self, max_age: float, troubles: int) -> bool:
-        """Whether to ask again: after that many seconds, or if the count of *troubles* has grown."""
+    def begin_if_due(self, max_age: float, troubles: int) -> bool:
+        """Return whether to ask again now: that many seconds have passed, or *troubles* has grown."""
         is_new = monotonic() < self.asked_at + max_age and troubles == self.troubles
         if is_new or not self._defaults:
             return False

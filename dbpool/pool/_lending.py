@@ -273,10 +273,10 @@ def _evict_unless_usable(pool: PoolBase[Any], conn: Any, deadline: float) -> boo
     is_unsure = found is Liveness.UNKNOWN or now - record.idle_since >= settings.ping_after
     if is_unsure and timeout > 0.0 and not ping(pool, conn, timeout):
         return False
-    return not pool._user_check or _passes_check(pool, conn, pool._user_check)
+    return not pool._user_check or _run_check(pool, conn, pool._user_check)
 
 
-def _passes_check(pool: PoolBase[Any], conn: Any, check: Callable[[Any], None]) -> bool:
+def _run_check(pool: PoolBase[Any], conn: Any, check: Callable[[Any], None]) -> bool:
     """Run the user's `check`; the timeout does not bound it."""
     _psycopg.attach(conn, pool)
     conn._record.cursor = None

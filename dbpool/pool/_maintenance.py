@@ -120,7 +120,7 @@ class Maintenance:
     def connect(self, pool: PoolBase[Any], attempt: Attempt) -> None:
         """Make one attempt, if its connection is still needed and it is due."""
         store = pool._store
-        if not store.may_begin(attempt):
+        if not store.admit(attempt):
             return
         is_early = attempt.due > store.breaker.clock()
         if attempt.awaits_change and is_early:
@@ -142,7 +142,7 @@ class Maintenance:
         self.flush(pool)  # the end of an outage comes before the connection that ended it
         pool._notices.connected(seconds)
         troubles = metrics.discarded["dead"] + metrics.connect_failures
-        if self.connector.server_defaults.is_due(pool.max_lifetime, troubles):
+        if self.connector.server_defaults.begin_if_due(pool.max_lifetime, troubles):
             pool._threads.jobs.put(lambda pool: pool._maintenance.check_server_defaults(pool))
 
     def _failed(self, pool: PoolBase[Any], attempt: Attempt, started: float, why: Failure) -> None:

@@ -36,7 +36,7 @@ class Notices:
         self.name, self.listeners = name, listeners
         self._lock = threading.RLock()  # a garbage collection inside may come back in
         self._episodes: dict[str, tuple[int, float]] = {}  # by cause: how often, and when last
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     # Connecting
 
@@ -179,8 +179,8 @@ class Notices:
 
     def warn_once(self, text: str) -> None:
         """Log a warning unless that was done before."""
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._warned:
+            self._warned.add(text)
             logger.warning("pool %r: %s", self.name, text)
 
     def end_episodes(self, timeout: float | None = None) -> None:

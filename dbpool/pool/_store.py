@@ -263,8 +263,8 @@ class Store:
         self.jobs.put(lambda pool: pool._maintenance.connect(pool, attempt))
 
     @locked
-    def may_begin(self, attempt: Attempt) -> bool:
-        """Whether a worker is to make that attempt; if nobody needs it, release its place."""
+    def admit(self, attempt: Attempt) -> bool:
+        """Let a worker make that attempt; if nobody needs it, release its place and return false."""
         breaker = self.breaker
         if not self.is_open or attempt.started or attempt not in breaker.attempts:
             return False  # another worker was quicker

@@ -47,7 +47,7 @@ def run(pool: Pool[Any], fn: Callable[[Any], T], options: RunOptions, caller: Fr
             except psycopg.Error as ex:
                 attempt, pause = next(pauses)
                 is_last = attempt >= options.attempts or monotonic() + pause >= deadline
-                if is_last or not _is_safe(pool, ex, conn, idempotent=options.idempotent):
+                if is_last or not _allow_retry(pool, ex, conn, idempotent=options.idempotent):
                     raise
                 # The error itself would hold this frame, and so the connection.
                 error = describe(ex, conn)
@@ -96,8 +96,8 @@ def _transact(pool: Pool[Any], conn: Any, fn: Callable[[Any], T], options: RunOp
     return result
 
 
-def _is_safe(pool: Pool[Any], ex: psycopg.Error, conn: Any, *, idempotent: bool) -> bool:
-    """Whether the transaction may run again; after a lost connection that draws on the budget."""
+def _allow_retry(pool: Pool[Any], ex: psycopg.Error, conn: Any, *, idempotent: bool) -> bool:
+    """Return whether it may run again; after a lost connection, draw that on the budget."""
     # A connection that was closed on this side is not `broken`.
     was_undone = idempotent if isinstance(ex, CommitUncertain) else conn.broken
     is_lost = bool(was_undone) and not is_refused(ex)  # what is refused is sent again anyway

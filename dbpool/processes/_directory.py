@@ -63,7 +63,7 @@ def find_directories() -> list[Path]:
     parents = dict.fromkeys(_parents(None))
     paths = [path for parent in parents for path in _named(parent)]
     found = [path for path in paths if is_held(path / _LOCK) and os.access(path, os.R_OK)]
-    return [path for path in found if _is_of_a_process_here(path)] or found
+    return [path for path in found if _is_of_local_process(path)] or found
 
 
 def is_in_memory(path: Path) -> bool | None:
@@ -115,7 +115,7 @@ def _named(parent: Path) -> list[Path]:
         return []
 
 
-def _is_of_a_process_here(path: Path) -> bool:
+def _is_of_local_process(path: Path) -> bool:
     pid = int(path.name.split("-")[2])
     try:
         return (path / _LOCK).read_text() == start_time(pid)

@@ -27,7 +27,7 @@ logger = logging.getLogger("dbpool")
 _REFERENCE: Final = re.compile(r"\$\{([A-Za-z_]\w*)((?::-[^}]*)?)\}", re.ASCII)
 _SINGLE_QUOTED: Final = re.compile(r"[^=]*=\s*'")
 # Other lines are for other programs, so errors in them do not matter here.
-_OURS: Final = re.compile(r"\s*(export\s+)?(DATABASE_URL|DBPOOL_|PG)")
+_OUR_VARIABLES: Final = re.compile(r"\s*(export\s+)?(DATABASE_URL|DBPOOL_|PG)")
 
 # Not a variable: the key under which a source says which file was skipped, and why.
 SKIPPED: Final = "(skipped)"
@@ -140,7 +140,7 @@ def _fill(found: dict[str, str], content: bytes, environ: Mapping[str, str]) -> 
         return "it is not UTF-8"
     known = ChainMap({**environ}, found)
     for name, value, original, is_broken in parse_stream(io.StringIO(text)):
-        is_ours = _OURS.match(original.string) is not None
+        is_ours = _OUR_VARIABLES.match(original.string) is not None
         # A name alone stands for the environment's value, as in a file for `docker run --env-file`.
         if is_ours and (is_broken or (value is None and not environ.get(name or ""))):
             return f"line {original.line} cannot be parsed"

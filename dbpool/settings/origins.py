@@ -23,7 +23,7 @@ DEFAULT: Final = "default"
 ARGUMENT: Final = "argument"
 _CONNECTION_STRING: Final = "connection string"
 _HIDDEN: Final = frozenset({"name", "explicit", "conninfo_file", "libpq"})
-_OURS: Final = ("DBPOOL_", "DATABASE_URL", "PG")
+_OUR_VARIABLES: Final = ("DBPOOL_", "DATABASE_URL", "PG")
 _SETS: Final = {"application_name": ("application_name", "fallback_application_name")}
 
 _Layers = list[tuple[str, Mapping[str, Any]]]
@@ -42,7 +42,7 @@ def describe_settings(
     *config* is searched first, then *environ*, by default the process's environment, then *dotenv*.
     """
     given = (("app.config", config), ("", os.environ if environ is None else environ))
-    layers = [(label, _ours(layer)) for label, layer in (*given, (".env", dotenv))]
+    layers = [(label, _our_variables(layer)) for label, layer in (*given, (".env", dotenv))]
     del config, dotenv, environ, given  # a traceback would show their passwords
     found: dict[str, Any] = {
         "pools": {name: _of_pool(each, layers) for name, each in pools.items()}
@@ -54,8 +54,8 @@ def describe_settings(
     return found
 
 
-def _ours(layer: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    names = (name for name in layer or {} if str(name).startswith(_OURS))
+def _our_variables(layer: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    names = (name for name in layer or {} if str(name).startswith(_OUR_VARIABLES))
     return conceal({name: (layer or {})[name] for name in names})  # type: ignore[no-any-return]
 
 

@@ -12,9 +12,9 @@ from dbpool.metrics import BOUNDS, HistogramSnapshot, Snapshot
 from dbpool.report import read_snapshot
 from dbpool.sizing._queueing import TARGET, Load, connections_needed
 
-ENOUGH: Final = 1000  # checkouts; with fewer the 95th percentile depends on a handful
+MIN_CHECKOUTS: Final = 1000  # checkouts; with fewer the 95th percentile depends on a handful
 _SERIOUS: Final = ("warning", "critical")
-_NOT_OF_LOAD: Final = "DB11"  # more configured than the server allows: the load is not affected
+_IGNORED_CODE: Final = "DB11"  # more configured than the server allows: the load is not affected
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def measure(before: Mapping[str, Any], after: Mapping[str, Any], pool: str) -> M
     reason = _doubt(after, pool, last)
     if use is None or wait is None:
         reason = reason or "its counters were reset in that time"
-    elif checkouts < ENOUGH or seconds <= 0:
-        reason = reason or f"{checkouts} of {ENOUGH} needed checkouts in {seconds:.0f} s"
+    elif checkouts < MIN_CHECKOUTS or seconds <= 0:
+        reason = reason or f"{checkouts} of {MIN_CHECKOUTS} needed checkouts in {seconds:.0f} s"
     if reason is not None or use is None or wait is None:
         return Measured(processes, size, seconds, checkouts, reason=f"not enough data: {reason}")
     hold = use.sum / checkouts
@@ -92,7 +92,7 @@ def _doubt(after: Mapping[str, Any], pool: str, last: Snapshot) -> str | None:
     if last.breaker.state != "closed":
         return f"its breaker is {last.breaker.state}"
     for finding in after.get("findings", ()):
-        is_serious = finding["severity"] in _SERIOUS and finding["code"] != _NOT_OF_LOAD
+        is_serious = finding["severity"] in _SERIOUS and finding["code"] != _IGNORED_CODE
         if is_serious and finding["pool"] in (pool, None):
             return f"{finding['code']} was found: {finding['text']}"
     return None

@@ -19,7 +19,7 @@ from typing import Final
 TARGET: Final = 0.005  # seconds that the 95th percentile of waits may take
 _MAY_WAIT: Final = 0.05  # the share of checkouts that may wait longer
 _LARGE_MEAN: Final = 500.0  # from here on a Poisson distribution counts as a normal one
-_MOST: Final = 10_000  # connections, and threads; no process has more
+_MAX_SOURCES: Final = 10_000  # connections, and threads; no process has more
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ def connections_needed(
     is always enough. *times* scales the load: 2.0 is twice as many requests.
     """
     if threads is not None:
-        sources = max(1, min(threads, _MOST))
+        sources = max(1, min(threads, _MAX_SOURCES))
         think = max(0.0, sources / load.rate - load.hold - load.wait) / times
 
         def fits(size: int) -> bool:
             return _finite_wait_share(size, sources, think, load, target) <= _MAY_WAIT
     else:
-        sources = _MOST
+        sources = _MAX_SOURCES
 
         def fits(size: int) -> bool:
             return _open_wait_share(size, load, times, target) <= _MAY_WAIT

@@ -51,7 +51,7 @@ class Session:
         self.forgotten: list[Level] = []  # by views that were garbage-collected
         self._levels: list[Level] = []
         self._owner: int | None = None  # the thread whose blocks are open
-        self._turn = threading.Condition()
+        self._released = threading.Condition()
         self._names = count(1)  # 0 is for statements that stand alone
         self._send(b"begin")
 
@@ -68,10 +68,10 @@ class Session:
     def begin(self) -> Level:
         """Begin a block; wait for other threads' blocks to end."""
         me = threading.get_ident()
-        with self._turn:
+        with self._released:
             for level in self._take_forgotten():
                 self.end(level, commit=False)
-            if not self._turn.wait_for(lambda: self._owner in (None, me), self.timeout):
+            if not self._released.wait_for(lambda: self._owner in (None, me), self.timeout):
                 raise TimeoutError(
                     "a block of another thread is still open: in a test that runs in one"
                     " transaction, the blocks of different threads run one after another"
@@ -93,7 +93,7 @@ class Session:
 
     def end(self, level: Level, *, commit: bool) -> None:
         """End a block; blocks that began after it go on."""
-        with self._turn:
+        with self._released:
             with self.lock:
                 above = self._settle(level, commit)
                 if not above:
@@ -101,11 +101,11 @@ class Session:
             self._levels.remove(level)
             if not self._levels:
                 self._owner = None
-                self._turn.notify_all()
+                self._released.notify_all()
 
     def restart(self, level: Level, *, commit: bool) -> None:
         """Begin a new transaction, as commit() and rollback() do."""
-        with self._turn, self.lock:
+        with self._released, self.lock:
             above = self._settle(level, commit)
             if above:  # undoing one of those must not undo what is kept here
                 self._levels.remove(level)

@@ -192,7 +192,7 @@ class Pools(RuleBasedStateMachine):
     def work(self, is_made: bool, kind: str, data: st.DataObject) -> None:
         attempts = sorted(self.store.breaker.attempts, key=id)
         attempt: Attempt = data.draw(st.sampled_from(attempts))
-        if not self.store.may_begin(attempt):
+        if not self.store.admit(attempt):
             return
         attempt.started = self.clock.now
         if is_made:
