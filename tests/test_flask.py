@@ -14,10 +14,20 @@ from typing import Any
 
 import psycopg
 import pytest
-from flask import Blueprint, Flask, Response, abort, g, jsonify, redirect, stream_with_context
+from flask import (
+    Blueprint,
+    Flask,
+    Response,
+    abort,
+    copy_current_request_context,
+    g,
+    jsonify,
+    redirect,
+    stream_with_context,
+)
 from flask.testing import FlaskClient
 
-from dbpool import CommitUncertain, ConfigError, Pool, PoolError, holders
+from dbpool import CommitUncertain, ConfigError, Pool, PoolError, PoolTimeout, holders
 from dbpool.events import Connected
 from dbpool.flask import DBPool, create_blueprint
 from tests.fake import FakeServer
@@ -189,6 +199,53 @@ def test_the_applications_own_teardown_comes_first(
     assert app.test_client().get("/").status_code == 200
     assert app.extensions["dbpool"].databases.default.stats().active == 0
     assert "still held" not in caplog.text
+
+
+@pytest.mark.parametrize("hook", ["teardown_request", "teardown_appcontext"])
+def test_a_request_ends_although_the_applications_teardown_fails(
+    make_app: MakeApp, fake: FakeServer, hook: str
+) -> None:
+    db = DBPool()
+    app = make_app(fake, db=db)
+    kept: list[Any] = []
+
+    @app.get("/")
+    def view() -> str:
+        kept.append(db.pool.getconn())
+        return "done"
+
+    def fail(error: BaseException | None) -> None:
+        raise ValueError("a bug")
+
+    getattr(app, hook)(fail)
+    with pytest.raises(ValueError, match="a bug"):
+        app.test_client().get("/")
+    own = app.extensions["dbpool"]
+    assert own.databases.default.stats().active == 0
+    assert own.processes.collect("process").processes[0].busy == 0
+    assert holders.current.thread.endpoint is None
+
+
+def test_a_copy_of_a_requests_context_does_not_end_the_request(
+    make_app: MakeApp, fake: FakeServer
+) -> None:
+    db = DBPool()
+    app = make_app(fake, db=db)
+    own = app.extensions["dbpool"]
+
+    def busy() -> int | None:
+        return int(own.processes.collect("process").processes[0].busy)
+
+    @app.get("/")
+    def view() -> Response:
+        task = copy_current_request_context(lambda: db.pool.fetch_value("select 1"))
+        found = Task(task).result()
+        with db.pool.connection():
+            return jsonify(found, busy(), [holder.endpoint for holder in db.pool.holders()])
+
+    assert app.test_client().get("/").json == [1, 1, ["view"]]
+    assert busy() == 0
+    assert holders.current.thread.endpoint is None
 
 
 def test_an_exception_in_a_view_leaves_nothing_held(make_app: MakeApp, dsn: str) -> None:
@@ -376,13 +433,21 @@ def test_error_handlers_can_be_turned_off(make_app: MakeApp) -> None:
     assert app.test_client().get("/").status_code == 500
 
 
-def test_the_applications_own_handlers_stay(make_app: MakeApp) -> None:
+@pytest.mark.parametrize("error", [PoolError, PoolTimeout])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_applications_own_handlers_stay(
+    make_app: MakeApp, error: type[Exception], is_first: bool
+) -> None:
     db = DBPool()
     app = Flask("app")
-    app.register_error_handler(PoolError, lambda ex: ("ours", 500))
+    if is_first:
+        app.register_error_handler(error, lambda ex: (f"ours: {type(ex).__name__}", 504))
     app = make_app(NOWHERE, db=db, app=app, DBPOOL_OUTAGE_GRACE="50ms")
+    if not is_first:
+        app.register_error_handler(error, lambda ex: (f"ours: {type(ex).__name__}", 504))
     app.add_url_rule("/", view_func=lambda: db.pool.fetch_value("select 1"))
-    assert app.test_client().get("/").text == "ours"
+    answer = app.test_client().get("/")
+    assert (answer.status_code, answer.text) == (504, "ours: DatabaseUnavailable")
 
 
 def test_exhaustion_is_explained_in_the_log_not_to_the_client(

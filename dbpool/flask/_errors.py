@@ -17,6 +17,7 @@ from dbpool.errors import (
     PoolClosed,
     PoolError,
     PoolExhausted,
+    PoolTimeout,
     TooManyRequests,
 )
 from dbpool.flask._rate_limit import RateLimit, times
@@ -42,7 +43,7 @@ def register_error_handlers(app: Flask) -> None:
     """Answer a pool's errors with 503, as JSON or HTML, by the client's `Accept`.
 
     That includes errors of libraries that wrap them. The application's own handlers for the same
-    exceptions stay in place.
+    exceptions stay in place, and so does one for psycopg_pool's `PoolTimeout`.
     """
     existing = app.error_handler_spec[None][None]
     answer = partial(_answer, RateLimit())
@@ -86,7 +87,11 @@ def _wrapped(exc: object, depth: int = 0) -> Exception | None:
     return next(filter(None, found), None)
 
 
-def _answer(limit: RateLimit, exc: Exception) -> Response:
+def _answer(limit: RateLimit, exc: Exception) -> Any:
+    # More general than ours, and so not found by Flask; code written for psycopg_pool has it.
+    own = current_app.error_handler_spec[None][None].get(PoolTimeout)
+    if own is not None and isinstance(exc, PoolTimeout):
+        return current_app.ensure_sync(own)(exc)
     # The client learns no more than it needs: hosts, roles and holders stay in the log. For errors
     # that many requests get at once the pool logs one line per episode.
     status = 500 if isinstance(exc, CommitUncertain) else 503

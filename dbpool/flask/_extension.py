@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import wraps
 from time import monotonic
 from typing import Any, Final, Unpack
 
 from flask import (
     Flask,
     appcontext_pushed,
-    appcontext_tearing_down,
     current_app,
     g,
     request,
@@ -42,7 +42,7 @@ logger = logging.getLogger("dbpool")
 KEY: Final = "dbpool"
 _PUSHED_AT: Final = "_dbpool_pushed_at"
 _ENDPOINT: Final = "_dbpool_endpoint"
-_OUTER_ENDPOINT: Final = "dbpool.outer_endpoint"
+_BEGUN: Final = "dbpool.begun"  # by which thread, and the endpoint that it served before
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,6 @@ class DBPool:
         )
         # First: Flask refuses this if the application serves requests already.
         app.before_request(_before_request)
-        app.teardown_request(_teardown_request)
         if settings.error_handlers:
             register_error_handlers(app)
         follow_async_views(app)
@@ -123,8 +122,7 @@ class DBPool:
         _warn_of_missing_door(settings)
         app.shell_context_processor(lambda: {"db": self, "pool": own.databases.default})
         appcontext_pushed.connect(_on_appcontext_pushed, app)
-        # Runs after the application's own teardown functions, which may return connections.
-        appcontext_tearing_down.connect(_on_appcontext_tearing_down, app)
+        _follow_teardown(app)
 
     @property
     def databases(self) -> Databases:
@@ -162,6 +160,29 @@ def _warn_of_missing_door(settings: AppSettings) -> None:
         )
 
 
+def _follow_teardown(app: Flask) -> None:
+    """Run ours after the application's own teardown functions, which may return connections.
+
+    Also if one of them raises: Flask calls no other one then, and sends no signal.
+    """
+
+    def followed(teardown: Callable[..., None], last: Callable[[], None]) -> Callable[..., None]:
+        @wraps(teardown)
+        def call(*args: Any, **kwargs: Any) -> None:
+            try:
+                teardown(*args, **kwargs)
+            finally:
+                last()
+
+        return call
+
+    request_ends, context_ends = app.do_teardown_request, app.do_teardown_appcontext
+    app.do_teardown_request = followed(request_ends, _end_request)  # type: ignore[method-assign]
+    app.do_teardown_appcontext = followed(  # type: ignore[method-assign]
+        context_ends, _take_back_all
+    )
+
+
 def _on_appcontext_pushed(app: Flask, **extra: Any) -> None:
     setattr(g, _PUSHED_AT, monotonic())
 
@@ -178,7 +199,8 @@ def _before_request() -> None:
         _warn_of_open_views(own)
     if request.endpoint is not None:
         thread = holders.current.thread
-        request.environ[_OUTER_ENDPOINT], thread.endpoint = thread.endpoint, request.endpoint
+        request.environ[_BEGUN] = thread, thread.endpoint
+        thread.endpoint = request.endpoint
         own.processes.begin_request(thread)
         g.setdefault(_ENDPOINT, request.endpoint)
 
@@ -200,16 +222,21 @@ def _warn_of_open_views(own: State) -> None:
             )
 
 
-def _teardown_request(exc: BaseException | None) -> None:
-    """Restore the endpoint: requests may nest, as a test client's do."""
-    if _OUTER_ENDPOINT in request.environ:
-        thread = holders.current.thread
-        thread.endpoint = request.environ.pop(_OUTER_ENDPOINT)
-        if thread.endpoint is None:
+def _end_request() -> None:
+    """Restore the endpoint: requests may nest, as a test client's do.
+
+    A copy of the request's context ends here too, but in another thread.
+    """
+    thread = holders.current.thread
+    began, outer = request.environ.get(_BEGUN, (None, None))
+    if began is thread:
+        del request.environ[_BEGUN]
+        thread.endpoint = outer
+        if outer is None:
             state().processes.end_request(thread)
 
 
-def _on_appcontext_tearing_down(app: Flask, **extra: Any) -> None:
+def _take_back_all() -> None:
     """Take back the connections that were acquired in this application context and are still held.
 
     This never commits: the answer has been sent, and could not say that the commit failed.
