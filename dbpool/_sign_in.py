@@ -180,6 +180,15 @@ def is_cross_site(headers: Headers) -> bool:
     return headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
 
 
+def came_by_https(headers: Headers) -> bool:
+    """Whether a proxy in front says that the client uses HTTPS; of several, the first one counts.
+
+    The header may be forged: then the client's own cookie is sent less often, and nothing else.
+    """
+    proto = headers.get("x-forwarded-proto", "").partition(",")[0]
+    return proto.strip().lower() == "https"
+
+
 def form_for(problem: str, headers: Headers, status: int | None = None) -> Form:
     """Return the form that asks for the token, with what was wrong about a request."""
     status = status or status_of(problem)

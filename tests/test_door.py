@@ -131,6 +131,19 @@ def test_without_an_application_it_says_so(directory: Path) -> None:
     assert views_of(directory).respond("/", OPEN).status == 200
 
 
+def test_parameters_are_those_of_the_blueprint(
+    directory: Path, publish: Callable[..., Processes]
+) -> None:
+    publish()
+    views = views_of(directory)
+    both = views.respond("/stats?include=history&include=journal,%20workers", OPEN)
+    assert {"history", "journal", "workers"} <= json.loads(both.body).keys()
+    for path in ("/stats", "/metrics"):
+        assert views.respond(f"{path}?scope=all", OPEN).status == 200
+        for query in ("scope=x", "scope=process", "limit=1&limit=2", "include=x"):
+            assert views.respond(f"{path}?{query}", OPEN).status == 400, query
+
+
 def test_the_live_page_loads_only_from_the_door(directory: Path) -> None:
     page = views_of(directory).respond("/", OPEN)
     text = page.body.decode()
@@ -352,6 +365,9 @@ def test_it_speaks_http(serve: Callable[..., Door]) -> None:
         assert refused.headers["X-Content-Type-Options"] == "nosniff"
         assert refused.headers["Cache-Control"] == "no-store"
         assert json.loads(refused.read())["error"]
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(b"POST /stats HTTP/1.0\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.0 501")
 
 
 @pytest.mark.parametrize("request_line", [b"GET /<b>x y z HTTP/1.1", b"GET /<b> HTTP/3.0", b"<b>"])
@@ -710,7 +726,7 @@ def test_a_browser_signs_in_at_the_door_and_out_again(closed: Views) -> None:
 
 
 def test_a_browser_signs_in_behind_a_proxy_that_takes_a_prefix_off(closed: Views) -> None:
-    proxied = HTML | {"x-forwarded-prefix": "/ops/db", "x-forwarded-proto": "https"}
+    proxied = HTML | {"x-forwarded-prefix": "/ops/db", "x-forwarded-proto": "https, http"}
     assert b'href="/ops/db/static/live.css"' in closed.respond("/", proxied).body
     right = closed.submit("/sign-in", proxied, f"token={TOKEN}".encode())
     assert right.headers["Location"] == "/ops/db/"

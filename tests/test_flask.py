@@ -695,6 +695,49 @@ def test_a_blueprint_may_be_mounted_twice_or_inside_another(
     assert client.get("/db/stats").status_code == client.get("/admin/pools/stats").status_code
 
 
+@pytest.mark.parametrize("prefix", [None, "/", "/static"])
+def test_the_page_finds_its_files_under_any_prefix(
+    make_app: MakeApp, fake: FakeServer, prefix: str | None
+) -> None:
+    app = make_app(fake, DBPOOL_DETAILS="always")
+    app.register_blueprint(create_blueprint("second"), url_prefix=prefix)
+    client = app.test_client()
+    page = client.get(f"{prefix or ''}/").text
+    for path in re.findall(r'(?:src|href)="([^"]+)"', page):
+        with client.get(path, follow_redirects=True) as answer:
+            assert answer.status_code == 200, path
+
+
+def test_what_an_application_adds_to_its_pages_does_not_reach_the_blueprints(
+    make_app: MakeApp, fake: FakeServer
+) -> None:
+    app = Flask("app")
+    app.jinja_options = {"variable_start_string": "[[", "variable_end_string": "]]"}
+    app = make_app(fake, app=app, DBPOOL_TOKEN=TOKEN)
+
+    @app.context_processor
+    def with_user() -> dict[str, Any]:
+        raise PoolError("the user is in the database")
+
+    client = app.test_client()
+    page = client.get("/db/", headers=bearer() | {"Accept": "text/html"})
+    assert (page.status_code, 'data-stats="/db/stats"' in page.text) == (200, True)
+    form = client.get("/db/sign-in")
+    assert (form.status_code, 'action="/db/sign-in"' in form.text) == (200, True)
+
+
+def test_parameters_that_are_given_twice_add_up_or_are_an_error(
+    make_app: MakeApp, fake: FakeServer
+) -> None:
+    client = make_app(fake, DBPOOL_DETAILS="always").test_client()
+    both: Any = client.get("/db/stats?include=history&include=journal,%20workers").json
+    assert {"history", "journal", "workers"} <= both.keys()
+    for query in ("scope=all&scope=process", "limit=1&limit=2", "since=1&since=x"):
+        for path in ("stats", "metrics"):
+            answer = client.get(f"/db/{path}?{query}")
+            assert (answer.status_code, "given once" in answer.text) == (400, True)
+
+
 def test_stats_shows_the_pools_state_and_counters(app: Flask, client: FlaskClient) -> None:
     pool = app.extensions["dbpool"].databases.default
     with pool.connection():

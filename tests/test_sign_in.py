@@ -263,14 +263,16 @@ def test_only_the_first_field_of_a_view_is_offered(app: Flask) -> None:
 
 
 def test_signing_in_works_below_a_prefix_and_behind_tls(app: Flask) -> None:
-    client = Client(DispatcherMiddleware(Flask("outer"), {"/inner": app}))
-    page = client.get("/inner/db/", headers=BROWSER)
+    outer = DispatcherMiddleware(Flask("outer"), {"/inner": app})
+    page = Client(outer).get("/inner/db/", headers=BROWSER)
     assert 'action="/inner/db/sign-in"' in page.text
     form = {"token": TOKEN}
-    answer = client.post("/inner/db/sign-in", data=form, headers={"X-Forwarded-Proto": "https"})
-    assert answer.headers["Location"] == "/inner/db/"
-    assert "Path=/inner/db;" in answer.headers["Set-Cookie"]
-    assert answer.headers["Set-Cookie"].endswith("; Secure")
+    for proto, is_secure in (("https", True), ("HTTPS, http", True), ("http,https", False)):
+        client = Client(outer)
+        answer = client.post("/inner/db/sign-in", data=form, headers={"X-Forwarded-Proto": proto})
+        assert answer.headers["Location"] == "/inner/db/"
+        assert "Path=/inner/db;" in answer.headers["Set-Cookie"]
+        assert answer.headers["Set-Cookie"].endswith("; Secure") == is_secure
     client = Client(app)
     answer = client.post("/db/sign-in", data=form, base_url="https://localhost")
     assert answer.headers["Set-Cookie"].endswith("; Secure")

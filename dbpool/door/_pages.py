@@ -7,17 +7,13 @@ import mimetypes
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qs
 
 from dbpool import _sign_in
+from dbpool._http import FILES, read_template, render
 
-_FILES: Final = Path(__file__).parent.parent / "flask"  # the blueprint's page and what it loads
-_TEMPLATES: Final = _FILES / "templates" / "dbpool"
 STATIC: Final = re.compile(r"/static/([a-z-]+\.(?:js|css|svg))")
-_PLACE: Final = re.compile(r"\{\{ (?:url_for\('\.(\w+)'(?:, filename='([\w.-]+)')?\)|(\w+)) \}\}")
 _PATHS: Final = {"index": "/", "stats": "/stats", "sign_in": "/sign-in", "sign_out": "/sign-out"}
 _PREFIX: Final = re.compile(r"(?:/[\w.~-]{1,99}){1,9}", re.ASCII)  # in X-Forwarded-Prefix
 _HEADERS: Final = {
@@ -68,16 +64,13 @@ def page(
     /,
     **values: str,
 ) -> Response:
-    """Fill in a template of the blueprint; it contains only URLs and *values*."""
+    """Fill in a template of the blueprint."""
     prefix = prefix_of(headers)
 
-    def fill(place: re.Match[str]) -> str:
-        view, file, value = place.groups()
-        if value:
-            return escape(values[value])
-        return escape(prefix + (f"/static/{file}" if file else _PATHS[view]))
+    def url_for(view: str, file: str | None) -> str:
+        return prefix + (f"/static/{file}" if file else _PATHS[view])
 
-    page = _PLACE.sub(fill, (_TEMPLATES / name).read_text("utf-8"))
+    page = render(read_template(name), url_for, **values)
     return Response(status, page.encode(), "text/html; charset=utf-8", more or {})
 
 
@@ -92,13 +85,9 @@ def prefix_of(headers: Mapping[str, str]) -> str:
     return prefix if _PREFIX.fullmatch(prefix) else ""
 
 
-def is_secure(headers: Mapping[str, str]) -> bool:
-    return headers.get("x-forwarded-proto", "") == "https"
-
-
 def static_file(name: str) -> Response:
     try:
-        body = (_FILES / "static" / name).read_bytes()
+        body = (FILES / "static" / name).read_bytes()
     except OSError:
         return json_answer(404, error="there is no such file")
     return Response(200, body, mimetypes.guess_type(name)[0] or "application/octet-stream")

@@ -22,7 +22,7 @@ from typing import Any, Final
 from dbpool._secrets import conceal, safe_repr
 from dbpool._sign_in import MAX_BODY, UNMEASURED, SecretBytes
 from dbpool.door._pages import Response, json_answer
-from dbpool.door._views import Views
+from dbpool.door._views import Views, takes_form
 from dbpool.errors import ConfigError
 
 logger = logging.getLogger("dbpool")
@@ -71,10 +71,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MAX_BODY:
+        is_short = re.fullmatch("[0-9]{1,9}", length) and int(length) <= MAX_BODY
+        if not is_short and takes_form(self.path):
             self._send(json_answer(413, error=UNMEASURED))
             return
-        form = SecretBytes(self.rfile.read(int(length)))
+        form = SecretBytes(self.rfile.read(int(length)) if is_short else b"")
         self._answer(lambda path, headers: self.server.views.submit(path, headers, form))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:

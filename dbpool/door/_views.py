@@ -18,7 +18,6 @@ from dbpool.door._pages import (
     STATIC,
     Response,
     form_page,
-    is_secure,
     json_answer,
     page,
     prefix_of,
@@ -81,18 +80,20 @@ class Views:
                 return self._denied(headers, path) or restricted(query, headers)
             except ConfigError as ex:  # there is no application yet, or there are several
                 return json_answer(503, {"Retry-After": retry_after(5.0)}, error=str(ex))
+            except _WrongQuery as ex:
+                return json_answer(400, error=str(ex))
         return json_answer(404, error="there is no such page")
 
     def submit(self, target: str, headers: Mapping[str, str], form: bytes) -> Response:
         """Return the answer to a form that a browser sends to that target."""
         path = target.partition("?")[0]
-        if path not in ("/sign-in", "/sign-out"):
+        if not takes_form(target):
             return json_answer(501, error="this address accepts no forms")
         if self._sign_in is None or self._settings.details == "always":
             return redirect("/", headers)
         if _sign_in.is_cross_site(headers):
             return json_answer(403, error=_sign_in.FOREIGN)
-        path_of_cookie, secure = prefix_of(headers) + "/", is_secure(headers)
+        path_of_cookie, secure = prefix_of(headers) + "/", _sign_in.came_by_https(headers)
         if path == "/sign-out":
             return redirect(
                 "/sign-in", headers, self._sign_in.withdraw(path_of_cookie, is_secure=secure)
@@ -195,10 +196,7 @@ class Views:
     # Details
 
     def _stats(self, query: Mapping[str, list[str]], headers: object) -> Response:
-        try:
-            wanted = Query.parse({name: values[0] for name, values in query.items()})
-        except ValueError as ex:
-            return json_answer(400, error=str(ex))
+        wanted = _parse(query)
         return json_answer(200, **wanted.trim(self._report(wanted.include)))
 
     def _report(self, wanted: Collection[str]) -> dict[str, Any]:
@@ -206,7 +204,8 @@ class Views:
         monitor = self._watching()
         return report.to_json() if monitor is None else monitor.extend(report, wanted)
 
-    def _metrics(self, query: object, headers: Mapping[str, str]) -> Response:
+    def _metrics(self, query: Mapping[str, list[str]], headers: Mapping[str, str]) -> Response:
+        _parse(query)
         try:
             from dbpool.prometheus import expose
         except ConfigError as ex:  # the package is not installed; the message names it
@@ -221,6 +220,25 @@ class Views:
     def _page(self, query: object, headers: Mapping[str, str]) -> Response:
         hidden = "" if _sign_in.is_signed_in(self._sign_in, headers) else "hidden"
         return page("live.html", headers, hidden=hidden)
+
+
+def takes_form(target: str) -> bool:
+    """Whether a browser may send a form to that target."""
+    return target.partition("?")[0] in ("/sign-in", "/sign-out")
+
+
+class _WrongQuery(ValueError):
+    """A parameter of a query is wrong; the text is for the reader."""
+
+
+def _parse(query: Mapping[str, list[str]]) -> Query:
+    try:
+        wanted = Query.parse_all(query)
+    except ValueError as ex:
+        raise _WrongQuery(str(ex)) from None
+    if wanted.scope == "process":
+        raise _WrongQuery("scope is all here: the door answers for all processes")
+    return wanted
 
 
 # The best of all workers counts: requests are served while any of them can.

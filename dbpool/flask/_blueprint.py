@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final, NoReturn
 
-from flask import Blueprint, Response, abort, jsonify, render_template, request
+from flask import Blueprint, Response, abort, jsonify, request
 from flask.blueprints import BlueprintSetupState
 from werkzeug import Response as AnyResponse
 
@@ -20,18 +20,25 @@ from dbpool.errors import ConfigError
 from dbpool.flask._access import Authorize, access_denied, public, restricted
 from dbpool.flask._errors import json_error
 from dbpool.flask._extension import KEY, State
+from dbpool.flask._pages import render_page, template
 from dbpool.flask._signing import sign_in, sign_out
 from dbpool.metrics import PoolState
 from dbpool.monitor import Query
 
 logger = logging.getLogger("dbpool")
 
-_PAGE: Final = "dbpool/live.html"
+_PAGE: Final = "live.html"
 _PATHS: Final = ("/health/live", "/health/ready", "/health", "/stats", "/metrics", "/", "/sign-in",
                  "/sign-out")  # fmt: skip
 
 
 class _Blueprint(Blueprint):
+    def register(self, app: Any, options: dict[str, Any]) -> None:
+        if not (options.get("url_prefix") or "").strip("/"):
+            # Without a prefix, Flask finds the application's own static files in place of these.
+            self.static_url_path = "/dbpool-static"
+        super().register(app, options)
+
     def send_static_file(self, filename: str) -> Response:
         try:
             return super().send_static_file(filename)
@@ -52,7 +59,7 @@ def create_blueprint(name: str = "dbpool", authorize: Authorize | None = None) -
     authorize = conceal(authorize)
     if authorize is not None and not callable(authorize):
         raise TypeError(f"authorize must be callable, not {safe_name(authorize)}")
-    blueprint = _Blueprint(name, __name__, template_folder="templates", static_folder="static")
+    blueprint = _Blueprint(name, __name__, static_folder="static")
     blueprint.record_once(_prepare)
     blueprint.record(_harden_errors)
     blueprint.after_request(_harden)
@@ -91,7 +98,7 @@ def _prepare(setup: BlueprintSetupState) -> None:
     # Loaded now: later the process may have run out of file descriptors, and just then the numbers
     # are needed. An error here is raised again when the view is used.
     with suppress(Exception):
-        setup.app.jinja_env.get_template(_PAGE)
+        template(_PAGE)
     with suppress(Exception):
         import dbpool.prometheus  # noqa: F401
 
@@ -139,11 +146,8 @@ def _health_response(health: Mapping[str, Any], seconds: float | None) -> Respon
 
 
 def _stats(own: State) -> AnyResponse:
-    try:
-        query = Query.parse(request.args)
-    except ValueError as ex:
-        _refuse(400, str(ex))
-    found = own.processes.collect(_scope(), usage="endpoints" in query.include)
+    query = _query()
+    found = own.processes.collect(query.scope, usage="endpoints" in query.include)
     report = own.monitor.extend(found, query.include)
     if "servers" in query.include:
         report["servers"] |= own.health.servers()
@@ -155,16 +159,15 @@ def _metrics(own: State) -> AnyResponse:
         from dbpool.prometheus import expose
     except ConfigError as ex:  # the package is not installed; the message names it
         _refuse(501, str(ex))
-    report = own.processes.collect(_scope(), usage=own.settings.endpoint_metrics)
+    report = own.processes.collect(_query().scope, usage=own.settings.endpoint_metrics)
     findings = own.monitor.findings()
     body, content_type = expose(report, request.headers.get("Accept", ""), findings)
     return Response(body, content_type=content_type)
 
 
 def _index(own: State) -> AnyResponse:
-    page = render_template(
-        _PAGE, hidden="" if is_signed_in(own.sign_in, request.headers) else "hidden"
-    )
+    hidden = "" if is_signed_in(own.sign_in, request.headers) else "hidden"
+    page = render_page(_PAGE, hidden=hidden)
     return Response(page, headers=PAGE_HEADERS, mimetype="text/html")
 
 
@@ -172,11 +175,11 @@ def _not_found(own: State) -> AnyResponse:
     abort(404)
 
 
-def _scope() -> str:
-    scope = request.args.get("scope", "all")
-    if scope not in ("all", "process"):
-        _refuse(400, "scope is all or process")
-    return scope
+def _query() -> Query:
+    try:
+        return Query.parse_all(request.args.to_dict(flat=False))
+    except ValueError as ex:
+        _refuse(400, str(ex))
 
 
 def _refuse(status: int, reason: str) -> NoReturn:

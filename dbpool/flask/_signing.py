@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flask import Response, redirect, render_template, request, url_for
+from flask import Response, redirect, request, url_for
 from werkzeug import Response as AnyResponse
 
 from dbpool._sign_in import (
@@ -11,12 +11,14 @@ from dbpool._sign_in import (
     MISSING,
     PAGE_HEADERS,
     UNMEASURED,
+    came_by_https,
     form_for,
     is_cross_site,
     is_signed_in,
 )
 from dbpool.flask._errors import json_error
 from dbpool.flask._extension import State
+from dbpool.flask._pages import render_page
 
 
 def sign_in(own: State) -> AnyResponse:
@@ -55,7 +57,7 @@ def sign_out(own: State) -> AnyResponse:
 def show_form(problem: str, status: int | None = None) -> AnyResponse:
     """Show the form that asks for the token, with what was wrong about the request."""
     form = form_for(problem, request.headers, status)
-    page = render_template("dbpool/sign-in.html", next=_next_view().lstrip("."), **form.values)
+    page = render_page("sign-in.html", next=_next_view().lstrip("."), **form.values)
     return Response(page, form.status, PAGE_HEADERS | form.headers, mimetype="text/html")
 
 
@@ -66,5 +68,4 @@ def _next_view() -> str:
 
 
 def _is_secure() -> bool:
-    # The header may be forged: then the client's own cookie is sent less often, and nothing else.
-    return request.is_secure or request.headers.get("X-Forwarded-Proto", "") == "https"
+    return request.is_secure or came_by_https(request.headers)

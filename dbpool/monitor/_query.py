@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 __all__ = ["INCLUDES", "Query"]
 
 INCLUDES: Final = ("history", "journal", "endpoints", "workers", "servers", "settings")
+_SINGLE: Final = ("scope", "since", "limit", "pool")  # which may be given once
 
 
 @dataclass(frozen=True)
 class Query:
-    """The parameters of `/stats`.
+    """The parameters of `/stats`; of `/metrics` only *scope*, "all" or "process".
 
     *include* names the parts. Of history and journal only what came after *since* is wanted, Unix
     time; of holders, journal and endpoints at most *limit* lines, and parts of *pool* alone.
@@ -24,21 +25,34 @@ class Query:
     since: float = 0.0
     limit: int | None = None
     pool: str | None = None
+    scope: str = "all"
+
+    @classmethod
+    def parse_all(cls, given: Mapping[str, Sequence[str]]) -> Self:
+        """Read them from all values in a URL's query; the lists of several `include` add up."""
+        for name in _SINGLE:
+            if len(set(given.get(name, ()))) > 1:
+                raise ValueError(f"{name} may be given once")
+        return cls.parse({name: ",".join(dict.fromkeys(values)) for name, values in given.items()})
 
     @classmethod
     def parse(cls, given: Mapping[str, str]) -> Self:
         """Read them from a URL's query; raise `ValueError` with a message for the reader."""
-        include = frozenset(filter(None, given.get("include", "").split(",")))
+        include = frozenset(filter(None, map(str.strip, given.get("include", "").split(","))))
         if not include <= set(INCLUDES):
             raise ValueError(f"include is a list of {', '.join(INCLUDES)}")
         limit = given.get("limit", "")
         if limit and not (limit.isascii() and limit.isdecimal() and len(limit) < 6):
             raise ValueError("limit is a number of lines")
+        scope = given.get("scope", "all")
+        if scope not in ("all", "process"):
+            raise ValueError("scope is all or process")
         return cls(
             include,
             _time(given.get("since") or "0"),
             int(limit) if limit else None,
             given.get("pool"),
+            scope,
         )
 
     def trim(self, report: dict[str, Any]) -> dict[str, Any]:
