@@ -87,10 +87,10 @@ class Table:
 
 
 def _server_version() -> str:
-    said = subprocess.run(
+    done = subprocess.run(
         [binaries() / "postgres", "--version"], capture_output=True, text=True, check=True
     )
-    return said.stdout.strip()
+    return done.stdout.strip()
 
 
 def _version(name: str) -> str | None:

@@ -118,7 +118,7 @@ class Site:
             until(self._serves, 30.0, pause=0.05)
 
     def _serves(self) -> bool:
-        assert self.process.poll() is None, self.said()
+        assert self.process.poll() is None, self.output()
         try:
             return self.get("/db/health/live") != ""
         except OSError:
@@ -128,7 +128,7 @@ class Site:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=20) as answer:
             return str(answer.read().decode())
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self._log.read_text()
 
     def stats(self) -> dict[str, Any]:

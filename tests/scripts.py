@@ -65,11 +65,11 @@ def run_script(script: Path, *arguments: str, seconds: float = 60.0) -> str:
         check=False,
     )
     ended = time.monotonic()
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    assert "Traceback" not in said, said
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "Traceback" not in output, output
     ends = [line for line in done.stdout.splitlines() if line.startswith("END ")]
-    assert ends, said
+    assert ends, output
     taken = ended - float(ends[-1].split()[1])
-    assert taken < EXIT_SECONDS, f"the process exited after {taken:.1f} s: {said}"
-    return said
+    assert taken < EXIT_SECONDS, f"the process exited after {taken:.1f} s: {output}"
+    return output

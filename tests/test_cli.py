@@ -114,12 +114,12 @@ def test_check_prints_the_error_without_a_traceback(
 )
 @pytest.mark.parametrize("command", ["check", "wait --timeout 1"])
 def test_wrong_settings_are_one_line(environ: dict[str, str], command: str, call: Call) -> None:
-    status, said, complained = call(command, environ)
-    output = complained.strip() or said.partition("error: ")[2].partition("\n")[0]
+    status, output, errors = call(command, environ)
+    error = errors.strip() or output.partition("error: ")[2].partition("\n")[0]
     assert status == 1
-    assert len(output.splitlines()) == 1
-    assert next(iter(environ)).partition("_")[0] in output  # the variable or one like it
-    assert "hunter2" not in said + complained
+    assert len(error.splitlines()) == 1
+    assert next(iter(environ)).partition("_")[0] in error  # the variable or one like it
+    assert "hunter2" not in output + errors
 
 
 @pytest.mark.parametrize(
@@ -136,13 +136,13 @@ def test_check_rejects_wrong_settings_of_the_application(
     server: Server, environ: dict[str, str], call: Call
 ) -> None:
     environ = {**environ, "DATABASE_URL": server.conninfo}
-    status, said, _ = call("check", environ)
+    status, output, _ = call("check", environ)
     assert status == 1
-    assert said.startswith("default: ok\n")
-    assert said.splitlines()[-1].startswith(f"error: {next(iter(environ))}")
-    status, said, _ = call("check --json", environ)
+    assert output.startswith("default: ok\n")
+    assert output.splitlines()[-1].startswith(f"error: {next(iter(environ))}")
+    status, output, _ = call("check --json", environ)
     assert status == 1
-    assert json.loads(said)["error"].startswith(next(iter(environ)))
+    assert json.loads(output)["error"].startswith(next(iter(environ)))
 
 
 def test_strict_fails_on_unknown_variables(server: Server) -> None:

@@ -195,9 +195,9 @@ def test_wrong_settings_say_what_their_page_quotes(wrong: Callable[[], object], 
 
 def test_every_diagnosis_says_what_its_page_quotes() -> None:
     cases = [*TROUBLES.values(), *MORE_TROUBLES.values(), *QUIET.values()]
-    said = {(each.code, shape(each.text)) for case in cases for each in diagnose(case.scene())}
+    produced = {(each.code, shape(each.text)) for case in cases for each in diagnose(case.scene())}
     quoted = {(code, shape(line)) for code in CODES for line in quotes(code)}
-    assert quoted - said == set()
+    assert quoted - produced == set()
     assert {code for code, _ in quoted} == CODES.keys()
 
 
@@ -219,9 +219,9 @@ def test_a_page_names_every_field_of_the_evidence() -> None:
 
 def test_explain_shows_the_page_of_a_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "db04"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("DB04 Waiting for a lock\n")
-    assert "pg_blocking_pids" in said
+    output = capsys.readouterr().out
+    assert output.startswith("DB04 Waiting for a lock\n")
+    assert "pg_blocking_pids" in output
 
 
 @pytest.mark.parametrize("code", pages())

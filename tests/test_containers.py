@@ -420,9 +420,9 @@ def serving(**environ: str) -> Iterator[subprocess.Popen[str]]:
 
 def configured(**environ: str) -> tuple[int, dict[str, str], str]:
     with serving(**environ) as process:
-        said, complained = process.communicate(timeout=30)
-    pairs = [line.partition("=") for line in said.splitlines()]
-    return process.returncode, {k.strip(): v.strip() for k, _, v in pairs}, complained
+        output, errors = process.communicate(timeout=30)
+    pairs = [line.partition("=") for line in output.splitlines()]
+    return process.returncode, {k.strip(): v.strip() for k, _, v in pairs}, errors
 
 
 @pytest.mark.parametrize(
@@ -438,8 +438,8 @@ def configured(**environ: str) -> tuple[int, dict[str, str], str]:
 def test_the_container_s_numbers_may_be_empty(
     environ: dict[str, str], bind: str, workers: str
 ) -> None:
-    status, config, complained = configured(**environ)
-    assert (status, complained) == (0, "")
+    status, config, errors = configured(**environ)
+    assert (status, errors) == (0, "")
     assert (config["bind"], config["workers"]) == (bind, workers)
 
 

@@ -97,9 +97,9 @@ class Site:
         for folder in ("dbpool", "webapp"):
             shutil.copytree(ROOT / folder, checkout / folder)
         self.port = free_port()
-        self.said = checkout / "said"
+        self.log = checkout / "output"
         environ = {"DATABASE_URL": dsn, "PORT": str(self.port), "DBPOOL_DETAILS": "always"}
-        with self.said.open("w") as output:
+        with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "webapp", "--reload"],
                 cwd=checkout,
@@ -124,7 +124,7 @@ class Site:
             file.write(text)
 
     def marks(self) -> set[str]:
-        return set(re.findall(r"^MARK (\S+)$", self.said.read_text(), re.MULTILINE))
+        return set(re.findall(r"^MARK (\S+)$", self.log.read_text(), re.MULTILINE))
 
     def mark(self, *names: str) -> None:
         """Change the files so that each prints when it runs."""
@@ -136,7 +136,7 @@ class Site:
 def site(tmp_path: Path, dsn: str) -> Iterator[Site]:
     site = Site(tmp_path, dsn)
     try:
-        until(lambda: "Serving" in site.said.read_text(), 60)
+        until(lambda: "Serving" in site.log.read_text(), 60)
         yield site
     finally:
         site.process.send_signal(signal.SIGINT)
@@ -176,7 +176,7 @@ def test_every_source_is_reloaded_and_no_request_fails(site: Site) -> None:
         stop.set()
         asking.join(60)
     assert failed == []
-    assert "webapp: reloading, changed: dbpool/__init__.py, " in site.said.read_text()
+    assert "webapp: reloading, changed: dbpool/__init__.py, " in site.log.read_text()
 
 
 @pytest.mark.parametrize("mistake", ["this is no Python", "raise RuntimeError('broken')"])
@@ -184,6 +184,6 @@ def test_a_corrected_source_is_served_without_a_manual_restart(site: Site, mista
     path = site.checkout / "webapp/notes.py"
     sound = path.read_text()
     path.write_text(f"{sound}\n{mistake}\n")
-    until(lambda: mistake in site.said.read_text(), 30)
+    until(lambda: mistake in site.log.read_text(), 30)
     path.write_text(sound)
     assert '"notes"' in site.get("/notes")

@@ -274,15 +274,15 @@ def test_a_directory_on_a_disk_is_logged_with_the_amount_written(
 ) -> None:
     monkeypatch.setenv("DBPOOL_STATS_DIR", str(tmp_path))
     monkeypatch.delenv("DBPOOL_SERVE", raising=False)
-    said: list[str] = []
-    log = SimpleNamespace(info=lambda text, *args: said.append(text % args))
+    logged: list[str] = []
+    log = SimpleNamespace(info=lambda text, *args: logged.append(text % args))
     for answer, expected in ((True, 0), (None, 0), (False, 1)):
         monkeypatch.setattr(hooks, "is_in_memory", lambda path, known=answer: known)
         hooks.on_starting(SimpleNamespace(log=log))
         monkeypatch.setenv("DBPOOL_STATS_DIR", str(tmp_path))
-        assert len(said) == expected
-    assert f"{tmp_path} is not in memory" in said[0]
-    assert "up to 4 KiB a second" in said[0]
+        assert len(logged) == expected
+    assert f"{tmp_path} is not in memory" in logged[0]
+    assert "up to 4 KiB a second" in logged[0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/mounts")
@@ -325,7 +325,7 @@ def test_gunicorn_serves_on_a_read_only_root(dsn: str, tmp_path: Path) -> None:
         site.get("/")
         assert site.stats()["scope"] == "all"
         assert site.stop() < 10
-        assert site.said() == ""
+        assert site.output() == ""
     finally:
         site.kill()
 

@@ -302,10 +302,10 @@ def test_the_runbooks_of_the_alert_rules_exist() -> None:
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
-    told = set(re.findall(r"^   ([\w-]+)$", (DOCS / "index.rst").read_text(), re.MULTILINE))
+    listed = set(re.findall(r"^   ([\w-]+)$", (DOCS / "index.rst").read_text(), re.MULTILINE))
     start = (DOCS / "README.md").read_text()
-    assert {path.stem for path in PAGES} - {"README"} == told
-    assert {name for name in told if f"({name}.md)" not in start} == set()
+    assert {path.stem for path in PAGES} - {"README"} == listed
+    assert {name for name in listed if f"({name}.md)" not in start} == set()
 
 
 def test_the_readme_is_short() -> None:

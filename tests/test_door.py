@@ -481,9 +481,9 @@ def test_the_settings_are_read_once(
     finally:
         server.terminate()
         assert server.wait(10) == 0
-    said = log.read_text()
-    assert f"page, stats, metrics and health on :{port}" in said
-    assert said.count("may be guessed") <= 1
+    logged = log.read_text()
+    assert f"page, stats, metrics and health on :{port}" in logged
+    assert logged.count("may be guessed") <= 1
 
 
 # Its processes

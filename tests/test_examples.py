@@ -18,7 +18,7 @@ from flask import Flask
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
-SAID = {
+OUTPUTS = {
     "processes": r"144\n\[0, 1, 4, 9, 16\]\n",
     "cron_job": r"0 deleted\n",
     "script": r"\('hello',\)\n42\n2 checkouts\n",
@@ -29,7 +29,7 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("name", SAID)
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_a_script_prints_what_it_should(name: str, dsn: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "examples" / f"{name}.py"],
@@ -50,7 +50,7 @@ def test_a_script_prints_what_it_should(name: str, dsn: str, tmp_path: Path) -> 
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(SAID[name], done.stdout), done.stdout
+    assert re.fullmatch(OUTPUTS[name], done.stdout), done.stdout
     assert done.stderr == ""
 
 
@@ -104,6 +104,6 @@ def test_the_tests_of_the_application_pass(dsn: str, tmp_path: Path) -> None:
 
 def test_every_example_is_tested_and_listed() -> None:
     names = {path.stem for path in EXAMPLES}
-    assert names == SAID.keys() | {"application", "custom_check", "test_notes"}
+    assert names == OUTPUTS.keys() | {"application", "custom_check", "test_notes"}
     listed = (ROOT / "examples" / "README.md").read_text()
     assert {name for name in names if f"`{name}.py`" not in listed} == set()

@@ -27,8 +27,8 @@ def test_check_tries_the_databases_of_the_application(
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", "host=127.0.0.1 port=1")  # must not be used
     app = make_app(dsn, DBPOOL_MAX_SIZE=3, DBPOOL_DATABASES={"replica": dsn})
-    status, said = invoke(app, "check", "--json")
-    databases = json.loads(said)["databases"]
+    status, output = invoke(app, "check", "--json")
+    databases = json.loads(output)["databases"]
     assert status == 0
     assert databases.keys() == {"default", "replica"}
     assert databases["default"]["settings"]["max_size"] == 3
@@ -47,9 +47,9 @@ def test_the_commands_connect_with_the_applications_keywords(
 
 
 def test_a_failed_check_sets_the_exit_status(make_app: MakeApp) -> None:
-    status, said = invoke(make_app("host=127.0.0.1 port=1"), "check")
+    status, output = invoke(make_app("host=127.0.0.1 port=1"), "check")
     assert status == 1
-    assert said.startswith("default: failed\n")
+    assert output.startswith("default: failed\n")
 
 
 def test_stats_are_those_of_the_applications_directory(
@@ -59,9 +59,9 @@ def test_stats_are_those_of_the_applications_directory(
     app = make_app(dsn, DBPOOL_STATS_DIR=str(tmp_path))
     assert app.test_client().get("/db/health/ready").status_code == 200
     app.extensions["dbpool"].processes.collect()  # publishes this process
-    status, said = invoke(app, "stats")
+    status, output = invoke(app, "stats")
     assert status == 0
-    assert json.loads(said)["pools"]["default"]["counters"]["checkouts"] == 1
+    assert json.loads(output)["pools"]["default"]["counters"]["checkouts"] == 1
 
 
 def test_explain_needs_no_application() -> None:
@@ -74,9 +74,9 @@ def test_all_commands_exist_and_an_unknown_one_is_a_usage_error(
     make_app: MakeApp, dsn: str
 ) -> None:
     app = make_app(dsn)
-    status, said = invoke(app, "--help")
+    status, output = invoke(app, "--help")
     assert status == 0
-    assert {name for name in commands() if f"\n  {name} " not in said} == set()
+    assert {name for name in commands() if f"\n  {name} " not in output} == set()
     assert invoke(app, "chekc")[0] == 2
     assert invoke(app, "check", "--no-such-option")[0] == 2
 

@@ -50,8 +50,8 @@ def test_a_thousand_requests_are_a_thousand_checkouts(make_site: Callable[..., S
     os.kill(int(killed), signal.SIGKILL)
     for _ in range(20):
         assert site.checkouts() == 1000
-    said = f"worker {killed} died by SIGKILL"
-    until(lambda: said in site.get("/db/stats?include=journal"), 20.0)
+    line = f"worker {killed} died by SIGKILL"
+    until(lambda: line in site.get("/db/stats?include=journal"), 20.0)
     until(lambda: len(site.stats()["processes"]) >= 2)
     assert site.checkouts() == 1000
 
@@ -156,7 +156,7 @@ def test_every_request_is_served_by_each_class(served: tuple[str, Site]) -> None
     until(lambda: site.checkouts() >= 400)
     discarded = site.stats()["pools"]["default"]["counters"]["discarded"]
     assert sum(discarded.values()) == 0
-    assert site.said() == ""
+    assert site.output() == ""
 
 
 def test_the_master_imports_neither_psycopg_nor_the_pool(served: tuple[str, Site]) -> None:
@@ -189,11 +189,11 @@ def test_more_connections_than_the_server_allows_log_one_warning_at_the_start(
     """A worker logs it, as the master must not import psycopg."""
     conf = f"loglevel = 'warning'\n{conf_of('gthread', workers=3)}"
     site = make_site(more=conf, DBPOOL_MAX_SIZE="40")
-    until(lambda: "more connections are configured" in site.said(), 20.0)
+    until(lambda: "more connections are configured" in site.output(), 20.0)
     warning = "the server of default allows"
-    assert site.said().count(warning) == 1
-    assert "3 x 40 + 1 (default) = 121, or 242 during a deploy" in site.said()
-    assert "set DBPOOL_MAX_SIZE to 1" in site.said()
+    assert site.output().count(warning) == 1
+    assert "3 x 40 + 1 (default) = 121, or 242 during a deploy" in site.output()
+    assert "set DBPOOL_MAX_SIZE to 1" in site.output()
     assert site.checkouts() == 0  # the question uses a connection of its own
 
 
@@ -232,7 +232,7 @@ def test_a_query_does_not_stop_a_gevent_worker(
 ) -> None:
     site = make_site(more=f"loglevel = 'warning'\n{conf_of('gevent')}")
     assert_serves_while_a_query_waits(site, held_lock)
-    assert LATE not in site.said()
+    assert LATE not in site.output()
 
 
 def test_an_application_may_be_preloaded_if_gevent_patched_first(
@@ -242,7 +242,7 @@ def test_an_application_may_be_preloaded_if_gevent_patched_first(
     conf = f"loglevel = 'warning'\n{conf_of('gevent')}\n"
     site = make_site(preload=True, first=patch, more=conf)
     assert_serves_while_a_query_waits(site, held_lock)
-    assert LATE not in site.said()
+    assert LATE not in site.output()
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_gevent_patching_after_the_import_logs_one_warning(
     conf = f"loglevel = 'warning'\n{conf_of('gevent', workers=3)}\n{more}"
     site = make_site(preload=preload, more=conf)
     until(lambda: len(site.stats()["processes"]) == 3)  # all have run their hooks
-    assert site.said().count(LATE) == 1
+    assert site.output().count(LATE) == 1
 
 
 MARKED = """

@@ -106,10 +106,10 @@ def test_an_aborted_worker_logs_its_holders_and_cancels_their_queries(
         client.recv(1)  # the connection ends without an answer
     waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
     until(lambda: held_lock.execute(waiting).fetchone() == (0,), 10.0)
-    said = site.said()
-    assert "the worker is aborted; thread MainThread held a connection of pool 'default'" in said
-    assert "counted.py" in said
-    assert "(lock)" in said
+    output = site.output()
+    assert "the worker is aborted; thread MainThread held a connection of pool 'default'" in output
+    assert "counted.py" in output
+    assert "(lock)" in output
     assert site.get("/").isdecimal()  # another worker took its place
     until(lambda: "died by SIGABRT" in site.get("/db/stats?include=journal"), 20.0)
 
@@ -170,7 +170,7 @@ def test_dirty_workers_have_pools_of_their_own(
     )
     site = make_site(more=conf, app=DIRTY_VIEW, preload=True)
     # The ordinary workers serve before the dirty ones do.
-    until(lambda: len(re.findall(r"Dirty worker \d+ listening", site.said())) == 2)
+    until(lambda: len(re.findall(r"Dirty worker \d+ listening", site.output())) == 2)
     with ThreadPoolExecutor(8) as threads:
         reports = list(threads.map(lambda _: tuple(eval(site.get("/report"))), range(60)))
     workers = {pid for pid, _, _ in reports}

@@ -175,11 +175,11 @@ while "_thread.start" in {script!r} and time.monotonic() < deadline:
     time.sleep(0.01)
 """
     done = python("-c", source)
-    said = done.stdout + done.stderr
-    assert "Error" not in said
-    assert "FAILED" not in said
-    assert "checkouts" in said
-    assert "checkouts 0" not in said
+    output = done.stdout + done.stderr
+    assert "Error" not in output
+    assert "FAILED" not in output
+    assert "checkouts" in output
+    assert "checkouts 0" not in output
     assert done.returncode == 0
 
 

@@ -20,7 +20,7 @@ ERRORS = [
 ]
 
 
-def fresh(script: str) -> str:
+def output_of(script: str) -> str:
     """Run a script in a new process; return its output."""
     done = python("-W", "error", "-c", script)
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ LOADED = (
 
 @pytest.mark.parametrize("statement", ["import dbpool", "dbpool.__version__; dir(dbpool)"])
 def test_importing_dbpool_imports_none_of_its_modules(statement: str) -> None:
-    assert fresh(f"import dbpool; {statement}; {LOADED}") == "['dbpool']"
+    assert output_of(f"import dbpool; {statement}; {LOADED}") == "['dbpool']"
 
 
 def test_importing_the_hooks_imports_only_the_standard_library() -> None:
@@ -48,7 +48,7 @@ print(sorted(tops - sys.stdlib_module_names))
 {LOADED}
 """
     files = [f"dbpool.processes{name}" for name in ("", "._directory", "._files")]
-    assert fresh(script).splitlines() == [
+    assert output_of(script).splitlines() == [
         "['dbpool']",
         f"{['dbpool', 'dbpool.gunicorn', *files]}",
     ]
@@ -56,7 +56,7 @@ print(sorted(tops - sys.stdlib_module_names))
 
 def test_importing_an_error_does_not_import_the_pool() -> None:
     assert (
-        fresh("import dbpool, sys; dbpool.ConfigError; print('dbpool.pool' in sys.modules)")
+        output_of("import dbpool, sys; dbpool.ConfigError; print('dbpool.pool' in sys.modules)")
         == "False"
     )
 
@@ -72,22 +72,22 @@ for name in {names}:
 
 
 def test_each_public_name_can_be_imported_first() -> None:
-    assert fresh(FIRST.format(names=dbpool.__all__)).split() == dbpool.__all__
+    assert output_of(FIRST.format(names=dbpool.__all__)).split() == dbpool.__all__
 
 
 def test_each_public_module_is_an_attribute() -> None:
-    said = fresh(FIRST.format(names=MODULES)).split()
-    assert said == [f"dbpool.{name}" for name in MODULES]
+    names = output_of(FIRST.format(names=MODULES)).split()
+    assert names == [f"dbpool.{name}" for name in MODULES]
 
 
 def test_a_star_import_brings_all_public_names() -> None:
     script = "import dbpool\nfrom dbpool import *\nprint({*dbpool.__all__} - {*globals()})"
-    assert fresh(script) == "set()"
+    assert output_of(script) == "set()"
 
 
 def test_dir_lists_all_names_before_their_first_use() -> None:
     names = {*dbpool.__all__, *MODULES, "__version__"}
-    assert fresh(f"import dbpool; print({names} - {{*dir(dbpool)}})") == "set()"
+    assert output_of(f"import dbpool; print({names} - {{*dir(dbpool)}})") == "set()"
 
 
 @pytest.mark.parametrize("name", ["Poool", "no_such_module", "flask", "_no_such", "__wrapped__"])
@@ -100,7 +100,7 @@ try:
 except AttributeError as ex:
     print(ex, ex.name)
 """
-    assert fresh(script) == f"module 'dbpool' has no attribute {name!r} {name}"
+    assert output_of(script) == f"module 'dbpool' has no attribute {name!r} {name}"
 
 
 def test_a_misspelt_name_cannot_be_imported() -> None:
@@ -118,7 +118,7 @@ for data in {pickles}:
     ex = pickle.loads(data)
     print(type(ex).__name__, *ex.args)
 """
-    assert fresh(script).splitlines() == [f"{name} why" for name in ERRORS]
+    assert output_of(script).splitlines() == [f"{name} why" for name in ERRORS]
 
 
 def test_many_threads_may_use_a_name_first_at_once() -> None:
@@ -140,9 +140,9 @@ for thread in threads:
 print(len(found))
 """
     assert len(dbpool.__all__) == 12
-    assert fresh(script) == "16"
+    assert output_of(script) == "16"
 
 
 def test_importing_events_imports_no_module_for_error_messages() -> None:
     script = "import dbpool.events, sys; print({'difflib'} & {*sys.modules})"
-    assert fresh(script) == "set()"
+    assert output_of(script) == "set()"

@@ -506,7 +506,7 @@ pool = FakeServer().pool()
 """
 
 
-def said(script: str, **env: str) -> str:
+def output_of(script: str, **env: str) -> str:
     done = python("-W", "error", "-c", GLOBAL + script, env=env, check=True)
     assert done.stderr == ""
     return done.stdout.strip()
@@ -526,7 +526,7 @@ use(pool, 3)
 print(counts(reader)["use_time"], flush())
 pool.close()
 """
-    assert said(script).splitlines() == ["[] True", "[]", "[5] True"]
+    assert output_of(script).splitlines() == ["[] True", "[]", "[5] True"]
 
 
 def test_a_disabled_sdk_records_nothing() -> None:
@@ -537,7 +537,7 @@ use(pool, 2)
 print(counts(reader), flush())
 pool.close()
 """
-    assert said(script, OTEL_SDK_DISABLED="true") == "{} True"
+    assert output_of(script, OTEL_SDK_DISABLED="true") == "{} True"
 
 
 def test_the_error_names_the_missing_package() -> None:
@@ -550,8 +550,8 @@ try:
 except dbpool.ConfigError as ex:
     print(ex)
 """
-    said = python("-c", script, check=True).stdout
-    assert "need the package opentelemetry-api" in said
+    output = python("-c", script, check=True).stdout
+    assert "need the package opentelemetry-api" in output
 
 
 # Forks
@@ -581,7 +581,7 @@ pool.close()
 @pytest.mark.parametrize("own", [True, False])
 def test_a_forked_child_starts_at_zero(own: bool) -> None:
     script = FORK.format(parent="", own=own)
-    assert said(script, PYTHONWARNINGS="ignore").splitlines() == ["child [3]", "parent [2]"]
+    assert output_of(script, PYTHONWARNINGS="ignore").splitlines() == ["child [3]", "parent [2]"]
 
 
 def test_a_child_warns_if_it_reports_its_parents_numbers_again() -> None:
@@ -608,7 +608,7 @@ for _ in range(5):
 collecting.join()
 pool.close()
 """
-    assert said(script, PYTHONWARNINGS="ignore").split() == ["0"] * 5
+    assert output_of(script, PYTHONWARNINGS="ignore").split() == ["0"] * 5
 
 
 # Exporting at the end
@@ -632,7 +632,7 @@ def test_the_hooks_export_when_a_worker_exits() -> None:
 worker_exit(SimpleNamespace(pid=0), None)
 print(exported.getvalue().count('"count": 5'), pool.closed)
 """
-    assert said(EXPORTING + script) == "2 True"
+    assert output_of(EXPORTING + script) == "2 True"
 
 
 def test_spans_of_a_provider_that_was_set_late_are_exported_too() -> None:
@@ -650,7 +650,7 @@ use(pool, 1)
 print(flush(), sorted(span.name for span in spans.get_finished_spans()))
 pool.close()
 """
-    assert said(EXPORTING + script) == "True ['dbpool.acquire', 'dbpool.connect']"
+    assert output_of(EXPORTING + script) == "True ['dbpool.acquire', 'dbpool.connect']"
 
 
 def test_the_wait_for_a_hanging_exporter_is_bounded() -> None:
@@ -663,7 +663,7 @@ reader = PeriodicExportingMetricReader(Hanging(), 1e7)
 instrument(pool, MeterProvider([reader], shutdown_on_exit=False))
 print(flush(0.2))
 """
-    assert said(EXPORTING + script) == "False"
+    assert output_of(EXPORTING + script) == "False"
 
 
 # Spans

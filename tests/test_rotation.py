@@ -52,17 +52,17 @@ def test_the_commands_of_the_page_change_a_password(own_server: Server, tmp_path
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            said = b""
+            output = b""
             for prompt in (b"password", b"again"):
-                while not re.search(prompt + rb"[^\n]*: $", said):
+                while not re.search(prompt + rb"[^\n]*: $", output):
                     more = os.read(process.stdout.fileno(), 1024)
-                    assert more, said
-                    said += more
-                password = re.findall(rb"[0-9a-f]{48}", said)[0]
+                    assert more, output
+                    output += more
+                password = re.findall(rb"[0-9a-f]{48}", output)[0]
                 process.stdin.write(password + b"\n")
                 process.stdin.flush()
-            said += process.stdout.read()
-            assert process.wait(30) == 0, said
+            output += process.stdout.read()
+            assert process.wait(30) == 0, output
         finally:
             process.kill()
     changed = (tmp_path / "app_password").read_text().strip()

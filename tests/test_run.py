@@ -37,8 +37,8 @@ class Application:
 
     def __init__(self, checkout: Path, **environ: str) -> None:
         self.port = int(environ.setdefault("PORT", str(free_port())))
-        self.output = checkout / f"output-{time.monotonic_ns()}"
-        with self.output.open("w") as output:
+        self.output_file = checkout / f"output-{time.monotonic_ns()}"
+        with self.output_file.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "webapp"],
                 cwd=checkout,
@@ -70,20 +70,20 @@ class Application:
 
     def await_served(self) -> Application:
         """Wait for its message, as a predecessor may still answer on the port."""
-        until(lambda: self.process.poll() is not None or "Serving" in self.said(), 30)
-        assert self.process.poll() is None, self.said()
+        until(lambda: self.process.poll() is not None or "Serving" in self.output(), 30)
+        assert self.process.poll() is None, self.output()
         return self
 
     def stop(self, signum: int = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal, and return the exit code and the output."""
         self.process.send_signal(signum)
-        return self.ended(STOP_SECONDS)
+        return self.wait_for_exit(STOP_SECONDS)
 
-    def ended(self, seconds: float = START_SECONDS) -> tuple[int, str]:
-        return self.process.wait(seconds), self.said()
+    def wait_for_exit(self, seconds: float = START_SECONDS) -> tuple[int, str]:
+        return self.process.wait(seconds), self.output()
 
-    def said(self) -> str:
-        return self.output.read_text()
+    def output(self) -> str:
+        return self.output_file.read_text()
 
     def gunicorn(self) -> int:
         """The pid of the gunicorn master."""
@@ -183,7 +183,7 @@ def test_ctrl_c_in_a_terminal_stops_it_quietly(run: Run, checkout: Path) -> None
     application = run().await_served()
     with stopping_in_time():
         os.killpg(application.process.pid, signal.SIGINT)  # to the whole group, as a terminal does
-        code, output = application.ended()
+        code, output = application.wait_for_exit()
     assert code == 0
     assert "Traceback" not in output
     assert "KeyboardInterrupt" not in output
@@ -259,7 +259,7 @@ def test_killing_gunicorn_ends_the_supervisor_with_a_message(run: Run, checkout:
     application = run().await_served()
     with stopping_in_time():
         os.kill(application.gunicorn(), signal.SIGKILL)
-        code, output = application.ended()
+        code, output = application.wait_for_exit()
     assert code == 1
     assert "gunicorn ended by itself: killed by SIGKILL" in output
     assert not servers(checkout)
@@ -296,7 +296,7 @@ def test_the_next_supervisor_serves_after_everything_was_killed(run: Run, checko
 def test_a_port_in_use_is_an_error_of_one_line(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        code, output = run(PORT=str(port)).ended()
+        code, output = run(PORT=str(port)).wait_for_exit()
     assert code == 1
     assert output == f"webapp: port {port} is in use; another one: make run PORT={port + 1}\n"
 
@@ -322,7 +322,7 @@ def test_an_invalid_port_is_an_error_of_one_line(checkout: Path, port: str) -> N
 
 def test_an_unreachable_database_is_an_error_of_one_line(run: Run, checkout: Path) -> None:
     url = f"postgresql://someone:s3cr3t@127.0.0.1:{free_port()}/app"
-    code, output = run(DATABASE_URL=url).ended()
+    code, output = run(DATABASE_URL=url).wait_for_exit()
     assert code == 1
     assert output.startswith("webapp: cannot use the database: ")
     assert output.count("\n") == 1
@@ -341,7 +341,7 @@ def test_an_unreachable_database_is_an_error_of_one_line(run: Run, checkout: Pat
     ],
 )
 def test_a_wrong_setting_is_an_error_of_one_line(run: Run, name: str, value: str) -> None:
-    code, output = run(**{name: value}).ended()
+    code, output = run(**{name: value}).wait_for_exit()
     assert code == 1
     assert output.startswith("webapp: ")
     assert output.count("\n") == 1
@@ -349,7 +349,7 @@ def test_a_wrong_setting_is_an_error_of_one_line(run: Run, name: str, value: str
 
 
 def test_the_open_demo_is_served_to_this_machine_only(run: Run, checkout: Path) -> None:
-    code, output = run(WEBAPP_HOST="0.0.0.0").ended()
+    code, output = run(WEBAPP_HOST="0.0.0.0").wait_for_exit()
     assert code == 1
     assert output == "webapp: the embedded demo shows everything, so it is not served on 0.0.0.0\n"
     assert not servers(checkout)

@@ -58,7 +58,7 @@ class Running:
                 start_new_session=True,
             )
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self._log.read_text()
 
     def stop(self, number: int = signal.SIGTERM) -> float:
@@ -94,7 +94,7 @@ def get(port: int, path: str = "/") -> str:
 
 def await_serving(port: int, running: Running) -> None:
     def serves() -> bool:
-        assert running.process.poll() is None, running.said()
+        assert running.process.poll() is None, running.output()
         try:
             return get(port, "/db/health/live") != ""
         except OSError:
@@ -141,7 +141,7 @@ def test_uwsgi_with_threads(start: Callable[..., Running], tmp_path: Path, dsn: 
     found = answers(port)
     assert_no_backend_is_shared([(pid, backend) for pid, backend, _ in found], found[0][2])
     server.process.send_signal(signal.SIGHUP)  # a graceful reload
-    until(lambda: server.said().count("spawned uWSGI worker 1 (") == 2, 20.0)
+    until(lambda: server.output().count("spawned uWSGI worker 1 (") == 2, 20.0)
     await_serving(port, server)
     assert len(answers(port)) == REQUESTS
     assert server.stop() < 10
@@ -160,7 +160,7 @@ def test_waitress_serves(start: Callable[..., Running], tmp_path: Path, dsn: str
     assert {pid for pid, _, _ in found} == {server.process.pid}
     assert len({backend for _, backend, _ in found}) <= 10  # the default max_size
     assert server.stop(signal.SIGINT) < 10
-    assert "Traceback" not in server.said()
+    assert "Traceback" not in server.output()
     await_no_backends(dsn)
 
 
@@ -206,7 +206,7 @@ def test_celery_prefork_processes_share_no_session(
         conn.execute("create table work (n int, pid int, backend int, in_parent int)")
         send = f"from tasks import work; [work.delay(n) for n in range({TASKS})]"
         sender = start("-c", send)
-        assert sender.process.wait(30) == 0, sender.said()
+        assert sender.process.wait(30) == 0, sender.output()
         worker = start(
             "-m", "celery", "-A", "tasks", "worker", "--pool", "prefork", "--concurrency", "2",
             "--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "warning",
@@ -214,7 +214,7 @@ def test_celery_prefork_processes_share_no_session(
         )  # fmt: skip
 
         def done() -> bool:
-            assert worker.process.poll() is None, worker.said()
+            assert worker.process.poll() is None, worker.output()
             return conn.execute("select count(distinct n) from work").fetchone() == (TASKS,)
 
         until(done, 60.0, pause=0.1)
@@ -223,5 +223,5 @@ def test_celery_prefork_processes_share_no_session(
     assert_no_backend_is_shared([(pid, backend) for pid, backend, _, _ in rows], rows[0][2])
     assert len({pid for pid, _, _, _ in rows}) > 2, "no process was replaced"
     assert worker.stop() < 20
-    assert "Traceback" not in worker.said()
+    assert "Traceback" not in worker.output()
     await_no_backends(dsn)

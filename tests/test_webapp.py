@@ -438,8 +438,8 @@ def test_a_failure_of_the_schema_is_printed_once(server: Any) -> None:
 def test_making_an_environment_can_be_interrupted(tmp_path: Path) -> None:
     lock = tmp_path / "requirements.txt"
     lock.write_text("no-such-package-is-there\n")
-    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    script = hearing + (ROOT / "tools" / "make_venv.py").read_text()
+    prologue = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script = prologue + (ROOT / "tools" / "make_venv.py").read_text()
     (tmp_path / "make_venv.py").write_text(script)
     making = subprocess.Popen(
         [sys.executable, tmp_path / "make_venv.py", tmp_path / "venv", lock],
@@ -451,9 +451,9 @@ def test_making_an_environment_can_be_interrupted(tmp_path: Path) -> None:
     assert making.stdout is not None
     assert making.stdout.readline().startswith("making")
     os.killpg(making.pid, signal.SIGINT)  # to the whole group, as a terminal does
-    _, complained = making.communicate(timeout=20)
+    _, errors = making.communicate(timeout=20)
     assert making.returncode == 1
-    assert complained == "venv: interrupted; the next run starts again\n"
+    assert errors == "venv: interrupted; the next run starts again\n"
 
 
 # What it prints about the views
@@ -471,10 +471,10 @@ def test_it_prints_how_the_live_page_opens(
     settings: AppSettings, page: bool, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     supervisor._announce("127.0.0.1", 8000, None, settings)
-    told = capsys.readouterr().out
-    assert ("the live page" in told) == page
-    assert all(word in told for word in words)
-    assert "a-token" not in told
+    output = capsys.readouterr().out
+    assert ("the live page" in output) == page
+    assert all(word in output for word in words)
+    assert "a-token" not in output
 
 
 def test_it_prints_the_command_that_reaches_the_demos_database(
@@ -492,7 +492,7 @@ def test_it_prints_the_command_that_reaches_the_demos_database(
 # Host names
 
 
-def told_names(monkeypatch: pytest.MonkeyPatch, address: str = "127.0.0.1") -> str:
+def demo_host_names(monkeypatch: pytest.MonkeyPatch, address: str = "127.0.0.1") -> str:
     """The host names that `make run` lets its demo answer to."""
     embedded = SimpleNamespace(conninfo="postgresql:///")
     monkeypatch.setattr(supervisor, "server", lambda *_: nullcontext(embedded))
@@ -508,7 +508,7 @@ def told_names(monkeypatch: pytest.MonkeyPatch, address: str = "127.0.0.1") -> s
 def test_the_demo_answers_to_no_public_host_name(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WEBAPP_HOSTS", told_names(monkeypatch))
+    monkeypatch.setenv("WEBAPP_HOSTS", demo_host_names(monkeypatch))
     app = make(DATABASE_URL="postgresql://nobody@127.0.0.1:1/none", DBPOOL_OUTAGE_GRACE="0s")
     try:
         for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil",
@@ -525,7 +525,7 @@ def test_the_demo_answers_to_no_public_host_name(
 def test_the_demo_answers_to_the_address_it_is_bound_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert "127.0.0.3" in told_names(monkeypatch, "127.0.0.3").split(",")
+    assert "127.0.0.3" in demo_host_names(monkeypatch, "127.0.0.3").split(",")
 
 
 def test_host_names_may_be_added_and_without_the_demo_all_are_accepted(

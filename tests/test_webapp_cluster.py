@@ -48,7 +48,7 @@ class Running:
         until(self._is_ready, seconds, pause=0.1)
 
     def _is_ready(self) -> bool:
-        assert self.process.poll() is None, self.said()
+        assert self.process.poll() is None, self.output()
         try:
             return bool(self.get("/db/health/ready")["databases"]["replica"] == "up")
         except OSError:
@@ -66,13 +66,13 @@ class Running:
         )
         urllib.request.urlopen(request, timeout=10).close()
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self._output.read_text()
 
     @property
     def folder(self) -> Path:
-        found = re.search(r"host=(%2Ftmp%2Fdbpool-cluster-\w+)%2Frun", self.said())
-        assert found, self.said()
+        found = re.search(r"host=(%2Ftmp%2Fdbpool-cluster-\w+)%2Frun", self.output())
+        assert found, self.output()
         return Path(found[1].replace("%2F", "/"))
 
     def descendants(self) -> list[psutil.Process]:
@@ -112,7 +112,7 @@ def test_it_serves_two_databases_and_ends_without_a_trace(start: Callable[..., R
     health = running.get("/db/health")["databases"]
     assert (health["default"]["role"], health["replica"]["role"]) == ("primary", "standby")
     assert set(running.get("/db/stats")["pools"]) == {"default", "replica"}
-    until(lambda: "the standby, the database replica" in running.said())
+    until(lambda: "the standby, the database replica" in running.output())
     kill_bouncer_and_standby(running)  # the command restarts them
     until(lambda: titles(running) == ["from here"], 20.0, pause=0.1)
     running.await_ready()
@@ -146,7 +146,7 @@ def titles(running: Running) -> list[str] | None:
 def test_no_process_outlives_the_killed_command(start: Callable[..., Running]) -> None:
     running = start()
     running.await_ready()
-    until(lambda: "the standby, the database replica" in running.said())
+    until(lambda: "the standby, the database replica" in running.output())
     folder, processes = running.folder, running.descendants()
     running.process.kill()
     running.process.wait(10)
@@ -159,4 +159,4 @@ def test_a_port_in_use_ends_it_at_once(start: Callable[..., Running]) -> None:
         port = taken.getsockname()[1]
         running = start(PORT=str(port))
         assert running.process.wait(30) == 1
-    assert running.said().startswith(f"webapp: port {port} is in use")
+    assert running.output().startswith(f"webapp: port {port} is in use")

@@ -178,16 +178,16 @@ class Bouncer:
         """Start it unless it runs, and wait until it listens."""
         if self._process is not None and self._process.poll() is None:
             return
-        for left in ("bouncer.pid", f"run/.s.PGSQL.{BOUNCER}"):  # of a PgBouncer that was killed
-            (self._folder / left).unlink(missing_ok=True)
+        for stale in ("bouncer.pid", f"run/.s.PGSQL.{BOUNCER}"):  # of a PgBouncer that was killed
+            (self._folder / stale).unlink(missing_ok=True)
         account = account_of(server_user())
         with (self._folder / "bouncer.out").open("wb") as output:
             self._process = spawn([self._program, self._config], output, account)
         deadline = time.monotonic() + BOUNCER_SECONDS
         while not (self._folder / "run" / f".s.PGSQL.{BOUNCER}").exists():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                said = (self._folder / "bouncer.out").read_text().strip().splitlines()
-                reason = said[-1] if said else "it gave no reason"
+                lines = (self._folder / "bouncer.out").read_text().strip().splitlines()
+                reason = lines[-1] if lines else "it gave no reason"
                 raise EmbeddedError(f"pgbouncer did not start: {reason}")
             time.sleep(0.01)
 

@@ -150,8 +150,8 @@ class Server(Cluster):
                 ).fetchall():
                     conn.execute(f"alter table {table} owner to webapp")
         except psycopg.Error as exc:
-            said = " ".join(str(exc).split())
-            raise EmbeddedError(f"cannot make the application's database: {said}") from None
+            reason = " ".join(str(exc).split())
+            raise EmbeddedError(f"cannot make the application's database: {reason}") from None
 
     def _superuser(self, database: str) -> psycopg.Connection:
         return psycopg.connect(self._conninfo("postgres", database), autocommit=True)

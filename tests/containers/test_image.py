@@ -57,10 +57,10 @@ def test_the_content_of_the_image(checkout: Path) -> None:
         find /app /venv -perm /o=w ! -type l
         ls /venv/bin
     """
-    said = docker("run", "--rm", "dbpool-test", "sh", "-c", script)
-    assert {"dbpool", "webapp", "healthcheck.py"} <= set(said.split())
+    output = docker("run", "--rm", "dbpool-test", "sh", "-c", script)
+    assert {"dbpool", "webapp", "healthcheck.py"} <= set(output.split())
     assert not re.search(
-        r"\.env|~|\bpip|^/", said.replace("/app:", "").replace("/app/webapp:", ""), re.MULTILINE
+        r"\.env|~|\bpip|^/", output.replace("/app:", "").replace("/app/webapp:", ""), re.MULTILINE
     )
 
 
@@ -118,12 +118,12 @@ def test_it_serves_in_unusual_environments(stack: Project, options: list[str]) -
             print(connection.getresponse().status)
         """
         script = "\n".join(line.strip() for line in ready.splitlines())
-        said = ""
+        output = ""
 
         def is_ready() -> bool:
-            nonlocal said
-            said = docker("exec", container, "python", "-c", script)
-            return said == "200\n"
+            nonlocal output
+            output = docker("exec", container, "python", "-c", script)
+            return output == "200\n"
 
         until_true(is_ready)
 
@@ -134,7 +134,7 @@ def test_the_classic_builder_can_build_it(checkout: Path, target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "complaint"),
+    ("variable", "message"),
     [
         ("PORT=eighty", "webapp: PORT must be a number from 1 to 65535, not 'eighty'"),
         ("WEB_CONCURRENCY=0", "webapp: WEB_CONCURRENCY must be a number from 1 to 1000, not '0'"),
@@ -142,12 +142,12 @@ def test_the_classic_builder_can_build_it(checkout: Path, target: str) -> None:
     ],
 )
 def test_a_wrong_setting_is_logged_and_ends_the_container(
-    stack: Project, variable: str, complaint: str
+    stack: Project, variable: str, message: str
 ) -> None:
     with trial(stack, f"--env={variable}") as container:
         until_true(lambda: inspect(container)["State"]["Status"] == "exited")
         assert inspect(container)["State"]["ExitCode"] != 0
-        assert complaint in logs(container)
+        assert message in logs(container)
 
 
 def processes(port: int) -> list[dict[str, Any]]:

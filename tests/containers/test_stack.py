@@ -53,8 +53,8 @@ def test_no_secret_is_in_an_environment_or_an_image(stack: Project, token: str) 
     secrets += stack("exec", "-T", "db", "sh", "-c", f"{script} | fold -w 48").split()
     assert len(secrets) == 4
     for service in ("web", "dev", "db", "role", "schema", "secrets"):
-        told = json.dumps(inspect(stack.container(service)))
-        assert not any(secret in told for secret in secrets)
+        description = json.dumps(inspect(stack.container(service)))
+        assert not any(secret in description for secret in secrets)
         assert service == "schema" or not any(
             secret in logs(stack.container(service)) for secret in secrets
         )
@@ -67,8 +67,8 @@ def test_the_applications_role_owns_only_its_database(stack: Project) -> None:
         from pg_roles where rolname = current_user
     """
     script = f"import dbpool\nwith dbpool.Pool() as pool: print(pool.fetch_one({question!r}))"
-    said = stack("exec", "-T", "web", "python", "-c", script)
-    assert said.strip() == "(False, False, False, False, False, 'webapp')"
+    output = stack("exec", "-T", "web", "python", "-c", script)
+    assert output.strip() == "(False, False, False, False, False, 'webapp')"
 
 
 def test_the_process_is_confined(stack: Project) -> None:
@@ -78,11 +78,11 @@ def test_the_process_is_confined(stack: Project) -> None:
         touch /app/x /venv/x /run/secrets/token/x
         cat /proc/1/status
     """
-    said = stack("exec", "-T", "web", "sh", "-c", script)
-    assert said.splitlines()[0] == "10001"
-    assert said.count("Read-only file system") == 3
-    assert "CapEff:\t0000000000000000" in said
-    assert "NoNewPrivs:\t1" in said
+    output = stack("exec", "-T", "web", "sh", "-c", script)
+    assert output.splitlines()[0] == "10001"
+    assert output.count("Read-only file system") == 3
+    assert "CapEff:\t0000000000000000" in output
+    assert "NoNewPrivs:\t1" in output
 
 
 def test_dotenv_reaches_the_application_and_its_database_stays(stack: Project) -> None:
@@ -94,12 +94,12 @@ def test_dotenv_reaches_the_application_and_its_database_stays(stack: Project) -
         PORT=stack.environ["PORT"],
     )
     try:
-        said = stack("run", "--rm", "--no-deps", "web", "python", "-m", "dbpool", "check")
+        output = stack("run", "--rm", "--no-deps", "web", "python", "-m", "dbpool", "check")
     finally:
         stack.set(**SETTINGS)
-    assert "max_size = 3" in said
-    assert "statement_timeout = 7.0" in said
-    assert "user: webapp" in said
+    assert "max_size = 3" in output
+    assert "statement_timeout = 7.0" in output
+    assert "user: webapp" in output
 
 
 def test_a_restarted_database_costs_at_most_the_statements_in_flight(

@@ -176,9 +176,9 @@ def test_a_signal_ends_a_process_that_waits_for_a_connection(
         assert process.stdout.readline() == "WAITING\n"
         began = time.monotonic()
         process.send_signal(number)
-        _, said = process.communicate(timeout=10)
+        _, output = process.communicate(timeout=10)
     assert time.monotonic() - began < EXIT_SECONDS
-    assert process.returncode == -number, said
+    assert process.returncode == -number, output
     until(lambda: not own_server.backends("dbpool:default"), 5.0)
 
 
@@ -239,8 +239,8 @@ def test_a_pool_serves_after_a_lack_of_threads_is_over(own_server: Server, scrip
     ]
     print("refused", refused)
     """
-    said = run_script(write(script, body), own_server.conninfo)
-    assert int(said.partition("refused ")[2].split()[0]) > 3
+    output = run_script(write(script, body), own_server.conninfo)
+    assert int(output.partition("refused ")[2].split()[0]) > 3
 
 
 def test_an_atexit_function_registered_before_the_pool_may_use_it(

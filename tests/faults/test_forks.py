@@ -46,15 +46,15 @@ def run(own_server: Server, tmp_path: Path) -> Run:
     def run(body: str) -> str:
         script = tmp_path / "script.py"
         script.write_text(OPENING + dedent(body))
-        said = run_script(script, own_server.conninfo)
+        output = run_script(script, own_server.conninfo)
         until(lambda: not own_server.backends("dbpool:default"))
-        return said
+        return output
 
     return run
 
 
 def test_a_childs_application_name_has_its_own_pid(run: Run) -> None:
-    said = run("""
+    output = run("""
         pool = dbpool.Pool(sys.argv[1], max_size=1)
         assert pool.fetch_value("show application_name").endswith(f"/{os.getpid()}")
         child = os.fork()
@@ -65,7 +65,7 @@ def test_a_childs_application_name_has_its_own_pid(run: Run) -> None:
         pool.close()
         end()
     """)
-    assert said.split()[:2] == ["True", "0"]
+    assert output.split()[:2] == ["True", "0"]
 
 
 def test_a_parents_broken_connection_returned_in_a_child_changes_nothing(run: Run) -> None:
@@ -364,7 +364,7 @@ def test_the_breaker_starts_anew_in_the_child(run: Run) -> None:
 
 
 def test_the_watchdog_works_in_the_child(run: Run) -> None:
-    said = run("""
+    output = run("""
     import logging
     logging.basicConfig(stream=sys.stdout)
     told = threading.Event()
@@ -387,7 +387,7 @@ def test_the_watchdog_works_in_the_child(run: Run) -> None:
     assert pool.stats().counters.held_long == 0
     end()
     """)
-    assert said.count("has been held for") == 1
+    assert output.count("has been held for") == 1
 
 
 def test_listeners_in_the_child_get_the_childs_events(run: Run) -> None:

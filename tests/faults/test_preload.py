@@ -112,9 +112,9 @@ def test_preloaded_workers_share_no_session_and_stop_in_time(
     gunicorn.process.terminate()
     assert gunicorn.process.wait(30) == 0
     taken = time.monotonic() - began
-    said = gunicorn.log.read_text()
-    assert taken < EXIT_SECONDS, said
-    assert "Traceback" not in said, said
+    output = gunicorn.log.read_text()
+    assert taken < EXIT_SECONDS, output
+    assert "Traceback" not in output, output
     until(lambda: not own_server.backends("dbpool:default"))
 
 
