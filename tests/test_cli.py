@@ -311,6 +311,24 @@ def test_a_directory_without_statistics_is_one_line(tmp_path: Path, mode: int) -
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", ["stats", "top --once", "plan --for 0.1"])
+def test_a_missing_directory_is_named_with_its_variable(
+    tmp_path: Path, command: str, call: Call
+) -> None:
+    status, _, complained = call(f"{command} --dir {tmp_path}/nowhere", {"PGHOST": "/nowhere"})
+    assert status == 1
+    assert f"(--dir, DBPOOL_STATS_DIR) is missing: '{tmp_path}/nowhere'" in complained
+    (tmp_path / "4711-zq7").mkdir(0o700)
+    _, _, complained = call(f"{command} --dir {tmp_path}/4711-zq7", {})
+    assert f"{tmp_path}/4711-zq7 contains no statistics" in complained
+
+
+def test_stats_of_an_application_that_does_not_run_are_an_error(call: Call) -> None:
+    status, said, complained = call("stats --app nowhere", {"PGHOST": "/nowhere"})
+    assert (status, said) == (1, "")  # whether or not others run here
+    assert len(complained.splitlines()) == 1
+
+
 def test_a_url_in_place_of_a_directory_is_not_repeated() -> None:
     done = dbpool("stats", DBPOOL_STATS_DIR="postgresql://app:s3cr3t@db/shop")
     assert done.returncode == 1
@@ -336,12 +354,13 @@ def test_json_is_json_for_wrong_settings_too() -> None:
     assert "DBPOOL_TIMEOUT" in json.loads(done.stdout)["error"]
 
 
-@pytest.mark.parametrize("timeout", ["-1", "nan", "inf", "soon", ""])
-def test_wait_takes_a_time(timeout: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["wait --timeout", "plan --for", "serve --worker-timeout"])
+@pytest.mark.parametrize("time", ["-1", "nan", "inf", "soon", ""])
+def test_options_take_a_time(command: str, time: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["wait", f"--timeout={timeout}"])
+        main(f"{command}={time}".split())
     assert ended.value.code == 2
-    assert "--timeout" in capsys.readouterr().err
+    assert f"argument {command.split()[1]}: it must be " in capsys.readouterr().err
 
 
 def test_wait_takes_a_duration_with_a_unit(server: Server) -> None:

@@ -241,6 +241,8 @@ def test_a_terminal_names_the_page_that_a_link_leads_to() -> None:
 def test_explain_finds_words_of_a_title(capsys: pytest.CaptureFixture[str]) -> None:
     assert find("PoolExhausted") == ["DBE01"]
     assert find("too many clients") == ["DB03"]
+    assert find("pool 'default': no connection within 5.00 s [DBE01]") == ["DBE01"]
+    assert find("db04/default") == ["DB04"]  # the id of a finding
     assert main(["explain", "lock"]) == 0
     assert capsys.readouterr().out.splitlines() == [title(pages()[c]) for c in ("DB04", "DB14")]
 

@@ -140,6 +140,8 @@ def test_an_unknown_parameter_in_a_key_value_string_is_named() -> None:
         ("localhost:5432/d", "neither a URL"),
         (f"{{'NAME': '{SECRET}'}}", "neither a URL"),
         (f"postgresql://u:{SECRET}@x@h/d", "percent-encode"),
+        (f"postgresql://u:x@{SECRET}@h/d", "its host contains @ (percent-encode"),
+        (f"postgresql://u:x@@{SECRET}@h/d", "its host contains @ (percent-encode"),
         (f"postgresql://u:{SECRET}/x@h/d", "percent-encode"),
         (f"postgresql://u:{SECRET}%@h/d", "percent-encode it as %25"),
         (f"postgresql://u:{SECRET}@[fe80::1%eth0]/d", "percent-encode it as %25"),

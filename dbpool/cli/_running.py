@@ -35,7 +35,12 @@ def find_processes(directory: Path, app: str | None) -> Processes:
 
     Raises `ConfigError` if there is none, or if several do and *app* does not choose one.
     """
-    place = safe_repr(os.fspath(directory))
+    if not os.path.isdir(directory):  # noqa: PTH112  # unlike Path.is_dir it never raises
+        place = safe_repr(os.fspath(directory))
+        raise ConfigError(
+            f"the directory of the statistics (--dir, DBPOOL_STATS_DIR) is missing: {place}"
+        )
+    place = str(directory)  # what exists is no misplaced secret
     matches = [_FILE.fullmatch(path.name) for path in directory.glob("*")]
     apps = sorted({match[1] or match[2] for match in matches if match})
     if app is None and len(apps) > 1:

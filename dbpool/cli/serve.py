@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
+from dbpool.cli._configured import seconds
 from dbpool.cli._output import fail
 from dbpool.cli._running import find_processes, running_directory
 from dbpool.door import WRONG_SETTINGS
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--app", help="the application to choose, if several share the directory")
     parser.add_argument(
-        "--worker-timeout", type=float, default=30.0, metavar="SECONDS",
+        "--worker-timeout", type=seconds, default=30.0, metavar="TIME",
         help="liveness fails if no worker has reported for this long (at least 30)",
     )  # fmt: skip
     parser.add_argument("--until-eof", action="store_true", help=argparse.SUPPRESS)

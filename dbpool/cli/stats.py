@@ -39,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    directory = statistics_directory(arguments.dir) if arguments.scope == "all" else None
-    if directory is None:
-        report = _ask_pools().to_json()
-        report["findings"] = [each.to_json() for each in diagnose(Scene.read(report))]
-    else:
-        report = read_running(str(directory), arguments.app)
+    is_of_all = arguments.scope == "all"
+    if is_of_all and (arguments.app or statistics_directory(arguments.dir)):
+        report = read_running(arguments.dir, arguments.app)
         if not arguments.human:
             report = {key: each for key, each in report.items() if key not in INCLUDES}
+    else:
+        report = _ask_pools().to_json()
+        report["findings"] = [each.to_json() for each in diagnose(Scene.read(report))]
     print(as_text(report) if arguments.human else json.dumps(report, indent=2))
     is_down = any(pool["state"] == PoolState.DOWN for pool in report["pools"].values())
     return 1 if is_down else 0

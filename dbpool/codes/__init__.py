@@ -26,9 +26,9 @@ def title(page: str) -> str:
 
 
 def find(wanted: str) -> list[str]:
-    """Return the codes that *wanted* means: a code, or words of a title in any case."""
-    if wanted.upper() in pages():
-        return [wanted.upper()]
+    """Return the codes that *wanted* means: a text with a code, or words of a title, in any case."""
+    if (code := re.search(r"\bDBE?[0-9]{2}\b", wanted.upper())) and code[0] in pages():
+        return [code[0]]
     words = wanted.lower()
     return [code for code, page in pages().items() if words in title(page).lower()]
 

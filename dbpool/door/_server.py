@@ -44,7 +44,7 @@ def parse_address(text: str) -> tuple[str, int] | str:
     found = _ADDRESS.fullmatch(text)
     if found is None or int(found["port"]) > 65535:
         raise ConfigError(
-            "DBPOOL_SERVE must be an address such as 127.0.0.1:8900, or the path of a Unix socket"
+            "the address (DBPOOL_SERVE) must be such as 127.0.0.1:8900, or the path of a Unix socket"
         )
     return found["ipv6"] or found["host"] or "127.0.0.1", int(found["port"])
 
