@@ -67,6 +67,7 @@ class Breaker:
         self.error: BaseException | None = None  # of the last failed attempt, sanitized
         self.last_error: str | None = None  # its text on one line, None while connects succeed
         self.kind: str = FailureKind.UNKNOWN
+        self.check_failure = ""  # of the user's `check`, if the last one failed
         # Looked up at each call: freezegun puts another in its place for a while.
         self.clock = clock or (lambda: time.monotonic())  # noqa: PLW0108
         self._interval_started = float("-inf")
@@ -226,7 +227,7 @@ class Breaker:
         failed, the cause is "no answer".
         """
         seconds, kind, reason = self.failing_for, self.kind, self.error
-        text = self.last_error or "none was made in time"
+        text = self.last_error or self.check_failure or "none was made in time"
         silent_since = min(self.pending(), default=answered_at)
         if cause is not None:
             kind, reason = errors.classify(cause), errors.sanitize(cause)

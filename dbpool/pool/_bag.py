@@ -148,8 +148,7 @@ def reap(store: Store, record: ConnectionRecord, reason: str) -> None:
         use = monotonic() - record.since
         store.metrics.finished += [(record.wait, use, record.endpoint, record.code, record.lasti)]
     record.since, record.is_reaped, record.owner = 0.0, True, NOBODY
-    if (conn := record.ref()) is not None:
-        store.bag.cancel_later(conn)
+    store.bag.cancel_later(record.ref())
     evict(store, record, reason)
 
 
@@ -224,8 +223,8 @@ def mark_held_long(store: Store, before: float) -> list[tuple[ThreadInfo | None,
 
 def mark_slow(store: Store, before: float) -> list[float]:
     """Mark those who have waited since *before*; return when they began, those not marked yet."""
-    waiting = [w for w in list(store.waiting) if w.is_waiting and not w.is_reported]
-    slow = [waiter for waiter in waiting if waiter.started <= before]
+    unmarked = [w for w in list(store.waiting) if w.is_waiting and not w.is_reported]
+    slow = [waiter for waiter in unmarked if waiter.started <= before]
     for waiter in slow:
         waiter.is_reported = True
     return [waiter.started for waiter in slow]

@@ -279,18 +279,18 @@ def _evict_unless_usable(pool: PoolBase[Any], conn: Any, deadline: float) -> boo
 def _run_check(pool: PoolBase[Any], conn: Any, check: Callable[[Any], None]) -> bool:
     """Run the user's `check`; the timeout does not bound it."""
     _psycopg.attach(conn, pool)
-    conn._record.cursor = None
+    conn._record.cursor, failure = None, ""
     try:
         check(conn)
         if conn.pgconn.transaction_status != _psycopg.IDLE:
             conn.commit()  # what it began is not its user's
     except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
-        reason = describe(ex, conn)
-    else:
-        return True
-    pool._notices.check_failed(reason)  # where no frame has the error
-    evict(pool, conn, "dead")
-    return False
+        failure = f"connection failed check: {describe(ex, conn)}"
+    pool.breaker.check_failure = failure  # the reason if no connection passes in time
+    if failure:
+        pool._notices.check_failed(failure)  # where no frame has the error
+        evict(pool, conn, "dead")
+    return not failure
 
 
 def evict(pool: PoolBase[Any], conn: Any, reason: str, *, by_server: bool = False) -> None:
@@ -333,13 +333,14 @@ def ping(
     try:
         _psycopg.ping_unmarked(conn, timeout)
     except psycopg.Error as ex:
-        is_late, settings, store = isinstance(ex, PingTimeout), pool.settings, pool._store
-        evict(pool, conn, "dead", by_server=not is_late)
+        settings, store, late = pool.settings, pool._store, int(isinstance(ex, PingTimeout))
+        evict(pool, conn, "dead", by_server=not late)
         if settings.pooler == "transaction":  # a ping without an answer is saturation
             handle_refusal(pool, ex)
-        elif is_late and timeout >= settings.ping_timeout:
+        elif late and timeout >= settings.ping_timeout:
             oldest = monotonic() - settings.ping_after
-            store.evict_idle("dead", lambda r: r.idle_since <= oldest and r not in answered)
+            late += store.evict_idle("dead", lambda r: r.idle_since <= oldest and r not in answered)
             store.bag.close_evicted()
+        store.notices += [lambda notices: notices.replaced("did not answer")] * late
         return False
     return True

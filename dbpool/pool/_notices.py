@@ -26,7 +26,7 @@ logger = logging.getLogger("dbpool")
 
 _MIN_QUIET: Final = 10.0  # seconds at least without another of its kind that end an episode
 # Counted only: nothing is logged before the episode ends, which it therefore does within a second.
-_REPLACED: Final = "replaced %d connections that the server closed"
+_REPLACED: Final = "replaced %d connections that "
 
 
 class Notices:
@@ -66,9 +66,9 @@ class Notices:
         self._log(logging.WARNING, text, "circuit_closed", seconds=seconds)
         self._emit(events.CircuitClosed, seconds)
 
-    def replaced(self) -> None:
-        """A connection was closed by its server, and is replaced."""
-        self._count(_REPLACED, 1)
+    def replaced(self, why: str = "the server closed") -> None:
+        """A connection was lost while it was idle, and is replaced."""
+        self._count(_REPLACED + why, 1)
 
     def moved(self) -> None:
         """The server became read-only."""
@@ -132,7 +132,7 @@ class Notices:
 
     def check_failed(self, reason: str) -> None:
         """The user's `check` raised: the connection is not lent."""
-        self._warn("check_failed", "%d checks failed", f"connection failed check: {reason}")
+        self._warn("check_failed", "%d checks failed", reason)
 
     # Taking back
 
@@ -154,12 +154,12 @@ class Notices:
     def rolled_back(self, conn: Any, where: str) -> None:
         """A connection was returned in a transaction."""
         cause = f"%d connections returned in a transaction, from {where}"
-        self._warn("rolled_back", cause, f"rolling back returned connection: {conn}")
+        self._warn("rolled_back", cause, f"rolling back returned connection: {conn}, from {where}")
 
     def not_reusable(self, reason: str, where: str) -> None:
         """A returned connection cannot be lent again."""
         cause = f"%d returned connections discarded, from {where}"
-        self._warn("discarded", cause, f"discarding returned connection: {reason}")
+        self._warn("discarded", cause, f"discarding returned connection: {reason}, from {where}")
 
     def retried(self, attempt: int, error: str, pause: float) -> None:
         """A transaction is run again after *pause* seconds."""
@@ -190,13 +190,12 @@ class Notices:
             over = {
                 cause: self._episodes.pop(cause)[0]
                 for cause, (_, last) in list(self._episodes.items())
-                if now - last >= (min(quiet, 1.0) if cause == _REPLACED else quiet)
+                if now - last >= (min(quiet, 1.0) if cause.startswith(_REPLACED) else quiet)
             }
         for cause, count in over.items():
-            if count > 1 or cause == _REPLACED:
-                text = cause if count > 1 else cause.replace("s ", " ", 1)
-                extra = {"cause": cause, "count": count}
-                self._log(logging.INFO, text.replace("%d", str(count)), "episode_ended", **extra)
+            if count > 1 or cause.startswith(_REPLACED):
+                text = cause.replace("s ", " ", int(count == 1)).replace("%d", str(count))
+                self._log(logging.INFO, text, "episode_ended", cause=cause, count=count)
 
     def _warn(self, event: str, cause: str, message: str, count: int = 1, **fields: Any) -> None:
         """Log the first of what happens for one *cause*; count the rest of the episode.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import time
 import weakref
@@ -13,7 +14,7 @@ import pytest
 from psycopg.rows import dict_row
 
 from dbpool import DatabaseMisconfigured, DatabaseUnavailable
-from tests.pools import GRACE, SLACK, MakePool, assert_serves_all, await_up, fill, terminate
+from tests.pools import GRACE, SLACK, MakePool, assert_serves_all, await_up, fill, lines, terminate
 from tests.postgres import Server, free_port, until
 from tests.proxy import Mode, Proxy
 from tests.threads import Load, Task
@@ -253,8 +254,8 @@ def test_connections_cut_while_idle_are_not_handed_out(
     assert_serves_all(pool)
 
 
-def test_a_silent_network_costs_the_caller_one_ping_timeout(
-    proxy: Proxy, make_pool: MakePool
+def test_a_silent_network_costs_the_caller_one_ping_timeout_and_is_logged_once(
+    proxy: Proxy, make_pool: MakePool, log: pytest.LogCaptureFixture
 ) -> None:
     pool = make_pool(proxy.conninfo, min_size=10, max_size=10, ping_after=0.0)
     pids = fill(pool)
@@ -264,6 +265,8 @@ def test_a_silent_network_costs_the_caller_one_ping_timeout(
     assert 0.25 < caller.seconds < 0.3 + SLACK
     assert pool.stats().counters.discarded["dead"] == 10
     assert_serves_all(pool)
+    said = ["pool 'faults': replaced 10 connections that did not answer"]
+    until(lambda: [line for line in lines(log, logging.INFO) if "replaced" in line] == said)
     proxy.drop()
 
 

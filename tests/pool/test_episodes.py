@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from psycopg_pool import TooManyRequests
 
-from dbpool import Pool
+from dbpool import DatabaseUnavailable, Pool
 from dbpool.flask import DBPool
 from tests.conftest import MakeApp
 from tests.fake import FakeServer
@@ -87,7 +87,11 @@ def test_failing_checks_log_one_warning(fake: FakeServer, log: pytest.LogCapture
         while pool.stats().counters.discarded["dead"] < 2:
             give_up(pool, 1)
         found = [line for line in lines(log, logging.WARNING) if "failed check" in line]
-        assert found == ["pool 'default': connection failed check: ValueError"]
+        assert found[0] == "pool 'default': connection failed check: ValueError"
+        assert all(line.count("[DBE02]") for line in found[1:]), found
+        with pytest.raises(DatabaseUnavailable) as caught:
+            pool.getconn(0.1)
+        assert "to the database: connection failed check: ValueError" in str(caught.value)
     assert re.search(r"'default': \d+ checks failed", log.text)
 
 
@@ -105,9 +109,23 @@ def test_connections_returned_in_a_pipeline_log_one_warning(
         assert warning.startswith(
             "pool 'default': discarding returned connection: it was returned in"
         )
+        assert ", from pool/test_episodes.py:" in warning
         assert pool.stats().counters.discarded["broken"] == 5
     (told,) = [line for line in lines(log, logging.INFO) if "discarded" in line]
     assert told.startswith("pool 'default': 5 returned connections discarded, from ")
+
+
+def test_a_connection_returned_in_a_transaction_is_logged_with_its_holder(
+    dsn: str, log: pytest.LogCaptureFixture
+) -> None:
+    with Pool(dsn) as pool:
+        for _ in range(3):
+            conn = pool.getconn()
+            conn.execute("select 1")
+            pool.putconn(conn)
+    (warning,) = lines(log, logging.WARNING)
+    assert warning.startswith("pool 'default': rolling back returned connection: ")
+    assert ", from pool/test_episodes.py:" in warning
 
 
 def test_an_error_handler_logs_nothing_for_each_refused_request(
