@@ -32,7 +32,7 @@ class Site:
 
     def __init__(self, **config: Any) -> None:
         self.answers: list[dict[str, Any]] = []
-        self.asked = 0
+        self.requests = 0
         self.sizes: list[int] = []  # of the answers, in bytes
         self.app = Flask("shop")
         self.app.config.update(TESTING=True, DATABASE_URL=NOWHERE, **config)
@@ -44,13 +44,13 @@ class Site:
 
     def show(self, *answers: dict[str, Any]) -> None:
         """Give these answers from now on."""
-        self.asked, self.answers = 0, list(answers)
+        self.requests, self.answers = 0, list(answers)
 
     def _answer(self) -> Any:
         if not self.answers:
             return self._stats()
-        answer = self.answers[min(self.asked, len(self.answers) - 1)]
-        self.asked += 1
+        answer = self.answers[min(self.requests, len(self.answers) - 1)]
+        self.requests += 1
         query = Query.parse(request.args)
         parts = {"history", "journal", "endpoints", "workers", "servers", "settings"} - {
             *query.include

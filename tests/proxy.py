@@ -191,7 +191,7 @@ class _Link:
         self._writer = writer
         self._upstream: asyncio.StreamWriter | None = None
         self._armed: Cut | None = None
-        self._heard = 0
+        self._messages = 0
         self._ended = asyncio.Event()
         # Nothing else holds a reference to a task that waits.
         self._task = asyncio.current_task()
@@ -246,21 +246,21 @@ class _Link:
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        look: Callable[[bytes], bytes],
+        transform: Callable[[bytes], bytes],
     ) -> None:
         while chunk := await reader.read(65536):
             if self.dark:
                 continue
             if self._proxy.delay:
                 await asyncio.sleep(self._proxy.delay)
-            if passed := look(chunk):
+            if passed := transform(chunk):
                 writer.write(passed)
                 await writer.drain()
             else:
                 break
-            if self._armed is Cut.AFTER and look == self._from_server:
+            if self._armed is Cut.AFTER and transform == self._from_server:
                 break
-        hidden = self._proxy.hides_ends and look == self._from_server
+        hidden = self._proxy.hides_ends and transform == self._from_server
         if self.dark or hidden:  # one side has closed, and the other must not see it
             await self._ended.wait()
 
@@ -269,14 +269,14 @@ class _Link:
             pattern, when, messages = cut
             if pattern in chunk:
                 self._proxy._cuts.remove(cut)
-                self._armed, self._heard = when, messages
+                self._armed, self._messages = when, messages
                 return b"" if when is Cut.BEFORE else chunk
         return chunk
 
     def _from_server(self, chunk: bytes) -> bytes:
         if self._armed is Cut.DURING:
             self._armed, end = Cut.AFTER, 0
-            for _ in range(self._heard):
+            for _ in range(self._messages):
                 end += 1 + int.from_bytes(chunk[end + 1 : end + 5])
             return chunk[:end]
         translate = self._proxy.translate

@@ -90,15 +90,15 @@ class Findings:
 
     lost: list[int]
     doubled: list[int]
-    untold: list[int]
+    unexpected: list[int]
 
 
 def check(outcomes: Mapping[int, Outcome], rows: Counter[int]) -> Findings:
     """Compare the outcomes that writers saw with the rows in the table."""
     return Findings(
-        lost=[n for n, told in outcomes.items() if told == "acknowledged" and not rows[n]],
+        lost=[n for n, outcome in outcomes.items() if outcome == "acknowledged" and not rows[n]],
         doubled=[n for n, times in rows.items() if times > 1],
-        untold=[n for n in rows if outcomes.get(n, "failed") == "failed"],
+        unexpected=[n for n in rows if outcomes.get(n, "failed") == "failed"],
     )
 
 
@@ -125,9 +125,9 @@ class Appends:
         else:
             self._note(number, "acknowledged")
 
-    def _note(self, number: int, told: Outcome, error: BaseException | None = None) -> None:
+    def _note(self, number: int, outcome: Outcome, error: BaseException | None = None) -> None:
         with self._lock:
-            self.history.outcomes[number] = told
+            self.history.outcomes[number] = outcome
             if error is None:
                 self.history.acknowledged_at.append(time.monotonic())
             else:

@@ -85,9 +85,9 @@ def test_details_open_to_other_hosts_log_one_warning(
     client = make_app(DBPOOL_DETAILS="always").test_client()
     for _ in range(3):
         client.get("/db/health/live", environ_overrides={"SERVER_NAME": address})
-    told = [text for text in caplog.messages if "DBPOOL_DETAILS=always" in text]
-    assert len(told) == warnings
-    assert all(address in text for text in told)
+    logged = [text for text in caplog.messages if "DBPOOL_DETAILS=always" in text]
+    assert len(logged) == warnings
+    assert all(address in text for text in logged)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ def test_details_open_to_a_remote_client_log_one_warning(
     app = make_app(DBPOOL_DETAILS="always")
     for _ in range(3):
         app.test_client().get("/db/health/live", environ_overrides=environ)
-    told = [text for text in caplog.messages if "DBPOOL_DETAILS=always" in text]
-    assert len(told) == warnings
+    logged = [text for text in caplog.messages if "DBPOOL_DETAILS=always" in text]
+    assert len(logged) == warnings
 
 
 def test_a_door_that_only_the_application_sets_logs_a_warning(

@@ -20,10 +20,10 @@ _left_open = contextlib.ExitStack()
 SETUP = """
     drop table if exists blocks;
     create table blocks (id integer constraint "nur_für_einen" unique deferrable initially deferred);
-    create or replace function say() returns trigger language plpgsql as $$
-        begin raise notice 'said at commit'; return null; end $$;
-    create constraint trigger speaks after insert on blocks
-        deferrable initially deferred for each row execute function say();
+    create or replace function notice() returns trigger language plpgsql as $$
+        begin raise notice 'raised at commit'; return null; end $$;
+    create constraint trigger notices after insert on blocks
+        deferrable initially deferred for each row execute function notice();
 """
 
 
@@ -68,7 +68,7 @@ def _begin_two_phases(conn: Conn) -> None:
 
 def _notify(conn: Conn) -> None:
     conn.execute("listen blocks")
-    conn.execute("notify blocks, 'told at commit'")
+    conn.execute("notify blocks, 'sent at commit'")
 
 
 def _close(conn: Conn) -> None:
@@ -86,7 +86,7 @@ def pools(dsn: str) -> Iterator[tuple[Pool, ConnectionPool]]:
     with Pool(dsn, max_size=1) as ours, ConnectionPool(dsn, min_size=1, open=True) as theirs:
         yield ours, theirs
     with psycopg.connect(dsn) as conn:
-        conn.execute("drop table if exists blocks; drop function if exists say")
+        conn.execute("drop table if exists blocks; drop function if exists notice")
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ def _outcome(pool: Any, work: Callable[[Conn], None]) -> dict[str, object]:
     """The outcome of a block that does *work*: errors, log lines, rows."""
     with pool.connection() as conn:
         conn.execute(SETUP)
-    said: list[str] = []
+    received: list[str] = []
     error: BaseException | None = None
     try:
         with pool.connection() as conn:
-            conn.add_notice_handler(lambda notice: said.append(notice.message_primary or ""))
-            conn.add_notify_handler(lambda notify: said.append(notify.payload))
+            conn.add_notice_handler(lambda notice: received.append(notice.message_primary or ""))
+            conn.add_notify_handler(lambda notify: received.append(notify.payload))
             work(conn)
     except Exception as ex:  # noqa: BLE001  # any exception is compared
         error = ex
@@ -127,6 +127,6 @@ def _outcome(pool: Any, work: Callable[[Conn], None]) -> dict[str, object]:
         "text": str(error),
         "diag": diag and (diag.sqlstate, diag.constraint_name, diag.message_detail),
         "context": error and type(error.__context__),
-        "said": said,
+        "received": received,
         "rows": rows,
     }

@@ -27,8 +27,8 @@ class OwnRows(Own[DictRow]):
     """A user's class with the row type given."""
 
 
-class Undone(Connection[Row]):
-    """Counts how often it is asked to commit."""
+class CommitCounter(Connection[Row]):
+    """Counts the calls of `commit`."""
 
     commits = 0
 
@@ -63,13 +63,13 @@ def test_a_generic_class_serves_like_any(dsn: str, cls: Any, pipeline_begin: boo
 
 
 def test_a_generic_class_may_override_commit(dsn: str) -> None:
-    Undone.commits = 0
-    with Pool(dsn, connection_class=Undone[DictRow], max_size=1) as pool:
+    CommitCounter.commits = 0
+    with Pool(dsn, connection_class=CommitCounter[DictRow], max_size=1) as pool:
         with pool.connection() as conn:
             conn.execute(SELECT)
-        assert Undone.commits == 1
+        assert CommitCounter.commits == 1
         pool.fetch_one(SELECT)
-        assert Undone.commits == 2
+        assert CommitCounter.commits == 2
 
 
 # What tracers do, in small: wrap the connection, set another cursor class, or replace psycopg's
@@ -95,9 +95,9 @@ class Wrapper:
 
 
 class TracedCursor(Wrapper):
-    def execute(self, query: str, *args: Any, **how: Any) -> Any:
+    def execute(self, query: str, *args: Any, **kwargs: Any) -> Any:
         self._self_seen.append(query)
-        self._self_wrapped.execute(query, *args, **how)
+        self._self_wrapped.execute(query, *args, **kwargs)
         return self
 
 
@@ -109,11 +109,11 @@ class TracedConnection(Wrapper):
     def __exit__(self, *exc: object) -> None:
         self._self_wrapped.__exit__(*exc)
 
-    def cursor(self, *args: Any, **how: Any) -> Any:
-        return TracedCursor(self._self_wrapped.cursor(*args, **how), self._self_seen)
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        return TracedCursor(self._self_wrapped.cursor(*args, **kwargs), self._self_seen)
 
-    def execute(self, query: str, *args: Any, **how: Any) -> Any:
-        return self.cursor().execute(query, *args, **how)
+    def execute(self, query: str, *args: Any, **kwargs: Any) -> Any:
+        return self.cursor().execute(query, *args, **kwargs)
 
     def commit(self) -> None:
         self._self_seen.append("commit")
@@ -128,20 +128,22 @@ def seen() -> list[str]:
 def by_wrapper(patch: pytest.MonkeyPatch, seen: list[str]) -> None:
     connect = Connection.connect
     patch.setattr(
-        Connection, "connect", lambda *args, **how: TracedConnection(connect(*args, **how), seen)
+        Connection,
+        "connect",
+        lambda *args, **kwargs: TracedConnection(connect(*args, **kwargs), seen),
     )
 
 
 def by_cursor_class(patch: pytest.MonkeyPatch, seen: list[str]) -> None:
     connect = Connection.connect
 
-    def traced(*args: Any, cursor_factory: type[Cursor[Any]] = Cursor, **how: Any) -> Any:
+    def traced(*args: Any, cursor_factory: type[Cursor[Any]] = Cursor, **kwargs: Any) -> Any:
         class Traced(cursor_factory):  # type: ignore[misc, valid-type]
-            def execute(self, query: Any, *args: Any, **how: Any) -> Any:
+            def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
                 seen.append(query)
-                return super().execute(query, *args, **how)
+                return super().execute(query, *args, **kwargs)
 
-        return connect(*args, cursor_factory=Traced, **how)
+        return connect(*args, cursor_factory=Traced, **kwargs)
 
     patch.setattr(Connection, "connect", traced)
 
@@ -149,9 +151,9 @@ def by_cursor_class(patch: pytest.MonkeyPatch, seen: list[str]) -> None:
 def by_method(patch: pytest.MonkeyPatch, seen: list[str]) -> None:
     execute = Cursor.execute
 
-    def traced(self: Any, query: Any, *args: Any, **how: Any) -> Any:
+    def traced(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(query)
-        return execute(self, query, *args, **how)
+        return execute(self, query, *args, **kwargs)
 
     patch.setattr(Cursor, "execute", traced)
 
@@ -159,8 +161,8 @@ def by_method(patch: pytest.MonkeyPatch, seen: list[str]) -> None:
 def by_cursor_method(patch: pytest.MonkeyPatch, seen: list[str]) -> None:
     cursor = Connection.cursor
 
-    def traced(self: Any, *args: Any, **how: Any) -> Any:
-        return TracedCursor(cursor(self, *args, **how), seen)
+    def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return TracedCursor(cursor(self, *args, **kwargs), seen)
 
     patch.setattr(Connection, "cursor", traced)
 
@@ -243,7 +245,7 @@ def test_pipeline_begin_works_with_a_tracers_cursor_class(
     assert "pipeline_begin" not in caplog.text
 
 
-@pytest.mark.parametrize("cls", [Connection, Undone])
+@pytest.mark.parametrize("cls", [Connection, CommitCounter])
 def test_pipeline_begin_without_effect_logs_one_line(
     dsn: str, cls: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -262,7 +264,7 @@ class SetDumper(Dumper):
         return ",".join(obj).encode()
 
 
-class Loud(Loader):
+class FixedLoader(Loader):
     def load(self, data: Any) -> str:
         return "loud"
 
@@ -272,7 +274,7 @@ def change_dumpers(conn: Connection[Any]) -> None:
 
 
 def change_loaders(conn: Connection[Any]) -> None:
-    conn.adapters.register_loader("int4", Loud)
+    conn.adapters.register_loader("int4", FixedLoader)
 
 
 def change_types(conn: Connection[Any]) -> None:
@@ -302,16 +304,16 @@ def observed(conn: Connection[Any]) -> tuple[Any, ...]:
 CHANGES = [change_dumpers, change_loaders, change_types, change_json]
 
 
-@pytest.mark.parametrize("again", [1, 2], ids=["once", "again by the next"])
+@pytest.mark.parametrize("holders", [1, 2], ids=["once", "again by the next"])
 @pytest.mark.parametrize("first", [None, *CHANGES])
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_adapter_of_one_holder_is_gone_for_the_next(
-    dsn: str, change: Callable[[Any], None], first: Callable[[Any], None] | None, again: int
+    dsn: str, change: Callable[[Any], None], first: Callable[[Any], None] | None, holders: int
 ) -> None:
     with Pool(dsn, max_size=1, configure=first) as pool:
         with pool.connection() as conn:
             before = observed(conn)
-        for _ in range(again):
+        for _ in range(holders):
             with pool.connection() as conn:
                 change(conn)
                 if change is not first:
@@ -323,27 +325,27 @@ def test_an_adapter_of_one_holder_is_gone_for_the_next(
 
 @pytest.mark.parametrize("by_configure", [0, 1])
 def test_handlers_of_one_holder_are_gone_for_the_next(dsn: str, by_configure: int) -> None:
-    said: list[str] = []
+    received: list[str] = []
 
     def add(conn: Connection[Any]) -> None:
-        conn.add_notice_handler(lambda notice: said.append("notice"))
-        conn.add_notify_handler(lambda notify: said.append("notify"))
+        conn.add_notice_handler(lambda notice: received.append("notice"))
+        conn.add_notify_handler(lambda notify: received.append("notify"))
 
-    def speak(conn: Connection[Any]) -> list[str]:
-        said.clear()
+    def trigger(conn: Connection[Any]) -> list[str]:
+        received.clear()
         conn.autocommit = True
         conn.execute("do $$ begin raise notice 'x'; end $$")
         conn.execute("listen x")
         conn.execute("notify x")
-        return list(said)
+        return list(received)
 
     with Pool(dsn, max_size=1, configure=add if by_configure else None) as pool:
         for _ in range(3):  # as SQLAlchemy does for each connection it is given
             with pool.connection() as conn:
                 add(conn)
-                assert speak(conn) == ["notice"] * (1 + by_configure) + ["notify"] * (
+                assert trigger(conn) == ["notice"] * (1 + by_configure) + ["notify"] * (
                     1 + by_configure
                 )
         with pool.connection() as conn:
-            assert speak(conn) == ["notice"] * by_configure + ["notify"] * by_configure
+            assert trigger(conn) == ["notice"] * by_configure + ["notify"] * by_configure
         assert pool.stats().counters.connects == 1

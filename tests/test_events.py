@@ -34,35 +34,35 @@ from tests.postgres import until
 
 
 def test_the_life_of_a_pool_in_events(fake: FakeServer) -> None:
-    heard: list[Event] = []
-    with fake.pool(max_size=1, listeners=[heard.append]) as pool:
+    received: list[Event] = []
+    with fake.pool(max_size=1, listeners=[received.append]) as pool:
         with pool.connection():
             with pytest.raises(PoolExhausted):
                 pool.getconn(timeout=0.01)
-    names = [name_of(event) for event in heard]
+    names = [name_of(event) for event in received]
     assert sorted(names) == sorted(
         ["opened", "connected", "checked_out", "wait_timed_out", "checked_in", "closed"]
     )
     assert names.index("checked_out") < names.index("wait_timed_out") < names.index("checked_in")
     assert names[-1] == "closed"
-    assert {event.pool for event in heard} == {"default"}
+    assert {event.pool for event in received} == {"default"}
 
 
 def test_the_events_of_a_connection_that_is_not_returned(fake: FakeServer) -> None:
-    heard: list[Event] = []
-    with fake.pool(max_size=1, leak_after=0.1, listeners=[heard.append]) as pool:
+    received: list[Event] = []
+    with fake.pool(max_size=1, leak_after=0.1, listeners=[received.append]) as pool:
         conn = pool.getconn()
-        until(lambda: any(isinstance(event, HeldLong) for event in heard))
+        until(lambda: any(isinstance(event, HeldLong) for event in received))
         pool.putconn(conn)
         del conn
         pool.getconn()
         gc.collect()
         assert pool.fetch_value("select 1") == 1
-        until(lambda: any(isinstance(event, Leaked) for event in heard))
-    (held,) = [event for event in heard if isinstance(event, HeldLong)]
-    (leaked,) = [event for event in heard if isinstance(event, Leaked)]
-    (late,) = [event for event in heard if isinstance(event, ReturnedLate)]
-    (lost,) = [event for event in heard if isinstance(event, Discarded)]
+        until(lambda: any(isinstance(event, Leaked) for event in received))
+    (held,) = [event for event in received if isinstance(event, HeldLong)]
+    (leaked,) = [event for event in received if isinstance(event, Leaked)]
+    (late,) = [event for event in received if isinstance(event, ReturnedLate)]
+    (lost,) = [event for event in received if isinstance(event, Discarded)]
     assert late.where == held.holder.where
     assert late.seconds >= held.holder.seconds >= 0.1
     assert "in until" in held.stack
@@ -88,16 +88,16 @@ def test_a_listener_class_gets_the_events_it_has_methods_for(fake: FakeServer) -
 def test_a_listener_that_raises_stops_no_other_listener(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    heard: list[Event] = []
+    received: list[Event] = []
 
     def broken(event: Event) -> None:
         raise ValueError("not today")
 
-    emitter = Emitter([broken, heard.append])
+    emitter = Emitter([broken, received.append])
     for event in (Opened("p"), Opened("p"), Closed("p")):
         emitter.emit(event)
     emitter.close(5)
-    assert heard == [Opened("p"), Opened("p"), Closed("p")]
+    assert received == [Opened("p"), Opened("p"), Closed("p")]
     complaints = [r.message for r in caplog.records if "a listener failed" in r.message]
     assert [c.split()[4] for c in complaints] == ["opened:", "closed:"]
 
@@ -114,11 +114,11 @@ def test_a_raising_listener_breaks_no_checkout(
 
 
 def test_a_listener_that_hangs_blocks_no_caller(fake: FakeServer) -> None:
-    stuck, heard = threading.Event(), list[Event]()
+    stuck, received = threading.Event(), list[Event]()
 
     def hanging(event: Event) -> None:
         stuck.wait(30)
-        heard.append(event)
+        received.append(event)
 
     pool = fake.pool(max_size=2, listeners=[hanging])
     for _ in range(1000):
@@ -126,23 +126,23 @@ def test_a_listener_that_hangs_blocks_no_caller(fake: FakeServer) -> None:
     with pool.connection(), pytest.raises(PoolExhausted):
         pool.resize(1, 1)
         pool.getconn(timeout=0.01)
-    assert not heard
+    assert not received
     started = monotonic()
     pool.close(timeout=0.5)
     assert 0.5 <= monotonic() - started < 2.0
     stuck.set()
-    until(lambda: bool(heard) and isinstance(heard[-1], Closed), 5.0)
-    assert sum(isinstance(event, CheckedIn) for event in heard) == 1001
+    until(lambda: bool(received) and isinstance(received[-1], Closed), 5.0)
+    assert sum(isinstance(event, CheckedIn) for event in received) == 1001
 
 
 def test_events_beyond_the_queues_bound_are_dropped_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    stuck, heard = threading.Event(), list[Event]()
+    stuck, received = threading.Event(), list[Event]()
 
     def slow(event: Event) -> None:
         stuck.wait(30)
-        heard.append(event)
+        received.append(event)
 
     emitter = Emitter([slow])
     emitted = [CheckedOut("p", float(n)) for n in range(Emitter.MAX_QUEUED + 100)]
@@ -151,39 +151,39 @@ def test_events_beyond_the_queues_bound_are_dropped_with_one_warning(
     stuck.set()
     emitter.close(10)
     # One event may have left the queue already.
-    assert len(heard) in (Emitter.MAX_QUEUED, Emitter.MAX_QUEUED + 1)
-    assert heard == emitted[: len(heard)]
+    assert len(received) in (Emitter.MAX_QUEUED, Emitter.MAX_QUEUED + 1)
+    assert received == emitted[: len(received)]
     assert [r.message for r in caplog.records] == [
         "pool 'p': its listeners are too slow, events are dropped"
     ]
 
 
 def test_events_of_many_threads_all_arrive_one_at_a_time(fake: FakeServer) -> None:
-    inside, together, heard = threading.Lock(), list[Event](), list[Event]()
+    inside, together, received = threading.Lock(), list[Event](), list[Event]()
 
     def listener(event: Event) -> None:
         if not inside.acquire(blocking=False):
             together.append(event)
             return
-        heard.append(event)
+        received.append(event)
         inside.release()
 
     with fake.pool(max_size=4, listeners=[listener]) as pool, ThreadPoolExecutor(8) as threads:
         for future in [threads.submit(pool.fetch_value, "select 1") for _ in range(800)]:
             assert future.result() == 1
     assert not together
-    assert sum(isinstance(event, CheckedOut) for event in heard) == 800
-    assert sum(isinstance(event, CheckedIn) for event in heard) == 800
+    assert sum(isinstance(event, CheckedOut) for event in received) == 800
+    assert sum(isinstance(event, CheckedIn) for event in received) == 800
 
 
 def test_a_return_after_close_sends_an_event(fake: FakeServer) -> None:
-    heard: list[Event] = []
-    pool = fake.pool(listeners=[heard.append])
+    received: list[Event] = []
+    pool = fake.pool(listeners=[received.append])
     conn = pool.getconn()
     pool.close()
-    assert isinstance(heard[-1], Closed)
+    assert isinstance(received[-1], Closed)
     pool.putconn(conn)
-    until(lambda: isinstance(heard[-1], CheckedIn), 5.0)
+    until(lambda: isinstance(received[-1], CheckedIn), 5.0)
 
 
 def test_a_listener_may_close_the_pool(fake: FakeServer) -> None:

@@ -113,11 +113,11 @@ def test_wrong_configuration_is_an_error_at_once(make_app: MakeApp, fake: FakeSe
 
 
 def test_listeners_get_the_events_of_all_pools(make_app: MakeApp, fake: FakeServer) -> None:
-    heard: list[Any] = []
-    app = make_app(fake, db=DBPool(listeners=[heard.append]))
+    received: list[Any] = []
+    app = make_app(fake, db=DBPool(listeners=[received.append]))
     with app.app_context():
         app.extensions["dbpool"].databases.default.fetch_value("select 1")
-    until(lambda: any(isinstance(event, Connected) for event in heard))
+    until(lambda: any(isinstance(event, Connected) for event in received))
 
 
 def test_a_connection_held_at_the_end_of_a_request_is_returned_and_reported(
@@ -806,7 +806,7 @@ def test_no_secret_is_in_any_answer(
     assert TOKEN not in shown + caplog.text
 
 
-class Undone(psycopg.Connection[Any]):
+class UncommittedConnection(psycopg.Connection[Any]):
     """Rolls back after a test, as the README shows."""
 
     def commit(self) -> None:
@@ -823,7 +823,7 @@ def test_a_connection_class_can_roll_back_an_applications_tests(
         plain.execute("create table t (id int)")
         app = make_app(dsn, DBPOOL_MAX_SIZE=1)
         pool = app.extensions["dbpool"].databases.default
-        pool.connection_class = Undone
+        pool.connection_class = UncommittedConnection
         with pool.connection():
             pass
         pool.execute("insert into t values (1)")
@@ -841,7 +841,7 @@ def test_a_connection_class_can_roll_back_an_applications_tests(
 
 
 def test_run_works_with_a_connection_class_that_never_commits(dsn: str) -> None:
-    with Pool(dsn) as plain, Pool(dsn, connection_class=Undone, max_size=1) as pool:
+    with Pool(dsn) as plain, Pool(dsn, connection_class=UncommittedConnection, max_size=1) as pool:
         plain.execute("create table t (id int)")
         pool.run(lambda conn: conn.execute("insert into t values (1)"))
         with pytest.raises(ZeroDivisionError):

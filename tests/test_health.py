@@ -266,12 +266,12 @@ def test_a_check_that_raises_system_exit_is_down(
 
 
 def test_a_check_whose_error_has_no_text_is_down(databases: Databases) -> None:
-    class Unspeakable(Exception):
+    class StrRaises(Exception):
         def __str__(self) -> str:
             raise RuntimeError("no")
 
     def check() -> None:
-        raise Unspeakable
+        raise StrRaises
 
     health = Health(databases)
     health.add("odd", check)

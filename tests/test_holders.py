@@ -216,47 +216,47 @@ def forget(pool: Pool[Any]) -> None:
 
 
 def test_a_forgotten_connection_is_a_leak(fake: FakeServer) -> None:
-    heard: list[Any] = []
-    with fake.pool(max_size=5, leak_after=0.2, listeners=[heard.append]) as pool:
+    received: list[Any] = []
+    with fake.pool(max_size=5, leak_after=0.2, listeners=[received.append]) as pool:
         for _ in range(5):
             forget(pool)
         gc.collect()
         until(lambda: pool.stats().counters.leaks == 5)
-        until(lambda: sum(isinstance(event, Leaked) for event in heard) == 5)
+        until(lambda: sum(isinstance(event, Leaked) for event in received) == 5)
         counters = pool.stats().counters
         assert (counters.held_long, counters.returned_late) == (0, 0)
         assert counters.discarded["collected"] == 5
-    leaked = [event for event in heard if isinstance(event, Leaked)]
+    leaked = [event for event in received if isinstance(event, Leaked)]
     assert all("forget" in event.holder.where for event in leaked)
-    assert sum(isinstance(event, Discarded) for event in heard) == 5
+    assert sum(isinstance(event, Discarded) for event in received) == 5
 
 
 def test_many_connections_forgotten_at_once_send_an_event_each(fake: FakeServer) -> None:
-    heard: list[Any] = []
-    with fake.pool(max_size=30, listeners=[heard.append]) as pool:
+    received: list[Any] = []
+    with fake.pool(max_size=30, listeners=[received.append]) as pool:
         kept = [pool.getconn() for _ in range(30)]
         assert len(pool.return_held(0.0)) == 30
         kept = [pool.getconn() for _ in range(25)]
         del kept
         gc.collect()
         until(lambda: pool.stats().counters.leaks == 55)
-        until(lambda: sum(isinstance(event, Leaked) for event in heard) == 55)
+        until(lambda: sum(isinstance(event, Leaked) for event in received) == 55)
 
 
 def test_a_connection_that_is_taken_back_is_a_leak(fake: FakeServer) -> None:
-    heard: list[Any] = []
-    with fake.pool(listeners=[heard.append]) as pool:
+    received: list[Any] = []
+    with fake.pool(listeners=[received.append]) as pool:
         conn = pool.getconn()
         (holder,) = pool.return_held(0.0)
         assert conn.closed
         assert pool.stats().counters.leaks == 1
-    (leaked,) = [event for event in heard if isinstance(event, Leaked)]
+    (leaked,) = [event for event in received if isinstance(event, Leaked)]
     assert leaked.holder == holder
 
 
 def test_a_long_hold_is_no_leak_and_has_a_late_return(fake: FakeServer) -> None:
-    heard: list[Any] = []
-    with fake.pool(max_size=8, leak_after=0.1, listeners=[heard.append]) as pool:
+    received: list[Any] = []
+    with fake.pool(max_size=8, leak_after=0.1, listeners=[received.append]) as pool:
         held = [pool.getconn() for _ in range(8)]
         until(lambda: pool.stats().counters.held_long == 8)
         for conn in held:
@@ -266,8 +266,8 @@ def test_a_long_hold_is_no_leak_and_has_a_late_return(fake: FakeServer) -> None:
         report = pool.stats().to_json()["counters"]
         assert (report["leaks"], report["held_long"]) == (0, 8)
         for kind in (HeldLong, ReturnedLate):
-            until(lambda kind=kind: sum(isinstance(e, kind) for e in heard) == 8)  # type: ignore[misc]
-    assert not any(isinstance(event, Leaked) for event in heard)
+            until(lambda kind=kind: sum(isinstance(e, kind) for e in received) == 8)  # type: ignore[misc]
+    assert not any(isinstance(event, Leaked) for event in received)
 
 
 def test_long_holds_by_one_line_of_code_log_one_line(

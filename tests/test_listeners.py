@@ -28,17 +28,17 @@ class Prefixed(Listener):
     def on_circuit_opened(self, event: Event) -> None: ...
 
 
-class Camel(Listener):
+class CamelCase(Listener):
     def circuitOpened(self, event: Event) -> None: ...  # noqa: N802
 
 
-class HalfRight(Listener):
+class PartlyMisspelt(Listener):
     def opened(self, event: Event) -> None: ...
     def timed_wait_out(self, event: Event) -> None: ...
     def wait_timedout(self, event: Event) -> None: ...
 
 
-class Deaf(Listener):
+class NoEventMethod(Listener):
     def total(self) -> int:
         return 1
 
@@ -47,7 +47,7 @@ class WrongArguments(Listener):
     def opened(self) -> None: ...
 
 
-class TooMany(Listener):
+class ExtraArgument(Listener):
     def opened(self, event: Event, pool: Pool[Any]) -> None: ...
 
 
@@ -84,12 +84,12 @@ WRONG: list[Any] = [
     print,
     [Misspelt()],
     [Prefixed()],
-    [Camel()],
-    [HalfRight()],
-    [Deaf()],
+    [CamelCase()],
+    [PartlyMisspelt()],
+    [NoEventMethod()],
     [Listener()],
     [WrongArguments()],
-    [TooMany()],
+    [ExtraArgument()],
     [Asynchronous()],
     [AsynchronousCall()],
     [NoListener()],
@@ -124,25 +124,25 @@ def test_the_error_shows_the_correction_and_no_value() -> None:
 
 class Counting(Listener):
     def __init__(self) -> None:
-        self.heard = 0
+        self.received = 0
 
     def opened(self, event: Event) -> None:
         self._count(1)
 
     def _count(self, number: int) -> None:
-        self.heard += number
+        self.received += number
 
     def close(self) -> None: ...
     def total_of(self, others: int) -> int:
-        return self.heard + others
+        return self.received + others
 
 
 class Dynamic(Listener):
     def __init__(self) -> None:
-        self.heard: list[Event] = []
+        self.received: list[Event] = []
 
     def __getattr__(self, name: str) -> Callable[[Event], None]:
-        return self.heard.append
+        return self.received.append
 
 
 class Assigned(Listener):
@@ -173,11 +173,11 @@ def test_every_event_has_a_listener_method(fake: FakeServer) -> None:
     ]
     for kind in set(kinds) - {Event}:
         name = name_of(kind.__new__(kind))
-        cls = type("Ears", (Listener,), {name: lambda self, event: None})
+        cls = type("Subscriber", (Listener,), {name: lambda self, event: None})
         fake.pool(listeners=[cls()]).close()
 
 
 def test_an_accepted_listener_gets_events(fake: FakeServer) -> None:
     listener = Counting()
     with fake.pool(listeners=[listener]):
-        until(lambda: listener.heard == 1)
+        until(lambda: listener.received == 1)

@@ -63,14 +63,14 @@ def see(site: Site, page: Page) -> Callable[..., Page]:
     With *whole* it waits for all parts of the page, which come with different answers.
     """
 
-    def see(*answers: Answer, whole: bool = False, asked: int = 0) -> Page:
+    def see(*answers: Answer, whole: bool = False, requests: int = 0) -> Page:
         site.show(*answers)
         page.goto(site.url)
         if whole:
             page.locator("#application").wait_for()
         deadline = monotonic() + 60
         # An answer has been shown once the page sends its next request.
-        while site.asked <= max(len(answers), asked) and monotonic() < deadline:
+        while site.requests <= max(len(answers), requests) and monotonic() < deadline:
             page.wait_for_timeout(20)  # lets the browser's events arrive
         return page
 
@@ -82,7 +82,7 @@ REPORT = STATES["up"]()
 
 def reply(
     time: float,
-    born: list[tuple[int, float]],
+    started: list[tuple[int, float]],
     checkouts: int,
     *,
     scope: str = "process",
@@ -91,7 +91,7 @@ def reply(
     """The JSON of `/stats` with a worker's time, pids, checkouts and state."""
     pool = REPORT["pools"]["default"]
     counters = pool["counters"] | {"checkouts": checkouts}
-    processes = [{"pid": pid, "age": 0.0, "uptime": time - start} for pid, start in born]
+    processes = [{"pid": pid, "age": 0.0, "uptime": time - start} for pid, start in started]
     pools = {"default": pool | {"counters": counters} | more.pop("pool", {})}
     return REPORT | {"time": time, "scope": scope, "processes": processes, "pools": pools} | more
 
@@ -148,8 +148,8 @@ def test_the_verdict_comes_first_and_is_in_title_and_icon(see: Callable[..., Pag
     expect(verdict).to_have_class("verdict critical")
     expect(verdict.locator("h2")).to_have_text(FINDING["text"])  # as text, not as markup
     assert verdict.locator("b").count() == 0
-    said = "critical DB04 \N{MIDDLE DOT} default \N{MIDDLE DOT} for 14.0 s"
-    assert text(page, "#verdict .facts").replace("\n", " ") == said
+    facts = "critical DB04 \N{MIDDLE DOT} default \N{MIDDLE DOT} for 14.0 s"
+    assert text(page, "#verdict .facts").replace("\n", " ") == facts
     assert page.title().startswith("critical: DB04 default")
     assert page.locator("#icon").get_attribute("href").endswith("icon-critical.svg")
     assert page.locator("#verdict-more .notice").inner_text().startswith("notice slower (DB18")
@@ -287,10 +287,10 @@ def test_the_page_requests_only_new_steps_of_the_history(
     see: Callable[..., Page], page: Page
 ) -> None:
     first = STATES["busy"]()
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    see(first, asked=7)
-    history = [url for url in asked if "history" in url]
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    see(first, requests=7)
+    history = [url for url in requests if "history" in url]
     assert "since" not in history[0]
     assert f"since={NOW - 20:.1f}" in history[1]
     steps = page.locator(".in_use .known").get_attribute("d").count("M")
@@ -300,10 +300,10 @@ def test_the_page_requests_only_new_steps_of_the_history(
 def test_without_shared_statistics_the_whole_history_is_requested(
     see: Callable[..., Page], page: Page
 ) -> None:
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    see(STATES["busy"]() | {"scope": "process"}, asked=6)
-    assert not any("since" in url for url in asked), "another worker may answer next"
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    see(STATES["busy"]() | {"scope": "process"}, requests=6)
+    assert not any("since" in url for url in requests), "another worker may answer next"
 
 
 def test_a_cursor_shows_the_values_of_another_time(see: Callable[..., Page]) -> None:
@@ -313,8 +313,8 @@ def test_a_cursor_shows_the_values_of_another_time(see: Callable[..., Page]) -> 
     cursor.focus()
     for _ in range(20):
         page.keyboard.press("ArrowLeft")
-    said = cursor.get_attribute("aria-valuetext")
-    assert re.match(r"\d\d:\d\d:\d\d: in use \d+\.?\d*, waiting 0", said)
+    value = cursor.get_attribute("aria-valuetext")
+    assert re.match(r"\d\d:\d\d:\d\d: in use \d+\.?\d*, waiting 0", value)
     assert text(page, ".waiting dd") == "0"
     page.keyboard.press("End")
     assert text(page, ".waiting dd") == "6"
@@ -338,7 +338,7 @@ def violations(page: Page, *rules: str) -> list[str]:
     return found
 
 
-def look_at(page: Page) -> None:
+def check_accessibility(page: Page) -> None:
     """Check the page at both widths in both colour schemes, and on a very small screen."""
     page.emulate_media(color_scheme="light")
     page.set_viewport_size(WIDE)
@@ -369,7 +369,7 @@ def test_every_state_is_accessible(see: Callable[..., Page], name: str) -> None:
         summary.click()
     page.locator("#pause").click()
     page.emulate_media(reduced_motion="reduce")
-    look_at(page)
+    check_accessibility(page)
 
 
 def test_old_numbers_are_marked_and_still_readable(see: Callable[..., Page], site: Site) -> None:
@@ -436,9 +436,9 @@ def test_the_page_is_small_and_loads_only_from_its_own_site(browser: Any, site: 
     site.show(many())
     page = browser.new_page()  # with an empty cache
     answers: list[Any] = []
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
+    errors: list[str] = []
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("response", lambda answer: answers.append(answer))  # noqa: PLW0108  # no method of a list will do
     page.goto(site.url)
     page.locator("#application").wait_for()
@@ -447,7 +447,7 @@ def test_the_page_is_small_and_loads_only_from_its_own_site(browser: Any, site: 
     sizes = {each.url: len(each.body()) for each in answers if "/stats" not in each.url and each.ok}
     assert len(sizes) >= 6
     assert sum(sizes.values()) < 150 * 1024
-    assert complaints == [], "the content security policy blocked something"
+    assert errors == [], "the content security policy blocked something"
     page.close()
 
 
@@ -540,11 +540,11 @@ def test_the_end_of_a_session_is_shown_beside_the_last_numbers(browser: Any, clo
 
 def test_the_sign_in_form_is_accessible(page: Page, closed: Site) -> None:
     page.goto(closed.url)
-    look_at(page)
+    check_accessibility(page)
     page.get_by_label("Token").fill("wrong")
     page.keyboard.press("Enter")
     expect(page.get_by_label("Token")).to_have_attribute("aria-invalid", "true")
-    look_at(page)
+    check_accessibility(page)
 
 
 def test_a_closed_page_says_how_to_open_it(page: Page) -> None:
@@ -553,4 +553,4 @@ def test_a_closed_page_says_how_to_open_it(page: Page) -> None:
         page.goto(site.url)
         expect(page.get_by_role("alert")).to_contain_text("set DBPOOL_TOKEN")
         expect(page.get_by_label("Token")).to_be_hidden()
-        look_at(page)
+        check_accessibility(page)

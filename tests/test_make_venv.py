@@ -109,10 +109,10 @@ def test_the_working_directory_is_not_deleted(tmp_path: Path, lock: Path, name: 
 
 
 def test_a_users_file_with_the_name_of_the_lock_stays(tmp_path: Path, lock: Path) -> None:
-    beside = tmp_path / "poetry.lock"
-    beside.write_text("precious")
+    user_file = tmp_path / "poetry.lock"
+    user_file.write_text("precious")
     run(tmp_path / "poetry", lock)
-    assert beside.read_text() == "precious"
+    assert user_file.read_text() == "precious"
 
 
 def test_an_environment_is_made_once_and_again_for_other_packages(
@@ -131,17 +131,19 @@ def test_an_environment_is_made_once_and_again_for_other_packages(
     assert (venv / "bin" / "python").exists()
 
 
-@pytest.mark.parametrize("left", ["pyvenv.cfg", ".stamp"])
-def test_an_interrupted_environment_is_made_again(tmp_path: Path, lock: Path, left: str) -> None:
+@pytest.mark.parametrize("leftover", ["pyvenv.cfg", ".stamp"])
+def test_an_interrupted_environment_is_made_again(
+    tmp_path: Path, lock: Path, leftover: str
+) -> None:
     venv = tmp_path / "venv"
     (venv / "lib").mkdir(parents=True)
-    (venv / left).touch()
+    (venv / leftover).touch()
     assert run(venv, lock).returncode == 0
     assert (venv / "bin" / "python").exists()
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("output", "message"),
     [
         (
             "The virtual environment was not created because ensurepip is not\navailable.  On Debian",
@@ -153,10 +155,10 @@ def test_an_interrupted_environment_is_made_again(tmp_path: Path, lock: Path, le
     ],
 )
 def test_the_error_says_why_no_environment_could_be_made(
-    tmp_path: Path, lock: Path, said: str, told: str
+    tmp_path: Path, lock: Path, output: str, message: str
 ) -> None:
-    done = run(tmp_path / "venv", lock, venv=f"import sys\nprint({said!r})\nsys.exit(1)\n")
+    done = run(tmp_path / "venv", lock, venv=f"import sys\nprint({output!r})\nsys.exit(1)\n")
     assert done.returncode == 1
-    assert told in done.stderr
-    assert ("python3-venv" in done.stderr) == ("python3-venv" in told)
+    assert message in done.stderr
+    assert ("python3-venv" in done.stderr) == ("python3-venv" in message)
     assert len(done.stderr.splitlines()) == 1

@@ -47,14 +47,14 @@ class Shop:
         self.callers = ThreadPoolExecutor(8)
         self.pids: set[int] = set()  # of the callers' sessions
 
-    def call(self, statement: str, then: Callable[[], object] = lambda: None) -> None:
-        """Run a statement over the pool in another thread, then call *then* before returning it."""
+    def call(self, statement: str, before_return: Callable[[], object] = lambda: None) -> None:
+        """Run a statement in another thread; call *before_return* before its connection is returned."""
 
         def run() -> None:
             with suppress(psycopg.Error, PoolError), self.pool.connection() as conn:
                 self.pids.add(conn.info.backend_pid)
                 conn.execute(statement.encode())
-                then()
+                before_return()
 
         self.callers.submit(run)
 
@@ -191,7 +191,7 @@ def test_our_own_line_that_holds_a_lock_is_named(
         done.wait(30)
 
     try:
-        shop.call("update stock set n = 1 where id = 1", then=hold)
+        shop.call("update stock set n = 1 where id = 1", before_return=hold)
         assert holds.wait(10)
         shop.call("update stock set n = 2 where id = 1")
         shop.call("select 1")
@@ -801,7 +801,7 @@ def test_behind_an_undeclared_pooler_no_holders_are_named(
 ) -> None:
     table.execute("create role app login password 'right'")
     table.execute("grant pg_read_all_stats to app")
-    bouncer = Bouncer(table, extra="ignore_startup_parameters = options", patience=30.0)
+    bouncer = Bouncer(table, extra="ignore_startup_parameters = options", query_wait_timeout=30.0)
     bouncer.start()
     try:
         shop = make_shop(bouncer.conninfo_for(), statement_timeout="server", pooler="none")
@@ -809,11 +809,11 @@ def test_behind_an_undeclared_pooler_no_holders_are_named(
             for _ in range(3):
                 shop.call("select count(*) from stock")
 
-            def is_said() -> bool:
+            def is_reported() -> bool:
                 shop.monitor.tick()
                 return "a pooler hides the server" in caplog.text
 
-            until(is_said, 20.0, pause=0.1)
+            until(is_reported, 20.0, pause=0.1)
             for found in shop.monitor.findings():
                 assert found["code"] != "DB04"
                 assert not found["evidence"].get("blockers")

@@ -197,17 +197,17 @@ def _pass_much(conn: Conn) -> Any:
 
 
 def _lose_what_is_prepared(conn: Conn) -> Any:
-    told = []
+    results = []
     for number in range(9):
         if number in (5, 7):
             conn.execute("alter table joined rename to gone" if number == 5 else SETUP)
             conn.commit()
         try:
-            told.append(conn.execute("select body from joined where id = %s", [5]).fetchall())
+            results.append(conn.execute("select body from joined where id = %s", [5]).fetchall())
         except psycopg.Error as ex:
-            told.append([(type(ex), str(ex))])
+            results.append([(type(ex), str(ex))])
         conn.rollback()
-    return told
+    return results
 
 
 def _divide(conn: Conn) -> Any:
@@ -384,28 +384,28 @@ def _outcome(pool: Pool, blocks: list[list[Callable[[Conn], Any]]]) -> list[obje
     with pool.connection() as conn:
         conn.execute("select pg_advisory_xact_lock(1)")
         conn.execute(SETUP)
-    told: list[object] = []
+    results: list[object] = []
     for works in blocks:
         with contextlib.suppress(KeyError, psycopg.Error), pool.connection() as conn:
-            conn.add_notice_handler(lambda notice: told.append(notice.message_primary))
-            conn.add_notify_handler(lambda notify: told.append(notify.payload))
+            conn.add_notice_handler(lambda notice: results.append(notice.message_primary))
+            conn.add_notify_handler(lambda notify: results.append(notify.payload))
             conn.execute("listen joined")
             conn.commit()
             for work in works:
                 try:
-                    told.append(work(conn))
+                    results.append(work(conn))
                 except psycopg.Error as ex:
-                    told.append(_described(ex))
-                    told.append(conn.info.transaction_status)
+                    results.append(_described(ex))
+                    results.append(conn.info.transaction_status)
                     if len(works) == 1 or conn.closed:
                         raise
-                if isinstance(told[-1], Cursor):
-                    told[-1] = told[-1].fetchall()
+                if isinstance(results[-1], Cursor):
+                    results[-1] = results[-1].fetchall()
             conn.cursor_factory = conn._record.session_state[2]  # type: ignore[attr-defined]
         with pool.connection() as conn:
             conn.close()  # drops its handlers and prepared statements
     with pool.connection() as conn:
-        return [*told, conn.execute("select * from joined order by 1").fetchall()]
+        return [*results, conn.execute("select * from joined order by 1").fetchall()]
 
 
 def _described(ex: psycopg.Error) -> tuple[object, ...]:

@@ -49,7 +49,7 @@ def test_the_parts_may_be_limited_to_one_pool() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"include": "all"}, "include is a list of history"),
         ({"include": "history,,x"}, "include is"),
@@ -61,8 +61,8 @@ def test_the_parts_may_be_limited_to_one_pool() -> None:
         ({"limit": "\u0663"}, "limit is"),
     ],
 )
-def test_an_invalid_parameter_is_named_in_the_error(given: dict[str, str], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_an_invalid_parameter_is_named_in_the_error(given: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Query.parse(given)
 
 

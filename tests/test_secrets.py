@@ -478,16 +478,16 @@ def test_no_name_and_no_suggestion_quotes_a_secret(
     environ = {"DATABASE_URL": "host=h", "DBPOOL_DATABASES": URL, name: value}
     assert raised(lambda: Databases.from_env(environ)) is not None
     del environ["DBPOOL_DATABASES"]
-    told = [
+    texts = [
         *frames.messages,
         str(unknown_variables(environ)),
         str(raised(lambda: setting(1, name))),
     ]
-    told += [str(raised(lambda: Pool("host=h", **{name: 1})))]  # type: ignore[arg-type]
+    texts += [str(raised(lambda: Pool("host=h", **{name: 1})))]  # type: ignore[arg-type]
     more: dict[str, Any] = {name: 1}
-    told += [str(raised(lambda: Settings.from_env(environ={}, **more)))]
-    assert len(told) > 4
-    assert not leaks(told, PASSWORD, "zq7hunter")
+    texts += [str(raised(lambda: Settings.from_env(environ={}, **more)))]
+    assert len(texts) > 4
+    assert not leaks(texts, PASSWORD, "zq7hunter")
 
 
 def test_a_variable_like_a_databases_url_names_that_database() -> None:

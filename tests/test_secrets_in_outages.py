@@ -64,15 +64,15 @@ def error_with(pool: Pool[Any], word: str) -> BaseException:
     """The error once it contains *word*: on a busy machine the first may only say "no answer"."""
     errors: list[BaseException] = []
 
-    def is_told() -> bool:
+    def has_word() -> bool:
         errors.append(error_of(pool))
         return word in str(errors[-1])
 
-    until(is_told, 30.0)
+    until(has_word, 30.0)
     return errors[-1]
 
 
-def told_by(pool: Pool[Any], error: BaseException) -> list[str]:
+def texts_of(pool: Pool[Any], error: BaseException) -> list[str]:
     """All texts that callers, views and statistics get."""
     return [*of_error(error), json.dumps(pool.stats().to_json()), repr(pool), repr(pool.breaker)]
 
@@ -124,12 +124,20 @@ def by_service(port: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     return {"conninfo": "service=mine user=app"}
 
 
-WAYS = [by_url, by_kwargs, by_callables, by_variable, by_secret_file, by_password_file, by_service]
-Way = Callable[[int, Path, pytest.MonkeyPatch], dict[str, Any]]
+PASSWORD_SOURCES = [
+    by_url,
+    by_kwargs,
+    by_callables,
+    by_variable,
+    by_secret_file,
+    by_password_file,
+    by_service,
+]
+PasswordSource = Callable[[int, Path, pytest.MonkeyPatch], dict[str, Any]]
 
 
 @contextmanager
-def hostile(text: str) -> Iterator[int]:
+def rejecting_server(text: str) -> Iterator[int]:
     """A server that asks for the password in clear text, and refuses it with *text*."""
 
     def refuse(client: socket.socket) -> None:
@@ -146,14 +154,14 @@ def hostile(text: str) -> Iterator[int]:
         yield port
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("source", PASSWORD_SOURCES)
 def test_a_server_that_repeats_the_password_is_not_quoted(
-    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: Frames
+    source: PasswordSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: Frames
 ) -> None:
-    with hostile(f"no, {PASSWORD} (or {quote(PASSWORD)}) is wrong") as port:
-        options = way(port, tmp_path, monkeypatch)
+    with rejecting_server(f"no, {PASSWORD} (or {quote(PASSWORD)}) is wrong") as port:
+        options = source(port, tmp_path, monkeypatch)
         with Pool(**options, timeout=2, outage_grace=0.01, listeners=[LoggingListener()]) as pool:
-            texts = told_by(pool, error_with(pool, "is wrong"))  # only it is masked
+            texts = texts_of(pool, error_with(pool, "is wrong"))  # only it is masked
     assert not leaks(texts, PASSWORD)
     assert not leaks(frames.shown, PASSWORD)
 
@@ -166,36 +174,36 @@ def test_connections_of_monitor_and_plan_do_not_quote_the_password(
 ) -> None:
     """They connect beside the pool: the monitor while callers wait, and `plan`."""
     monkeypatch.chdir(tmp_path)
-    with hostile(f"no, {PASSWORD} is wrong") as port:
+    with rejecting_server(f"no, {PASSWORD} is wrong") as port:
         url = f"postgresql://app:{quote(PASSWORD, safe='')}@127.0.0.1:{port}/d"
         with Pool(url, timeout=20, outage_grace=20, max_size=1) as pool:
             monitor = Monitor({"default": pool}, Processes({"default": pool}))
             caller = Task(lambda: error_of(pool))
 
-            def is_said() -> bool:
+            def is_reported() -> bool:
                 monitor.tick()
                 return any("who blocks" in message for message in frames.messages)
 
-            until(is_said, 15.0)
+            until(is_reported, 15.0)
             monitor.close()
             pool.close(timeout=0)
             caller.result()
         monkeypatch.setenv("DATABASE_URL", url)
         assert main(["plan", "--for", "0"]) == 1
-    told = [*capsys.readouterr(), *frames.shown]
-    assert any("is wrong" in text for text in told)
-    assert not leaks(told, PASSWORD)
+    output = [*capsys.readouterr(), *frames.shown]
+    assert any("is wrong" in text for text in output)
+    assert not leaks(output, PASSWORD)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("source", PASSWORD_SOURCES)
 def test_no_frame_in_an_outage_shows_the_password(
-    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: Frames
+    source: PasswordSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: Frames
 ) -> None:
-    options = way(1, tmp_path, monkeypatch)  # no server listens there
+    options = source(1, tmp_path, monkeypatch)  # no server listens there
     with Pool(**options, timeout=0.2, outage_grace=0.05, min_size=2) as pool:
-        texts = told_by(pool, error_of(pool))
+        texts = texts_of(pool, error_of(pool))
         until(lambda: pool.stats().counters.connect_failures >= 3)
-        texts += told_by(pool, error_of(pool))
+        texts += texts_of(pool, error_of(pool))
     assert any("unavailable" in message for message in frames.messages)
     assert not leaks(texts, PASSWORD)
     assert not leaks(frames.shown, PASSWORD)
@@ -215,7 +223,7 @@ def test_no_frame_under_a_lost_server_shows_the_password(
             texts = list(of_error(caught.value))
         with pytest.raises(psycopg.OperationalError) as caught:
             pool.run(lambda conn: conn.execute("select 1"))
-        texts += told_by(pool, caught.value)
+        texts += texts_of(pool, caught.value)
         own_server.start()
         until(lambda: pool.state == "up", 30.0)
         assert pool.fetch_value("select 1") == 1
@@ -244,7 +252,7 @@ def test_no_kind_of_failure_shows_the_password(
     with Pool(
         kwargs={"host": "127.0.0.1", "port": server.port, **params}, timeout=1, outage_grace=0.01
     ) as pool:
-        texts = told_by(pool, error_of(pool))
+        texts = texts_of(pool, error_of(pool))
         texts.append(repr(pool.settings))
     # The server truncates long names.
     assert not leaks([*texts, *frames.shown], PASSWORD, "zq7 wrong password", "Horse")
@@ -263,7 +271,7 @@ def test_a_secret_in_the_wrong_variable_of_libpq_is_not_quoted(
 ) -> None:
     monkeypatch.setenv(variable, PASSWORD)
     with Pool("host=127.0.0.1 port=1 user=u", timeout=0.2, outage_grace=0.01) as pool:
-        texts = told_by(pool, error_of(pool))
+        texts = texts_of(pool, error_of(pool))
     assert not leaks([*texts, *frames.messages], PASSWORD)
 
 
@@ -279,7 +287,7 @@ class Failure(Exception):
         self.add_note(f"while using {text}")
 
 
-class Unspeakable(Exception):
+class StrRaises(Exception):
     """An exception whose `str` raises."""
 
     def __str__(self) -> str:
@@ -288,11 +296,11 @@ class Unspeakable(Exception):
     __repr__ = __str__
 
 
-class UnspeakableError(Unspeakable, psycopg.OperationalError):
+class PsycopgStrRaises(StrRaises, psycopg.OperationalError):
     """An error of psycopg whose `str` raises."""
 
 
-@pytest.mark.parametrize("error", [Unspeakable, UnspeakableError])
+@pytest.mark.parametrize("error", [StrRaises, PsycopgStrRaises])
 def test_a_callback_may_raise_an_error_whose_str_raises(
     error: type[Exception], server: Server, frames: Frames
 ) -> None:
@@ -303,7 +311,7 @@ def test_a_callback_may_raise_an_error_whose_str_raises(
             raise error
 
     with Pool(server.conninfo, configure=configure, timeout=0.5, outage_grace=0.01) as pool:
-        assert "Unspeakable" in str(error_with(pool, "Unspeakable"))
+        assert "StrRaises" in str(error_with(pool, "StrRaises"))
         wrong.clear()
         until(lambda: pool.state == "up")
         assert pool.fetch_value("select 1") == 1
@@ -340,8 +348,8 @@ def test_views_and_logs_show_only_the_type_of_a_callbacks_error(
     assert type(error.__cause__).__name__ == "Failure"
     views = [str(error), json.dumps(stats), *frames.messages]
     assert not leaks(views, "tk-zq7-4711", PASSWORD)
-    ours = [text for text in of_error(error) if "tests/" not in text]
-    assert not leaks([*ours, *frames.shown], PASSWORD)
+    own_texts = [text for text in of_error(error) if "tests/" not in text]
+    assert not leaks([*own_texts, *frames.shown], PASSWORD)
 
 
 @pytest.mark.parametrize("role", ["configure", "check", "reset"])
@@ -358,7 +366,7 @@ def test_the_password_in_a_callbacks_error_is_masked(
             pool.putconn(conn)
             until(lambda: pool.stats().counters.discarded["broken"] == 1)
         else:
-            texts += told_by(pool, error_of(pool))
+            texts += texts_of(pool, error_of(pool))
     assert not leaks([*texts, *frames.shown], PASSWORD)
     assert any("ValueError" in message for message in frames.messages)
 
@@ -380,19 +388,19 @@ def test_only_the_reason_of_a_callbacks_failed_statement_is_shown(
     def call(conn: Any) -> None:
         conn.execute(statement.encode())
 
-    told: list[Any] = []
-    options: dict[str, Any] = {"timeout": 0.4, "outage_grace": 0.01, "listeners": [told.append]}
+    seen: list[Any] = []
+    options: dict[str, Any] = {"timeout": 0.4, "outage_grace": 0.01, "listeners": [seen.append]}
     with Pool(server.conninfo, **options | {role: call}) as pool:
         if role == "reset":
             pool.wait()
         try:
             pool.putconn(pool.getconn())
         except psycopg.Error as ex:
-            told.append((str(ex), str(ex.__cause__), vars(ex)))
+            seen.append((str(ex), str(ex.__cause__), vars(ex)))
         if role == "reset":
             until(lambda: pool.stats().counters.discarded["broken"])
-        told.append(pool.stats().to_json())
-    assert not leaks([repr(told), *frames.messages, *frames.shown], "tk-zq7-4711")
+        seen.append(pool.stats().to_json())
+    assert not leaks([repr(seen), *frames.messages, *frames.shown], "tk-zq7-4711")
     reasons = "does not exist|invalid (input|value)|unrecognized|unterminated"
     assert any(re.search(reasons, message) for message in frames.messages)
 
@@ -430,7 +438,7 @@ def test_a_callback_that_leaves_a_transaction_open_is_named_without_arguments(
     assert not leaks(frames.messages, "tk-zq7-4711")
 
 
-WAYS_TO_WRITE: list[Callable[[str], str]] = [
+NOTATIONS: list[Callable[[str], str]] = [
     str,
     repr,
     ascii,
@@ -449,12 +457,12 @@ WAYS_TO_WRITE: list[Callable[[str], str]] = [
 
 @given(
     st.text("zq7. /+%'\"\\<&\x07é€", min_size=4, max_size=20).filter(lambda t: len(t.strip()) > 3),
-    st.sampled_from(WAYS_TO_WRITE),
+    st.sampled_from(NOTATIONS),
 )
 def test_a_secret_is_masked_in_every_notation(secret: str, write: Callable[[str], str]) -> None:
-    told = mask(f"BEGIN{write(secret)}END", {secret})
-    left = told.removeprefix("BEGIN").removesuffix("END").replace("***", "")
-    assert set(left) <= {*" b'\""}, told
+    masked = mask(f"BEGIN{write(secret)}END", {secret})
+    left = masked.removeprefix("BEGIN").removesuffix("END").replace("***", "")
+    assert set(left) <= {*" b'\""}, masked
 
 
 def test_a_secret_is_not_used_as_a_pattern() -> None:
@@ -529,13 +537,15 @@ def test_the_word_password_alone_is_not_masked(text: str) -> None:
 def test_a_password_is_masked_in_every_form_of_error(write: Callable[[Any], str]) -> None:
     password = 'zq7 it\'s \\ a "b" \x07 é'
 
-    class Talkative(psycopg.Connection[Any]):
+    class QuotingConnection(psycopg.Connection[Any]):
         @classmethod
         def connect(cls, *args: Any, **kwargs: Any) -> Any:
             raise psycopg.OperationalError(f"cannot connect by {write(kwargs['password'])} at h")
 
     kwargs = {"password": password}
-    with Pool(kwargs=kwargs, connection_class=Talkative, timeout=0.1, outage_grace=0.01) as pool:
+    with Pool(
+        kwargs=kwargs, connection_class=QuotingConnection, timeout=0.1, outage_grace=0.01
+    ) as pool:
         error = error_of(pool)
     assert "cannot connect by" in str(error)
     assert "it" not in str(error).lower().partition("by")[2].partition(" at h")[0]
@@ -547,7 +557,7 @@ def test_a_password_may_be_a_number(frames: Frames) -> None:
         Pool(kwargs=kwargs, num_workers=0)
     texts = list(of_error(caught.value))
     with Pool(kwargs=kwargs, timeout=0.1, outage_grace=0.01) as pool:
-        texts += told_by(pool, error_of(pool))
+        texts += texts_of(pool, error_of(pool))
     assert not leaks([*texts, *frames.shown], "471147114711")
 
 
@@ -558,7 +568,7 @@ def test_errors_and_log_lines_have_no_control_characters(
     frames: Frames, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "\x1b[2J\x1b]0;title\x07no\nERROR 2026 forged line\r\x9b31m \u202eevil\u2028x \x7f\u200b"
-    with hostile(text) as port:
+    with rejecting_server(text) as port:
         conninfo = f"host=127.0.0.1 port={port} user=app password=zq7-and-more"
         with Pool(conninfo, timeout=2, outage_grace=0.01) as pool:
             error = error_with(pool, "forged line")
@@ -570,8 +580,8 @@ def test_errors_and_log_lines_have_no_control_characters(
         assert main(["wait", "--timeout", "100ms"]) == 1
         out, err = capsys.readouterr()
     assert "forged line" in str(last_error)
-    for told in (str(last_error), str(error), str(error.__cause__), *frames.messages):
-        assert told.isprintable(), repr(told)
+    for shown in (str(last_error), str(error), str(error.__cause__), *frames.messages):
+        assert shown.isprintable(), repr(shown)
     for line in (out + err).split("\n"):
         assert line.isprintable(), repr(line)
 
@@ -598,13 +608,13 @@ def test_holders_are_shown_without_control_characters(fake: FakeServer, frames: 
 
 @pytest.mark.parametrize("password", ["e", "no", "app"])
 def test_with_a_short_password_the_whole_text_is_left_out(password: str, frames: Frames) -> None:
-    with hostile("no such app here") as port:
+    with rejecting_server("no such app here") as port:
         conninfo = f"host=127.0.0.1 port={port} user=x password={password}"
         with Pool(conninfo, timeout=2, outage_grace=0.01) as pool:
             error = error_with(pool, "left out")
-            told = [str(pool.stats().breaker.last_error), str(error.__cause__)]
+            texts = [str(pool.stats().breaker.last_error), str(error.__cause__)]
     assert str(error.__cause__) in str(error)
-    for text in told:
+    for text in texts:
         assert "such" not in text
         assert "***" not in text
 

@@ -30,7 +30,7 @@ STATE = """
         (select count(*) from pg_cursors where is_holdable)
 """
 
-LEFT = {
+SESSION_STATE = {
     "role": "set role pg_monitor",
     "session authorization": "set session authorization pg_monitor",
     "set": "set search_path = elsewhere; set statement_timeout = 0",
@@ -59,14 +59,14 @@ def conninfo(proxy: Proxy, dsn: str) -> str:
     return make_conninfo(dsn, port=proxy.port)
 
 
-class Trips:
+class RoundTrips:
     """Counts the server's ReadyForQuery messages, one for each round trip."""
 
     def __init__(self, proxy: Proxy) -> None:
         self.count = 0
-        proxy.translate = self._look
+        proxy.translate = self._count_ready
 
-    def _look(self, chunk: bytes) -> bytes:
+    def _count_ready(self, chunk: bytes) -> bytes:
         self.count += chunk.count(b"Z\0\0\0\5")
         return chunk
 
@@ -132,7 +132,7 @@ def test_a_holder_finds_no_session_state_of_the_previous_one(
 ) -> None:
     with Pool(dsn, max_size=1, session_reset="session") as pool:
         before = state(pool)
-        for statement in LEFT.values():
+        for statement in SESSION_STATE.values():
             way(pool, statement)
             after = state(pool)
             assert after[:7] + after[8:] == before[:7] + before[8:]
@@ -140,11 +140,11 @@ def test_a_holder_finds_no_session_state_of_the_previous_one(
         assert pool.stats().counters.connects == 1
 
 
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("name", SESSION_STATE)
 def test_without_the_setting_session_state_stays(dsn: str, name: str) -> None:
     with Pool(dsn, max_size=1) as pool:
         before = state(pool)
-        in_block(pool, LEFT[name])
+        in_block(pool, SESSION_STATE[name])
         assert state(pool) != before
 
 
@@ -164,7 +164,7 @@ def test_the_reset_costs_one_round_trip_only_after_a_statement(conninfo: str, pr
                 conn.cursor().close()
             pool.putconn(pool.getconn())
 
-    trips = Trips(proxy)
+    trips = RoundTrips(proxy)
     works: dict[Callable[[Pool[Any]], object], int] = {
         nothing: 0,
         lambda pool: pool.fetch_one("select 1"): 1,
@@ -189,7 +189,7 @@ def test_the_reset_costs_one_round_trip_only_after_a_statement(conninfo: str, pr
 
 
 def test_the_pools_own_ping_causes_no_reset(conninfo: str, proxy: Proxy) -> None:
-    trips = Trips(proxy)
+    trips = RoundTrips(proxy)
     with Pool(conninfo, max_size=1, session_reset="session", ping_after=0) as pool:
         pool.wait()
         before = trips.count
@@ -254,7 +254,7 @@ def test_every_holder_finds_what_configure_set(dsn: str) -> None:
         before = state(pool)
         shown = pool.fetch_value("show datestyle")
         assert before[3:6] == ('"a\'b", public, "$user"', "12345ms", "Asia/Tokyo")
-        for statement in LEFT.values():
+        for statement in SESSION_STATE.values():
             in_block(pool, statement)
             in_block(pool, "reset all")
             in_block(pool, "set datestyle = 'German'")
@@ -419,7 +419,7 @@ def test_a_hot_standby_resets_as_well(make_server: Callable[..., Server]) -> Non
     with Pool(server.conninfo, max_size=1, session_reset="session") as pool:
         before = state(pool)
         for name in ("role", "set", "set_config", "encoding", "advisory lock"):
-            in_block(pool, LEFT[name])
+            in_block(pool, SESSION_STATE[name])
             assert state(pool) == before
         assert pool.stats().counters.connects == 1
 

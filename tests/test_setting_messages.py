@@ -70,7 +70,7 @@ def test_a_doubtful_scheme_is_not_quoted(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "name", "meant"),
+    ("query", "name", "suggestion"),
     [
         ("sslmod=require", "sslmod", "sslmode"),
         ("connect_timout=3", "connect_timout", "connect_timeout"),
@@ -96,10 +96,12 @@ def test_a_doubtful_scheme_is_not_quoted(url: str) -> None:
         ("statement_cache_size=0", "statement_cache_size", "DBPOOL_POOLER"),
     ],
 )
-def test_an_unknown_parameter_is_named_with_a_suggestion(query: str, name: str, meant: str) -> None:
+def test_an_unknown_parameter_is_named_with_a_suggestion(
+    query: str, name: str, suggestion: str
+) -> None:
     text = refusal(f"postgresql://u:{SECRET}@h/d?{query}")
     assert f"the parameter {name};" in text
-    assert f"did you mean {meant}" in text
+    assert f"did you mean {suggestion}" in text
     assert "percent-encode" not in text
 
 
@@ -114,7 +116,7 @@ def test_an_unknown_parameter_in_a_key_value_string_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("string", "said"),
+    ("string", "message"),
     [
         (f"'postgresql://u:{SECRET}@h/d'", "in quotes"),
         (f'"host=h password={SECRET}"', "in quotes"),
@@ -173,8 +175,8 @@ def test_an_unknown_parameter_in_a_key_value_string_is_named() -> None:
         ("postgresql://u@h..example/d", "its host contains .."),
     ],
 )
-def test_the_mistake_in_a_string_is_named(string: str, said: str) -> None:
-    assert said in refusal(string)
+def test_the_mistake_in_a_string_is_named(string: str, message: str) -> None:
+    assert message in refusal(string)
 
 
 @pytest.mark.parametrize(
@@ -297,9 +299,11 @@ def test_an_empty_file_variable_is_an_error_if_nothing_else_is_set() -> None:
      "DB_HOST", "POSTGRES_HOST", "PG_HOST", "PGHOSTNAME"],
 )  # fmt: skip
 def test_another_variable_that_names_the_database_is_reported(name: str) -> None:
-    meant = "PGHOST" if "HOST" in name else "DATABASE_URL" + "_FILE" * ("_FI" in name)
+    suggestion = "PGHOST" if "HOST" in name else "DATABASE_URL" + "_FILE" * ("_FI" in name)
     for config, environ in ({name: f"postgresql://u:{SECRET}@h/d"}, {}), ({}, {name: SECRET}):
-        with pytest.raises(ConfigError, match=f"^{meant} is not set, but {name} is: ") as caught:
+        with pytest.raises(
+            ConfigError, match=f"^{suggestion} is not set, but {name} is: "
+        ) as caught:
             settings_from_config(config, environ=environ)
         assert SECRET not in str(caught.value)
     both = {name: "sqlite://", "DATABASE_URL": "host=h"}
@@ -310,13 +314,13 @@ def test_the_error_says_if_nothing_names_a_database(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = "DATABASE_URL is not set: libpq's defaults are used"
+    message = "DATABASE_URL is not set: libpq's defaults are used"
     app, db = Flask("app"), DBPool()
     app.config.update(DBPOOL_OUTAGE_GRACE="0s", DBPOOL_DOTENV="off")
     db.init_app(app)
-    with app.app_context(), pytest.raises(DatabaseUnavailable, match=said):
+    with app.app_context(), pytest.raises(DatabaseUnavailable, match=message):
         db.pool.fetch_value("select 1")
-    with Pool(outage_grace=0) as pool, pytest.raises(DatabaseUnavailable, match=said):
+    with Pool(outage_grace=0) as pool, pytest.raises(DatabaseUnavailable, match=message):
         pool.getconn()
     for conninfo in ("host=127.0.0.1 port=1", "host=/nowhere"):
         with (
@@ -324,7 +328,7 @@ def test_the_error_says_if_nothing_names_a_database(
             pytest.raises(DatabaseUnavailable) as caught,
         ):
             pool.getconn()
-        assert said not in str(caught.value)
+        assert message not in str(caught.value)
 
 
 # libpq's variables in places that libpq does not read
@@ -444,7 +448,7 @@ def test_a_long_text_is_rejected_quickly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "is_told"),
+    ("environ", "is_warned"),
     [
         ({"DBPOOL_STATEMENT_TIMEOUT": "30000"}, True),
         ({"DBPOOL_LOCK_TIMEOUT": " 5000 "}, True),
@@ -459,10 +463,10 @@ def test_a_long_text_is_rejected_quickly() -> None:
     ],
 )
 def test_seconds_that_look_like_milliseconds_log_one_warning(
-    environ: dict[str, str], is_told: bool, caplog: pytest.LogCaptureFixture
+    environ: dict[str, str], is_warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     databases_from_env(environ)
-    assert len(caplog.messages) == is_told
+    assert len(caplog.messages) == is_warned
     for text in caplog.messages:
         assert next(iter(environ)) in text
         assert "hours" in text
@@ -555,7 +559,7 @@ def test_a_name_that_resembles_none_gets_no_suggestion(word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "suggestion"),
     [
         ("DBPOOL_SESSION_RESET", "DBPOOL_RESET"),
         ("DBPOOL_ENV_FILE", "DBPOOL_DOTENV"),
@@ -575,8 +579,8 @@ def test_a_name_that_resembles_none_gets_no_suggestion(word: str) -> None:
         ("DBPOOL_TOKEN_FIEL", "DBPOOL_TOKEN_FILE"),
     ],
 )
-def test_libpqs_variables_with_our_prefix_get_a_suggestion(name: str, meant: str) -> None:
-    assert unknown_variables({name: "x"}) == [(name, meant)]
+def test_libpqs_variables_with_our_prefix_get_a_suggestion(name: str, suggestion: str) -> None:
+    assert unknown_variables({name: "x"}) == [(name, suggestion)]
 
 
 def test_another_variable_for_the_url_of_a_named_database_is_reported() -> None:
@@ -594,9 +598,9 @@ def test_a_password_is_not_suggested_as_another_secret(
 ) -> None:
     name = f"DBPOOL_{database}{word}{ending}"
     environ = {"DBPOOL_DATABASES": "b", "DBPOOL_B_URL": "host=b", name: "x"}
-    ((_, meant),) = unknown_variables(environ)
-    assert meant in (None, "PGPASSWORD", "PGPASSWORD_FILE")
-    assert meant is None or meant.endswith("_FILE") is (ending == "_FILE")
+    ((_, suggestion),) = unknown_variables(environ)
+    assert suggestion in (None, "PGPASSWORD", "PGPASSWORD_FILE")
+    assert suggestion is None or suggestion.endswith("_FILE") is (ending == "_FILE")
 
 
 @pytest.mark.parametrize("option", ["password", "host", "dbname", "connect_args", "row_factory"])

@@ -250,13 +250,13 @@ def test_honoured_options_cause_no_warning(
 
 def test_nothing_is_asked_through_a_declared_pooler(role: str, proxy: Proxy) -> None:
     conninfo = make_conninfo(role, port=proxy.port, options="-c work_mem=5MB")
-    said: list[bytes] = []
+    received: list[bytes] = []
 
-    def hear(chunk: bytes) -> bytes:
-        said.append(chunk)
+    def receive(chunk: bytes) -> bytes:
+        received.append(chunk)
         return chunk
 
-    proxy.translate = hear
+    proxy.translate = receive
     with Pool(conninfo, max_size=1, pooler="transaction") as pool:
         pool.fetch_one("select 1")
-    assert not any(b"string_agg" in chunk for chunk in said)
+    assert not any(b"string_agg" in chunk for chunk in received)

@@ -254,7 +254,7 @@ def test_a_refused_second_address_of_a_host_does_not_hide_the_wrong_setting() ->
 # Messages of errors that cannot be caused here, and of transient ones.
 
 
-SAID = {
+MESSAGES = {
     "connection is bad: local user with ID 12345 does not exist": "conninfo",
     "connection is bad: ungültiger Wert für gssencmode: „x“": "conninfo",
     'connection failed: FATAL:  Peer authentication failed for user "u"': "password",
@@ -266,7 +266,7 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize(("text", "kind"), SAID.items())
+@pytest.mark.parametrize(("text", "kind"), MESSAGES.items())
 def test_libpqs_messages_about_settings_are_permanent_errors(text: str, kind: str) -> None:
     assert classify(psycopg.OperationalError(text)) == kind
     assert is_permanent(kind)
@@ -296,7 +296,7 @@ def test_messages_of_transient_errors_are_not_permanent_errors(text: str) -> Non
         lambda: "host=db.invalid,nowhere.invalid",
     ],
 )
-def test_a_name_that_does_not_resolve_is_transient_and_told(
+def test_a_name_that_does_not_resolve_is_transient_and_named(
     make_pool: MakePool, conninfo: Any
 ) -> None:
     pool = make_pool(conninfo, outage_grace=0.1)

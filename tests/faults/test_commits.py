@@ -265,8 +265,8 @@ def test_two_serializable_transactions_that_conflict_both_succeed(
 ) -> None:
     own_server.execute("create table doctors (name text primary key, on_call bool)")
     own_server.execute("insert into doctors values ('a', true), ('b', true)")
-    heard = Recorder()
-    pool = make_pool(max_size=2, listeners=[heard])
+    recorder = Recorder()
+    pool = make_pool(max_size=2, listeners=[recorder])
     together = threading.Barrier(2, timeout=10)
     met = threading.local()
 
@@ -286,7 +286,7 @@ def test_two_serializable_transactions_that_conflict_both_succeed(
     assert own_server.execute("select count(*) from doctors where on_call") == [(1,)]
     assert_serves_all(pool)
     pool.close()  # sends what is still queued
-    assert pool.stats().counters.retries == heard.count(events.Retried) >= 1
+    assert pool.stats().counters.retries == recorder.count(events.Retried) >= 1
 
 
 @pytest.fixture

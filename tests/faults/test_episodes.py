@@ -69,8 +69,8 @@ def test_connections_replaced_after_a_restart_log_one_line(
     own_server.restart()
     assert pool.fetch_value("select 1") == 1
     until(lambda: "replaced" in log.text)
-    told = [line for line in lines(log, logging.INFO) if "replaced" in line]
-    assert told == ["pool 'faults': replaced 4 connections that the server closed"]
+    logged = [line for line in lines(log, logging.INFO) if "replaced" in line]
+    assert logged == ["pool 'faults': replaced 4 connections that the server closed"]
     assert not lines(log, logging.WARNING)
 
 

@@ -154,11 +154,11 @@ def test_commits_in_flight_at_a_failover_are_uncertain(
     standby.promote()
     appends.await_more()
     history = appends.stop()
-    uncertain = [n for n, told in history.outcomes.items() if told == "uncertain"]
-    there = rows(standby.execute)
+    uncertain = [n for n, outcome in history.outcomes.items() if outcome == "uncertain"]
+    counts = rows(standby.execute)
     assert len(uncertain) == len(history.errors) == 4, history.errors
-    assert [there[n] for n in uncertain] == [int(reached)] * 4
-    assert check(history.outcomes, there) == Findings([], [], [])
+    assert [counts[n] for n in uncertain] == [int(reached)] * 4
+    assert check(history.outcomes, counts) == Findings([], [], [])
     assert_serves_all(pool)
 
 
@@ -210,17 +210,17 @@ def count(conn: Any) -> int:
 # The check of the history itself
 
 
-told = st.dictionaries(
+OUTCOMES = st.dictionaries(
     st.integers(0, 20), st.sampled_from(["acknowledged", "uncertain", "failed"]), max_size=20
 )
 
 
-@given(outcomes=told, there=st.lists(st.integers(0, 20)))
-def test_the_history_finds_every_wrong_outcome(outcomes: Any, there: list[int]) -> None:
-    found = check(outcomes, Counter(there))
+@given(outcomes=OUTCOMES, present=st.lists(st.integers(0, 20)))
+def test_the_history_finds_every_wrong_outcome(outcomes: Any, present: list[int]) -> None:
+    found = check(outcomes, Counter(present))
     assert (found.lost == []) == all(
-        n in there for n, told in outcomes.items() if told == "acknowledged"
+        n in present for n, outcome in outcomes.items() if outcome == "acknowledged"
     )
-    assert (found.doubled == []) == (len(there) == len(set(there)))
-    is_told = {n for n, told in outcomes.items() if told != "failed"}
-    assert (found.untold == []) == (set(there) <= is_told)
+    assert (found.doubled == []) == (len(present) == len(set(present)))
+    reported = {n for n, outcome in outcomes.items() if outcome != "failed"}
+    assert (found.unexpected == []) == (set(present) <= reported)

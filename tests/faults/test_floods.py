@@ -112,19 +112,19 @@ def test_the_next_holder_gets_notifications_sent_while_idle(dsn: str, ping_after
 
 
 def test_a_notify_handler_that_raises_gets_what_the_socket_check_reads(dsn: str) -> None:
-    heard: list[str] = []
+    received: list[str] = []
 
-    def hear(notify: psycopg.Notify) -> None:
-        heard.append(notify.payload)
+    def receive(notify: psycopg.Notify) -> None:
+        received.append(notify.payload)
         raise ValueError("not today")
 
-    with Pool(dsn, max_size=1, configure=lambda conn: conn.add_notify_handler(hear)) as pool:
+    with Pool(dsn, max_size=1, configure=lambda conn: conn.add_notify_handler(receive)) as pool:
         conn = listening(pool)
         pool.putconn(conn)
         announce(dsn, conn)
         with pool.connection() as same:
             assert same is conn
-            assert heard == ["extra"]
+            assert received == ["extra"]
         assert pool.stats().idle == 1
 
 
@@ -146,8 +146,8 @@ def test_many_notifications_are_kept_complete_and_in_order(dsn: str) -> None:
             for number in range(2000):
                 other.execute("select pg_notify('news', %s)", [f"{number} {'x' * 500}"])
         assert select.select([conn.fileno()], [], [], 10)[0]
-        heard: list[int] = []
-        while len(heard) < 2000:
+        received: list[int] = []
+        while len(received) < 2000:
             with pool.connection() as same:
-                heard += [int(n.payload.split()[0]) for n in same.notifies(timeout=0.5)]
-        assert heard == list(range(2000))
+                received += [int(n.payload.split()[0]) for n in same.notifies(timeout=0.5)]
+        assert received == list(range(2000))

@@ -196,16 +196,16 @@ def test_a_backend_terminated_during_its_login_has_kind_shutdown(
     if app.version < 17:
         pytest.skip("event triggers on login come with PostgreSQL 17")
     app.execute(LINGER)
-    heard = Recorder()
-    pool = make_pool(app.conninfo_for(user="app", password=SECRET), listeners=[heard])
+    recorder = Recorder()
+    pool = make_pool(app.conninfo_for(user="app", password=SECRET), listeners=[recorder])
     caller = Task(pool.fetch_value, "select 1")
     until(lambda: app.execute("select 1 from pg_stat_activity where wait_event = 'PgSleep'"))
     pids = app.backends("dbpool:faults")
     app.execute("drop event trigger linger")
     terminate(app, pids)
     assert caller.result() == 1
-    until(lambda: heard.count(ConnectFailed))
-    assert {event.kind for event in heard.events if type(event) is ConnectFailed} == {"shutdown"}
+    until(lambda: recorder.count(ConnectFailed))
+    assert {event.kind for event in recorder.events if type(event) is ConnectFailed} == {"shutdown"}
     assert_serves_all(pool)
 
 

@@ -19,8 +19,8 @@ MODES = pytest.mark.parametrize("mode", ["fast", "immediate"])
 def test_callers_in_an_outage_fail_at_once_and_it_ends_by_itself(
     own_server: Server, make_pool: MakePool
 ) -> None:
-    heard = Recorder()
-    pool = make_pool(listeners=[heard], outage_grace=GRACE)
+    recorder = Recorder()
+    pool = make_pool(listeners=[recorder], outage_grace=GRACE)
     assert pool.fetch_value("select 1") == 1
     began = time.time()
     own_server.stop()
@@ -50,8 +50,8 @@ def test_callers_in_an_outage_fail_at_once_and_it_ends_by_itself(
     assert pool.breaker.state == "closed"
     assert pool.breaker.last_error is None
     pool.close()  # sends what is still queued
-    assert heard.count(events.CircuitOpened) == 1
-    assert heard.count(events.CircuitClosed) == 1
+    assert recorder.count(events.CircuitOpened) == 1
+    assert recorder.count(events.CircuitClosed) == 1
 
 
 def test_run_with_a_timeout_waits_for_the_end_of_an_outage(

@@ -238,7 +238,7 @@ def test_killing_ten_leaders_loses_and_doubles_no_write(cluster: Cluster) -> Non
             cluster.revive(leader)
             cluster.await_whole()
         history = appends.stop()
-    told = Counter(history.outcomes.values())
-    logger.info("outages %s s; %s", [round(each, 1) for each in outages], dict(told))
+    counts = Counter(history.outcomes.values())
+    logger.info("outages %s s; %s", [round(each, 1) for each in outages], dict(counts))
     assert check(history.outcomes, rows(cluster.execute)) == Findings([], [], [])
-    assert told["failed"] == 0, history.errors[:3]
+    assert counts["failed"] == 0, history.errors[:3]

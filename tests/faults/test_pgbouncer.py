@@ -62,7 +62,7 @@ auth_type = scram-sha-256
 auth_file = {directory}/users
 pool_mode = transaction
 max_client_conn = {most_clients}
-query_wait_timeout = {patience}
+query_wait_timeout = {query_wait_timeout}
 default_pool_size = {size}
 server_login_retry = 0.1
 server_idle_timeout = 0.5
@@ -76,7 +76,7 @@ class Bouncer:
     """PgBouncer in front of *server*, in transaction mode."""
 
     def __init__(
-        self, server: Server, size: int = 20, patience: float = 1.0, extra: str = ""
+        self, server: Server, size: int = 20, query_wait_timeout: float = 1.0, extra: str = ""
     ) -> None:
         self._server = server
         self.port = free_port()
@@ -90,7 +90,7 @@ class Bouncer:
             directory=self._directory,
             most_clients=MOST_CLIENTS,
             size=size,
-            patience=patience,
+            query_wait_timeout=query_wait_timeout,
             extra=extra,
         )
         self._config = self._write("ini", config)
@@ -142,8 +142,8 @@ class Bouncer:
 
     def conninfo_for(self, **params: object) -> str:
         """A connection string for its only user."""
-        ours: dict[str, object] = {"port": self.port, "user": "app", "password": "right"}
-        return self._server.conninfo_for(**{**ours, **params})
+        defaults: dict[str, object] = {"port": self.port, "user": "app", "password": "right"}
+        return self._server.conninfo_for(**{**defaults, **params})
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def bouncer(own_server: Server) -> Iterator[Bouncer]:
 def crowded(own_server: Server) -> Iterator[Bouncer]:
     """PgBouncer with a single server connection, for which clients wait long."""
     own_server.execute("create role app login password 'right'")
-    bouncer = Bouncer(own_server, size=1, patience=30.0)
+    bouncer = Bouncer(own_server, size=1, query_wait_timeout=30.0)
     bouncer.start()
     yield bouncer
     bouncer.kill()
@@ -191,9 +191,9 @@ def test_the_error_of_a_pool_not_set_up_for_pgbouncer_names_the_setting(
     with pytest.raises(DatabaseMisconfigured, match="DBPOOL_POOLER=transaction") as caught:
         pool.fetch_value("select 1")
     assert caught.value.kind == "conninfo"
-    told = pool.stats().breaker.last_error or ""  # what the log and the views show
-    assert "DBPOOL_POOLER=transaction" in told
-    assert "right" not in told
+    error = pool.stats().breaker.last_error or ""  # what the log and the views show
+    assert "DBPOOL_POOLER=transaction" in error
+    assert "right" not in error
 
 
 @pytest.fixture
@@ -360,8 +360,8 @@ def test_a_safe_shutdown_under_load_fails_no_single_statement(
     load.stop()
     assert len(load.errors) <= (0 if VERSION >= (1, 23) else 3 * THREADS), load.errors
     assert all(isinstance(error, CommitUncertain) for error in load.errors)
-    ((there,),) = own_server.execute("select count(*) from appends")
-    assert load.calls - len(load.errors) <= there <= load.calls
+    ((count,),) = own_server.execute("select count(*) from appends")
+    assert load.calls - len(load.errors) <= count <= load.calls
 
 
 def test_a_statement_with_query_wait_timeout_is_sent_again(
@@ -405,9 +405,9 @@ def test_killing_pgbouncer_under_load_fails_only_statements_in_flight(
     load.stop()
     assert len(load.errors) <= THREADS, load.errors
     assert all(isinstance(error, CommitUncertain) for error in load.errors), load.errors
-    ((there,),) = own_server.execute("select count(*) from appends")
+    ((count,),) = own_server.execute("select count(*) from appends")
     acknowledged = load.calls - len(load.errors)
-    assert acknowledged <= there <= load.calls
+    assert acknowledged <= count <= load.calls
 
 
 def test_a_full_pgbouncer_is_no_outage_while_connections_live(

@@ -45,7 +45,7 @@ def main() -> None:
             result = {
                 "seconds": history.first_after(promoted),
                 "errors": [str(error) for error in history.errors],
-                "wrong": found.lost + found.doubled + found.untold,
+                "wrong": found.lost + found.doubled + found.unexpected,
             }
     sys.stdout.write(json.dumps(result) + "\n")
 

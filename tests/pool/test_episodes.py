@@ -98,12 +98,12 @@ def test_failing_checks_log_one_warning(fake: FakeServer, log: pytest.LogCapture
 def test_connections_returned_in_a_pipeline_log_one_warning(
     dsn: str, log: pytest.LogCaptureFixture
 ) -> None:
-    left = []
+    pipelines = []
     with Pool(dsn) as pool:
         for _ in range(5):
             conn = pool.getconn()
-            left.append(conn.pipeline())
-            left[-1].__enter__()
+            pipelines.append(conn.pipeline())
+            pipelines[-1].__enter__()
             pool.putconn(conn)
         (warning,) = lines(log, logging.WARNING)
         assert warning.startswith(
@@ -111,8 +111,8 @@ def test_connections_returned_in_a_pipeline_log_one_warning(
         )
         assert ", from pool/test_episodes.py:" in warning
         assert pool.stats().counters.discarded["broken"] == 5
-    (told,) = [line for line in lines(log, logging.INFO) if "discarded" in line]
-    assert told.startswith("pool 'default': 5 returned connections discarded, from ")
+    (message,) = [line for line in lines(log, logging.INFO) if "discarded" in line]
+    assert message.startswith("pool 'default': 5 returned connections discarded, from ")
 
 
 def test_a_connection_returned_in_a_transaction_is_logged_with_its_holder(

@@ -41,17 +41,17 @@ def test_a_wrong_password_is_retried_ever_less_often(fake: FakeServer, make_pool
 def test_a_secret_in_a_users_own_exception_is_masked_too(
     fake: FakeServer, make_pool: MakePool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Talkative(psycopg.Connection[Any]):
+    class QuotingConnection(psycopg.Connection[Any]):
         @classmethod
         def connect(cls, conninfo: str = "", **kwargs: Any) -> Any:
             raise RuntimeError(f"cannot connect with {kwargs}")
 
     conninfo = f"{fake.conninfo} password={SECRET}"
-    pool = make_pool(conninfo, connection_class=Talkative, timeout=0.1)
+    pool = make_pool(conninfo, connection_class=QuotingConnection, timeout=0.1)
     error = Task(pool.getconn).error()
     assert "cannot connect with" in str(error.__cause__)
-    said = f"{error} {error.__cause__!r} {pool.stats().to_json()} {caplog.text}"
-    assert SECRET not in said
+    shown = f"{error} {error.__cause__!r} {pool.stats().to_json()} {caplog.text}"
+    assert SECRET not in shown
 
 
 def test_a_corrected_conninfo_is_used_within_a_second(
@@ -118,17 +118,17 @@ def test_a_conninfo_function_that_raises_is_called_again(
     assert_serves_all(pool)
 
 
-class Demanding(psycopg.Error):
+class KeywordOnlyError(psycopg.Error):
     """An exception that cannot be built from a message alone."""
 
     def __init__(self, message: str, *, code: int) -> None:
         super().__init__(f"{message} ({code})")
 
 
-DEMANDING = partial(Demanding, code=7)
+KEYWORD_ONLY_ERROR = partial(KeywordOnlyError, code=7)
 
 
-@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, ValueError, DEMANDING])
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, ValueError, KEYWORD_ONLY_ERROR])
 def test_a_configure_that_raises_anything_loses_no_capacity(
     fake: FakeServer, make_pool: MakePool, raised: Callable[[str], BaseException]
 ) -> None:

@@ -17,13 +17,13 @@ from tests.threads import Task
 
 
 def test_a_log_handler_may_use_the_pool(fake: FakeServer) -> None:
-    inside, go = threading.Event(), threading.Event()
+    inside, proceed = threading.Event(), threading.Event()
 
     class Counting(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.msg == "mine":
                 inside.set()
-                go.wait(10)
+                proceed.wait(10)
                 own.stats()
 
     handler, logger = Counting(), logging.getLogger("dbpool")
@@ -34,11 +34,11 @@ def test_a_log_handler_may_use_the_pool(fake: FakeServer) -> None:
             assert inside.wait(10)
             own.getconn()
             gc.collect()
-            patrolling = Task(own.maintain, monotonic())
+            maintenance = Task(own.maintain, monotonic())
             time.sleep(0.2)  # gives maintenance time to log something
-            go.set()
+            proceed.set()
             logging_one.result(10)
-            patrolling.result(10)
+            maintenance.result(10)
     finally:
         logger.removeHandler(handler)
 
@@ -111,11 +111,11 @@ def test_a_leak_names_the_ended_thread_not_one_that_reuses_its_ident(pool: Pool)
 def test_slow_checkouts_send_an_event_each_and_log_one_warning(
     fake: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    heard: list[events.SlowAcquire] = []
+    received: list[events.SlowAcquire] = []
 
-    class Hearing(events.Listener):
+    class SlowListener(events.Listener):
         def slow_acquire(self, event: events.SlowAcquire) -> None:
-            heard.append(event)
+            received.append(event)
 
     with Pool(
         fake.conninfo,
@@ -123,16 +123,16 @@ def test_slow_checkouts_send_an_event_each_and_log_one_warning(
         max_size=1,
         timeout=30,
         slow_acquire=0.1,
-        listeners=[Hearing()],
+        listeners=[SlowListener()],
     ) as own:
         conn = own.getconn()
         waiting = [Task(own.getconn) for _ in range(2)]
-        until(lambda: len(heard) == 2)
+        until(lambda: len(received) == 2)
         for task in waiting:  # all get a connection
             own.putconn(conn)
             conn = task.result()
         own.putconn(conn)
-    assert min(event.seconds for event in heard) >= 0.1
+    assert min(event.seconds for event in received) >= 0.1
     (line,) = [r for r in caplog.records if getattr(r, "dbpool", {}).get("event") == "slow_acquire"]
     assert line.levelname == "WARNING"
     assert "1 of 1 checked out; held longest: MainThread" in line.getMessage()

@@ -53,40 +53,40 @@ def test_all_waiters_fail_when_the_breaker_opens(fake: FakeServer, make_pool: Ma
 def test_reconnect_failed_is_called_once_and_retries_go_on(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
-    told: list[object] = []
-    pool = make_pool(reconnect_timeout=0.5, reconnect_failed=told.append, outage_grace=GRACE)
+    failed: list[object] = []
+    pool = make_pool(reconnect_timeout=0.5, reconnect_failed=failed.append, outage_grace=GRACE)
     pool.fetch_value("select 1")
     fake.stop()
     with pytest.raises(DatabaseUnavailable):
         pool.fetch_value("select 1")
-    until(lambda: told)
+    until(lambda: failed)
     failures = pool.stats().counters.connect_failures
     until(lambda: pool.stats().counters.connect_failures >= failures + 2)
-    assert told == [pool]
+    assert failed == [pool]
     fake.accept()
     await_up(pool, 3.0)
 
 
 def test_closing_ends_the_outage_for_listeners(make_pool: MakePool, fake: FakeServer) -> None:
-    told: list[object] = []
-    heard = Recorder()
+    failed: list[object] = []
+    recorder = Recorder()
     fake.hang()
-    pool = make_pool(reconnect_timeout=0.0, reconnect_failed=told.append, listeners=[heard])
+    pool = make_pool(reconnect_timeout=0.0, reconnect_failed=failed.append, listeners=[recorder])
     pool.open()
     until(lambda: fake.attempts)
     pool.close(timeout=0.1)
     fake.refuse()  # now the attempt fails
     until(lambda: pool.stats().counters.connect_failures)
     until(lambda: not [t for t in threading.enumerate() if t.name.startswith("default-worker")])
-    assert told == []
-    assert heard.count(events.ConnectFailed) == 0
+    assert failed == []
+    assert recorder.count(events.ConnectFailed) == 0
 
 
 def test_a_pool_made_smaller_in_an_outage_goes_on_retrying(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
-    heard = Recorder()
-    pool = make_pool(max_size=4, listeners=[heard], outage_grace=GRACE)
+    recorder = Recorder()
+    pool = make_pool(max_size=4, listeners=[recorder], outage_grace=GRACE)
     held = [pool.getconn(), pool.getconn()]
     fake.stop()
     with pytest.raises(DatabaseUnavailable):
@@ -101,8 +101,8 @@ def test_a_pool_made_smaller_in_an_outage_goes_on_retrying(
         pool.putconn(conn)
     assert_serves_all(pool)
     pool.close()  # sends what is still queued
-    assert heard.count(events.CircuitOpened) == 1
-    assert heard.count(events.CircuitClosed) == 1
+    assert recorder.count(events.CircuitOpened) == 1
+    assert recorder.count(events.CircuitClosed) == 1
 
 
 def test_a_reconnect_failed_that_hangs_blocks_no_other_pool(
@@ -133,15 +133,15 @@ def test_a_reconnect_failed_that_hangs_blocks_no_other_pool(
 def test_waiters_that_the_breaker_rejects_are_counted_and_logged(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
-    heard = Recorder()
-    pool = make_pool(max_size=2, outage_grace=GRACE, listeners=[heard])
+    recorder = Recorder()
+    pool = make_pool(max_size=2, outage_grace=GRACE, listeners=[recorder])
     fake.stop()
     callers = [Task(pool.getconn) for _ in range(5)]
     assert all(isinstance(caller.error(), DatabaseUnavailable) for caller in callers)
     counters, parents = pool.stats().counters, pool.get_stats()
     assert (counters.rejected, counters.timeouts, counters.circuit_opened) == (5, 0, 1)
     assert (parents["requests_num"], parents["requests_errors"]) == (5, 5)
-    until(lambda: heard.count(events.Rejected) == 5)
+    until(lambda: recorder.count(events.Rejected) == 5)
     fake.accept()
     await_up(pool)
 

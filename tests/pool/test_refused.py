@@ -57,15 +57,15 @@ class _Client(socketserver.StreamRequestHandler):
         (size,) = struct.unpack("!i", self.rfile.read(4))
         self.rfile.read(size - 4)
         self.server.logins += 1
-        self.say(b"R", struct.pack("!i", 0))
-        self.say(b"K", struct.pack("!ii", 1, 1))
+        self.send(b"R", struct.pack("!i", 0))
+        self.send(b"K", struct.pack("!ii", 1, 1))
         self.ready()
         while (kind := self.rfile.read(1)) == b"Q":
             (size,) = struct.unpack("!i", self.rfile.read(4))
             query = self.rfile.read(size - 4).rstrip(b"\0")
             text = self.server.refusal() if query and self.status == b"I" else None
             if text is not None:
-                self.say(b"E", b"SFATAL\0VFATAL\0C08P01\0M" + text.encode() + b"\0\0")
+                self.send(b"E", b"SFATAL\0VFATAL\0C08P01\0M" + text.encode() + b"\0\0")
                 return
             self.answer(query)
             self.ready()
@@ -73,21 +73,21 @@ class _Client(socketserver.StreamRequestHandler):
 
     def answer(self, query: bytes) -> None:
         if not query:
-            self.say(b"I")
+            self.send(b"I")
             return
         self.status = {b"BEGIN": b"T", b"COMMIT": b"I"}.get(query, self.status)
         if query.startswith(b"select"):
-            self.say(
+            self.send(
                 b"T", struct.pack("!h", 1) + b"n\0" + struct.pack("!ihihih", 0, 0, 23, 4, -1, 0)
             )
-            self.say(b"D", struct.pack("!hi", 1, 1) + b"1")
+            self.send(b"D", struct.pack("!hi", 1, 1) + b"1")
         self.server.done.append(query)
-        self.say(b"C", query.split()[0].upper() + b" 0 1\0")
+        self.send(b"C", query.split()[0].upper() + b" 0 1\0")
 
     def ready(self) -> None:
-        self.say(b"Z", self.status)
+        self.send(b"Z", self.status)
 
-    def say(self, kind: bytes, text: bytes = b"") -> None:
+    def send(self, kind: bytes, text: bytes = b"") -> None:
         self.wfile.write(kind + struct.pack("!i", len(text) + 4) + text)
 
 

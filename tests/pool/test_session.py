@@ -12,7 +12,7 @@ from dbpool import Pool
 from tests.interrupts import every_point
 
 
-class Loud(TextLoader):
+class UppercaseLoader(TextLoader):
     def load(self, data: Any) -> str:
         return str(super().load(data)).upper()
 
@@ -27,24 +27,24 @@ def test_session_attributes_are_restored(server_pool: Pool) -> None:
         conn.prepare_threshold = None
         conn.prepared_max = 3
         conn.execute("select 1")
-    with server_pool.connection() as again:
-        assert again is conn
-        assert again.autocommit is False
-        assert again.row_factory is tuple_row
-        assert again.isolation_level is None
-        assert again.read_only is None
-        assert again.deferrable is None
-        assert (again.prepare_threshold, again.prepared_max) == (5, 100)
-        assert again.execute("show transaction_isolation").fetchone() == ("read committed",)
+    with server_pool.connection() as same:
+        assert same is conn
+        assert same.autocommit is False
+        assert same.row_factory is tuple_row
+        assert same.isolation_level is None
+        assert same.read_only is None
+        assert same.deferrable is None
+        assert (same.prepare_threshold, same.prepared_max) == (5, 100)
+        assert same.execute("show transaction_isolation").fetchone() == ("read committed",)
 
 
 def test_a_holders_adapters_are_removed_and_those_of_configure_stay(
     dsn: str,
 ) -> None:
     def configure(conn: Connection[Any]) -> None:
-        conn.adapters.register_loader("varchar", Loud)
+        conn.adapters.register_loader("varchar", UppercaseLoader)
 
-    def told(conn: Connection[Any]) -> list[Any]:
+    def fetch(conn: Connection[Any]) -> list[Any]:
         query = "select 'a'::text, 'b'::varchar, 'c'::name"
         return list(conn.execute(query).fetchone() or ())
 
@@ -52,14 +52,16 @@ def test_a_holders_adapters_are_removed_and_those_of_configure_stay(
         for name in ("text", "varchar", "name"):
             assert list(pool.fetch_one("select 'a'::text, 'b'::varchar") or ()) == ["a", "B"]
             with pool.connection() as conn:
-                conn.adapters.register_loader(name, TextLoader if name == "varchar" else Loud)
-                assert told(conn) == [
+                conn.adapters.register_loader(
+                    name, TextLoader if name == "varchar" else UppercaseLoader
+                )
+                assert fetch(conn) == [
                     "A" if name == "text" else "a",
                     "b" if name == "varchar" else "B",
                     "C" if name == "name" else "c",
                 ]
             conn = pool.getconn()
-            assert told(conn) == ["a", "B", "c"]
+            assert fetch(conn) == ["a", "B", "c"]
             pool.putconn(conn)  # the pool rolls its transaction back
 
 

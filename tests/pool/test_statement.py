@@ -14,7 +14,7 @@ from psycopg.types.string import TextLoader
 from dbpool import Pool
 
 
-class Shouting(psycopg.Cursor[Any]):
+class UppercaseCursor(psycopg.Cursor[Any]):
     """A cursor class with its own idea of a result."""
 
     def fetchone(self) -> Any:
@@ -26,7 +26,7 @@ class Shouting(psycopg.Cursor[Any]):
 
 
 def test_fetches_use_the_connections_cursor_class(dsn: str) -> None:
-    with Pool(dsn, kwargs={"cursor_factory": Shouting}) as pool:
+    with Pool(dsn, kwargs={"cursor_factory": UppercaseCursor}) as pool:
         assert pool.fetch_value("select 'a'") == "A"
         assert pool.fetch_one("select 'a'") == ("A",)
         assert pool.fetch_all("select 'a'") == [("A",)]
@@ -87,7 +87,7 @@ def test_a_users_row_factory_gets_a_cursor_of_its_own(dsn: str) -> None:
     assert seen[0].connection is not None  # the cached cursor has none between statements
 
 
-class Loud(TextLoader):
+class UppercaseLoader(TextLoader):
     def load(self, data: Any) -> str:
         return str(super().load(data)).upper()
 
@@ -100,7 +100,7 @@ def test_adapters_of_a_check_stay_until_the_return_those_of_a_reset_are_removed(
 
     def callback(conn: Connection[Any]) -> None:
         if len(calls) == 1:
-            conn.adapters.register_loader("text", Loud)
+            conn.adapters.register_loader("text", UppercaseLoader)
         calls.append(conn)
 
     options: Any = {name: callback}
