@@ -282,6 +282,29 @@ def test_it_lives_without_a_worker_for_a_minute(
         assert views.respond("/health/live", {}).status == live
 
 
+def test_it_logs_once_why_there_is_nothing_to_serve(
+    directory: Path,
+    publish: Callable[..., Processes],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    views, now = views_of(directory), time.monotonic()
+    views.tick()
+    assert caplog.messages == [], "the workers may still start"
+    monkeypatch.setattr("dbpool.door._views.monotonic", lambda: now + 20)
+    said = "door: there is nothing to serve: there is no application [DBE07]"
+    for _ in range(3):
+        views.tick()
+        assert caplog.messages == [said]
+    processes = publish(default=Pool("up"))
+    views.tick()
+    processes.close()
+    for path in directory.glob("shop-*"):
+        path.unlink()
+    views.tick()
+    assert caplog.messages == [said] * 2
+
+
 def test_it_runs_the_monitor_only_while_no_worker_does(
     directory: Path, publish: Callable[..., Processes]
 ) -> None:

@@ -36,6 +36,7 @@ logger = logging.getLogger("dbpool")
 
 _LOCAL: Final = re.compile(r"(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?", re.IGNORECASE)
 _START_TIMEOUT: Final = 60.0  # seconds in which there need be no worker yet
+_QUIET_START: Final = 10.0  # seconds in which that is not logged
 _SERVING: Final = frozenset({PoolState.UP, PoolState.DEGRADED})
 
 
@@ -56,6 +57,7 @@ class Views:
         self._started = monotonic()
         self._monitor: Monitor | None = None
         self._directory: Path | None = None
+        self._logged = ""  # why there is nothing to serve
         self._public = {
             "/health/live": self._live, "/health/ready": self._ready, "/health": self._health,
         }  # fmt: skip
@@ -122,13 +124,21 @@ class Views:
         """Return the monitor of the application's directory, None while there is none."""
         try:
             processes = self._find()
-        except ConfigError:
+        except ConfigError as ex:
+            self._log(str(ex))
             return None
+        self._logged = ""
         if self._monitor is None or processes.directory() != self._directory:
             self.close()
             self._monitor = Monitor({}, processes, is_reader=True)
             self._directory = processes.directory()
         return self._monitor
+
+    def _log(self, reason: str) -> None:
+        """Log once why there is nothing to serve, unless the workers may still start."""
+        if reason != self._logged and monotonic() - self._started > _QUIET_START:
+            self._logged = reason
+            logger.warning("door: there is nothing to serve: %s", reason)
 
     def _reports(self) -> list[Report]:
         """Return the reports of the living workers, none while there is no application."""
