@@ -28,6 +28,8 @@ SECRET: Final = frozenset(
 )
 # Keys whose values may hold a secret without being strings: a number, or pydantic's URL.
 _KEYS: Final = re.compile(rf"(?i:ur[il])$|(?i:^(?:{'|'.join(sorted(SECRET))})$)")
+# The type of a value that is no text, and the value; `conceal` keeps the name of a type.
+NOT_TEXT: Final = re.compile(r"(?is)(byte\w+|list|tuple|\w*dict|\w*set) |.*[\0\ud800-\udfff]")
 MASK: Final = "***"
 _MIN_LENGTH: Final = 4  # characters: the gaps left by a shorter secret would show what it is
 
@@ -100,8 +102,8 @@ def _conceal_key(key: Any) -> Any:
 
 
 def _as_text(key: object, value: Any) -> Any:
-    is_whole = isinstance(value, (Mapping, list, tuple, set)) or hasattr(value, "masked")
-    return str(value) if value and _KEYS.search(str(key)) and not is_whole else value
+    is_text = not (NOT_TEXT.match(f"{type(value).__name__} ") or hasattr(value, "masked"))
+    return str(value) if value and _KEYS.search(str(key)) and is_text else value
 
 
 def _shows_password(value: object) -> bool:
@@ -122,7 +124,7 @@ def conceal_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _conceal_param(key: str, value: Any) -> Any:
     if value and (key in SECRET or (isinstance(value, str) and _mask_passwords(value) != value)):
-        return conceal(str(value))
+        return conceal(_as_text(key, value))
     return str(value) if isinstance(value, str) else value
 
 

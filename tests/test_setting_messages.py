@@ -348,10 +348,12 @@ def test_pg_variables_in_a_dotenv_are_used(tmp_path: Path, monkeypatch: pytest.M
     assert settings.connect_params("host=h")["password"] == SECRET
     monkeypatch.setenv("PGHOST", "of-the-environment")
     params = Settings.from_env(dotenv=file).connect_params()
-    assert "host" not in params, "libpq reads the variable by itself"
+    assert params["host"] == "of-the-environment", "psycopg's errors would name none"
     (tmp_path / "services").write_text("[mine]\nuser=of-the-service\n")
     monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
     assert settings.connect_params("service=mine")["user"] == "of-the-service"
+    params = Settings().connect_params("service=mine")
+    assert "host" not in params, "the service may have a port of its own"
 
 
 def test_pg_variables_of_a_given_environment_and_configuration_are_used() -> None:
@@ -474,11 +476,11 @@ def test_seconds_that_look_like_milliseconds_log_one_warning(
 
 @pytest.mark.parametrize("key", ["password", "user", "dbname"])
 def test_a_nul_is_rejected(key: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"{key} must not contain (a )?NUL"):
+    with pytest.raises(ConfigError, match=rf"^{key} must be a str without NUL"):
         Settings().connect_params("host=h", {key: "a\0b"})
     file = tmp_path / "password"
     file.write_text("a\0b")
-    with pytest.raises(ConfigError, match=r"password must not contain (a )?NUL"):
+    with pytest.raises(ConfigError, match=r"^password must be a str without NUL"):
         Settings(password_file=str(file)).connect_params("host=h")
 
 

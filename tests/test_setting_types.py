@@ -101,7 +101,9 @@ def test_a_parameter_that_is_not_utf_8_is_a_configuration_error(parameter: str) 
     """An environment variable may contain any bytes."""
     kwargs = {parameter: os.fsdecode(b"\xff")}
     with Pool("host=127.0.0.1 port=1", kwargs=kwargs, timeout=2) as pool:
-        with pytest.raises(DatabaseMisconfigured, match=f"{parameter} must not contain") as caught:
+        with pytest.raises(
+            DatabaseMisconfigured, match=f"{parameter} must be a str without"
+        ) as caught:
             pool.getconn()
     assert "\udcff" not in str(caught.value)
 
@@ -164,3 +166,22 @@ def test_dbpool_runs_from_a_zip_file(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     assert "DBE01" in done.stdout
+
+
+@pytest.mark.parametrize("wrong", [b"zq7", bytearray(b"zq7"), ["zq7"], {"a": "zq7"}, {"zq7"}])
+@pytest.mark.parametrize("parameter", ["password", "host", "options"])
+def test_a_parameter_of_a_wrong_type_is_a_configuration_error(parameter: str, wrong: Any) -> None:
+    """Otherwise libpq gets its `repr`, and the server refuses the password `b'...'`."""
+    given = {"host": "127.0.0.1", "port": 1, parameter: wrong}
+    with pytest.raises(ConfigError, match=f"^{parameter} must be a str") as caught:
+        Settings().connect_params("", given)
+    assert "zq7" not in str(caught.value)
+    with Pool(kwargs=given) as pool:
+        with pytest.raises(DatabaseMisconfigured, match=f"{parameter} must be a str") as refused:
+            pool.getconn()
+        assert "zq7" not in str(refused.value)
+
+
+def test_numbers_and_paths_may_be_parameters(tmp_path: Path) -> None:
+    given = {"password": 4711, "port": 5432, "sslrootcert": tmp_path, "keepalives": True}
+    assert Settings().connect_params("", given)["password"] == "4711"

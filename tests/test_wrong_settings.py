@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from psycopg.pq import Conninfo
 
-from dbpool import DatabaseMisconfigured, DatabaseUnavailable
+from dbpool import DatabaseMisconfigured, DatabaseUnavailable, Settings
 from dbpool.errors import classify, is_permanent
 from tests.pools import SLACK, MakePool
 from tests.postgres import Server
@@ -58,6 +58,8 @@ WRONG: dict[str, dict[str, object]] = {
     "a parameter for the start": {"options": "-c max_connections=3"},
     "a value out of range": {"options": "-c work_mem=1"},
     "a library": {"options": "-c session_preload_libraries=nope"},
+    "no boolean": {"options": "-c geqo=perhaps"},
+    "no number for the planner": {"options": "-c seq_page_cost=cheap"},
     "a time zone": {"options": "-c timezone=Nowhere/None"},
     "negative keepalives": {"keepalives_idle": "-1"},
     "weak sslmode": {"sslrootcert": "system", "sslmode": "require"},
@@ -109,6 +111,20 @@ def test_an_error_that_only_another_setting_cures_is_misconfigured(
     server: Server, make_pool: MakePool, wrong: str
 ) -> None:
     refused(make_pool, **at(server.port, WRONG[wrong]))
+
+
+def test_a_host_of_the_environment_is_named(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise psycopg says "failed to resolve host None"."""
+    for host in ("localhost:5432", "tcp://10.0.0.1:5432"):
+        monkeypatch.setenv("PGHOST", host)
+        error = refused(make_pool)
+        assert error.kind == "conninfo"
+        assert f"resolve host '{host}'" in str(error)
+    settings = Settings.from_env(environ={"PGHOST": "nowhere.invalid"})
+    with pytest.raises(DatabaseUnavailable, match=r"resolve host 'nowhere\.invalid'"):
+        make_pool(settings=settings, outage_grace=0.01).getconn()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from psycopg.conninfo import make_conninfo
 
-from dbpool._secrets import conceal, conceal_params, conceals_fields, mask_value, safe_key
+from dbpool._secrets import NOT_TEXT, conceal, conceal_params, conceals_fields, mask_value, safe_key
 from dbpool.errors import ConfigError
 from dbpool.settings import _conninfo, _parsing, _sources
 from dbpool.settings._parsing import LEFT_TO_SERVER, MAX_INT, MEANT, did_you_mean, nearest, parsed
@@ -158,7 +158,9 @@ class Settings:
         unseen = _conninfo.parse(self.libpq)
         variables = {_conninfo.VARIABLES[key]: value for key, value in unseen.items()}
         known = _conninfo.already_set(params, {**os.environ, **variables})
-        params |= {key: known[key] for key in unseen}
+        # psycopg's errors name a host only if it is passed. A service may hold ports that belong to it.
+        shown = unseen.keys() | ({"host"} & known.keys() if "service" not in known else set())
+        params |= conceal_params({key: known[key] for key in shown})
         params |= {key: value for key, value in self._defaults().items() if key not in known}
         if "connect_timeout" in self.explicit and "connect_timeout" not in given:
             params["connect_timeout"] = self.connect_timeout
@@ -270,9 +272,9 @@ def build_settings(name: str, sources: Sources, overrides: Mapping[str, Any]) ->
 
 
 def _insist_on_text(params: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a value that neither libpq nor the server takes."""
-    if bad := [key for key, value in params.items() if re.search("[\0\ud800-\udfff]", str(value))]:
-        raise ConfigError(f"{bad[0]} must not contain NUL characters or invalid UTF-8")
+    """Raise `ConfigError` for a value that libpq or the server would not take, or not as it is."""
+    if bad := [key for key, v in params.items() if NOT_TEXT.match(f"{type(v).__name__} {v}")]:
+        raise ConfigError(f"{bad[0]} must be a str without NUL characters or invalid UTF-8")
 
 
 def _check_that_nothing_was_meant(sources: Sources) -> None:

@@ -146,16 +146,14 @@ def _read_service(name: str, environ: Mapping[str, str]) -> dict[str, str]:
         files.append(f"{environ['PGSYSCONFDIR']}/pg_service.conf")
     for file in files:
         with suppress(OSError, RuntimeError):  # RuntimeError: there is no home directory
-            text = Path(file).expanduser().read_text("utf-8", "surrogateescape")
-            if found := _section(text, name):
+            if found := _section(Path(file).expanduser(), name):
                 return found
     return {}
 
 
-def _section(text: str, name: str) -> dict[str, str]:
+def _section(file: Path, name: str) -> dict[str, str]:
     """Return the entries of the first section called *name*; of a repeated key the first counts."""
-    sections = re.split(r"(?m)^[^\S\n]*\[", text)[1:]
+    sections = re.split(r"(?m)^[^\S\n]*\[", file.read_text("utf-8", "surrogateescape"))[1:]
     own = next((section for section in sections if section.startswith(f"{name}]")), "")
-    lines = [line.strip() for line in own.split("\n")[1:]]
-    entries = [line.partition("=") for line in lines if not line.startswith("#")]
+    entries = [line.partition("=") for line in own.split("\n")[1:] if line.strip()[:1] != "#"]
     return {key.strip(): value.strip() for key, sign, value in reversed(entries) if sign}
