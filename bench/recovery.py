@@ -300,7 +300,7 @@ def _silent(server: Server, cls: type[Peer]) -> Figures:
         with cls.opened(proxy.conninfo, 10) as peer:
             peer.fill(10)
             peer.age()
-            proxy.go_dark()
+            proxy.go_silent()
             done = threading.Event()
 
             def call() -> None:

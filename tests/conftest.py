@@ -56,7 +56,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Makes the next object while the last is in use, and removes that while the next is in use.
 
     Both take longer than many tests.
@@ -67,42 +67,42 @@ class Ahead(Generic[T]):
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="ahead")
         self._next = self._worker.submit(make)
 
-    def take(self) -> T:
+    def get(self) -> T:
         """Return an object for the caller's own use."""
         made = self._next.result(60)
         self._next = self._worker.submit(self._make)
         return made
 
-    def give_back(self, made: T) -> None:
+    def remove(self, made: T) -> None:
         """Remove the object in the background."""
         self._worker.submit(self._clear, made)
 
     def close(self) -> None:
         """Remove objects that were not taken, and wait until all is done."""
-        self.give_back(self._next.result(60))
+        self.remove(self._next.result(60))
         self._worker.shutdown()
 
 
 @pytest.fixture(scope="session")
-def template() -> Iterator[Ahead[Path]]:
+def template() -> Iterator[Prefetcher[Path]]:
     """Directories with a copy of one data directory, much quicker than initdb."""
     server = Server()
-    copies = Ahead(lambda: copy(server.data), shutil.rmtree)
+    copies = Prefetcher(lambda: copy(server.data), shutil.rmtree)
     yield copies
     copies.close()
     server.close()
 
 
 @pytest.fixture(scope="session")
-def server(template: Ahead[Path]) -> Iterator[Server]:
+def server(template: Prefetcher[Path]) -> Iterator[Server]:
     """The shared server, for tests that do not harm it."""
-    with closing(Server(template.take())) as server:
+    with closing(Server(template.get())) as server:
         server.start()
         yield server
 
 
 @pytest.fixture(scope="session")
-def fresh_databases(server: Server) -> Iterator[Ahead[DatabaseJanitor]]:
+def fresh_databases(server: Server) -> Iterator[Prefetcher[DatabaseJanitor]]:
     """Databases on the shared server."""
     numbers = itertools.count()
 
@@ -112,25 +112,25 @@ def fresh_databases(server: Server) -> Iterator[Ahead[DatabaseJanitor]]:
         janitor.init()
         return janitor
 
-    with closing(Ahead(make, DatabaseJanitor.drop)) as databases:
+    with closing(Prefetcher(make, DatabaseJanitor.drop)) as databases:
         yield databases
 
 
 @pytest.fixture
-def dsn(fresh_databases: Ahead[DatabaseJanitor], server: Server) -> Iterator[str]:
+def dsn(fresh_databases: Prefetcher[DatabaseJanitor], server: Server) -> Iterator[str]:
     """The connection string of a fresh database."""
-    database = fresh_databases.take()
+    database = fresh_databases.get()
     yield server.conninfo_for(dbname=database.dbname)
-    fresh_databases.give_back(database)
+    fresh_databases.remove(database)
 
 
 @pytest.fixture
-def make_server(template: Ahead[Path]) -> Iterator[Callable[..., Server]]:
+def make_server(template: Prefetcher[Path]) -> Iterator[Callable[..., Server]]:
     """A function that starts a private server, options by keyword; removed after the test."""
     with ExitStack() as servers:
 
         def make(**options: object) -> Server:
-            server = servers.enter_context(closing(Server(template.take(), **options)))
+            server = servers.enter_context(closing(Server(template.get(), **options)))
             server.start()
             return server
 
@@ -168,14 +168,14 @@ def make_pool() -> Iterator[MakePool]:
     """
     made: list[tuple[Pool[Any], Server | None]] = []
 
-    def make(where: Any = "", *, server: Server | None = None, **options: Any) -> Pool[Any]:
-        if isinstance(where, FakeServer):
-            pool = where.pool(**options)
-        elif isinstance(where, Server):
-            server = server or where
-            pool = Pool(where.conninfo, **options)
+    def make(target: Any = "", *, server: Server | None = None, **options: Any) -> Pool[Any]:
+        if isinstance(target, FakeServer):
+            pool = target.pool(**options)
+        elif isinstance(target, Server):
+            server = server or target
+            pool = Pool(target.conninfo, **options)
         else:
-            pool = Pool(where, **options)
+            pool = Pool(target, **options)
         made.append((pool, server))
         return pool
 
@@ -253,14 +253,14 @@ def no_thread_left(hard_deadline: None) -> Iterator[None]:
     """Fail a test that leaves a pool's thread behind."""
     before = set(threading.enumerate())
 
-    def left() -> list[str]:
+    def remaining() -> list[str]:
         threads = set(threading.enumerate()) - before
         return sorted(thread.name for thread in threads)
 
     yield
-    if left():
+    if remaining():
         gc.collect()  # a pool without references stops its threads
     try:
-        until(lambda: not left(), 5.0)
+        until(lambda: not remaining(), 5.0)
     except AssertionError:
-        pytest.fail(f"threads were left behind: {', '.join(left())}")
+        pytest.fail(f"threads were left behind: {', '.join(remaining())}")

@@ -56,7 +56,9 @@ class FakeServer:
         self.logins = self.pings = 0
         self.statements: list[str] = []
         self.delay = 0.0  # seconds that a login takes
-        self.room: int | None = None  # how many connections it takes; None for any number
+        self.max_connections: int | None = (
+            None  # how many connections it takes; None for any number
+        )
         self.connection_class: type[FakeConnection] = type(
             "FakeConnection", (FakeConnection,), {"server": self}
         )
@@ -75,7 +77,7 @@ class FakeServer:
 
     def accept(self) -> None:
         """Accept connections, and answer all pending statements."""
-        self._become()
+        self._set_state()
 
     def refuse(
         self, text: str = REFUSED, unless: Callable[[dict[str, Any]], bool] = lambda params: False
@@ -85,15 +87,15 @@ class FakeServer:
         *unless* gets the parameters of an attempt, and returns whether to accept it.
         """
         self._unless = unless
-        self._become(refusal=text)
+        self._set_state(refusal=text)
 
     def hang(self) -> None:
         """Leave new connections without an answer."""
-        self._become(hangs=True)
+        self._set_state(hangs=True)
 
-    def fall_silent(self) -> None:
+    def go_silent(self) -> None:
         """Answer neither new connections nor pings nor statements."""
-        self._become(hangs=True, is_silent=True)
+        self._set_state(hangs=True, is_silent=True)
 
     def stop(self, text: str = REFUSED) -> None:
         """End all connections, and refuse new ones."""
@@ -111,11 +113,13 @@ class FakeServer:
         """Return the pids of open connections."""
         return [pid for pid, pgconn in list(self._backends.items()) if pgconn.is_open]
 
-    def say_something(self, pid: int) -> None:
+    def send_notice(self, pid: int) -> None:
         """Send a backend's client a byte that is no answer, as a notice is."""
         self._backends[pid].receive()
 
-    def _become(self, refusal: str = "", *, hangs: bool = False, is_silent: bool = False) -> None:
+    def _set_state(
+        self, refusal: str = "", *, hangs: bool = False, is_silent: bool = False
+    ) -> None:
         with self._changed:
             self._refusal, self._hangs, self.is_silent = refusal, hangs, is_silent
             self._changed.notify_all()
@@ -133,7 +137,7 @@ class FakeServer:
         if self._refusal and not self._unless(params):
             raise psycopg.OperationalError(self._refusal)
         with self._changed:  # one at a time, so that no two take the same room
-            if self.room is not None and len(self.backends()) >= self.room:
+            if self.max_connections is not None and len(self.backends()) >= self.max_connections:
                 raise psycopg.OperationalError("FATAL:  sorry, too many clients already")
             pgconn = FakePGconn(self, next(self._pids))
             self.logins += 1
@@ -175,8 +179,8 @@ class FakePGconn:
 
     def __init__(self, server: FakeServer, backend_pid: int) -> None:
         self._server, self.backend_pid = server, backend_pid
-        self._ours, self._theirs = socket.socketpair()
-        self.socket = self._ours.fileno()
+        self._client_end, self._server_end = socket.socketpair()
+        self.socket = self._client_end.fileno()
         self.status = ConnStatus.OK
         self.transaction_status = TransactionStatus.IDLE
         self.notice_handler = self.notify_handler = None
@@ -188,8 +192,8 @@ class FakePGconn:
 
     def finish(self) -> None:
         self.status, self.transaction_status = ConnStatus.BAD, TransactionStatus.UNKNOWN
-        self._ours.close()
-        self._theirs.close()
+        self._client_end.close()
+        self._server_end.close()
 
     def __del__(self) -> None:
         self.finish()
@@ -199,15 +203,15 @@ class FakePGconn:
     @property
     def is_open(self) -> bool:
         """Whether neither side has closed it."""
-        return self._ours.fileno() >= 0 and self._theirs.fileno() >= 0
+        return self._client_end.fileno() >= 0 and self._server_end.fileno() >= 0
 
     def hang_up(self) -> None:
         """Close the connection from the server's side."""
-        self._theirs.close()
+        self._server_end.close()
 
     def receive(self) -> None:
         """Receive a byte from the server."""
-        self._theirs.send(b"N")
+        self._server_end.send(b"N")
 
     def insist_on_open(self) -> None:
         """Raise libpq's error if the connection is lost."""
@@ -227,7 +231,7 @@ class FakePGconn:
     # Queries without psycopg's cursors, as in a ping
 
     def consume_input(self) -> None:
-        if not self._ours.recv(1):
+        if not self._client_end.recv(1):
             self.status = ConnStatus.BAD
             raise psycopg.OperationalError(LOST)
 
@@ -265,11 +269,11 @@ def _result(pgconn: FakePGconn, query: bytes) -> Any:
 class FakeCursor:
     """A cursor that returns the server's rows and ignores the row factory."""
 
-    def __init__(self, connection: Any, **how: Any) -> None:
+    def __init__(self, connection: Any, **kwargs: Any) -> None:
         self.connection = connection
         self._rows: list[tuple[Any, ...]] = []
 
-    def execute(self, query: Any, params: Sequence[Any] | None = None, **how: Any) -> Self:
+    def execute(self, query: Any, params: Sequence[Any] | None = None, **kwargs: Any) -> Self:
         pgconn = self.connection.pgconn
         self._rows = list(self.connection.server.answer(pgconn, query, params or ()))
         return self
@@ -311,7 +315,7 @@ class FakeConnection(psycopg.Connection[Any]):
         conn._autocommit = autocommit
         return conn
 
-    def wait(self, gen: Generator[Any, Any, Any], *how: Any, **more: Any) -> Any:
+    def wait(self, gen: Generator[Any, Any, Any], *args: Any, **kwargs: Any) -> Any:
         with closing(gen):
             self.pgconn.transaction_status = TransactionStatus.IDLE  # type: ignore[misc]
 

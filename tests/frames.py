@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 from urllib.parse import quote, quote_plus
 
-HERE = str(Path(__file__).parent)
+TESTS_FOLDER = str(Path(__file__).parent)
 
 
 def forms(secret: str) -> set[str]:
@@ -38,22 +38,24 @@ def shown(value: object, depth: int = 4) -> Iterator[str]:
 
 def of_frame(frame: FrameType) -> Iterator[str]:
     """What is shown of a frame, except frames of the tests."""
-    if not frame.f_code.co_filename.startswith(HERE):
+    if not frame.f_code.co_filename.startswith(TESTS_FOLDER):
         for name, value in list(frame.f_locals.items()):
-            where = f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}: {name} ="
-            yield from (f"{where} {text}" for text in shown(value))
+            location = (
+                f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}: {name} ="
+            )
+            yield from (f"{location} {text}" for text in shown(value))
 
 
 def of_error(error: BaseException | None) -> Iterator[str]:
     """Everything that is shown of an error and of the errors it is chained to."""
     seen: set[int] = set()
-    left = [error]
-    while left:
-        ex = left.pop()
+    pending = [error]
+    while pending:
+        ex = pending.pop()
         if ex is None or id(ex) in seen:
             continue
         seen.add(id(ex))
-        left += [ex.__cause__, ex.__context__]
+        pending += [ex.__cause__, ex.__context__]
         with suppress(Exception):
             yield f"{ex!r} {ex} {ex.args!r} {vars(ex)!r}"
         yield getattr(getattr(ex, "pgconn", None), "password", b"").decode()

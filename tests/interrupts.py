@@ -40,20 +40,20 @@ def _steps(code: CodeType) -> dict[int, tuple[str, int | None]]:
 
 class _Points:
     def __init__(self, fatal: int, call: Callable[[], object]) -> None:
-        self._left = fatal
+        self._remaining = fatal
         self._call = call
         # CPython 3.11 may call a trace function after it was removed.
-        self._kept: list[Any] = []
+        self._trace_functions: list[Any] = []
 
-    def meet(self) -> None:
-        self._left -= 1
-        if self._left == 0:
+    def reach(self) -> None:
+        self._remaining -= 1
+        if self._remaining == 0:
             sys.settrace(None)
             self._call()
 
     @property
-    def is_met(self) -> bool:
-        return self._left <= 0
+    def is_reached(self) -> bool:
+        return self._remaining <= 0
 
     def trace(self, frame: FrameType, event: str, arg: Any) -> Any:
         if not frame.f_code.co_filename.startswith(_FOLDERS):
@@ -70,12 +70,12 @@ class _Points:
                 is_point = called == handler or name in _BEFORE
                 called = handler if name in _CALLS else -1
                 if is_point:
-                    self.meet()
+                    self.reach()
             return step
 
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
-        self._kept.append(step)
-        self.meet()
+        self._trace_functions.append(step)
+        self.reach()
         return step
 
 
@@ -100,10 +100,10 @@ def interrupted(point: int, call: Callable[[], object] = interrupt) -> Iterator[
 def alarm(seconds: float, raising: type[BaseException]) -> Iterator[None]:
     """Raise in the main thread after that time, at whatever point it is."""
 
-    def ring(number: int, frame: object) -> None:
+    def on_alarm(number: int, frame: object) -> None:
         raise raising
 
-    previous = signal.signal(signal.SIGALRM, ring)
+    previous = signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -112,16 +112,16 @@ def alarm(seconds: float, raising: type[BaseException]) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def every_point(act: Callable[[], object]) -> Iterator[int]:
-    """Call *act* and interrupt it, at one point after the other, until it ends undisturbed.
+def every_point(action: Callable[[], object]) -> Iterator[int]:
+    """Call *action* and interrupt it, at one point after the other, until it ends undisturbed.
 
     Yields after each time.
     """
     point = 0
-    is_met = True
-    while is_met:
+    is_reached = True
+    while is_reached:
         point += 1
         with suppress(Interrupt), interrupted(point) as points:
-            act()
-        is_met = points.is_met
+            action()
+        is_reached = points.is_reached
         yield point

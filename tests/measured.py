@@ -24,13 +24,15 @@ _lock = threading.Lock()
 Results = dict[str, dict[str, Any]]
 
 
-def record(name: str, who: str, *, fixed: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+def record(
+    name: str, privilege: str, *, fixed: Mapping[str, Any], measured: Mapping[str, Any]
+) -> None:
     """Record what a role *with* pg_read_all_stats, or *without*, measured in a situation."""
     with _lock:
         results = read(LATEST)
-        results.setdefault(name, {}).update({**fixed, who: dict(measured)})
+        results.setdefault(name, {}).update({**fixed, privilege: dict(measured)})
         LATEST.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    sys.stdout.write(f"\n{name}, {who} pg_read_all_stats: {dict(measured)}\n")
+    sys.stdout.write(f"\n{name}, {privilege} pg_read_all_stats: {dict(measured)}\n")
 
 
 def read(path: Path) -> Results:
@@ -48,11 +50,11 @@ def tables(results: Results) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, row in troubles:
-        times = " | ".join(_seconds(row.get(who, {})) for who in ("with", "without"))
+        times = " | ".join(_seconds(row.get(privilege, {})) for privilege in ("with", "without"))
         lines.append(f"| {name} | {row['code']} | {row['due']:g} s | {times} | {_culprit(row)} |")
     lines += ["", "| Quiet, or merely busy | With pg_read_all_stats | Without |", "|---|---|---|"]
     for name, row in quiet:
-        seen = " | ".join(_worst(row.get(who, {})) for who in ("with", "without"))
+        seen = " | ".join(_worst(row.get(privilege, {})) for privilege in ("with", "without"))
         lines.append(f"| {name} | {seen} |")
     return "\n".join(lines) + "\n"
 
@@ -63,7 +65,11 @@ def _seconds(measured: Mapping[str, Any]) -> str:
 
 
 def _culprit(row: Mapping[str, Any]) -> str:
-    wrong = [each for who in ("with", "without") for each in row.get(who, {}).get("wrong", ())]
+    wrong = [
+        each
+        for privilege in ("with", "without")
+        for each in row.get(privilege, {}).get("wrong", ())
+    ]
     return "; ".join(wrong) or ("right: " + ", ".join(row["known"]) if row["known"] else "")
 
 

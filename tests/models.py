@@ -27,8 +27,8 @@ class State:
     def __init__(self, size: int, *, made: bool = True, is_locked: bool = True) -> None:
         self.tasks: queue.Queue[Any] = queue.Queue()
         self.held: set[int] = set()  # by id: each may be held only once
-        self.faults: list[str] = []
-        self.ended: list[str] = []
+        self.violations: list[str] = []
+        self.outcomes: list[str] = []
         self.pool: Any = Pool(
             connection_class=FakeConnection, kwargs={"host": "nowhere"}, min_size=0, max_size=size
         )
@@ -48,27 +48,27 @@ class State:
         while (job := self.tasks.get()) is not None:
             job(self.pool)
 
-    def take(self, timeout: float | None = None) -> Any:
+    def acquire(self, timeout: float | None = None) -> Any:
         conn = self.pool.getconn(timeout)
         if id(conn) in self.held:
-            self.faults.append("two have the same connection")
+            self.violations.append("two have the same connection")
         if conn.closed:
-            self.faults.append("a closed connection was handed out")
+            self.violations.append("a closed connection was handed out")
         self.held.add(id(conn))
         return conn
 
-    def give(self, conn: Any) -> None:
+    def release(self, conn: Any) -> None:
         self.held.discard(id(conn))
         self.pool.putconn(conn)
 
     def use(self) -> None:
-        self.give(self.take())
-        self.ended.append("served")
+        self.release(self.acquire())
+        self.outcomes.append("served")
 
     def is_whole(self, idle: int) -> bool:
         stats = self.pool.stats()
         sizes = (stats.active, stats.idle, stats.connecting, stats.waiting)
-        return not self.faults and sizes == (0, idle, 0, 0)
+        return not self.violations and sizes == (0, idle, 0, 0)
 
 
 Threads = list[Callable[[State], object]]
@@ -80,7 +80,7 @@ def checkout() -> Model:
     return (
         lambda is_locked: State(2, is_locked=is_locked),
         [State.use] * 3,
-        lambda state: len(state.ended) == 3 and state.is_whole(2),
+        lambda state: len(state.outcomes) == 3 and state.is_whole(2),
     )
 
 
@@ -94,24 +94,24 @@ def hand_over() -> Model:
     return (
         lambda is_locked: State(1, is_locked=is_locked),
         [use, use],
-        lambda state: len(state.ended) == 4 and state.is_whole(1),
+        lambda state: len(state.outcomes) == 4 and state.is_whole(1),
     )
 
 
 def time_out() -> Model:
     """One thread times out while another returns the connection."""
 
-    def give_up(state: State) -> None:
+    def time_out_or_release(state: State) -> None:
         try:
-            conn = state.take(timeout=0.0)
+            conn = state.acquire(timeout=0.0)
         except PoolError:
-            state.ended.append("refused")
+            state.outcomes.append("refused")
         else:
-            state.give(conn)
+            state.release(conn)
 
     return (
         lambda is_locked: State(1, is_locked=is_locked),
-        [State.use, give_up],
+        [State.use, time_out_or_release],
         lambda state: state.is_whole(1),
     )
 
@@ -123,14 +123,14 @@ def close() -> Model:
         try:
             state.use()
         except PoolClosed:
-            state.ended.append("refused")
+            state.outcomes.append("refused")
 
     def is_closed(state: State) -> bool:
         pool = state.pool
         nothing = (
             not pool._store.bag.idle and not pool._store.bag.to_close and not pool._store.waiting
         )
-        return nothing and not state.faults and len(state.ended) == 2
+        return nothing and not state.violations and len(state.outcomes) == 2
 
     return (
         lambda is_locked: State(1, is_locked=is_locked),
@@ -144,15 +144,15 @@ def growth() -> Model:
 
     def ask(state: State) -> None:
         try:
-            state.take(timeout=0.0)
+            state.acquire(timeout=0.0)
         except PoolError:
-            state.ended.append("refused")
+            state.outcomes.append("refused")
 
     def has_grown_once(state: State) -> bool:
         connecting = state.pool.stats().connecting
         state.tasks.put(None)
         state.work()
-        return len(state.ended) == 3 and connecting == 1 and state.is_whole(1)
+        return len(state.outcomes) == 3 and connecting == 1 and state.is_whole(1)
 
     return lambda is_locked: State(1, made=False, is_locked=is_locked), [ask] * 3, has_grown_once
 

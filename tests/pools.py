@@ -72,7 +72,7 @@ def lines(log: pytest.LogCaptureFixture, level: int) -> list[str]:
     return [r.message for r in log.records if r.levelno == level and r.name == "dbpool"]
 
 
-def give_up(pool: Pool[Any], number: int, timeout: float = 0.05) -> None:
+def time_out_callers(pool: Pool[Any], number: int, timeout: float = 0.05) -> None:
     """Let that many threads wait for a connection; most of them time out."""
 
     def call() -> None:
@@ -84,7 +84,7 @@ def give_up(pool: Pool[Any], number: int, timeout: float = 0.05) -> None:
             threads.submit(call)
 
 
-def exhaustion(pool: Pool[Any]) -> str:
+def exhaustion_message(pool: Pool[Any]) -> str:
     """Check out from an exhausted pool; return the text of its error."""
     with pytest.raises(PoolExhausted) as caught:
         pool.getconn()
@@ -101,7 +101,7 @@ def assert_adds_up(pool: Pool) -> None:
         idle = {conn._record for conn in pool._store.bag.idle}
         assert len(idle) == stats.idle
         assert idle <= pool._store.bag.records
-        assert not any(slot.since for slot in idle)
+        assert not any(record.since for record in idle)
 
 
 def assert_whole(pool: Pool) -> None:
@@ -109,7 +109,7 @@ def assert_whole(pool: Pool) -> None:
     if pool.closed:
         return
     until(lambda: pool.stats().active == 0 and pool.stats().waiting == 0, 20.0)
-    assert not any(slot.since for slot in pool._store.bag.records)
+    assert not any(record.since for record in pool._store.bag.records)
     assert_adds_up(pool)
 
 
@@ -134,23 +134,23 @@ def terminate(server: Server, pids: list[int]) -> None:
     """Call pg_terminate_backend, and wait until these backends have gone."""
     for pid in pids:
         server.execute("select pg_terminate_backend(%s)", pid)
-    await_gone(server, pids)
+    await_exit(server, pids)
 
 
-def await_gone(server: Server, pids: list[int]) -> None:
+def await_exit(server: Server, pids: list[int]) -> None:
     """Wait until these backends have gone."""
 
-    def gone() -> bool:
+    def have_exited() -> bool:
         with suppress(psycopg.OperationalError):  # after a kill the server is recovering
             return not set(pids) & set(server.backends())
         return False
 
-    until(gone, 20.0)
+    until(have_exited, 20.0)
 
 
-def await_farewells(pool: Pool) -> None:
+def await_server_messages(pool: Pool) -> None:
     """Wait until a message from the server has arrived on all idle connections, also by a proxy."""
-    fds = [slot.fd for slot in list(pool._store.bag.records)]
+    fds = [record.fd for record in list(pool._store.bag.records)]
     until(lambda: len(select.select(fds, [], [], 0)[0]) == len(fds))
 
 

@@ -57,7 +57,7 @@ _SETTINGS: dict[str, object] = {
 _STOPPED = {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP}
 _MODES = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 _MEMORY = Path("/dev/shm")
-_ROOM = 512 * 2**20  # bytes; a container's default of 64 MB is too little
+_MIN_FREE_BYTES = 512 * 2**20  # bytes; a container's default of 64 MB is too little
 
 
 def binaries() -> Path:
@@ -68,8 +68,8 @@ def binaries() -> Path:
 def memory() -> Path:
     """Return a folder for temporary files, in memory if there is room."""
     with suppress(OSError):
-        room = os.statvfs(_MEMORY)
-        if os.access(_MEMORY, os.W_OK) and room.f_bavail * room.f_frsize >= _ROOM:
+        stats = os.statvfs(_MEMORY)
+        if os.access(_MEMORY, os.W_OK) and stats.f_bavail * stats.f_frsize >= _MIN_FREE_BYTES:
             return _MEMORY
     return Path("/tmp")
 
@@ -136,8 +136,13 @@ class Server(Cluster):
 
     def conninfo_for(self, **params: Any) -> str:
         """The connection string with *params* instead of the superuser's."""
-        where = {"host": "127.0.0.1", "port": self.port, "user": "postgres", "dbname": "postgres"}
-        return make_conninfo("", **{**where, **params})
+        defaults = {
+            "host": "127.0.0.1",
+            "port": self.port,
+            "user": "postgres",
+            "dbname": "postgres",
+        }
+        return make_conninfo("", **{**defaults, **params})
 
     @property
     def version(self) -> int:
@@ -181,7 +186,7 @@ class Server(Cluster):
         self.end(((signal.SIGKILL, 30.0),))
         until(lambda: not any(map(_runs, children)), 30.0)
 
-    def lose_power(self) -> None:
+    def power_off(self) -> None:
         """SIGKILL all its processes at once."""
         kill_tree(self.postmaster_pid)
         until(lambda: not self.is_running(), 30.0)

@@ -35,7 +35,7 @@ class Cut(Enum):
     """When a connection is cut, relative to a message of the client."""
 
     BEFORE = "it never reaches the server"
-    DURING = "the server does it, the client never hears of it"
+    DURING = "the server processes it, the client gets no answer"
     AFTER = "once the client has its answer"
 
 
@@ -50,7 +50,7 @@ class Proxy:
         self.target = port
         self.mode = Mode.PASS
         self.delay = 0.0  # seconds before each chunk is passed on
-        self.hides_ends = False  # whether clients do not see that the server closed
+        self.hides_close = False  # whether clients do not see that the server closed
         self.accepted = 0
         self.translate: Callable[[bytes], bytes] | None = None  # changes what the server sends
         self._tls = tls
@@ -94,10 +94,10 @@ class Proxy:
         """End all connections, by FIN or by RST."""
         self._call(self._drop(reset))
 
-    def go_dark(self) -> None:
+    def go_silent(self) -> None:
         """From now on discard what either side sends on existing connections."""
         for link in list(self._links):
-            link.dark = True
+            link.silent = True
 
     def cut(self, pattern: bytes, when: Cut, *, messages: int = 0) -> None:
         """Cut a connection at the client's next message that contains *pattern*.
@@ -120,7 +120,7 @@ class Proxy:
         """End all connections and the thread."""
         self._call(self._refuse())
         self._call(self._drop(False))
-        self._call(self._settle())
+        self._call(self._await_tasks())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
@@ -159,7 +159,7 @@ class Proxy:
         for link in list(self._links):
             link.end(reset)
 
-    async def _settle(self) -> None:
+    async def _await_tasks(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -185,7 +185,7 @@ class _Link:
     def __init__(
         self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self.dark = False
+        self.silent = False
         self._proxy = proxy
         self._reader = reader
         self._writer = writer
@@ -214,9 +214,9 @@ class _Link:
         elif mode is Mode.CLOSE:
             await self._reader.read(1)
         else:
-            await self._pass()
+            await self._forward()
 
-    async def _pass(self) -> None:
+    async def _forward(self) -> None:
         if self._proxy._tls is not None:
             request = await self._reader.readexactly(len(_SSL_REQUEST))
             assert request == _SSL_REQUEST
@@ -249,7 +249,7 @@ class _Link:
         transform: Callable[[bytes], bytes],
     ) -> None:
         while chunk := await reader.read(65536):
-            if self.dark:
+            if self.silent:
                 continue
             if self._proxy.delay:
                 await asyncio.sleep(self._proxy.delay)
@@ -260,8 +260,8 @@ class _Link:
                 break
             if self._armed is Cut.AFTER and transform == self._from_server:
                 break
-        hidden = self._proxy.hides_ends and transform == self._from_server
-        if self.dark or hidden:  # one side has closed, and the other must not see it
+        hidden = self._proxy.hides_close and transform == self._from_server
+        if self.silent or hidden:  # one side has closed, and the other must not see it
             await self._ended.wait()
 
     def _from_client(self, chunk: bytes) -> bytes:

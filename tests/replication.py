@@ -89,7 +89,7 @@ class Findings:
     """Violations: numbers lost, present twice, or present although their writer got a failure."""
 
     lost: list[int]
-    doubled: list[int]
+    duplicated: list[int]
     unexpected: list[int]
 
 
@@ -97,7 +97,7 @@ def check(outcomes: Mapping[int, Outcome], rows: Counter[int]) -> Findings:
     """Compare the outcomes that writers saw with the rows in the table."""
     return Findings(
         lost=[n for n, outcome in outcomes.items() if outcome == "acknowledged" and not rows[n]],
-        doubled=[n for n, times in rows.items() if times > 1],
+        duplicated=[n for n, times in rows.items() if times > 1],
         unexpected=[n for n in rows if outcomes.get(n, "failed") == "failed"],
     )
 
@@ -119,13 +119,13 @@ class Appends:
         try:
             self._pool.run(self._call, number, **self._options)
         except CommitUncertain as ex:
-            self._note(number, "uncertain", ex)
+            self._record(number, "uncertain", ex)
         except psycopg.OperationalError as ex:
-            self._note(number, "failed", ex)
+            self._record(number, "failed", ex)
         else:
-            self._note(number, "acknowledged")
+            self._record(number, "acknowledged")
 
-    def _note(self, number: int, outcome: Outcome, error: BaseException | None = None) -> None:
+    def _record(self, number: int, outcome: Outcome, error: BaseException | None = None) -> None:
         with self._lock:
             self.history.outcomes[number] = outcome
             if error is None:

@@ -46,9 +46,9 @@ def python(
 
 def environ() -> dict[str, str]:
     """The environment for a process that imports the same packages."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return kept | {"PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": _WARNINGS}
+    return inherited | {"PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": _WARNINGS}
 
 
 def run_script(script: Path, *arguments: str, seconds: float = 60.0) -> str:
@@ -64,12 +64,12 @@ def run_script(script: Path, *arguments: str, seconds: float = 60.0) -> str:
         timeout=seconds,
         check=False,
     )
-    ended = time.monotonic()
+    exited_at = time.monotonic()
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert "Traceback" not in output, output
-    ends = [line for line in done.stdout.splitlines() if line.startswith("END ")]
-    assert ends, output
-    taken = ended - float(ends[-1].split()[1])
+    end_lines = [line for line in done.stdout.splitlines() if line.startswith("END ")]
+    assert end_lines, output
+    taken = exited_at - float(end_lines[-1].split()[1])
     assert taken < EXIT_SECONDS, f"the process exited after {taken:.1f} s: {output}"
     return output

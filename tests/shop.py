@@ -248,7 +248,7 @@ class Shop:
         **environ: str,
     ) -> None:
         self.server = server
-        self.who = directory.name
+        self.privilege = directory.name
         self.stack = ExitStack()
         self.extra = extra  # stands between the shop and its server, and is closed with it
         if extra is not None:
@@ -265,7 +265,7 @@ class Shop:
         conf = f"loglevel = 'warning'\n{conf_of(worker_class, workers)}\n{more}"
         options: dict[str, Any] = chosen
         self.site = Site(directory, role, more=conf, app=APP, max_requests=max_requests, **options)
-        self._calm = threading.Event()
+        self._stopped = threading.Event()
         self._clients: list[threading.Thread] = []
         until(lambda: len(self.workers()) == workers and self.first() == "DB00", 60, pause=0.1)
 
@@ -274,16 +274,19 @@ class Shop:
             self.site.get(path)
 
     def begin(self) -> None:
-        """Say that the trouble begins now."""
+        """Record that the trouble begins now."""
         self.began = time.monotonic()
 
     def load(self, path: str, clients: int, pause: float = 0.0) -> Callable[[], None]:
-        """Have clients ask for a path again and again; the trouble begins now. Returns an end."""
+        """Start clients that request *path* repeatedly; the trouble begins now.
+
+        Returns a function that stops them.
+        """
         self.begin()
         stop = threading.Event()
 
         def ask() -> None:
-            while not self._calm.is_set() and not stop.wait(pause):
+            while not self._stopped.is_set() and not stop.wait(pause):
                 self.get(path)
 
         for _ in range(clients):
@@ -292,7 +295,7 @@ class Shop:
         return stop.set
 
     def stats(self) -> dict[str, Any]:
-        """Return what the door says; nothing if it does not answer."""
+        """Return the door's `/stats`; an empty dict if it does not answer."""
         with suppress(OSError, ValueError):
             address = f"http://127.0.0.1:{self.door}/stats"
             with urllib.request.urlopen(address, timeout=2) as answer:
@@ -300,7 +303,7 @@ class Shop:
         return {}
 
     def findings(self) -> list[dict[str, Any]]:
-        """Return what the door says is wrong."""
+        """Return the findings that the door reports."""
         return list(self.stats().get("findings", []))
 
     def first(self) -> str:
@@ -315,15 +318,15 @@ class Shop:
         master = psutil.Process(self.site.process.pid)
         return [master, *master.children(recursive=True)]
 
-    def calm(self) -> None:
+    def stop_load(self) -> None:
         """End the load."""
-        self._calm.set()
+        self._stopped.set()
         for client in self._clients:
             client.join(60)
 
     def close(self) -> None:
-        """End all that is left."""
-        self._calm.set()
+        """Stop the load and all processes."""
+        self._stopped.set()
         self.server.thaw()
         with suppress(psutil.NoSuchProcess):
             for process in self.processes():
@@ -334,7 +337,7 @@ class Shop:
         self.stack.close()
         self.site.process.wait(30)
         self.site.kill()
-        self.calm()
+        self.stop_load()
 
 
 def open_both(
@@ -347,18 +350,18 @@ def open_both(
     """Open two shops: of a role with pg_read_all_stats, and of one without."""
     servers = [make_server(**server) for _ in range(2)]
 
-    def opened(server: Server, who: str) -> Shop:
-        stocked(server, may_see=who == "with")
+    def opened(server: Server, privilege: str) -> Shop:
+        create_schema(server, may_see=privilege == "with")
         more = prepare(server) if prepare else {}
-        return Shop(directory / who, server, **{**options, **more})
+        return Shop(directory / privilege, server, **{**options, **more})
 
     directory.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(2) as two:
-        return list(two.map(opened, servers, ("with", "without")))
+    with ThreadPoolExecutor(2) as executor:
+        return list(executor.map(opened, servers, ("with", "without")))
 
 
-def stocked(server: Server, *, may_see: bool) -> Server:
-    """Make the shop's table and its role, which may see what other roles do, or not."""
+def create_schema(server: Server, *, may_see: bool) -> Server:
+    """Create the shop's table and role; with *may_see* the role sees what other roles do."""
     server.execute("create table stock (id int primary key, n int)")
     server.execute("insert into stock select n, 0 from generate_series(1, 10) n")
     server.execute(f"create role shop login password '{PASSWORD}'")

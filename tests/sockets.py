@@ -67,10 +67,10 @@ class Relay:
                 self._locks |= {client: threading.Lock(), server: threading.Lock()}
                 self.clients.append(client)
                 self._servers.append(server)
-                self.start(self._pass, client, server)
-                self.start(self._pass, server, client)
+                self.start(self._forward, client, server)
+                self.start(self._forward, server, client)
 
-    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
                 self.send(target, data)

@@ -26,8 +26,8 @@ class Subject:
 
     connect: Callable[..., psycopg.Connection[Any]]
     kill: Callable[[int], object]
-    fall_silent: Callable[[list[int]], object]
-    speak_again: Callable[[], object]
+    go_silent: Callable[[list[int]], object]
+    answer_again: Callable[[], object]
     stop: Callable[[], object]
     fill: Callable[[], object]
 
@@ -38,10 +38,10 @@ def of_fake(fake: FakeServer, made: ExitStack) -> Subject:
             closing(fake.connection_class.connect(**params))
         ),
         kill=fake.kill,
-        fall_silent=lambda pids: fake.fall_silent(),
-        speak_again=fake.accept,
+        go_silent=lambda pids: fake.go_silent(),
+        answer_again=fake.accept,
         stop=fake.stop,
-        fill=lambda: setattr(fake, "room", 0),
+        fill=lambda: setattr(fake, "max_connections", 0),
     )
 
 
@@ -59,8 +59,8 @@ def of_postgres(server: Server, made: ExitStack) -> Subject:
     return Subject(
         connect=connect,
         kill=lambda pid: server.execute("select pg_terminate_backend(%s)", pid),
-        fall_silent=lambda pids: server.freeze([server.postmaster_pid, *pids]),
-        speak_again=server.thaw,
+        go_silent=lambda pids: server.freeze([server.postmaster_pid, *pids]),
+        answer_again=server.thaw,
         stop=server.stop,
         fill=fill,
     )
@@ -112,14 +112,14 @@ def test_a_statement_that_is_sent_to_an_ended_backend_fails(subject: Subject) ->
 
 def test_a_silent_connection_is_not_closed(subject: Subject) -> None:
     conn = subject.connect()
-    subject.fall_silent([conn.info.backend_pid])
+    subject.go_silent([conn.info.backend_pid])
     assert seen(conn) is Liveness.ALIVE
     with pytest.raises(PingTimeout):
         ping(conn, 0.05)
     with pytest.raises(psycopg.OperationalError) as caught:
         subject.connect(connect_timeout=2)
     assert classify(caught.value) == "timeout"
-    subject.speak_again()
+    subject.answer_again()
 
 
 def test_a_stopped_server_refuses_connections(subject: Subject) -> None:

@@ -120,7 +120,7 @@ def frozen(fake: FakeServer) -> Iterator[Databases]:
         for pool in databases.values():
             pool.fetch_value("select 1")
             pool.breaker.last_alive_at -= 60.0  # no healthy return in the last minute
-        fake.fall_silent()
+        fake.go_silent()
         try:
             yield databases
         finally:

@@ -16,5 +16,5 @@ def test_the_tables_in_bench_are_those_of_the_last_kept_run() -> None:
 
 def test_no_kept_result_is_a_wrong_one() -> None:
     for name, row in read(KEPT).items():
-        for who in ("with", "without"):
-            assert row[who]["wrong"] == [], name
+        for privilege in ("with", "without"):
+            assert row[privilege]["wrong"] == [], name

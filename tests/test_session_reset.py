@@ -353,7 +353,7 @@ def test_a_session_that_cannot_be_reset_in_time_is_replaced(conninfo: str, proxy
         conn = pool.getconn()
         conn.execute("set timezone = 'Asia/Tokyo'")
         conn.commit()
-        proxy.go_dark()
+        proxy.go_silent()
         pool.putconn(conn)
         assert conn.closed
         assert state(pool)[5] != "Asia/Tokyo"

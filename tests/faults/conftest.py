@@ -19,7 +19,7 @@ def make_pool(make_pool: MakePool, own_server: Server) -> MakePool:
     """Make pools on the private server, or on the server that the test names."""
 
     def make(conninfo: Any = None, *, server: Server = own_server, **options: Any) -> Pool[Any]:
-        how: dict[str, Any] = {"name": "faults", **_DEFAULTS, **options}
-        return make_pool(server if conninfo is None else conninfo, server=server, **how)
+        merged: dict[str, Any] = {"name": "faults", **_DEFAULTS, **options}
+        return make_pool(server if conninfo is None else conninfo, server=server, **merged)
 
     return make

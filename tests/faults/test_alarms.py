@@ -22,25 +22,25 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*was deleted while still open:ResourceWarning",
 )
 
-Act = Callable[[Pool], object]
+Action = Callable[[Pool], object]
 
 
 class Alarm(Exception):  # like Celery's soft time limit, `except Exception` catches it
     pass
 
 
-rung: list[int] = []
+fired: list[int] = []
 
 
 @contextmanager
 def alarms() -> Iterator[Callable[[float], object]]:
     """A function that raises `Alarm` in this thread after the given number of seconds."""
 
-    def ring(number: int, frame: object) -> None:
-        rung.append(number)
+    def on_alarm(number: int, frame: object) -> None:
+        fired.append(number)
         raise Alarm
 
-    previous = signal.signal(signal.SIGALRM, ring)
+    previous = signal.signal(signal.SIGALRM, on_alarm)
     try:
         yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
     finally:
@@ -71,7 +71,7 @@ def single(pool: Pool) -> None:
     pool.fetch_all("select n from kept limit %s", [1])
 
 
-def door(pool: Pool) -> None:
+def get_and_put(pool: Pool) -> None:
     conn = pool.getconn()
     try:
         conn.execute("select 1")
@@ -79,26 +79,26 @@ def door(pool: Pool) -> None:
         pool.putconn(conn)
 
 
-ACTS: list[Act] = [block, transaction, pipeline, single, door]
+ACTIONS: list[Action] = [block, transaction, pipeline, single, get_and_put]
 
 
 def _interrupt(pool: Pool, wanted: int, seconds: float) -> int:
     """Interrupt calls of all kinds; return how many were interrupted."""
     rng, interrupted = random.Random(7), 0
     deadline = time.monotonic() + seconds
-    with alarms() as ring:
+    with alarms() as set_alarm:
         while interrupted < wanted and time.monotonic() < deadline:
-            act = rng.choice(ACTS)
-            rung.clear()
+            action = rng.choice(ACTIONS)
+            fired.clear()
             try:
                 try:
-                    ring(rng.uniform(1e-5, 1.5e-3))
-                    while not rung:  # it may have been swallowed
-                        act(pool)
+                    set_alarm(rng.uniform(1e-5, 1.5e-3))
+                    while not fired:  # it may have been swallowed
+                        action(pool)
                 finally:
-                    ring(0)
+                    set_alarm(0)
             except (Alarm, psycopg.Error):  # psycopg may have raised its own error instead
-                assert rung, "a call failed without an alarm"
+                assert fired, "a call failed without an alarm"
                 interrupted += 1
     return interrupted
 
@@ -109,8 +109,8 @@ def _survives(dsn: str, wanted: int, seconds: float) -> int:
         interrupted = _interrupt(pool, wanted, seconds)
         until(lambda: pool.stats().active == 0, 2.0)
         assert_serves_all(pool)
-        for act in ACTS * 5:  # later calls succeed
-            act(pool)
+        for action in ACTIONS * 5:  # later calls succeed
+            action(pool)
         stats = pool.stats()
         assert stats.active + stats.idle + stats.connecting == stats.size <= 3
     return interrupted

@@ -18,8 +18,8 @@ from tests.pools import (
     GRACE,
     SLACK,
     assert_serves_all,
-    await_farewells,
-    await_gone,
+    await_exit,
+    await_server_messages,
     await_up,
     fill,
     terminate,
@@ -40,7 +40,7 @@ def test_callers_wait_while_the_server_recovers_from_a_killed_backend(
     pool = make_pool(min_size=4, max_size=4)
     pids = fill(pool)
     os.kill(pids[0], signal.SIGKILL)  # the postmaster ends all other backends and recovers
-    await_gone(own_server, pids)
+    await_exit(own_server, pids)
     assert pool.fetch_value(PID) not in pids
     assert_serves_all(pool)
 
@@ -55,7 +55,7 @@ def test_a_backend_killed_in_a_query_fails_only_its_caller(
     (busy,) = [pid for pid, query in _queries(own_server, pids) if "pg_sleep" in query]
     os.kill(busy, signal.SIGKILL)
     assert isinstance(caller.error(), psycopg.OperationalError)
-    await_gone(own_server, pids)
+    await_exit(own_server, pids)
     assert pool.fetch_value(PID) not in pids
     assert pool.stats().counters.discarded["broken"] == 1
     assert_serves_all(pool)
@@ -147,7 +147,7 @@ def test_a_connection_terminated_while_held_is_not_handed_to_a_waiter(
     waiter = Task(pool.fetch_value, PID)
     until(lambda: pool.stats().waiting)
     terminate(own_server, [pid])
-    await_farewells(pool)
+    await_server_messages(pool)
     time.sleep(_MAX_UNCHECKED_USE)  # after a shorter use it would be handed over unchecked
     pool.putconn(conn)
     assert waiter.result() != pid

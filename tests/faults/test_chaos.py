@@ -23,23 +23,23 @@ from tests.threads import Load, Task
 class Faults:
     """Faults of the server and its network. Each method repairs both before it returns."""
 
-    def __init__(self, server: Server, proxy: Proxy, pool: Pool[Any], chance: random.Random):
-        self._server, self._proxy, self._pool, self._chance = server, proxy, pool, chance
+    def __init__(self, server: Server, proxy: Proxy, pool: Pool[Any], rng: random.Random):
+        self._server, self._proxy, self._pool, self._random = server, proxy, pool, rng
 
-    def strike(self) -> None:
+    def cause_one(self) -> None:
         """Cause one fault, chosen at random."""
-        names = [name for name in vars(Faults) if not name.startswith("_") and name != "strike"]
-        getattr(self, self._chance.choice(names))()
+        names = [name for name in vars(Faults) if not name.startswith("_") and name != "cause_one"]
+        getattr(self, self._random.choice(names))()
 
-    def _linger(self) -> None:
+    def _wait(self) -> None:
         """Let the fault last for a few calls, or longer than the grace."""
-        seconds = self._chance.choice([0.0, 0.1, 0.6])
+        seconds = self._random.choice([0.0, 0.1, 0.6])
         end = time.monotonic() + seconds
         until(lambda: time.monotonic() >= end)
 
     def restart(self) -> None:
-        self._server.stop(self._chance.choice(["fast", "immediate"]))
-        self._linger()
+        self._server.stop(self._random.choice(["fast", "immediate"]))
+        self._wait()
         self._server.start()
 
     def terminate(self) -> None:
@@ -51,36 +51,36 @@ class Faults:
     def freeze(self) -> None:
         pids = self._server.backends(f"dbpool:{self._pool.name}")
         with suppress(ProcessLookupError):
-            self._server.freeze(self._chance.sample(pids, len(pids) // 2))
-        if self._chance.random() < 0.5:
+            self._server.freeze(self._random.sample(pids, len(pids) // 2))
+        if self._random.random() < 0.5:
             self._server.freeze([self._server.postmaster_pid])
-        self._linger()
+        self._wait()
         self._server.thaw()
 
     def drop(self) -> None:
-        self._proxy.drop(reset=self._chance.random() < 0.5)
+        self._proxy.drop(reset=self._random.random() < 0.5)
 
     def refuse(self) -> None:
         self._proxy.refuse()
         self._proxy.drop()
-        self._linger()
+        self._wait()
         self._proxy.listen()
 
-    def spoil_connects(self) -> None:
-        self._proxy.mode = self._chance.choice([Mode.RESET, Mode.CLOSE, Mode.SILENT])
-        if self._chance.random() < 0.5:
+    def break_connects(self) -> None:
+        self._proxy.mode = self._random.choice([Mode.RESET, Mode.CLOSE, Mode.SILENT])
+        if self._random.random() < 0.5:
             self._proxy.drop()
-        self._linger()
+        self._wait()
         self._proxy.mode = Mode.PASS
         self._proxy.drop()
 
-    def go_dark(self) -> None:
-        self._proxy.go_dark()
-        self._linger()
+    def go_silent(self) -> None:
+        self._proxy.go_silent()
+        self._wait()
         self._proxy.drop()
 
     def resize(self) -> None:
-        self._pool.resize(self._chance.randint(0, 3), 6)
+        self._pool.resize(self._random.randint(0, 3), 6)
 
     def drain(self) -> None:
         self._pool.drain()
@@ -95,15 +95,15 @@ class Calls:
     def __init__(self, pool: Pool[Any]) -> None:
         self.pool = pool
         self.inserted: list[str] = []
-        self._turn = 0
+        self._count = 0
 
     def __call__(self) -> None:
-        self._turn += 1
-        if self._turn % 100 == 0:
+        self._count += 1
+        if self._count % 100 == 0:
             self.forget()
         calls = [self.fetch, self.transact, self.insert, self.give_up, self.abort]
         try:
-            calls[self._turn % len(calls)]()
+            calls[self._count % len(calls)]()
         except DatabaseUnavailable:
             time.sleep(0.001)
             raise
@@ -151,27 +151,27 @@ def test_numbers_stay_consistent_under_random_faults(
     pool.execute("create table t (id text primary key)")
     faults = Faults(own_server, proxy, pool, random.Random(seed))
     calls = Calls(pool)
-    over = threading.Event()
+    done = threading.Event()
 
-    def watch() -> None:
-        while not over.is_set():
+    def check_sums() -> None:
+        while not done.is_set():
             assert_adds_up(pool)
             time.sleep(0.001)
 
-    watcher = Task(watch)
+    watcher = Task(check_sums)
     load = Load(calls, threads=8)
     try:
         for _ in range(25):
-            faults.strike()
+            faults.cause_one()
             await_server(own_server)
             load.await_calls(20)
     finally:
         load.stop()
-        over.set()
+        done.set()
     watcher.result()
     unexpected = [e for e in load.errors if not isinstance(e, (psycopg.OperationalError,))]
     assert unexpected == []
-    kept = {key for (key,) in own_server.execute("select id from t")}
-    assert kept >= set(calls.inserted)
+    rows = {key for (key,) in own_server.execute("select id from t")}
+    assert rows >= set(calls.inserted)
     until(lambda: not pool.breaker.is_open)
     assert_serves_all(pool)

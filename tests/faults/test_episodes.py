@@ -17,31 +17,39 @@ import psycopg
 import pytest
 
 from dbpool import Pool
-from tests.pools import GRACE, MakePool, exhaustion, fill, give_up, lines, terminate
+from tests.pools import (
+    GRACE,
+    MakePool,
+    exhaustion_message,
+    fill,
+    lines,
+    terminate,
+    time_out_callers,
+)
 from tests.postgres import Server, until
 from tests.sockets import Relay
 from tests.threads import Task
 
-from .test_saturation import ROOM, Crowd, crowd, small  # noqa: F401  # fixtures
+from .test_saturation import MAX_CLIENTS, Clients, clients, small  # noqa: F401  # fixtures
 
 
 def test_a_full_server_logs_one_warning_with_numbers(
     small: Server,  # noqa: F811
-    crowd: Crowd,  # noqa: F811
+    clients: Clients,  # noqa: F811
     make_pool: MakePool,
     log: pytest.LogCaptureFixture,
 ) -> None:
     pool = make_pool(small.conninfo_for(user="app"), server=small, min_size=1, max_size=4)
     fill(pool)
-    crowd.take(ROOM - 1)
+    clients.connect(MAX_CLIENTS - 1)
     with pool.connection():
-        caller = Task(give_up, pool, 1, 30.0)
+        caller = Task(time_out_callers, pool, 1, 30.0)
         until(lambda: pool.stats().counters.connect_failures >= 4)
         (warning,) = lines(log, logging.WARNING)
     caller.result(20)
     assert "no new connection (saturated)" in warning
     assert "1 of at most 4 exist, 1 waiting" in warning
-    crowd.leave()
+    clients.disconnect()
     until(lambda: not pool.breaker.is_failing)
 
 
@@ -52,7 +60,7 @@ def test_a_changed_password_is_logged_while_old_connections_serve(
     pool = make_pool(own_server.conninfo_for(user="app", password="right"), max_size=2)
     with pool.connection() as conn:
         own_server.execute("alter role app password 'new'")
-        caller = Task(give_up, pool, 1, 1.5)
+        caller = Task(time_out_callers, pool, 1, 1.5)
         until(lambda: lines(log, logging.WARNING))
         assert conn.execute("select 1").fetchone() == (1,)
         own_server.execute("alter role app password 'right'")
@@ -97,7 +105,7 @@ def detach_filter(receiver: socket.socket) -> None:
         receiver.setsockopt(socket.SOL_SOCKET, 27, 0)
 
 
-class Silencing(Relay):
+class SilentRelay(Relay):
     """Passes bytes on until its network goes silent."""
 
     def go_silent(self) -> None:
@@ -112,26 +120,26 @@ class Silencing(Relay):
 
 
 @pytest.fixture
-def relay(server: Server) -> Iterator[Silencing]:
-    relay = Silencing(server.port)
+def relay(server: Server) -> Iterator[SilentRelay]:
+    relay = SilentRelay(server.port)
     yield relay
     relay.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has TCP_INFO")
 def test_exhaustion_names_a_silent_network_if_tcp_reports_one(
-    server: Server, relay: Silencing
+    server: Server, relay: SilentRelay
 ) -> None:
     conninfo = server.conninfo_for(port=relay.port)
     # The relay takes one connection. With these options the pool needs no second one.
-    how: Any = {"statement_timeout": "server", "idle_in_transaction_timeout": "server"}
-    with Pool(conninfo, max_size=1, timeout=1.0, **how) as pool:
+    options: Any = {"statement_timeout": "server", "idle_in_transaction_timeout": "server"}
+    with Pool(conninfo, max_size=1, timeout=1.0, **options) as pool:
         conn = pool.getconn()
         relay.go_silent()
         holder = Task(conn.execute, "select 1")
         until(lambda: conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.ACTIVE)
         with ThreadPoolExecutor(1) as threads:
-            text = threads.submit(exhaustion, pool).result()
+            text = threads.submit(exhaustion_message, pool).result()
         relay.close()
         assert isinstance(holder.error(10), psycopg.Error)
         pool.putconn(conn)
@@ -140,7 +148,7 @@ def test_exhaustion_names_a_silent_network_if_tcp_reports_one(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has TCP_INFO")
 def test_an_outage_that_begins_as_a_silent_network_has_its_full_duration(
-    server: Server, relay: Silencing, log: pytest.LogCaptureFixture
+    server: Server, relay: SilentRelay, log: pytest.LogCaptureFixture
 ) -> None:
     conninfo = server.conninfo_for(port=relay.port)
     with Pool(conninfo, max_size=1, timeout=1.0, outage_grace=GRACE) as pool:
@@ -150,14 +158,14 @@ def test_an_outage_that_begins_as_a_silent_network_has_its_full_duration(
         holder = Task(conn.execute, "select 1")
         until(lambda: conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.ACTIVE)
         with ThreadPoolExecutor(1) as threads:
-            threads.submit(exhaustion, pool).result()
+            threads.submit(exhaustion_message, pool).result()
         relay.close()
         assert isinstance(holder.error(10), psycopg.Error)
         pool.putconn(conn)
         until(lambda: pool.state == "down")
-        back = Silencing(server.port, relay.port)
+        second_relay = SilentRelay(server.port, relay.port)
         until(lambda: "is back after" in log.text)
         seconds = float(log.text.partition("is back after ")[2].split()[0])
         pool.close()
-        back.close()
+        second_relay.close()
     assert 1.0 < seconds <= time.monotonic() - began + 0.1, "the figure is rounded"

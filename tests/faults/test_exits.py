@@ -146,7 +146,7 @@ def test_ends_in_time_with_a_silent_network(proxy: Proxy, script: Path) -> None:
     with process:
         assert process.stdout is not None
         assert process.stdout.readline() == "FULL\n"
-        proxy.go_dark()
+        proxy.go_silent()
         began = time.monotonic()
         process.communicate("\n", timeout=10)
     assert process.returncode == 0

@@ -75,7 +75,7 @@ def test_writes_go_on_within_a_second_of_the_promotion(
     appends = Appends(pool, call=append, idempotent=True, timeout=30)
     appends.await_more()
     failures = pool.stats().counters.connect_failures
-    primary.lose_power()
+    primary.power_off()
     until(lambda: pool.stats().counters.connect_failures >= failures + attempts, 20.0)
     standby.promote()
     promoted = time.monotonic()
@@ -100,7 +100,7 @@ def test_a_host_whose_packets_are_dropped_costs_one_connect_timeout(
         appends.await_more()
         proxy.mode = Mode.SILENT
         proxy.drop()
-        primary.lose_power()
+        primary.power_off()
         standby.promote()
         promoted = time.monotonic()
         appends.await_more()
@@ -147,7 +147,7 @@ def test_commits_in_flight_at_a_failover_are_uncertain(
         standby.freeze([receiver])
     waiting = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'"
     until(lambda: primary.execute(waiting) == [(4,)], 20.0)
-    primary.lose_power()
+    primary.power_off()
     if not reached:
         os.kill(receiver, signal.SIGTERM)  # it stops reading from its socket
     standby.thaw()
@@ -221,6 +221,6 @@ def test_the_history_finds_every_wrong_outcome(outcomes: Any, present: list[int]
     assert (found.lost == []) == all(
         n in present for n, outcome in outcomes.items() if outcome == "acknowledged"
     )
-    assert (found.doubled == []) == (len(present) == len(set(present)))
+    assert (found.duplicated == []) == (len(present) == len(set(present)))
     reported = {n for n, outcome in outcomes.items() if outcome != "failed"}
     assert (found.unexpected == []) == (set(present) <= reported)

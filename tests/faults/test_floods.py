@@ -25,12 +25,12 @@ def notice(text: bytes) -> bytes:
     return b"N" + (len(fields) + 4).to_bytes(4, "big") + fields
 
 
-class Flooding(Relay):
+class FloodingRelay(Relay):
     """Sends its clients notices without end."""
 
     def __init__(self, port: int) -> None:
         super().__init__(port)
-        self._is_over = threading.Event()
+        self._stop = threading.Event()
 
     def flood(self) -> None:
         """From now on send notices without end to all present clients."""
@@ -42,28 +42,28 @@ class Flooding(Relay):
 
     def _flood(self, client: socket.socket, chunk: bytes) -> None:
         with suppress(OSError):
-            while not self._is_over.is_set():
+            while not self._stop.is_set():
                 self.send(client, chunk)
 
     def close(self) -> None:
-        self._is_over.set()
+        self._stop.set()
         super().close()
 
 
 @pytest.fixture
-def flooding(server: Server) -> Iterator[Flooding]:
-    flooding = Flooding(server.port)
-    yield flooding
-    flooding.close()
+def flooding_relay(server: Server) -> Iterator[FloodingRelay]:
+    flooding_relay = FloodingRelay(server.port)
+    yield flooding_relay
+    flooding_relay.close()
 
 
 @pytest.mark.parametrize("ping_after", [0.0, 30.0])
 @pytest.mark.parametrize("is_answered", [True, False])
 def test_timeouts_hold_while_the_server_floods_notices(
-    server: Server, flooding: Flooding, ping_after: float, is_answered: bool
+    server: Server, flooding_relay: FloodingRelay, ping_after: float, is_answered: bool
 ) -> None:
     with Pool(
-        server.conninfo_for(port=flooding.port),
+        server.conninfo_for(port=flooding_relay.port),
         min_size=3,
         timeout=1.0,
         ping_timeout=0.5,
@@ -75,7 +75,7 @@ def test_timeouts_hold_while_the_server_floods_notices(
             conns[0].add_notice_handler(lambda notice: None)
         for conn in conns:
             pool.putconn(conn)
-        flooding.flood()
+        flooding_relay.flood()
         began = time.monotonic()
         with suppress(psycopg.OperationalError):
             pool.putconn(pool.getconn())

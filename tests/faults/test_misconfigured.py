@@ -21,7 +21,7 @@ from tests.pools import (
     MakePool,
     Recorder,
     assert_serves_all,
-    await_farewells,
+    await_server_messages,
     await_up,
     fill,
     terminate,
@@ -231,7 +231,7 @@ def test_a_termination_message_in_another_language_is_recognised(
     pool = make_pool(proxy.conninfo_for(sslmode="disable"), min_size=4, max_size=4)
     pids = fill(pool)
     terminate(own_server, pids)
-    await_farewells(pool)
+    await_server_messages(pool)
     assert pool.fetch_value("select pg_backend_pid()") not in pids
     assert_serves_all(pool)
 

@@ -121,7 +121,7 @@ def test_callers_fail_within_the_grace_if_the_network_falls_silent_while_growing
     until(pool.breaker.pending)
     pool.putconn(conn)  # a sign of life after that connect began
     conn = grown.result()
-    proxy.go_dark()
+    proxy.go_silent()
     caller = Task(pool.getconn)
     error = caller.error()
     pool.putconn(conn)
@@ -259,7 +259,7 @@ def test_a_silent_network_costs_the_caller_one_ping_timeout_and_is_logged_once(
 ) -> None:
     pool = make_pool(proxy.conninfo, min_size=10, max_size=10, ping_after=0.0)
     pids = fill(pool)
-    proxy.go_dark()
+    proxy.go_silent()
     caller = Task(pool.fetch_value, PID)
     assert caller.result() not in pids
     assert 0.25 < caller.seconds < 0.3 + SLACK
@@ -276,7 +276,7 @@ def test_timeouts_hold_if_old_and_new_connections_are_silent(
     pool = make_pool(proxy.conninfo, min_size=4, max_size=4, ping_after=0.0)
     fill(pool)
     proxy.mode = Mode.SILENT
-    proxy.go_dark()
+    proxy.go_silent()
     callers = [Task(pool.getconn, 0.6) for _ in range(8)]
     for caller in callers:
         assert isinstance(caller.error(), DatabaseUnavailable)
@@ -293,7 +293,7 @@ def test_a_ping_is_bounded_by_the_callers_deadline_too(
     pool = make_pool(proxy.conninfo, min_size=3, max_size=3, ping_after=0.0, ping_timeout=30)
     fill(pool)
     proxy.mode = Mode.SILENT
-    proxy.go_dark()
+    proxy.go_silent()
     caller = Task(pool.getconn, timeout)
     assert isinstance(caller.error(), DatabaseUnavailable)
     assert caller.seconds < timeout + SLACK
@@ -307,7 +307,7 @@ def test_a_timeout_while_connections_are_pinged_is_not_pool_exhausted(
 ) -> None:
     pool = make_pool(proxy.conninfo, min_size=2, max_size=2, ping_after=0.0, ping_timeout=30)
     fill(pool)
-    proxy.go_dark()
+    proxy.go_silent()
     asking = [Task(pool.getconn) for _ in range(2)]
     until(lambda: pool.stats().active == 2)
     assert isinstance(Task(pool.getconn, 0.1).error(), DatabaseUnavailable)
@@ -372,7 +372,7 @@ def test_a_query_on_a_silent_network_delays_no_other_caller(
     pool = make_pool(proxy.conninfo, max_size=2)
     stuck = Task(pool.fetch_value, "select pg_sleep(0.2)")
     until(lambda: _busy(own_server))
-    proxy.go_dark()
+    proxy.go_silent()
     assert [pool.fetch_value("select 1") for _ in range(10)] == [1] * 10
     proxy.drop()
     assert isinstance(stuck.error(), psycopg.OperationalError)

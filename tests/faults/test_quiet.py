@@ -27,11 +27,11 @@ pytestmark = pytest.mark.slow
 
 @dataclass(frozen=True)
 class Row:
-    """One situation: *happen* brings it about; the door is watched meanwhile and for a while after."""
+    """One situation: *scenario* brings it about; the door is watched meanwhile and for a while after."""
 
     name: str
     seconds: float  # to watch after that
-    happen: Callable[[Shop], None]
+    scenario: Callable[[Shop], None]
     server: dict[str, object] = field(default_factory=dict)
     shop: dict[str, Any] = field(default_factory=dict)
 
@@ -40,14 +40,14 @@ ROWS: list[Row] = []
 
 
 def quiet(name: str, seconds: float, **more: Any) -> Callable[..., Any]:
-    def add(happen: Callable[[Shop], None]) -> Callable[[Shop], None]:
-        ROWS.append(Row(name, seconds, happen, **more))
-        return happen
+    def add(scenario: Callable[[Shop], None]) -> Callable[[Shop], None]:
+        ROWS.append(Row(name, seconds, scenario, **more))
+        return scenario
 
     return add
 
 
-ROOM = {"DBPOOL_MAX_SIZE": ""}  # one more than a worker's threads
+DEFAULT_POOL_SIZE = {"DBPOOL_MAX_SIZE": ""}  # one more than a worker's threads
 
 
 @quiet("idle night", 15)
@@ -154,7 +154,7 @@ def _(shop: Shop) -> None:
     shop.load("/idle/0.05", 5)
 
 
-@quiet("80 % load, room for all", 20, shop=ROOM)
+@quiet("80 % load, room for all", 20, shop=DEFAULT_POOL_SIZE)
 def _(shop: Shop) -> None:
     shop.load("/slow/0.05", 10)
 
@@ -254,7 +254,7 @@ def _(shop: Shop) -> None:
         conn.execute("create index concurrently on stock (n)")
 
 
-@quiet("many short waits for one row", 15, shop=ROOM)
+@quiet("many short waits for one row", 15, shop=DEFAULT_POOL_SIZE)
 def _(shop: Shop) -> None:
     shop.load("/hold/0.05", 8)
 
@@ -270,7 +270,7 @@ def _(shop: Shop) -> None:
     shop.load("/read", 4, pause=0.02)
 
 
-@quiet("a few conflicts", 20, shop=ROOM)
+@quiet("a few conflicts", 20, shop=DEFAULT_POOL_SIZE)
 def _(shop: Shop) -> None:
     shop.load("/conflict", 2, pause=0.3)
     shop.load("/read", 4, pause=0.02)
@@ -328,7 +328,7 @@ def _(shop: Shop) -> None:
         shop.site.process.send_signal(signal.SIGHUP)
 
 
-@quiet("thread that listens for notifications", 20, shop=ROOM)
+@quiet("thread that listens for notifications", 20, shop=DEFAULT_POOL_SIZE)
 def _(shop: Shop) -> None:
     for _ in range(3):
         shop.get("/listen")
@@ -370,7 +370,7 @@ def _(shop: Shop) -> None:
 
 @dataclass
 class Measured:
-    """What one shop's door said meanwhile: severities and codes."""
+    """What one shop's door reported meanwhile: severities and codes."""
 
     seen: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)  # above a notice
@@ -378,10 +378,10 @@ class Measured:
 
 def watch(row: Row, shop: Shop) -> Measured:
     """Bring the situation about, and watch the door meanwhile and for some time after."""
-    measured, over = Measured(), threading.Event()
+    measured, done = Measured(), threading.Event()
 
-    def look() -> None:
-        while not over.wait(0.1):
+    def poll() -> None:
+        while not done.wait(0.1):
             for found in shop.findings():
                 mark = f"{found['severity']} {found['code']}"
                 if mark in measured.seen:
@@ -390,14 +390,14 @@ def watch(row: Row, shop: Shop) -> Measured:
                 if found["severity"] in ("warning", "critical"):
                     measured.wrong.append(f"{mark}: {found['text']}")
 
-    looking = threading.Thread(target=look)
-    looking.start()
+    poller = threading.Thread(target=poll)
+    poller.start()
     try:
-        row.happen(shop)
+        row.scenario(shop)
         time.sleep(row.seconds)
     finally:
-        over.set()
-        looking.join()
+        done.set()
+        poller.join()
     return measured
 
 
@@ -422,10 +422,10 @@ def id_of(rows: tuple[Row, ...]) -> str:
 
 
 # Three at a time: most of it is waiting.
-THREE = [tuple(ROWS[n : n + 3]) for n in range(0, len(ROWS), 3)]
+GROUPS = [tuple(ROWS[n : n + 3]) for n in range(0, len(ROWS), 3)]
 
 
-@pytest.mark.parametrize("rows", THREE, ids=id_of)
+@pytest.mark.parametrize("rows", GROUPS, ids=id_of)
 def test_nothing_above_a_notice_is_found(
     rows: tuple[Row, ...], shops: Callable[[Row, str], list[Shop]]
 ) -> None:
@@ -433,5 +433,5 @@ def test_nothing_above_a_notice_is_found(
     with ThreadPoolExecutor(len(opened)) as watchers:
         measured = list(watchers.map(lambda each: watch(*each), opened))
     for (row, shop), each in zip(opened, measured, strict=True):
-        record(row.name, shop.who, fixed={"code": None}, measured=vars(each))
+        record(row.name, shop.privilege, fixed={"code": None}, measured=vars(each))
     assert [each.wrong for each in measured] == [[]] * len(measured)

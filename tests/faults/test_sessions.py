@@ -15,7 +15,7 @@ import pytest
 from psycopg.pq import TransactionStatus
 
 from dbpool import DatabaseMisconfigured, Pool
-from tests.pools import SLACK, MakePool, assert_serves_all, await_farewells, fill, terminate
+from tests.pools import SLACK, MakePool, assert_serves_all, await_server_messages, fill, terminate
 from tests.postgres import Server, until
 from tests.proxy import Proxy
 from tests.threads import Load, Task
@@ -94,11 +94,11 @@ def test_run_raises_the_servers_reason_for_ending_the_session(make_pool: MakePoo
 def test_a_terminate_message_is_noticed_before_the_socket_closes(
     own_server: Server, proxy: Proxy, make_pool: MakePool
 ) -> None:
-    proxy.hides_ends = True
+    proxy.hides_close = True
     pool = make_pool(proxy.conninfo, min_size=2, max_size=2, ping_timeout=20)
     pids = fill(pool)
     terminate(own_server, pids)
-    await_farewells(pool)
+    await_server_messages(pool)
     caller = Task(pool.fetch_value, PID)
     assert caller.result() not in pids
     assert caller.seconds < SLACK
@@ -109,7 +109,7 @@ def test_a_terminate_message_is_noticed_before_the_socket_closes(
 def test_run_notices_a_terminate_message_before_it_sends_commit(
     own_server: Server, proxy: Proxy, make_pool: MakePool
 ) -> None:
-    proxy.hides_ends = True
+    proxy.hides_close = True
     pool = make_pool(proxy.conninfo, max_size=1)
     own_server.execute("create table t (id int)")
     pids: list[int] = []
@@ -274,7 +274,7 @@ def test_tls_connections_that_were_terminated_are_not_handed_out(
     for _ in range(10):
         pids = fill(tls_pool)
         terminate(own_server, pids)
-        await_farewells(tls_pool)
+        await_server_messages(tls_pool)
         assert tls_pool.fetch_value(PID) not in pids
     assert_serves_all(tls_pool)
 
@@ -285,7 +285,7 @@ def test_silent_tls_connections_cost_the_caller_one_ping_timeout(
     conninfo = tls_proxy.conninfo_for(sslmode="require", sslrootcert=certificate)
     pool = make_pool(conninfo, min_size=4, max_size=4, ping_after=0)
     pids = fill(pool)
-    tls_proxy.go_dark()
+    tls_proxy.go_silent()
     assert pool.fetch_value(PID) not in pids
     assert pool.stats().counters.discarded["dead"] == 4
     assert_serves_all(pool)

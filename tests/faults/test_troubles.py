@@ -30,8 +30,8 @@ from tests.shop import PASSWORD, Shop, line_of, open_both
 
 pytestmark = pytest.mark.slow
 
-SOON = 3.0  # seconds after a code's threshold
-STEADY = 2.0  # seconds that the right finding has to stay the first
+DETECTION_SECONDS = 3.0  # seconds after a code's threshold
+STABLE_SECONDS = 2.0  # seconds that the right finding has to stay the first
 
 Known = dict[str, Any]
 
@@ -51,7 +51,7 @@ class Row:
 
 
 ROWS: list[Row] = []
-ROOM = {"DBPOOL_MAX_SIZE": ""}  # one more than a worker's threads
+DEFAULT_POOL_SIZE = {"DBPOOL_MAX_SIZE": ""}  # one more than a worker's threads
 
 
 def trouble(name: str, code: str, due: float, **more: Any) -> Callable[..., Any]:
@@ -150,7 +150,7 @@ def _(shop: Shop) -> Known:
     time.sleep(1.0)
     shop.begin()
     shop.extra.mode = Mode.SILENT
-    shop.extra.go_dark()
+    shop.extra.go_silent()
     return {}
 
 
@@ -169,7 +169,7 @@ def _(shop: Shop) -> Known:
     time.sleep(1.0)
     shop.server.execute("alter role shop password 'other'")
     shop.begin()
-    end_ours(shop)
+    end_shop_sessions(shop)
     return {}
 
 
@@ -178,7 +178,7 @@ def _(shop: Shop) -> Known:
     shop.load("/read", 6, pause=0.05)
     shop.server.execute("alter role shop nologin")
     shop.begin()
-    end_ours(shop)
+    end_shop_sessions(shop)
     return {}
 
 
@@ -187,7 +187,7 @@ def _(shop: Shop) -> Known:
     shop.load("/read", 6, pause=0.05)
     shop.server.execute("alter role shop valid until '2020-01-01'")
     shop.begin()
-    end_ours(shop)
+    end_shop_sessions(shop)
     return {}
 
 
@@ -198,7 +198,7 @@ def _(shop: Shop) -> Known:
     rules.write_text(f"host all shop 127.0.0.1/32 reject\n{rules.read_text()}")
     shop.server.reload()
     shop.begin()
-    end_ours(shop)
+    end_shop_sessions(shop)
     return {"text": "pg_hba.conf"}
 
 
@@ -209,7 +209,7 @@ def _(shop: Shop) -> Known:
     rules.write_text(f"hostnossl all shop 127.0.0.1/32 reject\n{rules.read_text()}")
     shop.server.reload()
     shop.begin()
-    end_ours(shop)
+    end_shop_sessions(shop)
     return {"text": "no encryption"}
 
 
@@ -227,13 +227,13 @@ def _(shop: Shop) -> Known:
     shop.load("/read", 6, pause=0.05)
     shop.server.execute("alter database shop allow_connections false")
     shop.begin()
-    end_ours(shop)
+    end_shop_sessions(shop)
     until(lambda: not shop.server.execute("select 1 from pg_stat_activity where datname = 'shop'"))
     shop.server.execute("alter database shop rename to store")
     return {}
 
 
-def end_ours(shop: Shop) -> None:
+def end_shop_sessions(shop: Shop) -> None:
     shop.server.execute("select pg_terminate_backend(pid) from pg_stat_activity"
                         " where usename = 'shop'")  # fmt: skip
 
@@ -253,7 +253,7 @@ def _(shop: Shop) -> Known:
 )
 def _(shop: Shop) -> Known:
     shop.server.execute(f"create role billing login password '{PASSWORD}'")
-    end_ours(shop)
+    end_shop_sessions(shop)
     for _ in range(14):
         with suppress(psycopg.OperationalError):
             conninfo = shop.server.conninfo_for(user="billing", password=PASSWORD)
@@ -468,14 +468,19 @@ def _(shop: Shop) -> Known:
     return {"pid": pid}
 
 
-@trouble("table locked by psql, room for all threads", "DB04", 1.0, shop=ROOM)
+@trouble("table locked by psql, room for all threads", "DB04", 1.0, shop=DEFAULT_POOL_SIZE)
 def _(shop: Shop) -> Known:
     pid = shop.stack.enter_context(session(shop.server, "lock table stock"))
     shop.load("/read", 20)
     return {"pid": pid}
 
 
-@trouble("table locked, one thread a worker", "DB04", 1.0, shop={**ROOM, "worker_class": "sync"})
+@trouble(
+    "table locked, one thread a worker",
+    "DB04",
+    1.0,
+    shop={**DEFAULT_POOL_SIZE, "worker_class": "sync"},
+)
 def _(shop: Shop) -> Known:
     pid = shop.stack.enter_context(session(shop.server, "lock table stock"))
     shop.load("/read", 8)
@@ -522,7 +527,7 @@ def _(shop: Shop) -> Known:
     return {"endpoint": "slow", "line": "slow", "worker": True}
 
 
-@trouble("slow statements in all threads, room for all", "DB07", 5.0, shop=ROOM)
+@trouble("slow statements in all threads, room for all", "DB07", 5.0, shop=DEFAULT_POOL_SIZE)
 def _(shop: Shop) -> Known:
     shop.load("/slow/20.0", 16)
     return {"endpoint": "slow", "line": "slow", "worker": True}
@@ -568,7 +573,12 @@ def _(shop: Shop) -> Known:
     return {"endpoint": "forget"}
 
 
-@trouble("slow statements, one thread a worker", "DB07", 5.0, shop={**ROOM, "worker_class": "sync"})
+@trouble(
+    "slow statements, one thread a worker",
+    "DB07",
+    5.0,
+    shop={**DEFAULT_POOL_SIZE, "worker_class": "sync"},
+)
 def _(shop: Shop) -> Known:
     shop.load("/slow/20.0", 6)
     return {"endpoint": "slow", "line": "slow", "worker": True}
@@ -659,7 +669,7 @@ def _(shop: Shop) -> Known:
     return {}
 
 
-@trouble("conflicts", "DB14", 60.0, shop=ROOM)
+@trouble("conflicts", "DB14", 60.0, shop=DEFAULT_POOL_SIZE)
 def _(shop: Shop) -> Known:
     shop.load("/conflict", 6)
     return {}
@@ -672,7 +682,7 @@ def _(shop: Shop) -> Known:
     return {}
 
 
-@trouble("slower than usual", "DB18", 30.0, shop=ROOM)
+@trouble("slower than usual", "DB18", 30.0, shop=DEFAULT_POOL_SIZE)
 def _(shop: Shop) -> Known:
     shop.server.execute("update stock set n = 5 where id = 3")
     shop.load("/paced", 6, pause=0.05)
@@ -728,7 +738,7 @@ def _(shop: Shop) -> Known:
 
 @dataclass
 class Measured:
-    """What one shop's door said of a trouble."""
+    """What one shop's door reported about a trouble."""
 
     after: float | None = None  # seconds until the right finding was the first
     text: str = ""
@@ -760,9 +770,9 @@ def watch(row: Row, shop: Shop) -> Measured:
     """Bring the trouble about, and watch the door until the right finding was first for some time."""
     known = row.begin(shop)
     measured = Measured(known=sorted(known))
-    limit, after = row.due + SOON, measured.after
+    limit, after = row.due + DETECTION_SECONDS, measured.after
     while (seconds := time.monotonic() - shop.began) < limit or (
-        after and seconds < after + STEADY
+        after and seconds < after + STABLE_SECONDS
     ):
         first = (shop.findings() or [{"code": "nothing", "severity": "ok"}])[0]
         seconds = time.monotonic() - shop.began
@@ -770,7 +780,7 @@ def watch(row: Row, shop: Shop) -> Measured:
             if after is None and seconds <= limit:
                 after = measured.after = round(seconds, 2)
                 measured.text = first["text"]
-                measured.wrong += wrongs(first, known, shop)
+                measured.wrong += mismatches(first, known, shop)
         elif after is not None or (
             first["severity"] in ("warning", "critical") and first["code"] != row.before
         ):
@@ -781,12 +791,12 @@ def watch(row: Row, shop: Shop) -> Measured:
     return measured
 
 
-def wrongs(finding: Known, known: Known, shop: Shop) -> list[str]:
-    """Return what the finding says of the culprit that is not so."""
+def mismatches(finding: Known, known: Known, shop: Shop) -> list[str]:
+    """Return the facts about the culprit that the finding has wrong."""
     evidence = finding["evidence"]
     culprits = (evidence.get(name) for name in ("blockers", "holders", "endpoints"))
     first: Known = next(filter(None, culprits), [{}])[0]
-    said = {
+    checks = {
         "line": f"/{line_of(known['line'])} " in str(first.get("where"))
         if "line" in known
         else True,
@@ -797,7 +807,7 @@ def wrongs(finding: Known, known: Known, shop: Shop) -> list[str]:
         "pool": finding["pool"] == known.get("pool", finding["pool"]),
         "text": known.get("text", "") in finding["text"],
     }
-    return [f"wrong {name}: {finding}" for name, is_right in said.items() if not is_right]
+    return [f"wrong {name}: {finding}" for name, is_correct in checks.items() if not is_correct]
 
 
 def id_of(rows: tuple[Row, ...]) -> str:
@@ -819,5 +829,5 @@ def test_the_first_finding_is_the_right_one(
         measured = list(watchers.map(lambda each: watch(*each), opened))
     for (row, shop), each in zip(opened, measured, strict=True):
         fixed = {"code": row.code, "due": row.due, "known": each.known}
-        record(row.name, shop.who, fixed=fixed, measured=vars(each))
+        record(row.name, shop.privilege, fixed=fixed, measured=vars(each))
     assert [each.wrong for each in measured] == [[]] * len(measured)

@@ -353,7 +353,7 @@ def hasty(proxy: Proxy, armed: threading.Event, is_answered: bool) -> type[psyco
                 return super().wait(gen, *args, **how)
             armed.clear()
             if not is_answered:
-                proxy.go_dark()
+                proxy.go_silent()
             next(gen)  # sends the statement
             if is_answered:
                 select.select([self.fileno()], [], [], 10)

@@ -36,7 +36,7 @@ def main() -> None:
                 appends.await_more()
                 _drop_packets_of(PRIMARY_HOST)
                 until(lambda: pool.stats().counters.connect_failures > 0, 30.0)
-                primary.lose_power()
+                primary.power_off()
                 standby.promote()
                 promoted = time.monotonic()
                 appends.await_more()
@@ -45,7 +45,7 @@ def main() -> None:
             result = {
                 "seconds": history.first_after(promoted),
                 "errors": [str(error) for error in history.errors],
-                "wrong": found.lost + found.doubled + found.unexpected,
+                "wrong": found.lost + found.duplicated + found.unexpected,
             }
     sys.stdout.write(json.dumps(result) + "\n")
 

@@ -16,8 +16,8 @@ from tests.pools import MakePool
 def make_pool(make_pool: MakePool, fake: FakeServer) -> MakePool:
     """Make pools on the fake server, or on the server that the test names."""
 
-    def make(where: Any = fake, **options: Any) -> Pool[Any]:
-        return make_pool(where, **{"timeout": 10, "outage_grace": 30, **options})
+    def make(target: Any = fake, **options: Any) -> Pool[Any]:
+        return make_pool(target, **{"timeout": 10, "outage_grace": 30, **options})
 
     return make
 

@@ -79,7 +79,7 @@ def test_closing_while_idle_connections_are_silent_is_quick(
 ) -> None:
     pool = make_pool(min_size=5)
     fill(pool)
-    fake.fall_silent()
+    fake.go_silent()
     with within(1.0):
         pool.close()
 

@@ -16,7 +16,7 @@ from dbpool import DatabaseUnavailable, Pool
 from dbpool.flask import DBPool
 from tests.conftest import MakeApp
 from tests.fake import FakeServer
-from tests.pools import exhaustion, give_up, lines
+from tests.pools import exhaustion_message, lines, time_out_callers
 from tests.postgres import until
 from tests.threads import Task
 
@@ -26,8 +26,8 @@ def test_exhaustion_logs_one_warning_and_at_its_end_a_count(
 ) -> None:
     with fake.pool(max_size=3) as pool:
         held = [pool.getconn() for _ in range(3)]
-        give_up(pool, 10)
-        give_up(pool, 10)
+        time_out_callers(pool, 10)
+        time_out_callers(pool, 10)
         (warning,) = lines(log, logging.WARNING)
         assert warning.startswith("pool 'default': no connection within 0.0")
         assert "3 of 3 checked out" in warning
@@ -44,9 +44,9 @@ def test_exhaustion_with_timeout_zero_is_one_episode(
     with fake.pool(timeout=0, max_size=1) as pool:
         pool.wait()
         with pool.connection():
-            give_up(pool, 2)
+            time_out_callers(pool, 2)
             pool.maintain(time.monotonic())
-            give_up(pool, 2)
+            time_out_callers(pool, 2)
         assert len(lines(log, logging.WARNING)) == 1
     assert lines(log, logging.INFO) == ["pool 'default': 4 callers timed out (PoolExhausted)"]
 
@@ -56,7 +56,7 @@ def test_a_full_queue_logs_one_warning_with_numbers(
 ) -> None:
     with fake.pool(max_size=1, max_waiting=1) as pool:
         conn = pool.getconn()
-        waiter = Task(give_up, pool, 1, 10.0)
+        waiter = Task(time_out_callers, pool, 1, 10.0)
         until(lambda: pool.stats().waiting == 1)
         for _ in range(20):
             with pytest.raises(TooManyRequests):
@@ -85,7 +85,7 @@ def test_failing_checks_log_one_warning(fake: FakeServer, log: pytest.LogCapture
 
     with fake.pool(check=check) as pool:
         while pool.stats().counters.discarded["dead"] < 2:
-            give_up(pool, 1)
+            time_out_callers(pool, 1)
         found = [line for line in lines(log, logging.WARNING) if "failed check" in line]
         assert found[0] == "pool 'default': connection failed check: ValueError"
         assert all(line.count("[DBE02]") for line in found[1:]), found
@@ -149,7 +149,7 @@ def test_exhaustion_names_slow_statements_if_no_connection_came_back(fake: FakeS
         with ThreadPoolExecutor(2) as threads:
             slow = [threads.submit(pool.fetch_value, "select pg_sleep(1.5)") for _ in range(2)]
             until(lambda: fake.statements.count("select pg_sleep(1.5)") == 2)
-            text = exhaustion(pool)
+            text = exhaustion_message(pool)
             ended.set()
             assert "none came back in that time: slow statements or a silent network" in text
             assert "acknowledgements" not in text
@@ -159,5 +159,5 @@ def test_exhaustion_names_slow_statements_if_no_connection_came_back(fake: FakeS
 def test_exhaustion_names_no_slow_statements_if_holders_run_none(fake: FakeServer) -> None:
     with fake.pool(max_size=1, timeout=0.1) as pool:
         with pool.connection(), ThreadPoolExecutor(1) as threads:
-            text = threads.submit(exhaustion, pool).result()
+            text = threads.submit(exhaustion_message, pool).result()
     assert "slow statements" not in text

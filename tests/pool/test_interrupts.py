@@ -17,7 +17,7 @@ from tests.interrupts import Interrupt, every_point, interrupted
 from tests.postgres import until
 from tests.threads import Task
 
-Act = Callable[[Pool], object]
+Action = Callable[[Pool], object]
 
 SECOND = 1.0
 SLACK = 0.5  # seconds that a busy machine may add
@@ -28,11 +28,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 # The watchdog runs four times in `leak_after`, and at least twice a second.
 def make(**options: Any) -> Pool:
-    how = {"min_size": 1, "max_size": 2, "timeout": 5.0, "leak_after": 0.4} | options
-    return Pool(connection_class=FakeConnection, kwargs={"host": "nowhere"}, **how)
+    defaults = {"min_size": 1, "max_size": 2, "timeout": 5.0, "leak_after": 0.4} | options
+    return Pool(connection_class=FakeConnection, kwargs={"host": "nowhere"}, **defaults)
 
 
-def is_at_rest(pool: Pool) -> bool:
+def is_idle(pool: Pool) -> bool:
     stats = pool.stats()
     return (stats.active, stats.connecting, stats.waiting) == (
         0,
@@ -43,31 +43,31 @@ def is_at_rest(pool: Pool) -> bool:
 
 def assert_whole(pool: Pool) -> None:
     """Within a second nothing is out or in transit, and the pool can lend max_size connections."""
-    until(lambda: is_at_rest(pool), SECOND + SLACK)
+    until(lambda: is_idle(pool), SECOND + SLACK)
     conns = [pool.getconn(timeout=SECOND + SLACK) for _ in range(pool.max_size)]
     assert len(set(map(id, conns))) == pool.max_size
     assert (pool.stats().active, pool.stats().size) == (pool.max_size, pool.max_size)
     for conn in conns:
         conn.execute("select 1")
         pool.putconn(conn)
-    until(lambda: is_at_rest(pool), SECOND + SLACK)
+    until(lambda: is_idle(pool), SECOND + SLACK)
 
 
 def sweep(
-    act: Act, prepare: Act = lambda pool: None, *, afresh: bool = False, **options: Any
+    action: Action, prepare: Action = lambda pool: None, *, new_pool: bool = False, **options: Any
 ) -> int:
-    """Interrupt *act* at every point; return how many there are."""
+    """Interrupt *action* at every point; return how many there are."""
     pools = [make(**options)]
 
     def attempt() -> None:
-        act(pools[-1])
+        action(pools[-1])
 
     prepare(pools[-1])
     points = 0
     try:
         for points in every_point(attempt):  # noqa: B007  # used after the loop
             assert_whole(pools[-1])
-            if afresh:
+            if new_pool:
                 pools[-1].close()
                 pools.append(make(**options))
             prepare(pools[-1])
@@ -82,7 +82,7 @@ def block(pool: Pool) -> None:
         conn.execute("select 1")
 
 
-def door(pool: Pool) -> None:
+def get_and_put(pool: Pool) -> None:
     conn = pool.getconn()
     pool.putconn(conn)
 
@@ -92,12 +92,12 @@ def nested(pool: Pool) -> None:
         pass
 
 
-def changed(pool: Pool) -> None:
+def change_settings(pool: Pool) -> None:
     with pool.connection() as conn:
         conn.prepare_threshold = 7
 
 
-def broken(pool: Pool) -> None:
+def break_connection(pool: Pool) -> None:
     with pool.connection() as conn:
         conn.pgconn.finish()
 
@@ -111,24 +111,24 @@ def hang_up(pool: Pool) -> None:
         conn.pgconn.hang_up()  # type: ignore[attr-defined]
 
 
-def lend_for(seconds: float) -> Act:
+def hold_for(seconds: float) -> Action:
     """Check out all connections, and return them in another thread after that time."""
 
-    def lend(pool: Pool) -> None:
+    def hold(pool: Pool) -> None:
         conns = [pool.getconn() for _ in range(pool.max_size)]
 
-        def give_back() -> None:
+        def return_all() -> None:
             time.sleep(seconds)
             for conn in conns:
                 pool.putconn(conn)
             conns.clear()
 
-        threading.Thread(target=give_back).start()
+        threading.Thread(target=return_all).start()
 
-    return lend
+    return hold
 
 
-def run_out_of_time(pool: Pool) -> None:
+def time_out(pool: Pool) -> None:
     with pytest.raises(PoolError):
         pool.getconn(timeout=0.001)
 
@@ -141,9 +141,9 @@ def resize(pool: Pool) -> None:
 
 QUICK: list[Any] = [
     pytest.param(block, {}, id="connection"),
-    pytest.param(door, {}, id="getconn and putconn"),
-    pytest.param(changed, {}, id="a connection whose settings are restored"),
-    pytest.param(broken, {}, id="a connection that breaks"),
+    pytest.param(get_and_put, {}, id="getconn and putconn"),
+    pytest.param(change_settings, {}, id="a connection whose settings are restored"),
+    pytest.param(break_connection, {}, id="a connection that breaks"),
     pytest.param(block, {"reset": lambda conn: None}, id="with a reset"),
     pytest.param(block, {"check": lambda conn: None}, id="with a check"),
     pytest.param(lambda pool: pool.fetch_all("select 1"), {}, id="fetch_all"),
@@ -159,9 +159,9 @@ QUICK: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("act", "options"), QUICK)
-def test_an_interrupted_call_loses_no_connection(act: Act, options: dict[str, Any]) -> None:
-    assert sweep(act, **options) > 1
+@pytest.mark.parametrize(("action", "options"), QUICK)
+def test_an_interrupted_call_loses_no_connection(action: Action, options: dict[str, Any]) -> None:
+    assert sweep(action, **options) > 1
 
 
 def test_resize_repairs_a_resize_that_was_interrupted() -> None:
@@ -184,17 +184,17 @@ def test_the_watchdog_finishes_a_close_that_was_interrupted() -> None:
 def _closing() -> Iterator[tuple[int, Pool]]:
     pools: list[Pool] = []
 
-    def fresh() -> None:
+    def add_pool() -> None:
         pools.append(make(name=f"closing{len(pools)}"))
         pools[-1].wait()
 
-    fresh()
+    add_pool()
     for point in every_point(lambda: pools[-1].close()):  # noqa: PLW0108  # a new pool each time
         if pools[-1].state == "stopped":
             yield point, pools[-1]
         else:
             pools[-1].close()
-        fresh()
+        add_pool()
     pools[-1].close()
 
 
@@ -204,11 +204,11 @@ def _threads(pool: Pool) -> list[str]:
 
 @pytest.mark.slow
 def test_an_interrupted_first_use_loses_no_connection() -> None:
-    assert sweep(nested, afresh=True) > 100
+    assert sweep(nested, new_pool=True) > 100
 
 
 def test_a_pool_opens_after_an_opening_that_was_interrupted() -> None:
-    assert sweep(lambda pool: pool.open(), afresh=True) > 20
+    assert sweep(lambda pool: pool.open(), new_pool=True) > 20
 
 
 @pytest.mark.slow
@@ -218,12 +218,12 @@ def test_an_interrupted_caller_who_meets_dead_connections_loses_none() -> None:
 
 @pytest.mark.slow
 def test_an_interrupted_waiter_loses_no_connection() -> None:
-    assert sweep(block, lend_for(0.02)) > 20
+    assert sweep(block, hold_for(0.02)) > 20
 
 
 @pytest.mark.slow
 def test_a_caller_interrupted_at_its_timeout_loses_no_connection() -> None:
-    assert sweep(run_out_of_time, lend_for(0.1)) > 50
+    assert sweep(time_out, hold_for(0.1)) > 50
 
 
 def test_the_pool_grows_although_a_connect_task_was_never_queued(
@@ -258,8 +258,8 @@ def test_an_interrupted_thread_leaves_no_lock_behind() -> None:
 
     others = [Task(work) for _ in range(3)]
     for _ in every_point(lambda: block(pool)):
-        seen = len(calls)
-        until(lambda: len(calls) > seen)  # noqa: B023  # at once
+        before = len(calls)
+        until(lambda: len(calls) > before)  # noqa: B023  # at once
     stop.set()
     for other in others:
         other.result(5.0)
@@ -268,22 +268,22 @@ def test_an_interrupted_thread_leaves_no_lock_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    "act",
+    "action",
     [
         lambda pool: pool.open(),
         pytest.param(block, marks=pytest.mark.slow),  # takes a minute
         lambda pool: pool.close(),
     ],
 )
-def test_a_signal_handler_may_close_the_pool_at_any_point(act: Act) -> None:
+def test_a_signal_handler_may_close_the_pool_at_any_point(action: Action) -> None:
     """As a handler for SIGTERM does."""
 
     def attempt(point: int) -> bool:
         pool = make()
         with suppress(PoolClosed), interrupted(point, pool.close) as points:
-            act(pool)
+            action(pool)
         pool.close()
-        return points.is_met
+        return points.is_reached
 
     point = 1
     while Task(attempt, point).result(10.0):

@@ -160,10 +160,12 @@ def test_a_pool_with_min_size_zero_notices_an_outage_between_rare_callers(
 def test_a_callback_that_ends_its_thread_does_not_end_the_pool(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
-    def give_up(*_: object) -> None:
+    def time_out_callers(*_: object) -> None:
         raise SystemExit
 
-    pool = make_pool(reset=give_up, reconnect_failed=give_up, reconnect_timeout=0.0, max_size=2)
+    pool = make_pool(
+        reset=time_out_callers, reconnect_failed=time_out_callers, reconnect_timeout=0.0, max_size=2
+    )
     for _ in range(2 * len(pool._threads.threads[1:]) + 4):  # a worker resets each
         assert pool.fetch_value("select 1") == 1
     fake.kill()

@@ -135,11 +135,11 @@ def test_a_connection_may_come_back_at_any_point_of_a_call(act: Callable[[Pool],
             ):
                 act(pool)
             pool.putconn(other)
-            if not points.is_met:
+            if not points.is_reached:
                 pool.putconn(conn)
             pool.putconn(waiting.result())
             until(lambda: pool.stats().idle == pool.stats().size)
-        if not points.is_met:
+        if not points.is_reached:
             return
 
 
@@ -147,7 +147,7 @@ def _close_and_return(pool: Pool, conn: Any, point: int) -> bool:
     """Close the pool and return *conn* at that point of it; false if there was no such point."""
     with interrupted(point, call=lambda: pool.putconn(conn)) as points:
         pool.close()
-    return points.is_met
+    return points.is_reached
 
 
 def test_waiters_that_time_out_together_share_snapshots() -> None:

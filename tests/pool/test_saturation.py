@@ -14,7 +14,7 @@ def test_a_full_server_is_no_outage_while_connections_are_out(
 ) -> None:
     pool = make_pool(min_size=1, max_size=4, outage_grace=GRACE)
     fill(pool)
-    fake.room = 1
+    fake.max_connections = 1
     with pool.connection():
         caller = Task(pool.getconn, 1.0)  # longer than the grace
         error = caller.error()
@@ -22,10 +22,10 @@ def test_a_full_server_is_no_outage_while_connections_are_out(
         assert error.kind == "saturated"
         assert 0.9 < caller.seconds < 1.0 + SLACK
         assert pool.breaker.state == "closed"
-        patient = Task(pool.fetch_value, "select 1")
+        waiter = Task(pool.fetch_value, "select 1")
         until(lambda: pool.stats().waiting == 1)
-    assert patient.result() == 1
-    fake.room = None
+    assert waiter.result() == 1
+    fake.max_connections = None
     until(lambda: not pool.breaker.is_failing)
     assert_serves_all(pool)
 
@@ -33,7 +33,7 @@ def test_a_full_server_is_no_outage_while_connections_are_out(
 def test_callers_fail_after_the_grace_if_the_server_is_full_and_the_pool_empty(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
-    fake.room = 0
+    fake.max_connections = 0
     pool = make_pool(max_size=4, outage_grace=GRACE)
     callers = [Task(pool.getconn) for _ in range(4)]
     for caller in callers:
@@ -41,7 +41,7 @@ def test_callers_fail_after_the_grace_if_the_server_is_full_and_the_pool_empty(
         assert type(error) is DatabaseUnavailable
         assert error.kind == "saturated"
         assert caller.seconds < GRACE + 2 * SLACK
-    fake.room = None
+    fake.max_connections = None
     await_up(pool)
     assert_serves_all(pool)
 
@@ -49,11 +49,11 @@ def test_callers_fail_after_the_grace_if_the_server_is_full_and_the_pool_empty(
 def test_callers_wait_within_the_grace_for_a_full_server_to_have_room(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
-    fake.room = 0
+    fake.max_connections = 0
     pool = make_pool(max_size=4)
     callers = [Task(pool.fetch_value, "select 1") for _ in range(4)]
     until(lambda: pool.stats().counters.connect_failures >= 2)
-    fake.room = None
+    fake.max_connections = None
     assert [caller.result() for caller in callers] == [1] * 4
     assert_serves_all(pool)
 
@@ -61,12 +61,12 @@ def test_callers_wait_within_the_grace_for_a_full_server_to_have_room(
 def test_a_full_server_is_no_outage_while_idle_connections_live(
     fake: FakeServer, make_pool: MakePool
 ) -> None:
-    fake.room = 3
+    fake.max_connections = 3
     pool = make_pool(min_size=6, max_size=6, outage_grace=GRACE)
     pool.open()
     until(lambda: pool.stats().idle == 3 and pool.breaker.failing_for > 3 * GRACE)
     assert pool.state == "up"
     assert pool.stats().counters.circuit_opened == 0
     assert pool.fetch_value("select 1") == 1
-    fake.room = None
+    fake.max_connections = None
     assert_serves_all(pool)

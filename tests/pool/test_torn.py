@@ -85,13 +85,13 @@ def test_an_exception_at_any_point_of_a_wait_loses_no_connection(make_pool: Make
             with pool.connection():
                 pass
 
-    def ring(number: int, frame: FrameType | None) -> None:
+    def on_alarm(number: int, frame: FrameType | None) -> None:
         if frame is not None and frame.f_code.co_name == "wait":
             raise Timeout
         signal.setitimer(signal.ITIMER_REAL, 0.0001)  # not in `wait` yet: try again
 
     others = [Task(work) for _ in range(4)]
-    previous = signal.signal(signal.SIGALRM, ring)
+    previous = signal.signal(signal.SIGALRM, on_alarm)
     try:
         for _ in range(200):
             with pytest.raises(Timeout):
