@@ -141,6 +141,7 @@ def post_worker_init(worker: Any) -> None:
     The first worker then compares what all workers may open with what the servers allow, as
     `python -m dbpool plan` does, and logs a warning if that is too much.
     """
+    from dbpool._gevent import describe_late_patching
     from dbpool.monitor import watch_from_the_start
     from dbpool.processes import publish_from_the_start, set_threads
 
@@ -149,14 +150,13 @@ def post_worker_init(worker: Any) -> None:
     if _GREENLET_WORKERS not in modules and (threads > 1 or modules & _THREAD_WORKERS):
         _set_max_size(threads + 1)  # not by an environment variable: it would win over a .env
         set_threads(threads)
-    # Only the first worker warns.
-    if "gunicorn.workers.ggevent" in modules and worker.age == 1 and _is_patched_too_late():
+    late = describe_late_patching() if "gunicorn.workers.ggevent" in modules else ""
+    if late and worker.age == 1:  # one worker warns for all
         worker.log.warning(
-            "dbpool: psycopg or dbpool was imported before gevent patched the standard library: a"
-            " query blocks the whole worker, and requests take connections from one another. Import"
-            " the application only in the workers (no preload_app), or call"
+            "dbpool: %s. Import the application only in the workers (no preload_app), or call"
             " gevent.monkey.patch_all() at the top of gunicorn's configuration, before every"
-            " other import"
+            " other import",
+            late,
         )
     publish_from_the_start()
     watch_from_the_start()
@@ -336,10 +336,3 @@ def _sizing_target(pool: Any, workers: int) -> Any:
     is_pooled = settings.pooler == "transaction"  # the monitor does not ask through a pooler
     demand = Demand(pool.name, workers, pool.max_size, setting, monitors=int(not is_pooled))
     return Target(demand, params, is_pooled)
-
-
-def _is_patched_too_late() -> bool:
-    """Whether psycopg waits in C, or dbpool's thread-local state is shared by all greenlets."""
-    waiting, holders = map(sys.modules.get, ("psycopg.waiting", "dbpool.holders"))
-    is_blocking = waiting is not None and waiting.wait is getattr(waiting, "wait_c", None)
-    return is_blocking or (holders is not None and not isinstance(holders.current, threading.local))

@@ -365,6 +365,23 @@ def test_an_unknown_database_is_named_in_the_error(make_app: MakeApp, fake: Fake
         db["replicca"]
 
 
+def test_patching_by_gevent_after_the_import_logs_one_warning() -> None:
+    pytest.importorskip("gevent")
+    patch = "from gevent import monkey; monkey.patch_all()"
+    imports = "from flask import Flask; from dbpool.flask import DBPool, create_blueprint"
+    serve = """
+app = Flask("app")
+app.config.update(DATABASE_URL="host=127.0.0.1 port=1 user=u dbname=d")
+DBPool(app)
+app.register_blueprint(create_blueprint(), url_prefix="/db")
+for _ in range(3):
+    assert app.test_client().get("/db/health/live").status_code == 200
+"""
+    for lines, times in (((imports, patch), 1), ((patch, imports), 0), ((imports,), 0)):
+        done = python("-c", "\n".join([*lines, serve]), check=True)
+        assert done.stderr.count("before gevent patched") == times, done.stderr
+
+
 def test_a_holder_carries_its_endpoint(make_app: MakeApp, fake: FakeServer) -> None:
     db = DBPool()
     app = make_app(fake, db=db)

@@ -59,6 +59,7 @@ FLOORS = {
     ],
     3: ["embedded", "databases", "settings.app", "settings.origins", "diagnosis"],
     4: [
+        "_gevent",
         "_http",
         "_per_process",
         "_rows",

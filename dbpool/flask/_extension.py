@@ -20,6 +20,7 @@ from flask import (
 )
 
 from dbpool import holders
+from dbpool._gevent import describe_late_patching
 from dbpool._secrets import conceal
 from dbpool._sign_in import SignIn
 from dbpool.databases import Databases, settings_from_config
@@ -193,6 +194,8 @@ def _before_request() -> None:
     if os.getpid() not in own.publishing_pids:
         if not current_app.testing:  # a test looks when it wants to
             own.monitor.start()
+        if late := describe_late_patching():
+            logger.warning("%s. Call gevent.monkey.patch_all() before every other import", late)
         if own.processes.start():
             own.publishing_pids.add(os.getpid())
     if own.settings.details == "always" and not own.warned:
