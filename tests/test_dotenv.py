@@ -403,13 +403,28 @@ def test_a_reference_to_an_unset_variable_is_an_error_that_names_it(
 
 
 def test_lines_for_other_programs_may_be_anything(tmp_path: Path) -> None:
-    file = write(tmp_path, "PS1=${debian_chroot}\nif true\n= =\nA='\nDBPOOL_MAX_SIZE=3\n")
+    file = write(
+        tmp_path,
+        "PS1=${debian_chroot}\nif true\n= =\n#DBPOOL_X\n # PGX=\n; PGY\nA='\nDBPOOL_MAX_SIZE=3\n",
+    )
     assert Settings.from_env(environ={}, dotenv=file).max_size == 3
 
 
 @pytest.mark.parametrize(
     "line",
-    ["DATABASE_URL='host=h", 'export PGHOST="h', "DBPOOL_X 3 = 4", "DATABASE_URL", "PGHOST # none"],
+    [
+        "DATABASE_URL='host=h",
+        'export PGHOST="h',
+        "DBPOOL_X 3 = 4",
+        "DATABASE_URL",
+        "PGHOST # none",
+        "set DBPOOL_MAX_SIZE=3",
+        "EXPORT DATABASE_URL=host=h",
+        "$env:PGHOST='h'",
+        '"PGHOST"="h"',
+        '{"DATABASE_URL": "host=h"}',
+        "\u200bDBPOOL_MAX_SIZE=3",
+    ],
 )
 def test_a_line_of_ours_that_cannot_be_parsed_is_an_error(tmp_path: Path, line: str) -> None:
     file = write(tmp_path, f"A=1\n{line}\n")

@@ -27,7 +27,7 @@ logger = logging.getLogger("dbpool")
 _REFERENCE: Final = re.compile(r"\$\{([A-Za-z_]\w*)((?::-[^}]*)?)\}", re.ASCII)
 _SINGLE_QUOTED: Final = re.compile(r"[^=]*=\s*'")
 # Other lines are for other programs, so errors in them do not matter here.
-_OUR_VARIABLES: Final = re.compile(r"\s*(export\s+)?(DATABASE_URL|DBPOOL_|PG)")
+_OUR_NAMES: Final = re.compile(r"[^\w#;/]*(?i:(export|set|env)[\s:]\W*)?(DATABASE_URL|DBPOOL_|PG)")
 
 # Not a variable: the key under which a source says which file was skipped, and why.
 SKIPPED: Final = "(skipped)"
@@ -43,8 +43,7 @@ def read_sources(environ: Environ, dotenv: Dotenv) -> Sources:
     If *dotenv* is None, `DBPOOL_DOTENV` names the file.
     """
     outer = conceal(os.environ if environ is None else environ)
-    if dotenv is None:
-        dotenv = outer.get("DBPOOL_DOTENV") or {}
+    dotenv = (outer.get("DBPOOL_DOTENV") or {}) if dotenv is None else dotenv
     return [outer, conceal(dotenv if isinstance(dotenv, Mapping) else read_dotenv(dotenv, outer))]
 
 
@@ -140,15 +139,16 @@ def _fill(found: dict[str, str], content: bytes, environ: Mapping[str, str]) -> 
         return "it is not UTF-8"
     known = ChainMap({**environ}, found)
     for name, value, original, is_broken in parse_stream(io.StringIO(text)):
-        is_ours = _OUR_VARIABLES.match(original.string) is not None
+        ours = _OUR_NAMES.match(original.string)
+        is_unset = value is None and not environ.get(name or "")
         # A name alone stands for the environment's value, as in a file for `docker run --env-file`.
-        if is_ours and (is_broken or (value is None and not environ.get(name or ""))):
+        if ours and (is_broken or is_unset or not str(name).startswith(ours[2])):
             return f"line {original.line} cannot be parsed"
         if name is None or value is None:
             continue
         references = [] if _SINGLE_QUOTED.match(original.string) else _REFERENCE.findall(value)
         missing = [key for key, default in references if not default and key not in known]
-        if missing and is_ours and not environ.get(name):
+        if missing and ours and not environ.get(name):
             return f"{name} uses ${{{missing[0]}}}, which is not set"
         if not missing:
             expanded = _REFERENCE.sub(lambda m: known.get(m[1]) or m[2][2:], value)
