@@ -117,12 +117,15 @@ class ConnectionRecord:
 
     def where(self) -> str:
         """Return where the connection was checked out, as `app/views.py:41 list_orders`."""
-        return "unknown" if self.code is None else where(self.code, self.lasti)
+        return where(self.code, self.lasti, self.code.co_filename) if self.code else "unknown"
 
 
 @lru_cache(maxsize=1024)
-def where(code: CodeType, lasti: int) -> str:
-    """Name a line of code, as `app/views.py:41 list_orders`."""
+def where(code: CodeType, lasti: int, filename: str = "") -> str:
+    """Name a line of code, as `app/views.py:41 list_orders`.
+
+    *filename* is that of *code*, for the cache: the codes of equal functions in two files are equal.
+    """
     # A compiler such as Nuitka makes frames that are at no instruction: -1.
     position = next(islice(code.co_positions(), max(lasti, 0) // 2, None), (None,))
     return printable(f"{_shortened(code)}:{position[0] or code.co_firstlineno} {code.co_name}")

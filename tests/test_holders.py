@@ -17,6 +17,7 @@ import psycopg
 import pytest
 
 from dbpool import Pool, holders
+from dbpool.diagnosis.endpoints import UsageCounter
 from dbpool.events import Discarded, HeldLong, Leaked, ReturnedLate
 from tests.fake import FakeServer
 from tests.postgres import until
@@ -342,6 +343,22 @@ def test_a_holder_that_waits_for_a_second_connection_is_marked(dsn: str) -> None
             until(lambda: sorted(holder.waits for holder in pool.holders()) == [False, True])
             assert pool.stats().waiting == 1
         nesting.result(10)
+
+
+def test_equal_functions_of_two_files_are_told_apart(fake: FakeServer) -> None:
+    pool = fake.pool(name="shop")
+    pool.count_usage(UsageCounter)
+    with pool:
+        held = []
+        for name in ("orders", "billing"):
+            views = load(Path("/srv") / name / "views.py", "def find(pool): return pool.getconn()")
+            held.append(views.find(pool))
+        places = ["billing/views.py:1 find", "orders/views.py:1 find"]
+        assert sorted(holder.where for holder in pool.holders()) == places
+        for conn in held:
+            pool.putconn(conn)
+        pool.stats()
+        assert sorted(pool.usage.rows()) == places
 
 
 def test_a_frame_without_an_instruction_is_named_by_its_first_line() -> None:

@@ -70,7 +70,9 @@ class UsageCounter:
     def _row(self, endpoint: str | None, code: CodeType, lasti: int) -> Row:
         # Hashing the code itself would take longer than all the rest.
         key = endpoint or (code.co_filename, code.co_firstlineno, lasti)
-        return self._known.get(key) or self._add(key, endpoint or holders.where(code, lasti))
+        return self._known.get(key) or self._add(
+            key, endpoint or holders.where(code, lasti, code.co_filename)
+        )
 
     def _add(self, key: object, name: str) -> Row:
         if len(self._known) >= MAX_NAMES:
