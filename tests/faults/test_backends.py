@@ -171,11 +171,11 @@ def test_check_keeps_connections_that_answered(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(min_size=3, max_size=3, ping_timeout=0.5, ping_after=0.0)
-    *well, frozen = fill(pool)
+    *healthy, frozen = fill(pool)
     own_server.freeze([frozen])
     pool.check()
     own_server.thaw()
-    assert set(well) <= set(fill(pool))
+    assert set(healthy) <= set(fill(pool))
     assert pool.stats().counters.discarded["dead"] == 1
 
 
@@ -300,12 +300,12 @@ def test_after_a_retry_a_dropped_connection_is_freed_by_reference_count(
     own_server: Server, make_pool: Callable[..., Pool]
 ) -> None:
     pool = make_pool(max_size=1)
-    tries: list[int] = []
+    pids: list[int] = []
 
     def work(conn: psycopg.Connection[Any]) -> None:
-        tries.append(conn.info.backend_pid)
-        if len(tries) == 1:
-            terminate(own_server, tries)
+        pids.append(conn.info.backend_pid)
+        if len(pids) == 1:
+            terminate(own_server, pids)
         conn.execute("select 1")
 
     gc.disable()

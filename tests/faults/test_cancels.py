@@ -61,9 +61,9 @@ def by_hand(pool: Pool[Any]) -> None:
 
 def by_forgetting(pool: Pool[Any]) -> None:
     since = time.monotonic()
-    kept = pool.getconn()
+    conn = pool.getconn()
     try:
-        kept.execute(SLOW)
+        conn.execute(SLOW)
     finally:
         assert len(pool.return_held(since)) == 1
 

@@ -202,22 +202,22 @@ def test_the_function_of_run_may_not_commit_or_roll_back(pool: Pool, table: Rows
 
 
 def test_the_function_of_run_may_raise_rollback(pool: Pool, table: Rows) -> None:
-    def think_better_of_it(conn: psycopg.Connection[Any]) -> int:
+    def insert_and_roll_back(conn: psycopg.Connection[Any]) -> int:
         conn.execute("insert into t values (1)")
         raise psycopg.Rollback
 
-    assert pool.run(think_better_of_it) is None
+    assert pool.run(insert_and_roll_back) is None
     assert table() == []
     assert_serves_all(pool)
 
 
 def test_rollback_raised_on_a_lost_connection_is_no_error(pool: Pool, table: Rows) -> None:
-    def lose(conn: psycopg.Connection[Any]) -> int:
+    def lose_connection(conn: psycopg.Connection[Any]) -> int:
         conn.execute("insert into t values (1)")
         conn.close()
         raise psycopg.Rollback
 
-    assert pool.run(lose) is None
+    assert pool.run(lose_connection) is None
     assert table() == []
     assert_serves_all(pool)
 
@@ -268,12 +268,12 @@ def test_two_serializable_transactions_that_conflict_both_succeed(
     recorder = Recorder()
     pool = make_pool(max_size=2, listeners=[recorder])
     together = threading.Barrier(2, timeout=10)
-    met = threading.local()
+    local = threading.local()
 
-    def leave(conn: psycopg.Connection[Any], name: str) -> bool:
+    def go_off_call(conn: psycopg.Connection[Any], name: str) -> bool:
         (count,) = conn.execute("select count(*) from doctors where on_call").fetchone() or (0,)
-        if not hasattr(met, "once"):
-            met.once = True
+        if not hasattr(local, "has_met"):
+            local.has_met = True
             together.wait()
         if count < 2:
             return False
@@ -281,7 +281,7 @@ def test_two_serializable_transactions_that_conflict_both_succeed(
         return True
 
     serializable = IsolationLevel.SERIALIZABLE
-    tasks = [Task(lambda n=n: pool.run(leave, n, isolation=serializable)) for n in "ab"]
+    tasks = [Task(lambda n=n: pool.run(go_off_call, n, isolation=serializable)) for n in "ab"]
     assert sorted(task.result() for task in tasks) == [False, True]
     assert own_server.execute("select count(*) from doctors where on_call") == [(1,)]
     assert_serves_all(pool)
@@ -303,12 +303,12 @@ def test_two_transactions_that_deadlock_both_succeed(
     own_server.execute("insert into t values (1, 0), (2, 0)")
     pool = make_pool(max_size=2)
     together = threading.Barrier(2, timeout=10)
-    met = threading.local()
+    local = threading.local()
 
     def update(conn: psycopg.Connection[Any], first: int, second: int) -> None:
         conn.execute("update t set n = n + 1 where id = %s", [first])
-        if not hasattr(met, "once"):
-            met.once = True
+        if not hasattr(local, "has_met"):
+            local.has_met = True
             together.wait()
         conn.execute("update t set n = n + 1 where id = %s", [second])
 

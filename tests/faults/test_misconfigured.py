@@ -44,8 +44,8 @@ def app(own_server: Server) -> Server:
 
 
 TRUST = "host all all 127.0.0.1/32 trust\n"
-ONLY_US = "host all postgres 127.0.0.1/32 trust\n"
-REJECT = ONLY_US + "host all app 127.0.0.1/32 reject\n"
+ONLY_POSTGRES = "host all postgres 127.0.0.1/32 trust\n"
+REJECT = ONLY_POSTGRES + "host all app 127.0.0.1/32 reject\n"
 
 # For each: its kind, the client's parameters, and pg_hba lines if they differ from the default.
 WRONG: dict[str, tuple[str, dict[str, object], str]] = {
@@ -57,7 +57,7 @@ WRONG: dict[str, tuple[str, dict[str, object], str]] = {
     "no such database": ("database", {"dbname": "missing"}, ""),
     "closed database": ("database", {"dbname": "closed"}, ""),
     "private database": ("access", {"user": "app", "dbname": "private"}, TRUST),
-    "no line in pg_hba": ("access", {"user": "app"}, ONLY_US),
+    "no line in pg_hba": ("access", {"user": "app"}, ONLY_POSTGRES),
     "rejected by pg_hba": ("access", {"user": "app"}, REJECT),
     "parameter": ("conninfo", {"options": "-c no_such_parameter=1"}, ""),
     "value": ("conninfo", {"options": "-c statement_timeout=never"}, ""),
@@ -183,7 +183,7 @@ def test_errors_contain_no_secret(
 
 
 # Runs after the login, before the server's first ReadyForQuery.
-LINGER = """
+SLOW_LOGIN = """
 create function linger() returns event_trigger language plpgsql as
     $$ begin if session_user = 'app' then perform pg_sleep(60); end if; end $$;
 create event trigger linger on login execute function linger();
@@ -195,7 +195,7 @@ def test_a_backend_terminated_during_its_login_has_kind_shutdown(
 ) -> None:
     if app.version < 17:
         pytest.skip("event triggers on login come with PostgreSQL 17")
-    app.execute(LINGER)
+    app.execute(SLOW_LOGIN)
     recorder = Recorder()
     pool = make_pool(app.conninfo_for(user="app", password=SECRET), listeners=[recorder])
     caller = Task(pool.fetch_value, "select 1")
@@ -240,13 +240,13 @@ def test_a_termination_message_in_another_language_is_recognised(
 def test_a_connection_cut_in_the_tls_handshake_is_transient(
     own_server: Server, make_pool: MakePool, reset: bool
 ) -> None:
-    with answering(partial(_agree_to_tls_and_end, reset=reset)) as port:
-        where = {"port": port, "sslmode": "require"}
-        pool = make_pool(lambda: own_server.conninfo_for(**where), outage_grace=GRACE)
+    with answering(partial(_accept_tls_and_close, reset=reset)) as port:
+        params = {"port": port, "sslmode": "require"}
+        pool = make_pool(lambda: own_server.conninfo_for(**params), outage_grace=GRACE)
         error = Task(pool.getconn).error()
         assert type(error) is DatabaseUnavailable
         assert error.kind == "closed"
-        where |= {"port": own_server.port, "sslmode": "prefer"}
+        params |= {"port": own_server.port, "sslmode": "prefer"}
         await_up(pool)
         assert_serves_all(pool)
 
@@ -271,8 +271,8 @@ def test_a_connection_cut_in_the_tls_handshake_is_transient(
     ],
 )
 def test_libpqs_messages_are_classified(text: str, kind: str) -> None:
-    where = 'connection failed: connection to server at "10.0.0.1", port 5432 failed: '
-    assert classify(psycopg.OperationalError(where + text)) == kind
+    prefix = 'connection failed: connection to server at "10.0.0.1", port 5432 failed: '
+    assert classify(psycopg.OperationalError(prefix + text)) == kind
 
 
 def _authenticate(server: Server, hba: str) -> None:
@@ -307,7 +307,7 @@ def _field(field: bytes) -> bytes:
     return field if text is None else field[:1] + text.encode()
 
 
-def _agree_to_tls_and_end(peer: socket.socket, reset: bool) -> None:
+def _accept_tls_and_close(peer: socket.socket, reset: bool) -> None:
     """Agree to speak TLS, and end the connection in the handshake."""
     peer.recv(8)
     peer.sendall(b"S")

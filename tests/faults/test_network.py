@@ -25,14 +25,14 @@ PID = "select pg_backend_pid()"
 # Connecting
 
 
-def _set(proxy: Proxy, fault: str) -> None:
+def _inject(proxy: Proxy, fault: str) -> None:
     if fault == "refused":
         proxy.refuse()
     else:
         proxy.mode = Mode[fault.upper()]
 
 
-def _mend(proxy: Proxy) -> None:
+def _repair(proxy: Proxy) -> None:
     proxy.mode = Mode.PASS
     proxy.listen()
     proxy.drop()  # last: clients that are cut off reconnect at once
@@ -45,7 +45,7 @@ FAULTS = [("refused", "refused"), ("reset", "closed"), ("close", "closed"), ("si
 def test_callers_fail_within_the_grace_if_the_first_connect_fails(
     proxy: Proxy, make_pool: MakePool, fault: str, kind: str
 ) -> None:
-    _set(proxy, fault)
+    _inject(proxy, fault)
     pool = make_pool(proxy.conninfo, outage_grace=GRACE)
     callers = [Task(pool.getconn) for _ in range(3)]
     for caller in callers:
@@ -54,7 +54,7 @@ def test_callers_fail_within_the_grace_if_the_first_connect_fails(
         assert not isinstance(error, DatabaseMisconfigured)
         assert error.kind == kind
         assert caller.seconds < GRACE + 2 * SLACK
-    _mend(proxy)
+    _repair(proxy)
     await_up(pool)
     assert_serves_all(pool)
 
@@ -65,7 +65,7 @@ def test_existing_connections_are_lent_while_connects_fail(
 ) -> None:
     pool = make_pool(proxy.conninfo, min_size=2, max_size=4, outage_grace=GRACE)
     pids = fill(pool)
-    _set(proxy, fault)
+    _inject(proxy, fault)
     with pool.connection(), pool.connection():
         assert isinstance(Task(pool.getconn).error(), DatabaseUnavailable)
     assert {pool.fetch_value(PID) for _ in range(20)} <= set(pids)
@@ -77,7 +77,7 @@ def test_existing_connections_are_lent_while_connects_fail(
     until(lambda: pool.stats().counters.connect_failures >= failures + 2)
     load.stop()
     assert load.errors == []
-    _mend(proxy)
+    _repair(proxy)
     until(lambda: not pool.breaker.is_failing)
     await_up(pool)
     assert_serves_all(pool)
@@ -117,17 +117,17 @@ def test_callers_fail_within_the_grace_if_the_network_falls_silent_while_growing
     fill(pool)
     proxy.mode = Mode.SILENT
     conn = pool.getconn()
-    grown = Task(pool.getconn)  # starts a connect
+    grower = Task(pool.getconn)  # starts a connect
     until(pool.breaker.pending)
     pool.putconn(conn)  # a sign of life after that connect began
-    conn = grown.result()
+    conn = grower.result()
     proxy.go_silent()
     caller = Task(pool.getconn)
     error = caller.error()
     pool.putconn(conn)
     assert isinstance(error, DatabaseUnavailable)
     assert caller.seconds < GRACE + 2 * SLACK
-    _mend(proxy)
+    _repair(proxy)
     until(lambda: not pool.breaker.is_failing)
     assert_serves_all(pool)
 
@@ -140,7 +140,7 @@ def test_after_a_failed_connect_the_other_due_connects_are_held_back(
     pool.open()
     until(lambda: pool.stats().counters.connect_failures and pool.stats().connecting == 1)
     assert proxy.accepted < 10  # one for each of three workers, and some retries
-    _mend(proxy)
+    _repair(proxy)
     await_up(pool)
     assert_serves_all(pool)
 
@@ -151,23 +151,23 @@ def test_in_an_outage_one_connect_at_a_time_is_tried(
 ) -> None:
     pool = make_pool(proxy.conninfo, min_size=4, max_size=4, outage_grace=GRACE)
     fill(pool)
-    _set(proxy, fault)
+    _inject(proxy, fault)
     proxy.drop()
     Task(pool.getconn).error()
     until(lambda: len(pool.breaker.pending()) <= 1)
     proxy.drop()
-    most = 0
-    tried = pool.stats().counters.connect_failures
+    highest = 0
+    attempted = pool.stats().counters.connect_failures
     deadline = time.monotonic() + 20
-    while pool.stats().counters.connect_failures < tried + 4 and time.monotonic() < deadline:
-        most = max(most, len(pool.breaker.pending()))
+    while pool.stats().counters.connect_failures < attempted + 4 and time.monotonic() < deadline:
+        highest = max(highest, len(pool.breaker.pending()))
         if fault == "silent":
             proxy.drop()
         with pytest.raises(DatabaseUnavailable):
             pool.getconn()
-    assert most <= 1  # an attempt that fails at once may go unseen
-    assert pool.stats().counters.connect_failures >= tried + 4
-    _mend(proxy)
+    assert highest <= 1  # an attempt that fails at once may go unseen
+    assert pool.stats().counters.connect_failures >= attempted + 4
+    _repair(proxy)
     await_up(pool)
     assert_serves_all(pool)
 
@@ -214,17 +214,17 @@ def test_a_dropped_error_keeps_none_of_its_callers_objects_alive(
         until(lambda: request() is None)  # the rejecting thread may still be returning
     finally:
         gc.enable()
-    _mend(proxy)
+    _repair(proxy)
     await_up(pool)
 
 
 def test_a_host_name_that_resolves_later_is_used(own_server: Server, make_pool: MakePool) -> None:
-    where = {"conninfo": own_server.conninfo_for(host="nowhere.invalid")}
-    pool = make_pool(lambda: where["conninfo"], outage_grace=GRACE)
+    settings = {"conninfo": own_server.conninfo_for(host="nowhere.invalid")}
+    pool = make_pool(lambda: settings["conninfo"], outage_grace=GRACE)
     error = Task(pool.getconn).error()
     assert type(error) is DatabaseUnavailable
     assert error.kind == "dns"
-    where["conninfo"] = own_server.conninfo
+    settings["conninfo"] = own_server.conninfo
     await_up(pool)
     assert_serves_all(pool)
 
@@ -282,7 +282,7 @@ def test_timeouts_hold_if_old_and_new_connections_are_silent(
         assert isinstance(caller.error(), DatabaseUnavailable)
         assert 0.5 < caller.seconds < 0.6 + SLACK
     assert pool.stats().waiting == 0
-    _mend(proxy)
+    _repair(proxy)
     assert_serves_all(pool)
 
 
@@ -298,7 +298,7 @@ def test_a_ping_is_bounded_by_the_callers_deadline_too(
     assert isinstance(caller.error(), DatabaseUnavailable)
     assert caller.seconds < timeout + SLACK
     assert pool.stats().counters.discarded["dead"] <= 1, "more than one was pinged"
-    _mend(proxy)
+    _repair(proxy)
     assert_serves_all(pool)
 
 
@@ -308,11 +308,11 @@ def test_a_timeout_while_connections_are_pinged_is_not_pool_exhausted(
     pool = make_pool(proxy.conninfo, min_size=2, max_size=2, ping_after=0.0, ping_timeout=30)
     fill(pool)
     proxy.go_silent()
-    asking = [Task(pool.getconn) for _ in range(2)]
+    callers = [Task(pool.getconn) for _ in range(2)]
     until(lambda: pool.stats().active == 2)
     assert isinstance(Task(pool.getconn, 0.1).error(), DatabaseUnavailable)
     proxy.drop()
-    for caller in asking:
+    for caller in callers:
         pool.putconn(caller.result())
     assert_serves_all(pool)
 
@@ -337,7 +337,7 @@ def test_a_connection_cut_in_a_query_fails_only_that_caller(
 ) -> None:
     pool = make_pool(proxy.conninfo, max_size=1)
     caller = Task(pool.fetch_value, "select pg_sleep(60)")
-    until(lambda: _busy(own_server))
+    until(lambda: _busy_pids(own_server))
     next_one = Task(pool.fetch_value, "select 1")
     until(lambda: pool.stats().waiting == 1)
     proxy.drop(reset=reset)
@@ -345,23 +345,23 @@ def test_a_connection_cut_in_a_query_fails_only_that_caller(
     assert next_one.result() == 1
     assert pool.stats().counters.discarded["broken"] == 1
     assert_serves_all(pool)
-    terminate(own_server, _busy(own_server))
+    terminate(own_server, _busy_pids(own_server))
 
 
 def test_run_repeats_a_transaction_that_was_cut(proxy: Proxy, make_pool: MakePool) -> None:
     pool = make_pool(proxy.conninfo, max_size=2)
     pool.execute("create table t (id int)")
-    tries: list[int] = []
+    pids: list[int] = []
 
     def work(conn: psycopg.Connection[Any]) -> None:
-        tries.append(conn.info.backend_pid)
+        pids.append(conn.info.backend_pid)
         conn.execute("insert into t values (1)")
-        if len(tries) == 1:
+        if len(pids) == 1:
             proxy.drop(reset=True)
         conn.execute("insert into t values (2)")
 
     pool.run(work)
-    assert len(tries) == 2
+    assert len(pids) == 2
     assert pool.fetch_value("select count(*) from t") == 2
     assert_serves_all(pool)
 
@@ -371,7 +371,7 @@ def test_a_query_on_a_silent_network_delays_no_other_caller(
 ) -> None:
     pool = make_pool(proxy.conninfo, max_size=2)
     stuck = Task(pool.fetch_value, "select pg_sleep(0.2)")
-    until(lambda: _busy(own_server))
+    until(lambda: _busy_pids(own_server))
     proxy.go_silent()
     assert [pool.fetch_value("select 1") for _ in range(10)] == [1] * 10
     proxy.drop()
@@ -411,10 +411,10 @@ def test_repeated_network_faults_under_load_lose_no_connection(
     load = Load(call, threads=8)
     for fault, _ in FAULTS * 3:
         load.await_calls(20)
-        _set(proxy, fault)
+        _inject(proxy, fault)
         proxy.drop(reset=fault == "reset")
         load.await_calls(20)
-        _mend(proxy)
+        _repair(proxy)
     load.await_calls()
     load.stop()
     assert all(isinstance(error, psycopg.OperationalError) for error in load.errors)
@@ -422,7 +422,7 @@ def test_repeated_network_faults_under_load_lose_no_connection(
     assert_serves_all(pool)
 
 
-def _busy(server: Server) -> list[int]:
+def _busy_pids(server: Server) -> list[int]:
     """The backends that run pg_sleep: they do not notice that their client has gone."""
     rows = server.execute(
         "select pid from pg_stat_activity where state = 'active' and query ~ '^select pg_sleep'"

@@ -79,16 +79,16 @@ def test_run_gives_up_at_its_timeout(own_server: Server, make_pool: MakePool) ->
         pool.run(lambda conn: conn.execute("select 1"), timeout=0.8)
 
 
-@pytest.mark.parametrize("way", ["returned", "block"])
+@pytest.mark.parametrize("method", ["returned", "block"])
 def test_returning_an_unused_connection_does_not_end_an_outage(
-    own_server: Server, make_pool: MakePool, way: str
+    own_server: Server, make_pool: MakePool, method: str
 ) -> None:
     pool = make_pool(max_size=2, outage_grace=2.0)
     block = pool.connection()
-    conn = pool.getconn() if way == "returned" else block.__enter__()
+    conn = pool.getconn() if method == "returned" else block.__enter__()
     own_server.stop("fast")
     until(lambda: pool.state == "down" or Task(pool.getconn).error() is None)
-    if way == "returned":
+    if method == "returned":
         pool.putconn(conn)
     else:
         block.__exit__(None, None, None)

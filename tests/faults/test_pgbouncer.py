@@ -46,7 +46,7 @@ VERSION = (
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs pgbouncer")
 
-MOST_CLIENTS = 6
+MAX_CLIENTS = 6
 THREADS = 4
 
 _CONFIG = """\
@@ -61,7 +61,7 @@ unix_socket_dir =
 auth_type = scram-sha-256
 auth_file = {directory}/users
 pool_mode = transaction
-max_client_conn = {most_clients}
+max_client_conn = {max_clients}
 query_wait_timeout = {query_wait_timeout}
 default_pool_size = {size}
 server_login_retry = 0.1
@@ -88,7 +88,7 @@ class Bouncer:
             dead_port=free_port(),
             port=self.port,
             directory=self._directory,
-            most_clients=MOST_CLIENTS,
+            max_clients=MAX_CLIENTS,
             size=size,
             query_wait_timeout=query_wait_timeout,
             extra=extra,
@@ -120,7 +120,7 @@ class Bouncer:
             return False
         return True
 
-    def stop_safely(self) -> None:
+    def shut_down_safely(self) -> None:
         """SIGINT: a safe shutdown, which waits for transactions to end."""
         self._process.send_signal(signal.SIGINT)
         self._process.wait(30)
@@ -156,7 +156,7 @@ def bouncer(own_server: Server) -> Iterator[Bouncer]:
 
 
 @pytest.fixture
-def crowded(own_server: Server) -> Iterator[Bouncer]:
+def small_bouncer(own_server: Server) -> Iterator[Bouncer]:
     """PgBouncer with a single server connection, for which clients wait long."""
     own_server.execute("create role app login password 'right'")
     bouncer = Bouncer(own_server, size=1, query_wait_timeout=30.0)
@@ -197,7 +197,7 @@ def test_the_error_of_a_pool_not_set_up_for_pgbouncer_names_the_setting(
 
 
 @pytest.fixture
-def in_mode(own_server: Server) -> Iterator[Callable[[str], Bouncer]]:
+def bouncer_in_mode(own_server: Server) -> Iterator[Callable[[str], Bouncer]]:
     """A function that starts a PgBouncer in the given mode."""
     with ExitStack() as bouncers:
 
@@ -212,9 +212,9 @@ def in_mode(own_server: Server) -> Iterator[Callable[[str], Bouncer]]:
 
 
 def test_in_session_mode_the_error_names_the_settings_and_they_work(
-    in_mode: Callable[[str], Bouncer], make_pool: MakePool
+    bouncer_in_mode: Callable[[str], Bouncer], make_pool: MakePool
 ) -> None:
-    bouncer = in_mode("session")
+    bouncer = bouncer_in_mode("session")
     with pytest.raises(DatabaseMisconfigured, match="DBPOOL_STATEMENT_TIMEOUT=server"):
         make_pool(bouncer.conninfo_for()).fetch_value("select 1")
     pool = make_pool(
@@ -240,9 +240,9 @@ def test_a_disabled_database_is_named_in_the_error(bouncer: Bouncer, make_pool: 
 
 
 def test_in_statement_mode_single_statements_work(
-    in_mode: Callable[[str], Bouncer], make_pool: MakePool
+    bouncer_in_mode: Callable[[str], Bouncer], make_pool: MakePool
 ) -> None:
-    conninfo = in_mode("statement").conninfo_for()
+    conninfo = bouncer_in_mode("statement").conninfo_for()
     pool = make_pool(conninfo, pooler="transaction")
     assert pool.fetch_all("select %s::int", [1]) == [(1,)]
     with pytest.raises(psycopg.errors.ProtocolViolation), pool.connection() as conn:
@@ -323,7 +323,7 @@ def test_a_restart_of_pgbouncer_fails_no_caller(bouncer: Bouncer, make_pool: Mak
 
 
 @pytest.fixture
-def appending(bouncer: Bouncer, own_server: Server, make_pool: MakePool) -> Pool[Any]:
+def append_pool(bouncer: Bouncer, own_server: Server, make_pool: MakePool) -> Pool[Any]:
     """A pool through PgBouncer, with a table to which tests append."""
     own_server.execute(TABLE)
     own_server.execute("grant all on appends to app")
@@ -331,12 +331,12 @@ def appending(bouncer: Bouncer, own_server: Server, make_pool: MakePool) -> Pool
 
 
 def test_a_safe_shutdown_under_load_fails_no_run(
-    bouncer: Bouncer, own_server: Server, appending: Pool[Any]
+    bouncer: Bouncer, own_server: Server, append_pool: Pool[Any]
 ) -> None:
-    appends = Appends(appending, call=append_blindly, threads=THREADS, timeout=30)
+    appends = Appends(append_pool, call=append_blindly, threads=THREADS, timeout=30)
     for _ in range(3):
         appends.await_more()
-        bouncer.stop_safely()
+        bouncer.shut_down_safely()
         bouncer.start()
     appends.await_more()
     history = appends.stop()
@@ -345,16 +345,16 @@ def test_a_safe_shutdown_under_load_fails_no_run(
 
 
 def test_a_safe_shutdown_under_load_fails_no_single_statement(
-    bouncer: Bouncer, own_server: Server, appending: Pool[Any]
+    bouncer: Bouncer, own_server: Server, append_pool: Pool[Any]
 ) -> None:
     """PgBouncer refuses a statement before the server gets it, and the pool sends it again.
 
     Before 1.23 it kept such clients waiting, and closed their connections without an error.
     """
-    load = Load(lambda: appending.execute("insert into appends values (1)"), threads=THREADS)
+    load = Load(lambda: append_pool.execute("insert into appends values (1)"), threads=THREADS)
     for _ in range(3):
         load.await_calls()
-        bouncer.stop_safely()
+        bouncer.shut_down_safely()
         bouncer.start()
     load.await_calls()
     load.stop()
@@ -395,9 +395,9 @@ def test_a_write_refused_because_of_a_failed_login_is_not_uncertain(
 
 
 def test_killing_pgbouncer_under_load_fails_only_statements_in_flight(
-    bouncer: Bouncer, own_server: Server, appending: Pool[Any]
+    bouncer: Bouncer, own_server: Server, append_pool: Pool[Any]
 ) -> None:
-    load = Load(lambda: appending.execute("insert into appends values (1)"), threads=THREADS)
+    load = Load(lambda: append_pool.execute("insert into appends values (1)"), threads=THREADS)
     load.await_calls()
     bouncer.kill()
     bouncer.start()
@@ -416,10 +416,10 @@ def test_a_full_pgbouncer_is_no_outage_while_connections_live(
     pool = make_pool(
         bouncer.conninfo_for(),
         pooler="transaction",
-        max_size=MOST_CLIENTS + 2,
+        max_size=MAX_CLIENTS + 2,
         outage_grace=GRACE,
     )
-    held = [pool.getconn() for _ in range(MOST_CLIENTS)]
+    held = [pool.getconn() for _ in range(MAX_CLIENTS)]
     waiter = Task(pool.fetch_value, "select 1")
     until(lambda: pool.stats().counters.connect_failures >= 2)
     assert (pool.state, pool.breaker.kind) == ("up", "saturated")
@@ -527,11 +527,11 @@ def test_readiness_notices_a_dead_server_behind_pgbouncer(
 
 
 def test_a_busy_server_behind_pgbouncer_is_no_outage(
-    own_server: Server, crowded: Bouncer, make_pool: MakePool
+    own_server: Server, small_bouncer: Bouncer, make_pool: MakePool
 ) -> None:
     """All of PgBouncer's server connections are busy, so pings get no answer in time."""
     pool = make_pool(
-        crowded.conninfo_for(),
+        small_bouncer.conninfo_for(),
         pooler="transaction",
         max_size=3,
         outage_grace=GRACE,
@@ -584,7 +584,7 @@ def _serves(fetch: Callable[[str], object]) -> bool:
 
 
 @pytest.fixture
-def ignoring(own_server: Server) -> Iterator[Bouncer]:
+def ignoring_bouncer(own_server: Server) -> Iterator[Bouncer]:
     """PgBouncer that accepts startup options and ignores them."""
     own_server.execute("create role app login password 'right'")
     bouncer = Bouncer(own_server, extra="ignore_startup_parameters = options")
@@ -602,12 +602,12 @@ def ignoring(own_server: Server) -> Iterator[Bouncer]:
     ],
 )
 def test_a_pooler_that_ignores_options_is_logged_once(
-    ignoring: Bouncer,
+    ignoring_bouncer: Bouncer,
     make_pool: MakePool,
     caplog: pytest.LogCaptureFixture,
     options: dict[str, object],
 ) -> None:
-    pool = make_pool(ignoring.conninfo_for(), min_size=3, max_size=3, **options)
+    pool = make_pool(ignoring_bouncer.conninfo_for(), min_size=3, max_size=3, **options)
     fill(pool)
     pool.fetch_one("select 1")
     pool.drain()
@@ -618,8 +618,8 @@ def test_a_pooler_that_ignores_options_is_logged_once(
 
 
 def test_a_declared_pooler_that_ignores_options_is_not_logged(
-    ignoring: Bouncer, make_pool: MakePool, caplog: pytest.LogCaptureFixture
+    ignoring_bouncer: Bouncer, make_pool: MakePool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool = make_pool(ignoring.conninfo_for(), pooler="transaction")
+    pool = make_pool(ignoring_bouncer.conninfo_for(), pooler="transaction")
     pool.fetch_one("select 1")
     assert "ignored" not in caplog.text

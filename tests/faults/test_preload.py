@@ -52,8 +52,8 @@ class Gunicorn:
         (folder / "app.py").write_text(APPLICATION)
         (folder / "hooks.py").write_text("from dbpool.gunicorn import *\n")
         self.log = folder / "log"
-        unwanted = ("GUNICORN", "WEB_", "PYTHONWARNINGS")
-        env = {k: v for k, v in environ().items() if not k.startswith(unwanted)}
+        excluded = ("GUNICORN", "WEB_", "PYTHONWARNINGS")
+        env = {k: v for k, v in environ().items() if not k.startswith(excluded)}
         env |= {"CONNINFO": conninfo, "HOME": str(folder)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -126,12 +126,12 @@ def test_a_worker_that_is_killed_is_replaced_by_one_with_sessions_of_its_own(
     os.kill(worker, signal.SIGKILL)
     until(lambda: backend not in own_server.backends())
     with ThreadPoolExecutor(12) as executor:
-        list(executor.map(lambda _: _patient(gunicorn), range(60)))
+        list(executor.map(lambda _: _get_when_served(gunicorn), range(60)))
     gunicorn.process.terminate()
     assert gunicorn.process.wait(30) == 0
     until(lambda: not own_server.backends("dbpool:default"))
 
 
-def _patient(gunicorn: Gunicorn) -> None:
+def _get_when_served(gunicorn: Gunicorn) -> None:
     """Wait until gunicorn serves: a request in the killed worker is lost, later ones are not."""
     until(gunicorn.serves, 10.0)

@@ -50,7 +50,7 @@ def test_a_block_idle_in_transaction_too_long_raises_at_commit(
 
 
 def inserting(
-    pids: list[int], lose: Callable[[], object] = bool
+    pids: list[int], cut: Callable[[], object] = bool
 ) -> Callable[[psycopg.Connection[Any]], None]:
     """Return a function for `run` whose first call waits until the server ends the session."""
 
@@ -58,7 +58,7 @@ def inserting(
         pids.append(conn.info.backend_pid)
         conn.execute("insert into t values (1)")
         if len(pids) == 1:
-            lose()
+            cut()
             # The backend may be gone before its last message is here.
             until(lambda: select.select([conn], [], [], 0)[0])
 
@@ -81,12 +81,12 @@ def test_run_raises_the_servers_reason_for_ending_the_session(make_pool: MakePoo
     pool = make_pool(max_size=1, idle_in_transaction_timeout=0.2)
     calls: list[int] = []
 
-    def dawdle(conn: psycopg.Connection[Any]) -> None:
+    def sleep_too_long(conn: psycopg.Connection[Any]) -> None:
         calls.append(conn.info.backend_pid)
         until(lambda: select.select([conn], [], [], 0)[0])
 
     with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout, match="idle-in-trans"):
-        pool.run(dawdle, attempts=2)
+        pool.run(sleep_too_long, attempts=2)
     assert len(set(calls)) == 2
     assert_serves_all(pool)
 
@@ -198,18 +198,18 @@ def _pipeline(conn: psycopg.Connection[Any]) -> None:
     conn.pipeline().__enter__()
 
 
-RETURNED = [_begin, _fail, _copy_in, _copy_out, _query, _close, _pipeline]
+RETURN_STATES = [_begin, _fail, _copy_in, _copy_out, _query, _close, _pipeline]
 
 
-@pytest.mark.parametrize("leave", RETURNED, ids=lambda leave: leave.__name__)
+@pytest.mark.parametrize("prepare", RETURN_STATES, ids=lambda prepare: prepare.__name__)
 def test_the_next_holder_gets_a_good_connection_whatever_state_it_is_returned_in(
-    own_server: Server, make_pool: MakePool, leave: Callable[[psycopg.Connection[Any]], None]
+    own_server: Server, make_pool: MakePool, prepare: Callable[[psycopg.Connection[Any]], None]
 ) -> None:
     own_server.execute("create table t (id int)")
     pool = make_pool(max_size=1)
     for _ in range(3):
         conn = pool.getconn()
-        leave(conn)
+        prepare(conn)
         pool.putconn(conn)
         with pool.connection() as good:
             assert good.info.transaction_status == TransactionStatus.IDLE

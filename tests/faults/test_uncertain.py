@@ -27,7 +27,7 @@ class Row:
         self.id = id
 
 
-class Own(psycopg.Connection[Any]):
+class OwnCommit(psycopg.Connection[Any]):
     """A connection class with its own `commit`."""
 
     def commit(self) -> None:
@@ -58,7 +58,7 @@ def by_run(pool: Pool) -> None:
 
 @pytest.mark.parametrize("pipeline_begin", [False, True])
 @pytest.mark.parametrize("work", [by_block, by_run])
-@pytest.mark.parametrize("connection_class", [psycopg.Connection, Own])
+@pytest.mark.parametrize("connection_class", [psycopg.Connection, OwnCommit])
 @pytest.mark.parametrize("when", [Cut.BEFORE, Cut.DURING])
 def test_a_commit_without_an_answer_is_uncertain(
     proxy: Proxy, make_pool: MakePool, rows: Rows, work: Callable[[Pool], None],
@@ -106,7 +106,7 @@ def test_the_servers_error_at_commit_keeps_its_class(
     assert rows() == 1
 
 
-@pytest.mark.parametrize("connection_class", [psycopg.Connection, Own])
+@pytest.mark.parametrize("connection_class", [psycopg.Connection, OwnCommit])
 def test_a_commit_to_a_terminated_backend_is_not_uncertain(
     own_server: Server, proxy: Proxy, make_pool: MakePool, rows: Rows, connection_class: Any
 ) -> None:
@@ -152,7 +152,7 @@ def read_only(conn: psycopg.Connection[Any]) -> None:
         {"kwargs": {"options": "-c default_transaction_read_only=on"}},
     ],
 )
-@pytest.mark.parametrize("connection_class", [psycopg.Connection, Own])
+@pytest.mark.parametrize("connection_class", [psycopg.Connection, OwnCommit])
 def test_a_read_only_transaction_is_never_uncertain(
     proxy: Proxy, make_pool: MakePool, options: dict[str, Any], connection_class: Any
 ) -> None:
@@ -219,25 +219,25 @@ def test_a_loss_while_a_statement_is_prepared_is_not_uncertain(
     until(lambda: rows() == 12)
 
 
-@pytest.mark.parametrize("how", ["parameter", "text"])
+@pytest.mark.parametrize("part", ["parameter", "text"])
 def test_a_loss_while_a_statement_is_being_sent_is_not_uncertain(
-    proxy: Proxy, make_pool: MakePool, rows: Rows, how: str
+    proxy: Proxy, make_pool: MakePool, rows: Rows, part: str
 ) -> None:
     pool = make_pool(proxy.conninfo)
     fill(pool)
-    much = "x" * 30_000_000
+    large = "x" * 30_000_000
     proxy.cut(b"insert into t", Cut.BEFORE)
     proxy.delay = 0.3  # the proxy reads nothing until then, so the pool cannot send everything
     with pytest.raises(psycopg.OperationalError) as caught:
-        if how == "parameter":
-            pool.execute("insert into t select 1 where %s::text <> ''", [much])
+        if part == "parameter":
+            pool.execute("insert into t select 1 where %s::text <> ''", [large])
         else:
-            pool.execute(f"insert into t select 1 where '{much}' <> ''")
+            pool.execute(f"insert into t select 1 where '{large}' <> ''")
     proxy.delay = 0.0
     assert not isinstance(caught.value, CommitUncertain)
     assert rows() == 0
-    if how == "parameter":
-        assert pool.execute("insert into t select 1 where %s::text <> ''", [much]) == 1
+    if part == "parameter":
+        assert pool.execute("insert into t select 1 where %s::text <> ''", [large]) == 1
 
 
 READING = [
@@ -344,13 +344,15 @@ def test_a_statement_whose_result_arrived_is_no_error_though_deallocate_fails(
 # psycopg notices the loss before libpq does
 
 
-def hasty(proxy: Proxy, armed: threading.Event, is_answered: bool) -> type[psycopg.Connection[Any]]:
+def failing_wait(
+    proxy: Proxy, armed: threading.Event, is_answered: bool
+) -> type[psycopg.Connection[Any]]:
     """Return a class whose `wait`, while *armed*, ends as if `poll` had reported only an error."""
 
-    class Hasty(psycopg.Connection[Any]):
-        def wait(self, gen: Any, *args: Any, **how: Any) -> Any:
+    class FailingWait(psycopg.Connection[Any]):
+        def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
             if not armed.is_set():
-                return super().wait(gen, *args, **how)
+                return super().wait(gen, *args, **kwargs)
             armed.clear()
             if not is_answered:
                 proxy.go_silent()
@@ -361,7 +363,7 @@ def hasty(proxy: Proxy, armed: threading.Event, is_answered: bool) -> type[psyco
             select.select([self.fileno()], [], [], 10)
             raise psycopg.OperationalError("connection socket closed")
 
-    return Hasty
+    return FailingWait
 
 
 @pytest.mark.usefixtures("rows")
@@ -369,9 +371,9 @@ def hasty(proxy: Proxy, armed: threading.Event, is_answered: bool) -> type[psyco
 def test_a_loss_that_only_psycopg_noticed_is_handled_as_a_loss(
     proxy: Proxy, make_pool: MakePool, caplog: pytest.LogCaptureFixture, is_answered: bool
 ) -> None:
-    armed, tries = threading.Event(), []
-    hasty_class = hasty(proxy, armed, is_answered)
-    pool = make_pool(proxy.conninfo, connection_class=hasty_class, max_size=1)
+    armed, pids = threading.Event(), []
+    connection_class = failing_wait(proxy, armed, is_answered)
+    pool = make_pool(proxy.conninfo, connection_class=connection_class, max_size=1)
     pool.wait()
 
     def insert_in_block() -> None:
@@ -380,8 +382,8 @@ def test_a_loss_that_only_psycopg_noticed_is_handled_as_a_loss(
             armed.set()
 
     def work(conn: psycopg.Connection[Any]) -> None:
-        tries.append(conn.info.backend_pid)
-        armed.set() if len(tries) == 1 else armed.clear()
+        pids.append(conn.info.backend_pid)
+        armed.set() if len(pids) == 1 else armed.clear()
         conn.execute(INSERT, [2])
 
     with pytest.raises(CommitUncertain):
@@ -394,6 +396,6 @@ def test_a_loss_that_only_psycopg_noticed_is_handled_as_a_loss(
         pool.fetch_value("select 1")
     assert not isinstance(caught.value, CommitUncertain)
     pool.run(work)
-    assert len(tries) == 2
+    assert len(pids) == 2
     assert pool.stats().counters.discarded["broken"] == 4
     assert "in the middle of an operation" not in caplog.text

@@ -51,8 +51,8 @@ def test_closing_while_connects_hang_takes_no_longer_than_its_timeout(
 def test_a_connection_made_after_closing_is_closed(fake: FakeServer, make_pool: MakePool) -> None:
     fake.hang()
     # With these options the pool sends no query after the login.
-    how: Any = {"statement_timeout": "server", "idle_in_transaction_timeout": "server"}
-    pool = make_pool(min_size=2, connect_timeout=60, **how)
+    options: Any = {"statement_timeout": "server", "idle_in_transaction_timeout": "server"}
+    pool = make_pool(min_size=2, connect_timeout=60, **options)
     waiter = Task(pool.getconn)
     until(lambda: len(fake.attempts) == 2)
     pool.close(timeout=0.1)
@@ -87,16 +87,16 @@ def test_closing_while_idle_connections_are_silent_is_quick(
 def test_closing_under_load_lets_holders_finish(own_server: Server) -> None:
     pool = Pool(own_server.conninfo, max_size=3)
     own_server.execute("create table t (id int)")
-    inside, go_on = threading.Barrier(4), threading.Event()
+    barrier, go_on = threading.Barrier(4), threading.Event()
 
     def work() -> None:
         with pool.connection() as conn:
-            inside.wait(10)
+            barrier.wait(10)
             go_on.wait(10)
             conn.execute("insert into t values (1)")
 
     holders = [Task(work) for _ in range(3)]
-    inside.wait(10)
+    barrier.wait(10)
     pool.close()
     go_on.set()
     for holder in holders:

@@ -14,9 +14,9 @@ from dbpool import Pool, PoolExhausted
 from tests.fake import FakeServer
 from tests.postgres import until
 
-CROWD = 200  # more waiters than the number that each watch their own deadline
+MANY_WAITERS = 200  # more waiters than the number that each watch their own deadline
 # Seconds on a busy machine. A waiter that is not woken looks at the clock once in a second.
-LATE_AT_MOST = 0.75
+MAX_DELAY = 0.75
 
 
 @contextmanager
@@ -31,7 +31,7 @@ class Callers:
 
     def __init__(self, pool: Pool[Any]) -> None:
         self.pool = pool
-        self.late: list[float] = []  # seconds after its deadline, of each that timed out
+        self.delays: list[float] = []  # seconds after its deadline, of each that timed out
         self.served: list[Any] = []
         self.threads: list[threading.Thread] = []
 
@@ -46,74 +46,74 @@ class Callers:
         try:
             self.served.append(self.pool.getconn(deadline - time.monotonic()))
         except PoolExhausted:
-            self.late.append(time.monotonic() - deadline)
+            self.delays.append(time.monotonic() - deadline)
 
     def join(self) -> None:
         for thread in self.threads:
             thread.join(30)
 
 
-THOUSANDS = 4000
+VERY_MANY_WAITERS = 4000
 
 
-def late_at_bare_locks(deadline: float) -> list[float]:
+def delays_at_bare_locks(deadline: float) -> list[float]:
     """Let thousands wait until *deadline*, each on its own lock; return how late each woke."""
-    late: list[float] = []
+    delays: list[float] = []
 
     def wait() -> None:
         lock = threading.Lock()
         lock.acquire()
         lock.acquire(timeout=deadline - time.monotonic())
-        late.append(time.monotonic() - deadline)
+        delays.append(time.monotonic() - deadline)
 
-    threads = [threading.Thread(target=wait) for _ in range(THOUSANDS)]
+    threads = [threading.Thread(target=wait) for _ in range(VERY_MANY_WAITERS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    return late
+    return delays
 
 
 @pytest.mark.slow
 def test_thousands_of_waiters_with_one_deadline_time_out_quickly(fake: FakeServer) -> None:
     """If every thread woke by itself, they would compete for the interpreter for seconds."""
     with small_stacks():
-        bare = late_at_bare_locks(time.monotonic() + 5.0)
+        bare_delays = delays_at_bare_locks(time.monotonic() + 5.0)
         with fake.pool(max_size=1) as pool, pool.connection():
             callers = Callers(pool)
-            callers.add(THOUSANDS, time.monotonic() + 5.0)
+            callers.add(VERY_MANY_WAITERS, time.monotonic() + 5.0)
             callers.join()
-            assert pool.stats().counters.timeouts == THOUSANDS
-    assert (len(bare), len(callers.late)) == (THOUSANDS, THOUSANDS)
-    assert min(callers.late) >= 0.0
-    assert max(callers.late) < max(bare) / 4
+            assert pool.stats().counters.timeouts == VERY_MANY_WAITERS
+    assert (len(bare_delays), len(callers.delays)) == (VERY_MANY_WAITERS, VERY_MANY_WAITERS)
+    assert min(callers.delays) >= 0.0
+    assert max(callers.delays) < max(bare_delays) / 4
 
 
 def test_waiters_behind_served_ones_time_out_at_their_deadline(fake: FakeServer) -> None:
     with fake.pool(max_size=1) as pool:
         conn = pool.getconn()
         callers = Callers(pool)
-        callers.add(CROWD, time.monotonic() + 2.0)
-        until(lambda: pool.stats().waiting == CROWD)
+        callers.add(MANY_WAITERS, time.monotonic() + 2.0)
+        until(lambda: pool.stats().waiting == MANY_WAITERS)
         pool.putconn(conn)
         for number in range(1, 150):
             until(lambda n=number: len(callers.served) == n)  # type: ignore[misc]
             pool.putconn(callers.served[-1])
         callers.join()
         pool.putconn(callers.served[-1])
-        assert (len(callers.served), len(callers.late)) == (150, CROWD - 150)
-        assert max(callers.late) < LATE_AT_MOST
+        assert (len(callers.served), len(callers.delays)) == (150, MANY_WAITERS - 150)
+        assert max(callers.delays) < MAX_DELAY
 
 
 def test_shorter_deadlines_hold_in_a_long_queue(fake: FakeServer) -> None:
     with fake.pool(max_size=1) as pool, pool.connection():
-        patient, hasty = Callers(pool), Callers(pool)
-        patient.add(CROWD, time.monotonic() + 3.0)
-        until(lambda: pool.stats().waiting == CROWD)
-        hasty.add(20, time.monotonic() + 0.5)
-        patient.add(20, time.monotonic() + 3.0)
-        hasty.join()
-        patient.join()
-        assert (len(hasty.late), len(patient.late)) == (20, CROWD + 20)
-        assert max(hasty.late) < LATE_AT_MOST
-        assert max(patient.late) < LATE_AT_MOST
+        long, short = Callers(pool), Callers(pool)
+        long.add(MANY_WAITERS, time.monotonic() + 3.0)
+        until(lambda: pool.stats().waiting == MANY_WAITERS)
+        short.add(20, time.monotonic() + 0.5)
+        long.add(20, time.monotonic() + 3.0)
+        short.join()
+        long.join()
+        assert (len(short.delays), len(long.delays)) == (20, MANY_WAITERS + 20)
+        assert max(short.delays) < MAX_DELAY
+        assert max(long.delays) < MAX_DELAY

@@ -51,61 +51,63 @@ def assert_serves(pool: Pool) -> None:
 
 
 @pytest.fixture
-def small(dsn: str) -> Any:
+def small_pool(dsn: str) -> Any:
     with Pool(dsn, max_size=1, timeout=1) as pool:
         yield pool
 
 
-@pytest.mark.parametrize("leave", LEFT_OPEN)
+@pytest.mark.parametrize("open_one", LEFT_OPEN)
 @pytest.mark.parametrize("autocommit", [False, True])
-def test_a_block_that_leaves_one_open_ends(small: Pool, leave: Open, autocommit: bool) -> None:
-    left = []
+def test_a_block_that_leaves_one_open_ends(
+    small_pool: Pool, open_one: Open, autocommit: bool
+) -> None:
+    opened = []
 
     def use() -> None:
-        with small.connection() as conn:
+        with small_pool.connection() as conn:
             conn.autocommit = autocommit
-            left.append(leave(conn))
+            opened.append(open_one(conn))
 
-    ended = Task(use).outcome(SECONDS)
-    assert ended is None or "was left open" in str(ended)
-    if leave is stream:
-        assert isinstance(ended, psycopg.ProgrammingError), "its transaction did not commit"
-    assert_serves(small)
+    outcome = Task(use).outcome(SECONDS)
+    assert outcome is None or "was left open" in str(outcome)
+    if open_one is stream:
+        assert isinstance(outcome, psycopg.ProgrammingError), "its transaction did not commit"
+    assert_serves(small_pool)
 
 
-@pytest.mark.parametrize("leave", LEFT_OPEN)
-def test_the_users_error_reaches_the_caller_unchanged(small: Pool, leave: Open) -> None:
-    left = []
+@pytest.mark.parametrize("open_one", LEFT_OPEN)
+def test_the_users_error_reaches_the_caller_unchanged(small_pool: Pool, open_one: Open) -> None:
+    opened = []
 
     def use(conn: Any) -> None:
-        left.append(leave(conn))
+        opened.append(open_one(conn))
         raise KeyError("mine")
 
     def block() -> None:
-        with small.connection() as conn:
+        with small_pool.connection() as conn:
             use(conn)
 
     assert isinstance(Task(block).error(SECONDS), KeyError)
-    if leave is not notifies:  # notifications arrive outside transactions only
-        assert isinstance(Task(small.run, use).error(SECONDS), KeyError)
-    assert_serves(small)
+    if open_one is not notifies:  # notifications arrive outside transactions only
+        assert isinstance(Task(small_pool.run, use).error(SECONDS), KeyError)
+    assert_serves(small_pool)
 
 
-@pytest.mark.parametrize("leave", [stream, copy])
-def test_run_is_not_retried_after_a_stream_left_open(small: Pool, leave: Open) -> None:
-    left = []
-    error = Task(small.run, lambda conn: left.append(leave(conn))).error(SECONDS)
+@pytest.mark.parametrize("open_one", [stream, copy])
+def test_run_is_not_retried_after_a_stream_left_open(small_pool: Pool, open_one: Open) -> None:
+    opened = []
+    error = Task(small_pool.run, lambda conn: opened.append(open_one(conn))).error(SECONDS)
     assert isinstance(error, psycopg.ProgrammingError)
-    assert len(left) == 1
-    assert_serves(small)
+    assert len(opened) == 1
+    assert_serves(small_pool)
 
 
-def test_another_threads_statement_may_finish_after_the_block(small: Pool) -> None:
-    small.timeout = SECONDS
-    with small.connection() as conn:
+def test_another_threads_statement_may_finish_after_the_block(small_pool: Pool) -> None:
+    small_pool.timeout = SECONDS
+    with small_pool.connection() as conn:
         conn.execute("create table kept (id int)")
         other = Task(conn.execute, "insert into kept select 1 from pg_sleep(0.3)")
         while conn.info.transaction_status != psycopg.pq.TransactionStatus.ACTIVE:
             pass
     other.result()
-    assert small.fetch_value("select count(*) from kept") == 1
+    assert small_pool.fetch_value("select count(*) from kept") == 1

@@ -48,28 +48,28 @@ def test_open_true_opens_now(fake: FakeServer) -> None:
         until(lambda: pool.stats().idle == 1)
 
 
-class NoThreads:
+class FailingNumber:
     """A `num_workers` that makes opening fail, after a pause that the test ends."""
 
     def __init__(self) -> None:
-        self.asked, self.answer = threading.Event(), threading.Event()
+        self.entered, self.proceed = threading.Event(), threading.Event()
 
     def __rmul__(self, threads: object) -> object:
-        self.asked.set()
-        self.answer.wait(10)
+        self.entered.set()
+        self.proceed.wait(10)
         raise RuntimeError("can't start new thread")
 
 
 def test_a_pool_opens_after_an_opening_that_failed(fake: FakeServer) -> None:
     pool = fake.pool(timeout=8)
-    pool.num_workers = number = NoThreads()  # type: ignore[assignment]
+    pool.num_workers = num_workers = FailingNumber()  # type: ignore[assignment]
     first = Task(pool.fetch_value, "select 1")
-    number.asked.wait(10)
+    num_workers.entered.wait(10)
     pool.num_workers = 3
     second = Task(pool.fetch_value, "select 1")
     with suppress(AssertionError):
         until(lambda: pool.stats().waiting, 0.2)
-    number.answer.set()
+    num_workers.proceed.set()
     assert str(first.error()) == "can't start new thread"
     assert second.result(4.0) == 1
     pool.close()
@@ -77,13 +77,13 @@ def test_a_pool_opens_after_an_opening_that_failed(fake: FakeServer) -> None:
 
 def test_a_pool_closed_during_a_failing_open_stays_closed(fake: FakeServer) -> None:
     pool = fake.pool()
-    pool.num_workers = number = NoThreads()  # type: ignore[assignment]
+    pool.num_workers = num_workers = FailingNumber()  # type: ignore[assignment]
     opening = Task(pool.open)
-    number.asked.wait(10)
+    num_workers.entered.wait(10)
     closing = Task(pool.close)
     until(lambda: pool.state == "stopped")
     pool.num_workers = 3
-    number.answer.set()
+    num_workers.proceed.set()
     assert str(opening.error()) == "can't start new thread"
     closing.result()
     with pytest.raises(PoolClosed):

@@ -114,10 +114,10 @@ def test_a_reconnect_failed_that_hangs_blocks_no_other_pool(
         called.set()
         ends.wait(30)
 
-    nowhere = FakeServer()
-    nowhere.refuse()
-    down = make_pool(nowhere, reconnect_timeout=0.1, reconnect_failed=hang)
-    down.open()
+    unreachable = FakeServer()
+    unreachable.refuse()
+    unavailable = make_pool(unreachable, reconnect_timeout=0.1, reconnect_failed=hang)
+    unavailable.open()
     try:
         assert called.wait(10)
         pool = make_pool(max_size=6)
@@ -127,7 +127,7 @@ def test_a_reconnect_failed_that_hangs_blocks_no_other_pool(
         assert_serves_all(pool)
     finally:
         ends.set()
-        down.close()
+        unavailable.close()
 
 
 def test_waiters_that_the_breaker_rejects_are_counted_and_logged(

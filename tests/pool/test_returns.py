@@ -20,8 +20,8 @@ from tests.threads import Task, run_in_threads
 
 
 def make(**options: Any) -> Pool:
-    how: dict[str, Any] = {"min_size": 1, "max_size": 1, "timeout": 5.0} | options
-    return Pool(connection_class=FakeConnection, kwargs={"host": "nowhere"}, **how)
+    defaults: dict[str, Any] = {"min_size": 1, "max_size": 1, "timeout": 5.0} | options
+    return Pool(connection_class=FakeConnection, kwargs={"host": "nowhere"}, **defaults)
 
 
 def test_closing_a_dead_connection_returns_it_at_once() -> None:
@@ -113,7 +113,7 @@ def test_a_pool_that_closes_hands_over_no_closed_connection() -> None:
 
 
 @pytest.mark.parametrize(
-    "act",
+    "action",
     [
         lambda pool: pool.stats(),
         lambda pool: pool.getconn(timeout=0.001),
@@ -122,7 +122,7 @@ def test_a_pool_that_closes_hands_over_no_closed_connection() -> None:
     ],
     ids=["stats", "a wait that times out", "maintenance", "drain"],
 )
-def test_a_connection_may_come_back_at_any_point_of_a_call(act: Callable[[Pool], Any]) -> None:
+def test_a_connection_may_come_back_at_any_point_of_a_call(action: Callable[[Pool], Any]) -> None:
     """A garbage collection or a signal handler may return a connection at any point."""
     for point in itertools.count(1):
         with make(max_size=2, slow_acquire=0.001, leak_after=0) as pool:
@@ -133,7 +133,7 @@ def test_a_connection_may_come_back_at_any_point_of_a_call(act: Callable[[Pool],
                 suppress(PoolExhausted),
                 interrupted(point, call=lambda: pool.putconn(conn)) as points,  # noqa: B023
             ):
-                act(pool)
+                action(pool)
             pool.putconn(other)
             if not points.is_reached:
                 pool.putconn(conn)
@@ -153,18 +153,18 @@ def _close_and_return(pool: Pool, conn: Any, point: int) -> bool:
 def test_waiters_that_time_out_together_share_snapshots() -> None:
     count = 250
     with make() as pool, pool.connection():
-        due = time.monotonic() + 1.5
-        late: list[float] = []
+        deadline = time.monotonic() + 1.5
+        delays: list[float] = []
         snapshots = []
 
         def wait() -> None:
             with pytest.raises(PoolExhausted) as caught:
-                pool.getconn(timeout=due - time.monotonic())
-            late.append(time.monotonic() - due)
+                pool.getconn(timeout=deadline - time.monotonic())
+            delays.append(time.monotonic() - deadline)
             snapshots.append(caught.value.snapshot)
 
         run_in_threads(count, wait, seconds=10.0)
-        assert len(late) == count
+        assert len(delays) == count
         assert len(set(map(id, snapshots))) <= count / 5
         assert pool.stats().counters.timeouts == count
         assert pool.stats().waiting == 0

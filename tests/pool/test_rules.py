@@ -73,7 +73,7 @@ class Pools(RuleBasedStateMachine):
         self.store.open()
         self.waiting: list[Caller] = []  # in the order in which they came
         self.made = 0
-        self.is_shut = False
+        self.is_closed = False
 
     # Callers
 
@@ -83,19 +83,19 @@ class Pools(RuleBasedStateMachine):
         max_waiting=st.integers(0, 2),
         other=st.none() | consumes(callers),
     )
-    def ask(self, timeout: float, max_waiting: int, other: Caller | None) -> Caller:
+    def check_out(self, timeout: float, max_waiting: int, other: Caller | None) -> Caller:
         """Ask for a connection; *other* returns one after this caller found none idle."""
         step = Owner()
         waiter = Waiter(ref(step), self.clock.now, self.clock.now + timeout)
         caller = Caller(waiter, step)
         caller.conn = self.store.take_idle(ref(step))
         if other is not None:
-            self.give_back_of(other)
+            self.return_conn(other)
         if caller.conn is None:
             try:
                 self.store.join(waiter, max_waiting, close_returns=False)
             except PoolClosed:
-                assert self.is_shut
+                assert self.is_closed
                 waiter.is_over = True
                 return caller
             if waiter.is_waiting:
@@ -115,9 +115,9 @@ class Pools(RuleBasedStateMachine):
     def collect_answers(self, extra: list[Caller] | None = None) -> None:
         """Let served callers go on, and check that they were served in their order."""
         served = [caller for caller in self.waiting if caller.waiter.conn is not None]
-        still = [caller for caller in self.waiting if caller.waiter.is_waiting]
-        if served and still:
-            assert max(map(self.waiting.index, served)) < min(map(self.waiting.index, still))
+        waiting = [caller for caller in self.waiting if caller.waiter.is_waiting]
+        if served and waiting:
+            assert max(map(self.waiting.index, served)) < min(map(self.waiting.index, waiting))
         for caller in [*served, *(extra or [])]:
             if caller.waiter.conn is not None and caller.conn is None:
                 caller.conn = caller.waiter.conn
@@ -125,10 +125,10 @@ class Pools(RuleBasedStateMachine):
         self.waiting = [caller for caller in self.waiting if caller.waiter.is_waiting]
 
     @rule(caller=consumes(callers), is_verified=st.booleans())
-    def give_back(self, caller: Caller, is_verified: bool) -> None:
-        self.give_back_of(caller, is_verified=is_verified)
+    def put_back(self, caller: Caller, is_verified: bool) -> None:
+        self.return_conn(caller, is_verified=is_verified)
 
-    def give_back_of(self, caller: Caller, *, is_verified: bool = True) -> None:
+    def return_conn(self, caller: Caller, *, is_verified: bool = True) -> None:
         if caller.conn is None or caller.conn._record.is_reaped or caller.step is None:
             self.forget(caller)
             return
@@ -145,12 +145,12 @@ class Pools(RuleBasedStateMachine):
         self.drop(caller)
 
     @rule(caller=consumes(callers))
-    def tear_away(self, caller: Caller) -> None:
+    def interrupt(self, caller: Caller) -> None:
         """An exception ends a caller's step, at whatever point it is."""
         if caller.step is None:
             return
-        healer = Owner()
-        for conn in self.store.recover(ref(caller.step), ref(healer)):
+        new_owner = Owner()
+        for conn in self.store.recover(ref(caller.step), ref(new_owner)):
             self.store.add(conn, is_verified=False)
         if caller in self.waiting:
             self.waiting.remove(caller)
@@ -175,27 +175,27 @@ class Pools(RuleBasedStateMachine):
     def time_out(self) -> None:
         first = self.waiting[0]
         self.clock.now = max(self.clock.now, first.waiter.deadline)
-        late = [c for c in self.waiting if c.waiter.deadline <= self.clock.now]
+        expired = [c for c in self.waiting if c.waiter.deadline <= self.clock.now]
         number, error = self.store.time_out(first.waiter)
         assert number >= 1
         assert error is not None
         assert first.waiter.is_over
         assert not first.waiter.is_rejected
-        ended = [caller for caller in self.waiting if caller.waiter.is_over]
-        assert ended == [caller for caller in late if caller in ended], "in order, and late"
+        over = [caller for caller in self.waiting if caller.waiter.is_over]
+        assert over == [caller for caller in expired if caller in over], "in order, and expired"
         self.collect_answers()
 
     # Workers
 
     @precondition(lambda self: self.store.breaker.attempts)
-    @rule(is_made=st.booleans(), kind=st.sampled_from(KINDS), data=st.data())
-    def work(self, is_made: bool, kind: str, data: st.DataObject) -> None:
+    @rule(succeeds=st.booleans(), kind=st.sampled_from(KINDS), data=st.data())
+    def work(self, succeeds: bool, kind: str, data: st.DataObject) -> None:
         attempts = sorted(self.store.breaker.attempts, key=id)
         attempt: Attempt = data.draw(st.sampled_from(attempts))
         if not self.store.admit(attempt):
             return
         attempt.started = self.clock.now
-        if is_made:
+        if succeeds:
             conn: Any = Session()
             record = ConnectionRecord(-1, b"off", lambda _: False, ())
             record.expires_at = float("inf")
@@ -221,8 +221,8 @@ class Pools(RuleBasedStateMachine):
         gc.collect(0)
         self.store.heal(close_returns=False, has_idle_workers=False)
         self.collect_answers()
-        gone = [r for r in self.store.bag.records if (r.owner or r.ref)() is None]
-        assert gone == []
+        unowned = [r for r in self.store.bag.records if (r.owner or r.ref)() is None]
+        assert unowned == []
 
     @rule(reason=st.sampled_from(["dead", "expired"]))
     def evict_idle(self, reason: str) -> None:
@@ -240,7 +240,7 @@ class Pools(RuleBasedStateMachine):
     @precondition(lambda self: self.made > 5)
     @rule()
     def close(self) -> None:
-        self.is_shut = True
+        self.is_closed = True
         self.store.close()
         assert all(caller.waiter.is_over for caller in self.waiting)
         assert not self.store.bag.idle
@@ -253,11 +253,11 @@ class Pools(RuleBasedStateMachine):
         stats = self.store.snapshot()
         assert stats.active + stats.idle + stats.connecting == stats.size
         assert min(stats.active, stats.idle, stats.connecting, stats.waiting) >= 0
-        if self.is_shut:
+        if self.is_closed:
             assert (stats.size, stats.waiting) == (0, 0)
 
     @invariant()
-    def an_idle_connection_is_known_and_nobodys(self) -> None:
+    def idle_connections_are_recorded_and_have_no_owner(self) -> None:
         records = [conn._record for conn in self.store.bag.idle]
         assert len(set(map(id, records))) == len(records)
         for record in records:
@@ -266,18 +266,18 @@ class Pools(RuleBasedStateMachine):
             assert not record.since
 
     @invariant()
-    def nobody_waits_beside_an_idle_connection_or_an_open_breaker(self) -> None:
+    def no_caller_waits_if_a_connection_is_idle_or_the_breaker_open(self) -> None:
         if any(waiter.is_waiting for waiter in self.store.waiting):
             assert not self.store.bag.idle
             assert not self.store.breaker.is_open
 
     @invariant()
-    def whoever_waits_is_in_the_queue_in_order(self) -> None:
+    def waiters_are_queued_in_order(self) -> None:
         queued = [waiter for waiter in self.store.waiting if waiter.is_waiting]
         assert queued == [caller.waiter for caller in self.waiting if caller.waiter.is_waiting]
 
     @invariant()
-    def nothing_that_is_closed_is_lent(self) -> None:
+    def no_idle_connection_is_closed(self) -> None:
         assert not any(conn.closed for conn in self.store.bag.idle)
 
     @invariant()
@@ -288,11 +288,11 @@ class Pools(RuleBasedStateMachine):
             assert breaker.is_failing
 
     @invariant()
-    def counters_say_what_was_forgotten(self) -> None:
+    def counters_match_the_records(self) -> None:
         counters = self.store.snapshot().counters
         known = len(self.store.bag.records)
         assert counters.connects == self.made
-        if not self.is_shut:
+        if not self.is_closed:
             assert known + sum(counters.discarded.values()) == self.made
 
 

@@ -64,11 +64,11 @@ def test_a_single_statement_leaves_nothing_behind(dsn: str) -> None:
         assert row == {"a": "secret"}
         with pytest.raises(psycopg.errors.DivisionByZero):
             pool.fetch_value("select 1/%s", [0])
-        kept = pool._store.bag.idle[0]._record.cursor
+        cursor = pool._store.bag.idle[0]._record.cursor
         names = ("_conn", "_pgconn", "_tx", "_query", "_last_query", "_results", "pgresult")
-        assert {name: getattr(kept, name) for name in names} == dict.fromkeys(names)
+        assert {name: getattr(cursor, name) for name in names} == dict.fromkeys(names)
         assert pool.fetch_value("select 2") == 2
-        assert pool._store.bag.idle[0]._record.cursor is kept
+        assert pool._store.bag.idle[0]._record.cursor is cursor
 
 
 def test_a_users_row_factory_gets_a_cursor_of_its_own(dsn: str) -> None:

@@ -43,20 +43,22 @@ def test_records_are_changed_only_under_the_lock(
     pool: Pool = fake.pool(max_size=6, reset=reset)
     with pool.connection():
         pool._store.bag.records = Guarded(pool)
-    fit, changed, broken, lost, late, late_changed = (pool.getconn() for _ in range(6))
-    changed.prepare_threshold = late_changed.prepare_threshold = 7
+    unchanged, changed, broken, lost, returned_late, changed_late = (
+        pool.getconn() for _ in range(6)
+    )
+    changed.prepare_threshold = changed_late.prepare_threshold = 7
     broken.close()
-    for conn in (fit, changed, broken):
+    for conn in (unchanged, changed, broken):
         pool.putconn(conn)
     del lost
     gc.collect()
     pool.maintain(monotonic())
     until(lambda: pool.stats().active == 2)
     pool.close()
-    pool.putconn(late)
-    pool.putconn(late_changed)
-    assert late.closed
-    assert late_changed.closed
+    pool.putconn(returned_late)
+    pool.putconn(changed_late)
+    assert returned_late.closed
+    assert changed_late.closed
     assert not pool._store.bag.records
 
 

@@ -27,10 +27,10 @@ class Timeout(BaseException):
     """Like gevent's Timeout: a BaseException, raised from outside."""
 
 
-TORN = pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, Timeout])
+raising_each_error = pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, Timeout])
 
 
-@TORN
+@raising_each_error
 def test_an_exception_during_a_wait_loses_no_connection(
     make_pool: MakePool, error: type[BaseException]
 ) -> None:
@@ -43,7 +43,7 @@ def test_an_exception_during_a_wait_loses_no_connection(
     assert_serves_all(pool)
 
 
-@TORN
+@raising_each_error
 def test_an_exception_while_a_connection_is_made_loses_none(
     fake: FakeServer, make_pool: MakePool, error: type[BaseException]
 ) -> None:
@@ -57,9 +57,9 @@ def test_an_exception_while_a_connection_is_made_loses_none(
     assert_serves_all(pool)
 
 
-@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("is_interrupted", [False, True])
 def test_a_waiter_served_at_its_timeout_loses_no_connection(
-    make_pool: MakePool, torn: bool
+    make_pool: MakePool, is_interrupted: bool
 ) -> None:
     pool = make_pool(max_size=1)
     conn = pool.getconn()
@@ -68,7 +68,7 @@ def test_a_waiter_served_at_its_timeout_loses_no_connection(
         waiter = Waiter(ref(step), time.monotonic(), 0.0)
         pool._store.join(waiter, 0, close_returns=False)
     pool.putconn(conn)
-    if not torn:
+    if not is_interrupted:
         pool._store.time_out(waiter)
         assert (waiter.conn, waiter.error) == (conn, None)
     pool._recover(ref(step))

@@ -49,54 +49,54 @@ def test_run_opens_a_transaction_also_with_autocommit(dsn: str) -> None:
 
 
 def test_run_raises_if_the_function_swallowed_an_sql_error(server_pool: Pool) -> None:
-    def swallow(conn: Connection[Any]) -> None:
+    def suppress_error(conn: Connection[Any]) -> None:
         try:
             conn.execute("select 1/0")
         except psycopg.Error:
             pass
 
     with pytest.raises(psycopg.errors.InFailedSqlTransaction):
-        server_pool.run(swallow)
+        server_pool.run(suppress_error)
     assert server_pool.fetch_value("select 1") == 1
 
 
 def test_run_retries_a_serialization_failure(server_pool: Pool) -> None:
     server_pool.execute("create table t (id int primary key, n int)")
     server_pool.execute("insert into t values (1, 0)")
-    tries: list[int] = []
+    calls: list[int] = []
 
     def increment(conn: Connection[Any]) -> None:
-        tries.append(1)
+        calls.append(1)
         (n,) = conn.execute("select n from t where id = 1").fetchone() or (0,)
-        if len(tries) == 1:
+        if len(calls) == 1:
             server_pool.execute("update t set n = n + 10 where id = 1")
         conn.execute("update t set n = %s where id = 1", [n + 1])
 
     server_pool.run(increment, isolation=IsolationLevel.REPEATABLE_READ)
-    assert len(tries) == 2
+    assert len(calls) == 2
     assert server_pool.fetch_value("select n from t") == 11
     assert server_pool.stats().counters.retries == 1
 
 
 def test_run_gives_up_after_its_attempts(server_pool: Pool) -> None:
-    tries: list[int] = []
+    calls: list[int] = []
 
     def fail(conn: Connection[Any]) -> None:
-        tries.append(1)
+        calls.append(1)
         conn.execute("do $$ begin raise sqlstate '40001'; end $$")
 
     with pytest.raises(psycopg.errors.SerializationFailure):
         server_pool.run(fail, attempts=2)
-    assert len(tries) == 2
+    assert len(calls) == 2
 
 
 def test_run_retries_no_other_error(server_pool: Pool) -> None:
-    tries: list[int] = []
+    calls: list[int] = []
 
     def fail(conn: Connection[Any]) -> None:
-        tries.append(1)
+        calls.append(1)
         conn.execute("select 1/0")
 
     with pytest.raises(psycopg.errors.DivisionByZero):
         server_pool.run(fail)
-    assert len(tries) == 1
+    assert len(calls) == 1

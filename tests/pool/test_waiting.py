@@ -17,18 +17,18 @@ def test_waiters_are_served_in_order(fake: FakeServer) -> None:
     with fake.pool(max_size=1, timeout=10) as pool:
         served: list[int] = []
         conn = pool.getconn()
-        takers = []
+        callers = []
         for n in range(5):
 
-            def take(n: int) -> None:
+            def check_out(n: int) -> None:
                 with pool.connection():
                     served.append(n)
 
-            takers.append(Task(take, n))
+            callers.append(Task(check_out, n))
             until(partial(lambda n: pool.stats().waiting == n + 1, n))
         pool.putconn(conn)
-        for taker in takers:
-            taker.result(10)
+        for caller in callers:
+            caller.result(10)
     assert served == [0, 1, 2, 3, 4]
 
 
