@@ -272,6 +272,10 @@ def test_a_stream_keeps_its_connection_until_it_ends(
     db = DBPool()
     app = make_app(fake, db=db)
     fake.answers["select generate_series(1, 3)"] = [(1,), (2,), (3,)]
+    own = app.extensions["dbpool"]
+
+    def busy() -> int | None:
+        return int(own.processes.collect("process").processes[0].busy)
 
     @app.get("/")
     def view() -> Response:
@@ -279,10 +283,13 @@ def test_a_stream_keeps_its_connection_until_it_ends(
             with db.pool.connection() as conn:
                 for (number,) in conn.execute("select generate_series(1, 3)"):
                     yield f"{number}\n"
+                yield f"{[holder.endpoint for holder in db.pool.holders()]} {busy()}"
 
         return Response(stream_with_context(rows()))
 
-    assert app.test_client().get("/").text == "1\n2\n3\n"
+    assert app.test_client().get("/").text == "1\n2\n3\n['view'] 1"
+    assert busy() == 0
+    assert holders.current.thread.endpoint is None
     assert app.extensions["dbpool"].databases.default.stats().active == 0
     assert "still held" not in caplog.text
 

@@ -43,7 +43,8 @@ logger = logging.getLogger("dbpool")
 KEY: Final = "dbpool"
 _PUSHED_AT: Final = "_dbpool_pushed_at"
 _ENDPOINT: Final = "_dbpool_endpoint"
-_BEGUN: Final = "dbpool.begun"  # by which thread, and the endpoint that it served before
+_BEGUN: Final = "dbpool.begun"
+_STREAMING: Final = "_dbpool_streaming"
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,29 @@ def _follow_teardown(app: Flask) -> None:
 
     request_ends, context_ends = app.do_teardown_request, app.do_teardown_appcontext
     app.do_teardown_request = followed(request_ends, _end_request)  # type: ignore[method-assign]
-    app.do_teardown_appcontext = followed(  # type: ignore[method-assign]
-        context_ends, _take_back_all
-    )
+    app.do_teardown_appcontext = followed(context_ends, _end_context)  # type: ignore[method-assign]
 
 
 def _on_appcontext_pushed(app: Flask, **extra: Any) -> None:
     setattr(g, _PUSHED_AT, monotonic())
+    # The request has ended: `stream_with_context` pushes its context again.
+    if (endpoint := g.get(_ENDPOINT)) is not None:
+        setattr(g, _STREAMING, _begin_serving(endpoint))
+
+
+def _begin_serving(endpoint: str) -> tuple[holders.ThreadInfo, str | None]:
+    """Let this thread serve that endpoint; return what `_end_serving` needs."""
+    thread = holders.current.thread
+    outer, thread.endpoint = thread.endpoint, endpoint
+    state().processes.begin_request(thread)
+    return thread, outer
+
+
+def _end_serving(thread: holders.ThreadInfo, outer: str | None) -> None:
+    """Restore the endpoint: requests may nest, as a test client's do."""
+    thread.endpoint = outer
+    if outer is None:
+        state().processes.end_request(thread)
 
 
 def _before_request() -> None:
@@ -201,10 +218,7 @@ def _before_request() -> None:
     if own.settings.details == "always" and not own.warned:
         _warn_of_open_views(own)
     if request.endpoint is not None:
-        thread = holders.current.thread
-        request.environ[_BEGUN] = thread, thread.endpoint
-        thread.endpoint = request.endpoint
-        own.processes.begin_request(thread)
+        request.environ[_BEGUN] = _begin_serving(request.endpoint)
         g.setdefault(_ENDPOINT, request.endpoint)
 
 
@@ -226,17 +240,17 @@ def _warn_of_open_views(own: State) -> None:
 
 
 def _end_request() -> None:
-    """Restore the endpoint: requests may nest, as a test client's do.
-
-    A copy of the request's context ends here too, but in another thread.
-    """
-    thread = holders.current.thread
-    began, outer = request.environ.get(_BEGUN, (None, None))
-    if began is thread:
+    begun = request.environ.get(_BEGUN)
+    # A copy of the request's context ends here too, but in another thread.
+    if begun is not None and begun[0] is holders.current.thread:
         del request.environ[_BEGUN]
-        thread.endpoint = outer
-        if outer is None:
-            state().processes.end_request(thread)
+        _end_serving(*begun)
+
+
+def _end_context() -> None:
+    _take_back_all()
+    if (begun := g.pop(_STREAMING, None)) is not None:
+        _end_serving(*begun)
 
 
 def _take_back_all() -> None:
@@ -244,7 +258,7 @@ def _take_back_all() -> None:
 
     This never commits: the answer has been sent, and could not say that the commit failed.
     """
-    pushed_at, endpoint = g.pop(_PUSHED_AT, math.inf), g.pop(_ENDPOINT, None)
+    pushed_at, endpoint = g.pop(_PUSHED_AT, math.inf), g.get(_ENDPOINT)
     for pool in state().pools:
         try:
             _take_back(pool, pushed_at, endpoint)
