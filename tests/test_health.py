@@ -96,6 +96,23 @@ def test_an_open_breaker_is_down_at_once() -> None:
         assert not health.ready().is_ready
 
 
+def test_a_database_of_which_every_connection_fails_the_check_is_down(fake: FakeServer) -> None:
+    fails = True
+
+    def check(conn: Any) -> None:
+        if fails:
+            raise LookupError("the schema is not the one of this version")
+
+    settings = {"default": Settings(conninfo=fake.conninfo)}
+    options: dict[str, Any] = {"connection_class": fake.connection_class, "check": check}
+    with Databases(settings, **options) as databases:
+        health = Health(databases)
+        until(lambda: health.ready().status == "down")
+        assert databases.default.stats().counters.connects > 0
+        fails = False
+        until(lambda: health.ready().status == "up")
+
+
 def test_retry_after_is_the_pools_next_attempt() -> None:
     with Databases({"default": Settings(conninfo=NOWHERE, outage_grace=0.05)}) as databases:
         health = Health(databases)

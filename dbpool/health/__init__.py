@@ -211,7 +211,7 @@ class Health:
     def _await_ping(self, pool: Pool[Any], call: Call[None]) -> PoolState:
         if call.wait(TIMEOUT) and call.error is None:
             return PoolState.UP
-        if pool.state in _NOT_SERVING:
+        if pool.state in _NOT_SERVING or pool.breaker.check_failure:
             return PoolState.DOWN
         return PoolState.STARTING if pool.last_alive_at is None else PoolState.DEGRADED
 
@@ -295,6 +295,8 @@ def _known_state(pool: Pool[Any]) -> PoolState | None:
     """Return the state that needs no round trip, None if the database has to be pinged."""
     if pool.state in _NOT_SERVING:
         return PoolState.DOWN
+    if pool.breaker.check_failure:  # connecting proves little then
+        return None
     stats = pool.stats()
     busy = stats.active >= stats.max_size
     alive_at = pool.last_alive_at
