@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, dataclass_transform
 
 from dbpool._secrets import conceal
@@ -156,9 +157,7 @@ class Listener:
 
     def __call__(self, event: Event) -> None:
         """Pass the event to the method named after it, if there is one."""
-        method = getattr(self, name_of(event), None)
-        if method is not None:
-            method(event)
+        getattr(self, name_of(event), lambda _: None)(event)
 
 
 class LoggingListener(Listener):
@@ -180,10 +179,9 @@ class LoggingListener(Listener):
 
 def validate_listeners(listeners: Iterable[Any]) -> tuple[Callable[[Any], object], ...]:
     """Return the listeners; raise `ConfigError` for one that would never hear an event."""
-    try:
-        found = tuple(conceal(listeners))
-    except TypeError:
-        raise ConfigError("listeners must be a list") from None
+    if not isinstance(given := conceal(listeners), Iterable):
+        raise ConfigError("listeners must be a list")
+    found = tuple(given)
     for listener in found:
         if problem := _problem_of(listener):
             raise ConfigError(f"the listener {_named(listener)} {problem}")
@@ -303,12 +301,15 @@ class Emitter:
         if self._has_dropped and self._remember("dropped"):
             logger.error("pool %r: its listeners are too slow, events are dropped", event.pool)
         for listener in self._listeners:
+            failure = None
             try:
                 listener(event)
-            except BaseException:  # the other listeners still get the event
-                if self._remember((id(listener), type(event))):
-                    text = "a listener failed on %s: %s"
-                    logger.exception(text, name_of(event), _named(listener))
+            except BaseException as ex:  # noqa: BLE001  # the other listeners still get the event
+                failure = type(ex).__name__, extract_tb(ex.__traceback__, limit=-3)
+            # Logged without the error: its text may hold where an alarm was sent, with a secret.
+            if failure and self._remember((id(listener), type(event))):
+                text = "a listener failed on %s: %s: %s at %s"
+                logger.error(text, name_of(event), _named(listener), *failure)
 
     def _remember(self, problem: object) -> bool:
         """Return whether a problem is new."""
