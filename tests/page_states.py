@@ -36,7 +36,7 @@ Answer = dict[str, Any]
 NOW: Final = 1_795_000_000.0
 CLOCK: Final = 50_000.0  # monotonic
 URL: Final = "postgresql://shop:a-password@db.internal/shop"
-PLACES: Final = (
+CALL_SITES: Final = (
     ("orders.index", "shop/orders.py:41 list_orders"),
     ("orders.create", "shop/orders.py:67 create_order"),
     ("stock.reserve", "shop/stock.py:23 reserve"),
@@ -45,7 +45,7 @@ PLACES: Final = (
 
 
 @cache
-def times(typical: float, count: int) -> HistogramSnapshot:
+def durations(typical: float, count: int) -> HistogramSnapshot:
     """That many durations, spread around a typical one."""
     chance = random.Random(count)
     found = Histogram()
@@ -64,7 +64,7 @@ def holders(
     """Checked-out connections, the longest first."""
     found = []
     for n in range(number):
-        endpoint, where = PLACES[n % len(PLACES)]
+        endpoint, where = CALL_SITES[n % len(CALL_SITES)]
         known = {"endpoint": endpoint, "where": where} | more
         found.append(
             HolderSnapshot(
@@ -81,12 +81,12 @@ def worker(active: int, idle: int, *held: HolderSnapshot, **more: Any) -> Snapsh
     base = Snapshot(
         state="up", size=size, active=active, idle=idle, min_size=1, max_size=4, holders=held,
         counters=Counters(checkouts=98_214, connects=6, discarded={**Counters().discarded, "expired": 2}),
-        wait=times(0.0008, 98_214), use=times(0.004, 98_214), connect=times(0.006, 6),
+        wait=durations(0.0008, 98_214), use=durations(0.004, 98_214), connect=durations(0.006, 6),
     )  # fmt: skip
     return replace(base, **more)
 
 
-def took(seconds: float, number: int) -> Buckets:
+def histogram(seconds: float, number: int) -> Buckets:
     """That many durations, spread around one."""
     chance = random.Random(number)
     counts = [0] * 12
@@ -103,15 +103,16 @@ def history(recent: Callable[[int], Mapping[str, Any]], load: float = 1.0) -> Hi
     for ago in range(1, STEPS + 1):
         wave = load * (1.6 + 0.7 * sin(ago / 23.0) + 0.5 * chance.random())
         count = int(150 * wave)
-        usual: dict[str, Any] = {"in_use": wave, "size": 8.0, "checkouts": count, "connects": 0}
+        values: dict[str, Any] = {"in_use": wave, "size": 8.0, "checkouts": count, "connects": 0}
         wait, use = 0.0002 * wave, 0.004
         changed = dict(recent(ago))
         wait, use = changed.pop("wait", wait), changed.pop("use", use)
-        usual |= changed
-        number = min(60, usual["checkouts"])
-        usual |= {"settled_checkouts": usual["checkouts"], "settled_connects": usual["connects"]}
+        values |= changed
+        number = min(60, values["checkouts"])
+        values |= {"settled_checkouts": values["checkouts"], "settled_connects": values["connects"]}
         found.add(
-            slot_of(CLOCK) - ago, Step(wait=took(wait, number), use=took(use, number), **usual)
+            slot_of(CLOCK) - ago,
+            Step(wait=histogram(wait, number), use=histogram(use, number), **values),
         )
     return found
 
@@ -123,7 +124,7 @@ def answer(
     ages: Sequence[float] = (0.2, 0.4, 0.7),
     view: ServerView | None = None,
     lines: Sequence[tuple[float, str, str, str]] = (),
-    looks: int = 12,
+    samples: int = 12,
 ) -> Answer:
     """The whole content of `/stats` at NOW."""
     parts = [
@@ -146,7 +147,7 @@ def answer(
     shown = report.to_json()
     watcher, usage = Watcher(), Usage()
     watches: Any = {}
-    for ago in range(looks, -1, -1):
+    for ago in range(samples, -1, -1):
         earlier = as_it_was(shown, ago)
         watches = watcher.look(earlier, NOW - ago)
         usage.look(earlier, CLOCK - ago)
@@ -214,9 +215,9 @@ FACTS: Final = ServerFacts(
 def used(lines: Sequence[tuple[float, str, str, str]]) -> endpoints.Rows:
     """What each endpoint used, the first the most."""
     found = {}
-    for n, (name, _) in enumerate(PLACES):
+    for n, (name, _) in enumerate(CALL_SITES):
         count = 120_000 // (n + 1)
-        wait, use = (took(typical, 500).counts for typical in (0.00004, 0.003 + 0.002 * n))
+        wait, use = (histogram(typical, 500).counts for typical in (0.00004, 0.003 + 0.002 * n))
         spread = [number * count // 500 for number in (*wait, *use)]
         forgotten = sum(event == "forgotten" and not n for _, _, event, _ in lines)
         found[name] = [0, forgotten, count * 5_000_000, *spread]
@@ -258,7 +259,7 @@ def full() -> Answer:
             "refused": 6,
         }
 
-    wait = times(0.05, 98_214)
+    wait = durations(0.05, 98_214)
     counters = Counters(checkouts=98_214, connects=6, timeouts=28)
     parts = [
         worker(4, 0, *holders(4, 0.5, "query", 4711 + n), waiting=3, wait=wait, counters=counters)

@@ -22,7 +22,7 @@ TOKEN = "a-token-of-some-length"
 NOWHERE = "host=127.0.0.1 port=1 user=u dbname=d"
 CLOSED = ("/db/stats", "/db/metrics", "/db/")
 
-quick = settings(
+fuzz_settings = settings(
     max_examples=150,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -51,7 +51,7 @@ def rule() -> Rule:
 
 
 @pytest.fixture
-def ruled(make_app: MakeApp, rule: Rule) -> Flask:
+def rule_app(make_app: MakeApp, rule: Rule) -> Flask:
     return make_app(NOWHERE, authorize=rule, DBPOOL_TOKEN=TOKEN, DBPOOL_OUTAGE_GRACE="0s")
 
 
@@ -71,18 +71,18 @@ def shows_details(answer: TestResponse) -> bool:
     return "counters" in answer.text or "checkouts" in answer.text or "data-stats" in answer.text
 
 
-def test_true_from_authorize_shows_details(ruled: Flask, rule: Rule) -> None:
+def test_true_from_authorize_shows_details(rule_app: Flask, rule: Rule) -> None:
     rule.verdict = True
     for path in CLOSED:
-        assert ruled.test_client().get(path).status_code == 200
+        assert rule_app.test_client().get(path).status_code == 200
 
 
 @pytest.mark.parametrize("verdict", [False, None])
-def test_false_and_none_deny_access(ruled: Flask, rule: Rule, verdict: object) -> None:
+def test_false_and_none_deny_access(rule_app: Flask, rule: Rule, verdict: object) -> None:
     rule.verdict = verdict
     headers = {"Authorization": f"Bearer {TOKEN}"}  # the rule takes the place of the token
     for path in CLOSED:
-        answer = ruled.test_client().get(path, headers=headers)
+        answer = rule_app.test_client().get(path, headers=headers)
         assert (answer.status_code, answer.json) == (403, {"error": "forbidden"})
 
 
@@ -109,15 +109,15 @@ def answers() -> list[tuple[str, Any, int]]:
 
 @pytest.mark.parametrize(("verdict", "status"), [each[1:] for each in answers()])
 def test_a_response_or_http_exception_from_authorize_is_sent(
-    ruled: Flask, rule: Rule, verdict: Any, status: int, caplog: pytest.LogCaptureFixture
+    rule_app: Flask, rule: Rule, verdict: Any, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     rule.verdict = verdict
-    words = ruled.test_client().get("/db/health")
+    health = rule_app.test_client().get("/db/health")
     for path in CLOSED:
-        answer = ruled.test_client().get(path)
+        answer = rule_app.test_client().get(path)
         assert answer.status_code == status
         assert not shows_details(answer)
-    assert set(words.get_json()["databases"].values()) <= {"starting", "down"}, "it shows details"
+    assert set(health.get_json()["databases"].values()) <= {"starting", "down"}, "it shows details"
     assert "authorize returned" not in caplog.text
 
 
@@ -128,7 +128,7 @@ def test_an_http_exception_goes_to_the_applications_own_handler(make_app: MakeAp
     assert (answer.status_code, answer.text) == (401, "sign in first")
 
 
-class LooksTrue:
+class TrueLike:
     """Like numpy's booleans: true and equal to True, but not `True` itself."""
 
     def __bool__(self) -> bool:
@@ -140,7 +140,7 @@ class LooksTrue:
     __hash__ = None  # type: ignore[assignment]
 
 
-class HasNoTruth:
+class BoolRaises:
     def __bool__(self) -> bool:
         raise ValueError("ambiguous")
 
@@ -153,7 +153,7 @@ def generator() -> Iterator[bool]:
     yield True
 
 
-ANYTHING = st.one_of(
+ANY_RESULT = st.one_of(
     st.integers(),
     st.floats(),
     st.text(),
@@ -161,7 +161,7 @@ ANYTHING = st.one_of(
     st.lists(st.booleans()),
     st.dictionaries(st.text(), st.booleans()),
     st.frozensets(st.integers()),
-    st.sampled_from([object(), Forbidden, Response, ValueError("x"), LooksTrue(), HasNoTruth()]),
+    st.sampled_from([object(), Forbidden, Response, ValueError("x"), TrueLike(), BoolRaises()]),
     st.tuples(),
     st.tuples(st.none() | st.booleans() | st.integers()),
     st.tuples(st.none() | st.booleans() | st.integers(), st.integers() | st.text()),
@@ -171,19 +171,19 @@ ANYTHING = st.one_of(
 )
 
 
-@quick
+@fuzz_settings
 @example("no")
 @example("yes")
 @example(403)
 @example(1)
 @example([])
 @example(["admin"])
-@given(ANYTHING)
+@given(ANY_RESULT)
 def test_any_other_result_is_a_logged_500_without_details(
-    ruled: Flask, rule: Rule, caplog: pytest.LogCaptureFixture, verdict: object
+    rule_app: Flask, rule: Rule, caplog: pytest.LogCaptureFixture, verdict: object
 ) -> None:
     rule.verdict = verdict
-    client = ruled.test_client()
+    client = rule_app.test_client()
     for path in CLOSED:
         caplog.clear()
         answer = client.get(path)
@@ -192,12 +192,12 @@ def test_any_other_result_is_a_logged_500_without_details(
         assert "authorize returned" in caplog.text
 
 
-@pytest.mark.parametrize("verdict", ["no", 1, 403, [], ["admin"], object(), LooksTrue(), ()])
+@pytest.mark.parametrize("verdict", ["no", 1, 403, [], ["admin"], object(), TrueLike(), ()])
 def test_with_any_other_result_health_shows_no_details(
-    ruled: Flask, rule: Rule, verdict: object, caplog: pytest.LogCaptureFixture
+    rule_app: Flask, rule: Rule, verdict: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     rule.verdict = verdict
-    answer = ruled.test_client().get("/db/health")
+    answer = rule_app.test_client().get("/db/health")
     assert answer.status_code == 503, "the database is down"
     assert set(answer.get_json()["databases"].values()) <= {"starting", "down"}, "it shows details"
     assert "authorize returned" in caplog.text
@@ -213,10 +213,10 @@ def test_a_coroutine_or_generator_from_authorize_opens_nothing(
 
 
 def test_a_wrong_result_of_authorize_is_not_logged_by_value(
-    ruled: Flask, rule: Rule, caplog: pytest.LogCaptureFixture
+    rule_app: Flask, rule: Rule, caplog: pytest.LogCaptureFixture
 ) -> None:
     rule.verdict = "the password of somebody"
-    assert "somebody" not in ruled.test_client().get("/db/stats").text + caplog.text
+    assert "somebody" not in rule_app.test_client().get("/db/stats").text + caplog.text
 
 
 # Malformed headers. Werkzeug's client sends only UTF-8, so these are put into the environment as
@@ -274,7 +274,7 @@ def test_malformed_credentials_are_answered_with_401(app: Flask, header: str) ->
     assert ask(app, "/db/health", authorization=header).status_code == 503, "needs no token"
 
 
-@quick
+@fuzz_settings
 @given(CREDENTIALS)
 def test_no_credentials_cause_a_server_error(app: Flask, header: str) -> None:
     assert ask(app, "/db/stats", authorization=header).status_code == 401
@@ -297,7 +297,7 @@ ACCEPTED = st.one_of(
 )
 
 
-@quick
+@fuzz_settings
 @example("application/openmetrics-text; version=junk")
 @example("text/plain; version=1.x")
 @example("text/html;q=nan, application/json;q=-1, */*;q=1e999")
@@ -311,7 +311,7 @@ def test_no_accept_header_causes_a_server_error(app: Flask, header: str) -> None
     assert ask(app, "/fails", accept=header).status_code == 503
 
 
-@quick
+@fuzz_settings
 @given(st.text(max_size=20))
 def test_an_unknown_scope_is_rejected(app: Flask, scope: str) -> None:
     for path in ("/db/stats", "/db/metrics"):

@@ -79,48 +79,48 @@ def test_a_holder_in_an_async_view_carries_its_endpoint(app: Flask, pool: Pool[A
     assert endpoints(pool) == [None]
 
 
-Forgetting = Callable[["Pool[Any]", list[Any]], None]
+Leak = Callable[["Pool[Any]", list[Any]], None]
 
 
-def forget(pool: Pool[Any], kept: list[Any]) -> None:
+def forget(pool: Pool[Any], leaked: list[Any]) -> None:
     conn = pool.getconn()
     conn.execute("create table t (id int)")
-    kept.append(conn)
+    leaked.append(conn)
 
 
-@pytest.mark.parametrize("where", ["view", "task", "thread", "sync_to_async", "before_request"])
+@pytest.mark.parametrize("context", ["view", "task", "thread", "sync_to_async", "before_request"])
 def test_connections_left_checked_out_by_async_code_are_taken_back(
-    make_app: MakeApp, dsn: str, where: str, caplog: pytest.LogCaptureFixture
+    make_app: MakeApp, dsn: str, context: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make_app(dsn)
     pool = app.extensions["dbpool"].databases.default
-    kept: list[Any] = []
+    leaked: list[Any] = []
 
     async def run() -> None:
         async def task() -> None:
-            forget(pool, kept)
+            forget(pool, leaked)
 
-        if where == "task":
+        if context == "task":
             await asyncio.create_task(task())
-        elif where == "thread":
-            await asyncio.to_thread(forget, pool, kept)
-        elif where == "sync_to_async":
-            await asgiref.sync_to_async(forget)(pool, kept)
+        elif context == "thread":
+            await asyncio.to_thread(forget, pool, leaked)
+        elif context == "sync_to_async":
+            await asgiref.sync_to_async(forget)(pool, leaked)
         else:
-            forget(pool, kept)
+            forget(pool, leaked)
 
     @app.get("/forgetful")
     async def forgetful() -> str:
-        if where != "before_request":
+        if context != "before_request":
             await run()
         return "done"
 
-    if where == "before_request":
+    if context == "before_request":
         app.before_request(run)
     with caplog.at_level(logging.ERROR, logger="dbpool"):
         assert app.test_client().get("/forgetful").text == "done"
     assert (pool.stats().active, pool.stats().counters.leaks) == (0, 1)
-    assert kept[0].closed, "the next holder would share it with the code that forgot it"
+    assert leaked[0].closed, "the next holder would share it with the code that forgot it"
     assert "test_async_views.py" in caplog.text
     assert "endpoint forgetful" in caplog.text
     assert pool.fetch_value("select to_regclass('t')") is None, "it was committed"
@@ -129,12 +129,12 @@ def test_connections_left_checked_out_by_async_code_are_taken_back(
 def test_an_async_view_that_fails_leaves_nothing_held(
     app: Flask, pool: Pool[Any], fake: FakeServer
 ) -> None:
-    kept: list[Any] = []
+    leaked: list[Any] = []
     fake.answers["create table t (id int)"] = []
 
     @app.get("/")
     async def view() -> str:
-        forget(pool, kept)
+        forget(pool, leaked)
         raise LookupError("a bug")
 
     with pytest.raises(LookupError):
@@ -216,14 +216,14 @@ def test_requests_on_the_applications_own_loop_keep_their_own_connections(
     loop = asyncio.new_event_loop()
     serving = Task(loop.run_forever)
 
-    class Own(Flask):
+    class CustomFlask(Flask):
         def async_to_sync(self, func: Any) -> Any:
             def call(*args: Any, **kwargs: Any) -> Any:
                 return asyncio.run_coroutine_threadsafe(func(*args, **kwargs), loop).result(10)
 
             return call
 
-    app = make_app(fake, app=Own("own"))
+    app = make_app(fake, app=CustomFlask("own"))
     pool = app.extensions["dbpool"].databases.default
     first, held = threading.Event(), threading.Event()
 
@@ -280,11 +280,11 @@ def test_a_custom_async_to_sync_is_still_used(make_app: MakeApp, fake: FakeServe
             return ex.value
         raise AssertionError("it waits for something")
 
-    class Own(Flask):
+    class CustomFlask(Flask):
         def async_to_sync(self, func: Any) -> Any:
             return lambda *args, **kwargs: drive(func(*args, **kwargs))
 
-    app = make_app(fake, app=Own("own"))
+    app = make_app(fake, app=CustomFlask("own"))
     pool = app.extensions["dbpool"].databases.default
 
     @app.get("/look")

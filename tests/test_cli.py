@@ -196,8 +196,8 @@ def test_check_shows_the_server_s_own_timeouts_behind_a_pooler(server: Server) -
     done = dbpool("check", "--json", DATABASE_URL=url, DBPOOL_POOLER="transaction")
     shown = json.loads(done.stdout)["databases"]["default"]["settings"]
     assert shown["statement_timeout"] == 0.0  # nothing was sent
-    gone = dbpool("check", DATABASE_URL="host=127.0.0.1 port=1", DBPOOL_POOLER="transaction")
-    assert "statement_timeout" not in gone.stdout
+    unreachable = dbpool("check", DATABASE_URL="host=127.0.0.1 port=1", DBPOOL_POOLER="transaction")
+    assert "statement_timeout" not in unreachable.stdout
 
 
 @pytest.mark.parametrize(

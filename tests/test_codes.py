@@ -109,11 +109,11 @@ def test_a_nested_checkout_and_slow_statements_say_what_the_page_quotes(dsn: str
     with Pool(dsn, max_size=1, timeout=30) as pool:
         with pool.connection(), pytest.raises(dbpool.PoolExhausted) as nested:
             pool.getconn(timeout=0.05)
-        asleep = Task(pool.fetch_one, "select pg_sleep(0.5)")
+        slow_query = Task(pool.fetch_one, "select pg_sleep(0.5)")
         until(lambda: [each.status for each in pool.holders()] == ["query"])
         with pytest.raises(dbpool.PoolExhausted) as slow:
             pool.getconn(timeout=0.05)
-        asleep.result()
+        slow_query.result()
     italics = re.findall(r"^- \*(.*?)\*", pages()["DBE01"], re.MULTILINE)
     assert italics[1] in shape(nested.value).replace("holds 0", "holds 1")
     assert italics[2] in str(slow.value)

@@ -110,7 +110,7 @@ def test_secrets_and_editors_files_stay_out_of_the_image(folder: str, name: str)
     assert is_left_out(folder + name)
 
 
-def tracked() -> list[str]:
+def tracked_files() -> list[str]:
     """The files of the image's two folders, without caches; works without git too."""
     command = ["git", "ls-files", "dbpool", "webapp"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -119,20 +119,20 @@ def tracked() -> list[str]:
 
 
 def test_the_sources_get_into_the_image() -> None:
-    assert [path for path in tracked() if is_left_out(path)] == []
+    assert [path for path in tracked_files() if is_left_out(path)] == []
     assert all(is_left_out(path) for path in ("README.md", "tests/postgres.py", "pyproject.toml"))
 
 
 # -- compose ---------------------------------------------------------------------------------
 
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = [name for name, service in SERVICES.items() if "webapp" in service.get("image", "")]
+APP_SERVICES = [name for name, service in SERVICES.items() if "webapp" in service.get("image", "")]
 
 
 def test_every_setting_of_dotenv_reaches_the_application() -> None:
     """Compose passes `.env` as a whole, and names only the variables that it sets itself."""
-    assert OURS
-    for name in OURS:
+    assert APP_SERVICES
+    for name in APP_SERVICES:
         assert SERVICES[name]["env_file"] == [{"path": ".env", "required": False}]
     assert SERVICES["web"]["environment"].keys() == {
         "DATABASE_URL", "DATABASE_URL_FILE", "DBPOOL_TOKEN_FILE", "PGPASSWORD", "PGPASSWORD_FILE",
@@ -154,7 +154,7 @@ def mounts(service: dict[str, Any]) -> dict[str, str]:
     return {target: name for name, target, *_ in (m.split(":") for m in service.get("volumes", []))}
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", APP_SERVICES)
 def test_the_application_sees_no_password_of_the_server(name: str) -> None:
     assert "server-secrets" not in mounts(SERVICES[name]).values()
 
@@ -168,13 +168,13 @@ def test_only_the_service_that_makes_secrets_writes_to_them() -> None:
 def test_the_application_s_role_is_no_superuser() -> None:
     """The image makes POSTGRES_USER a superuser, so the application uses another role."""
     assert "POSTGRES_USER" not in str(SERVICES)
-    for name in OURS:
+    for name in APP_SERVICES:
         assert SERVICES[name]["environment"]["DATABASE_URL"].startswith("postgresql://webapp@")
     assert "'create role webapp login'" in SERVICES["role"]["command"][0]
 
 
 def test_compose_gives_one_image_one_name() -> None:
-    names = {name: SERVICES[name]["image"] for name in OURS}
+    names = {name: SERVICES[name]["image"] for name in APP_SERVICES}
     dev = names.pop("dev")
     assert set(names.values()) == {"dbpool-webapp"}
     assert dev == "dbpool-webapp:dev"
@@ -187,7 +187,7 @@ def test_ports_are_published_on_localhost_only() -> None:
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", APP_SERVICES)
 def test_the_application_is_confined(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] is True
@@ -256,29 +256,29 @@ Serve = Callable[[bytes], int]
 def answering() -> Iterator[Callable[[bytes | None], int]]:
     """Serve one connection: send *answer*, or nothing if it is None."""
     listeners: list[socket.socket] = []
-    over = threading.Event()
+    done = threading.Event()
     threads = []
 
     def serve(answer: bytes | None) -> int:
         listener = socket.create_server(("127.0.0.1", 0))
         listeners.append(listener)
 
-        def one() -> None:
+        def serve_one() -> None:
             conn = listener.accept()[0]
             with conn:
                 conn.recv(4096)
                 if answer is None:
-                    over.wait(10)
+                    done.wait(10)
                 else:
                     conn.sendall(answer)
 
-        thread = threading.Thread(target=one, daemon=True)
+        thread = threading.Thread(target=serve_one, daemon=True)
         thread.start()
         threads.append(thread)
         return int(listener.getsockname()[1])
 
     yield serve
-    over.set()
+    done.set()
     for thread in threads:
         thread.join(5)
     for listener in listeners:
@@ -326,13 +326,13 @@ def test_the_health_check_reaches_the_server_on_the_configured_address(
     tmp_path: Path, host: str
 ) -> None:
     environ = {"WEBAPP_HOST": host, "PORT": str(free_port()), "WEB_CONCURRENCY": "1"}
-    nowhere = {"DATABASE_URL": "postgresql://app@127.0.0.1:1/app", "DBPOOL_DOTENV": "off"}
+    unreachable = {"DATABASE_URL": "postgresql://app@127.0.0.1:1/app", "DBPOOL_DOTENV": "off"}
     command = [sys.executable, *shlex.split(steps("CMD")[-1].strip("[]").replace(",", " "))[1:]]
     log = (tmp_path / "log").open("w+")
     with (
         log,
         subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environ, **nowhere}, stdout=log, stderr=log
+            command, cwd=ROOT, env={**os.environ, **environ, **unreachable}, stdout=log, stderr=log
         ) as server,
     ):
         try:
@@ -373,12 +373,12 @@ def blocks_term(process: Path) -> bool:
 def test_the_health_check_says_in_one_line_what_is_wrong(port: str) -> None:
     given = str(free_port()) if port == "closed" else port
     done = healthcheck(PORT=given)
-    asked = given.strip() or "8000"
+    expected_port = given.strip() or "8000"
     if done.returncode == 0:
-        assert asked == "8000"  # another server may use this port
+        assert expected_port == "8000"  # another server may use this port
     else:
         assert done.returncode == 1
-        assert done.stderr.startswith(f"healthcheck: port {asked}: ")
+        assert done.stderr.startswith(f"healthcheck: port {expected_port}: ")
         assert len(done.stderr.splitlines()) == 1
 
 
@@ -452,7 +452,7 @@ def test_the_container_s_numbers_may_be_empty(
 def test_invalid_numbers_of_the_container_are_rejected_in_one_line(
     numbers: tuple[str, str], value: str
 ) -> None:
-    name, most = numbers
+    name, maximum = numbers
     script = "import sys, webapp.serve; sys.exit(webapp.serve.main())"
     done = subprocess.run(
         [sys.executable, "-S", "-c", script],
@@ -464,5 +464,5 @@ def test_invalid_numbers_of_the_container_are_rejected_in_one_line(
         timeout=30,
     )
     assert done.returncode == 1
-    wanted = f"webapp: {name} must be a number from 1 to {most}, not {value[:20]!r}\n"
-    assert done.stderr == wanted
+    expected = f"webapp: {name} must be a number from 1 to {maximum}, not {value[:20]!r}\n"
+    assert done.stderr == expected

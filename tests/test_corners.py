@@ -26,7 +26,7 @@ from .postgres import until
 def test_a_garbage_collected_connection_is_replaced_and_logged(
     fake: FakeServer, reset: Callable[[Any], None] | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def lose() -> None:
+    def leak_connection() -> None:
         pool.getconn().autocommit = True
 
     with fake.pool(max_size=1, reset=reset) as pool:
@@ -34,7 +34,7 @@ def test_a_garbage_collected_connection_is_replaced_and_logged(
             conn.autocommit = True
         until(lambda: pool.stats().idle == 1)
         del conn
-        lose()
+        leak_connection()
         gc.collect()
         assert pool.fetch_value("select 1") == 1
     assert "garbage-collected" in caplog.text
@@ -112,37 +112,37 @@ def test_a_connection_lent_again_during_a_leak_report_is_not_blamed_on_its_new_h
         # Together, so one run of the watchdog finds both; on two lines, so it logs two reports.
         first = pool.getconn()
         second = pool.getconn()
-        innocent: list[Task] = []
+        other_holder: list[Task] = []
 
-        class Swap(logging.Handler):
+        class ReturnDuringReport(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
-                if "has been held" in record.getMessage() and not innocent:
+                if "has been held" in record.getMessage() and not other_holder:
                     for conn in (first, second):
                         pool.putconn(conn)
-                    innocent.append(Task(lend, name="innocent"))
-                    lent.wait(10)
+                    other_holder.append(Task(check_out, name="innocent"))
+                    checked_out.wait(10)
 
-        lent, done = threading.Event(), threading.Event()
-        lent_at: list[float] = []
+        checked_out, done = threading.Event(), threading.Event()
+        checked_out_at: list[float] = []
 
-        def lend() -> None:
+        def check_out() -> None:
             with pool.connection(), pool.connection():
-                lent_at.append(time.time())
-                lent.set()
+                checked_out_at.append(time.time())
+                checked_out.set()
                 done.wait(10)
 
-        handler = Swap()
+        handler = ReturnDuringReport()
         logging.getLogger("dbpool").addHandler(handler)
         try:
             until(lambda: caplog.text.count("has been held") >= 2)
         finally:
             logging.getLogger("dbpool").removeHandler(handler)
             done.set()
-        innocent[0].result(10)
-    blamed = [
+        other_holder[0].result(10)
+    reported = [
         r.created for r in caplog.records if "by innocent" in r.getMessage().partition("\n")[0]
     ]
-    assert all(when >= lent_at[0] + 0.3 for when in blamed), "blamed too early"
+    assert all(when >= checked_out_at[0] + 0.3 for when in reported), "blamed too early"
 
 
 def test_a_connection_returned_while_waiters_are_rejected_goes_to_one_of_them(
@@ -172,11 +172,11 @@ def test_a_connection_returned_while_a_caller_joins_the_queue_is_handed_over(
     with fake.pool(max_size=1, timeout=5) as pool:
         conn = pool.getconn()
 
-        def returning(*what: Any) -> Waiter:  # as if its holder were garbage collected now
+        def return_and_wait(*args: Any) -> Waiter:  # as if its holder were garbage collected now
             pool.putconn(conn)
-            return Waiter(*what)
+            return Waiter(*args)
 
-        monkeypatch.setattr(dbpool.pool._lending, "Waiter", returning)
+        monkeypatch.setattr(dbpool.pool._lending, "Waiter", return_and_wait)
         assert pool.getconn(timeout=1) is conn
         assert (pool.stats().idle, pool.stats().waiting) == (0, 0)
         monkeypatch.undo()

@@ -112,14 +112,14 @@ def by_libpq(conn: Conn) -> None:
     conn.pgconn.exec_(b"select 1; set app.tenant = " + value)
 
 
-WAYS = [
+METHODS = [
     by_set, by_set_session_to, by_quoted_name, by_another_case, by_set_config, by_parameter,
     by_binary_parameter, in_autocommit, in_transaction, by_executemany, in_pipeline,
     by_client_cursor, by_prepared_statement, by_libpq,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("configure", WAYS)
+@pytest.mark.parametrize("configure", METHODS)
 def test_every_holder_finds_the_custom_setting_of_configure(
     dsn: str, configure: Callable[[Conn], None]
 ) -> None:

@@ -23,14 +23,14 @@ from .waiting import free_port, until
 # -- what counts as a change -----------------------------------------------------------------
 
 
-class Looking:
+class ChangeDetector:
     """A watcher of sources, on a clock that the tests move."""
 
     def __init__(self, root: Path) -> None:
         self.now = 0.0
         self._sources = Sources(root, clock=lambda: self.now)
 
-    def again(self) -> list[str]:
+    def poll(self) -> list[str]:
         self.now += INTERVAL_SECONDS
         return [path.as_posix() for path in self._sources.changed()]
 
@@ -44,46 +44,46 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_a_change_is_reported_once_after_the_last_write(tree: Path) -> None:
-    looking = Looking(tree)
-    assert looking.again() == []
+    detector = ChangeDetector(tree)
+    assert detector.poll() == []
     (tree / "dbpool/pool.py").write_text("22")
-    assert looking.again() == [], "reported before the writes ended"
+    assert detector.poll() == [], "reported before the writes ended"
     (tree / "webapp/notes.py").write_text("22")
-    assert looking.again() == [], "reported although another write followed"
-    assert looking.again() == ["dbpool/pool.py", "webapp/notes.py"]
-    assert looking.again() == []
+    assert detector.poll() == [], "reported although another write followed"
+    assert detector.poll() == ["dbpool/pool.py", "webapp/notes.py"]
+    assert detector.poll() == []
 
 
 @pytest.mark.parametrize(
     "name", ["dbpool/new/__init__.py", "webapp/new.css", "dbpool/new.js", "dbpool/names.txt"]
 )
 def test_files_that_come_and_go_are_changes(tree: Path, name: str) -> None:
-    looking = Looking(tree)
+    detector = ChangeDetector(tree)
     (tree / name).parent.mkdir(exist_ok=True)
     (tree / name).write_text("")
-    assert (looking.again(), looking.again()) == ([], [name])
+    assert (detector.poll(), detector.poll()) == ([], [name])
     (tree / name).unlink()
-    assert (looking.again(), looking.again()) == ([], [name])
+    assert (detector.poll(), detector.poll()) == ([], [name])
 
 
 @pytest.mark.parametrize(
     "name", ["dbpool/__pycache__/pool.cpython-313.pyc", "webapp/.#notes.py", "webapp/notes.py~", "README.py"]
 )  # fmt: skip
 def test_files_written_by_python_and_editors_are_no_change(tree: Path, name: str) -> None:
-    looking = Looking(tree)
+    detector = ChangeDetector(tree)
     (tree / name).parent.mkdir(exist_ok=True)
     (tree / name).write_text("")
-    assert (looking.again(), looking.again()) == ([], [])
+    assert (detector.poll(), detector.poll()) == ([], [])
 
 
 def test_files_are_checked_once_per_interval(tree: Path) -> None:
-    looking = Looking(tree)
+    detector = ChangeDetector(tree)
     (tree / "dbpool/pool.py").write_text("22")
-    assert looking.again() == []
-    looking.now -= INTERVAL_SECONDS / 2
-    assert looking.again() == []
-    looking.now += INTERVAL_SECONDS / 2
-    assert looking.again() == ["dbpool/pool.py"]
+    assert detector.poll() == []
+    detector.now -= INTERVAL_SECONDS / 2
+    assert detector.poll() == []
+    detector.now += INTERVAL_SECONDS / 2
+    assert detector.poll() == ["dbpool/pool.py"]
 
 
 # -- `python -m webapp --reload` -------------------------------------------------------------
@@ -160,8 +160,8 @@ def test_every_source_is_reloaded_and_no_request_fails(site: Site) -> None:
             except (AssertionError, OSError, http.client.HTTPException) as ex:
                 failed.append(ex)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
+    requester = threading.Thread(target=ask)
+    requester.start()
     try:
         sources = ["dbpool/__init__.py", "dbpool/gunicorn.py", "webapp/notes.py",
                    "webapp/gunicorn.conf.py"]  # fmt: skip
@@ -174,7 +174,7 @@ def test_every_source_is_reloaded_and_no_request_fails(site: Site) -> None:
         until(lambda: served > before, 30)
     finally:
         stop.set()
-        asking.join(60)
+        requester.join(60)
     assert failed == []
     assert "webapp: reloading, changed: dbpool/__init__.py, " in site.log.read_text()
 
@@ -182,8 +182,8 @@ def test_every_source_is_reloaded_and_no_request_fails(site: Site) -> None:
 @pytest.mark.parametrize("mistake", ["this is no Python", "raise RuntimeError('broken')"])
 def test_a_corrected_source_is_served_without_a_manual_restart(site: Site, mistake: str) -> None:
     path = site.checkout / "webapp/notes.py"
-    sound = path.read_text()
-    path.write_text(f"{sound}\n{mistake}\n")
+    original = path.read_text()
+    path.write_text(f"{original}\n{mistake}\n")
     until(lambda: mistake in site.log.read_text(), 30)
-    path.write_text(sound)
+    path.write_text(original)
     assert '"notes"' in site.get("/notes")

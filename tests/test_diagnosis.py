@@ -97,12 +97,12 @@ def step(wait: float = 0.0001, use: float = 0.01, number: int = 100, **more: Any
     return replace(Step(wait=took(wait, number), use=took(use, number)), **{**known, **more})
 
 
-USUAL = [step() for _ in range(180)]
+NORMAL_STEPS = [step() for _ in range(180)]
 
 
-def lately(number: int, each: Step) -> list[Step]:
+def ending_with(number: int, each: Step) -> list[Step]:
     """A usual quarter of an hour whose last *number* steps are *each*."""
-    return [*USUAL[number:], *[each] * number]
+    return [*NORMAL_STEPS[number:], *[each] * number]
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Case:
     reports: Callable[[int], dict[str, Any]]  # gets how many seconds ago
     words: tuple[str, ...] = ()
     seconds: int = 3
-    steps: list[Step] = field(default_factory=lambda: USUAL)
+    steps: list[Step] = field(default_factory=lambda: NORMAL_STEPS)
     view: ServerView | None = None
     processes: list[dict[str, Any]] = field(
         default_factory=lambda: [{"pid": 4711 + n, "age": 0.5, "uptime": 900.0} for n in range(3)]
@@ -148,7 +148,7 @@ def growing(held: int, status: str, most: int, waiting: int = 4) -> Callable[[in
     return lambda ago: full(waiting, holders(held, most - ago + 0.01, status))
 
 
-def ours(pid: int, blocked_by: tuple[int, ...] = (), **more: Any) -> Session:
+def own_session(pid: int, blocked_by: tuple[int, ...] = (), **more: Any) -> Session:
     known: dict[str, Any] = {
         "state": "active", "backend_type": "client backend", "is_ours": True, "user": "shop",
         "application_name": "dbpool:default@web/4711", "query_seconds": 4.0, "state_seconds": 4.0,
@@ -167,12 +167,12 @@ def foreign(pid: int, state: str | None = "idle in transaction", **more: Any) ->
     return Session(pid, **(known | more))
 
 
-def seen(*sessions: Session, **more: Any) -> ServerView:
+def server_view(*sessions: Session, **more: Any) -> ServerView:
     return ServerView(NOW, {session.pid: session for session in sessions}, **more)
 
 
 FACTS = ServerFacts(max_connections=100, reserved=3, used=97, ours=12)
-WAITERS = [ours(pid, (99,)) for pid in (5001, 5002, 5003)]
+WAITERS = [own_session(pid, (99,)) for pid in (5001, 5002, 5003)]
 
 TROUBLES: dict[str, Case] = {
     "server stopped": Case(
@@ -193,7 +193,7 @@ TROUBLES: dict[str, Case] = {
         "DB03",
         always(failing("FATAL: sorry, too many clients already", 2, "closed", waiting=3)),
         ("no free connection slot", "97 of 100", "3 callers"),
-        view=seen(facts=FACTS),
+        view=server_view(facts=FACTS),
     ),
     "role's limit reached": Case(
         "DB17",
@@ -209,7 +209,7 @@ TROUBLES: dict[str, Case] = {
         always(full(4, holders(3, 4.0, "query"))),
         ("3 connections of default wait for a lock", "session 99 (psql, 10.0.0.5)",
          "idle in transaction for 14 s", "4 callers"),
-        view=seen(*WAITERS, foreign(99)),
+        view=server_view(*WAITERS, foreign(99)),
     ),
     "row locked by our own code in another worker": Case(
         "DB04",
@@ -218,13 +218,13 @@ TROUBLES: dict[str, Case] = {
                      worker=4713, endpoint="billing.pay", where="billing/pay.py:88 pay")])
         ),
         ("billing.pay (billing/pay.py:88 pay) in worker 4713",),
-        view=seen(*WAITERS, ours(99, state="idle in transaction", state_seconds=14.0)),
+        view=server_view(*WAITERS, own_session(99, state="idle in transaction", state_seconds=14.0)),
     ),
     "migration queues behind a report": Case(
         "DB04",
         always(full(4, holders(3, 4.0, "query"))),
         ("ALTER TABLE of alembic (session 99) waits for the session 77", "behind it"),
-        view=seen(
+        view=server_view(
             *WAITERS,
             foreign(99, "active", application_name="alembic", ddl="ALTER TABLE", wait_type="Lock",
                     blocked_by=(77,)),
@@ -235,27 +235,27 @@ TROUBLES: dict[str, Case] = {
         "DB04",
         always(full(4, holders(1, 4.0, "query"))),
         ("prepared transaction 'tx-9'", "5 min"),
-        view=seen(ours(5001, (0,)), prepared=(Prepared("tx-9", 300.0, "shop"),)),
+        view=server_view(own_session(5001, (0,)), prepared=(Prepared("tx-9", 300.0, "shop"),)),
     ),
     "lock whose holder our role may not see": Case(
         "DB04",
         always(full(4, holders(3, 4.0, "query"))),
         ("session 99",),
-        view=seen(*WAITERS, Session(99, user="admin"), is_limited=True),
+        view=server_view(*WAITERS, Session(99, user="admin"), is_limited=True),
     ),
     "idle in transaction, the server says so": Case(
         "DB05",
         always(full(2, holders(12, 9.0, "idle in transaction"))),
         ("12 connections of default are idle in a transaction", "9.0 s", "orders.index"),
-        view=seen(*(ours(5001 + n, state="idle in transaction", state_seconds=9.0)
+        view=server_view(*(own_session(5001 + n, state="idle in transaction", state_seconds=9.0)
                     for n in range(12))),
-        steps=lately(2, step(number=0)),
+        steps=ending_with(2, step(number=0)),
     ),
     "idle in transaction, seen from the pool alone": Case(
         "DB05",
         growing(12, "idle in transaction", 12),
         ("idle in a transaction", "the server was not asked"),
-        seconds=12, steps=lately(2, step(number=0)),
+        seconds=12, steps=ending_with(2, step(number=0)),
     ),
     "connections forgotten": Case(
         "DB06",
@@ -265,7 +265,7 @@ TROUBLES: dict[str, Case] = {
     ),
     "slow statement everywhere": Case(
         "DB07", growing(12, "query", 8), ("slow statements hold 12 of 12", "8.0 s"),
-        seconds=8, view=seen(*(ours(5001 + n, query_seconds=8.0) for n in range(12))),
+        seconds=8, view=server_view(*(own_session(5001 + n, query_seconds=8.0) for n in range(12))),
     ),
     "slow statement everywhere, behind a pooler": Case(
         "DB07", growing(12, "query", 8), ("slow statements hold 12 of 12",), seconds=8
@@ -273,7 +273,7 @@ TROUBLES: dict[str, Case] = {
     "pool too small": Case(
         "DB08", lambda ago: full(4, holders(12, 0.01, "query", where=f"a.py:{ago}")),
         ("too small", "one caller in twenty waits"),
-        seconds=5, steps=lately(6, step(wait=0.5)), view=seen(facts=replace(FACTS, used=40)),
+        seconds=5, steps=ending_with(6, step(wait=0.5)), view=server_view(facts=replace(FACTS, used=40)),
     ),
     "nested checkouts": Case(
         "DB09", lambda ago: full(12, holders(12, 6.0 - ago, "idle in transaction", waits=True)),
@@ -282,11 +282,11 @@ TROUBLES: dict[str, Case] = {
     ),
     "a connection a request": Case(
         "DB10", always(pool()), ("made 960 connections for 1200 checkouts",),
-        steps=lately(12, step(settled_connects=80, connects=80)),
+        steps=ending_with(12, step(settled_connects=80, connects=80)),
     ),
     "more configured than allowed": Case(
         "DB11", always(pool(max_size=120)), ("may open 120 connections", "server allows 97"),
-        view=seen(facts=replace(FACTS, used=20)),
+        view=server_view(facts=replace(FACTS, used=20)),
     ),
     "worker frozen": Case(
         "DB12", always(pool()), ("1 worker has been silent for 12 s (pid 4712)",),
@@ -297,7 +297,7 @@ TROUBLES: dict[str, Case] = {
         "DB15",
         lambda ago: full(6, holders(12, 2.0, "idle in transaction", where=f"pay.py:{ago % 2}")),
         ("the holders do nothing in the database", "orders.index (pay.py:0"),
-        seconds=12, steps=lately(2, step(wait=1.5, use=2.0, number=30)),
+        seconds=12, steps=ending_with(2, step(wait=1.5, use=2.0, number=30)),
     ),
     "workers killed again and again": Case(
         "DB16", always(pool()), ("3 workers died",),
@@ -328,19 +328,19 @@ MORE_TROUBLES: dict[str, Case] = {
     ),
     "replica does not stream": Case(
         "DB13", always(pool()), ("does not stream", "90 s"),
-        view=seen(facts=ServerFacts(role="standby", is_streaming=False, lag_seconds=90.0)),
+        view=server_view(facts=ServerFacts(role="standby", is_streaming=False, lag_seconds=90.0)),
     ),
     "replica promoted": Case(
         "DB13", always(pool()), ("was a standby and is a primary now",),
-        view=seen(facts=ServerFacts(role="primary"), role_before="standby", role_changed_at=NOW - 9),
+        view=server_view(facts=ServerFacts(role="primary"), role_before="standby", role_changed_at=NOW - 9),
     ),
     "transactions conflict": Case(
         "DB14", always(pool()), ("ran 120 transactions again, out of 1200",),
-        steps=lately(12, step(retries=10)),
+        steps=ending_with(12, step(retries=10)),
     ),
     "slower than usual": Case(
         "DB18", lambda ago: pool(waiting=3, active=12, idle=0), ("slower than usual",), seconds=6,
-        steps=lately(6, step(use=0.2)),
+        steps=ending_with(6, step(use=0.2)),
     ),
     "nested, known from those who gave up": Case(
         "DB09", lambda ago: full(3, holders(12, 9.0 - ago, "idle in transaction"),
@@ -349,59 +349,59 @@ MORE_TROUBLES: dict[str, Case] = {
     ),
     "deadlock that the server has not ended yet": Case(
         "DB04", always(full(1, holders(2, 1.5, "query"))), ("2 connections of default wait",),
-        view=seen(ours(5001, (5002,), query_seconds=1.5), ours(5002, (5001,), query_seconds=1.5)),
+        view=server_view(own_session(5001, (5002,), query_seconds=1.5), own_session(5002, (5001,), query_seconds=1.5)),
     ),
     "lock, then the server stops": Case(
         "DB01", always(failing("connection refused", 2.5, "closed", waiting=4)),
-        ("has been down for 2.5 s",), view=replace(seen(*WAITERS, foreign(99)), time=NOW - 4),
+        ("has been down for 2.5 s",), view=replace(server_view(*WAITERS, foreign(99)), time=NOW - 4),
     ),
     "lock, then the server falls silent": Case(
         "DB01", always(full(4, holders(3, 9.0, "query"))), ("has not answered for 3.0 s",),
-        view=replace(seen(*WAITERS, foreign(99)), time=NOW - 6, silent_since=NOW - 3),
+        view=replace(server_view(*WAITERS, foreign(99)), time=NOW - 6, silent_since=NOW - 3),
     ),
     "one look at a locked table takes long": Case(
         "DB04", always(full(4, holders(3, 9.0, "query"))), ("session 99",),
-        view=replace(seen(*WAITERS, foreign(99)), time=NOW - 4, silent_since=NOW - 1),
+        view=replace(server_view(*WAITERS, foreign(99)), time=NOW - 4, silent_since=NOW - 1),
     ),
     "server full, for its connections wait for a lock": Case(
         "DB04",
         always(failing("FATAL: sorry, too many clients already", 2, "closed", waiting=4, active=12,
                        holders=holders(3, 4.0, "query"))),
-        ("session 99",), view=replace(seen(*WAITERS, foreign(99)), time=NOW - 3),
+        ("session 99",), view=replace(server_view(*WAITERS, foreign(99)), time=NOW - 3),
     ),
     "a row that all update, each waiting for a short time": Case(
         "DB04", lambda ago: full(4, holders(12, 0.3, "query", where=f"a.py:{ago}")),
         ("3 connections of default wait for a lock that the session 99",),
-        view=seen(*[ours(pid, (99,), query_seconds=0.3) for pid in (1, 2, 3)],
-                  ours(99, state="idle in transaction"), locked_since=NOW - 2),
+        view=server_view(*[own_session(pid, (99,), query_seconds=0.3) for pid in (1, 2, 3)],
+                  own_session(99, state="idle in transaction"), locked_since=NOW - 2),
     ),
     "table that a migration rewrites": Case(
         "DB04", always(full(4, holders(3, 4.0, "query"))),
         ("session 99 (alembic, 10.0.0.5) holds, active in ALTER TABLE for 30 s",),
-        view=seen(*WAITERS, foreign(99, "active", application_name="alembic", ddl="ALTER TABLE",
+        view=server_view(*WAITERS, foreign(99, "active", application_name="alembic", ddl="ALTER TABLE",
                                     wait_type="IO", wait_event="DataFileRead")),
     ),
     "blocker that waits for a disk": Case(
         "DB04", always(full(4, holders(3, 4.0, "query"))), ("active in IO/DataFileRead for 30 s",),
-        view=seen(*WAITERS, foreign(99, "active", wait_type="IO", wait_event="DataFileRead")),
+        view=server_view(*WAITERS, foreign(99, "active", wait_type="IO", wait_event="DataFileRead")),
     ),
     "migration on the primary of a replica": Case(
         "DB04", always(full(4, holders(3, 4.0, "query"))),
         ("lock that the replay of the primary's changes (pid 99) holds;",),
-        view=seen(*WAITERS, Session(99, backend_type="startup", wait_type="IPC"),
+        view=server_view(*WAITERS, Session(99, backend_type="startup", wait_type="IPC"),
                   facts=ServerFacts(role="standby")),
     ),
     "migration on the primary of a replica, not to be seen": Case(
         "DB04", always(full(4, holders(3, 4.0, "query"))), ("replay of the primary's changes",),
-        view=seen(*WAITERS, Session(99), facts=ServerFacts(role="standby"), is_limited=True),
+        view=server_view(*WAITERS, Session(99), facts=ServerFacts(role="standby"), is_limited=True),
     ),
     "autovacuum, not to be seen": Case(
         "DB04", always(full(4, holders(3, 4.0, "query"))), ("lock that autovacuum (pid 99) holds;",),
-        view=seen(*WAITERS, Session(99), facts=ServerFacts(role="primary"), is_limited=True),
+        view=server_view(*WAITERS, Session(99), facts=ServerFacts(role="primary"), is_limited=True),
     ),
     "synchronous standby gone": Case(
         "DB07", growing(12, "query", 8), ("most of the statements wait for IPC/SyncRep",), seconds=8,
-        view=seen(*(ours(5001 + n, query_seconds=8.0, wait_type="IPC", wait_event="SyncRep")
+        view=server_view(*(own_session(5001 + n, query_seconds=8.0, wait_type="IPC", wait_event="SyncRep")
                     for n in range(12))),
     ),
     "background thread keeps a third of the connections": Case(
@@ -414,7 +414,7 @@ MORE_TROUBLES: dict[str, Case] = {
     ),
     "slow statements, and a look that takes long": Case(
         "DB07", growing(12, "query", 8), ("slow statements hold 12 of 12",), seconds=8,
-        view=replace(seen(*(ours(5001 + n, query_seconds=6.0) for n in range(12))),
+        view=replace(server_view(*(own_session(5001 + n, query_seconds=6.0) for n in range(12))),
                      time=NOW - 2, silent_since=NOW - 0.7),
     ),
     "slow statements beside a thread that listens": Case(
@@ -431,25 +431,25 @@ MORE_TROUBLES: dict[str, Case] = {
         "DB08",
         lambda ago: full(6, [holder(60.0 - ago, "idle in transaction", thread="cron", pid=1),
                              *holders(11, 0.2, "query", where=f"a.py:{ago}")]),
-        ("84 callers got none",), seconds=20, steps=lately(12, step(wait=0.5, refused=7)),
+        ("84 callers got none",), seconds=20, steps=ending_with(12, step(wait=0.5, refused=7)),
     ),
     "too small, beside a connection forgotten": Case(
         "DB08",
         lambda ago: full(6, holders(12, 0.2, "query", where=f"a.py:{ago}"),
                          counters={"leaks": int(ago < 2)}),
-        ("84 callers got none",), steps=lately(12, step(wait=0.5, refused=7)),
+        ("84 callers got none",), steps=ending_with(12, step(wait=0.5, refused=7)),
     ),
     "a quarter of the connections in transactions left open": Case(
         "DB05",
         lambda ago: full(6, [*holders(3, 60.0 - ago, "idle in transaction", worker=1),
                              *holders(9, 0.2, "query", where=f"a.py:{ago}", worker=1)]),
         ("3 connections of default are idle",), seconds=20,
-        steps=lately(12, step(wait=0.5, refused=7)),
+        steps=ending_with(12, step(wait=0.5, refused=7)),
     ),
     "connections that are never reused, so that callers wait": Case(
         "DB10", lambda ago: full(6, holders(12, 0.2, "query", where=f"a.py:{ago}")),
         ("made 960 connections for 1200 checkouts",),
-        steps=lately(12, step(wait=0.5, refused=7, settled_connects=80, connects=80)),
+        steps=ending_with(12, step(wait=0.5, refused=7, settled_connects=80, connects=80)),
     ),
     "too small from the start": Case(
         "DB08", always(full(6, holders(12, 0.2, "query"))),
@@ -469,13 +469,13 @@ MORE_TROUBLES: dict[str, Case] = {
     ),
     "table locked until gunicorn's timeout ends the workers": Case(
         "DB04", always(pool(active=3, idle=0, holders=holders(3, 14.0, "query"))), ("session 99",),
-        view=seen(*[ours(pid, (99,), query_seconds=14.0) for pid in (5001, 5002, 5003)],
+        view=server_view(*[own_session(pid, (99,), query_seconds=14.0) for pid in (5001, 5002, 5003)],
                   foreign(99)),
         more={"deaths": tuple(Death(NOW - ago, -6) for ago in (60, 30, 9))},
     ),
     "requests to others that last until gunicorn's timeout, beside a short wait": Case(
         "DB16", always(pool(active=1, holders=holders(1, 1.0, "query"))), ("3 by SIGABRT",),
-        view=seen(ours(5001, (99,), query_seconds=1.0), foreign(99)),
+        view=server_view(own_session(5001, (99,), query_seconds=1.0), foreign(99)),
         more={"deaths": tuple(Death(NOW - ago, -6) for ago in (60, 30, 9))},
     ),
     "process without files": Case(
@@ -499,10 +499,10 @@ def nightly(ago: int) -> dict[str, Any]:
 QUIET: dict[str, Case] = {
     "nobody there": Case("DB00", always(pool(active=0, idle=12)), ("0 of 12",)),
     "not opened yet": Case("DB00", always(pool(state="starting", size=0, active=0, idle=0))),
-    "nightly report": Case("DB00", nightly, seconds=20, steps=lately(60, step(use=0.01))),
+    "nightly report": Case("DB00", nightly, seconds=20, steps=ending_with(60, step(use=0.01))),
     "COPY for minutes": Case(
-        "DB00", nightly, seconds=20, view=seen(ours(5001, query_seconds=600.0)),
-        steps=lately(12, step(use=9.0, number=2)),
+        "DB00", nightly, seconds=20, view=server_view(own_session(5001, query_seconds=600.0)),
+        steps=ending_with(12, step(use=9.0, number=2)),
     ),
     "report read row by row": Case(
         "DB00", lambda ago: pool(holders=[holder(90.0 - ago, "idle in transaction")]), seconds=20,
@@ -510,14 +510,14 @@ QUIET: dict[str, Case] = {
     "rolling HUP": Case(
         "DB00", always(pool(max_size=24)),
         processes=[{"pid": 4711 + n, "age": 0.5, "uptime": 2.0} for n in range(6)],
-        steps=lately(3, step(connects=12)),
+        steps=ending_with(3, step(connects=12)),
     ),
-    "max_requests": Case("DB00", always(pool()), steps=lately(12, step(connects=4))),
+    "max_requests": Case("DB00", always(pool()), steps=ending_with(12, step(connects=4))),
     "restart of two seconds": Case(
         "DB00", lambda ago: failing("connection refused", 1.5, "closed", waiting=3), seconds=1
     ),
     "after a restart": Case(
-        "DB00", always(pool()), steps=lately(1, step(wait=2.0, settled_connects=36, connects=36))
+        "DB00", always(pool()), steps=ending_with(1, step(wait=2.0, settled_connects=36, connects=36))
     ),
     "suspended laptop": Case(
         "DB00", always(pool()), more={"stalled": 3600.0},
@@ -530,11 +530,11 @@ QUIET: dict[str, Case] = {
     ),
     "a burst": Case(
         "DB00", lambda ago: full(20 if ago in (4, 5) else 0, holders(12, 0.3, "query")),
-        seconds=20, steps=lately(2, step(wait=0.3)),
+        seconds=20, steps=ending_with(2, step(wait=0.3)),
     ),
     "brief wait for a row": Case(
         "DB00", always(pool(holders=holders(2, 0.5, "query"))),
-        view=seen(ours(5001, (5002,), query_seconds=0.4), ours(5002, query_seconds=0.5)),
+        view=server_view(own_session(5001, (5002,), query_seconds=0.4), own_session(5002, query_seconds=0.5)),
     ),
     "cold start": Case(
         "DB00", always(pool()), steps=[step(use=0.3, connects=12)],
@@ -542,7 +542,7 @@ QUIET: dict[str, Case] = {
     ),
     "one worker dismissed": Case("DB00", always(pool()), more={"deaths": (Death(NOW - 400), Death(NOW - 10))}),
     "transaction pooler, large sizes": Case(
-        "DB00", always(pool(max_size=900)), view=seen(facts=replace(FACTS, used=20)),
+        "DB00", always(pool(max_size=900)), view=server_view(facts=replace(FACTS, used=20)),
         more={"poolers": frozenset({NAME})},
     ),
 }  # fmt: skip
@@ -568,7 +568,7 @@ MORE_QUIET: dict[str, Case] = {
     ),
     "one quick migration after another": Case(
         "DB00", lambda ago: full(1, holders(12, 0.3, "query", where=f"a.py:{ago}")),
-        view=seen(*[ours(pid, (99,), query_seconds=0.3) for pid in (1, 2, 3)], foreign(99),
+        view=server_view(*[own_session(pid, (99,), query_seconds=0.3) for pid in (1, 2, 3)], foreign(99),
                   locked_since=NOW - 2),
     ),
     "threads that wait for a connection are not elsewhere": Case(
@@ -577,7 +577,7 @@ MORE_QUIET: dict[str, Case] = {
         processes=[{"pid": 4711, "age": 0.5, "uptime": 900.0, "threads": 16, "busy": 16}],
     ),
     "deploy, old and new workers at once": Case(
-        "DB00", always(pool(max_size=120)), view=seen(facts=replace(FACTS, used=20)),
+        "DB00", always(pool(max_size=120)), view=server_view(facts=replace(FACTS, used=20)),
         processes=[{"pid": 4711 + n, "age": 0.5, "uptime": 900.0 if n < 3 else 5.0}
                    for n in range(6)],
     ),
@@ -587,7 +587,7 @@ MORE_QUIET: dict[str, Case] = {
     ),
     "one look that takes a while": Case(
         "DB00", always(pool(holders=holders(2, 2.5, "query"))),
-        view=replace(seen(ours(5001), ours(5002)), silent_since=NOW - 0.7),
+        view=replace(server_view(own_session(5001), own_session(5002)), silent_since=NOW - 0.7),
     ),
 }  # fmt: skip
 
@@ -651,7 +651,9 @@ def test_a_checkout_is_recognised_again_although_its_start_jitters() -> None:
     def jittering(ago: int) -> dict[str, Any]:
         return full(4, holders(12, 15.0 - ago + (0.4 if ago % 2 else 0.0), "idle in transaction"))
 
-    found = diagnose(Case("DB05", jittering, seconds=12, steps=lately(2, step(number=0))).scene())
+    found = diagnose(
+        Case("DB05", jittering, seconds=12, steps=ending_with(2, step(number=0))).scene()
+    )
     assert found[0].code == "DB05"
 
 
@@ -667,29 +669,35 @@ def test_a_finding_limited_by_privileges_names_the_grant() -> None:
 
 
 def test_an_error_shows_only_pid_and_application_name_of_foreign_sessions() -> None:
-    stranger = replace(foreign(99), client="10.1.2.3", application_name="psql")
-    view = seen(ours(5001, (99,), query_seconds=4.0), stranger)
+    foreign_session = replace(foreign(99), client="10.1.2.3", application_name="psql")
+    view = server_view(own_session(5001, (99,), query_seconds=4.0), foreign_session)
     found = diagnose(Case("DB04", always(full(4, holders(12, 4.0, "query"))), view=view).scene())
     assert "10.1.2.3" in found[0].text
-    (said,) = suspicions(found).values()
-    assert said.startswith("; DB04: 1 connection of default waits for a lock that the session 99")
-    assert "(psql)" in said
-    assert "10.1.2.3" not in said
+    (suspicion,) = suspicions(found).values()
+    assert suspicion.startswith(
+        "; DB04: 1 connection of default waits for a lock that the session 99"
+    )
+    assert "(psql)" in suspicion
+    assert "10.1.2.3" not in suspicion
     assert suspicions(diagnose(Case("DB00", always(pool())).scene())) == {}
 
 
 @pytest.mark.parametrize(
-    ("called", "is_named"),
+    ("application_name", "is_named"),
     [("dbpool:orders@web/4711", True), ("dbpool:orders@web/4712", False), ("psql", False)],
 )
-def test_a_lock_held_by_another_of_our_pools_is_named(called: str, is_named: bool) -> None:
-    blocker = ours(99, is_ours=False, state="idle in transaction", application_name=called)
+def test_a_lock_held_by_another_of_our_pools_is_named(
+    application_name: str, is_named: bool
+) -> None:
+    blocker = own_session(
+        99, is_ours=False, state="idle in transaction", application_name=application_name
+    )
     held = [holder(9.0, "idle in transaction", pid=99, where="pay.py:8 pay")]
     report = {
         "time": NOW,
         "pools": {NAME: full(4, holders(3, 4.0, "query")), "orders": pool(holders=held)},
     }
-    scene = Scene.read(report, views={NAME: seen(*WAITERS, blocker)})
+    scene = Scene.read(report, views={NAME: server_view(*WAITERS, blocker)})
     found = next(each for each in diagnose(scene) if each.code == "DB04")
     assert ("orders.index (pay.py:8 pay) in worker 4711" in found.text) is is_named
     assert found.evidence["blockers"][0]["pid"] == 99
@@ -710,10 +718,10 @@ def test_an_older_server_view_is_not_used_for_later_checkouts(code: str) -> None
     state = "idle in transaction" if code == "DB05" else "active"
     blocked_by = (99,) if code == "DB04" else ()
     sessions = [
-        ours(5001 + n, blocked_by, state=state, query_seconds=0.8, state_seconds=0.8)
+        own_session(5001 + n, blocked_by, state=state, query_seconds=0.8, state_seconds=0.8)
         for n in range(12)
     ]
-    view = replace(seen(*sessions, foreign(99)), time=NOW - 6)
+    view = replace(server_view(*sessions, foreign(99)), time=NOW - 6)
     found = diagnose(Case("DB00", busy_rows, seconds=6, view=view).scene())
     assert code not in {each.code for each in found}
 
@@ -739,24 +747,30 @@ def test_code_that_forgot_connections_is_named() -> None:
 
 
 def test_the_longest_queue_is_named_first() -> None:
-    sessions = [ours(1, (90,)), ours(2, (91,)), ours(3, (91,)), foreign(90), foreign(91)]
-    case = Case("DB04", always(full(4, holders(3, 4.0, "query"))), view=seen(*sessions))
+    sessions = [
+        own_session(1, (90,)),
+        own_session(2, (91,)),
+        own_session(3, (91,)),
+        foreign(90),
+        foreign(91),
+    ]
+    case = Case("DB04", always(full(4, holders(3, 4.0, "query"))), view=server_view(*sessions))
     found = diagnose(case.scene())[0]
     assert [blocker["pid"] for blocker in found.evidence["blockers"]] == [91, 90]
     assert "and 1 other" in found.text
 
 
 def test_sessions_are_locked_if_half_of_the_busy_ones_are() -> None:
-    idle = [ours(pid, state="idle") for pid in range(10, 20)]
-    busy = [ours(pid) for pid in (20, 21, 22)]
-    assert seen(*WAITERS, *busy, *idle, foreign(99)).is_locked
-    assert not seen(*WAITERS, *busy, ours(23), *idle).is_locked
-    assert not seen(*idle).is_locked
+    idle = [own_session(pid, state="idle") for pid in range(10, 20)]
+    busy = [own_session(pid) for pid in (20, 21, 22)]
+    assert server_view(*WAITERS, *busy, *idle, foreign(99)).is_locked
+    assert not server_view(*WAITERS, *busy, own_session(23), *idle).is_locked
+    assert not server_view(*idle).is_locked
 
 
 def test_a_chain_of_locks_is_followed_to_its_root() -> None:
-    chain = [ours(1, (2,)), foreign(2, "active", blocked_by=(3,)), foreign(3)]
-    case = Case("DB04", always(full(4, holders(1, 4.0, "query"))), view=seen(*chain))
+    chain = [own_session(1, (2,)), foreign(2, "active", blocked_by=(3,)), foreign(3)]
+    case = Case("DB04", always(full(4, holders(1, 4.0, "query"))), view=server_view(*chain))
     assert diagnose(case.scene())[0].evidence["blockers"][0]["pid"] == 3
 
 
@@ -770,8 +784,8 @@ def test_a_server_view_older_than_ten_seconds_is_not_used() -> None:
 def test_backend_pids_are_not_matched_behind_an_undeclared_pooler() -> None:
     case = TROUBLES["idle in transaction, the server says so"]
     assert case.view is not None
-    there = replace(case, view=replace(case.view, is_joined=False))
-    assert "DB05" not in {each.code for each in diagnose(there.scene())}
+    not_joined = replace(case, view=replace(case.view, is_joined=False))
+    assert "DB05" not in {each.code for each in diagnose(not_joined.scene())}
 
 
 def test_findings_are_sorted_by_severity_then_duration() -> None:
@@ -785,7 +799,7 @@ def test_findings_are_sorted_by_severity_then_duration() -> None:
                 "d": pool(max_size=120),
             },
         },
-        views={"d": seen(facts=FACTS)},
+        views={"d": server_view(facts=FACTS)},
     )
     found = [(each.pool, each.code) for each in diagnose(scene)]
     assert found == [("b", "DB01"), ("c", "DB02"), ("a", "DB01"), ("d", "DB11")]
@@ -795,8 +809,8 @@ def test_more_connections_are_advised_only_if_the_server_has_room() -> None:
     case = TROUBLES["pool too small"]
     assert "60" not in diagnose(case.scene())[0].do
     assert "the server has 57 connections free" in diagnose(case.scene())[0].do
-    none = replace(case, view=seen(facts=FACTS))
-    assert "no connections to spare" in diagnose(none.scene())[0].do
+    full_server = replace(case, view=server_view(facts=FACTS))
+    assert "no connections to spare" in diagnose(full_server.scene())[0].do
 
 
 def test_texts_hold_no_control_characters_and_no_password() -> None:
@@ -905,9 +919,9 @@ def test_no_report_breaks_the_diagnosis(
         "steps": dict.fromkeys(names, steps), "deaths": tuple(deaths),
     }  # fmt: skip
     found = diagnose(Scene.read(report, **facts))
-    again = diagnose(Scene.read(report, **facts))
+    repeated = diagnose(Scene.read(report, **facts))
     assert found
-    assert [each.to_json() for each in found] == [each.to_json() for each in again]
+    assert [each.to_json() for each in found] == [each.to_json() for each in repeated]
     assert len({each.id for each in found}) == len(found), "two findings have one id"
     for each in found:
         answer = each.to_json()

@@ -53,7 +53,7 @@ class Master:
     """A process that runs the hooks of a gunicorn master."""
 
     def __init__(self, parent: Path | str, *prefix: str, **environ: str) -> None:
-        kept = {k: v for k, v in os.environ.items() if k not in ("TMPDIR", "TEMP", "TMP")}
+        target = {k: v for k, v in os.environ.items() if k not in ("TMPDIR", "TEMP", "TMP")}
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-c", MASTER, str(parent)],
             stdin=subprocess.PIPE,
@@ -61,7 +61,7 @@ class Master:
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=kept | environ,
+            env=target | environ,
         )
         assert self.process.stdout is not None
         child, _, directory = self.process.stdout.readline().strip().partition(" ")
@@ -129,13 +129,13 @@ def test_masters_in_other_containers_are_left_alone_while_they_run(
     assert named(tmp_path) == {master.directory for master in masters}
     for killed in (inside[0], outside[0]):
         assert killed.directory is not None
-        sign = killed.directory / ".master"
-        assert is_held(sign)
+        lock_file = killed.directory / ".master"
+        assert is_held(lock_file)
         killed.kill()
-        until(lambda sign=sign: not is_held(sign))  # type: ignore[misc]  # a namespace takes time
+        until(lambda lock_file=lock_file: not is_held(lock_file))  # type: ignore[misc]  # a namespace takes time
     inside.append(start(tmp_path, *own_pids()))
-    left = {master.directory for master in (*inside[1:], *outside[1:])}
-    assert named(tmp_path) == left
+    remaining = {master.directory for master in (*inside[1:], *outside[1:])}
+    assert named(tmp_path) == remaining
 
 
 @pytest.mark.parametrize(
@@ -189,25 +189,25 @@ def test_a_command_in_a_container_finds_the_master_that_runs_there(
 def test_only_the_directories_of_the_same_user_are_swept(
     start: Callable[..., Master], tmp_path: Path
 ) -> None:
-    left = start(tmp_path)
-    left.kill()
-    assert left.directory is not None
-    shutil.chown(left.directory, "nobody")
+    remaining = start(tmp_path)
+    remaining.kill()
+    assert remaining.directory is not None
+    shutil.chown(remaining.directory, "nobody")
     start(tmp_path)
-    assert left.directory.exists()
+    assert remaining.directory.exists()
 
 
 def test_a_link_in_place_of_a_directory_is_not_followed(
     start: Callable[..., Master], tmp_path: Path
 ) -> None:
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    (kept / "file").touch()
+    target = tmp_path / "kept"
+    target.mkdir()
+    (target / "file").touch()
     parent = tmp_path / "parent"
     parent.mkdir()
-    (parent / "dbpool-stats-1-0123456789ab").symlink_to(kept)
+    (parent / "dbpool-stats-1-0123456789ab").symlink_to(target)
     start(parent)
-    assert (kept / "file").exists()
+    assert (target / "file").exists()
 
 
 def test_a_directory_set_by_the_user_is_kept(start: Callable[..., Master], tmp_path: Path) -> None:
@@ -253,15 +253,15 @@ needs_memory = pytest.mark.skipif(
 def test_dev_shm_is_used_if_the_directory_cannot_be_made(
     start: Callable[..., Master], tmp_path: Path, kind: str
 ) -> None:
-    place = tmp_path / "place"
+    parent = tmp_path / "place"
     prefix: list[str] = []
     if kind == "file":
-        place.touch()
+        parent.touch()
     elif kind == "full":  # two inodes: the mount and the directory, but no file in it
-        place.mkdir()
+        parent.mkdir()
         mount = 'mount -t tmpfs -o nr_inodes=2 none "$0" && exec "$@"'
-        prefix = [*unshared("--mount"), "sh", "-c", mount, str(place)]
-    master = start("" if kind == "unset" else place, *prefix)
+        prefix = [*unshared("--mount"), "sh", "-c", mount, str(parent)]
+    master = start("" if kind == "unset" else parent, *prefix)
     assert is_in_memory(master)
     assert master.stop() == ""
     assert master.directory is not None
@@ -421,11 +421,11 @@ for before, phase in (
 
 
 @only_root
-@pytest.mark.parametrize("way", ["link", "move"])
-def test_the_workers_user_gains_no_access_to_files_of_root(tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("method", ["link", "move"])
+def test_the_workers_user_gains_no_access_to_files_of_root(tmp_path: Path, method: str) -> None:
     """Whatever it puts in place of the directory, at any step."""
     nobody = pwd.getpwnam("nobody")
-    done = python("-c", RACE, str(tmp_path), str(nobody.pw_uid), way)
+    done = python("-c", RACE, str(tmp_path), str(nobody.pw_uid), method)
     assert done.returncode == 0, done.stderr
     assert all(int(steps) > 3 for steps in done.stdout.split())
     assert len(done.stdout.split()) == 3

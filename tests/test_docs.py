@@ -42,7 +42,7 @@ DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 PIECE = re.compile(
-    r"<!-- (?P<word>[a-z-]+):(?P<body>.*?)-->"
+    r"<!-- (?P<label>[a-z-]+):(?P<body>.*?)-->"
     r"|^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^ *```$",
     re.DOTALL | re.MULTILINE,
 )
@@ -50,9 +50,9 @@ PIECE = re.compile(
 
 @dataclass(frozen=True)
 class Piece:
-    """A fenced block, with its language as the word, or a comment."""
+    """A fenced block, with its language as the label, or a comment with a label."""
 
-    word: str
+    label: str
     text: str
     is_code: bool
 
@@ -60,8 +60,8 @@ class Piece:
 def pieces(path: Path) -> list[Piece]:
     found = []
     for match in PIECE.finditer(path.read_text()):
-        if match["word"]:
-            found.append(Piece(match["word"], match["body"].strip("\n"), is_code=False))
+        if match["label"]:
+            found.append(Piece(match["label"], match["body"].strip("\n"), is_code=False))
         else:
             code = re.sub(f"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
             found.append(Piece(match["language"], code, is_code=True))
@@ -74,16 +74,16 @@ def blocks(language: str) -> list[Any]:
         pytest.param(path, piece.text, id=f"{path.stem}-{number}")
         for path in PAGES
         for number, piece in enumerate(pieces(path))
-        if piece.is_code and piece.word == language
+        if piece.is_code and piece.label == language
     ]
 
 
-def comment_behind(path: Path, code: str, word: str) -> str | None:
-    """The text of the comment right after a block, if it begins with that word."""
+def comment_after(path: Path, code: str, label: str) -> str | None:
+    """The text of the comment right after a block, if it has that label."""
     found = pieces(path)
     at = next(n for n, piece in enumerate(found) if piece.text == code)
-    behind = found[at + 1 : at + 2]
-    return behind[0].text if behind and behind[0].word == word else None
+    following = found[at + 1 : at + 2]
+    return following[0].text if following and following[0].label == label else None
 
 
 def shape(text: str) -> str:
@@ -107,8 +107,8 @@ class Page:
             self.environ |= {name: value.replace("$DATABASE_URL", dsn) for name, _, value in pairs}
         self.replaced = dict(text.strip().split(" = ") for text in self.comments("replace"))
 
-    def comments(self, word: str) -> list[str]:
-        return [each.text for each in self.pieces if each.word == word and not each.is_code]
+    def comments(self, label: str) -> list[str]:
+        return [each.text for each in self.pieces if each.label == label and not each.is_code]
 
     def run(self) -> None:
         try:
@@ -117,11 +117,11 @@ class Page:
             for piece in self.pieces:
                 if piece in self.run_by_pytest():
                     continue
-                if piece.word in {"python", "setup", "cleanup"}:
+                if piece.label in {"python", "setup", "cleanup"}:
                     self.execute(piece.text)
-                elif piece.word == "check":
+                elif piece.label == "check":
                     assert eval(piece.text.strip(), self.names), piece.text
-                elif piece.word == "output":
+                elif piece.label == "output":
                     assert self.printed.strip() == piece.text.strip()
             if self.comments("pytest"):
                 self.run_pytest()
@@ -132,7 +132,7 @@ class Page:
             raise
 
     def run_by_pytest(self) -> list[Piece]:
-        samples = [each for each in self.pieces if each.word == "python"]
+        samples = [each for each in self.pieces if each.label == "python"]
         return samples[:2] if self.comments("pytest") else []
 
     def run_pytest(self) -> None:
@@ -174,7 +174,7 @@ def page(
     return page
 
 
-PYTHON = [path for path in PAGES if any(each.word == "python" for each in pieces(path))]
+PYTHON = [path for path in PAGES if any(each.label == "python" for each in pieces(path))]
 
 
 @pytest.mark.parametrize("page", PYTHON, indirect=True, ids=lambda path: path.stem)
@@ -196,7 +196,7 @@ FIELDS = {"httpGet", "periodSeconds", "timeoutSeconds", "failureThreshold"}  # f
 def test_the_probes_use_existing_views_and_allow_enough_time(make_app: MakeApp, dsn: str) -> None:
     yaml = pytest.importorskip("yaml")
     client = make_app(dsn).test_client()
-    (text,) = [each.text for each in pieces(DOCS / "probes.md") if each.word == "yaml"]
+    (text,) = [each.text for each in pieces(DOCS / "probes.md") if each.label == "yaml"]
     (container,) = yaml.safe_load(text)["spec"]["template"]["spec"]["containers"]
     (port,) = [port["name"] for port in container["ports"]]
     for name in PROBES:
@@ -226,7 +226,7 @@ def test_every_metric_that_a_page_names_is_exposed() -> None:
 @pytest.mark.parametrize(("path", "code"), blocks("sql"))
 def test_sql_runs(path: Path, code: str, dsn: str) -> None:
     with psycopg.connect(dsn) as conn:
-        conn.execute((comment_behind(path, code, "setup-sql") or "").encode())
+        conn.execute((comment_after(path, code, "setup-sql") or "").encode())
         conn.execute(code.encode())
         conn.rollback()
 
@@ -349,7 +349,7 @@ def test_the_page_on_flask_quotes_a_real_log_line(
 
     app.test_client().get("/").get_data()
     assert len(failures) == 1
-    (quote,) = [each.text.strip() for each in pieces(DOCS / "flask.md") if each.word == "text"]
+    (quote,) = [each.text.strip() for each in pieces(DOCS / "flask.md") if each.label == "text"]
     (logged,) = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
-    place = r"[\w/.]+:\d+ \w+"
-    assert re.sub(place, "PLACE", logged) == re.sub(place, "PLACE", quote)
+    location = r"[\w/.]+:\d+ \w+"
+    assert re.sub(location, "PLACE", logged) == re.sub(location, "PLACE", quote)

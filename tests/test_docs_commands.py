@@ -26,12 +26,12 @@ from dbpool.databases import databases_from_env
 
 from .conftest import MakeApp
 from .postgres import Server, binaries, free_port, until
-from .test_docs import DOCS, PAGES, ROOT, blocks, comment_behind, pieces, shape
+from .test_docs import DOCS, PAGES, ROOT, blocks, comment_after, pieces, shape
 from .threads import Task
 
 MORE_PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 # Commands tested elsewhere: they need a network, a container engine, or another host.
-TRIED = {
+TESTED_ELSEWHERE = {
     "pip install '.[flask,gunicorn,prometheus]'": ".ci/package",
     "flask dbpool check": ".ci/package",
     "flask dbpool stats": "tests/test_flask_commands.py",
@@ -41,8 +41,8 @@ TRIED = {
     "make run": ".ci/end-to-end",
     "make test": ".ci/run",
 }
-# The same for lines of shell blocks, by their beginning. Each place reads the line from the page.
-TRIED_IN_A_SHELL = {
+# The same for lines of shell blocks, by their beginning. Each file reads the line from the page.
+SHELL_TESTED_ELSEWHERE = {
     "curl ": "tests/test_docs_commands.py",
     "docker run ": "tests/containers/test_docs.py",
     "gunicorn ": "tests/test_docs_commands.py",
@@ -69,7 +69,7 @@ def test_commands_print_what_the_page_shows(
     path: Path, code: str, dsn: str, tmp_path: Path
 ) -> None:
     for command, output in commands(code):
-        if command.startswith("export ") or command in TRIED:
+        if command.startswith("export ") or command in TESTED_ELSEWHERE:
             continue
         assert command.startswith("python -m dbpool "), f"{command}: add where it is tested"
         done = subprocess.run(
@@ -86,16 +86,16 @@ def test_commands_print_what_the_page_shows(
             check=False,
             timeout=60,
         )
-        status = int(comment_behind(path, code, "exit") or 0)
+        status = int(comment_after(path, code, "exit") or 0)
         assert done.returncode == status, done.stdout + done.stderr
         pattern = re.escape(shape(output)).replace(re.escape("..."), ".*")
         assert not output.strip() or re.fullmatch(pattern, shape(done.stdout), re.DOTALL)
 
 
-@pytest.mark.parametrize(("command", "place"), TRIED.items())
-def test_commands_tested_elsewhere_are_tested_there(command: str, place: str) -> None:
+@pytest.mark.parametrize(("command", "file"), TESTED_ELSEWHERE.items())
+def test_commands_tested_elsewhere_are_tested_there(command: str, file: str) -> None:
     word = command.removeprefix("pip install ").removeprefix("flask dbpool ")
-    assert word in (ROOT / place).read_text()
+    assert word in (ROOT / file).read_text()
 
 
 @pytest.mark.parametrize("path", [*PAGES, *MORE_PAGES], ids=lambda path: path.stem)
@@ -110,9 +110,9 @@ def test_every_command_that_a_page_names_exists(path: Path) -> None:
 @pytest.mark.parametrize(("path", "code"), blocks("sh"))
 def test_each_line_of_a_shell_block_is_tested_somewhere(path: Path, code: str) -> None:
     for line in code.splitlines():
-        places = {p for start, p in TRIED_IN_A_SHELL.items() if line.startswith(start)}
-        assert line.startswith("export ") or len(places) == 1, f"{line}: add where it is tested"
-        assert all(path.name in (ROOT / place).read_text() for place in places)
+        files = {p for start, p in SHELL_TESTED_ELSEWHERE.items() if line.startswith(start)}
+        assert line.startswith("export ") or len(files) == 1, f"{line}: add where it is tested"
+        assert all(path.name in (ROOT / file).read_text() for file in files)
 
 
 @pytest.mark.parametrize(("path", "code"), blocks("sh"))
@@ -217,7 +217,7 @@ def test_the_alert_on_exhaustion_can_be_tested_as_the_page_shows(
     serve, load = [
         piece.text
         for piece in pieces(DOCS / "alerts.md")
-        if piece.word == "sh" and "promtool" not in piece.text
+        if piece.label == "sh" and "promtool" not in piece.text
     ]
     port, door = free_port(), free_port()
     environ = {
@@ -256,14 +256,14 @@ NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 def test_the_proxy_of_the_security_page_passes_only_readiness(
     make_app: MakeApp, dsn: str, tmp_path: Path
 ) -> None:
-    (locations,) = [each.text for each in pieces(DOCS / "security.md") if each.word == "nginx"]
+    (locations,) = [each.text for each in pieces(DOCS / "security.md") if each.label == "nginx"]
     server = make_server("127.0.0.1", 0, make_app(dsn, DBPOOL_DETAILS="always"), threaded=True)
     port = free_port()
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    places = "".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
+    files = "".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
     (tmp_path / "nginx.conf").write_text(
         f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}"
-        f" http {{ access_log off; {places} upstream app {{ server 127.0.0.1:{server.port}; }}"
+        f" http {{ access_log off; {files} upstream app {{ server 127.0.0.1:{server.port}; }}"
         f" server {{ listen 127.0.0.1:{port}; {locations} }} }}"
     )
     serving = Task(server.serve_forever)
@@ -283,7 +283,7 @@ def test_the_door_starts_as_the_page_shows(tmp_path: Path) -> None:
     (command,) = [
         piece.text
         for piece in pieces(DOCS / "door.md")
-        if piece.word == "sh" and not piece.text.startswith("export")
+        if piece.label == "sh" and not piece.text.startswith("export")
     ]
     port = free_port()
     (tmp_path / "shared").mkdir(0o700)

@@ -218,7 +218,7 @@ def test_any_request_headers_get_an_answer(
 
 
 @pytest.mark.parametrize(
-    ("pools", "status", "word"),
+    ("pools", "status", "expected"),
     [
         ([Pool("up", idle=1)], 200, "up"),
         ([Pool("up", active=4, waiting=2)], 200, "degraded"),
@@ -229,12 +229,16 @@ def test_any_request_headers_get_an_answer(
     ],
 )
 def test_it_is_ready_while_one_worker_is(
-    directory: Path, publish: Callable[..., Processes], pools: list[Pool], status: int, word: str
+    directory: Path,
+    publish: Callable[..., Processes],
+    pools: list[Pool],
+    status: int,
+    expected: str,
 ) -> None:
     for pool in pools:
         publish(default=pool)
     answer = views_of(directory).respond("/health/ready", {})
-    assert (answer.status, json.loads(answer.body)["status"]) == (status, word)
+    assert (answer.status, json.loads(answer.body)["status"]) == (status, expected)
     assert ("Retry-After" in answer.headers) == (status == 503)
 
 
@@ -741,8 +745,8 @@ def test_a_browser_signs_in_at_the_door_and_out_again(closed: Views) -> None:
         assert closed.respond(path, signed_in).status == 200
     assert closed.respond("/sign-in", signed_in).headers["Location"] == "/"
     assert b'action="/sign-out" >' in closed.respond("/", signed_in).body
-    asked = closed.respond("/stats", {"accept": "*/*", "x-requested-with": "fetch"})
-    assert asked.headers["WWW-Authenticate"] == 'Bearer realm="dbpool"', "no dialog"
+    answer = closed.respond("/stats", {"accept": "*/*", "x-requested-with": "fetch"})
+    assert answer.headers["WWW-Authenticate"] == 'Bearer realm="dbpool"', "no dialog"
     out = closed.submit("/sign-out", signed_in, b"")
     assert out.headers["Location"] == "/sign-in"
     assert "Max-Age=0" in out.headers["Set-Cookie"]
@@ -757,8 +761,8 @@ def test_a_browser_signs_in_behind_a_proxy_that_takes_a_prefix_off(closed: Views
     assert right.headers["Location"] == "/ops/db/"
     assert right.headers["Set-Cookie"].endswith("Path=/ops/db; HttpOnly; SameSite=Strict; Secure")
     for prefix in ("//evil.example", "/a\r\nX: y", "evil", '/"><b>', "/" + "a" * 999):
-        away = HTML | {"x-forwarded-prefix": prefix}
-        assert b'action="/sign-in"' in closed.respond("/", away).body
+        prefixed = HTML | {"x-forwarded-prefix": prefix}
+        assert b'action="/sign-in"' in closed.respond("/", prefixed).body
 
 
 def test_foreign_forms_are_rejected(closed: Views, directory: Path) -> None:

@@ -57,7 +57,7 @@ def chosen(**config: Any) -> str:
 # Owner and permissions
 
 
-def given_away(above: Path) -> str:
+def owned_by_another_user(above: Path) -> str:
     os.chown(write(above), STRANGER, -1)
     return f"it belongs to another user (uid {STRANGER})"
 
@@ -127,12 +127,12 @@ def below_an_open_directory(above: Path) -> str:
     return f"everybody can write to {above / 'project'}"
 
 
-Scene = Callable[[Path], str]
+Setup = Callable[[Path], str]
 FOREIGN = [
     *(
-        pytest.param(scene, marks=as_root)
-        for scene in (
-            given_away,
+        pytest.param(set_up, marks=as_root)
+        for set_up in (
+            owned_by_another_user,
             in_a_strangers_directory,
             below_a_strangers_directory,
             linked_from_a_strangers_directory,
@@ -148,11 +148,11 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize("scene", FOREIGN)
+@pytest.mark.parametrize("set_up", FOREIGN)
 def test_a_file_that_others_could_have_written_is_skipped_with_one_warning(
-    above: Path, scene: Scene, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    above: Path, set_up: Setup, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reason = scene(above)
+    reason = set_up(above)
     monkeypatch.setenv("DATABASE_URL", "host=of-the-environment")
     caplog.set_level(logging.INFO, logger="dbpool")
     assert chosen() == "host=of-the-environment"
@@ -162,12 +162,12 @@ def test_a_file_that_others_could_have_written_is_skipped_with_one_warning(
     assert reason in record.getMessage()
 
 
-@pytest.mark.parametrize("scene", FOREIGN)
+@pytest.mark.parametrize("set_up", FOREIGN)
 @pytest.mark.parametrize("environ", [{}, {"PGPASSWORD": "hunter2", "PGUSER": "u"}])
 def test_a_skipped_file_is_named_if_nothing_else_names_a_database(
-    above: Path, scene: Scene, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    above: Path, set_up: Setup, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reason = scene(above)
+    reason = set_up(above)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="DATABASE_URL is not set") as caught:
@@ -186,17 +186,17 @@ def test_a_skipped_file_is_no_error_if_libpqs_variables_name_a_database(
     assert chosen() == ""
 
 
-@pytest.mark.parametrize("scene", FOREIGN)
+@pytest.mark.parametrize("set_up", FOREIGN)
 def test_the_nearest_file_ends_the_search(
-    above: Path, scene: Scene, monkeypatch: pytest.MonkeyPatch
+    above: Path, set_up: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file further up belongs to another project, even if it is safe."""
-    here = above / "a" / "b"
-    (here / "project" / "src").mkdir(parents=True)
+    folder = above / "a" / "b"
+    (folder / "project" / "src").mkdir(parents=True)
     write(above)
-    monkeypatch.chdir(here / "project" / "src")
-    here.chmod(0o755)
-    scene(here)
+    monkeypatch.chdir(folder / "project" / "src")
+    folder.chmod(0o755)
+    set_up(folder)
     with pytest.raises(ConfigError, match="DATABASE_URL is not set"):
         chosen()
 
@@ -220,11 +220,11 @@ def linked(above: Path) -> None:
     (above / ".env").symlink_to(write(above / "..data"))
 
 
-@pytest.mark.parametrize("scene", [plain, private, with_umask_002, linked])
+@pytest.mark.parametrize("set_up", [plain, private, with_umask_002, linked])
 def test_a_safe_file_is_read_and_named(
-    above: Path, scene: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+    above: Path, set_up: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    scene(above)
+    set_up(above)
     caplog.set_level(logging.INFO, logger="dbpool")
     assert chosen() == "host=of-the-file"
     (record,) = caplog.records
@@ -232,7 +232,7 @@ def test_a_safe_file_is_read_and_named(
     assert str(above / ".env") in record.getMessage()
 
 
-AS_A_USER = """
+USER_SCRIPT = """
 import os, sys
 import dbpool.flask, dotenv.parser, flask
 app = flask.Flask("root")
@@ -259,7 +259,7 @@ def below_root() -> Iterator[Path]:
 
 @as_root
 @pytest.mark.parametrize(
-    ("who", "owner", "group", "mode", "is_read"),
+    ("ids", "owner", "group", "mode", "is_read"),
     [
         ((1234, 1234), 0, 0, 0o644, True),  # baked into an image, or mounted
         ((1234, 1234), 0, 0, 0o664, True),
@@ -272,13 +272,13 @@ def below_root() -> Iterator[Path]:
     ],
 )
 def test_as_an_ordinary_user(
-    below_root: Path, who: tuple[int, ...], owner: int, group: int, mode: int, is_read: bool
+    below_root: Path, ids: tuple[int, ...], owner: int, group: int, mode: int, is_read: bool
 ) -> None:
     file = write(below_root)
     os.chown(file, owner, group)
     file.chmod(mode)
     done = subprocess.run(
-        [sys.executable, "-c", AS_A_USER, *map(str, who)],
+        [sys.executable, "-c", USER_SCRIPT, *map(str, ids)],
         cwd=below_root,
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -292,11 +292,11 @@ def test_as_an_ordinary_user(
 # A file that DBPOOL_DOTENV names
 
 
-@pytest.mark.parametrize("scene", FOREIGN)
+@pytest.mark.parametrize("set_up", FOREIGN)
 def test_a_named_file_is_read_even_if_others_could_have_written_it(
-    above: Path, scene: Scene, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    above: Path, set_up: Setup, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scene(above)
+    set_up(above)
     path = above / ".env"
     monkeypatch.setenv("DBPOOL_DOTENV", str(path))
     assert chosen() == "host=of-the-file"
@@ -369,12 +369,12 @@ def dbpool(cwd: Path, *arguments: str, **environ: str) -> subprocess.CompletedPr
 @pytest.mark.parametrize("command", ["check", "wait --timeout 100ms", "stats --scope process"])
 def test_the_command_line_sends_nothing_to_a_strangers_server(above: Path, command: str) -> None:
     reason = open_to_everybody(above)
-    here = Path.cwd()
-    refused = dbpool(here, *command.split(), PGPASSWORD="hunter2")
+    folder = Path.cwd()
+    refused = dbpool(folder, *command.split(), PGPASSWORD="hunter2")
     assert refused.returncode == 1
     assert len(refused.stderr.splitlines()) == 1
     assert reason in refused.stderr
-    skipped = dbpool(here, *command.split(), PGHOST="127.0.0.1", DBPOOL_OUTAGE_GRACE="0")
+    skipped = dbpool(folder, *command.split(), PGHOST="127.0.0.1", DBPOOL_OUTAGE_GRACE="0")
     assert skipped.returncode == 1
     assert skipped.stderr.startswith(f"dbpool: warning: {above / '.env'} is not read")
     assert "of-the-file" not in skipped.stdout + skipped.stderr
@@ -491,8 +491,8 @@ def test_no_frame_of_an_error_shows_the_files_content(above: Path, wrong: str) -
             read()
         assert "hunter2" not in str(caught.value)
         frames = [frame for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
-        ours = [frame for frame in frames if "/dbpool/" in frame.f_code.co_filename]
-        assert ours
-        for frame in ours:
+        own_frames = [frame for frame in frames if "/dbpool/" in frame.f_code.co_filename]
+        assert own_frames
+        for frame in own_frames:
             for name, value in frame.f_locals.items():
                 assert "hunter2" not in repr(value), f"{name} in {frame.f_code.co_qualname}"

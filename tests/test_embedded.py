@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
-def reachable_folder(where: Path) -> Iterator[Path]:
+def reachable_folder(parent: Path) -> Iterator[Path]:
     """A folder that the server's user may enter; pytest's own is closed to it under root."""
-    folder = Path(tempfile.mkdtemp(prefix="dbpool-embedded-", dir=where))
+    folder = Path(tempfile.mkdtemp(prefix="dbpool-embedded-", dir=parent))
     folder.chmod(0o755)
     yield folder
     for cluster in folder.rglob("postgres-*"):
@@ -146,8 +146,8 @@ def test_starts_again_after_the_postmaster_was_killed(home: Path) -> None:
         client = psycopg.connect(running.conninfo)  # its backend outlives the postmaster
         os.kill(postmaster(running), signal.SIGKILL)
     assert running.pid_file.exists()
-    with server(home) as again:
-        assert query(again, "select count(*) from lasting") == [(0,)]
+    with server(home) as restarted:
+        assert query(restarted, "select count(*) from lasting") == [(0,)]
     client.close()
 
 
@@ -171,13 +171,13 @@ def test_a_server_stopped_on_purpose_is_not_revived(home: Path) -> None:
 
 
 def test_a_pid_reused_by_another_process_is_not_taken_for_the_server(home: Path) -> None:
-    stranger = subprocess.Popen(
+    other_process = subprocess.Popen(
         ["sleep", "60"], **_programs.identity(_programs.account_of(_programs.server_user()))
     )
     try:
         cluster = next(home.glob("postgres-*"))
         lines = [
-            str(stranger.pid),
+            str(other_process.pid),
             str(cluster),
             "1",
             "5432",
@@ -190,10 +190,10 @@ def test_a_pid_reused_by_another_process_is_not_taken_for_the_server(home: Path)
         (home / "run" / f"{embedded.SOCKET}.lock").write_text("\n".join(lines[:5]) + "\n")
         with server(home) as running:
             assert query(running, "select 1") == [(1,)]
-        assert stranger.poll() is None
+        assert other_process.poll() is None
     finally:
-        stranger.kill()
-        stranger.wait()
+        other_process.kill()
+        other_process.wait()
 
 
 def test_the_next_start_works_after_an_interrupted_initdb(
@@ -257,14 +257,14 @@ def test_a_socket_folder_of_another_user_is_rejected(home: Path) -> None:
 
 def test_a_server_that_cannot_start_is_an_error_of_one_line(home: Path) -> None:
     configuration = next(home.glob("postgres-*")) / "postgresql.conf"
-    whole = configuration.read_bytes()
+    content = configuration.read_bytes()
     configuration.write_text("shared_buffers = 'plenty'\n")
     try:
         with pytest.raises(EmbeddedError, match=r"did not start: configuration file") as caught:
             with server(home):
                 pass
     finally:
-        configuration.write_bytes(whole)
+        configuration.write_bytes(content)
     assert "\n" not in str(caught.value)
 
 
@@ -336,9 +336,9 @@ def test_root_serves_a_users_data_as_that_user(new_home: Path) -> None:
 def test_the_application_is_not_the_superuser_but_owns_its_database(home: Path) -> None:
     with server(home) as running:
         assert query(running, "select current_user, current_database()") == [("webapp", "webapp")]
-        rights = "rolsuper, rolcreaterole, rolcreatedb, rolreplication, rolbypassrls"
-        own = f"select {rights} from pg_roles where rolname = current_user"
-        assert query(running, own) == [(False,) * 5]
+        attributes = "rolsuper, rolcreaterole, rolcreatedb, rolreplication, rolbypassrls"
+        query_own = f"select {attributes} from pg_roles where rolname = current_user"
+        assert query(running, query_own) == [(False,) * 5]
         assert query(running, "select count(*) from pg_auth_members m where m.member ="
                      " (select oid from pg_roles where rolname = current_user)") == [(0,)]  # fmt: skip
         for forbidden in (
@@ -362,18 +362,18 @@ def test_data_that_an_earlier_version_stored_as_superuser_stays(home: Path) -> N
         with psycopg.connect(admin.replace("/postgres?", "/template1?"), autocommit=True) as conn:
             conn.execute("drop database webapp")
             conn.execute("drop role webapp")
-    with server(home) as again:
-        query(again, "insert into old (t) values ('new')")
-        query(again, "alter table old add column more int")
-        assert query(again, "select id, t from old order by id") == [(1, "kept"), (2, "new")]
-        query(again, "drop table old")
+    with server(home) as restarted:
+        query(restarted, "insert into old (t) values ('new')")
+        query(restarted, "alter table old add column more int")
+        assert query(restarted, "select id, t from old order by id") == [(1, "kept"), (2, "new")]
+        query(restarted, "drop table old")
 
 
 # Links that the server's user put into its folder, in which root writes
 
 
 @contextmanager
-def precious(folder: Path) -> Iterator[Path]:
+def protected_file(folder: Path) -> Iterator[Path]:
     """A file that must not be changed."""
     path = folder / "precious"
     path.write_text("precious\n")
@@ -389,16 +389,16 @@ def precious(folder: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-@pytest.mark.parametrize("where", ["server.log", "../initdb.log"])
-def test_no_link_in_the_servers_folder_is_followed(home: Path, link: object, where: str) -> None:
+@pytest.mark.parametrize("parent", ["server.log", "../initdb.log"])
+def test_no_link_in_the_servers_folder_is_followed(home: Path, link: object, parent: str) -> None:
     cluster = next(home.glob("postgres-*"))
-    path = cluster / where
-    with precious(home.parent) as victim:
+    path = cluster / parent
+    with protected_file(home.parent) as victim:
         path.unlink(missing_ok=True)
         link(victim, path)  # type: ignore[operator]
         with server(home) as running:
             assert query(running, "select 1") == [(1,)]
-    if where == "server.log":
+    if parent == "server.log":
         found = path.lstat()
         assert (stat.S_ISREG(found.st_mode), found.st_nlink) == (True, 1)
         assert found.st_uid == cluster.stat().st_uid
@@ -434,7 +434,7 @@ def test_a_pid_file_that_is_not_a_regular_file_is_not_read(home: Path, kind: str
 @pytest.mark.parametrize("name", ["users.lock", "server.lock"])
 def test_a_lock_file_that_is_a_link_is_rejected(new_home: Path, name: str) -> None:
     new_home.mkdir()
-    with precious(new_home.parent) as victim:
+    with protected_file(new_home.parent) as victim:
         os.link(victim, new_home / name)
         with (
             pytest.raises(EmbeddedError, match="it is a link, or not a regular file"),

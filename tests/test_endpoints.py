@@ -157,15 +157,15 @@ def pool(fake: FakeServer) -> Iterator[Pool]:
 
 
 def test_a_checkout_belongs_to_the_endpoint_that_began_it(pool: Pool) -> None:
-    who = holders.current.thread
-    who.endpoint = "pay"
+    thread = holders.current.thread
+    thread.endpoint = "pay"
     conn = pool.getconn()
-    who.endpoint = "list"  # the next request of that thread
+    thread.endpoint = "list"  # the next request of that thread
     (holder,) = pool.holders()
     assert holder.endpoint == "pay"
     pool.putconn(conn)
     pool.fetch_value("select 1")
-    who.endpoint = None
+    thread.endpoint = None
     pool.stats()
     assert {name: row["checkouts"] for name, row in shown(pool.usage.rows()).items()} == {
         "pay": 1, "list": 1,
@@ -173,14 +173,14 @@ def test_a_checkout_belongs_to_the_endpoint_that_began_it(pool: Pool) -> None:
 
 
 def test_timeouts_and_forgotten_connections_are_counted_by_endpoint(pool: Pool) -> None:
-    who = holders.current.thread
-    who.endpoint = "greedy"
+    thread = holders.current.thread
+    thread.endpoint = "greedy"
     held = [pool.getconn(), pool.getconn()]
-    who.endpoint = "hungry"
+    thread.endpoint = "hungry"
     for _ in range(3):
         with suppress(PoolError):
             pool.getconn()
-    who.endpoint = None
+    thread.endpoint = None
     with suppress(PoolError):
         pool.getconn()
     del held
@@ -431,11 +431,11 @@ def test_workers_that_are_replaced_keep_their_share_of_the_use(
     until(lambda: counts() == (240, 0), 20.0, pause=0.2)
 
 
-@pytest.mark.parametrize("is_wanted", [True, False])
+@pytest.mark.parametrize("is_enabled", [True, False])
 def test_metrics_have_the_use_by_endpoint_if_asked_for(
-    dsn: str, make_app: MakeApp, is_wanted: bool
+    dsn: str, make_app: MakeApp, is_enabled: bool
 ) -> None:
-    app = make_app(dsn, DBPOOL_DETAILS="always", DBPOOL_ENDPOINT_METRICS=is_wanted)
+    app = make_app(dsn, DBPOOL_DETAILS="always", DBPOOL_ENDPOINT_METRICS=is_enabled)
     pool = app.extensions["dbpool"].databases.default
 
     def view(n: int) -> str:
@@ -453,10 +453,10 @@ def test_metrics_have_the_use_by_endpoint_if_asked_for(
         for sample in family.samples
         if sample.name == "dbpool_endpoint_checkouts_total"
     ]
-    assert len(samples) == (SHOWN + 1 if is_wanted else 0)
-    assert sum(sample.value for sample in samples) == (60 if is_wanted else 0)
+    assert len(samples) == (SHOWN + 1 if is_enabled else 0)
+    assert sum(sample.value for sample in samples) == (60 if is_enabled else 0)
     assert {sample.labels["pool_name"] for sample in samples} <= {"default"}
-    assert ('dbpool_endpoint_use_seconds_total{endpoint="other"' in body) is is_wanted
+    assert ('dbpool_endpoint_use_seconds_total{endpoint="other"' in body) is is_enabled
 
 
 def test_threads_are_busy_while_they_serve_a_request(dsn: str, make_app: MakeApp) -> None:

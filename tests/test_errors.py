@@ -74,18 +74,18 @@ def test_a_users_failed_statement_is_not_classified_as_a_conninfo_error() -> Non
     assert not is_permanent("unknown")
 
 
-@pytest.mark.parametrize("word", [*FailureKind, *PoolState])
+@pytest.mark.parametrize("member", [*FailureKind, *PoolState])
 def test_kinds_and_states_behave_as_strings(
-    word: FailureKind | PoolState, caplog: pytest.LogCaptureFixture
+    member: FailureKind | PoolState, caplog: pytest.LogCaptureFixture
 ) -> None:
-    text = word.value
-    assert word == text
-    assert {str(word): 1}[word] == 1
-    assert (str(word), repr(word), f"{word}") == (text, repr(text), text)
-    assert json.dumps(word) == json.dumps(text)
-    assert pickle.loads(pickle.dumps(word)) == text
+    text = member.value
+    assert member == text
+    assert {str(member): 1}[member] == 1
+    assert (str(member), repr(member), f"{member}") == (text, repr(text), text)
+    assert json.dumps(member) == json.dumps(text)
+    assert pickle.loads(pickle.dumps(member)) == text
     with caplog.at_level(logging.INFO, logger="dbpool"):
-        LoggingListener()(ConnectFailed("main", 1.0, "refused", word))
+        LoggingListener()(ConnectFailed("main", 1.0, "refused", member))
     assert caplog.messages == [
         f"pool 'main': connect_failed seconds=1 error='refused' kind={text!r}"
     ]

@@ -98,8 +98,8 @@ def test_a_listener_that_raises_stops_no_other_listener(
         emitter.emit(event)
     emitter.close(5)
     assert received == [Opened("p"), Opened("p"), Closed("p")]
-    complaints = [r.message for r in caplog.records if "a listener failed" in r.message]
-    assert [c.split()[4] for c in complaints] == ["opened:", "closed:"]
+    messages = [r.message for r in caplog.records if "a listener failed" in r.message]
+    assert [c.split()[4] for c in messages] == ["opened:", "closed:"]
 
 
 def test_a_raising_listener_breaks_no_checkout(
@@ -114,10 +114,10 @@ def test_a_raising_listener_breaks_no_checkout(
 
 
 def test_a_listener_that_hangs_blocks_no_caller(fake: FakeServer) -> None:
-    stuck, received = threading.Event(), list[Event]()
+    release, received = threading.Event(), list[Event]()
 
     def hanging(event: Event) -> None:
-        stuck.wait(30)
+        release.wait(30)
         received.append(event)
 
     pool = fake.pool(max_size=2, listeners=[hanging])
@@ -130,7 +130,7 @@ def test_a_listener_that_hangs_blocks_no_caller(fake: FakeServer) -> None:
     started = monotonic()
     pool.close(timeout=0.5)
     assert 0.5 <= monotonic() - started < 2.0
-    stuck.set()
+    release.set()
     until(lambda: bool(received) and isinstance(received[-1], Closed), 5.0)
     assert sum(isinstance(event, CheckedIn) for event in received) == 1001
 
@@ -138,17 +138,17 @@ def test_a_listener_that_hangs_blocks_no_caller(fake: FakeServer) -> None:
 def test_events_beyond_the_queues_bound_are_dropped_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    stuck, received = threading.Event(), list[Event]()
+    release, received = threading.Event(), list[Event]()
 
     def slow(event: Event) -> None:
-        stuck.wait(30)
+        release.wait(30)
         received.append(event)
 
     emitter = Emitter([slow])
     emitted = [CheckedOut("p", float(n)) for n in range(Emitter.MAX_QUEUED + 100)]
     for event in emitted:
         emitter.emit(event)
-    stuck.set()
+    release.set()
     emitter.close(10)
     # One event may have left the queue already.
     assert len(received) in (Emitter.MAX_QUEUED, Emitter.MAX_QUEUED + 1)
@@ -159,19 +159,19 @@ def test_events_beyond_the_queues_bound_are_dropped_with_one_warning(
 
 
 def test_events_of_many_threads_all_arrive_one_at_a_time(fake: FakeServer) -> None:
-    inside, together, received = threading.Lock(), list[Event](), list[Event]()
+    in_listener, overlapping, received = threading.Lock(), list[Event](), list[Event]()
 
     def listener(event: Event) -> None:
-        if not inside.acquire(blocking=False):
-            together.append(event)
+        if not in_listener.acquire(blocking=False):
+            overlapping.append(event)
             return
         received.append(event)
-        inside.release()
+        in_listener.release()
 
     with fake.pool(max_size=4, listeners=[listener]) as pool, ThreadPoolExecutor(8) as threads:
         for future in [threads.submit(pool.fetch_value, "select 1") for _ in range(800)]:
             assert future.result() == 1
-    assert not together
+    assert not overlapping
     assert sum(isinstance(event, CheckedOut) for event in received) == 800
     assert sum(isinstance(event, CheckedIn) for event in received) == 800
 
@@ -220,11 +220,11 @@ def test_a_listener_may_use_the_pool(fake: FakeServer) -> None:
     """No listener is called under a lock."""
     answers: list[Any] = []
 
-    def curious(event: Event) -> None:
+    def use_pool(event: Event) -> None:
         if isinstance(event, Connected):
             answers.append(pool.stats().size)
 
-    pool: Pool = fake.pool(listeners=[curious])
+    pool: Pool = fake.pool(listeners=[use_pool])
     with pool:
         pool.fetch_value("select 1")
         until(lambda: answers)  # before the pool closes, as its size is 0 then

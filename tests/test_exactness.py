@@ -25,7 +25,7 @@ def hasty_switching() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
-def hammer(pool: Pool, threads: int, times: int, statement: str | None) -> list[Snapshot]:
+def run_checkouts(pool: Pool, threads: int, times: int, statement: str | None) -> list[Snapshot]:
     """Check out in many threads; return the snapshots taken meanwhile that do not add up."""
     wrong: list[Snapshot] = []
     done = threading.Event()
@@ -63,7 +63,7 @@ def assert_exact(pool: Pool, checkouts: int) -> None:
 @pytest.mark.parametrize("statement", [None, "select 1"])
 def test_counts_are_exact(hasty_switching: None, fake: FakeServer, statement: str | None) -> None:
     with fake.pool(max_size=8, timeout=120) as pool:
-        assert hammer(pool, threads=16, times=250, statement=statement) == []
+        assert run_checkouts(pool, threads=16, times=250, statement=statement) == []
         assert_exact(pool, 16 * 250)
 
 
@@ -75,7 +75,7 @@ def test_counts_are_exact_with_64_threads(
     if statement:
         request.getfixturevalue("hasty_switching")
     with fake.pool(max_size=8, timeout=600) as pool:
-        assert hammer(pool, threads=64, times=times, statement=statement) == []
+        assert run_checkouts(pool, threads=64, times=times, statement=statement) == []
         assert_exact(pool, 64 * times)
 
 
@@ -118,22 +118,22 @@ def test_ended_threads_leave_no_memory_in_use(fake: FakeServer, count: int) -> N
         with pool.connection():
             pass
 
-    def come_and_go(times: int) -> None:
+    def run_short_threads(times: int) -> None:
         for _ in range(times):
             thread = threading.Thread(target=once)
             thread.start()
             thread.join()
 
     with fake.pool(max_size=4) as pool:
-        come_and_go(100)
+        run_short_threads(100)
         tracemalloc.start()
         before = tracemalloc.take_snapshot()
-        come_and_go(count)
+        run_short_threads(count)
         after = tracemalloc.take_snapshot()
         tracemalloc.stop()
-    ours = [
+    own_sizes = [
         difference.size_diff
         for difference in after.compare_to(before, "filename")
         if "/dbpool/" in difference.traceback[0].filename
     ]
-    assert sum(ours) < 16 * 1024
+    assert sum(own_sizes) < 16 * 1024

@@ -125,20 +125,20 @@ def test_a_connection_held_at_the_end_of_a_request_is_returned_and_reported(
 ) -> None:
     db = DBPool()
     app = make_app(dsn, db=db)
-    kept = []
+    leaked = []
 
     @app.get("/forgetful")
     def forgetful() -> str:
         conn = db.pool.getconn()
         conn.execute("create table t (id int)")
-        kept.append(conn)
+        leaked.append(conn)
         return "done"
 
     with caplog.at_level(logging.ERROR, logger="dbpool"):
         assert app.test_client().get("/forgetful").status_code == 200
     pool = app.extensions["dbpool"].databases.default
     assert pool.stats().active == 0
-    assert kept[0].closed, "the next holder would share it with the code that forgot it"
+    assert leaked[0].closed, "the next holder would share it with the code that forgot it"
     assert "forgetful" in caplog.text
     assert "endpoint forgetful" in caplog.text
     assert pool.fetch_value("select to_regclass('t')") is None, "it was committed"
@@ -149,16 +149,16 @@ def test_code_that_forgets_at_every_request_is_logged_once(
 ) -> None:
     db = DBPool()
     app = make_app(fake, db=db)
-    kept = []
+    leaked = []
 
     @app.get("/forgetful")
     def forgetful() -> str:
-        kept.append(db.pool.getconn())
+        leaked.append(db.pool.getconn())
         return "done"
 
     @app.get("/also")
     def also() -> str:
-        kept.append(db.pool.getconn())
+        leaked.append(db.pool.getconn())
         return "done"
 
     for path in ["/forgetful"] * 5 + ["/also"] * 5:
@@ -185,7 +185,7 @@ def test_the_applications_own_teardown_comes_first(
     app = Flask("app")
 
     @app.teardown_appcontext
-    def give_back(error: BaseException | None) -> None:
+    def return_conn(error: BaseException | None) -> None:
         if "conn" in g:
             db.pool.putconn(g.pop("conn"))
 
@@ -207,11 +207,11 @@ def test_a_request_ends_although_the_applications_teardown_fails(
 ) -> None:
     db = DBPool()
     app = make_app(fake, db=db)
-    kept: list[Any] = []
+    leaked: list[Any] = []
 
     @app.get("/")
     def view() -> str:
-        kept.append(db.pool.getconn())
+        leaked.append(db.pool.getconn())
         return "done"
 
     def fail(error: BaseException | None) -> None:
@@ -874,7 +874,7 @@ def test_run_works_with_a_connection_class_that_never_commits(dsn: str) -> None:
         assert plain.fetch_all("select id from t") == []
 
 
-_STARVED = """
+_NO_DESCRIPTORS = """
 import json, os, resource, sys
 from flask import Flask
 from dbpool.flask import DBPool, create_blueprint
@@ -922,5 +922,5 @@ def test_the_views_answer_without_free_file_descriptors(tmp_path: Path) -> None:
         "/db/health": 503,
         "/db/static/live.js": 503,
     }
-    done = python("-c", _STARVED, str(tmp_path), json.dumps(expected))
+    done = python("-c", _NO_DESCRIPTORS, str(tmp_path), json.dumps(expected))
     assert done.stdout == f"{expected}\n", done.stderr

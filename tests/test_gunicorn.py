@@ -167,9 +167,9 @@ def test_the_master_imports_neither_psycopg_nor_the_pool(served: tuple[str, Site
     until(path.exists)
     modules = set(path.read_text().split())
     assert not {name for name in modules if name.startswith(("psycopg", "flask", "backoff"))}
-    ours = {name for name in modules if name.partition(".")[0] == "dbpool"}
+    own_modules = {name for name in modules if name.partition(".")[0] == "dbpool"}
     files = {"dbpool.processes._directory", "dbpool.processes._files"}
-    assert ours == {"dbpool", "dbpool.gunicorn", "dbpool.processes", *files}
+    assert own_modules == {"dbpool", "dbpool.gunicorn", "dbpool.processes", *files}
 
 
 def test_a_pool_of_a_preloaded_application_is_sized_too(make_site: Callable[..., Site]) -> None:
@@ -205,7 +205,7 @@ def test_a_pool_resized_before_the_fork_keeps_its_size(make_site: Callable[..., 
     assert make_site(more=conf_of("gthread"), preload=True, app=app).get("/size") == "17"
 
 
-LATE = "before gevent patched"
+LATE_PATCH = "before gevent patched"
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_a_query_does_not_stop_a_gevent_worker(
 ) -> None:
     site = make_site(more=f"loglevel = 'warning'\n{conf_of('gevent')}")
     assert_serves_while_a_query_waits(site, held_lock)
-    assert LATE not in site.output()
+    assert LATE_PATCH not in site.output()
 
 
 def test_an_application_may_be_preloaded_if_gevent_patched_first(
@@ -242,7 +242,7 @@ def test_an_application_may_be_preloaded_if_gevent_patched_first(
     conf = f"loglevel = 'warning'\n{conf_of('gevent')}\n"
     site = make_site(preload=True, first=patch, more=conf)
     assert_serves_while_a_query_waits(site, held_lock)
-    assert LATE not in site.output()
+    assert LATE_PATCH not in site.output()
 
 
 @pytest.mark.parametrize(
@@ -260,10 +260,10 @@ def test_gevent_patching_after_the_import_logs_one_warning(
     conf = f"loglevel = 'warning'\n{conf_of('gevent', workers=3)}\n{more}"
     site = make_site(preload=preload, more=conf)
     until(lambda: len(site.stats()["processes"]) == 3)  # all have run their hooks
-    assert site.output().count(LATE) == 1
+    assert site.output().count(LATE_PATCH) == 1
 
 
-MARKED = """
+MARKS_APP = """
 import sys
 
 @app.get("/marks")
@@ -279,7 +279,7 @@ def test_a_reload_reloads_the_whole_library(
 ) -> None:
     shutil.copytree(ROOT / "dbpool", tmp_path / "dbpool", ignore=shutil.ignore_patterns("*.pyc"))
     site = make_site(
-        more=f"{conf_of('gthread')}\nreload = {is_watched}", app=MARKED, PYTHONPATH=str(tmp_path)
+        more=f"{conf_of('gthread')}\nreload = {is_watched}", app=MARKS_APP, PYTHONPATH=str(tmp_path)
     )
     assert site.get("/marks") == "0"
     # All files at once, so that no worker starts between the changes.
@@ -306,19 +306,19 @@ def test_a_reload_reloads_the_whole_library(
 def test_a_worker_publishes_before_it_has_served(make_site: Callable[..., Site]) -> None:
     site = make_site(is_awaited=False)
 
-    def living() -> set[int]:
+    def published_pids() -> set[int]:
         found: list[Process] = []
         for directory in site.directories():
             report = Processes({}, directory, "counted").collect_others()
             found = list(report.processes) if report else []
         return {process.pid for process in found}
 
-    until(lambda: len(living()) == 3, 30.0)
-    before = living()
+    until(lambda: len(published_pids()) == 3, 30.0)
+    before = published_pids()
     killed = min(before)
     os.kill(killed, signal.SIGKILL)
-    until(lambda: len(living() - before) == 1)
-    assert living() >= before - {killed}
+    until(lambda: len(published_pids() - before) == 1)
+    assert published_pids() >= before - {killed}
 
 
 def test_the_directory_is_private_and_is_removed_with_the_master(

@@ -175,17 +175,17 @@ def test_the_details_of_hanging_databases_come_within_the_timeout(
 
 def test_concurrent_requests_share_one_answer(databases: Databases) -> None:
     health = Health(databases)
-    asking: list[int] = []
+    callers: list[int] = []
     calls: list[int] = []
     answers: list[Readiness] = []
 
     def check() -> bool:
         calls.append(1)
-        until(lambda: len(asking) == 8)
+        until(lambda: len(callers) == 8)
         return True
 
     def ask() -> None:
-        asking.append(1)
+        callers.append(1)
         answers.append(health.ready())
 
     health.add("redis", check, required=True, timeout=10)
@@ -463,9 +463,9 @@ def test_readiness_in_a_forked_child_does_not_wait_for_the_parents_threads(
         release.set()  # the parent's waiting thread does not exist in the child
         health._checks["slow"] = replace(health._checks["slow"], timeout=10.0)
         try:
-            well = dict(health.ready().checks) == {"slow": "up"}
+            is_expected = dict(health.ready().checks) == {"slow": "up"}
         finally:
-            os._exit(0 if well else 1)
+            os._exit(0 if is_expected else 1)
     try:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     finally:

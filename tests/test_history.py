@@ -60,9 +60,9 @@ def test_a_step_holds_what_happened_in_its_five_seconds() -> None:
     pool.metrics.connects += 4
     pool.metrics.leaks += 1
     assert recorder.sample(pool.stats(active=4, size=4, waiting=5), NOW + 2) is None
-    ended = recorder.sample(pool.stats(), NOW + STEP)
-    assert ended is not None
-    slot, step = ended
+    finished = recorder.sample(pool.stats(), NOW + STEP)
+    assert finished is not None
+    slot, step = finished
     assert slot == slot_of(NOW)
     assert (step.in_use, step.size, step.waiting) == (3.0, 4.0, 5)
     assert (step.checkouts, step.refused, step.connects, step.forgotten) == (3, 3, 4, 1)
@@ -76,9 +76,9 @@ def test_the_first_connects_of_a_new_worker_are_not_counted_as_churn() -> None:
     pool, recorder = Pool(), Recorder(started=NOW - 10)
     recorder.sample(pool.stats(), NOW)
     pool.metrics.connects += 4
-    ended = recorder.sample(pool.stats(), NOW + STEP)
-    assert ended is not None
-    assert (ended[1].connects, ended[1].settled_connects) == (4, 0)
+    finished = recorder.sample(pool.stats(), NOW + STEP)
+    assert finished is not None
+    assert (finished[1].connects, finished[1].settled_connects) == (4, 0)
 
 
 @pytest.mark.parametrize("jump", [3600.0, -3600.0, 2 * STEP, -3 * STEP])
@@ -86,14 +86,14 @@ def test_a_clock_jump_leaves_a_gap_and_invents_no_counts(jump: float) -> None:
     pool, recorder, history = Pool(), Recorder(), History()
     for second in range(20):
         pool.use(1)
-        if ended := recorder.sample(pool.stats(), NOW + second):
-            history.add(*ended)
+        if finished := recorder.sample(pool.stats(), NOW + second):
+            history.add(*finished)
     assert sum(step.checkouts for step in history.steps.values()) == 15
     pool.use(1000)  # during the jump
     for second in range(20):
         pool.use(1)
-        if ended := recorder.sample(pool.stats(), NOW + 20 + jump + second):
-            history.add(*ended)
+        if finished := recorder.sample(pool.stats(), NOW + 20 + jump + second):
+            history.add(*finished)
     assert sum(step.checkouts for step in history.steps.values()) <= 15 + 20
     assert len(history.steps) <= STEPS
 
@@ -104,9 +104,9 @@ def test_counters_that_restart_count_from_zero() -> None:
     recorder.sample(pool.stats(), NOW)
     other = Pool()
     other.use(3)
-    ended = recorder.sample(other.stats(), NOW + STEP)
-    assert ended is not None
-    assert (ended[1].checkouts, ended[1].use.count) == (3, 3)
+    finished = recorder.sample(other.stats(), NOW + STEP)
+    assert finished is not None
+    assert (finished[1].checkouts, finished[1].use.count) == (3, 3)
 
 
 # Merging
@@ -141,9 +141,9 @@ def test_percentiles_of_many_processes_are_those_of_all_their_durations() -> Non
     quick, slow = Pool(), Pool()
     quick.use(99, wait=0.0005)
     slow.use(1, wait=5.0)
-    nothing = Pool().stats().wait
-    both = Buckets.between(nothing, quick.stats().wait).merge(
-        Buckets.between(nothing, slow.stats().wait)
+    empty_buckets = Pool().stats().wait
+    both = Buckets.between(empty_buckets, quick.stats().wait).merge(
+        Buckets.between(empty_buckets, slow.stats().wait)
     )
     median, last = both.quantile(0.5), both.quantile(0.999)
     assert median is not None
@@ -250,18 +250,18 @@ def test_counts_too_large_for_a_row_keep_their_percentiles() -> None:
 @given(st.data())
 def test_damaged_rows_are_gaps_and_break_nothing(data: st.DataObject) -> None:
     history = full_history()
-    whole = file_of(history)
-    at = data.draw(st.integers(HEADER, len(whole) - 1))
-    junk = data.draw(st.binary(min_size=1, max_size=300))
-    torn = (whole[:at] + junk + whole[at + len(junk) :])[: len(whole)]
-    found = decode(torn)[1]["default"].steps
-    hit = {(at - HEADER) // ROW, (min(at + len(junk), len(whole)) - 1 - HEADER) // ROW}
-    kept = {slot: step for slot, step in found.items() if (slot % STEPS) not in hit}
-    assert len(kept) >= STEPS - 2 - len(junk) // ROW
-    for slot, step in kept.items():
+    content = file_of(history)
+    at = data.draw(st.integers(HEADER, len(content) - 1))
+    noise = data.draw(st.binary(min_size=1, max_size=300))
+    damaged = (content[:at] + noise + content[at + len(noise) :])[: len(content)]
+    found = decode(damaged)[1]["default"].steps
+    damaged_rows = {(at - HEADER) // ROW, (min(at + len(noise), len(content)) - 1 - HEADER) // ROW}
+    intact = {slot: step for slot, step in found.items() if (slot % STEPS) not in damaged_rows}
+    assert len(intact) >= STEPS - 2 - len(noise) // ROW
+    for slot, step in intact.items():
         assert step.checkouts == history.steps[slot].checkouts
-    cut = data.draw(st.integers(HEADER, len(whole)))
-    assert decode(whole[:cut])[1]["default"].steps.keys() <= history.steps.keys()
+    cut = data.draw(st.integers(HEADER, len(content)))
+    assert decode(content[:cut])[1]["default"].steps.keys() <= history.steps.keys()
 
 
 @given(st.binary(max_size=2000))
@@ -370,5 +370,5 @@ def test_the_last_minute_has_its_own_percentiles() -> None:
         low, middle, high = (times[f"p{q}"] or 0.0 for q in (50, 95, 99))
         assert times["count"]
         assert 0.0 < low <= middle <= high
-    nothing = {"count": 0, "p50": None, "p95": None, "p99": None}
-    assert full_history().minute(NOW + 65)["use"] == nothing, "older durations were counted"
+    empty_buckets = {"count": 0, "p50": None, "p95": None, "p99": None}
+    assert full_history().minute(NOW + 65)["use"] == empty_buckets, "older durations were counted"

@@ -195,16 +195,16 @@ def test_a_thread_that_runs_a_method_of_the_pool_is_a_holder(fake: FakeServer) -
 def test_a_direct_caller_causes_no_walk_of_the_stack(fake: FakeServer) -> None:
     """A deep stack makes no more calls than a shallow one."""
 
-    def lend(pool: Pool[Any], depth: int) -> None:
+    def check_out(pool: Pool[Any], depth: int) -> None:
         if depth:
-            lend(pool, depth - 1)
+            check_out(pool, depth - 1)
         else:
             with pool.connection():
                 pass
 
     with fake.pool() as pool:
-        lend(pool, 0)
-        shallow, deep = (calls_of(lambda n=n: lend(pool, n)) for n in (0, 50))  # type: ignore[misc]
+        check_out(pool, 0)
+        shallow, deep = (calls_of(lambda n=n: check_out(pool, n)) for n in (0, 50))  # type: ignore[misc]
     assert deep["call"] - shallow["call"] == 50
     assert deep["c_call"] == shallow["c_call"]
 
@@ -235,10 +235,10 @@ def test_a_forgotten_connection_is_a_leak(fake: FakeServer) -> None:
 def test_many_connections_forgotten_at_once_send_an_event_each(fake: FakeServer) -> None:
     received: list[Any] = []
     with fake.pool(max_size=30, listeners=[received.append]) as pool:
-        kept = [pool.getconn() for _ in range(30)]
+        conns = [pool.getconn() for _ in range(30)]
         assert len(pool.return_held(0.0)) == 30
-        kept = [pool.getconn() for _ in range(25)]
-        del kept
+        conns = [pool.getconn() for _ in range(25)]
+        del conns
         gc.collect()
         until(lambda: pool.stats().counters.leaks == 55)
         until(lambda: sum(isinstance(event, Leaked) for event in received) == 55)

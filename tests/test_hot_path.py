@@ -34,7 +34,7 @@ def calls_of(fn: Callable[[], object]) -> Counter[str]:
     return counted
 
 
-def lend(pool: Any) -> None:
+def check_out(pool: Any) -> None:
     with pool.connection():
         pass
 
@@ -62,31 +62,31 @@ def parent(dsn: str) -> Iterator[ConnectionPool]:
 
 
 def test_a_checkout_calls_less_than_the_parents(pool: Pool, parent: ConnectionPool) -> None:
-    ours, theirs = calls_of(lambda: lend(pool)), calls_of(lambda: lend(parent))
-    assert ours["call"] < theirs["call"]
-    assert ours.total() < theirs.total()
+    calls, parent_calls = calls_of(lambda: check_out(pool)), calls_of(lambda: check_out(parent))
+    assert calls["call"] < parent_calls["call"]
+    assert calls.total() < parent_calls.total()
 
 
 def test_a_query_calls_less_than_the_parents(pool: Pool, parent: ConnectionPool) -> None:
-    ours, theirs = calls_of(lambda: select(pool)), calls_of(lambda: select(parent))
-    assert ours.total() < 0.8 * theirs.total()
-    alone = calls_of(lambda: pool.fetch_one("select 1"))
-    assert alone.total() < 0.6 * theirs.total()
+    calls, parent_calls = calls_of(lambda: select(pool)), calls_of(lambda: select(parent))
+    assert calls.total() < 0.8 * parent_calls.total()
+    single_calls = calls_of(lambda: pool.fetch_one("select 1"))
+    assert single_calls.total() < 0.6 * parent_calls.total()
 
 
 def test_a_checkout_calls_no_more_than_it_did(pool: Pool) -> None:
     """Raise these numbers only for something that is worth its cost in every checkout."""
-    ours = calls_of(lambda: lend(pool))
-    assert ours["call"] <= 11
-    assert ours["c_call"] <= 15
+    calls = calls_of(lambda: check_out(pool))
+    assert calls["call"] <= 11
+    assert calls["c_call"] <= 15
 
 
 def test_the_cost_of_a_checkout_does_not_grow_with_the_pool(dsn: str) -> None:
     def cost(size: int) -> Counter[str]:
         with Pool(dsn, min_size=size, max_size=size) as pool:
             pool.wait()
-            lend(pool)
-            return calls_of(lambda: lend(pool))
+            check_out(pool)
+            return calls_of(lambda: check_out(pool))
 
     assert cost(32) == cost(2)
 
@@ -100,7 +100,7 @@ def test_only_waits_and_connects_are_traced(fake: FakeServer) -> None:
             return fn(*args)
 
         pool.trace = trace
-        lend(pool)
+        check_out(pool)
         assert sorted(traced) == ["Attempt", "Waiter"]
-        lend(pool)
+        check_out(pool)
         assert len(traced) == 2

@@ -21,48 +21,48 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        yield ours, theirs
+    sock, peer = socket.socketpair()
+    with sock, peer:
+        yield sock, peer
 
 
 def test_a_socket_with_data_or_closed_by_its_peer_is_readable(
     system: str, pair: tuple[socket.socket, socket.socket]
 ) -> None:
-    ours, theirs = pair
-    readable = poller(ours.fileno())
+    sock, peer = pair
+    readable = poller(sock.fileno())
     assert not readable(0)
     assert not readable(1)
-    theirs.send(b"x")
+    peer.send(b"x")
     assert readable(0)
-    ours.recv(1)
+    sock.recv(1)
     assert not readable(0)
-    theirs.close()
+    peer.close()
     assert readable(0)
 
 
 def test_a_socket_with_room_in_its_buffer_is_writable(
     system: str, pair: tuple[socket.socket, socket.socket]
 ) -> None:
-    ours, _ = pair
-    writable = poller(ours.fileno(), events=4)
+    sock, _ = pair
+    writable = poller(sock.fileno(), events=4)
     assert writable(0)
-    ours.setblocking(False)
+    sock.setblocking(False)
     with pytest.raises(BlockingIOError):
         while True:
-            ours.send(b"x" * 65536)
+            sock.send(b"x" * 65536)
     assert not writable(0)
 
 
 def test_closed_by_peer_finds_closed_sockets_only_with_poll(
     system: str, pair: tuple[socket.socket, socket.socket]
 ) -> None:
-    ours, theirs = pair
+    sock, peer = pair
     other, its_peer = socket.socketpair()
     with other, its_peer:
-        theirs.close()
-        found = closed_by_peer([ours.fileno(), other.fileno()])
-    assert found == ({ours.fileno()} if system == "poll" else set())
+        peer.close()
+        found = closed_by_peer([sock.fileno(), other.fileno()])
+    assert found == ({sock.fileno()} if system == "poll" else set())
 
 
 def test_a_ping_and_a_checkout_need_no_poll(system: str, dsn: str) -> None:

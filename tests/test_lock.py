@@ -96,9 +96,9 @@ def test_every_bound_of_the_project_is_locked(path: str, wanted: list[Requiremen
 
 @pytest.mark.parametrize("path", LOCKS[1:])
 def test_the_lock_files_agree(path: str) -> None:
-    whole = pins("requirements.txt")
-    both = {name: pin for name, pin in pins(path).items() if name in whole}
-    assert {name: whole[name] for name in both} == both
+    full = pins("requirements.txt")
+    both = {name: pin for name, pin in pins(path).items() if name in full}
+    assert {name: full[name] for name in both} == both
 
 
 def test_the_image_has_no_packages_of_tests_and_lint() -> None:
@@ -138,9 +138,9 @@ def imported(path: Path, seen: set[Path]) -> Iterator[str]:
             base = origin.strip(".") if node.level else node.module or ""
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         for name in names:
-            top, place = name.partition(".")[0], ROOT / name.replace(".", "/")
+            top, stem = name.partition(".")[0], ROOT / name.replace(".", "/")
             if (ROOT / top).is_dir():
-                for module in (place.with_suffix(".py"), place / "__init__.py"):
+                for module in (stem.with_suffix(".py"), stem / "__init__.py"):
                     if module.is_file():
                         yield from imported(module, seen)
             elif top not in sys.stdlib_module_names:

@@ -184,15 +184,15 @@ def test_errors_in_another_process_name_the_watching_process_finding(
 def test_our_own_line_that_holds_a_lock_is_named(
     table: Server, make_shop: Callable[..., Shop]
 ) -> None:
-    shop, holds, done = make_shop(table.conninfo), threading.Event(), threading.Event()
+    shop, holding, done = make_shop(table.conninfo), threading.Event(), threading.Event()
 
     def hold() -> None:
-        holds.set()
+        holding.set()
         done.wait(30)
 
     try:
         shop.call("update stock set n = 1 where id = 1", before_return=hold)
-        assert holds.wait(10)
+        assert holding.wait(10)
         shop.call("update stock set n = 2 where id = 1")
         shop.call("select 1")
         found = shop.await_finding("DB04")
@@ -283,18 +283,18 @@ def test_a_server_that_denies_pg_stat_activity_is_logged_once(
         for _ in range(3):
             shop.call("select count(*) from stock")
 
-        def complaints() -> list[str]:
+        def warnings() -> list[str]:
             shop.monitor.tick()
             texts = [record.getMessage() for record in caplog.records]
             return [text for text in texts if "who blocks whom" in text]
 
-        until(complaints, 15.0, pause=0.1)
+        until(warnings, 15.0, pause=0.1)
         for _ in range(5):  # it asks and is denied each time
             passed[0] += 2.5
-            until(lambda: len(complaints()) == 1, pause=0.05)
+            until(lambda: len(warnings()) == 1, pause=0.05)
             until(lambda: not any("monitor-default" in t.name for t in threading.enumerate()))
-        assert len(complaints()) == 1
-        assert "pg_stat_activity" in complaints()[0]
+        assert len(warnings()) == 1
+        assert "pg_stat_activity" in warnings()[0]
 
 
 def test_an_idle_connection_of_the_pool_is_used_if_no_caller_waits(
@@ -436,12 +436,12 @@ def test_nothing_is_asked_if_it_is_turned_off(
         until(lambda: shop.pool.stats().waiting)
         began = monotonic()
 
-        def asked() -> bool:
+        def has_queried() -> bool:
             shop.monitor.tick()
             return bool(table.backends(NAME))
 
-        until(lambda: asked() or monotonic() - began > 2.0, 10.0, pause=0.2)
-        assert not asked()
+        until(lambda: has_queried() or monotonic() - began > 2.0, 10.0, pause=0.2)
+        assert not has_queried()
 
 
 def test_two_processes_that_share_a_directory_ask_over_one_connection(
@@ -584,9 +584,9 @@ def test_a_process_that_was_stopped_while_looking_reports_it(
 ) -> None:
     passed, lead = [0.0], SharedFiles.lead
 
-    def lead_and_stand_still(shared: SharedFiles, now: float, **how: Any) -> bool:
+    def lead_and_stand_still(shared: SharedFiles, now: float, **kwargs: Any) -> bool:
         passed[0] += 15.0
-        return lead(shared, now, **how)
+        return lead(shared, now, **kwargs)
 
     monkeypatch.setattr("dbpool.monitor._monitor.monotonic", lambda: monotonic() + passed[0])
     shop = make_shop("host=127.0.0.1 port=1", directory)

@@ -19,7 +19,7 @@ from dbpool.metrics import BOUNDS, Histogram
 from tests.fake import FakeServer
 from tests.pools import MakePool
 from tests.scripts import python
-from tests.test_hot_path import calls_of, lend
+from tests.test_hot_path import calls_of, check_out
 from tests.threads import Task, run_in_threads
 from tests.waiting import until
 
@@ -44,8 +44,8 @@ Points = dict[tuple[str, ...], Any]
 class Telemetry:
     """Providers that keep all metrics and spans in memory."""
 
-    def __init__(self, **how: Any) -> None:
-        self.readers = [InMemoryMetricReader(**how), InMemoryMetricReader(**how)]
+    def __init__(self, **options: Any) -> None:
+        self.readers = [InMemoryMetricReader(**options), InMemoryMetricReader(**options)]
         self.meters = MeterProvider(self.readers, shutdown_on_exit=False)
         self._exporter = InMemorySpanExporter()
         self.tracers = TracerProvider(shutdown_on_exit=False)
@@ -250,11 +250,11 @@ def test_checkouts_before_instrumenting_are_counted(telemetry: Telemetry, fake: 
 def test_an_instrumented_checkout_makes_no_more_calls(dsn: str, telemetry: Telemetry) -> None:
     with Pool(dsn, min_size=2, max_size=2) as pool:
         pool.wait()
-        lend(pool)
-        before = calls_of(lambda: lend(pool))
+        check_out(pool)
+        before = calls_of(lambda: check_out(pool))
         telemetry.instrument(pool)
         telemetry.metrics()
-        assert calls_of(lambda: lend(pool)) == before
+        assert calls_of(lambda: check_out(pool)) == before
         uninstrument(pool)
 
 

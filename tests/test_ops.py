@@ -22,7 +22,7 @@ RULES: list[dict[str, Any]] = yaml.safe_load((OPS / "prometheus/rules.yml").read
     0
 ]["rules"]
 DASHBOARD: dict[str, Any] = json.loads((OPS / "grafana/dashboards/dbpool.json").read_text())
-WORDS = {
+KEYWORDS = {
     "bool", "by", "and", "le", "max", "sum", "rate", "increase", "histogram_quantile", "pool_name",
     "code", "label_values", "max_over_time", "on", "reason", "state",
 }  # fmt: skip
@@ -38,7 +38,7 @@ class Counting:
 
 
 @pytest.fixture(scope="module")
-def exposed() -> set[str]:
+def exposed_names() -> set[str]:
     text = expose(Processes({"default": Counting()}).collect())[0].decode()
     return {
         sample.name for family in text_string_to_metric_families(text) for sample in family.samples
@@ -55,10 +55,12 @@ def expressions() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("expression", [*expressions()])
-def test_every_series_in_rules_and_dashboard_is_exposed(expression: str, exposed: set[str]) -> None:
+def test_every_series_in_rules_and_dashboard_is_exposed(
+    expression: str, exposed_names: set[str]
+) -> None:
     names = set(re.findall(r"\b[a-z]\w*\b", re.sub(r'"[^"]*"|\$\w+|\[[^]]*\]', "", expression)))
-    assert names - WORDS
-    assert names - WORDS <= exposed
+    assert names - KEYWORDS
+    assert names - KEYWORDS <= exposed_names
 
 
 def test_every_rule_has_a_severity_and_advice() -> None:
@@ -91,8 +93,8 @@ def test_the_dashboard_can_be_provisioned() -> None:
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     for panel in DASHBOARD["panels"]:
         assert panel["datasource"] == {"type": "prometheus", "uid": "${source}"}
-        place = panel["gridPos"]
-        assert place["x"] + place["w"] <= 24
+        position = panel["gridPos"]
+        assert position["x"] + position["w"] <= 24
     source = yaml.safe_load((OPS / "grafana/provisioning/datasources/prometheus.yml").read_text())
     assert source["datasources"][0]["uid"] == "prometheus"
 

@@ -48,10 +48,10 @@ def test_a_value_is_made_at_its_first_use() -> None:
 
 def test_instances_start_with_the_worker_and_later_ones_at_once() -> None:
     starter: Starter[Counted] = Starter()
-    old, gone = Counted(), Counted()
+    old, dropped = Counted(), Counted()
     starter.add(old)
-    starter.add(gone)
-    del gone
+    starter.add(dropped)
+    del dropped
     assert (old.starts, starter.is_started) == (0, False)
     starter.start()
     new = Counted()

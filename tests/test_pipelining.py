@@ -149,8 +149,8 @@ def _run_too_many(conn: Conn) -> Any:
     for number in range(4):
         conn.execute(f"select %s::int / 2 + {number}", [number])
         conn.commit()
-    left = conn.execute("select count(*) from pg_prepared_statements").fetchone()
-    return left, len(conn._prepared._counts), len(conn._prepared._names)
+    prepared_count = conn.execute("select count(*) from pg_prepared_statements").fetchone()
+    return prepared_count, len(conn._prepared._counts), len(conn._prepared._names)
 
 
 def _use_a_cursor_again(conn: Conn) -> Any:
@@ -174,9 +174,9 @@ def _fail_often(conn: Conn) -> Any:
 
 
 def _pass_too_many(conn: Conn) -> Any:
-    many = [1] * 65536
+    values = [1] * 65536
     with contextlib.suppress(psycopg.OperationalError):
-        conn.execute(f"select 1 where 1 in ({', '.join(['%s'] * len(many))})", many)
+        conn.execute(f"select 1 where 1 in ({', '.join(['%s'] * len(values))})", values)
     return conn.info.transaction_status, conn.execute("select %s::int", [1]).fetchall()
 
 
@@ -192,8 +192,8 @@ def _pass_no_sequence(conn: Conn) -> Any:
 
 
 def _pass_much(conn: Conn) -> Any:
-    much = "x" * 5_000_000  # more than the sockets' buffers hold, both ways
-    return [len(row[0]) for row in conn.execute("select %s || %s", [much, much]).fetchall()]
+    large = "x" * 5_000_000  # more than the sockets' buffers hold, both ways
+    return [len(row[0]) for row in conn.execute("select %s || %s", [large, large]).fetchall()]
 
 
 def _lose_what_is_prepared(conn: Conn) -> Any:
@@ -410,8 +410,8 @@ def _outcome(pool: Pool, blocks: list[list[Callable[[Conn], Any]]]) -> list[obje
 
 def _described(ex: psycopg.Error) -> tuple[object, ...]:
     diag = ex.diag
-    where = diag.statement_position, diag.context, diag.constraint_name
-    return type(ex), str(ex), ex.sqlstate, *where, type(ex.__cause__), type(ex.__context__)
+    position = diag.statement_position, diag.context, diag.constraint_name
+    return type(ex), str(ex), ex.sqlstate, *position, type(ex.__cause__), type(ex.__context__)
 
 
 @contextlib.contextmanager
@@ -490,10 +490,10 @@ def test_a_kept_error_keeps_no_connection_alive(pools: tuple[Pool, Pool]) -> Non
     for pool in pools:
         with pytest.raises(psycopg.errors.AdminShutdown) as caught, pool.connection() as conn:
             _die(conn)
-        kept = caught.value.with_traceback(None)
-        gone = weakref.ref(conn)
+        error = caught.value.with_traceback(None)
+        ref = weakref.ref(conn)
         del conn, caught
-        assert gone() is None, kept
+        assert ref() is None, error
 
 
 # Configuration

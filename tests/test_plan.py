@@ -108,9 +108,9 @@ def test_databases_of_one_server_share_its_connections(narrow: Server, plan: Pla
 
 def test_only_sessions_of_others_take_room(narrow: Server, plan: Plan) -> None:
     """An ordinary role can count them, although it sees none of their details."""
-    ours = url_of(narrow) + " application_name=dbpool:default@web1/17"
+    own_url = url_of(narrow) + " application_name=dbpool:default@web1/17"
     monitor = url_of(narrow) + " application_name=dbpool:monitor"
-    with psycopg.connect(narrow.conninfo), psycopg.connect(ours), psycopg.connect(monitor):
+    with psycopg.connect(narrow.conninfo), psycopg.connect(own_url), psycopg.connect(monitor):
         _, printed = plan("--json", DATABASE_URL=url_of(narrow))
     assert limits(printed)["the server of default"]["others"] == 1
 

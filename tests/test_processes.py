@@ -300,8 +300,8 @@ def test_a_forked_child_does_not_keep_its_parents_lock(directory: Path) -> None:
 def test_a_process_whose_lock_file_was_removed_is_recognised_by_its_pid(
     processes: Processes, workers: list[subprocess.Popen[str]], directory: Path
 ) -> None:
-    for sign in directory.glob("*.alive"):
-        sign.unlink()
+    for lock_file in directory.glob("*.alive"):
+        lock_file.unlink()
     assert checkouts(processes.report()) == 35
     assert processes.report()["pools"]["default"]["size"] == 4
     workers[0].kill()
@@ -317,15 +317,15 @@ def test_a_process_gets_its_lock_while_others_check_it(directory: Path) -> None:
         while not stop.is_set():
             is_held(path)
 
-    askers = [Task(ask) for _ in range(3)]
+    checkers = [Task(ask) for _ in range(3)]
     try:
         for _ in range(200):
             ProcessLock(path).close()
             path.unlink()
     finally:
         stop.set()
-        for asker in askers:
-            asker.result()
+        for checker in checkers:
+            checker.result()
 
 
 LOCKLESS = """
@@ -752,8 +752,8 @@ def test_a_child_forked_during_a_publication_publishes(directory: Path) -> None:
         pid = os.fork()
         if pid == 0:
             processes.start()
-            is_well = processes.publish() and processes._state().is_publishing
-            os._exit(0 if is_well else 1)
+            is_expected = processes.publish() and processes._state().is_publishing
+            os._exit(0 if is_expected else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert checkouts(processes.report()) == 10
     processes.close()

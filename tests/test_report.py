@@ -68,11 +68,11 @@ def test_a_processes_age_is_that_of_its_newest_part() -> None:
 
 def test_as_of_ages_holders_and_brings_the_next_attempt_nearer() -> None:
     report = part(1, busy(3.0), written=10.0)
-    later, much_later = report.as_of(11.5), report.as_of(100.0)
+    later, long_after = report.as_of(11.5), report.as_of(100.0)
     assert later.pools["default"].holders[0].seconds == 4.5
     assert later.pools["default"].breaker.retry_after == 0.5
     assert (later.processes[0].age, later.processes[0].uptime) == (1.5, 2.5)
-    assert much_later.pools["default"].breaker.retry_after == 0.0
+    assert long_after.pools["default"].breaker.retry_after == 0.0
     assert report.as_of(9.0).processes[0].age == 0.0, "an age is never negative"
 
 

@@ -92,9 +92,9 @@ class Application:
 
 
 def clean_environ() -> dict[str, str]:
-    unwanted = ("DATABASE_URL", "DBPOOL_", "WEBAPP_", "PORT", "GUNICORN_", "WEB_CONCURRENCY")
+    excluded = ("DATABASE_URL", "DBPOOL_", "WEBAPP_", "PORT", "GUNICORN_", "WEB_CONCURRENCY")
     environ = _programs.without_pg(os.environ)
-    return {key: value for key, value in environ.items() if not key.startswith(unwanted)}
+    return {key: value for key, value in environ.items() if not key.startswith(excluded)}
 
 
 def command(pid: int) -> str:
@@ -193,8 +193,8 @@ def test_ctrl_c_in_a_terminal_stops_it_quietly(run: Run, checkout: Path) -> None
 def test_stops_in_time_while_a_request_is_stuck(run: Run, checkout: Path) -> None:
     application = run().await_served()
     with locked_notes(checkout):
-        with suppress(OSError), socket.create_connection(("127.0.0.1", application.port)) as stuck:
-            stuck.sendall(b"GET /notes HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        with suppress(OSError), socket.create_connection(("127.0.0.1", application.port)) as client:
+            client.sendall(b"GET /notes HTTP/1.1\r\nHost: localhost\r\n\r\n")
             until(lambda: active(application) == 1)
             with stopping_in_time():
                 assert application.stop()[0] == 0

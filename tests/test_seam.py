@@ -82,7 +82,7 @@ REPLACED = {
     "worker",
 }
 INHERITED = {"__enter__", "__exit__", "check_connection"}
-OURS_AS_WELL = {"__repr__", "_open"}
+OVERRIDDEN_TOO = {"__repr__", "_open"}
 
 # The protected members of psycopg_pool that are read, called or set, all in `_seam`.
 PROTECTED = {"_check", "_check_size", "_configure", "_lock", "_reset"}
@@ -106,7 +106,7 @@ def test_every_method_of_the_parent_is_accounted_for() -> None:
         for name, value in vars(cls).items()
         if callable(value) or isinstance(value, (property, classmethod, staticmethod))
     }
-    known = PUBLIC.keys() | CALLED.keys() | PROPERTIES | REPLACED | INHERITED | OURS_AS_WELL
+    known = PUBLIC.keys() | CALLED.keys() | PROPERTIES | REPLACED | INHERITED | OVERRIDDEN_TOO
     ignored = {"__orig_bases__", "__parameters__", "__class_getitem__"}
     assert theirs - known - ignored == set()
 
@@ -173,7 +173,7 @@ def test_all_needed_members_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "named"),
+    ("removal", "named"),
     [
         (
             "del psycopg_pool.base.BasePool._check_size",
@@ -190,11 +190,11 @@ def test_all_needed_members_exist() -> None:
         ),
     ],
 )
-def test_a_version_is_rejected_only_for_a_missing_member(harm: str, named: str) -> None:
+def test_a_version_is_rejected_only_for_a_missing_member(removal: str, named: str) -> None:
     script = (
         "import psycopg, psycopg_pool, psycopg_pool.base, psycopg_pool.sched\n"
         "psycopg.__version__ = psycopg_pool.__version__ = '9.9'\n"
-        f"{harm}\nfrom dbpool import Pool\n"
+        f"{removal}\nfrom dbpool import Pool\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False

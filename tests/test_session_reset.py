@@ -121,19 +121,19 @@ def by_libpq(pool: Pool[Any], statement: str) -> None:
         conn.pgconn.exec_(statement.encode())
 
 
-WAYS = [
+METHODS = [
     in_block, in_autocommit, in_aborted_block, by_hand, by_run, by_execute, by_fetch, by_libpq,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_holder_finds_no_session_state_of_the_previous_one(
-    dsn: str, way: Callable[[Pool[Any], str], None]
+    dsn: str, method: Callable[[Pool[Any], str], None]
 ) -> None:
     with Pool(dsn, max_size=1, session_reset="session") as pool:
         before = state(pool)
         for statement in SESSION_STATE.values():
-            way(pool, statement)
+            method(pool, statement)
             after = state(pool)
             assert after[:7] + after[8:] == before[:7] + before[8:]
             assert not after[7]
@@ -436,7 +436,7 @@ def test_everything_sent_is_noticed_by_libpqs_state(dsn: str) -> None:
     def prepare(conn: Conn) -> None:
         conn.pgconn.prepare(b"mine", b"select 1")
 
-    ways: list[Callable[[Conn], object]] = [
+    calls: list[Callable[[Conn], object]] = [
         lambda conn: conn.execute("select 1"),
         lambda conn: conn.execute("select %s", [1]),
         lambda conn: conn.execute("select 1", prepare=True),
@@ -448,12 +448,12 @@ def test_everything_sent_is_noticed_by_libpqs_state(dsn: str) -> None:
         lambda conn: conn.pgconn.send_query(b"select 1"),
         send_in_pipeline, copy, prepare,
     ]  # fmt: skip
-    for way in ways:
+    for method in calls:
         with closing(psycopg.connect(dsn, autocommit=True)) as conn:
             reset_session(conn, b"select 1", 5.0)
             mark = conn.pgconn.error_message
             assert mark
-            way(conn)
+            method(conn)
             assert conn.pgconn.error_message != mark
 
 

@@ -532,15 +532,15 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize(("theirs", "ours"), ELSEWHERE.items())
-def test_names_of_other_pools_get_a_suggestion(theirs: str, ours: str) -> None:
-    keyword: dict[str, Any] = {theirs: 3}
-    with pytest.raises(ConfigError, match=f"did you mean {ours}[?]"):
+@pytest.mark.parametrize(("foreign", "suggested"), ELSEWHERE.items())
+def test_names_of_other_pools_get_a_suggestion(foreign: str, suggested: str) -> None:
+    keyword: dict[str, Any] = {foreign: 3}
+    with pytest.raises(ConfigError, match=f"did you mean {suggested}[?]"):
         Pool("host=h", **keyword)
-    with pytest.raises(ConfigError, match=f"did you mean {ours}[?]"):
+    with pytest.raises(ConfigError, match=f"did you mean {suggested}[?]"):
         Settings.from_env(environ={}, **keyword)
-    name = f"DBPOOL_{theirs}".upper()
-    variable = f"DBPOOL_{ours}".upper()
+    name = f"DBPOOL_{foreign}".upper()
+    variable = f"DBPOOL_{suggested}".upper()
     assert unknown_variables({name: "3"}) == [(name, variable)]
     with pytest.raises(ConfigError, match=f"did you mean {variable}[?]"):
         settings_from_config({name: 3}, environ={})

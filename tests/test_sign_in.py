@@ -286,8 +286,8 @@ def test_forms_of_other_sites_and_oversized_ones_are_rejected(app: Flask, path: 
         assert (answer.status_code, "Set-Cookie" in answer.headers) == (403, False)
     if path == "/db/sign-in":
         long = client.post(path, data={"token": "x" * 5000})
-        endless = client.post(path, headers={"Transfer-Encoding": "chunked"})
-        assert (long.status_code, endless.status_code) == (413, 413)
+        chunked = client.post(path, headers={"Transfer-Encoding": "chunked"})
+        assert (long.status_code, chunked.status_code) == (413, 413)
     for site in ("same-origin", "none"):
         answer = client.post(path, data={"token": TOKEN}, headers={"Sec-Fetch-Site": site})
         assert answer.status_code == 303
@@ -295,10 +295,10 @@ def test_forms_of_other_sites_and_oversized_ones_are_rejected(app: Flask, path: 
 
 def test_a_link_from_another_site_finds_the_browser_signed_in(app: Flask) -> None:
     """The browser withholds a strict cookie, and sends it once the page reloads itself."""
-    away = app.test_client().get("/db/", headers=BROWSER | {"Sec-Fetch-Site": "cross-site"})
-    assert (away.status_code, away.headers["Refresh"]) == (401, "0")
-    here = app.test_client().get("/db/", headers=BROWSER | {"Sec-Fetch-Site": "same-origin"})
-    assert "Refresh" not in here.headers
+    cross_site = app.test_client().get("/db/", headers=BROWSER | {"Sec-Fetch-Site": "cross-site"})
+    assert (cross_site.status_code, cross_site.headers["Refresh"]) == (401, "0")
+    same_origin = app.test_client().get("/db/", headers=BROWSER | {"Sec-Fetch-Site": "same-origin"})
+    assert "Refresh" not in same_origin.headers
 
 
 def test_guessing_a_token_is_slowed_down(app: Flask) -> None:

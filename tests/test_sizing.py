@@ -27,8 +27,8 @@ loads = st.builds(
 # The arithmetic
 
 
-def verdict(room: int, *demands: Demand, reserved: int = 0, others: int = 0) -> Verdict:
-    limit = Limit("it", "max_connections", room, reserved, others)
+def verdict(capacity: int, *demands: Demand, reserved: int = 0, others: int = 0) -> Verdict:
+    limit = Limit("it", "max_connections", capacity, reserved, others)
     return Verdict(limit, demands)
 
 
@@ -152,17 +152,17 @@ def open_queue(draw: Draw, rate: float, size: int) -> tuple[float, Histogram]:
 def closed_queue(draw: Draw, think: float, size: int, threads: int) -> tuple[float, Load]:
     """Simulate threads that pause and ask again; return p95 of the wait, and the load."""
     rng = random.Random(2)
-    asking = [rng.expovariate(1 / think) for _ in range(threads)]
-    heapify(asking)
+    next_requests = [rng.expovariate(1 / think) for _ in range(threads)]
+    heapify(next_requests)
     free = [0.0] * size
     heapify(free)
     waits, holds, now = [], Histogram(), 0.0
     for _ in range(ARRIVALS):
-        now = asking[0]
+        now = next_requests[0]
         started = max(now, free[0])
         hold = draw(rng)
         heapreplace(free, started + hold)
-        heapreplace(asking, started + hold + rng.expovariate(1 / think))
+        heapreplace(next_requests, started + hold + rng.expovariate(1 / think))
         waits.append(started - now)
         holds.add(hold)
     load = Load(ARRIVALS / now, holds.sum_ns / 1e9 / ARRIVALS, 1.0, sum(waits) / ARRIVALS)
@@ -184,8 +184,8 @@ def test_the_advised_size_is_within_one_of_the_simulations_knee(name: str) -> No
     report = reported(holds, seconds=ARRIVALS / rate)
     found = measure(empty(), report, "default")
     assert found.load is not None
-    true = knee(lambda size: open_queue(draw, rate, size)[0], start=int(found.load.busy) + 1)
-    assert abs((found.needs() or 0) - true) <= 1
+    expected = knee(lambda size: open_queue(draw, rate, size)[0], start=int(found.load.busy) + 1)
+    assert abs((found.needs() or 0) - expected) <= 1
 
 
 @pytest.mark.parametrize(("think", "threads"), [(0.04, 16), (0.01, 16), (0.1, 40), (0.005, 8)])
@@ -199,8 +199,8 @@ def test_with_threads_the_advised_size_is_within_one_of_the_knee(
         return rng.expovariate(100)
 
     _, load = closed_queue(draw, think, size, threads)
-    true = knee(lambda size: closed_queue(draw, think, size, threads)[0])
-    assert abs(connections_needed(load, threads) - true) <= 1
+    expected = knee(lambda size: closed_queue(draw, think, size, threads)[0])
+    assert abs(connections_needed(load, threads) - expected) <= 1
 
 
 # The load between two reports
@@ -231,12 +231,12 @@ def used(times: int, hold: float = 0.01) -> Histogram:
 
 def test_a_pool_with_waiting_callers_is_never_large_enough() -> None:
     """Two connections are always in use, so the real demand is unknown."""
-    crowded = reported(used(2000), 10.0)
-    crowded["pools"]["default"] |= {
+    busy = reported(used(2000), 10.0)
+    busy["pools"]["default"] |= {
         "max_size": 2,
         "wait": used(2000, hold=0.07).snapshot().to_json(),
     }
-    found = measure(empty(), crowded, "default")
+    found = measure(empty(), busy, "default")
     assert found.is_too_small
     assert found.needs() == found.max_size + 1 or (found.needs() or 0) > found.max_size
     idle = reported(used(200_000, hold=1e-5), 10.0)

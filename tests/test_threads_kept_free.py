@@ -42,19 +42,19 @@ def status_of(site: Site, path: str, timeout: float) -> int:
 def clients(site: Site, path: str) -> Iterator[Counter[int]]:
     """Request *path* repeatedly, and count the answers by their status."""
     counts: Counter[int] = Counter()
-    over = threading.Event()
+    done = threading.Event()
 
     def ask() -> None:
-        while not over.is_set():
+        while not done.is_set():
             status = status_of(site, path, 20.0)
             counts[status] += 1
-            over.wait(0.1 if status == 503 else 0.0)  # a rejected client waits a little
+            done.wait(0.1 if status == 503 else 0.0)  # a rejected client waits a little
 
     tasks = [Task(ask) for _ in range(CLIENTS)]
     try:
         yield counts
     finally:
-        over.set()
+        done.set()
         for task in tasks:
             task.result(30)
 
@@ -63,9 +63,9 @@ def liveness(site: Site, seconds: float) -> list[float]:
     """The duration of each answer of the liveness view, 1 s if there was none in that time."""
     taken, began = [], time.monotonic()
     while time.monotonic() < began + seconds:
-        asked = time.monotonic()
-        is_there = status_of(site, "/db/health/live", 1.0) == 200
-        taken.append(time.monotonic() - asked if is_there else 1.0)
+        started = time.monotonic()
+        is_live = status_of(site, "/db/health/live", 1.0) == 200
+        taken.append(time.monotonic() - started if is_live else 1.0)
         time.sleep(0.2)
     return taken
 

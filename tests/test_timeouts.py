@@ -60,19 +60,19 @@ def test_the_defaults_apply_if_the_server_has_no_timeouts(role: str) -> None:
     assert shown(role) == DEFAULTS
 
 
-WHERE = ["role {role}", "database {database}", "role {role} in database {database}"]
+TARGETS = ["role {role}", "database {database}", "role {role} in database {database}"]
 
 
-@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("value", ["2s", "7min", "0"])
 def test_timeouts_of_role_and_database_win_over_defaults(
-    role: str, change: Callable[[str], None], where: str, value: str
+    role: str, change: Callable[[str], None], target: str, value: str
 ) -> None:
-    change(f"alter {where} set statement_timeout = '{value}'")
+    change(f"alter {target} set statement_timeout = '{value}'")
     assert shown(role) == (value, *DEFAULTS[1:])
-    change(f"alter {where} set lock_timeout = '3s'")
+    change(f"alter {target} set lock_timeout = '3s'")
     assert shown(role) == (value, "3s", DEFAULTS[2])
-    change(f"alter {where} set idle_in_transaction_session_timeout = '4s'")
+    change(f"alter {target} set idle_in_transaction_session_timeout = '4s'")
     assert shown(role) == (value, "3s", "4s")
 
 
@@ -83,8 +83,8 @@ def test_explicit_settings_win_and_the_value_server_keeps_the_servers(
     change("alter role {role} set lock_timeout = '3s'")
     assert shown(role, statement_timeout=30, lock_timeout="5s") == ("30s", "5s", "1min")
     assert shown(role, statement_timeout=0, idle_in_transaction_timeout=0) == ("0", "3s", "0")
-    left: Any = {"statement_timeout": "server", "idle_in_transaction_timeout": " Server "}
-    assert shown(role, **left) == ("2s", "3s", "0")
+    server_values: Any = {"statement_timeout": "server", "idle_in_transaction_timeout": " Server "}
+    assert shown(role, **server_values) == ("2s", "3s", "0")
     monkeypatch.setenv("DATABASE_URL", role)
     monkeypatch.setenv("DBPOOL_IDLE_IN_TRANSACTION_TIMEOUT", "server")
     assert shown("") == ("2s", "3s", "0")
@@ -225,8 +225,8 @@ def test_only_these_settings_accept_the_value_server(name: str) -> None:
     settings: Any = replace(Settings(), **upper)
     assert getattr(settings, name) == "server"
     assert f"{name}='server'" in repr(settings)
-    through: Any = replace(Settings(pooler="transaction"), **lower)
-    assert through.pooler == "transaction"
+    pooled: Any = replace(Settings(pooler="transaction"), **lower)
+    assert pooled.pooler == "transaction"
     with pytest.raises(ConfigError, match="timeout"):
         Settings(timeout="server")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=name):

@@ -74,8 +74,8 @@ def test_a_clock_jump_gives_no_sample_more_weight() -> None:
 
 @given(st.lists(st.tuples(st.recursive(st.none() | st.floats() | st.text(max_size=5),
        lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x)), st.floats(0, 1e6))))  # fmt: skip
-def test_no_report_breaks_it(looks: list[tuple[Any, float]]) -> None:
+def test_no_report_breaks_it(samples: list[tuple[Any, float]]) -> None:
     usage = Usage()
-    for pools, now in looks:
+    for pools, now in samples:
         usage.look({"pools": pools}, now)
     json.dumps(usage.to_json(), allow_nan=False)

@@ -62,7 +62,7 @@ def without_tables(fake: FakeServer) -> Iterator[Flask]:
 
 
 @pytest.fixture
-def asker(without_tables: Flask) -> FlaskClient:
+def client_without_tables(without_tables: Flask) -> FlaskClient:
     """A client whose requests reach no database."""
     return without_tables.test_client()
 
@@ -94,8 +94,8 @@ def test_creates_and_reads_a_note(client: FlaskClient) -> None:
 
 
 def test_text_that_looks_like_sql_is_stored_as_text(client: FlaskClient) -> None:
-    nasty = "'); drop table notes; -- %s %(a)s"
-    assert created(client, nasty)["title"] == nasty
+    injection = "'); drop table notes; -- %s %(a)s"
+    assert created(client, injection)["title"] == injection
     assert client.get("/notes").status_code == 200
 
 
@@ -155,13 +155,16 @@ def test_the_last_page_has_no_next_one(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "limit=", "limit=%2B5"])
-def test_a_limit_out_of_range_is_rejected(asker: FlaskClient, query: str) -> None:
-    assert refused(asker.get(f"/notes?{query}"), 400) == "limit must be a number from 1 to 100"
+def test_a_limit_out_of_range_is_rejected(client_without_tables: FlaskClient, query: str) -> None:
+    assert (
+        refused(client_without_tables.get(f"/notes?{query}"), 400)
+        == "limit must be a number from 1 to 100"
+    )
 
 
 @pytest.mark.parametrize("after", ["-1", "x", "1.5", str(2**63), "9" * 5000, "٣"])
-def test_a_keyset_out_of_range_is_rejected(asker: FlaskClient, after: str) -> None:
-    refused(asker.get("/notes", query_string={"after": after}), 400)
+def test_a_keyset_out_of_range_is_rejected(client_without_tables: FlaskClient, after: str) -> None:
+    refused(client_without_tables.get("/notes", query_string={"after": after}), 400)
 
 
 @pytest.mark.parametrize("number", ["0", "999999", str(2**63), "9" * 4000, "-1", "one", "1.0"])
@@ -189,13 +192,15 @@ def test_an_update_of_an_unknown_id_is_not_found(client: FlaskClient) -> None:
         b'{"title": "x", "body": ' + b"1" * 5000 + b"}",
     ],
 )
-def test_a_body_that_is_not_a_json_object_is_rejected(asker: FlaskClient, body: bytes) -> None:
-    answer = asker.post("/notes", data=body, content_type="application/json")
+def test_a_body_that_is_not_a_json_object_is_rejected(
+    client_without_tables: FlaskClient, body: bytes
+) -> None:
+    answer = client_without_tables.post("/notes", data=body, content_type="application/json")
     refused(answer, 400)
 
 
-def test_a_body_of_another_content_type_is_rejected(asker: FlaskClient) -> None:
-    answer = asker.post("/notes", data={"title": "a form"})
+def test_a_body_of_another_content_type_is_rejected(client_without_tables: FlaskClient) -> None:
+    answer = client_without_tables.post("/notes", data={"title": "a form"})
     assert "Content-Type" in refused(answer, 400)
 
 
@@ -217,14 +222,16 @@ def test_a_body_of_another_content_type_is_rejected(asker: FlaskClient) -> None:
     ],
 )
 def test_an_invalid_note_is_rejected_with_the_reason(
-    asker: FlaskClient, fields: dict[str, Any], reason: str
+    client_without_tables: FlaskClient, fields: dict[str, Any], reason: str
 ) -> None:
-    assert refused(asker.post("/notes", json=fields), 400).startswith(reason)
+    assert refused(client_without_tables.post("/notes", json=fields), 400).startswith(reason)
 
 
 @pytest.mark.parametrize("version", [None, "1", 1.0, True, 0, -1, 2**63])
-def test_an_update_without_a_valid_version_is_rejected(asker: FlaskClient, version: Any) -> None:
-    answer = asker.put("/notes/1", json={"title": "x", "version": version})
+def test_an_update_without_a_valid_version_is_rejected(
+    client_without_tables: FlaskClient, version: Any
+) -> None:
+    answer = client_without_tables.put("/notes/1", json={"title": "x", "version": version})
     assert refused(answer, 400).startswith("version must be")
 
 
@@ -233,13 +240,15 @@ def test_a_title_as_long_as_allowed_is_stored(client: FlaskClient) -> None:
     assert len(note["body"]) == MAX_BODY
 
 
-def test_a_body_too_large_is_rejected(asker: FlaskClient) -> None:
-    refused(asker.post("/notes", json={"title": "x", "body": "y" * 300_000}), 413)
+def test_a_body_too_large_is_rejected(client_without_tables: FlaskClient) -> None:
+    refused(client_without_tables.post("/notes", json={"title": "x", "body": "y" * 300_000}), 413)
 
 
-def test_a_body_too_large_is_rejected_without_a_length_too(asker: FlaskClient) -> None:
+def test_a_body_too_large_is_rejected_without_a_length_too(
+    client_without_tables: FlaskClient,
+) -> None:
     body = b'{"title": "x"}' + b" " * 300_000  # bytes beyond the limit are not read
-    answer = asker.post(
+    answer = client_without_tables.post(
         "/notes",
         input_stream=io.BytesIO(body),
         content_type="application/json",
@@ -248,14 +257,16 @@ def test_a_body_too_large_is_rejected_without_a_length_too(asker: FlaskClient) -
     refused(answer, 413)
 
 
-def test_an_unsupported_method_is_answered_with_the_supported_ones(asker: FlaskClient) -> None:
-    answer = asker.patch("/notes")
+def test_an_unsupported_method_is_answered_with_the_supported_ones(
+    client_without_tables: FlaskClient,
+) -> None:
+    answer = client_without_tables.patch("/notes")
     refused(answer, 405)
     assert set(answer.headers["Allow"].split(", ")) == {"GET", "HEAD", "OPTIONS", "POST"}
 
 
-def test_an_unknown_path_is_not_found(asker: FlaskClient) -> None:
-    refused(asker.get("/nothing/here"), 404)
+def test_an_unknown_path_is_not_found(client_without_tables: FlaskClient) -> None:
+    refused(client_without_tables.get("/nothing/here"), 404)
 
 
 def test_an_internal_error_shows_no_details(without_tables: Flask) -> None:
@@ -320,9 +331,9 @@ def test_two_applications_in_one_process_are_independent(without_tables: Flask) 
     other = make(DATABASE_URL=FakeServer.conninfo)
     try:
         with without_tables.app_context():
-            mine = db.pool
+            first_pool = db.pool
         with other.app_context():
-            assert db.pool is not mine
+            assert db.pool is not first_pool
     finally:
         other.extensions["dbpool"].databases.close()
 
@@ -529,9 +540,9 @@ def test_the_demo_answers_to_the_address_it_is_bound_to(
 
 
 def test_host_names_may_be_added_and_without_the_demo_all_are_accepted(
-    asker: FlaskClient, monkeypatch: pytest.MonkeyPatch
+    client_without_tables: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert asker.get("/", headers={"Host": "notes.example"}).status_code == 200
+    assert client_without_tables.get("/", headers={"Host": "notes.example"}).status_code == 200
     monkeypatch.setenv("WEBAPP_HOSTS", "localhost, Notes.Example")
     app = make(DATABASE_URL=FakeServer.conninfo)
     assert app.test_client().get("/", headers={"Host": "notes.example:80"}).status_code == 200

@@ -44,7 +44,7 @@ def chained(error: Exception) -> None:
     raise Wrapper("no connection") from error
 
 
-def twice(error: Exception) -> None:
+def wrapped_twice(error: Exception) -> None:
     try:
         chained(error)
     except Wrapper as ex:
@@ -63,7 +63,7 @@ def in_a_group(error: Exception) -> None:
     raise ExceptionGroup("tasks failed", [error, Peewee(error)])
 
 
-WRAPPERS = [chained, twice, as_attribute, as_another_attribute, in_a_group]
+WRAPPERS = [chained, wrapped_twice, as_attribute, as_another_attribute, in_a_group]
 
 
 @pytest.fixture
@@ -106,17 +106,17 @@ def while_handling(error: Exception) -> None:
         raise ZeroDivisionError  # noqa: B904  # a bug in a handler, no wrapper
 
 
-def beside_a_bug(error: Exception) -> None:
+def with_another_error(error: Exception) -> None:
     raise ExceptionGroup("tasks failed", [error, ZeroDivisionError()])
 
 
-def in_a_circle(error: Exception) -> None:
+def in_a_cycle(error: Exception) -> None:
     one, two = Peewee(error), Wrapper()
     one.orig, two.__cause__ = two, one
     raise one
 
 
-@pytest.mark.parametrize("raising", [while_handling, beside_a_bug, in_a_circle])
+@pytest.mark.parametrize("raising", [while_handling, with_another_error, in_a_cycle])
 def test_an_unrelated_error_beside_a_pool_error_is_a_500(app: Flask, raising: Any) -> None:
     app.config["PROPAGATE_EXCEPTIONS"] = False
     app.logger.disabled = True
@@ -139,7 +139,7 @@ def test_an_applications_own_error_handler_wins(app: Flask) -> None:
 
     @shop.get("/shop")
     def view() -> str:
-        twice(PoolExhausted("all are out"))
+        wrapped_twice(PoolExhausted("all are out"))
         return "not reached"
 
     app.register_blueprint(shop)
@@ -176,7 +176,7 @@ def test_http_exceptions_and_other_errors_are_as_without_dbpool(
             return type(ex)
         return answer.status_code, answer.text, sorted(answer.headers)
 
-    def furnish(app: Flask) -> Flask:
+    def add_routes(app: Flask) -> Flask:
         app.config.update(TESTING=False, TRAP_HTTP_EXCEPTIONS=trap, PROPAGATE_EXCEPTIONS=propagate)
         app.add_url_rule("/abort", "abort", lambda: abort(409, "a conflict"))
         app.add_url_rule("/bug", "bug", lambda: str(1 / 0))
@@ -187,9 +187,9 @@ def test_http_exceptions_and_other_errors_are_as_without_dbpool(
     def missing() -> str:
         raise NotFound("no such note") from PoolExhausted("all are out")
 
-    bare, ours = furnish(Flask("app")), furnish(make_app(NOWHERE))
+    without_dbpool, with_dbpool = add_routes(Flask("app")), add_routes(make_app(NOWHERE))
     for path in ("/abort", "/bug", "/key", "/cause", "/nowhere"):
-        assert ask(ours, path) == ask(bare, path)
+        assert ask(with_dbpool, path) == ask(without_dbpool, path)
 
 
 def test_with_error_handlers_off_wrapped_errors_are_raised(make_app: MakeApp) -> None:

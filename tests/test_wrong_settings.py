@@ -32,7 +32,7 @@ FREE = {
 }  # fmt: skip
 # Parameters that this libpq does not check: it has no compression and needs no library.
 IGNORED = {"sslcompression", "sslsni", "gsslib", "gssdelegation"}
-CLOSED = sorted({o.keyword.decode() for o in Conninfo.get_defaults()} - FREE - IGNORED)
+CHECKED = sorted({o.keyword.decode() for o in Conninfo.get_defaults()} - FREE - IGNORED)
 
 FILE = str(Path(__file__))  # not a directory
 
@@ -90,16 +90,16 @@ def refused(make_pool: MakePool, conninfo: str = "", **kwargs: object) -> Databa
 
 def at(port: int, wrong: Mapping[str, object]) -> dict[str, Any]:
     """Valid parameters with those of *wrong* replaced."""
-    where: dict[str, Any] = {
+    params: dict[str, Any] = {
         "host": "127.0.0.1",
         "port": port,
         "user": "postgres",
         "dbname": "postgres",
     }
-    return {**where, **wrong}
+    return {**params, **wrong}
 
 
-@pytest.mark.parametrize("name", CLOSED)
+@pytest.mark.parametrize("name", CHECKED)
 def test_an_invalid_parameter_value_is_misconfigured(
     server: Server, make_pool: MakePool, name: str
 ) -> None:
