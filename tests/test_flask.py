@@ -401,6 +401,22 @@ def test_a_holder_carries_its_endpoint(make_app: MakeApp, fake: FakeServer) -> N
     assert app.test_client().get("/look").json == ["look"]
 
 
+def test_functions_that_were_registered_before_know_the_endpoint_too(
+    make_app: MakeApp, fake: FakeServer
+) -> None:
+    db, app = DBPool(), Flask("app")
+
+    @app.before_request
+    def look() -> Response:
+        with db.pool.connection():
+            return jsonify([holder.endpoint for holder in db.pool.holders()])
+
+    app = make_app(fake, db=db, app=app)
+    app.add_url_rule("/", "index", lambda: "not reached")
+    assert app.test_client().get("/").json == ["index"]
+    assert holders.current.thread.endpoint is None
+
+
 @pytest.mark.parametrize(
     ("accept", "mimetype"),
     [

@@ -117,6 +117,8 @@ class DBPool:
         )
         # First: Flask refuses this if the application serves requests already.
         app.before_request(_before_request)
+        functions = app.before_request_funcs[None]
+        functions.insert(0, functions.pop())  # the others may check out, or answer the request
         if settings.error_handlers:
             register_error_handlers(app)
         follow_async_views(app)
