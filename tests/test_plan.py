@@ -150,8 +150,16 @@ def test_a_database_that_cannot_be_asked_is_named(narrow: Server, plan: Plan) ->
 
 
 def test_an_invalid_host_name_causes_no_traceback(plan: Plan) -> None:
-    environ = {"DATABASE_URL": f"postgresql://u@{'x' * 70}/d", "WEB_CONCURRENCY": "9" * 5000}
+    environ = {"DATABASE_URL": f"postgresql://u@{'x' * 70}/d", "WEB_CONCURRENCY": " "}
     assert plan(**environ) == (1, "unknown: default: UnicodeError\n")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "9" * 5000, "\u0663"])
+def test_an_invalid_web_concurrency_is_an_error(value: str, plan: Plan) -> None:
+    url = "host=127.0.0.1 port=1"
+    status, printed = plan("--json", DATABASE_URL=url, WEB_CONCURRENCY=value)
+    assert status == 1
+    assert json.loads(printed)["error"].startswith("WEB_CONCURRENCY cannot be read: it must be")
 
 
 # Behind PgBouncer

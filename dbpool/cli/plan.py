@@ -82,8 +82,10 @@ def _count(text: str) -> int:
 
 
 def _web_concurrency() -> int:
-    given = os.environ.get("WEB_CONCURRENCY", "").strip()
-    return (int(given) or 1) if _NUMBER.fullmatch(given) else 1
+    try:
+        return _count(os.environ.get("WEB_CONCURRENCY", "").strip() or "1")
+    except argparse.ArgumentTypeError as ex:
+        raise ConfigError(f"WEB_CONCURRENCY cannot be read: {ex}") from None
 
 
 def _target(settings: Settings, processes: int, size: int, monitors: int) -> Target:
