@@ -618,15 +618,20 @@ def test_a_directory_open_to_others_is_not_used(
     processes = Processes({"default": Counting(5)}, directory=directory)
     for _ in range(2):
         assert processes.report()["scope"] == "process"
-    assert len([r for r in caplog.records if "private" in r.message]) == 1
+    (said,) = [message for message in caplog.messages if "private" in message]
+    assert said.endswith(": its mode is 0755, and must be 0700")
     assert list(directory.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a directory away")
-def test_another_users_directory_is_not_used(directory: Path) -> None:
+def test_another_users_directory_is_not_used(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.chown(directory, "nobody")
     processes = Processes({"default": Counting(5)}, directory=directory)
     assert processes.report()["scope"] == "process"
+    assert ": it belongs to uid " in caplog.text
+    assert ", this process runs as 0" in caplog.text
     assert list(directory.iterdir()) == []
 
 

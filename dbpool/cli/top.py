@@ -14,6 +14,7 @@ from dbpool.cli._running import find_processes, statistics_directory
 from dbpool.cli._text import as_text
 from dbpool.errors import ConfigError
 from dbpool.monitor import INCLUDES, Monitor
+from dbpool.processes._processes import describe_access
 
 HELP = "show what is wrong and what the pools do, and refresh it each second"
 
@@ -53,5 +54,6 @@ def read_running(given: str | None, app: str | None) -> dict[str, Any]:
     processes = find_processes(Path(directory), app)
     report = processes.collect_others(usage=True)
     if report is None:
-        raise ConfigError(f"{directory} is not a directory that is private to this user")
+        problem = describe_access(Path(directory).lstat())
+        raise ConfigError(f"{directory} is not a directory private to this user: {problem}")
     return Monitor({}, processes).extend(report, INCLUDES)

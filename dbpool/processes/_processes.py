@@ -288,9 +288,8 @@ class Processes:
         except OSError as ex:
             self._warn("directory", f"cannot use {safe_repr(str(path))}: {ex.strerror}")
             return None
-        is_private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
-        if not is_private or found.st_uid != os.geteuid():
-            message = f"{safe_repr(str(path))} is not a directory private to this user"
+        if problem := describe_access(found):
+            message = f"{safe_repr(str(path))} is not a directory private to this user: {problem}"
             self._warn("directory", message)
             return None
         return path
@@ -300,6 +299,16 @@ class Processes:
         if subject not in self._warned and len(self._warned) < MAX_FILES:
             self._warned.add(subject)
             logger.warning("statistics: %s", message)
+
+
+def describe_access(found: os.stat_result) -> str:
+    """Say why statistics must not be kept in what was found there, "" if they may."""
+    if not stat.S_ISDIR(found.st_mode):
+        return "it is a link" if stat.S_ISLNK(found.st_mode) else "it is a file"
+    if found.st_uid != os.geteuid():
+        return f"it belongs to uid {found.st_uid}, this process runs as {os.geteuid()}"
+    mode = stat.S_IMODE(found.st_mode)
+    return f"its mode is {mode:04o}, and must be 0700" if mode & 0o077 else ""
 
 
 def _fitting(usage: Mapping[str, Rows], room: int) -> dict[str, Rows]:
