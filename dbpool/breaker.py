@@ -23,7 +23,6 @@ _MIN_ANSWER_TIMEOUT: Final = 0.5
 # restart is noticed soon. If the first were shorter, all workers would try again within a few hundredths.
 _FIRST, _CAP, _BASE = 0.25, 1.0, 1.3
 
-_CLOSE_INTERVAL: Final = 1.0  # seconds
 _RESUME_AFTER: Final = 0.2  # seconds after which an attempt that no worker began is late
 
 
@@ -70,7 +69,6 @@ class Breaker:
         self.check_failure = ""  # of the user's `check`, if the last one failed
         # Looked up at each call: freezegun puts another in its place for a while.
         self.clock = clock or (lambda: time.monotonic())  # noqa: PLW0108
-        self._interval_started = float("-inf")
         self._failing_since: float | None = None
         self._opened_at: float | None = None
 
@@ -196,12 +194,6 @@ class Breaker:
             return False
         self._opened_at = self.clock()
         return True
-
-    def start_interval(self) -> bool:
-        """Return true once a second: then a healthy return may close it even if nobody waits."""
-        is_due = self.clock() >= self._interval_started + _CLOSE_INTERVAL
-        self._interval_started = self.clock() if is_due else self._interval_started
-        return is_due
 
     def close_if_alive(self) -> float | None:
         """Close if a connection came back healthy after it opened; return what `succeeded` does.

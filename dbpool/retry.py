@@ -40,8 +40,12 @@ def is_conflict(exc: BaseException) -> bool:
 
 
 def is_refused(exc: BaseException | None) -> bool:
-    """Whether a pooler says by *exc* that no server got the statement: it may be sent again."""
-    return isinstance(exc, psycopg.errors.ProtocolViolation) and str(exc).startswith(_REFUSALS)
+    """Whether a pooler says by *exc* that no server got the statement: it may be sent again.
+
+    A server names the line of its code that raised an error, a pooler does not.
+    """
+    is_poolers = isinstance(exc, psycopg.errors.ProtocolViolation) and not exc.diag.source_line
+    return is_poolers and str(exc).startswith(_REFUSALS)
 
 
 def is_lost_unanswered(conn: Any, error: psycopg.Error) -> bool:
@@ -50,10 +54,9 @@ def is_lost_unanswered(conn: Any, error: psycopg.Error) -> bool:
     A pooler that lost its server answers with SQLSTATE class 08. False for what a pooler refused and
     for what cannot write: there is nothing to be uncertain about.
     """
-    parameter = conn.pgconn.parameter_status
-    is_certain = is_refused(error) or conn.read_only or parameter(b"in_hot_standby") == b"on"
-    if conn.read_only is None:
-        is_certain |= parameter(b"default_transaction_read_only") == b"on"
+    names = [b"in_hot_standby", b"default_transaction_read_only"][: 1 + (conn.read_only is None)]
+    is_on = b"on" in map(conn.pgconn.parameter_status, names)
+    is_certain = is_refused(error) or conn.read_only or is_on
     return bool(conn.closed and (error.sqlstate or "08")[:2] == "08" and not is_certain)
 
 

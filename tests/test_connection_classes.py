@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any, Generic, TypeVar
 
 import psycopg
@@ -219,20 +220,39 @@ def test_closing_a_wrapped_connection_returns_it(
         assert (pool.stats().size, pool.stats().idle) == (1, 1)
 
 
-def test_a_replaced_commit_is_called_at_the_end_of_a_block(
-    dsn: str, monkeypatch: pytest.MonkeyPatch
+class WrappedMethod(Wrapper):
+    """Like wrapt's FunctionWrapper, with which most tracers replace methods."""
+
+    def __get__(self, conn: Any, cls: type) -> Any:
+        return WrappedMethod(self._self_wrapped.__get__(conn, cls), self._self_seen)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._self_seen.append(self._self_wrapped.__name__)
+        return self._self_wrapped(*args, **kwargs)
+
+
+def by_function(method: Any, seen: list[str]) -> Any:
+    @wraps(method)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        seen.append(method.__name__)
+        return method(*args, **kwargs)
+
+    return traced
+
+
+@pytest.mark.parametrize("wrap", [by_function, WrappedMethod])
+@pytest.mark.parametrize("name", ["commit", "__enter__", "__exit__", "cursor"])
+def test_a_replaced_method_is_called(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, seen: list[str], name: str, wrap: Any
 ) -> None:
-    commits: list[object] = []
-    commit = Connection.commit
-
-    def traced(self: Connection[Any]) -> None:
-        commits.append(self)
-        commit(self)
-
-    monkeypatch.setattr(Connection, "commit", traced)
-    with Pool(dsn, max_size=1) as pool, pool.connection() as conn:
-        conn.execute(SELECT)
-    assert len(commits) == 1
+    monkeypatch.setattr(Connection, name, wrap(vars(Connection)[name], seen))
+    with Pool(dsn, max_size=1) as pool:
+        with pool.connection() as conn:
+            conn.execute(SELECT)
+        assert name in seen
+        seen.clear()
+        pool.fetch_one(SELECT)
+        assert name in seen
 
 
 def test_pipeline_begin_works_with_a_tracers_cursor_class(

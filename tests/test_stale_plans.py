@@ -83,6 +83,96 @@ def test_a_changed_search_path_is_handled_too(dsn: str, other: psycopg.Connectio
         assert pool.fetch_one("select * from t where a = %s", [10]) is None
 
 
+NEW_ENUM = (
+    "alter type mood rename to old; create type mood as enum ('sad', 'glad');"
+    "alter table m alter m type mood using m::text::mood"
+)
+# A plan keeps the type that its first analysis gave to a parameter that was sent as text.
+# The setup, a statement with its parameters, the change, and parameters that are right from then on.
+PARAMETERS: dict[str, tuple[str, str, list[Any], str, list[Any]]] = {
+    "column": ("", "select a from t where id = %s", ["1"], "alter table t alter id type text", ["1"]),
+    "value": ("", "select a from t where id = %s", ["1"], "alter table t alter id type text", ["x"]),
+    "lines": ("", "select a from t where id = %s", ["1"], "alter table t alter id type text", ["\n'("]),
+    "array": ("", "select a from t where id = any(%s)", [["1"]], "alter table t alter id type text", [["1"]]),
+    "assignment": ("", "update t set a = %s returning id", ["1"], "alter table t alter a type jsonb using to_json(a)", ["{}"]),
+    "enum": (
+        "create type mood as enum ('sad'); create table m (m mood); insert into m values ('sad')",
+        "select 1 from m where m = %s", ["sad"],
+        f"{NEW_ENUM}; drop type old", ["glad"],
+    ),
+    "enum kept": (
+        "create type mood as enum ('sad'); create table m (m mood); insert into m values ('sad')",
+        "select 1 from m where m = %s", ["sad"],
+        NEW_ENUM, ["sad"],
+    ),
+    "domain": (
+        "create domain short as text check (value < 'x'); create table m (m short)",
+        "insert into m values (%s) returning *", ["a"],
+        "alter table m alter m type text", ["z"],
+    ),
+    "composite": (
+        "create type pair as (a int, b int)", "select (%s, 2)::pair", [1],
+        "drop type pair; create type pair as (a int, b int)", [1],
+    ),
+    "function": (
+        "create function f(n int) returns int return n", "select f(%s)", ["1"],
+        "drop function f; create function f(n text) returns text return n", ["x"],
+    ),
+    "table": (
+        "", "select * from t where id = %s", ["1"],
+        "alter table t rename to gone; alter table other.t set schema public", ["1"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_single_statement_does_not_fail_although_a_parameters_type_has_changed(
+    dsn: str, other: psycopg.Connection[Any], name: str
+) -> None:
+    setup, query, before, change, after = PARAMETERS[name]
+    other.execute(setup)
+    with Pool(dsn, max_size=1) as pool:
+        for _ in range(8):
+            pool.fetch_all(query, before)
+        other.execute(change)
+        expected = other.execute(query, after).fetchall()
+        for _ in range(8):
+            assert pool.fetch_all(query, after) == expected
+        assert pool.stats().counters.connects == 1
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_in_an_autocommit_block_a_parameter_whose_type_has_changed_fails_once(
+    dsn: str, other: psycopg.Connection[Any], name: str
+) -> None:
+    setup, query, before, change, after = PARAMETERS[name]
+    other.execute(setup)
+    with Pool(dsn, max_size=1, kwargs={"autocommit": True}) as pool:
+
+        def call(params: list[Any]) -> list[Any]:
+            with pool.connection() as conn:
+                return conn.execute(query, params).fetchall()
+
+        for _ in range(8):
+            call(before)
+        other.execute(change)
+        with pytest.raises(psycopg.Error):
+            call(after)
+        expected = other.execute(query, after).fetchall()
+        for _ in range(8):
+            assert call(after) == expected
+
+
+def test_a_value_that_never_was_right_fails(dsn: str, other: psycopg.Connection[Any]) -> None:
+    with Pool(dsn, max_size=1) as pool:
+        for _ in range(8):
+            pool.fetch_one(SELECT, ["1"])
+        for _ in range(8):
+            with pytest.raises(psycopg.errors.InvalidTextRepresentation):
+                pool.fetch_one(SELECT, ["x"])
+        assert pool.fetch_one(SELECT, ["1"]) == (1, 10)
+
+
 def prepared(pool: Pool[Any]) -> list[Any]:
     """The prepared statements of the pool's only connection."""
     return pool.fetch_all("select name from pg_prepared_statements where statement like '%% t %%'")

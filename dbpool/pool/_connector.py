@@ -25,7 +25,7 @@ from dbpool import errors
 from dbpool._secrets import conceal, secrets_of
 from dbpool.breaker import Attempt
 from dbpool.liveness import PingTimeout, file_limit_error, ping, poller, run_query
-from dbpool.pool._psycopg import attach, close, has_stock_class, insist_on_idle, new_record
+from dbpool.pool._psycopg import attach, close, insist_on_idle, is_stock, new_record
 from dbpool.pool._session import Names, call_traced, reset_message
 from dbpool.settings import Settings
 from dbpool.settings._conninfo import already_set, insist_on_types
@@ -132,7 +132,7 @@ class Connector:
     def _prepare(self, pool: PoolBase[Any], conn: Any) -> None:
         """Configure a new connection, and remember how it was set up."""
         attach(conn, pool)
-        if has_stock_class(conn) and conn.cursor_factory is Cursor:
+        if is_stock(conn.__class__) and conn.cursor_factory is Cursor:
             conn.cursor_factory = self.cursors
         if configure := pool._user_configure:
             self.custom = call_traced(configure, conn, self.custom)

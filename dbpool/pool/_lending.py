@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from weakref import ref
 
 import psycopg
-from psycopg import Cursor, errors
+from psycopg import Cursor
 from psycopg_pool.abc import CT
 
 from dbpool.errors import CommitUncertain, DatabaseUnavailable, PoolError, describe
@@ -123,7 +123,7 @@ def _handle_error(pool: Pool[CT], conn: Any, error: BaseException | None) -> Non
         pool._maintenance.on_read_only_error(pool, conn)
     elif refused := handle_refusal(pool, error):
         raise refused
-    elif _psycopg.is_stale_plan(error):
+    elif isinstance(error, psycopg.Error) and _psycopg.is_stale_plan(error):
         _psycopg.forget_plans(conn)
     _psycopg.insist_on_unlocked(conn, pool.timeout, error)
 
@@ -175,7 +175,7 @@ class Statement(Generic[T]):
             self.sent = _SINGLE
             try:
                 return self.result(cursor.execute(self.query, self.params))
-            except (errors.FeatureNotSupported, errors.InvalidSqlStatementName) as ex:
+            except psycopg.Error as ex:
                 _psycopg.forget_stale_plan(ex, conn, cursor, self.query, self.params)
             return self.result(cursor.execute(self.query, self.params, prepare=False))
         with conn:

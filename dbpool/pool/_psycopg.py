@@ -5,6 +5,7 @@ The hot lines of `_pool.py` excepted, which `tests/test_seam.py` names.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from operator import attrgetter
@@ -69,21 +70,24 @@ def remember_session_state(conn: Any) -> tuple[tuple[object, ...], AdaptersMap]:
     return tuple(state), adapters
 
 
-def restore_session_state(conn: Any) -> bool:
-    """Put back what a user changed; return whether that can be done."""
+def insist_on_restorable(conn: Any) -> None:
+    """Raise if something was left open on *conn* that nothing but its user can end."""
+    if conn._tpc or conn._pipeline or conn._num_transactions or conn._notifies_backlog is None:
+        raise psycopg.ProgrammingError("it was returned in a block, pipeline or notifies()")
+
+
+def restore_session_state(conn: Any) -> None:
+    """Put back what a user changed."""
     record: ConnectionRecord = conn._record
     state = record.session_state
     if session_state(conn) == state:
-        return True
-    if conn._tpc or conn._pipeline or conn._num_transactions or conn._notifies_backlog is None:
-        return False
+        return
     (conn._autocommit, conn.row_factory, conn.cursor_factory, conn.server_cursor_factory,
      conn._isolation_level, conn._read_only, conn._deferrable,
      conn._prepared.prepare_threshold, conn._prepared.prepared_max) = state[_SETTABLE]  # fmt: skip
     conn._notice_handlers[:], conn._notify_handlers[:] = cast("Any", state[_HANDLERS])
     conn._adapters = WatchedAdapters(record.adapters)
     conn._begin_statement = b""
-    return True
 
 
 def new_record(conn: Any, cursors: type[Cursor[Any]]) -> ConnectionRecord:
@@ -91,9 +95,9 @@ def new_record(conn: Any, cursors: type[Cursor[Any]]) -> ConnectionRecord:
     fd = conn.fileno()
     standby = conn.pgconn.parameter_status(b"in_hot_standby")
     record = ConnectionRecord(fd, standby, poller(fd), *remember_session_state(conn))
-    record.has_stock_blocks = is_stock(type(conn), *_BLOCK_METHODS.split())
+    record.has_stock_blocks = is_stock(type(conn))
     # Judged from the connection: its class may be a generic, or stand behind a tracer's wrapper.
-    record.has_stock_class = has_stock_class(conn)
+    record.has_stock_class = is_stock(conn.__class__)
     record.has_stock_cursors = conn.cursor_factory is cursors and is_stock(type(conn), "cursor")
     record.backend_pid = conn.pgconn.backend_pid
     # As libpq understood it: it may be set by a service file or PGTARGETSESSIONATTRS.
@@ -102,16 +106,11 @@ def new_record(conn: Any, cursors: type[Cursor[Any]]) -> ConnectionRecord:
     return record
 
 
-def has_stock_class(conn: Any) -> bool:
-    """Whether blocks begin and end by psycopg's own methods in the class that *conn* shows."""
-    return is_stock(conn.__class__, *_BLOCK_METHODS.split())
-
-
 def is_stock(cls: type, *names: str) -> bool:
-    """Whether those methods of *cls* are psycopg's own functions: neither overridden nor wrapped."""
-    methods = [getattr(cls, name, None) for name in names]
+    """Whether *cls* has psycopg's own methods of these *names*, by default those around a block."""
+    methods = [getattr(cls, name, None) for name in names or _BLOCK_METHODS.split()]
     return all(
-        isinstance(method, FunctionType)
+        type(method) is FunctionType  # what wrapt makes is an instance of it as well
         and str(method.__globals__.get("__name__")).startswith("psycopg.")
         for method in methods
     )
@@ -189,13 +188,20 @@ def converted_query(cursor: Any, query: Any, params: Any = None) -> Any:
 
 # Prepared statements
 
-# What the server calls where it refuses a plan: columns have changed, or somebody deallocated it.
-_PLAN_CHECKS: Final = ("RevalidateCachedQuery", "FetchPreparedStatement")
+# What the server calls where it refuses a plan: columns have changed, a type or the plan is gone.
+_CHECKS: Final = re.compile("RevalidateCached|FetchPrepared|getTypeOutput|lookup_type_cache")
+# The context of an error in a parameter, in any language. That of code names a function.
+_PARAMETER: Final = re.compile(r"[^\n(\"]*\$\d+( = .*)?", re.DOTALL)
 
 
-def is_stale_plan(error: BaseException | None) -> bool:
-    """Whether the server refused a plan: a table's columns have changed, or the plan is gone."""
-    return isinstance(error, psycopg.Error) and error.diag.source_function in _PLAN_CHECKS
+def is_stale_plan(error: psycopg.Error) -> bool:
+    """Whether the server refused a statement before it began: its plan may be for another schema.
+
+    A plan keeps the types that its parameters had. An error with a position is one of the analysis.
+    """
+    if context := error.diag.context:  # a procedure that met a stale plan may have committed before
+        return bool(_PARAMETER.fullmatch(context))
+    return bool(error.diag.statement_position or _CHECKS.match(error.diag.source_function or ""))
 
 
 def forget_plans(conn: Any) -> None:
@@ -203,14 +209,11 @@ def forget_plans(conn: Any) -> None:
     conn._prepared.clear()
 
 
-def forget_stale_plan(error: psycopg.Error, conn: Any, cursor: Any, *statement: Any) -> None:
-    """Forget the plans if psycopg's was refused before any of it was done, in autocommit.
-
-    Else raise *error*: a procedure that commits first and then meets a stale plan has a context.
-    """
-    is_idle = conn.pgconn.transaction_status == IDLE
-    is_psycopgs = conn._prepared.key(converted_query(cursor, *statement)) in conn._prepared._names
-    if not (is_stale_plan(error) and is_idle and is_psycopgs and not error.diag.context):
+def forget_stale_plan(error: psycopg.Error, conn: Any, cursor: Any, *query: Any) -> None:
+    """Forget the plans if psycopg's was refused before any of it was done, else raise *error*."""
+    prepared = conn._prepared
+    names = prepared._names if conn.pgconn.transaction_status == IDLE else ()
+    if not is_stale_plan(error) or prepared.key(converted_query(cursor, *query)) not in names:
         raise error
     forget_plans(conn)
 
@@ -271,12 +274,16 @@ def insist_on_unlocked(conn: Any, timeout: float, error: BaseException | None = 
     whose end the error tore is closed too.
     """
     is_torn = conn._notifies_backlog is None or (error and conn.pgconn.pipeline_status)
-    if not is_torn and conn.lock.acquire(timeout=clamp_timeout(timeout)):
-        notice_loss(conn)
-        conn.lock.release()
-        return
-    close(conn)
-    if error is None:
+    is_free = conn.closed
+    try:
+        if not (is_free or is_torn) and conn.lock.acquire(timeout=clamp_timeout(timeout)):
+            notice_loss(conn)
+            conn.lock.release()
+            is_free = True
+    finally:  # if a signal handler raised in there, the lock may be left taken
+        if not is_free:
+            close(conn)
+    if error is None and not is_free:
         raise psycopg.ProgrammingError("not committed: a stream, copy or notifies() was left open")
 
 
@@ -285,6 +292,7 @@ def insist_on_idle(conn: Any, callback: str) -> None:
     if (status := conn.pgconn.transaction_status) != IDLE:
         left = f"connection left in status {TransactionStatus(status).name}"
         raise psycopg.ProgrammingError(f"{left} by the {callback} function: discarded")
+    insist_on_restorable(conn)
 
 
 def insist_on_alive(conn: Any) -> None:

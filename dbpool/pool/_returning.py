@@ -50,14 +50,11 @@ def finish(pool: PoolBase[Any], conn: Any) -> None:
         if message := record.reset_message:
             _reset(pool, conn, lambda c: _psycopg.reset_session(c, message, settings.ping_timeout))
         _reset(pool, conn, pool._user_reset)
+        _psycopg.restore_session_state(conn)
         if conn.pgconn.transaction_status == _psycopg.UNKNOWN:
             reason = "broken"
         elif monotonic() >= record.expires_at and not store.breaker.is_failing:
             reason = "expired"
-        elif not _psycopg.restore_session_state(conn):
-            left = "it was returned in a two-phase commit, a pipeline or notifies()"
-            pool._notices.not_reusable(left, record.where())
-            reason = "broken"
         elif (liveness := _check(pool, conn)) is Liveness.DEAD:
             reason = "dead"
         if reason:
@@ -79,12 +76,14 @@ def _reset(pool: PoolBase[Any], conn: Any, reset: Callable[[Any], None] | None) 
     try:
         if status == _psycopg.ACTIVE:
             raise psycopg.ProgrammingError("it was returned in the middle of an operation")
-        if status not in (_psycopg.IDLE, _psycopg.UNKNOWN):
-            pool._notices.rolled_back(conn, where)
-            conn.rollback()
-        if reset and status != _psycopg.UNKNOWN:
-            reset(conn)
-            _psycopg.insist_on_idle(conn, "reset")
+        if status != _psycopg.UNKNOWN:
+            _psycopg.insist_on_restorable(conn)
+            if status != _psycopg.IDLE:
+                pool._notices.rolled_back(conn, where)
+                conn.rollback()
+            if reset:
+                reset(conn)
+                _psycopg.insist_on_idle(conn, "reset")
     except Exception as ex:  # noqa: BLE001  # a user's callback may raise anything
         reason = describe(ex, conn)
     except BaseException:

@@ -333,8 +333,7 @@ class Store:
         if not self.is_open:
             self.close()
         self._reclaim(close_returns=close_returns)
-        if self.breaker.start_interval():
-            self._close_if_alive()
+        self._close_if_alive()
         self._trip_if_due()
         _bag.trim(self)
         if has_idle_workers:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from psycopg.pq import TransactionStatus
 
 from dbpool import Pool, PoolClosed, PoolError
 from tests.fake import FakeConnection
@@ -128,6 +129,12 @@ def hold_for(seconds: float) -> Action:
     return hold
 
 
+def fail(pool: Pool) -> None:
+    with suppress(ZeroDivisionError), pool.connection() as conn:
+        conn.pgconn.transaction_status = TransactionStatus.INTRANS  # type: ignore[misc]
+        raise ZeroDivisionError
+
+
 def time_out(pool: Pool) -> None:
     with pytest.raises(PoolError):
         pool.getconn(timeout=0.001)
@@ -144,6 +151,7 @@ QUICK: list[Any] = [
     pytest.param(get_and_put, {}, id="getconn and putconn"),
     pytest.param(change_settings, {}, id="a connection whose settings are restored"),
     pytest.param(break_connection, {}, id="a connection that breaks"),
+    pytest.param(fail, {}, id="a transaction that fails"),
     pytest.param(block, {"reset": lambda conn: None}, id="with a reset"),
     pytest.param(block, {"check": lambda conn: None}, id="with a check"),
     pytest.param(lambda pool: pool.fetch_all("select 1"), {}, id="fetch_all"),

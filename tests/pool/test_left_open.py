@@ -9,6 +9,8 @@ import psycopg
 import pytest
 
 from dbpool import Pool
+from tests.pools import within
+from tests.postgres import until
 from tests.threads import Task
 
 SECONDS = 20.0  # more than the pool's timeout: another thread may keep the lock for that long
@@ -47,7 +49,7 @@ Open = Callable[[Any], Generator[Any]]
 def assert_serves(pool: Pool) -> None:
     assert Task(pool.fetch_value, "select 1").result(SECONDS) == 1
     assert Task(pool.run, lambda conn: conn.execute("select 2").fetchone()).result(SECONDS) == (2,)
-    assert pool.stats().active == 0
+    until(lambda: pool.stats().active == 0)  # a user's reset runs in a worker
 
 
 @pytest.fixture
@@ -111,3 +113,28 @@ def test_another_threads_statement_may_finish_after_the_block(small_pool: Pool) 
             pass
     other.result()
     assert small_pool.fetch_value("select count(*) from kept") == 1
+
+
+@pytest.mark.parametrize("autocommit", [False, True])
+def test_a_users_reset_does_not_wait_for_notifies_left_open(dsn: str, autocommit: bool) -> None:
+    left = []
+
+    def reset(conn: psycopg.Connection[Any]) -> None:
+        conn.execute("reset all")
+        conn.commit()
+
+    with Pool(dsn, max_size=1, reset=reset, kwargs={"autocommit": autocommit}) as pool:
+        conn = pool.getconn()
+        left.append(notifies(conn))
+        pool.putconn(conn)
+        assert_serves(pool)
+        with pool.connection() as conn:
+            left.append(notifies(conn))
+        assert_serves(pool)
+
+
+def test_run_waits_only_once_for_a_stream_left_open(dsn: str) -> None:
+    left = []
+    with Pool(dsn, max_size=1, timeout=2) as pool, within(3.5):
+        with pytest.raises(psycopg.ProgrammingError, match="was left open"):
+            pool.run(lambda conn: left.append(stream(conn)))

@@ -197,3 +197,20 @@ def test_a_statement_that_a_server_may_have_got_raises_commit_uncertain(
 
 def test_a_login_refused_by_a_pooler_that_shuts_down_has_kind_shutdown() -> None:
     assert classify(psycopg.OperationalError("FATAL:  pooler is shutting down")) == "shutdown"
+
+
+def test_a_servers_own_error_with_a_poolers_words_is_not_sent_again(dsn: str) -> None:
+    with Pool(dsn, max_size=1) as pool:
+        pool.execute("create sequence calls")
+        pool.execute(
+            "create function refuse() returns int language plpgsql as $$ begin"
+            f" perform nextval('calls'); raise '{SHUTDOWN}' using errcode = '08P01'; end $$"
+        )
+        with pytest.raises(psycopg.errors.ProtocolViolation):
+            pool.fetch_value("select refuse()")
+        with pytest.raises(psycopg.errors.ProtocolViolation), pool.connection() as conn:
+            conn.execute("select refuse()")
+        with pytest.raises(psycopg.errors.ProtocolViolation):
+            pool.run(lambda conn: conn.execute("select refuse()"))
+        assert pool.fetch_value("select last_value from calls") == 3
+        assert pool.stats().counters.connects == 1
