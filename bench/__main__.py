@@ -25,7 +25,7 @@ ALL = (
     "stops",
 )
 
-# What is drawn of each: the value, what it is multiplied by, and the unit it is then in.
+# The value that each plot shows, the factor that it is multiplied by, and the unit of the result.
 PLOTS = {
     "checkout": ("median", 1e6, "us"),
     "query": ("median", 1e6, "us"),
@@ -53,7 +53,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.names) - set(ALL)):
         parser.error(f"there is no benchmark {unknown[0]!r}")
-    logging.disable()  # the peers' complaints about what is done to them
+    logging.disable()  # what the peers log about their failures
     missing = 0
     for name in arguments.names or ALL:
         print(f"{name}:", flush=True)

@@ -17,7 +17,7 @@ from bench._report import Cell
 def one_cpu() -> Iterator[set[int]]:
     """Keep this process, and what it starts, on one CPU: placement alone moves such ratios.
 
-    Yields the others, for what drives them; the same one if there is none.
+    Yields the other CPUs, for load generators; the same one if there is no other.
     """
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(before)})  # the first serves most interrupts
@@ -32,8 +32,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Return seconds per call, *rounds* figures of *times* calls each, by name.
 
-    The peers take turns, many and short, so that whatever the machine does besides meets all;
-    another one begins each round.
+    The peers take turns, many and short, so that other activity of the machine affects all of
+    them; another peer begins each round.
     """
     turns = deque(calls.items())
     figures: dict[str, list[float]] = {name: [] for name in calls}
@@ -57,7 +57,9 @@ def against(figures: Mapping[str, list[float]], base: str) -> dict[str, Cell]:
     """Return a cell for each peer: its median, spread, and ratio to *base* in the same round."""
     cells = {}
     for name, seconds in figures.items():
-        ratios = [mine / theirs for mine, theirs in zip(seconds, figures[base], strict=True)]
+        ratios = [
+            value / base_value for value, base_value in zip(seconds, figures[base], strict=True)
+        ]
         middle, ratio = median(seconds), median(ratios)
         text = (
             f"{middle * 1e6:.1f} us ±{spread(seconds) / middle:.0%}"

@@ -49,7 +49,7 @@ class Peer(ABC):
 
     @abstractmethod
     def connection(self) -> AbstractContextManager[Any]:
-        """Lend a connection."""
+        """Check out a connection, for a `with` statement."""
 
     def query(self, statement: str = "select 1") -> Any:
         """Run one statement and return its first value."""
@@ -63,17 +63,17 @@ class Peer(ABC):
             barrier.wait(30)
 
     def fill(self, size: int) -> None:
-        """Have that many connections open."""
+        """Open that many connections."""
         barrier = threading.Barrier(size)
         with ThreadPoolExecutor(size) as threads:
             list(threads.map(lambda _: self.hold(barrier), range(size)))
 
     def checkout(self) -> None:
-        """Take a connection and give it back."""
+        """Check out a connection and return it."""
         with self.connection():
             pass
 
-    def age(self) -> None:  # noqa: B027  # most peers do not look at it
+    def age(self) -> None:  # noqa: B027  # most peers have no such check
         """Make idle connections look as if they had been idle for long, where that matters."""
 
     def close(self) -> None:
@@ -280,4 +280,4 @@ class Django(Peer):
         self.pool.close_pool()
 
 
-EVERYONE: list[type[Peer]] = [*PEERS, QueuePool, Psycopg2, Django]
+ALL_PEERS: list[type[Peer]] = [*PEERS, QueuePool, Psycopg2, Django]

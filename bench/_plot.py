@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 _BAR, _GAP, _LEFT, _WIDTH = 18, 8, 300, 380
-_OURS, _THEIRS = "#2f6fde", "#9aa5b1"
+_DBPOOL_COLOR, _PEER_COLOR = "#2f6fde", "#9aa5b1"
 
 
 def bars(path: Path, title: str, groups: Mapping[str, Mapping[str, float]], unit: str) -> None:
@@ -17,10 +17,10 @@ def bars(path: Path, title: str, groups: Mapping[str, Mapping[str, float]], unit
     for group, values in groups.items():
         parts.append(_text(10, y + 13, group, weight="600"))
         y += _BAR + _GAP
-        most = max(values.values()) or 1.0
+        highest = max(values.values()) or 1.0
         for name, value in values.items():
-            width = max(1.0, _WIDTH * value / most)
-            color = _OURS if name.startswith("dbpool") else _THEIRS
+            width = max(1.0, _WIDTH * value / highest)
+            color = _DBPOOL_COLOR if name.startswith("dbpool") else _PEER_COLOR
             parts.append(_text(_LEFT - 8, y + 13, name, anchor="end"))
             parts.append(
                 f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR}" fill="{color}"/>'

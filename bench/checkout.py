@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench._measure import against, interleaved, one_cpu
-from bench._peers import EVERYONE, PsycopgPool
+from bench._peers import ALL_PEERS, PsycopgPool
 from bench._report import Table
 from tests.postgres import served
 
@@ -11,9 +11,9 @@ from tests.postgres import served
 def run(quick: bool) -> Table:
     """Measure every peer's own way of lending a connection."""
     times, rounds = (50, 20) if quick else (100, 400)
-    table = Table("checkout", "Checkout and return", [cls.name for cls in EVERYONE])
+    table = Table("checkout", "Checkout and return", [cls.name for cls in ALL_PEERS])
     with served() as server:
-        peers = {cls.name: cls(server.conninfo, 4) for cls in EVERYONE}
+        peers = {cls.name: cls(server.conninfo, 4) for cls in ALL_PEERS}
         with one_cpu():
             figures = interleaved(
                 {name: peer.checkout for name, peer in peers.items()}, times, rounds

@@ -39,15 +39,15 @@ def _serve(server: Server, cls: type[Peer], count: int, seconds: float) -> dict[
         ready = threading.Barrier(count + 1)
         done = threading.Event()
 
-        def work(mine: list[float]) -> None:
+        def work(thread_waits: list[float]) -> None:
             ready.wait()
             while not done.is_set():
-                asked = time.perf_counter()
+                started_waiting = time.perf_counter()
                 with peer.connection() as conn:
-                    mine.append(time.perf_counter() - asked)
+                    thread_waits.append(time.perf_counter() - started_waiting)
                     conn.execute("select 1")
 
-        threads = [threading.Thread(target=work, args=(mine,)) for mine in waits]
+        threads = [threading.Thread(target=work, args=(thread_waits,)) for thread_waits in waits]
         for thread in threads:
             thread.start()
         ready.wait()
@@ -57,8 +57,8 @@ def _serve(server: Server, cls: type[Peer], count: int, seconds: float) -> dict[
         for thread in threads:
             thread.join()
         taken = time.perf_counter() - started
-    served = [len(mine) for mine in waits]
-    ranked = sorted(wait for mine in waits for wait in mine)
+    served = [len(thread_waits) for thread_waits in waits]
+    ranked = sorted(wait for thread_waits in waits for wait in thread_waits)
     return {
         "throughput": sum(served) / taken,
         "p50": ranked[len(ranked) // 2],
@@ -71,7 +71,7 @@ def _serve(server: Server, cls: type[Peer], count: int, seconds: float) -> dict[
 def _cell(figures: list[dict[str, float]], base: list[dict[str, float]]) -> Cell:
     middle = {key: median(figure[key] for figure in figures) for key in figures[0]}
     ratios = {
-        key: [mine[key] / theirs[key] for mine, theirs in zip(figures, base, strict=True)]
+        key: [own[key] / other[key] for own, other in zip(figures, base, strict=True)]
         for key in ("throughput", "p99")
     }
     ratio = {key: f"{median(each):.2f} x ±{spread(each):.2f}" for key, each in ratios.items()}

@@ -99,10 +99,10 @@ def _reports(times: int) -> tuple[Cell, Cell]:
     with tempfile.TemporaryDirectory(dir=memory if Path(memory).is_dir() else None) as directory:
         processes = Processes(pools, directory=directory)  # type: ignore[arg-type]
         processes.publish()
-        (own,) = Path(directory).glob("*.json")
-        living = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal()]
-        for pid in [pid for pid in living if start_time(pid)][:15]:
-            record = read(own) | {"pid": pid, "start": start_time(pid)}
+        (own_file,) = Path(directory).glob("*.json")
+        pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal()]
+        for pid in [pid for pid in pids if start_time(pid)][:15]:
+            record = read(own_file) | {"pid": pid, "start": start_time(pid)}
             write(Path(directory) / f"app-{pid}-{record['start']}.json", record)
         parts = len(processes.report()["processes"])
         cell = _measure(processes.report, times)

@@ -10,62 +10,69 @@ from typing import Any
 import psycopg
 
 from bench._measure import against, interleaved, one_cpu
-from bench._peers import EVERYONE, Dbpool, DbpoolPipelining, Peer, PsycopgPool
+from bench._peers import ALL_PEERS, Dbpool, DbpoolPipelining, Peer, PsycopgPool
 from bench._report import Table
 from tests.postgres import served
 from tests.proxy import Proxy
 
-ONE_TRIP = "dbpool, one trip"
+ONE_ROUND_TRIP = "dbpool, one trip"
 _BY_KEY = "select body from rows where id = %s"
-_FAR = 0.001  # seconds that a message takes each way
+_NETWORK_DELAY = 0.001  # seconds that a message takes each way
 FLOOR = "psycopg, autocommit, no pool"  # what no pool over psycopg can be cheaper than
 
 
 def run(quick: bool) -> Table:
     """Measure on pools whose connections are all open, as they are in a server that is used."""
-    turns = (20, 6) if quick else (100, 100)
-    others = [cls.name for cls in EVERYONE if cls is not Dbpool]
-    names = [Dbpool.name, ONE_TRIP, DbpoolPipelining.name, *others, FLOOR]
+    repetitions = (20, 6) if quick else (100, 100)
+    others = [cls.name for cls in ALL_PEERS if cls is not Dbpool]
+    names = [Dbpool.name, ONE_ROUND_TRIP, DbpoolPipelining.name, *others, FLOOR]
     table = Table("query", "Queries", names)
     with one_cpu(), served() as server:
         server.execute("create table rows (id bigserial primary key, body text)")
         with (
-            _opened(EVERYONE, server.conninfo, 4) as peers,
-            psycopg.connect(server.conninfo, autocommit=True) as alone,
+            _opened(ALL_PEERS, server.conninfo, 4) as peers,
+            psycopg.connect(server.conninfo, autocommit=True) as single_conn,
         ):
-            ours = peers[Dbpool.name].pool
-            select = partial(ours.fetch_one, "select 1")
-            insert = partial(ours.execute, "insert into rows (body) values ('x')")
+            pool = peers[Dbpool.name].pool
+            select = partial(pool.fetch_one, "select 1")
+            insert = partial(pool.execute, "insert into rows (body) values ('x')")
             for row, work, extra in (
-                ("one SELECT", _select, {ONE_TRIP: select, FLOOR: partial(_fetch, alone)}),
-                ("one INSERT", _insert, {ONE_TRIP: insert}),
-                ("three statements", _three, {}),
+                (
+                    "one SELECT",
+                    _select,
+                    {ONE_ROUND_TRIP: select, FLOOR: partial(_fetch, single_conn)},
+                ),
+                ("one INSERT", _insert, {ONE_ROUND_TRIP: insert}),
+                ("three statements", _three_statements, {}),
             ):
-                _measure(table, row, _calls(work, peers) | extra, turns)
+                _measure(table, row, _calls(work, peers) | extra, repetitions)
         # With one connection there is none to choose; of many, the one used last is warm.
         for size in (1, 16):
             with _opened([Dbpool, PsycopgPool], server.conninfo, size) as peers:
                 select = partial(peers[Dbpool.name].pool.fetch_one, "select 1")
                 row = f"one SELECT, pool of {size}"
-                _measure(table, row, _calls(_select, peers) | {ONE_TRIP: select}, turns)
-        _by_key(table, "one SELECT by key", server.conninfo, turns)
+                _measure(table, row, _calls(_select, peers) | {ONE_ROUND_TRIP: select}, repetitions)
+        _by_key(table, "one SELECT by key", server.conninfo, repetitions)
         with contextlib.closing(Proxy(server.port)) as proxy:
-            proxy.delay = _FAR
+            proxy.delay = _NETWORK_DELAY
             _by_key(
-                table, "the same, server far away", proxy.conninfo, (turns[0] // 10, turns[1] // 2)
+                table,
+                "the same, server far away",
+                proxy.conninfo,
+                (repetitions[0] // 10, repetitions[1] // 2),
             )
     return table
 
 
-def _by_key(table: Table, row: str, conninfo: str, turns: tuple[int, int]) -> None:
+def _by_key(table: Table, row: str, conninfo: str, repetitions: tuple[int, int]) -> None:
     """One SELECT with a parameter, which is the kind that BEGIN can go with."""
     with (
         _opened([Dbpool, DbpoolPipelining, PsycopgPool], conninfo, 4) as peers,
-        psycopg.connect(conninfo, autocommit=True) as alone,
+        psycopg.connect(conninfo, autocommit=True) as single_conn,
     ):
         select = partial(peers[Dbpool.name].pool.fetch_one, _BY_KEY, [1])
-        extra = {ONE_TRIP: select, FLOOR: partial(_fetch_by_key, alone)}
-        _measure(table, row, _calls(_select_by_key, peers) | extra, turns)
+        extra = {ONE_ROUND_TRIP: select, FLOOR: partial(_fetch_by_key, single_conn)}
+        _measure(table, row, _calls(_select_by_key, peers) | extra, repetitions)
 
 
 @contextlib.contextmanager
@@ -78,9 +85,9 @@ def _opened(classes: list[type[Peer]], conninfo: str, size: int) -> Iterator[dic
 
 
 def _measure(
-    table: Table, row: str, calls: Mapping[str, Callable[[], object]], turns: tuple[int, int]
+    table: Table, row: str, calls: Mapping[str, Callable[[], object]], repetitions: tuple[int, int]
 ) -> None:
-    for name, cell in against(interleaved(calls, *turns), PsycopgPool.name).items():
+    for name, cell in against(interleaved(calls, *repetitions), PsycopgPool.name).items():
         table.put(row, name, cell)
 
 
@@ -113,7 +120,7 @@ def _insert(peer: Peer) -> None:
         conn.execute("insert into rows (body) values ('x')")
 
 
-def _three(peer: Peer) -> None:
+def _three_statements(peer: Peer) -> None:
     with peer.connection() as conn:
         conn.execute("insert into rows (body) values ('x')")
         conn.execute("update rows set body = 'y' where id = 1")

@@ -30,48 +30,48 @@ from tests.postgres import Server, free_port, served, until
 from tests.proxy import Proxy
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 60.0  # seconds after which a peer is given up
+MAX_SECONDS = 60.0  # seconds after which a peer counts as hanging
 REPETITIONS = 5
-ENOUGH = 25.0  # seconds that a peer may take over one case before it is not asked again
+MAX_CASE_SECONDS = 25.0  # seconds that a peer may spend on a case before it is not run again
 
-Figures = dict[str, Any]  # what one peer met once; times in seconds, None for never
-Met = Sequence[Figures]
+Figures = dict[str, Any]  # the result of one case for one peer; times in seconds, None for never
+Results = Sequence[Figures]
 
 
 def run(quick: bool) -> Table:
     """Run all cases against all peers that have an answer to them."""
     table = Table("recovery", "What a caller meets", [peer.name for peer in PEERS])
     compare = partial(_compare, table, 1 if quick else REPETITIONS)
-    # Where the others wait or hang for long, a quick run is ours alone.
-    those = PEERS[:1] if quick else PEERS
-    fit = [peer for peer in PEERS if not (quick and issubclass(peer, PsycopgPool))]
+    # Where other peers wait or hang for long, a quick run measures dbpool alone.
+    slow_case_peers = PEERS[:1] if quick else PEERS
+    quick_peers = [peer for peer in PEERS if not (quick and issubclass(peer, PsycopgPool))]
     outage, seconds, length = (3.0, 1.0, 2.0) if quick else (20.0, 10.0, 6.0)
     with _server() as server:
         for mode in ("immediate",) if quick else ("immediate", "fast"):
             title = f"restart ({mode}), 10 idle, next 30 requests"
-            compare(partial(_restart, server, mode), fit, {title: _first_and_errors})
+            compare(partial(_restart, server, mode), quick_peers, {title: _first_and_errors})
         rows = {
             f"{outage:.0f} s outage under load: served after": _after,
             "the same: a call while it is down": _call,
         }
-        compare(partial(_outage, server, outage), those, rows)
+        compare(partial(_outage, server, outage), slow_case_peers, rows)
         for kind, params in (
             ("password", {"user": "app", "password": "wrong"}),
             ("role", {"user": "nobody_here", "password": "x"}),
             ("database", {"dbname": "nowhere"}),
         ):
             conninfo = server.conninfo_for(**params)
-            compare(partial(_refused, conninfo), fit, {f"wrong {kind}": _seconds_and_error})
+            compare(partial(_refused, conninfo), quick_peers, {f"wrong {kind}": _seconds_and_error})
         title = "all frozen, idle for 60 s, timeout 2: call; after thaw"
-        compare(partial(_frozen, server), those, {title: _call_and_after})
+        compare(partial(_frozen, server), slow_case_peers, {title: _call_and_after})
         title = "10 idle for 60 s, network silent: first answer"
-        compare(partial(_silent, server), those, {title: _first})
+        compare(partial(_silent, server), slow_case_peers, {title: _first})
         title = "100 dead: until one is served"
-        compare(partial(_many_dead, server), those, {title: _first_and_errors})
+        compare(partial(_many_dead, server), slow_case_peers, {title: _first_and_errors})
         title = "100 dead and no server: all given up"
-        compare(partial(_given_up, server), [Dbpool], {title: _seconds_and_dead})
+        compare(partial(_evict_dead, server), [Dbpool], {title: _seconds_and_dead})
         title = f"16 threads, room for 8, {seconds:.0f} s"
-        compare(partial(_full, seconds), fit, {title: _served_and_failed})
+        compare(partial(_full, seconds), quick_peers, {title: _served_and_failed})
         title = "restarts under run(idempotent=True)"
         compare(partial(_run_restarts, server, length), [Dbpool], {title: _calls_and_rows})
     title = "gunicorn --preload, 3 workers, 300 requests"
@@ -84,94 +84,96 @@ def _compare(
     times: int,
     case: Callable[[type[Peer]], Figures],
     peers: Sequence[type[Peer]],
-    rows: Mapping[str, Callable[[Met], Cell]],
+    rows: Mapping[str, Callable[[Results], Cell]],
 ) -> None:
-    """Have the peers meet a case in turns, again and again; who takes long over it less often.
+    """Run a case for all peers in turns, *times* times; a peer that takes long is run less often.
 
-    *rows* are the titles of its rows in the table, each with what is told there.
+    *rows* maps the titles of its rows in the table to functions that summarize the results.
     """
     turns = deque(peers)
-    met: dict[type[Peer], list[Figures]] = {peer: [] for peer in peers}
+    results: dict[type[Peer], list[Figures]] = {peer: [] for peer in peers}
     taken = dict.fromkeys(peers, 0.0)
     for _ in range(times):
         for peer in turns:
-            if taken[peer] < ENOUGH:
+            if taken[peer] < MAX_CASE_SECONDS:
                 started = time.monotonic()
-                met[peer].append(case(peer))
+                results[peer].append(case(peer))
                 taken[peer] += time.monotonic() - started
         turns.rotate()
-    for title, tell in rows.items():
-        for peer, figures in met.items():
-            table.put(title, peer.name, tell(figures))
+    for title, summarize in rows.items():
+        for peer, figures in results.items():
+            table.put(title, peer.name, summarize(figures))
 
 
-# What is told of the figures that a peer met: times as medians, mishaps as the worst.
+# Cells of the table: times as medians, failures as the worst round.
 
 
-def _first(met: Met) -> Cell:
-    return _told(met, "first")
+def _first(results: Results) -> Cell:
+    return _times(results, "first")
 
 
-def _first_and_errors(met: Met) -> Cell:
-    return _told(met, "first", f", {_worst(met, 'errors')} errors")
+def _first_and_errors(results: Results) -> Cell:
+    return _times(results, "first", f", {_worst(results, 'errors')} errors")
 
 
-def _after(met: Met) -> Cell:
-    return _told(met, "after")
+def _after(results: Results) -> Cell:
+    return _times(results, "after")
 
 
-def _call(met: Met) -> Cell:
-    return _told(met, "call", never="waits")
+def _call(results: Results) -> Cell:
+    return _times(results, "call", never="waits")
 
 
-def _call_and_after(met: Met) -> Cell:
-    return _told(met, "call", f"; {_time(met, 'after')}", never="hangs until the thaw")
+def _call_and_after(results: Results) -> Cell:
+    return _times(results, "call", f"; {_time(results, 'after')}", never="hangs until the thaw")
 
 
-def _seconds_and_error(met: Met) -> Cell:
-    return _told(met, "seconds", f", {met[0]['error']}")
+def _seconds_and_error(results: Results) -> Cell:
+    return _times(results, "seconds", f", {results[0]['error']}")
 
 
-def _seconds_and_dead(met: Met) -> Cell:
-    return _told(met, "seconds", f", {min(figures['dead'] for figures in met)} given up")
+def _seconds_and_dead(results: Results) -> Cell:
+    return _times(results, "seconds", f", {min(figures['dead'] for figures in results)} given up")
 
 
-def _served_and_failed(met: Met) -> Cell:
-    served = median(figures["served"] for figures in met)
-    return Cell(f"{served:.0f} served, {_worst(met, 'failed')} failed", _values(met))
+def _served_and_failed(results: Results) -> Cell:
+    served = median(figures["served"] for figures in results)
+    return Cell(f"{served:.0f} served, {_worst(results, 'failed')} failed", _values(results))
 
 
-def _calls_and_rows(met: Met) -> Cell:
-    calls, failed, rows = (sum(each[key] for each in met) for key in ("calls", "failed", "rows"))
-    return Cell(f"{calls} calls, {failed} failed, {rows} rows", _values(met))
+def _calls_and_rows(results: Results) -> Cell:
+    calls, failed, rows = (
+        sum(each[key] for each in results) for key in ("calls", "failed", "rows")
+    )
+    return Cell(f"{calls} calls, {failed} failed, {rows} rows", _values(results))
 
 
-def _shared_and_stop(met: Met) -> Cell:
-    mishaps = f"{_worst(met, 'shared')} shared, {_worst(met, 'failed')} failed"
-    return Cell(f"{mishaps}, stops in {_time(met, 'stop')}", _values(met))
+def _shared_and_stop(results: Results) -> Cell:
+    failures = f"{_worst(results, 'shared')} shared, {_worst(results, 'failed')} failed"
+    return Cell(f"{failures}, stops in {_time(results, 'stop')}", _values(results))
 
 
-def _told(met: Met, key: str, rest: str = "", never: str = "") -> Cell:
-    """Tell the times of that name, and *rest*; *never* is said of what did not come."""
-    times = [figures[key] for figures in met if figures[key] is not None]
+def _times(results: Results, key: str, rest: str = "", never: str = "") -> Cell:
+    """The times of that name, then *rest*; *never* is shown if one did not come."""
+    times = [figures[key] for figures in results if figures[key] is not None]
     drawn = {"seconds": median(times)} if times else {}
-    return Cell(f"{_time(met, key, never)}{rest}", _values(met) | drawn)
+    return Cell(f"{_time(results, key, never)}{rest}", _values(results) | drawn)
 
 
-def _values(met: Met) -> Figures:
-    return {"rounds": len(met), "figures": met}
+def _values(results: Results) -> Figures:
+    return {"rounds": len(results), "figures": results}
 
 
-def _worst(met: Met, key: str) -> int:
-    worst: int = max(figures[key] for figures in met)
+def _worst(results: Results, key: str) -> int:
+    worst: int = max(figures[key] for figures in results)
     return worst
 
 
-def _time(met: Met, key: str, never: str = "") -> str:
+def _time(results: Results, key: str, never: str = "") -> str:
     """The median of the times of that name, and the longest if there are more than two."""
-    times = [figures[key] for figures in met if figures[key] is not None]
-    if len(times) < len(met):
-        return never or f"none in {met[0]['given']:.0f} s"
+    times = [figures[key] for figures in results if figures[key] is not None]
+    if len(times) < len(results):
+        return never or f"none in {results[0]['given']:.0f} s"
     longest = f" (at most {_seconds(max(times))})" if len(times) > 2 else ""
     return f"{_seconds(median(times))}{longest}"
 
@@ -180,7 +182,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.4g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
-# The cases: what one peer meets, once.
+# The cases, each run once for one peer.
 
 
 @contextlib.contextmanager
@@ -231,10 +233,10 @@ def _outage(server: Server, length: float, cls: type[Peer]) -> Figures:
         back = time.monotonic()
         with contextlib.suppress(AssertionError):
             until(lambda: any(ok and started > down + 3 for started, _, ok in calls[-500:])
-                  or any(ok and ended > back for _, ended, ok in calls[-500:]), PATIENCE)  # fmt: skip
+                  or any(ok and ended > back for _, ended, ok in calls[-500:]), MAX_SECONDS)  # fmt: skip
         done.set()
         for thread in threads:
-            thread.join(PATIENCE)
+            thread.join(MAX_SECONDS)
     served = min((ended for _, ended, ok in calls if ok and ended > down + 2), default=None)
     refused = [
         ended - started for started, ended, ok in calls if not ok and down + 2.5 < started < back
@@ -242,7 +244,7 @@ def _outage(server: Server, length: float, cls: type[Peer]) -> Figures:
     return {
         "after": None if served is None else max(0.0, served - back),
         "call": median(refused) if refused else None,
-        "given": PATIENCE,
+        "given": MAX_SECONDS,
     }
 
 
@@ -253,8 +255,8 @@ def _refused(conninfo: str, cls: type[Peer]) -> Figures:
             peer.query()
         except Exception as ex:  # noqa: BLE001  # as above
             seconds = time.monotonic() - started
-            told = "with cause" if _names_a_cause(ex) else "no cause"
-            return {"seconds": seconds, "error": f"{type(ex).__name__}, {told}"}
+            cause = "with cause" if _names_a_cause(ex) else "no cause"
+            return {"seconds": seconds, "error": f"{type(ex).__name__}, {cause}"}
     raise AssertionError("it was let in")
 
 
@@ -282,8 +284,8 @@ def _frozen(server: Server, cls: type[Peer]) -> Figures:
         returned = done.wait(8.0)
         server.thaw()
         thawed = time.monotonic()
-        thread.join(PATIENCE)
-        while time.monotonic() < thawed + PATIENCE:
+        thread.join(MAX_SECONDS)
+        while time.monotonic() < thawed + MAX_SECONDS:
             try:
                 peer.query()
                 break
@@ -323,18 +325,18 @@ def _many_dead(server: Server, cls: type[Peer]) -> Figures:
         peer.fill(100)
         server.restart("immediate")
         started, first, errors = time.monotonic(), None, 0
-        while first is None and time.monotonic() < started + PATIENCE:
+        while first is None and time.monotonic() < started + MAX_SECONDS:
             try:
                 peer.query()
             except Exception:  # noqa: BLE001  # as above
                 errors += 1
             else:
                 first = time.monotonic() - started
-    return {"first": first, "errors": errors, "given": PATIENCE}
+    return {"first": first, "errors": errors, "given": MAX_SECONDS}
 
 
-def _given_up(server: Server, cls: type[Peer]) -> Figures:
-    """Ask once without waiting: all the time that takes is for giving the dead up."""
+def _evict_dead(server: Server, cls: type[Peer]) -> Figures:
+    """Ask once without waiting: all the time it takes is for evicting dead connections."""
     with cls.opened(server.conninfo, 100) as peer:
         peer.fill(100)
         server.stop("immediate")
@@ -367,14 +369,14 @@ def _full(length: float, cls: type[Peer]) -> Figures:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join(PATIENCE)
+                thread.join(MAX_SECONDS)
     return {"served": sum(served), "failed": sum(failed)}
 
 
 def _run_restarts(server: Server, length: float, cls: type[Peer]) -> Figures:
     server.execute("drop table if exists inserts")
     server.execute("create table inserts (id text primary key)")
-    # Idempotent: what was committed unheard is not there twice.
+    # Idempotent: an insert whose answer was lost is not there twice.
     insert = "insert into inserts values (%s) on conflict do nothing"
     calls, failed = [0] * 8, [0] * 8
     with cls.opened(server.conninfo, 6) as peer:
@@ -400,7 +402,7 @@ def _run_restarts(server: Server, length: float, cls: type[Peer]) -> Figures:
             time.sleep(length / 6)
             server.restart(mode)
         for thread in threads:
-            thread.join(PATIENCE)
+            thread.join(MAX_SECONDS)
         rows = peer.pool.fetch_value("select count(*) from inserts")
     return {"calls": sum(calls), "failed": sum(failed), "rows": rows}
 
@@ -455,10 +457,10 @@ def _preload(cls: type[Peer]) -> Figures:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(gunicorn.pid, signal.SIGKILL)
             gunicorn.wait()
-    users: dict[str, set[str]] = {}
+    workers_by_backend: dict[str, set[str]] = {}
     for worker, backend in map(str.split, answers):
-        users.setdefault(backend, set()).add(worker)
-    shared = sum(len(workers) > 1 for workers in users.values())
+        workers_by_backend.setdefault(backend, set()).add(worker)
+    shared = sum(len(workers) > 1 for workers in workers_by_backend.values())
     return {"shared": shared, "failed": 300 - len(answers), "stop": seconds}
 
 

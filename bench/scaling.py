@@ -47,17 +47,17 @@ def _sizes(server: Server, table: Table, sizes: tuple[int, ...], rounds: int) ->
     for pool in peers.values():
         pool.wait()
 
-    def lend(pool: Any) -> None:
+    def check_out(pool: Any) -> None:
         with pool.connection():
             pass
 
     with one_cpu():
-        calls = {f"{n}|{s}": (lambda p=pool: lend(p)) for (n, s), pool in peers.items()}
+        calls = {f"{n}|{s}": (lambda p=pool: check_out(p)) for (n, s), pool in peers.items()}
         figures = interleaved(calls, 100, 40 * rounds)
     for (name, size), pool in peers.items():
         seconds = median(figures[f"{name}|{size}"])
         pairs = zip(figures[f"{name}|{size}"], figures[f"{name}|4"], strict=True)
-        ratios = [mine / base for mine, base in pairs]
+        ratios = [value / base for value, base in pairs]
         ratio = median(ratios)
         text = f"{seconds * 1e6:.1f} us ({ratio:.2f} x ±{spread(ratios):.2f} of a pool of 4)"
         table.put(f"checkout, pool of {size}", name, Cell(text, {"median": seconds, "of_4": ratio}))
@@ -71,14 +71,14 @@ def _waiters(server: Server, table: Table, counts: tuple[int, ...], rounds: int)
         with one_cpu():
             for _ in range(rounds):
                 for cls in PEERS:
-                    figures[cls.name].append(_hand_through(server, cls, count))
+                    figures[cls.name].append(_hand_over(server, cls, count))
         for name, seconds in figures.items():
             each = median(seconds)
             text = f"{each * 1e6:.1f} us each ±{spread(seconds) / each:.0%}"
             table.put(f"hand-over, {count} waiters", name, Cell(text, {"seconds": each}))
 
 
-def _hand_through(server: Server, cls: type[Peer], count: int) -> float:
+def _hand_over(server: Server, cls: type[Peer], count: int) -> float:
     with cls.opened(server.conninfo, 1, timeout=60.0) as peer:
         peer.query()
         held = peer.pool.getconn()
@@ -99,7 +99,7 @@ def _waiting(peer: Peer, count: int) -> bool:
 
 def _memory(server: Server, table: Table) -> None:
     for name, make in ((Dbpool.name, Pool), (PsycopgPool.name, ConnectionPool)):
-        make(server.conninfo, open=False)  # whatever is made once is not a pool's
+        make(server.conninfo, open=False)  # excludes what is allocated only once
         tracemalloc.start()
         pools = [make(server.conninfo, open=False) for _ in range(20)]
         pool_bytes = tracemalloc.get_traced_memory()[0] / len(pools)
@@ -132,6 +132,9 @@ def _imports(table: Table, rounds: int) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
             seconds.append(float(done.stdout))
     for name, seconds in figures.items():
-        ratios = [m / b for m, b in zip(seconds, figures["psycopg_pool"], strict=True)]
+        ratios = [
+            value / base_value
+            for value, base_value in zip(seconds, figures["psycopg_pool"], strict=True)
+        ]
         text = f"{median(seconds) * 1e3:.0f} ms ({median(ratios):.2f} x ±{spread(ratios):.2f})"
         table.put("import", name, Cell(text, {"median": median(seconds), "ratio": median(ratios)}))

@@ -1,4 +1,4 @@
-"""What `python -m dbpool plan` advises, beside the smallest size that was seen to do.
+"""The size that `python -m dbpool plan` advises, beside the smallest size that sufficed.
 
 Threads pause, take a connection, hold it for as long as a statement sleeps in the server, and
 come again. The knee is the smallest `max_size` at which the 95th percentile of the waits, as the
@@ -19,7 +19,7 @@ from dbpool import Pool
 from dbpool.sizing import TARGET, Measured, measure
 from tests.postgres import Server, served
 
-SET = 20  # max_size while the load is measured
+MEASURED_SIZE = 20  # max_size while the load is measured
 SECONDS = 8.0  # for each size: more than 1,000 checkouts of each load
 
 
@@ -46,7 +46,7 @@ def run(quick: bool) -> Table:
     table = Table("sizes", "Connections that a load needs", ["advised", "knee", "twice the load"])
     with served() as server:
         for name, case in list(CASES.items())[: 1 if quick else None]:
-            found = _measure(server, case, SET, 4.0 if quick else SECONDS)[0]
+            found = _measure(server, case, MEASURED_SIZE, 4.0 if quick else SECONDS)[0]
             advised = found.needs(case.threads)
             twice = found.needs(case.threads, 2.0)
             assert advised is not None, found.reason
@@ -57,9 +57,9 @@ def run(quick: bool) -> Table:
     return table
 
 
-def _knee(server: Server, case: Case, guess: int, seconds: float) -> int:
-    """Return the smallest size that does, looked for around *guess*."""
-    size = guess
+def _knee(server: Server, case: Case, start: int, seconds: float) -> int:
+    """Return the smallest size that suffices, searched from *start*."""
+    size = start
     if _measure(server, case, size, seconds)[1] < TARGET:
         while size > 1 and _measure(server, case, size - 1, seconds)[1] < TARGET:
             size -= 1

@@ -1,7 +1,7 @@
 """A spike: 50 threads at once on a pool of 5 to 50 whose connects take 150 ms.
 
-HikariCP's test of that name: who opens a connection for every waiter is slow and ends up with
-far too many.
+HikariCP's test of that name: a pool that opens a connection for every waiter is slow and ends up
+with far too many.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench._report import Cell, Table
 from dbpool import Pool
 from tests.postgres import served
 
-THREADS, LEAST, MOST, CONNECT = 50, 5, 50, 0.15
+THREADS, MIN_SIZE, MAX_SIZE, CONNECT_SECONDS = 50, 5, 50, 0.15
 
 
 class SlowConnection(psycopg.Connection[Any]):
@@ -32,7 +32,7 @@ class SlowConnection(psycopg.Connection[Any]):
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Any:
         """Connect, slowly."""
-        time.sleep(CONNECT)
+        time.sleep(CONNECT_SECONDS)
         return super().connect(conninfo, **kwargs)
 
 
@@ -68,7 +68,9 @@ def _cell(figures: list[tuple[float, int]]) -> Cell:
 
 
 def _pooled(make: Any, conninfo: str) -> tuple[float, int]:
-    pool = make(conninfo, min_size=LEAST, max_size=MOST, connection_class=SlowConnection, open=True)
+    pool = make(
+        conninfo, min_size=MIN_SIZE, max_size=MAX_SIZE, connection_class=SlowConnection, open=True
+    )
     pool.wait()
     seconds = _spike(pool.connection)
     size = int(pool.get_stats()["pool_size"])
@@ -80,17 +82,17 @@ def _sqlalchemy(conninfo: str) -> tuple[float, int]:
     engine = sqlalchemy.create_engine(
         "postgresql+psycopg://",
         creator=lambda: SlowConnection.connect(conninfo),
-        pool_size=LEAST,
-        max_overflow=MOST - LEAST,
+        pool_size=MIN_SIZE,
+        max_overflow=MAX_SIZE - MIN_SIZE,
     )
-    warm = [engine.connect() for _ in range(LEAST)]
-    for conn in warm:
+    conns = [engine.connect() for _ in range(MIN_SIZE)]
+    for conn in conns:
         conn.close()
     made: list[object] = []
     sqlalchemy.event.listen(engine, "connect", lambda *_: made.append(1))
     seconds = _spike(engine.connect)
     engine.dispose()
-    return seconds, LEAST + len(made)
+    return seconds, MIN_SIZE + len(made)
 
 
 def _spike(connection: Any) -> float:

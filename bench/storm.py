@@ -1,10 +1,10 @@
 """How many connects a second a server meets after an outage, and after a deploy: a simulation.
 
-Each worker has a pool of four connections, all wanted. The server closes them at once, is away for
-a while, and refuses until it is back. Simulated is when each pool connects: ours tries with one
+Each worker has a pool of four connections and needs all of them. The server closes them at once and
+refuses new ones for a while. The simulation computes when each pool connects: dbpool tries with one
 connection at a time and connects the others once that succeeds, psycopg_pool tries with each
-connection by itself, and "no jitter" is our schedule without its randomness. Both schedules come
-from the libraries themselves.
+connection by itself, and "no jitter" is dbpool's schedule without its randomness. Both schedules
+come from the libraries themselves.
 
 The peak is the most connects in any 10 ms, as a rate: a backlog overflows, and backends are
 forked, in milliseconds. While the server is away the first attempt, which all make when they
@@ -29,8 +29,8 @@ from dbpool.retry import delays
 WORKERS = (10, 100, 1_000, 10_000)
 CONNECTIONS = 4  # of each worker
 OUTAGE = 30.0  # seconds
-NOTICED = 0.01  # seconds within which all notice that their connections were closed
-CONNECTING = 0.005  # seconds from one connect to the next of a pool that is being served again
+NOTICE_SECONDS = 0.01  # seconds within which all notice that their connections were closed
+CONNECT_SECONDS = 0.005  # seconds from one connect to the next of a pool that is being served again
 WINDOWS = (0.01, 0.1, 1.0)
 LIFETIME = 1800.0
 
@@ -43,15 +43,15 @@ def run(quick: bool) -> Table:
     for workers in sizes:
         for name, reconnects in PEERS.items():
             times = [t for _ in range(workers) for t in reconnects()]
-            away = [t for t in times if 2 * NOTICED < t < OUTAGE]
-            table.put(f"{workers:,} workers, server away", name, _cell(away))
-            back = [t for t in times if t >= OUTAGE]
-            table.put(f"{workers:,} workers, server back", name, _cell(back))
+            during = [t for t in times if 2 * NOTICE_SECONDS < t < OUTAGE]
+            table.put(f"{workers:,} workers, server away", name, _cell(during))
+            after = [t for t in times if t >= OUTAGE]
+            table.put(f"{workers:,} workers, server back", name, _cell(after))
     for workers in sizes:
         title = f"{workers:,} workers, lifetimes after a deploy"
         for name, spread in SPREADS.items():
             number = workers * CONNECTIONS
-            times = [NOTICED * random.random() + _lifetime(spread) for _ in range(number)]
+            times = [NOTICE_SECONDS * random.random() + _lifetime(spread) for _ in range(number)]
             table.put(title, name, _cell(times))
     return table
 
@@ -83,17 +83,17 @@ def _no_jitter() -> Iterator[float]:
 
 def _one_then_all(pauses: Iterator[float]) -> Iterator[float]:
     """Yield the times of one pool's connects, from the moment its connections were closed."""
-    now = NOTICED * random.random()
+    now = NOTICE_SECONDS * random.random()
     while now < OUTAGE:
         yield now
         now += next(pauses)
     for n in range(CONNECTIONS):
-        yield now + n * CONNECTING
+        yield now + n * CONNECT_SECONDS
 
 
 def _psycopg_pool() -> Iterator[float]:
     for _ in repeat(None, CONNECTIONS):
-        now, attempt = NOTICED * random.random(), AttemptWithBackoff(timeout=300.0)
+        now, attempt = NOTICE_SECONDS * random.random(), AttemptWithBackoff(timeout=300.0)
         while now < OUTAGE:
             yield now
             attempt.update_delay(now)

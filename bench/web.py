@@ -102,7 +102,7 @@ def run(quick: bool) -> Table:
                 found[name].append(_drive(port, seconds, others))
             turns.rotate()
     for name, rates in found.items():
-        ratios = [mine / base for mine, base in zip(rates, found["psycopg_pool"], strict=True)]
+        ratios = [rate / base for rate, base in zip(rates, found["psycopg_pool"], strict=True)]
         middle, ratio = median(rates), median(ratios)
         text = (
             f"{middle:.0f} ±{spread(rates) / middle:.0%}"

@@ -45,14 +45,14 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     logs.init_app(app)
     notes.db.init_app(app)
     errors.init_app(app)
-    _insist_on_host(app)
+    _require_known_host(app)
     app.register_blueprint(create_blueprint(), url_prefix="/db")
     app.register_blueprint(notes.blueprint, url_prefix="/notes")
     app.add_url_rule("/", "index", _index)
     return app
 
 
-def _insist_on_host(app: Flask) -> None:
+def _require_known_host(app: Flask) -> None:
     """Answer only requests for the host names in WEBAPP_HOSTS, if that is set.
 
     Otherwise any website could read an open demo through its visitor's browser, by giving one of

@@ -143,29 +143,31 @@ def _database(listener: socket.socket, stop: Stop) -> Iterator[Server | None]:
     if configured.get("DATABASE_URL") or configured.get("DATABASE_URL_FILE"):
         yield None
         return
-    _insist_on_loopback(listener)
+    _require_loopback(listener)
     with server(home(ROOT), stop) as embedded:
         for name in [name for name in os.environ if name.startswith("PG")]:
             del os.environ[name]
         os.environ["DATABASE_URL"] = embedded.conninfo
         # Only these settings of a .env apply: its PG variables are meant for another server.
-        ours = {key: value for key, value in configured.items() if key.startswith("DBPOOL_")}
-        os.environ.update({key: value for key, value in ours.items() if value})
+        pool_settings = {
+            key: value for key, value in configured.items() if key.startswith("DBPOOL_")
+        }
+        os.environ.update({key: value for key, value in pool_settings.items() if value})
         os.environ["DBPOOL_DOTENV"] = "off"
         closed = any(map(configured.get, ("DBPOOL_DETAILS", "DBPOOL_TOKEN", "DBPOOL_TOKEN_FILE")))
         if not closed:
             os.environ["DBPOOL_DETAILS"] = "always"
-        os.environ.setdefault("WEBAPP_HOSTS", ",".join(_names(listener)))
+        os.environ.setdefault("WEBAPP_HOSTS", ",".join(_local_names(listener)))
         yield embedded
 
 
-def _names(listener: socket.socket) -> list[str]:
+def _local_names(listener: socket.socket) -> list[str]:
     """Return the names of this machine that no website can point to it."""
     host = listener.getsockname()[0]
     return ["localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host]
 
 
-def _insist_on_loopback(listener: socket.socket) -> None:
+def _require_loopback(listener: socket.socket) -> None:
     host = listener.getsockname()[0]
     if not ipaddress.ip_address(host).is_loopback:
         raise Refused(f"the embedded demo shows everything, so it is not served on {host}")
@@ -209,7 +211,7 @@ def _serve(
         # If a changed source is broken, gunicorn ends; the next change starts it again.
         while not stop() and (process.poll() is None or sources is not None):
             if sources is not None and (changed := sources.changed()):
-                print(f"webapp: reloading, changed: {_named(changed)}", flush=True)
+                print(f"webapp: reloading, changed: {_file_names(changed)}", flush=True)
                 _end(process)
                 process = _start_gunicorn(listener)
             if not is_announced and _answers(host, port):
@@ -221,7 +223,7 @@ def _serve(
     finally:
         _end(process)
     if not stop():
-        raise Refused(f"gunicorn ended by itself: {_how(process.returncode)}")
+        raise Refused(f"gunicorn ended by itself: {_describe_exit(process.returncode)}")
     return 0
 
 
@@ -236,7 +238,7 @@ def _start_gunicorn(listener: socket.socket) -> subprocess.Popen[bytes]:
     )
 
 
-def _named(changed: list[Path]) -> str:
+def _file_names(changed: list[Path]) -> str:
     """Name at most three of the files: a checkout of another branch changes many."""
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return ", ".join(map(str, changed[:3])) + more
@@ -299,7 +301,7 @@ def _configured_by() -> str:
     return f"the database of {dotenv()}"
 
 
-def _how(returncode: int) -> str:
+def _describe_exit(returncode: int) -> str:
     if returncode < 0:
         return f"killed by {signal.Signals(-returncode).name}"
     return f"exit code {returncode}"

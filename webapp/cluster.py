@@ -204,9 +204,9 @@ class Bouncer:
 
 @contextmanager
 def _application(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "DATABASE_URL"))}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "DATABASE_URL"))}
     environ = {
-        **kept,
+        **inherited,
         "DATABASE_URL": _url(folder, BOUNCER),
         "DBPOOL_POOLER": "transaction",
         "DBPOOL_DATABASES": "replica",
@@ -216,7 +216,9 @@ def _application(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         "WEBAPP_HOST": "127.0.0.1",
         "WEBAPP_HOSTS": "localhost,127.0.0.1",
     }
-    if not any(kept.get(name) for name in ("DBPOOL_DETAILS", "DBPOOL_TOKEN", "DBPOOL_TOKEN_FILE")):
+    if not any(
+        inherited.get(name) for name in ("DBPOOL_DETAILS", "DBPOOL_TOKEN", "DBPOOL_TOKEN_FILE")
+    ):
         environ["DBPOOL_DETAILS"] = "always"
     web = subprocess.Popen(
         [sys.executable, "-m", "webapp"],

@@ -38,15 +38,15 @@ def home(checkout: Path) -> Path:
     inside = checkout / ".data"
     user = server_user()
     if user and not can(user, "/bin/sh", "-c", 'cd "$1"', "sh", checkout):
-        why = f"is not accessible to user {user}"
+        reason = f"is not accessible to user {user}"
     elif not os.access(inside, os.W_OK) and not os.access(checkout, os.W_OK):
-        why = "cannot be written"
+        reason = "cannot be written"
     elif "\n" in str(checkout):
-        why = "has a line break in its path"
+        reason = "has a line break in its path"
     else:
         return inside
     found = user_folder() / f"data-{_digest(checkout)}"
-    logger.warning("%s %s: the data is in %s", checkout, why, found)
+    logger.warning("%s %s: the data is in %s", checkout, reason, found)
     return found
 
 
@@ -56,15 +56,15 @@ def server(home: Path, stopping: Callable[[], bool] = lambda: False) -> Iterator
 
     Raises EmbeddedError, or Interrupted once `stopping()` is true.
     """
-    held = Server(home, stopping)
+    shared = Server(home, stopping)
     try:
         try:
-            held.join()
+            shared.join()
         except OSError as exc:  # a full disk, say
             raise EmbeddedError(f"cannot serve from {home}: {exc}") from None
-        yield held
+        yield shared
     finally:
-        held.leave()
+        shared.leave()
 
 
 class Server(Cluster):
@@ -93,7 +93,7 @@ class Server(Cluster):
     def join(self) -> None:
         """Start to use the server; start it if it does not run."""
         self._make_home()
-        with self._alone(START_SECONDS):
+        with self._exclusive(START_SECONDS):
             self._users = self._open("users.lock")
             fcntl.flock(self._users, fcntl.LOCK_SH)
             if not self.data.exists():
@@ -106,7 +106,7 @@ class Server(Cluster):
         if self._users is None:
             return
         # A process that holds the lock for this long is starting the server, and will stop it.
-        with suppress(EmbeddedError), self._alone(FAST_SECONDS):
+        with suppress(EmbeddedError), self._exclusive(FAST_SECONDS):
             if _lock(self._users, fcntl.LOCK_EX):
                 self.end()
         self._users.close()
@@ -116,7 +116,7 @@ class Server(Cluster):
         """Start the server again if it crashed; one that was stopped on purpose stays down."""
         if self.has_crashed:
             logger.warning("PostgreSQL ended unexpectedly: starting it again")
-            with self._alone(START_SECONDS):
+            with self._exclusive(START_SECONDS):
                 self.serve(SETTINGS)
 
     def _make_home(self) -> None:
@@ -176,7 +176,7 @@ class Server(Cluster):
         return os.fdopen(descriptor)
 
     @contextmanager
-    def _alone(self, seconds: float) -> Iterator[None]:
+    def _exclusive(self, seconds: float) -> Iterator[None]:
         deadline = time.monotonic() + seconds
         with self._open("server.lock") as file:
             while not _lock(file, fcntl.LOCK_EX):

@@ -13,10 +13,10 @@ def set_number(name: str) -> int:
     Compose and Helm turn a variable that is not set into an empty string, so that counts as the
     default. gunicorn would end in a traceback there, and would start no worker for 0.
     """
-    default, most = NUMBERS[name]
+    default, maximum = NUMBERS[name]
     given = os.environ.get(name, "").strip() or default
-    if not re.fullmatch("[0-9]{1,5}", given) or not 1 <= int(given) <= most:
-        sys.exit(f"webapp: {name} must be a number from 1 to {most}, not {given[:20]!r}")
+    if not re.fullmatch("[0-9]{1,5}", given) or not 1 <= int(given) <= maximum:
+        sys.exit(f"webapp: {name} must be a number from 1 to {maximum}, not {given[:20]!r}")
     os.environ[name] = given
     return int(given)
 

@@ -49,12 +49,12 @@ def when_ready(server: Any) -> None:
     if supervisor is None:
         return
 
-    def look(signum: int, frame: FrameType | None) -> None:
+    def check_supervisor(signum: int, frame: FrameType | None) -> None:
         if os.getppid() != int(supervisor):
             signal.setitimer(signal.ITIMER_REAL, 0)
             os.kill(os.getpid(), signal.SIGQUIT)
 
     # When Python exits, it restores the default action of SIGALRM, which kills the process.
     atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, look)
+    signal.signal(signal.SIGALRM, check_supervisor)
     signal.setitimer(signal.ITIMER_REAL, 0.25, 0.25)

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 
-EVERYWHERE = {"", "0.0.0.0", "::"}  # noqa: S104  # where the server listens on all addresses
+ALL_ADDRESSES = {"", "0.0.0.0", "::"}  # noqa: S104  # where the server listens on all addresses
 TIMEOUT = 2.0  # seconds, to connect and to answer
 REQUEST = b"GET /db/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
@@ -16,7 +16,7 @@ REQUEST = b"GET /db/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close
 def main() -> str | None:
     """Return what is wrong, or None."""
     host = os.environ.get("WEBAPP_HOST", "").strip("[] ")
-    host = "localhost" if host in EVERYWHERE else host
+    host = "localhost" if host in ALL_ADDRESSES else host
     port = os.environ.get("PORT", "").strip() or "8000"
     try:
         with socket.create_connection((host, int(port)), TIMEOUT) as conn:

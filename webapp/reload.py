@@ -25,8 +25,8 @@ class Sources:
     def __init__(self, root: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._root = root
         self._clock = clock
-        self._looked_at = clock()
-        self._running = self._last = self._look()
+        self._scanned_at = clock()
+        self._running = self._last = self._scan()
 
     def changed(self) -> list[Path]:
         """Return the files that differ from what runs, once they have stopped changing.
@@ -34,17 +34,17 @@ class Sources:
         A checkout of another branch writes for a while. Looks at most every INTERVAL_SECONDS, and
         returns nothing in between.
         """
-        if self._clock() - self._looked_at < INTERVAL_SECONDS:
+        if self._clock() - self._scanned_at < INTERVAL_SECONDS:
             return []
-        self._looked_at = self._clock()
-        before, self._last = self._last, self._look()
+        self._scanned_at = self._clock()
+        before, self._last = self._last, self._scan()
         if self._last != before or self._last == self._running:
             return []
         different = self._last.items() ^ self._running.items()
         self._running = self._last
         return sorted({path.relative_to(self._root) for path, _ in different})
 
-    def _look(self) -> Times:
+    def _scan(self) -> Times:
         return dict(self._files())
 
     def _files(self) -> Iterator[tuple[Path, tuple[int, int]]]:

@@ -44,8 +44,8 @@ def number_or_none(name: str, *, lowest: int, highest: int) -> int | None:
     if given is None:
         return None
     # A bigint has at most 19 digits. int() alone would also accept spaces, signs and underscores.
-    plain = given.isascii() and given.isdigit() and len(given) <= 19
-    if not plain or not lowest <= int(given) <= highest:
+    is_number = given.isascii() and given.isdigit() and len(given) <= 19
+    if not is_number or not lowest <= int(given) <= highest:
         abort(400, f"{name} must be a number from {lowest} to {highest}")
     return int(given)
 
@@ -71,12 +71,12 @@ def _title(sent: dict[str, Any]) -> str:
     return title or abort(400, "title is missing or empty")
 
 
-def _text(sent: dict[str, Any], name: str, longest: int) -> str:
+def _text(sent: dict[str, Any], name: str, max_length: int) -> str:
     text = sent.get(name, "")
     if not isinstance(text, str):
         abort(400, f"{name} must be a string")
-    if len(text) > longest:
-        abort(400, f"{name} must not be longer than {longest} characters")
+    if len(text) > max_length:
+        abort(400, f"{name} must not be longer than {max_length} characters")
     # PostgreSQL cannot store NUL or surrogates; JSON can contain both, as \u0000 and \ud800.
     if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in text):
         abort(400, f"{name} contains a character that cannot be stored")
