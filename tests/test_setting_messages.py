@@ -379,6 +379,23 @@ def test_every_pg_variable_is_used(variable: str, keyword: str) -> None:
     assert "7" in str(params[keyword])
 
 
+@pytest.mark.parametrize("name", ["PGTZ", "PGDATESTYLE", "PGGEQO", "PGSERVICEFILE", "PGSYSCONFDIR"])
+def test_a_variable_that_only_libpq_reads_is_reported(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It reads these from the environment of the process alone."""
+    file = tmp_path / ".env"
+    file.write_text(f"{name}=x\nDATABASE_URL=host=h\n")
+    assert unknown_variables({}, file) == [(name, None)]
+    databases_from_env({}, file)
+    assert caplog.messages == [f"unknown variable {name} is ignored"]
+    monkeypatch.setenv(name, "x")
+    assert unknown_variables() == []
+
+
 # Numbers
 
 

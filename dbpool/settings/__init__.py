@@ -42,6 +42,8 @@ _RESETS: Final = {"none": "none", "session": "session"}
 _POOLERS: Final = {"none": "none", "transaction": "transaction", "pgbouncer": "transaction"}
 # libpq's variables that say which database is meant.
 _NAMES_A_DATABASE: Final = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE")
+# libpq's variables that stand for no parameter: it reads them from the process's environment alone.
+_PROCESS_ONLY: Final = {"PGTZ", "PGDATESTYLE", "PGGEQO", "PGSERVICEFILE", "PGSYSCONFDIR"}
 # Fields without a variable.
 _WITHOUT_VARIABLE: Final = """name conninfo_file password_file libpq explicit
     keepalives_idle keepalives_interval keepalives_count tcp_user_timeout"""
@@ -296,17 +298,16 @@ def database_names(sources: Sources) -> tuple[str, ...]:
 
 
 def find_unknown(sources: Sources, databases: tuple[str, ...]) -> Iterator[_Unknown]:
-    """Yield the `DBPOOL_` keys that mean nothing, each with what was probably meant."""
+    """Yield the keys that are ours or libpq's and have no effect, with what was probably meant."""
     known = COMMON.union(*map(variables_of, databases))
     given = {str(k) for s in sources for k in s if re.match(r"(?i)\s*dbpool[\W_]", str(k))}
+    given |= {k for s in sources for k in _PROCESS_ONLY & s.keys() if s[k] != os.environ.get(k)}
     for key in sorted(given - known):
-        url = _URL.fullmatch(key)
-        database = ((url and url[1]) or "default").lower()
         if (libpq := key.replace("DBPOOL_", "PG")) in _conninfo.VARIABLES.values():
             yield safe_key(key), libpq
-        elif url is None:
+        elif (url := _URL.fullmatch(key)) is None:
             yield safe_key(key), nearest(key, known | {"PGPASSWORD_FILE"})
-        elif database in ("default", *databases):
+        elif (database := (url[1] or "default").lower()) in ("default", *databases):
             yield key, variable("conninfo", database) + (url[2] or "")
         else:  # what is no name may be a misplaced secret
             names = [*filter(NAME.fullmatch, databases), database]
