@@ -167,7 +167,7 @@ class PoolBase(ConnectionPool[CT]):
         self._open_on_use()
         while self._store.bag.ready() < self.min_size:
             if self.closed:
-                raise closed_error(self.name)
+                raise closed_error(self.name, was_opened=self._store.was_opened)
             is_hopeless = self.breaker.is_open and is_permanent(self.breaker.kind)
             if monotonic() >= deadline or is_hopeless:
                 error = self.breaker.unavailable_error(self.name, self.stats())

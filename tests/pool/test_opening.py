@@ -36,6 +36,8 @@ def test_opens_itself_on_first_use(fake: FakeServer) -> None:
 def test_open_false_needs_an_explicit_open(fake: FakeServer) -> None:
     pool: Pool = fake.pool(open=False)
     with pytest.raises(PoolClosed, match="not open yet"):
+        pool.wait(1.0)
+    with pytest.raises(PoolClosed, match="not open yet"):
         pool.getconn()
     pool.open(wait=True, timeout=10)
     assert pool.fetch_value("select 1") == 1
