@@ -286,9 +286,9 @@ class Pool(PoolBase[CT]):
 
         *isolation* and *read_only* apply to the transaction. After a serialization failure or a
         deadlock, or if the connection is lost before COMMIT was sent, the whole transaction runs
-        again: *attempts* is the largest number of runs in all. With *idempotent* it also runs
-        again if the connection is lost during COMMIT, which otherwise raises `CommitUncertain`.
-        Any other error is raised at once.
+        again: *attempts* is the largest number of runs in all. With `idempotent=True`, and nothing
+        else that is true, it also runs again if the connection is lost during COMMIT, which
+        otherwise raises `CommitUncertain`. Any other error is raised at once.
 
         *timeout*, in seconds, bounds all waiting and retrying; with a timeout, `run` waits until
         an outage is over, instead of raising `DatabaseUnavailable` at once. In *fn*,
@@ -298,7 +298,8 @@ class Pool(PoolBase[CT]):
         if not events.runs_when_called(fn):
             raise TypeError("fn must not be asynchronous or a generator: nothing would run it")
         deadline = None if timeout is None else monotonic() + timeout
-        options = _transaction.RunOptions(attempts, idempotent, isolation, read_only, deadline)
+        repeats = idempotent is True  # not for a setting's text "false"
+        options = _transaction.RunOptions(attempts, repeats, isolation, read_only, deadline)
         caller = sys._getframe().f_back or sys._getframe()
         run: Callable[..., T] = _transaction.run
         return resend(run, self, lambda c: fn(c, *args), options, caller, until=deadline)

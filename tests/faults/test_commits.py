@@ -105,6 +105,18 @@ def test_run_repeats_an_uncertain_commit_if_idempotent(
     assert_serves_all(pool)
 
 
+@pytest.mark.parametrize("idempotent", ["false", "no", 1, [0]])
+def test_only_true_repeats_an_uncertain_commit(
+    proxy: Proxy, pool: Pool, table: Rows, idempotent: Any
+) -> None:
+    insert = Insert()
+    fill(pool)
+    proxy.cut(COMMIT, Cut.DURING)
+    with pytest.raises(CommitUncertain):
+        pool.run(insert, 1, idempotent=idempotent)
+    assert insert.calls == 1
+
+
 def test_a_connection_cut_after_the_commits_answer_is_no_failure(
     proxy: Proxy, pool: Pool, table: Rows
 ) -> None:
