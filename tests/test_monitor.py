@@ -30,6 +30,7 @@ from dbpool.report import Report
 
 from .faults.test_pgbouncer import PROGRAM, Bouncer
 from .postgres import Server, session, until
+from .scripts import python
 from .threads import Task
 
 NAME = "dbpool:monitor"
@@ -837,3 +838,30 @@ def test_its_thread_ends_when_it_is_closed_or_dropped(
         del monitor
         thread.join(5.0)
         assert not thread.is_alive()
+
+
+def test_a_full_disk_is_logged_with_its_reason_and_watching_goes_on_after_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "stats").mkdir(0o700)
+    script = f"""
+import resource, signal
+from pathlib import Path
+from dbpool import Databases, Settings
+from dbpool.monitor import Monitor
+from dbpool.processes import Processes
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, most))
+directory = Path({str(tmp_path / "stats")!r})
+pools = Databases({{"default": Settings(conninfo="host=127.0.0.1 port=1 user=u dbname=d")}})
+monitor = Monitor(pools, Processes(pools, directory=directory))
+for _ in range(3):
+    monitor.try_tick()
+assert not (directory / "app.findings").exists()
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+monitor.try_tick()
+assert (directory / "app.findings").exists()
+"""
+    done = python("-c", script, check=True)
+    assert done.stderr.splitlines() == ["diagnosis: watching failed: File too large"]

@@ -222,6 +222,8 @@ class Monitor:
         """Take one look; log each kind of error of the look itself once."""
         try:
             self.tick()
+        except OSError as ex:
+            self._warn_once(f"watching failed: {ex.strerror or describe(ex)}")
         except Exception as ex:  # noqa: BLE001  # watching never harms what it watches
             self._warn_once(f"watching failed: {describe(ex)}")
 

@@ -49,7 +49,12 @@ class Record:
         self._lock: ProcessLock | None = None
         with suppress(NoLocks):  # without locks nobody could tell when it may be removed
             self._lock = ProcessLock(path)
-            self._file = _StepFile(self._lock.fd, names, self._rows, pid=os.getpid())
+            try:
+                self._file = _StepFile(self._lock.fd, names, self._rows, pid=os.getpid())
+            except OSError:  # the disk is full, say: the next try must not find the file
+                path.unlink(missing_ok=True)
+                self._lock.close()
+                raise
 
     def write(self, pool: str, slot: int, step: Step) -> None:
         """Write one step."""
