@@ -283,12 +283,22 @@ def test_a_blank_value_does_not_count_as_unset(blank: str) -> None:
         databases_from_env({"DATABASE_URL_FILE": blank})
 
 
-def test_an_empty_file_variable_is_an_error_if_nothing_else_is_set() -> None:
-    with pytest.raises(ConfigError, match="DATABASE_URL_FILE is empty"):
-        databases_from_env({"DATABASE_URL_FILE": ""})
+@pytest.mark.parametrize("name", ["DATABASE_URL", "DATABASE_URL_FILE", "PGHOST"])
+def test_an_empty_variable_is_an_error_if_nothing_else_names_a_database(
+    name: str, tmp_path: Path
+) -> None:
+    """It comes from a secret that is missing; libpq's defaults would be another database."""
+    (tmp_path / ".env").write_text(f"{name}=\n")
+    for environ, config in ({name: ""}, {}), ({}, {name: ""}):
+        with pytest.raises(ConfigError, match=f"^{name} is empty, and nothing else names"):
+            settings_from_config(config, environ)
+    with pytest.raises(ConfigError, match=f"^{name} is empty, and nothing else names"):
+        databases_from_env({}, tmp_path / ".env")
+    assert databases_from_env({name: "", "PGPORT": "1"})["default"].resolve() == ""
     environ = {"DATABASE_URL_FILE": "", "DATABASE_URL": "host=h"}
     assert databases_from_env(environ)["default"].resolve() == "host=h"
-    assert databases_from_env({"DATABASE_URL_FILE": "", "PGHOST": "h"})["default"].resolve() == ""
+    with pytest.raises(ConfigError, match="DB_URL is: rename it"):
+        databases_from_env({name: "", "DB_URL": "host=h"})
 
 
 @pytest.mark.parametrize(

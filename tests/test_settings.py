@@ -208,7 +208,7 @@ def test_keyword_beats_environment_beats_secret_file_beats_dotenv(tmp_path: Path
 
 
 def test_an_empty_variable_counts_as_unset() -> None:
-    assert from_env(DBPOOL_TIMEOUT="", DATABASE_URL="").timeout == 5
+    assert from_env(DBPOOL_TIMEOUT="", DATABASE_URL="", PGHOST="h").timeout == 5
 
 
 def test_a_secret_file_is_read_again_at_each_connect(tmp_path: Path) -> None:

@@ -283,13 +283,13 @@ def _check_that_nothing_was_meant(sources: Sources) -> None:
     """Raise `ConfigError` if a database was probably meant, but libpq's defaults would apply."""
     if skipped := find(sources, _sources.SKIPPED):
         raise ConfigError(f"DATABASE_URL is not set, and {skipped}; DBPOOL_DOTENV can name it")
-    if any(source.get("DATABASE_URL_FILE") == "" for source in sources):
-        raise ConfigError("DATABASE_URL_FILE is empty, and DATABASE_URL is not set")
     given = {str(key) for source in sources for key, value in source.items() if value}
     for name, pattern in MEANT:
         typos = get_close_matches(name, given, cutoff=0.9)
         if meant := sorted(filter(re.compile(pattern).fullmatch, given)) or typos:
             raise ConfigError(f"{name} is not set, but {meant[0]} is: rename it")
+        if any(source.get(name) == "" for source in sources):
+            raise ConfigError(f"{name} is empty, and nothing else names a database")
 
 
 def database_names(sources: Sources) -> tuple[str, ...]:
