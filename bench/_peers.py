@@ -206,7 +206,7 @@ class QueuePool(SQLAlchemy):
 
 
 class Psycopg2(Peer):
-    """psycopg2's pool, which neither waits nor looks."""
+    """psycopg2's pool, which neither waits nor checks connections."""
 
     name = "psycopg2 ThreadedConnectionPool"
 

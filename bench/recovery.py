@@ -1,6 +1,6 @@
 """What happens to callers when the database restarts, goes away, hangs or refuses.
 
-Every case is made for real on a private server, and the peers meet it in turns in the same run.
+Every case really happens on a private server; the peers run it in turns, in the same run.
 """
 
 from __future__ import annotations

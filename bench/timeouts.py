@@ -50,23 +50,23 @@ def run(quick: bool) -> Table:
 
 def _last_of(count: int, wait: Wait) -> float:
     """Return how late the last of *count* threads was, in seconds."""
-    late: list[float] = []
+    delays: list[float] = []
     deadline = time.monotonic() + TIMEOUT
 
     def work() -> None:
         try:
             wait(deadline)
         except Exception:  # noqa: BLE001  # of each peer another
-            late.append(time.monotonic() - deadline)
+            delays.append(time.monotonic() - deadline)
 
     threads = [threading.Thread(target=work) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if len(late) < count or min(late) < -0.05:
+    if len(delays) < count or min(delays) < -0.05:
         raise RuntimeError("a caller got something else than a timeout")
-    return max(late)
+    return max(delays)
 
 
 def _cell(seconds: list[float]) -> Cell:

@@ -150,7 +150,7 @@ class FakeServer:
         self.statements.append(text)
         with self._changed:
             self._changed.wait_for(lambda: not (self.is_silent and pgconn.is_open))
-        pgconn.insist_on_open()
+        pgconn.check_open()
         found = self.answers.get(text)
         if callable(found):
             found = pgconn.while_active(found, *params)
@@ -213,7 +213,7 @@ class FakePGconn:
         """Receive a byte from the server."""
         self._server_end.send(b"N")
 
-    def insist_on_open(self) -> None:
+    def check_open(self) -> None:
         """Raise libpq's error if the connection is lost."""
         if not self.is_open:
             self.status, self.transaction_status = ConnStatus.BAD, TransactionStatus.UNKNOWN
@@ -225,7 +225,7 @@ class FakePGconn:
         try:
             return fn(*args)
         finally:
-            self.insist_on_open()
+            self.check_open()
             self.transaction_status = TransactionStatus.IDLE
 
     # Queries without psycopg's cursors, as in a ping
@@ -236,7 +236,7 @@ class FakePGconn:
             raise psycopg.OperationalError(LOST)
 
     def send_query(self, query: bytes) -> None:
-        self.insist_on_open()
+        self.check_open()
         self._server.pings += not query
         self._answers = [_result(self, query), None]
 

@@ -148,7 +148,7 @@ def answer(
     watcher, usage = Watcher(), Usage()
     watches: Any = {}
     for ago in range(samples, -1, -1):
-        earlier = as_it_was(shown, ago)
+        earlier = earlier_report(shown, ago)
         watches = watcher.look(earlier, NOW - ago)
         usage.look(earlier, CLOCK - ago)
     view = view or ServerView(NOW - 2, facts=FACTS)
@@ -183,7 +183,7 @@ def answer(
     }
 
 
-def as_it_was(report: Answer, ago: float) -> Answer:
+def earlier_report(report: Answer, ago: float) -> Answer:
     """The report as it was *ago* seconds before; younger holders are replaced by earlier ones."""
     pools = {}
     for name, pool in report["pools"].items():

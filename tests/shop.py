@@ -1,4 +1,4 @@
-"""A shop under a real gunicorn, with a server of its own, and what its door says is wrong."""
+"""A shop under a real gunicorn, with a server of its own, and the findings that its door reports."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ fuzz_settings = settings(
 
 
 class Rule:
-    """An `authorize` function that returns, or raises, what the test says."""
+    """An `authorize` function that returns, or raises, what the test sets."""
 
     verdict: Any = None
 

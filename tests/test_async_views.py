@@ -179,7 +179,7 @@ def test_a_connection_of_a_thread_started_by_an_async_view_is_not_taken_back(
 
 
 def test_requests_on_one_event_loop_keep_their_own_connections(app: Flask, pool: Pool[Any]) -> None:
-    """So it is under an ASGI server: Flask's threads pass their coroutines to the server's loop."""
+    """As under an ASGI server: Flask's threads pass their coroutines to the server's loop."""
     begun, ended = threading.Event(), threading.Event()
 
     @app.get("/slow")

@@ -20,11 +20,11 @@ T = TypeVar("T")
 SELECT = "select 1 as n"
 
 
-class Own(Connection[Row]):
+class UserConnection(Connection[Row]):
     """A user's generic class."""
 
 
-class OwnRows(Own[DictRow]):
+class UserDictConnection(UserConnection[DictRow]):
     """A user's class with the row type given."""
 
 
@@ -42,12 +42,20 @@ class Unrelated(Generic[T]):
     pass
 
 
-class Both(Unrelated[T], Own[Row]):
+class TwoParameters(Unrelated[T], UserConnection[Row]):
     """Generic in two parameters."""
 
 
 @pytest.mark.parametrize(
-    "cls", [Connection[DictRow], Own[DictRow], OwnRows, Own, Both[int, DictRow]], ids=str
+    "cls",
+    [
+        Connection[DictRow],
+        UserConnection[DictRow],
+        UserDictConnection,
+        UserConnection,
+        TwoParameters[int, DictRow],
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("pipeline_begin", [False, True])
 def test_a_generic_class_serves_like_any(dsn: str, cls: Any, pipeline_begin: bool) -> None:

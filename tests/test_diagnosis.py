@@ -83,7 +83,7 @@ def failing(error: str, since: float, state: str = "open", **changes: Any) -> di
     return pool(**{"state": word, "size": 0, "active": 0, "idle": 0, "breaker": breaker} | changes)
 
 
-def took(seconds: float, number: int = 100) -> Buckets:
+def histogram(seconds: float, number: int = 100) -> Buckets:
     """That many equal durations."""
     bucket = sum(bound < seconds for bound in BOUNDS)
     counts = [0] * 12
@@ -94,14 +94,16 @@ def took(seconds: float, number: int = 100) -> Buckets:
 def step(wait: float = 0.0001, use: float = 0.01, number: int = 100, **more: Any) -> Step:
     """Five seconds of a pool with moderate load."""
     known = {"in_use": 1.0, "size": 12.0, "checkouts": number, "settled_checkouts": number}
-    return replace(Step(wait=took(wait, number), use=took(use, number)), **{**known, **more})
+    return replace(
+        Step(wait=histogram(wait, number), use=histogram(use, number)), **{**known, **more}
+    )
 
 
 NORMAL_STEPS = [step() for _ in range(180)]
 
 
 def ending_with(number: int, each: Step) -> list[Step]:
-    """A usual quarter of an hour whose last *number* steps are *each*."""
+    """A normal quarter of an hour whose last *number* steps are *each*."""
     return [*NORMAL_STEPS[number:], *[each] * number]
 
 
@@ -111,7 +113,7 @@ class Case:
 
     expected: str
     reports: Callable[[int], dict[str, Any]]  # gets how many seconds ago
-    words: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
     seconds: int = 3
     steps: list[Step] = field(default_factory=lambda: NORMAL_STEPS)
     view: ServerView | None = None
@@ -597,7 +599,7 @@ def test_the_first_finding_names_the_trouble(name: str) -> None:
     case = (TROUBLES | MORE_TROUBLES)[name]
     found = diagnose(case.scene())
     assert found[0].code == case.expected, [each.text for each in found]
-    for word in case.words:
+    for word in case.texts:
         assert word in found[0].text
     assert found[0].do
 
@@ -608,7 +610,7 @@ def test_quiet_situations_have_no_finding_above_notice(name: str) -> None:
     found = diagnose(case.scene())
     assert {each.severity for each in found} <= {Severity.OK, Severity.NOTICE}, found
     assert "DB00" in {each.code for each in found}
-    for word in case.words:
+    for word in case.texts:
         assert any(word in each.text for each in found)
 
 

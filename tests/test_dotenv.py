@@ -250,7 +250,7 @@ with app.app_context():
 
 
 @pytest.fixture
-def below_root() -> Iterator[Path]:
+def reachable_directory() -> Iterator[Path]:
     """A directory that a user other than root can reach."""
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o755)
@@ -272,14 +272,19 @@ def below_root() -> Iterator[Path]:
     ],
 )
 def test_as_an_ordinary_user(
-    below_root: Path, ids: tuple[int, ...], owner: int, group: int, mode: int, is_read: bool
+    reachable_directory: Path,
+    ids: tuple[int, ...],
+    owner: int,
+    group: int,
+    mode: int,
+    is_read: bool,
 ) -> None:
-    file = write(below_root)
+    file = write(reachable_directory)
     os.chown(file, owner, group)
     file.chmod(mode)
     done = subprocess.run(
         [sys.executable, "-c", USER_SCRIPT, *map(str, ids)],
-        cwd=below_root,
+        cwd=reachable_directory,
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -18,7 +18,7 @@ from .postgres import Server
 
 
 @pytest.fixture
-def hasty_switching() -> Iterator[None]:
+def frequent_switching() -> Iterator[None]:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -61,7 +61,9 @@ def assert_exact(pool: Pool, checkouts: int) -> None:
 
 
 @pytest.mark.parametrize("statement", [None, "select 1"])
-def test_counts_are_exact(hasty_switching: None, fake: FakeServer, statement: str | None) -> None:
+def test_counts_are_exact(
+    frequent_switching: None, fake: FakeServer, statement: str | None
+) -> None:
     with fake.pool(max_size=8, timeout=120) as pool:
         assert run_checkouts(pool, threads=16, times=250, statement=statement) == []
         assert_exact(pool, 16 * 250)
@@ -73,7 +75,7 @@ def test_counts_are_exact_with_64_threads(
     request: pytest.FixtureRequest, fake: FakeServer, times: int, statement: str | None
 ) -> None:
     if statement:
-        request.getfixturevalue("hasty_switching")
+        request.getfixturevalue("frequent_switching")
     with fake.pool(max_size=8, timeout=600) as pool:
         assert run_checkouts(pool, threads=64, times=times, statement=statement) == []
         assert_exact(pool, 64 * times)

@@ -294,7 +294,7 @@ def test_a_reload_reloads_the_whole_library(
     def marks() -> str:
         with suppress(OSError):  # the worker ended meanwhile
             if (found := site.get("/marks")) == "0" and is_watched:
-                # The reloader may look for the first time now, and take the new files as unchanged.
+                # The reloader may scan for the first time now, and take the new files as unchanged.
                 (tmp_path / "dbpool" / "__init__.py").touch()
             return found
         return ""

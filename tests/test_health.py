@@ -144,7 +144,7 @@ def frozen(fake: FakeServer) -> Iterator[Databases]:
             fake.accept()
 
 
-def threads_that_ask() -> list[str]:
+def ping_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "dbpool-ask" in thread.name]
 
 
@@ -155,7 +155,7 @@ def test_hanging_databases_are_asked_in_parallel_within_one_timeout(fake: FakeSe
         ready = health.ready()
         assert monotonic() - started < 2 * TIMEOUT, "they were asked one after the other"
         assert dict(ready.databases) == dict.fromkeys(databases, "degraded")
-        until(lambda: not threads_that_ask())
+        until(lambda: not ping_threads())
         assert all(pool.stats().active == 0 for pool in databases.values())
 
 
@@ -170,7 +170,7 @@ def test_the_details_of_hanging_databases_come_within_the_timeout(
         assert detail["databases"]["one"] == {
             "status": "degraded", "breaker": "closed", "last_error": None, "facts_age": None
         }  # fmt: skip
-        until(lambda: not threads_that_ask())
+        until(lambda: not ping_threads())
 
 
 def test_concurrent_requests_share_one_answer(databases: Databases) -> None:

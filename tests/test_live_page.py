@@ -57,16 +57,16 @@ def page(only_page: Page) -> Iterator[Page]:
 
 
 @pytest.fixture
-def see(site: Site, page: Page) -> Callable[..., Page]:
+def load_page(site: Site, page: Page) -> Callable[..., Page]:
     """Load the page, give these answers in turn, and return it once it has shown them all.
 
-    With *whole* it waits for all parts of the page, which come with different answers.
+    With *wait_for_all* it waits for all parts of the page, which come with different answers.
     """
 
-    def see(*answers: Answer, whole: bool = False, requests: int = 0) -> Page:
+    def load_page(*answers: Answer, wait_for_all: bool = False, requests: int = 0) -> Page:
         site.show(*answers)
         page.goto(site.url)
-        if whole:
+        if wait_for_all:
             page.locator("#application").wait_for()
         deadline = monotonic() + 60
         # An answer has been shown once the page sends its next request.
@@ -74,7 +74,7 @@ def see(site: Site, page: Page) -> Callable[..., Page]:
             page.wait_for_timeout(20)  # lets the browser's events arrive
         return page
 
-    return see
+    return load_page
 
 
 REPORT = STATES["up"]()
@@ -103,9 +103,9 @@ def text(page: Page, selector: str) -> str:
 # Numbers
 
 
-def test_the_rates_of_different_workers_are_not_mixed(see: Callable[..., Page]) -> None:
+def test_the_rates_of_different_workers_are_not_mixed(load_page: Callable[..., Page]) -> None:
     one, two = [(11, 0.0)], [(22, 0.5)]
-    page = see(
+    page = load_page(
         reply(100.0, one, 50), reply(101.0, two, 9000), reply(102.0, two, 9007), reply(104.0, one, 90)
     )  # fmt: skip
     assert text(page, "[data-rate]") == "10.0 /s"
@@ -116,16 +116,16 @@ def test_the_rates_of_different_workers_are_not_mixed(see: Callable[..., Page]) 
 
 @pytest.mark.parametrize("second", [(22, 0.0), (11, 50.0)], ids=["other pid", "reused pid"])
 def test_a_worker_seen_for_the_first_time_has_no_rate(
-    see: Callable[..., Page], second: tuple[int, float]
+    load_page: Callable[..., Page], second: tuple[int, float]
 ) -> None:
-    page = see(reply(100.0, [(11, 0.0)], 50), reply(101.0, [second], 9000))
+    page = load_page(reply(100.0, [(11, 0.0)], 50), reply(101.0, [second], 9000))
     assert text(page, "[data-rate]") == "\N{EN DASH}"
 
 
 def test_rates_of_all_workers_are_shown_although_one_is_new(
-    see: Callable[..., Page],
+    load_page: Callable[..., Page],
 ) -> None:
-    page = see(
+    page = load_page(
         reply(100.0, [(11, 0.0), (22, 0.0)], 100, scope="all"),
         reply(102.0, [(11, 0.0), (33, 100.0)], 150, scope="all"),
     )
@@ -141,9 +141,9 @@ FINDING = {
 }  # fmt: skip
 
 
-def test_the_verdict_comes_first_and_is_in_title_and_icon(see: Callable[..., Page]) -> None:
+def test_the_verdict_comes_first_and_is_in_title_and_icon(load_page: Callable[..., Page]) -> None:
     more = {"id": "DB18/default", "code": "DB18", "severity": "notice", "text": "slower"}
-    page = see(reply(100.0, [(1, 0.0)], 1, findings=[FINDING, FINDING | more]))
+    page = load_page(reply(100.0, [(1, 0.0)], 1, findings=[FINDING, FINDING | more]))
     verdict = page.locator("section").first
     expect(verdict).to_have_class("verdict critical")
     expect(verdict.locator("h2")).to_have_text(FINDING["text"])  # as text, not as markup
@@ -158,16 +158,16 @@ def test_the_verdict_comes_first_and_is_in_title_and_icon(see: Callable[..., Pag
     expect(page.get_by_role("status")).to_have_text(FINDING["text"])  # for screen readers
 
 
-def test_the_worst_pool_is_on_top(see: Callable[..., Page]) -> None:
+def test_the_worst_pool_is_on_top(load_page: Callable[..., Page]) -> None:
     pools = dict.fromkeys(("default", "a", "replica"), REPORT["pools"]["default"])
     found = [FINDING | {"pool": "replica"}, FINDING | {"pool": "a", "id": "DB04/a"}]
-    page = see(REPORT | {"pools": pools, "findings": found})
+    page = load_page(REPORT | {"pools": pools, "findings": found})
     assert page.locator("[data-name]").all_inner_texts() == ["replica", "a", "default"]
 
 
-def test_a_pool_without_a_free_connection_is_full_not_up(see: Callable[..., Page]) -> None:
+def test_a_pool_without_a_free_connection_is_full_not_up(load_page: Callable[..., Page]) -> None:
     full = {"state": "up", "size": 4, "active": 4, "max_size": 4, "waiting": 6}
-    page = see(reply(100.0, [(1, 0.0)], 1, pool=full))
+    page = load_page(reply(100.0, [(1, 0.0)], 1, pool=full))
     expect(page.locator("[data-state]")).to_have_text("full")
     expect(page.locator("[data-state]")).to_have_class("state full")
 
@@ -177,12 +177,12 @@ def series(**last: float) -> dict[str, list[float | None]]:
     return {key: [None] * 90 + [0] * 80 + [last.get(key, 0)] * 10 for key in keys}
 
 
-def test_history_and_journal_are_shown(see: Callable[..., Page]) -> None:
+def test_history_and_journal_are_shown(load_page: Callable[..., Page]) -> None:
     shown = series(in_use=4, waiting=6, wait_p95=1.5, checkouts=9)
     minute = {"default": {"wait": {"count": 7, "p50": 0.25, "p95": 1.5, "p99": None}}}
     history = {"step": 5.0, "until": NOW, "pools": {"default": shown}, "minute": minute}
     lines = [{"time": 99.0, "pool": "default", "event": "down", "text": "down: <i>refused</i>"}]
-    page = see(reply(100.0, [(1, 0.0)], 1, journal=lines, history=history), whole=True)
+    page = load_page(reply(100.0, [(1, 0.0)], 1, journal=lines, history=history), wait_for_all=True)
     expect(page.locator(".strips svg")).to_have_count(5)
     expect(page.locator(".wait_p95 dd").last).to_have_text("peak 1.5 s")
     expect(page.locator(".refused")).to_have_class("refused calm")
@@ -198,17 +198,17 @@ def cells(page: Page, selector: str) -> list[list[str]]:
 
 
 def test_holders_are_shown_with_session_and_worker(
-    see: Callable[..., Page],
+    load_page: Callable[..., Page],
 ) -> None:
     held = {"thread": "T-1", "seconds": 14.0, "where": "pay.py:88", "endpoint": "billing.pay"}
     waiting = {"pid": 5001, "worker": 4711, "status": "idle in transaction", "waits": True}
     endpoints = {
         "default": [{"endpoint": "<b>pay</b>", "in_use": 1.5, "use_share": 0.75, "longest": 14.0}]
     }
-    page = see(
+    page = load_page(
         reply(100.0, [(1, 0.0)], 1, endpoints=endpoints,
               pool={"holders": [held | waiting, held | {"status": "query"}]}),
-        whole=True,
+        wait_for_all=True,
     )  # fmt: skip
     dash = "\N{EN DASH}"
     first, second = cells(page, "[data-held]")
@@ -219,16 +219,18 @@ def test_holders_are_shown_with_session_and_worker(
     assert cells(page, "[data-used]") == [["<b>pay</b>", "1.5", "75 %", "14.0 s"]]
 
 
-def test_a_blocker_is_shown_and_named_beside_blocked_sessions(see: Callable[..., Page]) -> None:
-    page = see(STATES["locked"]())
+def test_a_blocker_is_shown_and_named_beside_blocked_sessions(
+    load_page: Callable[..., Page],
+) -> None:
+    page = load_page(STATES["locked"]())
     assert cells(page, "#blockers")[0][:3] == ["17023", "nightly report, 10.0.3.9", "idle in transaction"]  # fmt: skip
     assert {row[4] for row in cells(page, "[data-held]")} == {"17023 nightly report"}
 
 
-def test_the_pages_numbers_are_those_of_stats(see: Callable[..., Page]) -> None:
+def test_the_pages_numbers_are_those_of_stats(load_page: Callable[..., Page]) -> None:
     first = STATES["busy"]()
     last = later(first, RATES["busy"])
-    page = see(first, last, whole=True)
+    page = load_page(first, last, wait_for_all=True)
     pool = last["pools"]["default"]
     for key in ("active", "idle", "connecting", "waiting", "state"):
         assert text(page, f"[data-{key}]") == str(pool[key])
@@ -266,17 +268,17 @@ def test_the_pages_numbers_are_those_of_stats(see: Callable[..., Page]) -> None:
     assert settings["min_size"] == ["1", "default"]
 
 
-def test_changed_counters_are_bold_and_zeros_are_grey(see: Callable[..., Page]) -> None:
-    page = see(reply(100.0, [(11, 0.0)], 50), reply(101.0, [(11, 0.0)], 57))
+def test_changed_counters_are_bold_and_zeros_are_grey(load_page: Callable[..., Page]) -> None:
+    page = load_page(reply(100.0, [(11, 0.0)], 50), reply(101.0, [(11, 0.0)], 57))
     assert page.locator("[data-totals] .moved").all_inner_texts() == ["57"]
     assert "zero" in page.locator("[data-totals] dd").last.get_attribute("class")
 
 
-def test_only_a_worker_that_is_overdue_stands_out(see: Callable[..., Page]) -> None:
+def test_only_a_worker_that_is_overdue_stands_out(load_page: Callable[..., Page]) -> None:
     shown = STATES["silent"]()
     seldom, often, silent = shown["workers"]["default"]
     workers = [seldom | {"age": 12.0, "interval": 14.0}, often, silent]
-    page = see(shown | {"workers": {"default": workers}}, whole=True)
+    page = load_page(shown | {"workers": {"default": workers}}, wait_for_all=True)
     assert page.locator("[data-workers] .alarm").all_inner_texts() == ["47.0 s ago"]
 
 
@@ -284,12 +286,12 @@ def test_only_a_worker_that_is_overdue_stands_out(see: Callable[..., Page]) -> N
 
 
 def test_the_page_requests_only_new_steps_of_the_history(
-    see: Callable[..., Page], page: Page
+    load_page: Callable[..., Page], page: Page
 ) -> None:
     first = STATES["busy"]()
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
-    see(first, requests=7)
+    load_page(first, requests=7)
     history = [url for url in requests if "history" in url]
     assert "since" not in history[0]
     assert f"since={NOW - 20:.1f}" in history[1]
@@ -298,16 +300,16 @@ def test_the_page_requests_only_new_steps_of_the_history(
 
 
 def test_without_shared_statistics_the_whole_history_is_requested(
-    see: Callable[..., Page], page: Page
+    load_page: Callable[..., Page], page: Page
 ) -> None:
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
-    see(STATES["busy"]() | {"scope": "process"}, requests=6)
+    load_page(STATES["busy"]() | {"scope": "process"}, requests=6)
     assert not any("since" in url for url in requests), "another worker may answer next"
 
 
-def test_a_cursor_shows_the_values_of_another_time(see: Callable[..., Page]) -> None:
-    page = see(STATES["locked"](), whole=True)
+def test_a_cursor_shows_the_values_of_another_time(load_page: Callable[..., Page]) -> None:
+    page = load_page(STATES["locked"](), wait_for_all=True)
     cursor = page.get_by_role("slider", name="Time")
     assert cursor.get_attribute("aria-valuetext").startswith("now: in use 12, waiting 6")
     cursor.focus()
@@ -363,8 +365,8 @@ def check_accessibility(page: Page) -> None:
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_every_state_is_accessible(see: Callable[..., Page], name: str) -> None:
-    page = see(STATES[name](), whole=True)
+def test_every_state_is_accessible(load_page: Callable[..., Page], name: str) -> None:
+    page = load_page(STATES[name](), wait_for_all=True)
     for summary in page.locator("summary").all():
         summary.click()
     page.locator("#pause").click()
@@ -372,8 +374,10 @@ def test_every_state_is_accessible(see: Callable[..., Page], name: str) -> None:
     check_accessibility(page)
 
 
-def test_old_numbers_are_marked_and_still_readable(see: Callable[..., Page], site: Site) -> None:
-    page = see(STATES["full"](), whole=True)
+def test_old_numbers_are_marked_and_still_readable(
+    load_page: Callable[..., Page], site: Site
+) -> None:
+    page = load_page(STATES["full"](), wait_for_all=True)
     site.app.view_functions["dbpool.stats"], answer = lambda: ("busy", 503), site.app.view_functions["dbpool.stats"]  # fmt: skip
     try:
         expect(page.locator("#summary")).to_have_text("no answer: HTTP 503")
@@ -410,16 +414,16 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_nothing_moves_with_reduced_motion(see: Callable[..., Page]) -> None:
-    page = see(STATES["up"]())
+def test_nothing_moves_with_reduced_motion(load_page: Callable[..., Page]) -> None:
+    page = load_page(STATES["up"]())
     duration = "getComputedStyle(document.querySelector('.bar i')).transitionDuration"
     assert page.evaluate(duration) == "0.3s"
     page.emulate_media(reduced_motion="reduce")
     assert page.evaluate(duration) == "0s"
 
 
-def test_the_keyboard_reaches_everything(see: Callable[..., Page]) -> None:
-    page = see(STATES["busy"](), whole=True)
+def test_the_keyboard_reaches_everything(load_page: Callable[..., Page]) -> None:
+    page = load_page(STATES["busy"](), wait_for_all=True)
     reached = []
     for _ in range(4):
         page.keyboard.press("Tab")
@@ -451,10 +455,10 @@ def test_the_page_is_small_and_loads_only_from_its_own_site(browser: Any, site: 
     page.close()
 
 
-def test_a_poll_is_small_with_sixteen_workers(see: Callable[..., Page], site: Site) -> None:
+def test_a_poll_is_small_with_sixteen_workers(load_page: Callable[..., Page], site: Site) -> None:
     for names in (["default"], ["default", "replica", "reports"]):
         site.sizes.clear()
-        page = see(of_pools(many(), names), whole=True)
+        page = load_page(of_pools(many(), names), wait_for_all=True)
         for card in page.locator(".pool").all():
             workers = card.locator("[data-workers] tbody tr")
             assert workers.count() == 16

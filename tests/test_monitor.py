@@ -455,7 +455,7 @@ def test_two_processes_that_share_a_directory_ask_over_one_connection(
             second.call("select count(*) from stock")
         first.monitor.tick()  # becomes the watching process
 
-        def both_know() -> bool:
+        def both_report() -> bool:
             second.processes.publish()
             second.monitor.tick()
             first.monitor.tick()
@@ -466,7 +466,7 @@ def test_two_processes_that_share_a_directory_ask_over_one_connection(
                 for each in found
             )
 
-        until(both_know, 15.0, pause=0.1)
+        until(both_report, 15.0, pause=0.1)
 
 
 # What processes share; without a server
@@ -585,13 +585,13 @@ def test_a_process_that_was_stopped_while_looking_reports_it(
 ) -> None:
     passed, lead = [0.0], SharedFiles.lead
 
-    def lead_and_stand_still(shared: SharedFiles, now: float, **kwargs: Any) -> bool:
+    def lead_then_pause(shared: SharedFiles, now: float, **kwargs: Any) -> bool:
         passed[0] += 15.0
         return lead(shared, now, **kwargs)
 
     monkeypatch.setattr("dbpool.monitor._monitor.monotonic", lambda: monotonic() + passed[0])
     shop = make_shop("host=127.0.0.1 port=1", directory)
-    monkeypatch.setattr(SharedFiles, "lead", lead_and_stand_still)
+    monkeypatch.setattr(SharedFiles, "lead", lead_then_pause)
     shop.monitor.tick()
     passed[0] = 0.0  # so that its findings are fresh
     found = shop.monitor.findings()

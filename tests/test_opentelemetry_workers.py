@@ -111,7 +111,7 @@ def start(make_site: Callable[..., Site], tmp_path: Path) -> Callable[..., Site]
         (package / "metric_exporter.py").write_text(EXPORTER)
         more = f"{sample()}\nworkers, threads, worker_class = {WORKERS}, {THREADS}, 'gthread'\n"
         interval = str(int(1000 * INTERVAL))
-        # Otherwise a look for blockers, on a busy machine, is a use that no client asked for.
+        # Otherwise the search for blockers, on a busy machine, adds a use that no client made.
         options["DBPOOL_BLOCKERS"] = "false"
         return make_site(more=more, app=APP, OTEL_METRIC_EXPORT_INTERVAL=interval, **options)
 

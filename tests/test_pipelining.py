@@ -181,12 +181,12 @@ def _pass_too_many(conn: Conn) -> Any:
 
 
 def _pass_no_sequence(conn: Conn) -> Any:
-    class Odd:
+    class NotASequence:
         def __bool__(self) -> bool:
             raise ValueError("neither")
 
     try:
-        conn.execute("select %s", Odd())  # type: ignore[call-overload]
+        conn.execute("select %s", NotASequence())  # type: ignore[call-overload]
     except TypeError as ex:
         return str(ex), conn.info.transaction_status
 
@@ -502,12 +502,15 @@ def test_a_kept_error_keeps_no_connection_alive(pools: tuple[Pool, Pool]) -> Non
 def test_a_connection_class_may_override_how_a_transaction_begins(dsn: str) -> None:
     begun: list[str] = []
 
-    class Own(Connection[Any]):
+    class UserConnection(Connection[Any]):
         def _start_query(self) -> Any:
             begun.append("asked")
             yield from super()._start_query()
 
-    with Pool(dsn, pipeline_begin=True, connection_class=Own) as pool, pool.connection() as conn:
+    with (
+        Pool(dsn, pipeline_begin=True, connection_class=UserConnection) as pool,
+        pool.connection() as conn,
+    ):
         conn.execute("select %s::int", [1])
         assert begun == ["asked"]
 

@@ -506,7 +506,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return copy
 
 
-def a_record() -> dict[str, Any]:
+def make_record() -> dict[str, Any]:
     metrics = Metrics()
     metrics.wait.add(0.5)
     snapshot = metrics.snapshot(
@@ -543,11 +543,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@given(st.sampled_from(list(paths(a_record()))), ODD, st.booleans())
+@given(st.sampled_from(list(paths(make_record()))), ODD, st.booleans())
 def test_the_report_is_strict_json_whatever_a_file_contains(
     shared: Path, path: tuple[Any, ...], odd: Any, is_archive: bool
 ) -> None:
-    record = replaced(a_record(), path, odd)
+    record = replaced(make_record(), path, odd)
     if is_archive and isinstance(record, dict):
         record["folded"] = []
     name = "app.archive" if is_archive else "app-7-7.json"
@@ -564,10 +564,10 @@ def test_the_report_is_strict_json_whatever_a_file_contains(
 
 
 def test_an_incomplete_record_is_not_used(processes: Processes, directory: Path) -> None:
-    for path in paths(a_record()):
+    for path in paths(make_record()):
         if not path or not isinstance(path[-1], str) or path[-1] in {"default", *DERIVED}:
             continue
-        record = inner = a_record()
+        record = inner = make_record()
         for key in path[:-1]:
             inner = inner[key]
         del inner[path[-1]]
@@ -824,7 +824,7 @@ def test_both_applications_of_a_dead_process_are_archived(
     processes: Processes, directory: Path
 ) -> None:
     for number in (0, 1):
-        record = a_record() | {"pid": 1, "start": "12345", "number": number}
+        record = make_record() | {"pid": 1, "start": "12345", "number": number}
         (directory / f"app-1-12345-{number}.json").write_text(json.dumps(record))
     for _ in range(2):
         assert processes.report()["pools"]["default"]["wait"]["count"] == 2

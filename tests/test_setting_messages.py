@@ -26,7 +26,7 @@ SECRET = "hunter2"
 
 
 def refusal(conninfo: str) -> str:
-    """Return the error; only a URL with an @ too many is told to percent-encode a password."""
+    """Return the error; it mentions percent-encoding only for a URL with one @ too many."""
     with pytest.raises(ConfigError) as caught:
         databases_from_env({"DATABASE_URL": conninfo})
     text = str(caught.value)

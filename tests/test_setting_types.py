@@ -40,14 +40,14 @@ def test_a_setting_of_any_type_and_size_is_a_config_error(name: str, value: Any)
         Settings(**{name: value})
 
 
-class Word(StrEnum):
+class StringEnum(StrEnum):
     ALWAYS = "always"
 
 
 ODD: list[Any] = [
     None, True, 1.5, float("nan"), float("-inf"), 10**400, "", "\0", "\ud800", "x" * 10_000, b"x", [1],
     (), {}, {"a": 1}, {None}, object(), Decimal("NaN"), timedelta(1), Path("/x"), range(3), len, int,
-    iter([1]), memoryview(b"x"), UUID(int=1), ip_address("::1"), Word.ALWAYS, ...,
+    iter([1]), memoryview(b"x"), UUID(int=1), ip_address("::1"), StringEnum.ALWAYS, ...,
 ]  # fmt: skip
 
 

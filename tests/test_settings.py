@@ -326,10 +326,10 @@ def test_a_service_file_is_read_as_libpq_does(
 
 
 def test_without_a_home_directory_there_is_no_service_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless(path: Path) -> Path:
+    def fail_without_home(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.setattr(Path, "expanduser", fail_without_home)
     assert already_set({"service": "mine"}, {}) == {"service": "mine"}
 
 
@@ -549,7 +549,7 @@ SECRETS = st.text(
 ).map("zQ7{}".format)
 
 
-def everything_shown(make: Any) -> str:
+def all_output(make: Any) -> str:
     """Everything that a user could see of settings, or of the error they raise."""
     try:
         settings = make()
@@ -573,7 +573,7 @@ def test_no_secret_is_shown_in_a_well_formed_string(secret: str) -> None:
         f"postgresql+psycopg://user@host/db?password={quote(secret, safe='')}",
         make_conninfo("host=h", password=secret, sslpassword=secret),
     ):
-        assert secret not in everything_shown(lambda c=conninfo: Settings(conninfo=c))
+        assert secret not in all_output(lambda c=conninfo: Settings(conninfo=c))
         assert secret not in mask_conninfo(conninfo)
         settings = Settings(conninfo=conninfo)
         assert parse(settings.resolve())["password"] == secret
@@ -592,7 +592,7 @@ def test_no_part_of_a_secret_is_shown_by_a_malformed_string(secret: str) -> None
         f"host=h password='{secret}",
         f"postgresql://user@host:{secret}/db",
     ):
-        shown = everything_shown(lambda c=conninfo: Settings(conninfo=c))
+        shown = all_output(lambda c=conninfo: Settings(conninfo=c))
         assert secret not in shown
 
 

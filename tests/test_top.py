@@ -152,7 +152,7 @@ def test_the_findings_follow_the_processes_that_report(
     databases = Databases({"default": Settings(conninfo="host=127.0.0.1 port=1")})
     processes = Processes(databases, directory)
     monitor = Monitor(databases, processes, blockers=False)
-    monitor.tick()  # the first look may come before the first report
+    monitor.tick()  # the first poll may come before the first report
     assert monitor.findings()[0]["text"] == "nothing is known yet: no process has reported a pool"
     processes.publish()
     assert shown().startswith("OK DB00: the pools are not the cause: default has 0 of 10 ")

@@ -122,10 +122,10 @@ def test_an_unrelated_error_beside_a_pool_error_is_a_500(app: Flask, raising: An
     app.logger.disabled = True
     seen: list[Exception] = []
 
-    def see(sender: Flask, exception: Exception, **extra: Any) -> None:
+    def record_error(sender: Flask, exception: Exception, **extra: Any) -> None:
         seen.append(exception)
 
-    with got_request_exception.connected_to(see, app):
+    with got_request_exception.connected_to(record_error, app):
         answer = fail(app, raising, PoolExhausted("all are out"))
     assert (answer.status_code, len(seen)) == (500, 1), "as for any other error"
 

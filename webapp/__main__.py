@@ -1,4 +1,4 @@
-"""`python -m webapp`: the application under gunicorn, with a PostgreSQL of its own if need be.
+"""`python -m webapp`: the application under gunicorn, with a PostgreSQL of its own if needed.
 
 With `--reload` gunicorn is started again whenever a source has changed. This process does not
 become gunicorn: it stays the parent of all that it starts, so that they end when it ends. It binds

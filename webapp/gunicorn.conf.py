@@ -1,4 +1,4 @@
-"""How gunicorn serves the application, under `make run` and in the container alike."""
+"""How gunicorn serves the application, both under `make run` and in the container."""
 
 import atexit
 import os

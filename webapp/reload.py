@@ -31,7 +31,7 @@ class Sources:
     def changed(self) -> list[Path]:
         """Return the files that differ from what runs, once they have stopped changing.
 
-        A checkout of another branch writes for a while. Looks at most every INTERVAL_SECONDS, and
+        A checkout of another branch writes for a while. Scans at most every INTERVAL_SECONDS, and
         returns nothing in between.
         """
         if self._clock() - self._scanned_at < INTERVAL_SECONDS:

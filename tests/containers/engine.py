@@ -123,7 +123,7 @@ class Load:
         """The number of failures of each kind."""
         return dict(Counter(self.failed))
 
-    def goes_on(self, requests: int = 50) -> None:
+    def await_requests(self, requests: int = 50) -> None:
         """Wait until that many more notes are written."""
         wanted = self.written + requests
         until(lambda: self.written >= wanted, 60, pause=0.01)

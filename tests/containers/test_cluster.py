@@ -39,8 +39,8 @@ def page(cluster: Project) -> int:
 def ready(page: int) -> dict[str, str]:
     answer = request(page, "/db/health/ready")
     assert answer.status == 200
-    words: dict[str, str] = answer.json()["databases"]
-    return words
+    states: dict[str, str] = answer.json()["databases"]
+    return states
 
 
 def sql(cluster: Project, service: str, statement: str) -> str:
@@ -177,9 +177,9 @@ def test_a_restart_of_pgbouncer_fails_no_request(
     """It refuses the next statement on each connection, and the pool sends that again."""
     with Load(page, clients=4).running() as load:
         for _ in range(3):
-            load.goes_on()
+            load.await_requests()
             cluster("restart", "pgbouncer")
-        load.goes_on()
+        load.await_requests()
     record_property("PgBouncer restarted under load, written", load.written)
     record_property("PgBouncer restarted under load, failed", load.kinds())
     assert load.failed == []
@@ -189,10 +189,10 @@ def test_a_killed_pgbouncer_costs_at_most_the_statements_in_flight(
     cluster: Project, page: int, record_property: Record
 ) -> None:
     with Load(page, clients=4).running() as load:
-        load.goes_on()
+        load.await_requests()
         cluster("kill", "pgbouncer")
         cluster("start", "pgbouncer")
-        load.goes_on()
+        load.await_requests()
     record_property("PgBouncer killed under load, written", load.written)
     record_property("PgBouncer killed under load, failed", load.kinds())
     assert len(load.failed) <= load.clients, load.failed

@@ -65,7 +65,7 @@ def test_the_content_of_the_image(checkout: Path) -> None:
 
 
 @contextmanager
-def trial(stack: Project, *options: str, image: str = "dbpool-webapp") -> Iterator[str]:
+def run_container(stack: Project, *options: str, image: str = "dbpool-webapp") -> Iterator[str]:
     """A container of the image in the stack's network."""
     project = stack.environ["COMPOSE_PROJECT_NAME"]
     command = ["run", "--detach", "--health-interval", "1s", "--cap-drop", "ALL"]
@@ -109,7 +109,7 @@ PROXY = "http://127.0.0.1:9"
     ],
 )
 def test_it_serves_in_unusual_environments(stack: Project, options: list[str]) -> None:
-    with trial(stack, *options) as container:
+    with run_container(stack, *options) as container:
         until_true(lambda: is_healthy(container))
         ready = """
             import os, http.client
@@ -144,7 +144,7 @@ def test_the_classic_builder_can_build_it(checkout: Path, target: str) -> None:
 def test_a_wrong_setting_is_logged_and_ends_the_container(
     stack: Project, variable: str, message: str
 ) -> None:
-    with trial(stack, f"--env={variable}") as container:
+    with run_container(stack, f"--env={variable}") as container:
         until_true(lambda: inspect(container)["State"]["Status"] == "exited")
         assert inspect(container)["State"]["ExitCode"] != 0
         assert message in logs(container)
@@ -159,10 +159,10 @@ def test_two_containers_of_a_pod_keep_their_statistics_apart(stack: Project) -> 
     """They share network and /dev/shm, but do not see each other's processes."""
     first, second = free_port(), free_port()
     published = [f"--publish=127.0.0.1:{first}:8000", f"--publish=127.0.0.1:{second}:9001"]
-    with trial(stack, "--ipc=shareable", *published) as one:
+    with run_container(stack, "--ipc=shareable", *published) as one:
         until_true(lambda: is_healthy(one))
         pod = [f"--network=container:{one}", f"--ipc=container:{one}", "--env=PORT=9001"]
-        with trial(stack, *pod) as two:
+        with run_container(stack, *pod) as two:
             until_true(lambda: is_healthy(two))
             for port in (first, second):
                 assert request(port, "/notes").status == 200
@@ -187,6 +187,6 @@ print(os.times().children_user + os.times().children_system)
 
 
 def test_a_liveness_probe_does_not_ask_the_database(stack: Project) -> None:
-    with trial(stack, "--env=DATABASE_URL=postgresql://webapp@nowhere/webapp") as container:
+    with run_container(stack, "--env=DATABASE_URL=postgresql://webapp@nowhere/webapp") as container:
         until_true(lambda: is_healthy(container))
     assert attempt("inspect", container).returncode != 0

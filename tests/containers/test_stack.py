@@ -106,9 +106,9 @@ def test_a_restarted_database_costs_at_most_the_statements_in_flight(
     stack: Project, port: int, record_property: Callable[[str, object], None]
 ) -> None:
     with Load(port, clients=4).running() as load:
-        load.goes_on()
+        load.await_requests()
         stack("restart", "db")
-        load.goes_on()
+        load.await_requests()
     record_property("database restarted under load, written", load.written)
     record_property("database restarted under load, failed", load.kinds())
     assert len(load.failed) <= load.clients, load.failed
@@ -117,10 +117,10 @@ def test_a_restarted_database_costs_at_most_the_statements_in_flight(
 def test_a_new_password_fails_no_request(stack: Project, port: int, token: str) -> None:
     before = stack("exec", "-T", "web", "cat", "/run/secrets/app/webapp_password")
     with Load(port, clients=4).running() as load:
-        load.goes_on()
+        load.await_requests()
         stack("run", "--rm", "secrets", "rotate")
         stack("run", "--rm", "--no-deps", "role")
-        load.goes_on()
+        load.await_requests()
     assert load.failed == []
     assert stack("exec", "-T", "web", "cat", "/run/secrets/app/webapp_password") != before
     # New connections use the new password.
@@ -133,7 +133,7 @@ def test_a_new_password_fails_no_request(stack: Project, port: int, token: str) 
 
 def test_it_stops_within_its_grace_period(stack: Project, port: int) -> None:
     with Load(port, clients=2).running() as load:
-        load.goes_on()
+        load.await_requests()
         stack("stop", "web")
     state = inspect(stack.container("web"))["State"]
     # It would be 137 after a kill at the end of the grace period.

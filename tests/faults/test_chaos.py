@@ -101,7 +101,7 @@ class Calls:
         self._count += 1
         if self._count % 100 == 0:
             self.forget()
-        calls = [self.fetch, self.transact, self.insert, self.give_up, self.abort]
+        calls = [self.fetch, self.transact, self.insert, self.time_out, self.abort]
         try:
             calls[self._count % len(calls)]()
         except DatabaseUnavailable:
@@ -121,7 +121,7 @@ class Calls:
         self.pool.run(_insert, key, idempotent=True, timeout=60, attempts=100)
         self.inserted.append(key)
 
-    def give_up(self) -> None:
+    def time_out(self) -> None:
         with suppress(PoolTimeout):
             self.pool.putconn(self.pool.getconn(timeout=0.001))
 

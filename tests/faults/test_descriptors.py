@@ -18,7 +18,7 @@ from tests.postgres import Server, until
 
 
 @contextmanager
-def descriptors_left(number: int) -> Iterator[None]:
+def few_descriptors_left(number: int) -> Iterator[None]:
     """Leave this process no more than *number* descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(path.name) for path in Path("/dev/fd").iterdir())
@@ -50,7 +50,7 @@ def test_a_lack_of_descriptors_is_named_and_is_no_configuration_error(
 ) -> None:
     with Pool(server.conninfo_for(host=host), max_size=2, outage_grace=GRACE) as pool:
         with pool.connection() as conn:
-            with descriptors_left(left):
+            with few_descriptors_left(left):
                 # On a busy machine the first connect may have no answer yet.
                 until(lambda: refused(pool).kind != "timeout")
                 error = refused(pool)

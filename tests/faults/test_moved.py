@@ -240,10 +240,10 @@ def preferring_standby(*servers: Server) -> str:
 def await_all_on(pool: Pool[Any], server: Server, seconds: float = 20.0) -> None:
     """Wait until all connections of the pool are to that server."""
 
-    def are_there() -> bool:
+    def are_connected() -> bool:
         return set(fill(pool)) <= set(server.backends("dbpool:faults")) and pool.stats().size > 0
 
-    until(are_there, seconds, pause=0.05)
+    until(are_connected, seconds, pause=0.05)
 
 
 def test_a_pool_that_prefers_a_standby_goes_back_to_it(

@@ -388,7 +388,7 @@ def test_a_write_refused_because_of_a_failed_login_is_not_uncertain(
         bouncer.conninfo_for(), pooler="transaction", max_size=1, outage_grace=GRACE, timeout=1
     )
     fill(pool)
-    dead_behind(pool, own_server)
+    stop_behind(pool, own_server)
     with pytest.raises(DatabaseUnavailable) as caught:
         pool.execute("insert into appends values (1)")
     assert caught.value.kind == "refused"
@@ -428,7 +428,7 @@ def test_a_full_pgbouncer_is_no_outage_while_connections_live(
     assert waiter.result() == 1
 
 
-def dead_behind(pool: Pool[Any], server: Server, mode: str = "fast") -> None:
+def stop_behind(pool: Pool[Any], server: Server, mode: str = "fast") -> None:
     """Stop the server and wait until PgBouncer has noticed: its logins fail from then on."""
     server.stop(mode)
     until(lambda: _login_fails(pool))
@@ -456,7 +456,7 @@ def test_a_dead_server_behind_pgbouncer_is_an_outage(
     )
     fill(pool)
     connects = pool.stats().counters.connects
-    dead_behind(pool, own_server)
+    stop_behind(pool, own_server)
     errors = []
     began = time.monotonic()
     while pool.state != "down":
@@ -488,7 +488,7 @@ def test_pgbouncers_error_for_a_failed_login_counts_as_a_failed_connect(
         bouncer.conninfo_for(), pooler="transaction", max_size=1, outage_grace=GRACE, timeout=1
     )
     fill(spare)
-    dead_behind(spare, own_server)
+    stop_behind(spare, own_server)
     spare.close()
     with pytest.raises(DatabaseUnavailable) as caught:
         if use == "fetch":

@@ -102,7 +102,7 @@ def test_a_terminate_message_is_noticed_before_the_socket_closes(
     caller = Task(pool.fetch_value, PID)
     assert caller.result() not in pids
     assert caller.seconds < SLACK
-    assert_serves_all(pool)  # meets the other one at the latest
+    assert_serves_all(pool)  # checks out the other connection too
     assert pool.stats().counters.discarded["dead"] == 2
 
 

@@ -67,7 +67,7 @@ def through_proxy(server: Server) -> dict[str, Any]:
     return {"conninfo": proxy.conninfo_for(user="shop", password=PASSWORD), "extra": proxy}
 
 
-def limited(server: Server) -> dict[str, Any]:
+def few_connections(server: Server) -> dict[str, Any]:
     server.execute("alter role shop connection limit 4")
     return {}
 
@@ -106,10 +106,10 @@ def through_bouncer(server: Server) -> dict[str, Any]:
     bouncer = Bouncer(server)
     bouncer.start()
     conninfo = bouncer.conninfo_for()
-    return {"conninfo": conninfo, "DBPOOL_POOLER": "transaction", "extra": closing_of(bouncer)}
+    return {"conninfo": conninfo, "DBPOOL_POOLER": "transaction", "extra": kill_at_end(bouncer)}
 
 
-def closing_of(bouncer: Bouncer) -> ExitStack:
+def kill_at_end(bouncer: Bouncer) -> ExitStack:
     stack = ExitStack()
     stack.callback(bouncer.kill)
     return stack
@@ -290,7 +290,7 @@ def _(shop: Shop) -> Known:
     return {}
 
 
-@trouble("more configured than allowed", "DB11", 0.0, prepare=limited)
+@trouble("more configured than allowed", "DB11", 0.0, prepare=few_connections)
 def _(shop: Shop) -> Known:
     shop.begin()
     return {}

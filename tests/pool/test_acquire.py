@@ -49,11 +49,11 @@ def test_a_connection_past_its_lifetime_is_not_handed_out(fake: FakeServer) -> N
 
 
 def test_a_connection_whose_enter_raises_is_returned(fake: FakeServer) -> None:
-    class Refusing(FakeConnection):
+    class EnterFails(FakeConnection):
         def __enter__(self) -> Any:
             raise RuntimeError("not now")
 
-    with fake.pool(max_size=1, connection_class=Refusing) as pool:
+    with fake.pool(max_size=1, connection_class=EnterFails) as pool:
         for _ in range(2):
             with pytest.raises(RuntimeError) as caught, pool.connection(timeout=5):
                 raise AssertionError("it was entered")

@@ -23,7 +23,7 @@ ENDED = [
     "pgbouncer cannot connect to server",
 ]
 REFUSALS = [*ENDED, "query_wait_timeout", "query_timeout", "client_idle_timeout"]
-# PgBouncer says this also of a statement that a server may have got.
+# PgBouncer sends this also for a statement that a server may have received.
 UNCERTAIN = ["server conn crashed?", "query timeout", "database removed", "admin forced disconnect"]
 
 
@@ -127,7 +127,7 @@ def test_a_refused_statement_is_sent_again(pooler: Pooler, pool: Pool[Any], text
 def test_a_statement_is_sent_again_however_many_connections_are_refused(
     pooler: Pooler, pool: Pool[Any], use: str
 ) -> None:
-    """So it is while other clients return their connections to a pooler that shuts down."""
+    """As while other clients return their connections to a pooler that shuts down."""
     pooler.refusals = [SHUTDOWN] * 20
     assert USES[use](pool) == 1
     assert pooler.refusals == []
