@@ -7,7 +7,8 @@ from typing import Any
 
 import psycopg
 import pytest
-from flask import Blueprint, Flask, abort, got_request_exception
+from flask import Blueprint, Flask, Request, Response, abort, got_request_exception, request
+from flask.sessions import SecureCookieSession, SessionInterface
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import NotFound
 
@@ -250,3 +251,51 @@ def test_an_uncertain_commit_is_logged_with_its_endpoint(
 def test_a_failed_statement_is_not_a_503(app: Flask) -> None:
     with pytest.raises(Wrapper):
         fail(app, chained, psycopg.errors.UndefinedTable("no such table"))
+
+
+class Sessions(SessionInterface):
+    """Sessions that are kept in a database."""
+
+    def open_session(self, app: Flask, request: Request) -> SecureCookieSession:
+        self.ask(app, request, "/open")
+        return SecureCookieSession()
+
+    def save_session(self, app: Flask, session: Any, response: Any) -> None:
+        self.ask(app, request, "/save")
+
+    @staticmethod
+    def ask(app: Flask, request: Request, path: str) -> None:
+        if request.path == path:
+            app.extensions["dbpool"].databases.default.fetch_value("select 1")
+
+
+@pytest.mark.parametrize("path", ["/open", "/save", "/after", "/view"])
+def test_an_outage_is_a_503_wherever_in_the_request_it_is_noticed(
+    make_app: MakeApp, path: str
+) -> None:
+    app = make_app(NOWHERE, DBPOOL_OUTAGE_GRACE="50ms")
+    app.testing, app.logger.disabled = False, True
+    app.session_interface = Sessions()
+
+    @app.get(path)
+    def view() -> str:
+        Sessions.ask(app, request, "/view")
+        return "done"
+
+    @app.after_request
+    def ask(response: Response) -> Response:
+        Sessions.ask(app, request, "/after")
+        return response
+
+    answer = app.test_client().get(path)
+    assert (answer.status_code, answer.get_json()["error"]) == (503, "the database is unavailable")
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_a_handler_that_fails_is_a_500(make_app: MakeApp) -> None:
+    app = make_app(NOWHERE, DBPOOL_OUTAGE_GRACE="50ms")
+    app.testing, app.logger.disabled = False, True
+    pool = app.extensions["dbpool"].databases.default
+    app.register_error_handler(PoolError, lambda ex: pool.fetch_value("select 1"))
+    app.add_url_rule("/", "any", lambda: pool.fetch_value("select 1"))
+    assert app.test_client().get("/").status_code == 500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -58,15 +59,26 @@ def register_error_handlers(app: Flask) -> None:
 def _answer_wrapped(exc: Exception) -> Any:
     """Answer an exception that wraps a pool's error; raise any other as if it were unhandled."""
     if isinstance(exc, HTTPException):
-        # Flask's own 500 for an unhandled exception comes here a second time.
-        is_final = getattr(exc, "original_exception", None) is not None
-        if is_final or not current_app.trap_http_exception(exc):
-            return exc
-        raise exc
+        return _answer_http(exc)
     found = _wrapped(exc)
     if found is None:
         raise exc
     return current_app.handle_user_exception(found)
+
+
+def _answer_http(exc: HTTPException) -> Any:
+    """Answer as without this handler, unless it is Flask's own 500 for a pool's error.
+
+    Flask looks for no other handler of an error that is raised around the view: by a session, say,
+    or a function of after_request. Its 500 for any other error comes here a second time.
+    """
+    original = getattr(exc, "original_exception", None)
+    if original is None and current_app.trap_http_exception(exc):
+        raise exc
+    found = None if isinstance(original, HTTPException) else _wrapped(original)
+    with suppress(Exception):  # of the application's own handler, for which there is none
+        return exc if found is None else current_app.handle_user_exception(found)
+    return exc
 
 
 def _wrapped(exc: object, depth: int = 0) -> Exception | None:
