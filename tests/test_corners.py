@@ -40,6 +40,18 @@ def test_a_garbage_collected_connection_is_replaced_and_logged(
     assert "garbage-collected" in caplog.text
 
 
+def test_a_block_that_is_kept_keeps_no_connection(fake: FakeServer) -> None:
+    with fake.pool(max_size=1) as pool:
+        block = pool.connection()
+        with block:
+            pass
+        pool.getconn()
+        gc.collect()
+        assert pool.fetch_value("select 1") == 1
+        with pytest.raises(RuntimeError, match="of its own"), block:
+            pass
+
+
 def test_close_closes_connections_that_wait_for_their_reset(fake: FakeServer) -> None:
     reached, go_on = threading.Event(), threading.Event()
 

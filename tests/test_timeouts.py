@@ -242,6 +242,7 @@ def test_honoured_options_cause_no_warning(
     role: str, caplog: pytest.LogCaptureFixture, server: Server
 ) -> None:
     options = "-c search_path=public -c app.tenant=x --work-mem=5MB -c role=pg_monitor"
+    options += " -c timezone=UTC -cDATESTYLE=ISO --Lock-Timeout=7 -c seed=0.5"
     server.execute("grant pg_monitor to someone")
     shown(make_conninfo(role, options=options))
     shown(role, statement_timeout=4, lock_timeout=5)

@@ -38,7 +38,7 @@ _DATABASE_NAMES: Final = {"host", "hostaddr", "port", "dbname", "service", "DATA
 # What opened together at a deploy does not reconnect together: lifetimes are shorter by up to this.
 _LIFETIME_SPREAD: Final = 0.25
 
-_NAMES: Final = b"select string_agg(name, ',') from pg_settings where source in "
+_NAMES: Final = b"select string_agg(lower(name), ',') from pg_settings where source in "
 _FIRST_ANSWER_TIMEOUT: Final = 0.5  # seconds to wait for the answer to another thread
 _CLOSE_TIMEOUT_MS: Final = 200.0  # that a server is given to free the place of a connection
 
@@ -242,12 +242,11 @@ class ServerDefaults:
         return Defaults(self._defaults) if answer is None else answer & self._defaults.keys()
 
     def _verify(self, conn: Any, params: Mapping[str, Any]) -> None:
-        # Names with a dot, and `role`, are not in pg_settings.
+        # Names with a dot, and these two, are not in pg_settings.
         sent = re.findall(r"(?:-c\s*|--)([\w-]+)\s*=", str(params.get("options", "")))
-        names = {name.replace("-", "_") for name in sent} - {"role"}
-        if not names or (honoured := self._names(conn, b"('client', 'session')")) is None:
-            return
-        if ignored := names - honoured:
+        names = {name.replace("-", "_").lower() for name in sent} - {"role", "seed"}
+        honoured = self._names(conn, b"('client', 'session')") if names else None
+        if honoured is not None and (ignored := names - honoured):
             text = f"the options of a connection are ignored ({', '.join(sorted(ignored))})"
             self._warn(f"{text}: a transaction pooler in between needs DBPOOL_POOLER=transaction")
 

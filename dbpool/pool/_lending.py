@@ -109,6 +109,7 @@ class Lease(Generic[CT]):
                 raise
             finally:
                 pool._release(conn)
+                self._conn = ...  # what is kept of a block keeps no connection alive
         except BaseException:  # does nothing if the connection was returned
             pool._recover(ref(self))
             raise
