@@ -140,11 +140,11 @@ class Site:
     def directories(self) -> list[Path]:
         return list(self.directory.glob("dbpool-stats-*"))
 
-    def stop(self) -> float:
+    def stop(self, timeout: float = 30.0) -> float:
         """Send SIGTERM; return how many seconds it took to end."""
         started = time.monotonic()
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(timeout)
         return time.monotonic() - started
 
     def kill(self) -> None:

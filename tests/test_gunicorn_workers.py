@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import socket
+import sys
 import urllib.error
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -180,7 +181,8 @@ def test_dirty_workers_have_pools_of_their_own(
     assert all(by_backend[backend] == pid for pid, backend, _ in reports), "a backend is shared"
     until(lambda: {each["pid"] for each in site.stats()["processes"]} >= workers)
     until(lambda: site.checkouts() == 60)
-    assert site.stop() < 10
+    # From Python 3.12 on, gunicorn's own process for dirty workers takes 30 s to end.
+    assert site.stop(60.0) < (10 if sys.version_info < (3, 12) else 40)
     names = "select count(*) from pg_stat_activity where application_name like 'dbpool:%%'"
     with psycopg.connect(dsn, autocommit=True) as conn:
         own = f"{names} and datname = current_database()"

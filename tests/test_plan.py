@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -151,7 +152,9 @@ def test_a_database_that_cannot_be_asked_is_named(narrow: Server, plan: Plan) ->
 
 def test_an_invalid_host_name_causes_no_traceback(plan: Plan) -> None:
     environ = {"DATABASE_URL": f"postgresql://u@{'x' * 70}/d", "WEB_CONCURRENCY": " "}
-    assert plan(**environ) == (1, "unknown: default: UnicodeError\n")
+    code, output = plan(**environ)
+    assert code == 1
+    assert re.fullmatch("unknown: default: Unicode(Encode)?Error\n", output)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "9" * 5000, "\u0663"])

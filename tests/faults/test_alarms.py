@@ -82,6 +82,17 @@ def get_and_put(pool: Pool) -> None:
 ACTIONS: list[Action] = [block, transaction, pipeline, single, get_and_put]
 
 
+def _call_until_alarm(
+    action: Action, pool: Pool, set_alarm: Callable[[float], object], delay: float
+) -> None:
+    try:
+        set_alarm(delay)
+        while not fired:  # it may have been swallowed
+            action(pool)
+    finally:
+        set_alarm(0)
+
+
 def _interrupt(pool: Pool, wanted: int, seconds: float) -> int:
     """Interrupt calls of all kinds; return how many were interrupted."""
     rng, interrupted = random.Random(7), 0
@@ -91,12 +102,9 @@ def _interrupt(pool: Pool, wanted: int, seconds: float) -> int:
             action = rng.choice(ACTIONS)
             fired.clear()
             try:
-                try:
-                    set_alarm(rng.uniform(1e-5, 1.5e-3))
-                    while not fired:  # it may have been swallowed
-                        action(pool)
-                finally:
-                    set_alarm(0)
+                # A function of its own: Python 3.13 does not catch what is raised between two
+                # rounds of a loop in the same function.
+                _call_until_alarm(action, pool, set_alarm, rng.uniform(1e-5, 1.5e-3))
             except (Alarm, psycopg.Error):  # psycopg may have raised its own error instead
                 assert fired, "a call failed without an alarm"
                 interrupted += 1
