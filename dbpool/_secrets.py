@@ -47,8 +47,8 @@ _HARMLESS: Final = re.compile("|".join(read_lines(__package__, "harmless.txt")))
 _USER: Final = re.compile(r"://[^:/\[]*:")
 _PORT: Final = re.compile(r"\d*(?:[^\w%].*)?$")
 _ASSIGNED: Final = re.compile(
-    rf"\b(\w*(?:{'|'.join(sorted(SECRET))}|passwd|pwd))(\\*['\"]?\s*(?:[:=]>?|:=)\s*|\s+(?:e|u&)?(?='|\$\w*\$))"
-    r"(\$(\w*)\$.*?(?:\$\4\$|$)|(\\+['\"]).*?(?:\5|$)|''(?:\\''|[^'])+(?:''|$)|'(?:\\.|''|[^'\\])*(?:'|$)|\"(?:\\.|[^\"\\])*\"|(?:\\.|[^\s&\\])+)",
+    rf"\b(\w*(?:{'|'.join(sorted(SECRET))}|passwd|pwd|passphrase|secret|token|authorization|(?:api|access)[-_]?key))(\\*['\"]?\s*(?:[:=]>?|:=)\s*|\s+(?:e|u&)?(?='|\$\w*\$))"
+    r"((?:bearer|basic)\s+[^\s,]+|\$(\w*)\$.*?(?:\$\4\$|$)|(\\+['\"]).*?(?:\5|$)|''(?:\\''|[^'])+(?:''|$)|'(?:\\.|''|[^'\\])*(?:'|$)|\"(?:\\.|[^\"\\])*\"|(?:\\.|[^\s&\\])+)",
     re.IGNORECASE,
 )
 

@@ -503,6 +503,13 @@ def test_masking_takes_linear_time() -> None:
         "user_password => 'tk''zq7'",
         "pwd=tk-zq7",
         "{'password': b'tk-zq7'}",
+        # Those of other services, in the errors of a user's checks and callbacks.
+        "https://hooks.example/x?access_token=tk-zq7&a=1",
+        "https://api.example/x?api_key=tk-zq7",
+        "Authorization: Bearer tk-zq7",
+        "{'authorization': 'Basic tk-zq7=='}",
+        "X-Api-Key: tk-zq7",
+        "client_secret=tk-zq7",
         "ALTER ROLE app PASSWORD $$tk zq7$$",
         "ALTER ROLE app PASSWORD $a$tk $$ zq7$a$ LOGIN",
         "ALTER ROLE app PASSWORD U&'tk-zq7'",
@@ -526,6 +533,9 @@ def test_a_value_after_the_name_of_a_password_is_masked(text: str) -> None:
         'could not read password file "x"',
         "alter role app password null",
         "password_encryption = 'scram-sha-256'",
+        'DETAIL: Token "x" is invalid.',
+        "invalid authorization specification",
+        "unsupported authentication: basic",
         "select * from t where password = $1 and id = $2",
     ],
 )
