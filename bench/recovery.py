@@ -230,19 +230,21 @@ def _outage(server: Server, length: float, cls: type[Peer]) -> Figures:
         server.stop("fast")
         time.sleep(length)
         server.start()
-        back = time.monotonic()
+        restarted = time.monotonic()
         with contextlib.suppress(AssertionError):
             until(lambda: any(ok and started > down + 3 for started, _, ok in calls[-500:])
-                  or any(ok and ended > back for _, ended, ok in calls[-500:]), MAX_SECONDS)  # fmt: skip
+                  or any(ok and ended > restarted for _, ended, ok in calls[-500:]), MAX_SECONDS)  # fmt: skip
         done.set()
         for thread in threads:
             thread.join(MAX_SECONDS)
     served = min((ended for _, ended, ok in calls if ok and ended > down + 2), default=None)
     refused = [
-        ended - started for started, ended, ok in calls if not ok and down + 2.5 < started < back
+        ended - started
+        for started, ended, ok in calls
+        if not ok and down + 2.5 < started < restarted
     ]
     return {
-        "after": None if served is None else max(0.0, served - back),
+        "after": None if served is None else max(0.0, served - restarted),
         "call": median(refused) if refused else None,
         "given": MAX_SECONDS,
     }

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 _RESULTS: Final = Path(__file__).parent.parent / "bench" / "results"
 LATEST: Final = _RESULTS / "troubles.tmp"
-KEPT: Final = _RESULTS / "troubles.json"
+SAVED: Final = _RESULTS / "troubles.json"
 README: Final = _RESULTS.parent / "README.md"
 _BEGIN, _END = "<!-- troubles -->\n", "<!-- /troubles -->"
 _lock = threading.Lock()
@@ -84,5 +84,5 @@ def written(text: str, results: Results) -> str:
 
 
 if __name__ == "__main__":
-    KEPT.write_text(LATEST.read_text())
-    README.write_text(written(README.read_text(), read(KEPT)))
+    SAVED.write_text(LATEST.read_text())
+    README.write_text(written(README.read_text(), read(SAVED)))

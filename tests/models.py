@@ -65,7 +65,7 @@ class State:
         self.release(self.acquire())
         self.outcomes.append("served")
 
-    def is_whole(self, idle: int) -> bool:
+    def is_settled(self, idle: int) -> bool:
         stats = self.pool.stats()
         sizes = (stats.active, stats.idle, stats.connecting, stats.waiting)
         return not self.violations and sizes == (0, idle, 0, 0)
@@ -80,7 +80,7 @@ def checkout() -> Model:
     return (
         lambda is_locked: State(2, is_locked=is_locked),
         [State.use] * 3,
-        lambda state: len(state.outcomes) == 3 and state.is_whole(2),
+        lambda state: len(state.outcomes) == 3 and state.is_settled(2),
     )
 
 
@@ -94,7 +94,7 @@ def hand_over() -> Model:
     return (
         lambda is_locked: State(1, is_locked=is_locked),
         [use, use],
-        lambda state: len(state.outcomes) == 4 and state.is_whole(1),
+        lambda state: len(state.outcomes) == 4 and state.is_settled(1),
     )
 
 
@@ -112,7 +112,7 @@ def time_out() -> Model:
     return (
         lambda is_locked: State(1, is_locked=is_locked),
         [State.use, time_out_or_release],
-        lambda state: state.is_whole(1),
+        lambda state: state.is_settled(1),
     )
 
 
@@ -152,7 +152,7 @@ def growth() -> Model:
         connecting = state.pool.stats().connecting
         state.tasks.put(None)
         state.work()
-        return len(state.outcomes) == 3 and connecting == 1 and state.is_whole(1)
+        return len(state.outcomes) == 3 and connecting == 1 and state.is_settled(1)
 
     return lambda is_locked: State(1, made=False, is_locked=is_locked), [ask] * 3, has_grown_once
 

@@ -83,8 +83,8 @@ def _autocommit(conn: Conn) -> None:
 
 @pytest.fixture
 def pools(dsn: str) -> Iterator[tuple[Pool, ConnectionPool]]:
-    with Pool(dsn, max_size=1) as ours, ConnectionPool(dsn, min_size=1, open=True) as theirs:
-        yield ours, theirs
+    with Pool(dsn, max_size=1) as pool, ConnectionPool(dsn, min_size=1, open=True) as reference:
+        yield pool, reference
     with psycopg.connect(dsn) as conn:
         conn.execute("drop table if exists blocks; drop function if exists notice")
 
@@ -99,8 +99,8 @@ def pools(dsn: str) -> Iterator[tuple[Pool, ConnectionPool]]:
 def test_a_block_ends_as_in_psycopg_pool(
     pools: tuple[Pool, ConnectionPool], work: Callable[[Conn], None]
 ) -> None:
-    ours, theirs = (_outcome(pool, work) for pool in pools)
-    assert ours == theirs
+    actual, expected = (_outcome(pool, work) for pool in pools)
+    assert actual == expected
 
 
 def _outcome(pool: Any, work: Callable[[Conn], None]) -> dict[str, object]:

@@ -315,18 +315,18 @@ def test_a_directory_without_statistics_is_one_line(tmp_path: Path, mode: int) -
 def test_a_missing_directory_is_named_with_its_variable(
     tmp_path: Path, command: str, call: Call
 ) -> None:
-    status, _, complained = call(f"{command} --dir {tmp_path}/nowhere", {"PGHOST": "/nowhere"})
+    status, _, errors = call(f"{command} --dir {tmp_path}/nowhere", {"PGHOST": "/nowhere"})
     assert status == 1
-    assert f"(--dir, DBPOOL_STATS_DIR) is missing: '{tmp_path}/nowhere'" in complained
+    assert f"(--dir, DBPOOL_STATS_DIR) is missing: '{tmp_path}/nowhere'" in errors
     (tmp_path / "4711-zq7").mkdir(0o700)
-    _, _, complained = call(f"{command} --dir {tmp_path}/4711-zq7", {})
-    assert f"{tmp_path}/4711-zq7 contains no statistics" in complained
+    _, _, errors = call(f"{command} --dir {tmp_path}/4711-zq7", {})
+    assert f"{tmp_path}/4711-zq7 contains no statistics" in errors
 
 
 def test_stats_of_an_application_that_does_not_run_are_an_error(call: Call) -> None:
-    status, said, complained = call("stats --app nowhere", {"PGHOST": "/nowhere"})
-    assert (status, said) == (1, "")  # whether or not others run here
-    assert len(complained.splitlines()) == 1
+    status, output, errors = call("stats --app nowhere", {"PGHOST": "/nowhere"})
+    assert (status, output) == (1, "")  # whether or not others run here
+    assert len(errors.splitlines()) == 1
 
 
 def test_a_url_in_place_of_a_directory_is_not_repeated() -> None:
@@ -357,9 +357,9 @@ def test_json_is_json_for_wrong_settings_too() -> None:
 @pytest.mark.parametrize("command", ["wait --timeout", "plan --for", "serve --worker-timeout"])
 @pytest.mark.parametrize("time", ["-1", "nan", "inf", "soon", ""])
 def test_options_take_a_time(command: str, time: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as caught:
         main(f"{command}={time}".split())
-    assert ended.value.code == 2
+    assert caught.value.code == 2
     assert f"argument {command.split()[1]}: it must be " in capsys.readouterr().err
 
 

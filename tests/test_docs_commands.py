@@ -94,8 +94,8 @@ def test_commands_print_what_the_page_shows(
 
 @pytest.mark.parametrize(("command", "file"), TESTED_ELSEWHERE.items())
 def test_commands_tested_elsewhere_are_tested_there(command: str, file: str) -> None:
-    word = command.removeprefix("pip install ").removeprefix("flask dbpool ")
-    assert word in (ROOT / file).read_text()
+    argument = command.removeprefix("pip install ").removeprefix("flask dbpool ")
+    assert argument in (ROOT / file).read_text()
 
 
 @pytest.mark.parametrize("path", [*PAGES, *MORE_PAGES], ids=lambda path: path.stem)

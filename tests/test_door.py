@@ -296,17 +296,17 @@ def test_it_logs_once_why_there_is_nothing_to_serve(
     views.tick()
     assert caplog.messages == [], "the workers may still start"
     monkeypatch.setattr("dbpool.door._views.monotonic", lambda: now + 20)
-    said = "door: there is nothing to serve: there is no application [DBE07]"
+    line = "door: there is nothing to serve: there is no application [DBE07]"
     for _ in range(3):
         views.tick()
-        assert caplog.messages == [said]
+        assert caplog.messages == [line]
     processes = publish(default=Pool("up"))
     views.tick()
     processes.close()
     for path in directory.glob("shop-*"):
         path.unlink()
     views.tick()
-    assert caplog.messages == [said] * 2
+    assert caplog.messages == [line] * 2
 
 
 def test_it_runs_the_monitor_only_while_no_worker_does(
@@ -575,9 +575,9 @@ def test_a_server_with_wrong_settings_is_not_started_again(
     ) as supervisor:  # fmt: skip
         assert supervisor.wait(20) == 2
         assert supervisor.stderr is not None
-        (said,) = supervisor.stderr.read().splitlines()
-        assert said.startswith("dbpool: "), said
-        assert "DBPOOL_" in said
+        (line,) = supervisor.stderr.read().splitlines()
+        assert line.startswith("dbpool: "), line
+        assert "DBPOOL_" in line
 
 
 def test_the_server_ends_if_its_supervisor_is_killed(directory: Path) -> None:

@@ -338,13 +338,13 @@ def test_a_dead_masters_directory_is_removed_at_the_next_start(
 ) -> None:
     first = make_site()
     first.get("/")
-    (left,) = first.directories()
+    (remaining,) = first.directories()
     os.killpg(first.process.pid, signal.SIGKILL)
     first.process.wait(30)
-    assert left.exists()
+    assert remaining.exists()
     second = make_site()
     second.get("/")
     (made,) = second.directories()
-    assert made != left
+    assert made != remaining
     until(lambda: second.checkouts() >= 1)  # the other workers publish within a second
     assert second.checkouts() == 1

@@ -296,8 +296,8 @@ def test_long_holds_by_one_line_of_code_log_one_line(
     assert "\n" not in held[0]
     assert "threading.py" not in held[0], "it shows frames of the standard library"
     assert "hold" in held[0]
-    late = [text for text in caplog.messages if "came back after" in text]
-    assert len(late) == 1
+    late_returns = [text for text in caplog.messages if "came back after" in text]
+    assert len(late_returns) == 1
     assert any("8 connections returned late, from" in text for text in caplog.messages)
 
 
@@ -353,12 +353,12 @@ def test_equal_functions_of_two_files_are_told_apart(fake: FakeServer) -> None:
         for name in ("orders", "billing"):
             views = load(Path("/srv") / name / "views.py", "def find(pool): return pool.getconn()")
             held.append(views.find(pool))
-        places = ["billing/views.py:1 find", "orders/views.py:1 find"]
-        assert sorted(holder.where for holder in pool.holders()) == places
+        call_sites = ["billing/views.py:1 find", "orders/views.py:1 find"]
+        assert sorted(holder.where for holder in pool.holders()) == call_sites
         for conn in held:
             pool.putconn(conn)
         pool.stats()
-        assert sorted(pool.usage.rows()) == places
+        assert sorted(pool.usage.rows()) == call_sites
 
 
 def test_a_frame_without_an_instruction_is_named_by_its_first_line() -> None:

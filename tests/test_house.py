@@ -221,12 +221,12 @@ def actions(function: ast.FunctionDef) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_what_answers_a_question_changes_nothing(path: Path) -> None:
     """A function whose name asks, such as `is_due`, only answers; what acts is named by a verb."""
-    asking = (
+    predicates = (
         node
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and _QUESTION.match(node.name)
     )
-    assert {node.name: found for node in asking if (found := actions(node))} == {}
+    assert {node.name: found for node in predicates if (found := actions(node))} == {}
 
 
 def test_functions_are_short() -> None:

@@ -276,8 +276,8 @@ def test_changed_counters_are_bold_and_zeros_are_grey(load_page: Callable[..., P
 
 def test_only_a_worker_that_is_overdue_stands_out(load_page: Callable[..., Page]) -> None:
     shown = STATES["silent"]()
-    seldom, often, silent = shown["workers"]["default"]
-    workers = [seldom | {"age": 12.0, "interval": 14.0}, often, silent]
+    slow, fast, silent = shown["workers"]["default"]
+    workers = [slow | {"age": 12.0, "interval": 14.0}, fast, silent]
     page = load_page(shown | {"workers": {"default": workers}}, wait_for_all=True)
     assert page.locator("[data-workers] .alarm").all_inner_texts() == ["47.0 s ago"]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .measured import KEPT, README, read, written
+from .measured import README, SAVED, read, written
 
 
 def test_the_tables_in_bench_are_those_of_the_last_kept_run() -> None:
-    results = read(KEPT)
+    results = read(SAVED)
     assert len([row for row in results.values() if row["code"]]) >= 24
     assert len([row for row in results.values() if not row["code"]]) >= 16
     assert written(README.read_text(), results) == README.read_text(), (
@@ -15,6 +15,6 @@ def test_the_tables_in_bench_are_those_of_the_last_kept_run() -> None:
 
 
 def test_no_kept_result_is_a_wrong_one() -> None:
-    for name, row in read(KEPT).items():
+    for name, row in read(SAVED).items():
         for privilege in ("with", "without"):
             assert row[privilege]["wrong"] == [], name

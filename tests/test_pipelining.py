@@ -38,10 +38,10 @@ SETUP = """
 def pools(server: Server) -> Iterator[tuple[Pool, Pool]]:
     """Two pools: one sends BEGIN with the first statement, the other does not."""
     with (
-        Pool(server.conninfo, max_size=1, name="ours", pipeline_begin=True) as ours,
-        Pool(server.conninfo, max_size=1, name="theirs") as theirs,
+        Pool(server.conninfo, max_size=1, name="pipelining", pipeline_begin=True) as pipelining,
+        Pool(server.conninfo, max_size=1, name="plain") as plain,
     ):
-        yield ours, theirs
+        yield pipelining, plain
     server.execute("drop table if exists joined, gone; drop function if exists say")
 
 
@@ -60,7 +60,7 @@ def _prepared(conn: Conn) -> None:
 
 
 @pytest.mark.parametrize(
-    ("work", "ours", "theirs"),
+    ("work", "pipelined", "plain"),
     [
         (_two, "BEGIN select Sync | select Sync |", "BEGIN | select Sync | select Sync |"),
         (
@@ -71,9 +71,9 @@ def _prepared(conn: Conn) -> None:
     ],
 )
 def test_begin_is_sent_with_the_first_statement(
-    pools: tuple[Pool, Pool], work: Callable[[Conn], None], ours: str, theirs: str
+    pools: tuple[Pool, Pool], work: Callable[[Conn], None], pipelined: str, plain: str
 ) -> None:
-    assert [_sent(pool, work) for pool in pools] == [ours, theirs]
+    assert [_sent(pool, work) for pool in pools] == [pipelined, plain]
 
 
 def _sent(pool: Pool, work: Callable[[Conn], None]) -> str:
@@ -363,8 +363,8 @@ WORKS: list[Callable[[Conn], Any]] = [
 
 @pytest.mark.parametrize("work", WORKS)
 def test_users_see_the_same(pools: tuple[Pool, Pool], work: Callable[[Conn], Any]) -> None:
-    ours, theirs = (_outcome(pool, [[work]]) for pool in pools)
-    assert ours == theirs
+    actual, expected = (_outcome(pool, [[work]]) for pool in pools)
+    assert actual == expected
 
 
 blocks = st.lists(st.lists(st.sampled_from(WORKS), min_size=1, max_size=4), max_size=3)
@@ -375,8 +375,8 @@ blocks = st.lists(st.lists(st.sampled_from(WORKS), min_size=1, max_size=4), max_
 def test_users_see_the_same_of_any_sequence(
     pools: tuple[Pool, Pool], works: list[list[Callable[[Conn], Any]]]
 ) -> None:
-    ours, theirs = (_outcome(pool, works) for pool in pools)
-    assert ours == theirs
+    actual, expected = (_outcome(pool, works) for pool in pools)
+    assert actual == expected
 
 
 def _outcome(pool: Pool, blocks: list[list[Callable[[Conn], Any]]]) -> list[object]:

@@ -423,9 +423,9 @@ def test_holders_of_other_processes_age_between_snapshots(directory: Path) -> No
         return {holder["thread"]: holder["seconds"] for holder in pool()["holders"]}
 
     try:
-        first, left, up = ages(), pool()["breaker"]["retry_after"], uptime()
+        first, remaining, up = ages(), pool()["breaker"]["retry_after"], uptime()
         until(lambda: ages()["theirs"] > first["theirs"] + 0.1)
-        assert pool()["breaker"]["retry_after"] < left < 30.0
+        assert pool()["breaker"]["retry_after"] < remaining < 30.0
         assert uptime() > up
         assert ages()["ours"] < 6.5  # its own snapshot is current
         until(lambda: ages()["theirs"] > ages()["ours"])
@@ -618,8 +618,8 @@ def test_a_directory_open_to_others_is_not_used(
     processes = Processes({"default": Counting(5)}, directory=directory)
     for _ in range(2):
         assert processes.report()["scope"] == "process"
-    (said,) = [message for message in caplog.messages if "private" in message]
-    assert said.endswith(": its mode is 0755, and must be 0700")
+    (warning,) = [message for message in caplog.messages if "private" in message]
+    assert warning.endswith(": its mode is 0755, and must be 0700")
     assert list(directory.iterdir()) == []
 
 

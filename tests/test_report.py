@@ -86,10 +86,10 @@ def test_totals_of_ended_processes_remain() -> None:
 
 
 def test_each_live_worker_keeps_its_own_numbers() -> None:
-    ended = part(9, busy(3.0)).totals_only()
-    merged = ended.merge(part(2, busy(1.0), written=8.0).as_of(10.0), part(1, Snapshot()))
-    again = Report({}).merge(merged)
-    first, second = again.workers_to_json()["default"]
+    totals = part(9, busy(3.0)).totals_only()
+    merged = totals.merge(part(2, busy(1.0), written=8.0).as_of(10.0), part(1, Snapshot()))
+    restored = Report({}).merge(merged)
+    first, second = restored.workers_to_json()["default"]
     assert (first["pid"], first["in_use"], first["checkouts"]) == (1, 0, 0)
     assert (second["pid"], second["age"], second["uptime"]) == (2, 2.0, 3.0)
     assert (second["state"], second["in_use"], second["checkouts"]) == ("down", 1, 1)

@@ -99,7 +99,7 @@ def test_the_parents_methods_have_the_same_parameters(name: str, parameters: str
 
 def test_every_method_of_the_parent_is_accounted_for() -> None:
     """A new method may be a new way around the overridden ones."""
-    theirs = {
+    inherited = {
         name
         for cls in ConnectionPool.__mro__[:-1]
         if cls.__module__.startswith("psycopg_pool")
@@ -108,7 +108,7 @@ def test_every_method_of_the_parent_is_accounted_for() -> None:
     }
     known = PUBLIC.keys() | CALLED.keys() | PROPERTIES | REPLACED | INHERITED | OVERRIDDEN_TOO
     ignored = {"__orig_bases__", "__parameters__", "__class_getitem__"}
-    assert theirs - known - ignored == set()
+    assert inherited - known - ignored == set()
 
 
 def test_the_listed_methods_are_overridden() -> None:
@@ -143,16 +143,16 @@ def _private_names(path: Path, *holders: str) -> set[str]:
 
 def test_psycopg_pools_protected_members_are_used_only_in_the_seam() -> None:
     parent = PROTECTED | vars(ConnectionPool("", open=False)).keys() | set(dir(ConnectionPool))
-    ours = {"_open", "_threads"} | vars(PoolBase).keys() - vars(ConnectionPool).keys()
+    own_names = {"_open", "_threads"} | vars(PoolBase).keys() - vars(ConnectionPool).keys()
     pool = {
         path.name: names
         for path in FILES
-        if (names := _private_names(path, "pool", "p") & parent - ours)
+        if (names := _private_names(path, "pool", "p") & parent - own_names)
     }
     assert pool == {}
-    assert _private_names(HOT_FILE, "self") & parent - ours == set()
+    assert _private_names(HOT_FILE, "self") & parent - own_names == set()
     seam = HOT_FILE.with_name("_seam.py")
-    assert _private_names(seam, "self", "cls") & parent - ours == PROTECTED
+    assert _private_names(seam, "self", "cls") & parent - own_names == PROTECTED
 
 
 def test_psycopgs_protected_members_are_used_only_in_the_seam_and_hot_lines() -> None:
@@ -293,7 +293,7 @@ def _used(cls: type, *names: str) -> dict[str, set[str]]:
 def test_a_cursor_has_only_attributes_that_the_cached_one_clears() -> None:
     """A new attribute may be a new object that a cached cursor must release."""
     forgotten = {"_conn", "_pgconn", "_tx", "_query", "_last_query", "_results", "pgresult"}
-    harmless = {"_adapters", "_closed", "_execmany_returning", "_iresult", "_make_row", "_pos"}
-    harmless |= {"_row_factory", "_rowcount", "_statusmessage", "arraysize", "format"}
+    not_cleared = {"_adapters", "_closed", "_execmany_returning", "_iresult", "_make_row", "_pos"}
+    not_cleared |= {"_row_factory", "_rowcount", "_statusmessage", "arraysize", "format"}
     slots = {name for cls in psycopg.Cursor.__mro__ for name in getattr(cls, "__slots__", ())}
-    assert slots - {"__weakref__"} - harmless == forgotten
+    assert slots - {"__weakref__"} - not_cleared == forgotten

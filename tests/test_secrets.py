@@ -460,9 +460,9 @@ def test_the_arguments_of_a_partial_are_never_shown(frames: Frames) -> None:
     emitter = Emitter([call])
     emitter.emit(Opened("p"))
     emitter.close(5)
-    (said,) = [message for message in frames.messages if "a listener failed on opened" in message]
-    assert "AssertionError at " in said
-    assert "in configure>" in said  # the place
+    (line,) = [message for message in frames.messages if "a listener failed on opened" in message]
+    assert "AssertionError at " in line
+    assert "in configure>" in line  # the place
     assert not leaks([*frames.messages, *frames.shown], PASSWORD)
 
 

@@ -60,13 +60,13 @@ def error_of(pool: Pool[Any]) -> BaseException:
     return caught.value
 
 
-def error_with(pool: Pool[Any], word: str) -> BaseException:
-    """The error once it contains *word*: on a busy machine the first may only say "no answer"."""
+def error_with(pool: Pool[Any], text: str) -> BaseException:
+    """The error once it contains *text*: on a busy machine the first may only say "no answer"."""
     errors: list[BaseException] = []
 
     def has_word() -> bool:
         errors.append(error_of(pool))
-        return word in str(errors[-1])
+        return text in str(errors[-1])
 
     until(has_word, 30.0)
     return errors[-1]
@@ -461,8 +461,8 @@ NOTATIONS: list[Callable[[str], str]] = [
 )
 def test_a_secret_is_masked_in_every_notation(secret: str, write: Callable[[str], str]) -> None:
     masked = mask(f"BEGIN{write(secret)}END", {secret})
-    left = masked.removeprefix("BEGIN").removesuffix("END").replace("***", "")
-    assert set(left) <= {*" b'\""}, masked
+    remaining = masked.removeprefix("BEGIN").removesuffix("END").replace("***", "")
+    assert set(remaining) <= {*" b'\""}, masked
 
 
 def test_a_secret_is_not_used_as_a_pattern() -> None:

@@ -139,9 +139,9 @@ def test_a_cookie_opens_details_while_it_is_valid() -> None:
     assert denial(sign_in, headers) is None
     assert is_signed_in(sign_in, headers)
     clock.now += LIFETIME
-    ended = denial(sign_in, headers)
-    assert ended is not None
-    assert ended.problem.startswith("Your session has ended")
+    expired = denial(sign_in, headers)
+    assert expired is not None
+    assert expired.problem.startswith("Your session has ended")
     assert not is_signed_in(sign_in, headers)
 
 
@@ -163,12 +163,12 @@ def test_the_page_causes_no_browser_dialog() -> None:
 
 
 def test_the_form_shows_the_next_step() -> None:
-    link = {"sec-fetch-site": "cross-site"}
-    missing, wrong = form_for("", {}), form_for("This token is wrong.", link)
+    cross_site = {"sec-fetch-site": "cross-site"}
+    missing, wrong = form_for("", {}), form_for("This token is wrong.", cross_site)
     assert [missing.status, wrong.status] == [401, 401]
     assert missing.headers.keys() == wrong.headers.keys() == {"WWW-Authenticate"}
     assert (missing.values["invalid"], wrong.values["invalid"]) == ("false", "true")
-    assert form_for("", link).headers["Refresh"] == "0"
+    assert form_for("", cross_site).headers["Refresh"] == "0"
     assert form_for("", {}, 200).headers == {}
     busy = form_for(TOO_MANY, {})
     assert (busy.status, busy.headers) == (429, {"Retry-After": "60"})

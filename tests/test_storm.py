@@ -30,9 +30,14 @@ def test_every_connection_comes_back(peer: str) -> None:
 
 
 def test_jitter_keeps_the_peak_ten_times_lower() -> None:
-    ours, lockstep = connects("dbpool", MOST_WORKERS), connects("no jitter", MOST_WORKERS // 100)
+    jittered, lockstep = (
+        connects("dbpool", MOST_WORKERS),
+        connects("no jitter", MOST_WORKERS // 100),
+    )
     for since, until in ((2 * NOTICE_SECONDS, OUTAGE), (OUTAGE, math.inf)):  # during and after it
-        peaks = [peak([t for t in times if since < t < until], 0.01) for times in (ours, lockstep)]
+        peaks = [
+            peak([t for t in times if since < t < until], 0.01) for times in (jittered, lockstep)
+        ]
         assert 10 * peaks[0] <= 100 * peaks[1], "pools without jitter connect at the same times"
 
 

@@ -471,7 +471,7 @@ def test_making_an_environment_can_be_interrupted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "page", "words"),
+    ("settings", "page", "parts"),
     [
         (AppSettings(details="always"), True, []),
         (AppSettings(token="a-token-of-some-length"), True, ["a form", "curl"]),
@@ -479,12 +479,12 @@ def test_making_an_environment_can_be_interrupted(tmp_path: Path) -> None:
     ],
 )
 def test_it_prints_how_the_live_page_opens(
-    settings: AppSettings, page: bool, words: list[str], capsys: pytest.CaptureFixture[str]
+    settings: AppSettings, page: bool, parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     supervisor._announce("127.0.0.1", 8000, None, settings)
     output = capsys.readouterr().out
     assert ("the live page" in output) == page
-    assert all(word in output for word in words)
+    assert all(word in output for word in parts)
     assert "a-token" not in output
 
 

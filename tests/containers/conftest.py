@@ -23,9 +23,9 @@ BASE = os.environ.get("PYTHON_IMAGE", "python:3.13-slim")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     for item in items:
-        if here in item.path.parents:
+        if folder in item.path.parents:
             item.add_marker(pytest.mark.slow)
 
 

@@ -104,11 +104,11 @@ class Load:
         self.written = 0
         self.failed: list[str] = []
         self._port = port
-        self._over = threading.Event()
+        self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._write) for _ in range(clients)]
 
     def _write(self) -> None:
-        while not self._over.is_set():
+        while not self._stop.is_set():
             try:
                 answer = request(self._port, "/notes", "POST", {"title": "a note"})
             except (OSError, http.client.HTTPException) as ex:
@@ -135,7 +135,7 @@ class Load:
         try:
             yield self
         finally:
-            self._over.set()
+            self._stop.set()
             for thread in self._threads:
                 thread.join(60)
 

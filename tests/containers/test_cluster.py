@@ -107,11 +107,13 @@ def test_every_panel_of_the_dashboard_has_something_to_show(cluster: Project, pa
     for _ in range(5):
         request(page, "/notes")
     for expression in expressions:
-        asked = expression.replace("$pool", ".*")
-        asked = (
-            asked.replace("$__rate_interval", "1m").replace("$__range", "1h").replace("> 0", ">= 0")
+        promql = expression.replace("$pool", ".*")
+        promql = (
+            promql.replace("$__rate_interval", "1m")
+            .replace("$__range", "1h")
+            .replace("> 0", ">= 0")
         )
-        until_true(lambda asked=asked: query(cluster, asked))  # type: ignore[misc]
+        until_true(lambda promql=promql: query(cluster, promql))  # type: ignore[misc]
 
 
 def test_the_queries_of_the_documentation_are_answered(cluster: Project) -> None:
@@ -213,10 +215,10 @@ def test_a_stopped_standby_fills_no_disk_and_comes_back(
     written = int(sql(cluster, "db", "select pg_current_wal_lsn() - '0/0'::pg_lsn")) - before
     assert written >= 2 << 30
     sql(cluster, "db", "checkpoint")
-    kept = int(sql(cluster, "db", "select sum(size) from pg_ls_waldir()"))
+    size = int(sql(cluster, "db", "select sum(size) from pg_ls_waldir()"))
     record_property("WAL written while the standby is stopped, MiB", written >> 20)
-    record_property("WAL kept after that, MiB", kept >> 20)
-    assert kept < 600 << 20
+    record_property("WAL kept after that, MiB", size >> 20)
+    assert size < 600 << 20
 
     cluster("start", "standby")
     until_true(lambda: ready(page) == {"default": "up", "replica": "up"})

@@ -265,8 +265,8 @@ def test_a_silent_network_costs_the_caller_one_ping_timeout_and_is_logged_once(
     assert 0.25 < caller.seconds < 0.3 + SLACK
     assert pool.stats().counters.discarded["dead"] == 10
     assert_serves_all(pool)
-    said = ["pool 'faults': replaced 10 connections that did not answer"]
-    until(lambda: [line for line in lines(log, logging.INFO) if "replaced" in line] == said)
+    expected = ["pool 'faults': replaced 10 connections that did not answer"]
+    until(lambda: [line for line in lines(log, logging.INFO) if "replaced" in line] == expected)
     proxy.drop()
 
 

@@ -141,11 +141,11 @@ class Cluster:
                 return node
         return None
 
-    def await_whole(self) -> None:
+    def await_healthy(self) -> None:
         """Wait until there is a leader with a synchronous standby."""
-        until(self._is_whole, 90.0, pause=0.2)
+        until(self._is_healthy, 90.0, pause=0.2)
 
-    def _is_whole(self) -> bool:
+    def _is_healthy(self) -> bool:
         roles = [self._role(node) for node in range(NODES)]
         sync = [_get(self._rest[node], "/sync") for node in range(NODES)]
         return None not in roles and self.leader() is not None and any(sync)
@@ -220,7 +220,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def test_killing_ten_leaders_loses_and_doubles_no_write(cluster: Cluster) -> None:
-    cluster.await_whole()
+    cluster.await_healthy()
     cluster.execute(TABLE)
     outages: list[float] = []
     with Pool(cluster.conninfo, max_size=4, connect_timeout=2) as pool:
@@ -236,7 +236,7 @@ def test_killing_ten_leaders_loses_and_doubles_no_write(cluster: Cluster) -> Non
             appends.await_more()
             outages.append(appends.history.longest_gap(killed))
             cluster.revive(leader)
-            cluster.await_whole()
+            cluster.await_healthy()
         history = appends.stop()
     counts = Counter(history.outcomes.values())
     logger.info("outages %s s; %s", [round(each, 1) for each in outages], dict(counts))

@@ -117,7 +117,7 @@ def test_another_threads_statement_may_finish_after_the_block(small_pool: Pool) 
 
 @pytest.mark.parametrize("autocommit", [False, True])
 def test_a_users_reset_does_not_wait_for_notifies_left_open(dsn: str, autocommit: bool) -> None:
-    left = []
+    opened = []
 
     def reset(conn: psycopg.Connection[Any]) -> None:
         conn.execute("reset all")
@@ -125,16 +125,16 @@ def test_a_users_reset_does_not_wait_for_notifies_left_open(dsn: str, autocommit
 
     with Pool(dsn, max_size=1, reset=reset, kwargs={"autocommit": autocommit}) as pool:
         conn = pool.getconn()
-        left.append(notifies(conn))
+        opened.append(notifies(conn))
         pool.putconn(conn)
         assert_serves(pool)
         with pool.connection() as conn:
-            left.append(notifies(conn))
+            opened.append(notifies(conn))
         assert_serves(pool)
 
 
 def test_run_waits_only_once_for_a_stream_left_open(dsn: str) -> None:
-    left = []
+    opened = []
     with Pool(dsn, max_size=1, timeout=2) as pool, within(3.5):
         with pytest.raises(psycopg.ProgrammingError, match="was left open"):
-            pool.run(lambda conn: left.append(stream(conn)))
+            pool.run(lambda conn: opened.append(stream(conn)))
