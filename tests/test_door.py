@@ -348,7 +348,8 @@ def test_addresses_are_parsed(text: str, address: object) -> None:
 @pytest.mark.parametrize(
     "text",
     ["8900", "localhost", "x:y", "127.0.0.1:99999", "http://127.0.0.1:8900", "tcp://10.0.0.1:8900",
-     "::1:8900", "[::1]", "127.0.0.1:\u0661", f"127.0.0.1:{'9' * 5000}", "a b:80", "unix:", " "],
+     "::1:8900", "[::1]", "127.0.0.1:\u0661", f"127.0.0.1:{'9' * 5000}", "a b:80", "unix:", " ",
+     f"unix:/{'x' * 107}"],
 )  # fmt: skip
 def test_invalid_addresses_are_rejected(text: str) -> None:
     with pytest.raises(ConfigError, match="DBPOOL_SERVE"):
@@ -511,6 +512,21 @@ def test_the_settings_are_read_once(
     logged = log.read_text()
     assert f"page, stats, metrics and health on :{port}" in logged
     assert logged.count("may be guessed") <= 1
+
+
+def test_the_command_says_where_it_serves_once_it_does(directory: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with socket.create_server(("127.0.0.1", 0)) as taken, log.open("w") as errors:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        server = subprocess.Popen(
+            [sys.executable, "-m", "dbpool", "serve", address, f"--dir={directory}"],
+            cwd=tmp_path, stderr=errors, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        until(lambda: "cannot listen" in log.read_text(), 20)
+        assert "health on" not in log.read_text()
+    until(lambda: f"health on {address}\n" in log.read_text(), 20)
+    server.terminate()
+    assert server.wait(10) == 0
 
 
 # Its processes

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dbpool.cli._configured import seconds
 from dbpool.cli._output import fail
@@ -67,10 +67,13 @@ def _serve(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: _stop_soon(door, stop))
     if arguments.until_eof:  # otherwise a person started this command
         threading.Thread(None, _stop_at_eof, "dbpool-eof", (door, views, stop), daemon=True).start()
-    else:
-        print(f"dbpool: page, stats, metrics and health on {text}", file=sys.stderr, flush=True)
-    door.run()
+    door.run(lambda: None if arguments.until_eof else _say_where(text, door.address))
     return 0
+
+
+def _say_where(text: str, address: Any) -> None:
+    where = f"{text[:-1]}{address[1]}" if text.endswith(":0") else text  # any free port
+    print(f"dbpool: page, stats, metrics and health on {where}", file=sys.stderr, flush=True)
 
 
 def _find(known: str | None, app: str | None) -> Processes:

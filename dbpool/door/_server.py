@@ -30,6 +30,7 @@ logger = logging.getLogger("dbpool")
 _ADDRESS: Final = re.compile(
     r"(?:\[(?P<ipv6>[0-9a-fA-F:.]+(?:%\w+)?)\]|(?P<host>[\w.-]*)):(?P<port>[0-9]{1,5})", re.ASCII
 )
+_MAX_PATH: Final = 107  # bytes of a path of a socket, which ends with a NUL
 _MAX_CONNECTIONS: Final = 16
 _CONNECTION_TIMEOUT: Final = 5.0  # for a connection
 _TICK_INTERVAL: Final = 1.0
@@ -40,6 +41,10 @@ def parse_address(text: str) -> tuple[str, int] | str:
     """Return host and port, or the path of a unix socket; raise `ConfigError` for anything else."""
     text = text.strip()
     if text.startswith(("unix:", "/")) and (path := text.removeprefix("unix:")):
+        if len(os.fsencode(path)) > _MAX_PATH:
+            raise ConfigError(
+                f"the path of a Unix socket (DBPOOL_SERVE) has at most {_MAX_PATH} bytes"
+            )
         return path
     found = _ADDRESS.fullmatch(text)
     if found is None or int(found["port"]) > 65535:
@@ -158,15 +163,17 @@ class Door:
         """The address on which it listens, None as long as it does not."""
         return None if self._http is None else self._http.server_address
 
-    def run(self) -> None:
-        """Serve; returns after `stop`."""
+    def run(self, on_listening: Callable[[], object] = lambda: None) -> None:
+        """Serve; returns after `stop`. *on_listening* is called once it has the address."""
         if (listener := self._listen()) is None:
             return
         self._http = _HTTP(listener, self._views)
+        on_listening()
         ticking = threading.Thread(None, self._tick, "dbpool-door", daemon=True)
         ticking.start()
         try:
-            self._http.serve_forever(poll_interval=0.1)
+            if not self._stop.is_set():  # from now on `stop` sees the server
+                self._http.serve_forever(poll_interval=0.1)
         finally:
             self._http.server_close()
             self._remove()
