@@ -169,6 +169,19 @@ def test_code_that_forgets_at_every_request_is_logged_once(
     assert counters.leaks == 10, "all are counted"
 
 
+def test_what_a_task_forgets_is_logged_without_an_endpoint(
+    make_app: MakeApp, fake: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    db = DBPool()
+    with make_app(fake, db=db).app_context():
+        forgotten = db.pool.getconn()
+    assert forgotten.closed
+    (said,) = caplog.messages
+    assert said.endswith(
+        " was still held when the application context ended: it was rolled back and closed"
+    )
+
+
 def test_a_connection_held_around_a_request_stays_out(make_app: MakeApp, fake: FakeServer) -> None:
     app = make_app(fake)
     pool = app.extensions["dbpool"].databases.default

@@ -271,15 +271,18 @@ def _take_back_all() -> None:
 
 
 def _take_back(pool: Pool[Any], since: float, endpoint: str | None) -> None:
+    what, advice = "application context ended", ""  # of a task or a command
+    if endpoint is not None:
+        what = f"request ended (endpoint {endpoint})"
+        advice = "; a streamed response must check out its connection inside the generator"
     for holder in pool.return_held(since):
-        count = state().forgotten.count((pool.name, holder.where, endpoint))
-        if count:
+        if count := state().forgotten.count((pool.name, holder.where, endpoint)):
             logger.error(
-                "pool %r: a connection checked out at %s was still held when the request ended"
-                " (endpoint %s): it was rolled back and closed; a streamed response must check out"
-                " its connection inside the generator%s",
+                "pool %r: a connection checked out at %s was still held when the %s: it was rolled"
+                " back and closed%s%s",
                 pool.name,
                 holder.where,
-                endpoint,
+                what,
+                advice,
                 times(count),
             )
