@@ -348,8 +348,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from dbpool import gunicorn as hooks
 
-parent, user, way = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-left = 0  # events until the other user acts; 0 is never
+parent, user, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+remaining = 0  # events until the other user acts; 0 is never
 
 
 def act():
@@ -357,17 +357,17 @@ def act():
     path = next((p for p in parent.iterdir() if p.name != victim.name), None)
     if path is not None:
         path.rename(parent / "stolen")
-        if way == "link":
+        if method == "link":
             path.symlink_to(victim)
         else:
             victim.rename(path)
 
 
 def hook(event, args):
-    global left
-    if left > 0:
-        left -= 1
-        if left == 0:
+    global remaining
+    if remaining > 0:
+        remaining -= 1
+        if remaining == 0:
             act()
 
 
@@ -405,9 +405,9 @@ for before, phase in (
         (victim / "file").touch()
         inode = victim.stat().st_ino
         before()
-        left = step
+        remaining = step
         phase(server)
-        is_over, left = left > 0, 0
+        is_over, remaining = remaining > 0, 0
         (found,) = [p for p in parent.iterdir() if p.stat(follow_symlinks=False).st_ino == inode]
         for path in (found, found / "file"):
             assert path.stat().st_uid == 0, (before, phase, step, path)

@@ -63,15 +63,15 @@ def test_pools_of_one_name_are_added_up_against_max_connections(server: Server) 
         from types import SimpleNamespace
         from dbpool import Pool, gunicorn
 
-        told = []
+        warnings = []
         pools = [Pool({server.conninfo!r}, max_size=40) for _ in range(2)]
         cfg = SimpleNamespace(threads=1, workers=1)
-        worker = SimpleNamespace(age=1, cfg=cfg, log=SimpleNamespace(warning=lambda *a: told.append(a)))
+        worker = SimpleNamespace(age=1, cfg=cfg, log=SimpleNamespace(warning=lambda *a: warnings.append(a)))
         gunicorn.post_worker_init(worker)
         deadline = time.monotonic() + 10
-        while not told and time.monotonic() < deadline:
+        while not warnings and time.monotonic() < deadline:
             time.sleep(0.05)
-        print(told)
+        print(warnings)
     """
     done = python("-c", dedent(script))
     assert "max_connections" in done.stdout, done.stderr

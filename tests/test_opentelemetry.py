@@ -803,7 +803,7 @@ def test_pending_data_can_be_flushed_at_the_interpreters_exit() -> None:
 import atexit, threading
 from dbpool.opentelemetry import flush
 
-def refuse(*args, **how):
+def refuse(*args, **kwargs):
     raise RuntimeError("can't create new thread at interpreter shutdown")
 
 class Provider:

@@ -382,7 +382,7 @@ print(*os.listdir(sys.argv[1]))
 
 HOLDING = WORKER.replace(
     "idle=1)",
-    'idle=1, holders=(HolderSnapshot("theirs", 5.0, "a.py:1 f"),),'
+    'idle=1, holders=(HolderSnapshot("other", 5.0, "a.py:1 f"),),'
     ' breaker=BreakerSnapshot("open", 1.0, "refused", 30.0))',
 ).replace("import Metrics", "import BreakerSnapshot, HolderSnapshot, Metrics")
 
@@ -395,7 +395,7 @@ class Holding(Counting):
         self._seconds = seconds
 
     def stats(self) -> Snapshot:
-        holders = (HolderSnapshot("ours", self._seconds, "b.py:1 g"),)
+        holders = (HolderSnapshot("own", self._seconds, "b.py:1 g"),)
         return self.metrics.snapshot([], state="up", size=1, active=1, holders=holders)
 
 
@@ -424,12 +424,12 @@ def test_holders_of_other_processes_age_between_snapshots(directory: Path) -> No
 
     try:
         first, remaining, up = ages(), pool()["breaker"]["retry_after"], uptime()
-        until(lambda: ages()["theirs"] > first["theirs"] + 0.1)
+        until(lambda: ages()["other"] > first["other"] + 0.1)
         assert pool()["breaker"]["retry_after"] < remaining < 30.0
         assert uptime() > up
-        assert ages()["ours"] < 6.5  # its own snapshot is current
-        until(lambda: ages()["theirs"] > ages()["ours"])
-        assert [holder["thread"] for holder in pool()["holders"]] == ["theirs", "ours"]
+        assert ages()["own"] < 6.5  # its own snapshot is current
+        until(lambda: ages()["other"] > ages()["own"])
+        assert [holder["thread"] for holder in pool()["holders"]] == ["other", "own"]
     finally:
         worker.kill()
         worker.communicate()

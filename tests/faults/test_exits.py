@@ -66,10 +66,10 @@ STATES = {
             time.sleep(0.01)
     """,
     "with a listener, and a generator that holds a connection": """
-        heard = dbpool.Pool(sys.argv[1], listeners=[lambda event: None])
+        pool_with_listener = dbpool.Pool(sys.argv[1], listeners=[lambda event: None])
 
         def rows():
-            with heard.connection() as conn:
+            with pool_with_listener.connection() as conn:
                 yield conn
 
         suspended = rows()

@@ -105,8 +105,8 @@ def test_a_pool_made_with_open_false_needs_an_explicit_open_in_a_child_too(run: 
 
 CHILDREN = {
     "uses the pool": """
-        theirs = {pool.fetch_value(PID) for _ in range(20)}
-        assert not theirs & parents, (theirs, parents)
+        pids = {pool.fetch_value(PID) for _ in range(20)}
+        assert not pids & parents, (pids, parents)
         with pool.connection() as own:
             assert own.info.backend_pid not in parents
         pool.close()
@@ -170,15 +170,15 @@ CHILDREN = {
     """,
     "forks again": """
         pool.wait()
-        mine = {c.info.backend_pid for c in pool._store.bag.idle}
-        assert len(mine) == 3
-        assert not mine & parents
-        again = os.fork()
-        if again == 0:
-            assert pool.fetch_value(PID) not in parents | mine
+        pids = {c.info.backend_pid for c in pool._store.bag.idle}
+        assert len(pids) == 3
+        assert not pids & parents
+        grandchild = os.fork()
+        if grandchild == 0:
+            assert pool.fetch_value(PID) not in parents | pids
             sys.exit(0)
-        assert wait_for(again) == 0
-        assert {pool.fetch_value(PID) for _ in range(10)} <= mine
+        assert wait_for(grandchild) == 0
+        assert {pool.fetch_value(PID) for _ in range(10)} <= pids
         sys.exit(0)
     """,
 }
@@ -241,9 +241,9 @@ def test_forks_while_other_threads_hold_connections_and_locks(run: Run) -> None:
     for n in range(20):
         child = os.fork()
         if child == 0:
-            theirs = pool.fetch_value(PID)
-            assert pool.fetch_value(PID) == theirs
-            assert theirs not in parents
+            backend_pid = pool.fetch_value(PID)
+            assert pool.fetch_value(PID) == backend_pid
+            assert backend_pid not in parents
             pool.close() if n % 2 else None
             sys.exit(0)
         status = wait_for(child)
@@ -328,12 +328,12 @@ def test_a_pool_that_is_not_open_yet_opens_in_both(run: Run) -> None:
     run("""
     pool = dbpool.Pool(sys.argv[1])
     child = os.fork()
-    mine = pool.fetch_value(PID)
+    own_pid = pool.fetch_value(PID)
     if child == 0:
         sys.exit(0)
     status = wait_for(child)
     assert status == 0, status
-    assert pool.fetch_value(PID) == mine
+    assert pool.fetch_value(PID) == own_pid
     end()
     """)
 
@@ -367,18 +367,18 @@ def test_the_watchdog_works_in_the_child(run: Run) -> None:
     output = run("""
     import logging
     logging.basicConfig(stream=sys.stdout)
-    told = threading.Event()
+    reported = threading.Event()
 
     def listener(event):
         if isinstance(event, dbpool.events.HeldLong):
-            told.set()
+            reported.set()
 
     pool = dbpool.Pool(sys.argv[1], leak_after=0.2, listeners=[listener])
     pool.fetch_value(PID)
     child = os.fork()
     if child == 0:
         conn = pool.getconn()
-        assert told.wait(10)
+        assert reported.wait(10)
         assert pool.stats().counters.held_long == 1
         pool.putconn(conn)
         sys.exit(0)
@@ -392,21 +392,21 @@ def test_the_watchdog_works_in_the_child(run: Run) -> None:
 
 def test_listeners_in_the_child_get_the_childs_events(run: Run) -> None:
     run("""
-    heard = []
-    pool = dbpool.Pool(sys.argv[1], listeners=[heard.append])
+    received = []
+    pool = dbpool.Pool(sys.argv[1], listeners=[received.append])
     assert pool.fetch_value("select 1") == 1
     child = os.fork()
     if child == 0:
-        heard.clear()
+        received.clear()
         assert pool.fetch_value("select 1") == 1
         pool.close()
-        names = sorted(type(event).__name__ for event in heard)
+        names = sorted(type(event).__name__ for event in received)
         assert names == ["CheckedIn", "CheckedOut", "Closed", "Connected", "Opened"], names
         sys.exit(0)
     assert (status := wait_for(child)) == 0, status
     assert pool.fetch_value("select 1") == 1
     pool.close()
-    assert sum(isinstance(event, dbpool.events.CheckedIn) for event in heard) == 2
+    assert sum(isinstance(event, dbpool.events.CheckedIn) for event in received) == 2
     end()
     """)
 
@@ -464,11 +464,11 @@ def test_a_fork_waits_for_a_listener_to_return(run: Run) -> None:
 
 def test_forks_while_a_listener_hangs(run: Run) -> None:
     run("""
-    stuck, hangs = threading.Event(), threading.Event()
+    release, hangs = threading.Event(), threading.Event()
 
     def hanging(event):
         hangs.set()
-        stuck.wait(20)
+        release.wait(20)
 
     pool = dbpool.Pool(sys.argv[1], listeners=[hanging])
     assert pool.fetch_value("select 1") == 1
@@ -481,7 +481,7 @@ def test_forks_while_a_listener_hangs(run: Run) -> None:
     assert time.monotonic() - started < 2, "the fork waited too long"
     assert (status := wait_for(child)) == 0, status
     assert pool.fetch_value("select 1") == 1
-    stuck.set()
+    release.set()
     end()
     """)
 
@@ -520,19 +520,19 @@ def test_processes_of_multiprocessing_have_sessions_of_their_own(run: Run, metho
 
     if __name__ == "__main__":
         pool.wait()
-        mine = {{conn.info.backend_pid for conn in pool._store.bag.idle}}
+        own_pids = {{conn.info.backend_pid for conn in pool._store.bag.idle}}
         context = multiprocessing.get_context({method!r})
         with context.Pool(3) as workers:
             answers = workers.map(work, range(60), chunksize=5)
             workers.close()
             workers.join()
         assert [value for _, _, value in answers] == list(range(60))
-        assert not mine & {{backend for _, backend, _ in answers}}
+        assert not own_pids & {{backend for _, backend, _ in answers}}
         processes = {{process for process, _, _ in answers}}
         sessions = {{(process, backend) for process, backend, _ in answers}}
         assert len({{backend for _, backend in sessions}}) == len(sessions), sessions
         assert len(processes) >= 2
-        assert pool.fetch_value(PID) in mine
+        assert pool.fetch_value(PID) in own_pids
         end()
     """)
 
@@ -627,7 +627,7 @@ def test_a_reused_descriptor_of_a_closed_connection_is_left_alone(run: Run) -> N
 def test_a_child_forked_without_pythons_fork_hooks(run: Run) -> None:
     """As under uWSGI: the parent's sessions are left alone, the child's pools maintained."""
     run("""
-    hooks, os.register_at_fork = os.register_at_fork, lambda **how: None
+    hooks, os.register_at_fork = os.register_at_fork, lambda **kwargs: None
     sys.modules["uwsgi"] = sys
     pool = dbpool.Pool(sys.argv[1], min_size=2, max_size=2)
     os.register_at_fork = hooks
