@@ -106,6 +106,21 @@ def test_details_open_to_a_remote_client_log_one_warning(
     assert len(logged) == warnings
 
 
+@pytest.mark.parametrize(
+    ("forwarded", "warnings"),
+    [("203.0.113.9", 1), ("2001:db8::7, 10.0.0.1", 1), ("127.0.0.1", 0), ("unknown", 0), ("", 0)],
+)
+def test_details_open_to_the_clients_of_a_proxy_log_one_warning(
+    forwarded: str, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To the server, a proxy on the same machine is local."""
+    app = make_app(DBPOOL_DETAILS="always")
+    for _ in range(3):
+        app.test_client().get("/db/health/live", headers={"X-Forwarded-For": forwarded})
+    logged = [text for text in caplog.messages if "DBPOOL_DETAILS=always" in text]
+    assert len(logged) == warnings
+
+
 def test_a_door_that_only_the_application_sets_logs_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -47,6 +47,13 @@ _BEGUN: Final = "dbpool.begun"
 _STREAMING: Final = "_dbpool_streaming"
 
 
+_OTHERS: Final = {  # where a request names the server's address, or a client's
+    "SERVER_NAME": "that listens on",
+    "REMOTE_ADDR": "that is reached by",
+    "HTTP_X_FORWARDED_FOR": "that is reached, through a proxy, by",
+}
+
+
 @dataclass(frozen=True)
 class State:
     """What belongs to one application: `app.extensions["dbpool"]`."""
@@ -229,8 +236,8 @@ def _warn_of_open_views(own: State) -> None:
 
     Some servers have a name in place of the address on which they listen.
     """
-    for key, what in (("SERVER_NAME", "that listens on"), ("REMOTE_ADDR", "that is reached by")):
-        address = str(request.environ.get(key) or "")
+    for key, what in _OTHERS.items():
+        address = str(request.environ.get(key) or "").partition(",")[0].strip()
         if own.settings.is_open_to_others(address) and "open views" not in own.warned:
             own.warned.add("open views")
             logger.warning(
