@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +196,35 @@ def test_only_the_directories_of_the_same_user_are_swept(
     shutil.chown(remaining.directory, "nobody")
     start(tmp_path)
     assert remaining.directory.exists()
+
+
+@only_root
+def test_a_command_ignores_a_directory_that_another_user_has_planted(
+    start: Callable[..., Master],
+) -> None:
+    finding = """
+import os, sys
+from dbpool.processes._directory import find_directories
+os.setgid(int(sys.argv[1]))
+os.setuid(int(sys.argv[1]))
+print(*find_directories())
+"""
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o1777)
+        planted, own = start(parent), start(parent)
+        for master, mode in (planted, 0o755), (own, 0o700):
+            assert master.directory is not None
+            master.directory.chmod(mode)
+            (master.directory / ".master").chmod(0o644)
+        assert planted.directory is not None
+        for path in (planted.directory, planted.directory / ".master"):
+            os.chown(path, 54321, 54321)
+        found = [
+            python("-c", finding, user, env={"TMPDIR": parent}, check=True).stdout.split()
+            for user in ("0", "54322", "54321")
+        ]
+        mine = [[place for place in places if place.startswith(parent)] for places in found]
+        assert mine == [[str(own.directory)], [], [str(planted.directory)]]
 
 
 def test_a_link_in_place_of_a_directory_is_not_followed(

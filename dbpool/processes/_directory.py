@@ -58,11 +58,14 @@ def make_directory(first_parent: str | None, uid: int, gid: int) -> Directory:
 def find_directories() -> list[Path]:
     """Return the directories of this user's masters that run now.
 
-    Those of masters in other containers only where none runs in this one.
+    Those of masters in other containers only where none runs in this one. Root, who may read those
+    of all users, gets them if it has none of its own, to be told whose they are.
     """
     parents = dict.fromkeys(_parents(None))
     paths = [path for parent in parents for path in _named(parent)]
-    found = [path for path in paths if is_held(path / _LOCK) and os.access(path, os.R_OK)]
+    held = [path for path in paths if is_held(path / _LOCK) and os.access(path, os.R_OK)]
+    own = [path for path in held if _is_own(path)]
+    found = own or (held if os.geteuid() == 0 else [])
     return [path for path in found if _is_of_local_process(path)] or found
 
 
@@ -113,6 +116,13 @@ def _named(parent: Path) -> list[Path]:
         return [path for path in parent.iterdir() if DIRECTORY_NAME.fullmatch(path.name)]
     except OSError:
         return []
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.geteuid()
+    except OSError:  # it was removed meanwhile
+        return False
 
 
 def _is_of_local_process(path: Path) -> bool:
