@@ -184,7 +184,8 @@ def classify(exc: BaseException) -> FailureKind:
     if isinstance(exc, psycopg.errors.ConnectionTimeout):
         return FailureKind.TIMEOUT
     if not isinstance(exc, psycopg.Error):
-        is_host = isinstance(exc, UnicodeError) and "idna" in str(exc)  # it cannot be encoded
+        # It cannot be encoded; Python 3.12 says so in a note.
+        is_host = isinstance(exc, UnicodeError) and "idna" in f"{exc} {vars(exc)}"
         return FailureKind.CONNINFO if is_host else FailureKind.UNKNOWN
     # psycopg tries every address of a name: keep the last attempt for each host and port. The
     # settings are to blame only if they are wrong for all of them.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 
 def ends(processes: list[psutil.Process]) -> None:
-    until(lambda: not any(_runs(process) for process in processes), 20.0, pause=0.05)
+    with suppress(AssertionError):
+        until(lambda: not any(_runs(process) for process in processes), 20.0, pause=0.05)
+    assert [process.cmdline() for process in processes if _runs(process)] == []
 
 
 def _runs(process: psutil.Process) -> bool:
