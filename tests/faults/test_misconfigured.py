@@ -257,7 +257,7 @@ def test_a_connection_cut_in_the_tls_handshake_is_transient(
         ("FATAL:  sorry, too many clients already", "saturated"),
         ("FATAL:  remaining connection slots are reserved for roles with the", "saturated"),
         ("FATAL:  the database system is starting up", "starting"),
-        ("FATAL:  the database system is shutting down", "starting"),
+        ("FATAL:  the database system is shutting down", "shutdown"),
         ("FATAL:  the database system is in recovery mode", "starting"),
         ("FATAL:  the database system is not yet accepting connections", "starting"),
         ("SSL SYSCALL error: Connection reset by peer", "closed"),
