@@ -5,6 +5,7 @@ All other names begin with `dbpool_`. This needs the package prometheus-client.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, Final
@@ -32,6 +33,8 @@ except ImportError as ex:  # pragma: no cover - tried in an environment without 
 __all__ = ["PoolCollector", "expose"]
 
 _ALARMING: Final = frozenset({Severity.WARNING, Severity.CRITICAL})
+_FORMATS: Final = frozenset({"application/openmetrics-text", "text/plain"})
+_QUALITY: Final = re.compile(r";\s*q=([01](?:\.[0-9]{0,3})?)\s*(?:;|$)", re.ASCII | re.IGNORECASE)
 _POOL: Final = "pool_name"
 _BUCKET_STEP: Final = 4  # of our bounds every fourth is exposed: two to a decade
 _SIZES: Final = {
@@ -208,7 +211,22 @@ def expose(
     *findings* are those of `/stats`.
     """
     try:
-        encode, content_type = choose_encoder(accept)
+        encode, content_type = choose_encoder(_preferred(accept))
     except (TypeError, ValueError):  # for example a version that is no number
         encode, content_type = choose_encoder("")
     return encode(PoolCollector(lambda: report, lambda: findings)), content_type
+
+
+def _preferred(accept: str) -> str:
+    """Return the format in an `Accept` that the client likes best, "" for any other.
+
+    prometheus_client takes the first, whatever its `q`.
+    """
+    known = [each for each in accept.split(",") if each.partition(";")[0].strip() in _FORMATS]
+    best = max(known, key=_quality, default="")
+    return best if _quality(best) > 0.0 else ""
+
+
+def _quality(accepted: str) -> float:
+    found = _QUALITY.search(accepted)
+    return float(found[1]) if found else 1.0

@@ -39,6 +39,10 @@ from .postgres import Server, until
 
 TOKEN = "open sesame"
 NOWHERE = "host=127.0.0.1 port=1 user=u dbname=d"
+PROMETHEUS_3 = (  # what it sends as `Accept`
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,application/"
+    "openmetrics-text;version=0.0.1;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1"
+)
 
 
 @pytest.fixture
@@ -815,14 +819,24 @@ def test_an_unknown_scope_is_rejected(client: FlaskClient) -> None:
     assert client.get("/db/stats?scope=nonsense", headers=bearer()).status_code == 400
 
 
-def test_the_format_of_metrics_is_negotiated(client: FlaskClient) -> None:
-    classic = client.get("/db/metrics", headers=bearer())
-    assert classic.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    assert "db_client_connections{" in classic.text
-    accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
-    modern = client.get("/db/metrics", headers=bearer() | accept)
-    assert modern.headers["Content-Type"].startswith("application/openmetrics-text")
-    assert modern.text.endswith("# EOF\n")
+@pytest.mark.parametrize(
+    ("accept", "wanted"),
+    [
+        ("", "text/plain; version=0.0.4"),
+        ("*/*", "text/plain; version=0.0.4"),
+        ("application/openmetrics-text; version=1.0.0", "application/openmetrics-text"),
+        ("text/plain;version=0.0.4;q=0.5,application/openmetrics-text", "application/openmetrics"),
+        ("application/openmetrics-text;q=0.2, text/plain;version=0.0.4;q=0.9", "text/plain"),
+        ("application/openmetrics-text;q=0,text/plain;q=0.1", "text/plain"),
+        ("application/openmetrics-text;q=0.0", "text/plain"),
+        (PROMETHEUS_3, "application/openmetrics-text; version=1.0.0"),
+    ],
+)
+def test_the_format_of_metrics_is_negotiated(client: FlaskClient, accept: str, wanted: str) -> None:
+    answer = client.get("/db/metrics", headers=bearer() | {"Accept": accept})
+    assert answer.headers["Content-Type"].startswith(wanted)
+    assert "db_client_connections{" in answer.text
+    assert answer.text.endswith("# EOF\n") == wanted.startswith("application")
 
 
 def test_the_live_page_works_under_a_strict_policy(client: FlaskClient) -> None:
