@@ -32,6 +32,6 @@ def log_kind() -> str:
     """Write `text`, the default, or `json` back to WEBAPP_LOG and return it; else exit."""
     given = os.environ.get("WEBAPP_LOG", "").strip().lower() or "text"
     if given not in ("text", "json"):
-        sys.exit(f"webapp: WEBAPP_LOG must be text or json, not {given[:20]!r}")
+        sys.exit("webapp: WEBAPP_LOG must be text or json")  # another value may be a secret
     os.environ["WEBAPP_LOG"] = given
     return given
