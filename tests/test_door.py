@@ -264,7 +264,7 @@ def test_old_statistics_of_a_worker_do_not_make_it_ready(
         assert views.respond("/health/live", {}).status == live
 
 
-def test_a_worker_that_publishes_seldom_is_believed_for_longer(
+def test_a_worker_that_publishes_rarely_is_overdue_later(
     directory: Path, publish: Callable[..., Processes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One with many pools has much to write."""
@@ -277,7 +277,7 @@ def test_a_worker_that_publishes_seldom_is_believed_for_longer(
         assert views.respond("/health/ready", {}).status == ready
 
 
-def test_it_lives_without_a_worker_for_a_minute(
+def test_it_runs_without_a_worker_for_a_minute(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     views, now = views_of(directory), time.monotonic()

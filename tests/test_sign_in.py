@@ -68,7 +68,7 @@ def test_a_cookie_is_valid_for_half_a_day_and_for_its_token_only() -> None:
     assert not sign_in.recognises(cookie)
 
 
-def test_no_cookie_outlives_the_longest_life() -> None:
+def test_no_cookie_is_valid_for_longer_than_the_maximum() -> None:
     clock = Clock()
     sign_in = SignIn(TOKEN, clock)
     cookie = value_of(sign_in.issue("/", is_secure=False))

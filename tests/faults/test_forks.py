@@ -338,7 +338,7 @@ def test_a_pool_that_is_not_open_yet_opens_in_both(run: Run) -> None:
     """)
 
 
-def test_the_breaker_starts_anew_in_the_child(run: Run) -> None:
+def test_the_child_has_a_new_breaker(run: Run) -> None:
     run("""
     import logging
     # A worker that writes to stderr in the moment of the fork would leave its lock to the child.
