@@ -199,8 +199,7 @@ def describe_holders(
 
 def _session_of(record: ConnectionRecord) -> dict[str, Any]:
     """Return the backend's pid and what it does, as libpq knows without asking."""
-    conn = record.ref() if record.is_open else None  # it may be closed at any moment
-    if conn is None:
+    if not record.is_open or (conn := record.ref()) is None:  # it may be closed at any moment
         return {}
     pid = max(record.backend_pid or 0, 0) or None  # a pooler makes up any number
     return {"pid": pid, "status": _STATUS[conn.pgconn.transaction_status]}

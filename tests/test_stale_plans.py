@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -178,9 +179,14 @@ def prepared(pool: Pool[Any]) -> list[Any]:
     return pool.fetch_all("select name from pg_prepared_statements where statement like '%% t %%'")
 
 
-def in_block(pool: Pool[Any]) -> Any:
+def in_autocommit(pool: Pool[Any], query: str) -> Any:
+    return pool.fetch_one(query)
+
+
+def in_block(pool: Pool[Any], query: str = SELECT) -> Any:
+    params = [1] if query == SELECT else None
     with pool.connection() as conn:
-        return conn.execute(SELECT, [1]).fetchone()
+        return conn.execute(query, params).fetchone()
 
 
 def in_pipeline(pool: Pool[Any]) -> Any:
@@ -188,8 +194,9 @@ def in_pipeline(pool: Pool[Any]) -> Any:
         return conn.execute(SELECT, [1]).fetchone()
 
 
-def in_run(pool: Pool[Any]) -> Any:
-    return pool.run(lambda conn: conn.execute(SELECT, [1]).fetchone())
+def in_run(pool: Pool[Any], query: str = SELECT) -> Any:
+    params = [1] if query == SELECT else None
+    return pool.run(lambda conn: conn.execute(query, params).fetchone())
 
 
 @pytest.mark.parametrize("autocommit", [False, True])
@@ -300,3 +307,42 @@ def test_other_feature_not_supported_errors_are_raised(
                 pool.fetch_all("select * from t full join t as u on t.a < u.a")
             with pytest.raises(FeatureNotSupported):
                 pool.execute("select * from t where id = %s union select * from t for update", [1])
+
+
+# plpgsql and SQL functions keep plans for the length of a session.
+FUNCTIONS = {
+    "record": (
+        "create function f(n int) returns text language plpgsql as $$ declare r record;"
+        " begin select * into r from t where id = n; return r.a::text || '!'; end $$"
+    ),
+    "sql": "create function f(n int) returns setof t language sql as 'select * from t where id = n'",
+    "trigger": (
+        "create table log (line text);"
+        "create function note() returns trigger language plpgsql as $$ begin"
+        " insert into log values (new.a::text || '!'); return new; end $$;"
+        "create trigger note before insert on t for each row execute function note();"
+        "create sequence ids start 10; create function f(n int) returns int language sql as"
+        " 'insert into t values (nextval(''ids''), n) returning 1'"
+    ),
+}
+
+
+@pytest.mark.parametrize("call", [in_autocommit, in_block, in_run])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_with_a_stale_plan_fails_once(
+    dsn: str,
+    other: psycopg.Connection[Any],
+    name: str,
+    call: Callable[[Pool[Any], str], Any],
+) -> None:
+    other.execute(FUNCTIONS[name])
+    query = "select * from f(1)"
+    with Pool(dsn, max_size=1) as pool:
+        for _ in range(8):
+            call(pool, query)
+        other.execute(CHANGES["type"])
+        with suppress(psycopg.errors.DatatypeMismatch):  # older servers notice some by themselves
+            call(pool, query)
+        expected = other.execute(query).fetchone()
+        for _ in range(8):
+            assert call(pool, query) == expected

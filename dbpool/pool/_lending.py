@@ -120,11 +120,10 @@ def _handle_error(pool: Pool[CT], conn: Any, error: BaseException | None) -> Non
 
     Without an error, insist on a connection that can commit.
     """
-    if type(error) is psycopg.errors.ReadOnlySqlTransaction:
-        pool._maintenance.on_read_only_error(pool, conn)
-    elif refused := handle_refusal(pool, error):
+    pool._maintenance.on_error(pool, conn, error)
+    if refused := handle_refusal(pool, error):
         raise refused
-    elif isinstance(error, psycopg.Error) and _psycopg.is_stale_plan(error):
+    if isinstance(error, psycopg.Error) and _psycopg.is_stale_plan(error):
         _psycopg.forget_plans(conn)
     _psycopg.insist_on_unlocked(conn, pool.timeout, error)
 
@@ -147,17 +146,16 @@ class Statement(Generic[T]):
         with step:
             try:
                 return self.run(pool, conn)
-            except psycopg.errors.ReadOnlySqlTransaction:
-                pool._maintenance.on_read_only_error(pool, conn)
-                raise
             except psycopg.OperationalError as ex:
                 return self.on_lost(pool, conn, ex)
+            except psycopg.Error as ex:
+                pool._maintenance.on_error(pool, conn, ex)
+                raise
             finally:
                 _psycopg.end_autocommit(conn)
-                kept = self.kept
-                if kept is not None:
-                    kept.detach()
-                pool._release(conn, None if pool._user_check else kept)  # else a check saw it
+                if self.kept is not None:
+                    self.kept.detach()
+                pool._release(conn, None if pool._user_check else self.kept)  # else a check saw it
 
     def run(self, pool: Pool[Any], conn: Any) -> T:
         """Run it on *conn* and return its result."""

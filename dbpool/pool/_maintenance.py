@@ -37,6 +37,8 @@ _MOVED_INTERVAL: Final = 5.0
 MIN_INTERVAL: Final = 0.05
 MAX_INTERVAL: Final = 0.5
 _CANCEL_SECONDS: Final = 1.0  # for all cancel requests of one run
+# What the server calls where a function's plan is for types that have changed. Its session keeps it.
+_STALE_FUNCTION: Final = ("plpgsql_param_eval", "CheckVarSlot", "getBaseType")
 
 
 class Workers:
@@ -184,9 +186,8 @@ class Maintenance:
             return
         try:
             have_changed = defaults.ask_again(partial(connector.open, pool), connector.params(pool))
-        except Exception as ex:  # noqa: BLE001  # whatever it is, the next connect asks again
+        except Exception:  # noqa: BLE001  # whatever it is, the next connect asks again
             defaults.troubles = -1
-            logger.debug("pool %r: asking for timeouts failed: %s", pool.name, type(ex).__name__)
             return
         if have_changed:
             logger.info("pool %r: the server's timeouts have changed", pool.name)
@@ -255,13 +256,19 @@ class Maintenance:
 
     # Failover
 
-    def on_read_only_error(self, pool: PoolBase[Any], conn: Any) -> None:
+    def on_error(self, pool: PoolBase[Any], conn: Any, error: BaseException | None) -> None:
         """Replace all connections if a statement failed because the server became read-only.
 
         That is so where the conninfo asked for a server that can write, and the transaction was
-        not read-only itself, or where the server says that its role changed.
+        not read-only itself, or where the server says that its role changed. Replace this one
+        alone if its session has a stale plan of a function.
         """
         record: ConnectionRecord = conn._record
+        source = error.diag.source_function if isinstance(error, psycopg.Error) else None
+        if (source or "").startswith(_STALE_FUNCTION):
+            record.expires_at = 0.0
+        if not isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
+            return
         standby = conn.pgconn.parameter_status(b"in_hot_standby")
         has_moved = standby != record.standby or (record.read_write and not conn.read_only)
         if has_moved and (now := monotonic()) >= self._moved_at + _MOVED_INTERVAL:

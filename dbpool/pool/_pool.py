@@ -113,8 +113,7 @@ class Pool(PoolBase[CT]):
         step = holders.Owner()
         # There is no caller where C calls. No frame is kept in a variable, where it might hold itself.
         conn = self._acquire(timeout, sys._getframe().f_back or sys._getframe(), ref(step))
-        record: ConnectionRecord = conn._record  # type: ignore[attr-defined]
-        record.owner = record.ref  # from here on it is lost once it is collected
+        conn._record.owner = conn._record.ref  # type: ignore[attr-defined]  # lost once it is collected
         return conn
 
     def putconn(self, conn: CT) -> None:

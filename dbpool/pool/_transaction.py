@@ -85,8 +85,7 @@ def _transact(pool: Pool[Any], conn: Any, fn: Callable[[Any], T], options: RunOp
         _psycopg.insist_on_unlocked(conn, pool.timeout)
         _psycopg.insist_on_alive(conn)
     except BaseException as ex:
-        if isinstance(ex, psycopg.errors.ReadOnlySqlTransaction):
-            pool._maintenance.on_read_only_error(pool, conn)
+        pool._maintenance.on_error(pool, conn, ex)
         _psycopg.insist_on_unlocked(conn, pool.timeout, ex)
         _roll_back_block(conn, block, ex)
         if isinstance(ex, psycopg.Rollback) and ex.transaction in (None, block):
