@@ -105,7 +105,7 @@ def _misplaced(params: Mapping[str, Any], *, is_url: bool) -> str:
     for part in ("host", "hostaddr"):
         for value in conceal(params.get(part, "")).split(","):
             # Neither a path nor an abstract socket.
-            if found := re.match(r"(?s)(?![/@])(?:.*?([][@;?#/=\s]|\.\.)|[^:]*:[^:]*$)", value):
+            if found := re.match(r"(?s)(?![/@])(?:.*?([][@;?#/=\s\x22]|\.\.)|[^:]*:[^:]*$)", value):
                 return f"its {part} contains {found[1] or 'a port'}"
     ports = str(params.get("port", "")).split(",")
     if not all(re.fullmatch("[0-9]{0,5}", each) and 0 < int(each or 1) < 65536 for each in ports):
