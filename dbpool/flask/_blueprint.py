@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn
 from flask import Blueprint, Response, abort, jsonify, request
 from flask.blueprints import BlueprintSetupState
 from werkzeug import Response as AnyResponse
+from werkzeug.exceptions import HTTPException
 
 from dbpool._http import retry_after
 from dbpool._secrets import conceal
@@ -21,6 +22,7 @@ from dbpool.flask._access import Authorize, access_denied, public, restricted
 from dbpool.flask._errors import json_error
 from dbpool.flask._extension import KEY, State
 from dbpool.flask._pages import render_page, template
+from dbpool.flask._rate_limit import times
 from dbpool.flask._signing import sign_in, sign_out
 from dbpool.metrics import PoolState
 from dbpool.monitor import Query
@@ -67,9 +69,12 @@ def create_blueprint(name: str = "dbpool", authorize: Authorize | None = None) -
     def health(own: State) -> AnyResponse:
         try:
             is_denied = access_denied(own, authorize) is not None
-        except Exception as ex:  # noqa: BLE001  # it may abort, or need the database that is down
-            logger.info("health shows status words only: %s", type(ex).__name__)
+        except HTTPException:  # its answer to those who may not see details
             is_denied = True
+        except Exception as ex:  # noqa: BLE001  # it may need the database that is down
+            is_denied, kind = True, type(ex).__name__
+            if count := own.repeats.count(("authorize", kind)):
+                logger.info("health shows status words only: %s%s", kind, times(count))
         return _ready(own) if is_denied else _detail(own)
 
     views = (

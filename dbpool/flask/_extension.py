@@ -67,7 +67,7 @@ class State:
     pools: tuple[Pool[Any], ...] = ()  # all of *databases*
     publishing_pids: set[int] = field(default_factory=set)  # where `Processes.start` is done
     warned: set[str] = field(default_factory=set)
-    forgotten: RateLimit = field(default_factory=RateLimit)
+    repeats: RateLimit = field(default_factory=RateLimit)  # of what each request may log
 
 
 class DBPool:
@@ -283,7 +283,7 @@ def _take_back(pool: Pool[Any], since: float, endpoint: str | None) -> None:
         what = f"request ended (endpoint {endpoint})"
         advice = "; a streamed response must check out its connection inside the generator"
     for holder in pool.return_held(since):
-        if count := state().forgotten.count((pool.name, holder.where, endpoint)):
+        if count := state().repeats.count((pool.name, holder.where, endpoint)):
             logger.error(
                 "pool %r: a connection checked out at %s was still held when the %s: it was rolled"
                 " back and closed%s%s",
