@@ -202,7 +202,7 @@ def test_only_the_directories_of_the_same_user_are_swept(
 def test_a_command_ignores_a_directory_that_another_user_has_planted(
     start: Callable[..., Master],
 ) -> None:
-    finding = """
+    script = """
 import os, sys
 from dbpool.processes._directory import find_directories
 os.setgid(int(sys.argv[1]))
@@ -220,11 +220,14 @@ print(*find_directories())
         for path in (planted.directory, planted.directory / ".master"):
             os.chown(path, 54321, 54321)
         found = [
-            python("-c", finding, user, env={"TMPDIR": parent}, check=True).stdout.split()
+            python("-c", script, user, env={"TMPDIR": parent}, check=True).stdout.split()
             for user in ("0", "54322", "54321")
         ]
-        mine = [[place for place in places if place.startswith(parent)] for places in found]
-        assert mine == [[str(own.directory)], [], [str(planted.directory)]]
+        below_parent = [
+            [directory for directory in directories if directory.startswith(parent)]
+            for directories in found
+        ]
+        assert below_parent == [[str(own.directory)], [], [str(planted.directory)]]
 
 
 def test_a_link_in_place_of_a_directory_is_not_followed(

@@ -180,8 +180,8 @@ def test_what_a_task_forgets_is_logged_without_an_endpoint(
     with make_app(fake, db=db).app_context():
         forgotten = db.pool.getconn()
     assert forgotten.closed
-    (said,) = caplog.messages
-    assert said.endswith(
+    (message,) = caplog.messages
+    assert message.endswith(
         " was still held when the application context ended: it was rolled back and closed"
     )
 
