@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from flask import Flask
+from flask.cli import ScriptInfo
 from psycopg.conninfo import conninfo_to_dict
 
 from dbpool.cli import commands
@@ -68,6 +70,15 @@ def test_explain_needs_no_application() -> None:
     result = Flask("app").test_cli_runner().invoke(group, ["explain", "DB04"])
     assert result.exit_code == 0
     assert result.output.startswith("DB04 Waiting for a lock\n")
+
+
+@pytest.mark.parametrize("command", ["check", "stats", "wait"])
+def test_a_wrong_setting_of_the_application_is_one_line(make_app: MakeApp, command: str) -> None:
+    found = ScriptInfo(create_app=lambda: make_app("host=h", DBPOOL_MAX_SIZE="many"))
+    result = CliRunner().invoke(group, [command], obj=found)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: max_size (DBPOOL_MAX_SIZE) must be a whole number")
+    assert len(result.output.splitlines()) == 1
 
 
 def test_all_commands_exist_and_an_unknown_one_is_a_usage_error(

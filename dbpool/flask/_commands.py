@@ -6,6 +6,7 @@ The entry point `flask.commands` names the group, so that Flask finds it once db
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import click
 from flask import current_app
@@ -13,6 +14,7 @@ from flask.cli import with_appcontext
 
 from dbpool.cli import commands, main
 from dbpool.cli._configured import using
+from dbpool.errors import ConfigError
 from dbpool.flask._extension import state
 
 _WITHOUT_APPLICATION = frozenset({"explain"})
@@ -28,6 +30,16 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         found = commands().get(cmd_name)
         return None if found is None else _command(cmd_name, found.HELP)
+
+
+class _Command(click.Command):
+    """Ends with one line if the settings are wrong: they are read while the application is made."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as ex:
+            raise click.ClickException(str(ex)) from None
 
 
 group = _Commands("dbpool", help="Test and watch the databases of the application.")
@@ -49,7 +61,7 @@ def _command(name: str, about: str) -> click.Command:
         with using({name: each.settings for name, each in own.databases.items()}, **options):
             raise SystemExit(main([name, *_directory(name), *arguments]))
 
-    return click.Command(
+    return _Command(
         name,
         callback=call if name in _WITHOUT_APPLICATION else with_appcontext(call),
         params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
