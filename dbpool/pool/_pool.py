@@ -239,7 +239,7 @@ class Pool(PoolBase[CT]):
 
         It runs in autocommit, or in a transaction if the connection has an isolation level, or
         is read-only or deferrable. It is sent again only if it had no effect: the server refused
-        a prepared statement because a table has changed or it was deallocated, or a pooler
+        a prepared statement because a table or type has changed or it was deallocated, or a pooler
         refused the statement before the server got it. A statement that returns no rows takes
         effect, and then raises `psycopg.ProgrammingError`: use `execute` for it.
 
