@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from dbpool import ConfigError
 from dbpool.cli import main
+from dbpool.cli._running import find_processes
 from dbpool.door._pages import Response
 from dbpool.door._server import Door, parse_address
 from dbpool.door._views import Views
@@ -89,6 +90,18 @@ def get(views: Views, path: str, **headers: str) -> tuple[int, Any]:
 
 
 # Answers
+
+
+def test_a_damaged_file_is_logged_once_and_not_at_each_request(
+    directory: Path, publish: Callable[..., Processes], caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(default=Pool(active=1, size=1))
+    (directory / "shop-1-1.json").write_text("{")
+    (directory / "shop-1-1.json").chmod(0o600)
+    views = Views(AppSettings(details="always"), lambda: find_processes(directory, None))
+    assert [get(views, "/stats")[0] for _ in range(3)] == [200] * 3
+    views.close()
+    assert len([text for text in caplog.messages if "cannot be used" in text]) == 1
 
 
 def test_it_answers_what_the_workers_published(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -49,4 +50,10 @@ def find_processes(directory: Path, app: str | None) -> Processes:
         )
     if not apps or (app is not None and app not in apps):
         raise ConfigError(f"{place} contains no statistics{f' of {app}' if app else ''}")
-    return Processes({}, directory, app or apps[0])
+    return _processes(directory, app or apps[0])
+
+
+@lru_cache(maxsize=1)
+def _processes(directory: Path, app: str) -> Processes:
+    """Return the same object for each request of the door: it remembers what it has logged."""
+    return Processes({}, directory, app)
