@@ -80,7 +80,9 @@ def test_the_server_and_then_the_file_change_under_load(own_server: Server, tmp_
             conninfo=own_server.conninfo_for(user="app"),
             password_file=str(file),
             max_size=4,
-            max_lifetime=2.0,  # so that new connections are made all the time
+            # New connections are made all the time. The last old one must live until the first
+            # failure is known, which may take a second on a busy machine.
+            max_lifetime=4.0,
             outage_grace=0.05,  # shorter than the time until the file changes
         )
         with Pool(settings=settings) as pool:

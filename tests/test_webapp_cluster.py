@@ -29,6 +29,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def _ignore_as_in_background() -> None:
+    """Ignore the signals that a shell has its background jobs ignore."""
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Running:
     """The running command and its application."""
 
@@ -43,6 +49,7 @@ class Running:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_ignore_as_in_background,  # noqa: PLW1509  # nothing else runs in it
             )
 
     def await_ready(self, seconds: float = 40.0) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,8 @@ rm -rf "$0"
 def main() -> int:
     """Run until a signal or the end of the application; return the exit code."""
     stop = Stop()
+    # A shell has its background jobs ignore it. PgBouncer would inherit that, and outlive a kill.
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     try:
         with _listening(stop):
             pass  # a port in use is reported at once; the application binds it itself

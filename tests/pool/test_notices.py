@@ -133,7 +133,15 @@ def test_slow_checkouts_send_an_event_each_and_log_one_warning(
             conn = task.result()
         own.putconn(conn)
     assert min(event.seconds for event in received) >= 0.1
-    (line,) = [r for r in caplog.records if getattr(r, "dbpool", {}).get("event") == "slow_acquire"]
+
+    def lines() -> list[logging.LogRecord]:
+        found = (
+            r for r in caplog.records if getattr(r, "dbpool", {}).get("event") == "slow_acquire"
+        )
+        return list(found)
+
+    until(lines)  # the events come before it
+    (line,) = lines()
     assert line.levelname == "WARNING"
     assert "1 of 1 checked out; held longest: MainThread" in line.getMessage()
 
