@@ -139,6 +139,8 @@ def test_an_unknown_parameter_in_a_key_value_string_is_named() -> None:
         (f"host=h password={SECRET}\0", "NUL"),
         (f"Host=h;Username=u;Password={SECRET}", "semicolons"),
         (f"User ID=u;Password={SECRET};Server=h", "semicolons"),
+        (f"\ufeffpostgresql://u:{SECRET}@h/d", "an invisible character"),
+        (f"postgresql://u:{SECRET}@h/d\u200b", "an invisible character"),
         ("server=h dbname=d", "the parameter server; did you mean host?"),
         ('host="h"', 'its host contains "'),
         (f"u:{SECRET}@h/d", "neither a URL"),
