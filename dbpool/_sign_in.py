@@ -16,17 +16,34 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, NoReturn, Protocol, Self
 from urllib.parse import quote
 
 from dbpool._secrets import MASK
 
 
 class SecretBytes(bytes):
-    """Bytes that do not show what they are: debuggers show what an object holds."""
+    """Bytes that do not show what they are: debuggers show what an object holds.
+
+    Pickling raises `TypeError`.
+    """
 
     def __repr__(self) -> str:
         return MASK
+
+    __str__ = __repr__
+
+    def __getitem__(self, key: Any) -> Any:  # debuggers cut off long values: a part is secret too
+        part = super().__getitem__(key)
+        return SecretBytes(part) if isinstance(part, bytes) else part
+
+    def __copy__(self, memo: object = None) -> Self:
+        return self
+
+    __deepcopy__ = __copy__
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a secret cannot be pickled")
 
 
 LIFETIME: Final = 12 * 3600  # seconds until a browser has to sign in again

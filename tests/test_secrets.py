@@ -18,6 +18,7 @@ from flask import Flask
 from psycopg.conninfo import make_conninfo
 
 from dbpool import ConfigError, Databases, Pool, PoolError, Settings
+from dbpool._sign_in import SecretBytes
 from dbpool.cli import main
 from dbpool.databases import settings_from_config
 from dbpool.events import Emitter, Opened
@@ -103,6 +104,18 @@ def test_a_secret_stays_a_secret_and_is_never_shown() -> None:
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         with pytest.raises(TypeError, match="cannot be pickled"):
             pickle.dumps(settings.conninfo, protocol)
+
+
+def test_secret_bytes_are_never_shown() -> None:
+    """The token of the views is kept as bytes."""
+    secret = SecretBytes(b"tk-4711-zq7")
+    assert secret == b"tk-4711-zq7"
+    shown = [repr(secret), str(secret), f"{secret}", repr(secret[:9]), repr(copy.copy(secret)),
+             repr(copy.deepcopy([secret]))]  # fmt: skip
+    assert not leaks(shown, "4711")
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        with pytest.raises(TypeError, match="cannot be pickled"):
+            pickle.dumps(secret, protocol)
 
 
 def test_a_secret_is_still_used(server: Server) -> None:
