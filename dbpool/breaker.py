@@ -240,14 +240,16 @@ class Breaker:
         error.__cause__ = reason
         return error
 
-    def timeout_error(self, pool: str, now: Snapshot, seconds: float) -> errors.PoolError | None:
-        """Build the error of a caller who waited *seconds*, None if the pool is exhausted.
+    def timeout_error(self, pool: str, now: Snapshot, asked: float) -> errors.PoolError | None:
+        """Build the error of a caller who waited too long, None if the pool is exhausted.
 
-        That is so only if every connection is checked out and making one does not fail.
+        That is so only if every connection is checked out and making one does not fail. *asked*
+        says for how many seconds connections may have asked the server in vain, 0 if none does: a
+        `check` or `reset` of the user's may be busy with something else.
         """
         if self.is_failing or now.connecting or now.active < now.max_size:
             return self.unavailable_error(pool, now)
-        if not now.holders and self.last_alive_at < self.clock() - seconds:
+        if asked and not now.holders and self.last_alive_at < self.clock() - asked:
             # All connections are being asked whether they are alive, and none has answered.
             return self.unavailable_error(pool, now, answered_at=self.last_alive_at)
         return None

@@ -163,7 +163,7 @@ def exhausted_error(
     text = (
         f"pool {pool!r}: no connection within {seconds:.2f} s: {now.active} of {now.max_size}"
         f" checked out, {now.idle} idle, {now.waiting - 1} more waiting; held longest:"
-        f" {holders_by_place(now.holders) or 'unknown'}{nested if held else suspicion}"
+        f" {holders_by_place(now.holders) or 'none, they are being checked or reset'}{nested if held else suspicion}"
     )
     return PoolExhausted(text, pool=pool, snapshot=now)
 

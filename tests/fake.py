@@ -239,11 +239,16 @@ class FakePGconn:
         self.check_open()
         self._server.pings += not query
         self._answers = [_result(self, query), None]
+        self.transaction_status = TransactionStatus.ACTIVE
+
+    def cancel_conn(self) -> None:
+        raise psycopg.OperationalError("this server takes no cancel requests")
 
     def flush(self) -> int:
         return 0
 
     def get_result(self) -> Any:
+        self.transaction_status = TransactionStatus.IDLE
         return self._answers.pop(0)
 
     def is_busy(self) -> bool:

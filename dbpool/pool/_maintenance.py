@@ -124,10 +124,9 @@ class Maintenance:
         store = pool._store
         if not store.admit(attempt):
             return
-        is_early = attempt.due > store.breaker.clock()
-        if attempt.awaits_change and is_early:
-            is_early = not self.connector.have_changed(pool, attempt.params)
-        if is_early:
+        if attempt.due > store.breaker.clock() and not (
+            attempt.awaits_change and self.connector.have_changed(pool, attempt.params)
+        ):
             self._connect_later(pool, attempt)
             return
         started = attempt.started = store.breaker.clock()
@@ -167,9 +166,8 @@ class Maintenance:
             pool.reconnect_failed()
 
     def _connect_later(self, pool: PoolBase[Any], attempt: Attempt) -> None:
-        delay = max(0.0, attempt.due - pool._store.breaker.clock())
-        if attempt.awaits_change:
-            delay = min(delay, _CHANGE_INTERVAL)
+        limit = _CHANGE_INTERVAL if attempt.awaits_change else float("inf")
+        delay = min(limit, max(0.0, attempt.due - pool._store.breaker.clock()))
         pool._threads.run_later(lambda pool: pool._store.enqueue(attempt), delay)
 
     def check_answer(self, pool: PoolBase[Any], attempt: Attempt, started: float) -> None:

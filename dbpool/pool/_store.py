@@ -14,6 +14,7 @@ from dbpool import errors
 from dbpool.breaker import Attempt, Breaker
 from dbpool.events import Emitter
 from dbpool.holders import ConnectionRecord
+from dbpool.liveness import is_active
 from dbpool.metrics import SIZES, Metrics, PoolState, Snapshot, describe_holders
 from dbpool.pool import _bag
 from dbpool.pool._bag import Bag, Job, Jobs
@@ -163,10 +164,11 @@ class Store:
             if is_silent and breaker.silent_since < breaker.last_alive_at:
                 breaker.silent_since = waiter.started
         held_by = Counter(record.thread for record in self.bag.held())
+        is_asked = any(is_active(record.ref()) for record in list(self.bag.records))
         late = self.waiting.expired(waiter, moment)
         for each, following in zip(late, [*late[1:], None], strict=False):
             held, seconds = held_by[each.thread], moment - each.started
-            error = breaker.timeout_error(self.name, now, seconds)
+            error = breaker.timeout_error(self.name, now, seconds * is_asked)
             error = error or errors.exhausted_error(self.name, now, seconds, held, suspicion)
             self.waiting.discard(each)
             self.metrics.timeouts += 1

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dbpool import DatabaseUnavailable
+import threading
+from typing import Any
+
+import pytest
+
+from dbpool import DatabaseUnavailable, PoolExhausted
 from tests.fake import FakeServer
 from tests.pools import GRACE, SLACK, MakePool, assert_serves_all, await_up, fill
 from tests.postgres import until
@@ -70,3 +75,20 @@ def test_a_full_server_is_no_outage_while_idle_connections_live(
     assert pool.fetch_value("select 1") == 1
     fake.max_connections = None
     assert_serves_all(pool)
+
+
+@pytest.mark.parametrize("callback", ["check", "reset"])
+def test_a_slow_callback_is_no_fault_of_the_database(fake: FakeServer, callback: str) -> None:
+    busy, done = threading.Event(), threading.Event()
+
+    def wait(conn: Any) -> None:
+        busy.set()
+        done.wait(20)
+
+    with fake.pool(max_size=1, timeout=0.2, **{callback: wait}) as pool:
+        other = Task(pool.execute, "select 1")
+        assert busy.wait(20)
+        with pytest.raises(PoolExhausted, match="none, they are being checked or reset"):
+            pool.getconn()
+        done.set()
+        assert other.result() == 1
