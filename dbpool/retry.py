@@ -54,9 +54,9 @@ def is_lost_unanswered(conn: Any, error: psycopg.Error) -> bool:
     A pooler that lost its server answers with SQLSTATE class 08. False for what a pooler refused and
     for what cannot write: there is nothing to be uncertain about.
     """
-    names = [b"in_hot_standby", b"default_transaction_read_only"][: 1 + (conn.read_only is None)]
-    is_on = b"on" in map(conn.pgconn.parameter_status, names)
-    is_certain = is_refused(error) or conn.read_only or is_on
+    get, default = conn.pgconn.parameter_status, b"default_transaction_read_only"
+    is_read_only = conn.read_only or (conn.read_only is None and get(default) == b"on")
+    is_certain = is_refused(error) or is_read_only or get(b"in_hot_standby") == b"on"
     return bool(conn.closed and (error.sqlstate or "08")[:2] == "08" and not is_certain)
 
 

@@ -74,12 +74,12 @@ class Connector:
         insist_on_types(conninfo, kwargs)
         return self.settings.connect_params(conninfo or None, kwargs, defaults=False)
 
-    def have_changed(self, pool: PoolBase[Any], params: dict[str, Any]) -> bool:
-        """Whether the parameters are not *params* any more."""
+    def have_changed(self, pool: PoolBase[Any], params: dict[str, Any] | None = None) -> bool:
+        """Whether the parameters are not *params*, by default those of a moment ago, any more."""
         try:
-            return self.params(pool) != params
+            return self.params(pool) != (self.params(pool) if params is None else params)
         except BaseException:  # noqa: BLE001  # a user's callback may raise anything
-            return bool(params)
+            return params != {}
 
     def connect(self, pool: PoolBase[Any], attempt: Attempt) -> Any | Failure:
         """Return a new connection that can be lent, or why there is none."""

@@ -149,7 +149,8 @@ class Maintenance:
     def _failed(self, pool: PoolBase[Any], attempt: Attempt, started: float, why: Failure) -> None:
         store, breaker, kind = pool._store, pool._store.breaker, why.kind
         is_wrong = is_permanent(kind)
-        attempt.awaits_change = is_wrong and not self.connector.have_changed(pool, attempt.params)
+        # A token that is new at each call is no correction.
+        attempt.awaits_change = is_wrong and not self.connector.have_changed(pool)
         evict_closed_by_server(pool)  # an idle one that is alive keeps the breaker closed
         is_retry = store.failed(attempt, why.error, kind)
         if not store.is_open:
