@@ -410,7 +410,7 @@ def test_a_reference_to_an_unset_variable_is_an_error_that_names_it(
 def test_lines_for_other_programs_may_be_anything(tmp_path: Path) -> None:
     file = write(
         tmp_path,
-        "PS1=${debian_chroot}\nif true\n= =\n#DBPOOL_X\n # PGX=\n; PGY\nA='\nDBPOOL_MAX_SIZE=3\n",
+        "PS1=${debian_chroot}\nif true\n= =\n#DBPOOL_X\n # PGX=\n; PGY\n--- PGZ ---\nA='\nDBPOOL_MAX_SIZE=3\n",
     )
     assert Settings.from_env(environ={}, dotenv=file).max_size == 3
 

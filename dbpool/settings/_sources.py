@@ -27,7 +27,7 @@ logger = logging.getLogger("dbpool")
 _REFERENCE: Final = re.compile(r"\$\{([A-Za-z_]\w*)((?::-[^}]*)?)\}", re.ASCII)
 _SINGLE_QUOTED: Final = re.compile(r"[^=]*=\s*'")
 # Other lines are for other programs, so errors in them do not matter here.
-_OUR_NAMES: Final = re.compile(r"[^\w#;/]*(?i:(export|set|env)[\s:]\W*)?(DATABASE_URL|DBPOOL_|PG)")
+_OURS: Final = re.compile(r"\s*[^\w#;/]{0,2}(?i:(export|set|env)\W+)?(DATABASE_URL|DBPOOL_|PG)")
 
 # Not a variable: the key under which a source says which file was skipped, and why.
 SKIPPED: Final = "(skipped)"
@@ -139,7 +139,7 @@ def _fill(found: dict[str, str], content: bytes, environ: Mapping[str, str]) -> 
         return "it is not UTF-8"
     known = ChainMap({**environ}, found)
     for name, value, original, is_broken in parse_stream(io.StringIO(text)):
-        ours = _OUR_NAMES.match(original.string)
+        ours = _OURS.match(original.string)
         is_unset = value is None and not environ.get(name or "")
         # A name alone stands for the environment's value, as in a file for `docker run --env-file`.
         if ours and (is_broken or is_unset or not str(name).startswith(ours[2])):
