@@ -61,11 +61,11 @@ class Workers:
 
     def _do(self, job: Job) -> None:
         try:
-            pool = self._pool()
+            pool: Any = self._pool()
             if pool is not None or job == self._end_scheduler:
                 job(pool)
         except BaseException as ex:  # noqa: BLE001  # SystemExit of a callback, say
-            logger.warning("a maintenance task failed: %s", type(ex).__name__)
+            pool._notices.task_failed(type(ex).__name__)
 
     def _end_scheduler(self, _pool: object) -> None:
         self.scheduler.enter(0.0, None)  # once: another stop would end the next thread

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import cache, partial
 from time import monotonic
 from typing import Any, Final
 
@@ -36,7 +37,8 @@ class Notices:
         self.name, self.listeners = name, listeners
         self._lock = threading.RLock()  # a garbage collection inside may come back in
         self._episodes: dict[str, tuple[int, float]] = {}  # by cause: how often, and when last
-        self._warned: set[str] = set()
+        # Logs each text once.
+        self.warn_once = cache(partial(logger.warning, "pool %r: %s", name))
 
     # Connecting
 
@@ -177,11 +179,10 @@ class Notices:
         self._emit(events.Closed)
         self.listeners.close(seconds)
 
-    def warn_once(self, text: str) -> None:
-        """Log a warning unless that was done before."""
-        if text not in self._warned:
-            self._warned.add(text)
-            logger.warning("pool %r: %s", self.name, text)
+    def task_failed(self, error: str) -> None:
+        """A worker's job raised, as a user's `reset` may by `SystemExit`."""
+        text = f"a maintenance task failed: {error}"
+        self._warn("task_failed", "%d maintenance tasks failed", text)
 
     def end_episodes(self, timeout: float | None = None) -> None:
         """Log how often it happened of each episode: of all, or those quiet for two *timeout*."""

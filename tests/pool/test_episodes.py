@@ -95,6 +95,21 @@ def test_failing_checks_log_one_warning(fake: FakeServer, log: pytest.LogCapture
     assert re.search(r"'default': \d+ checks failed", log.text)
 
 
+def test_a_reset_that_exits_logs_one_warning(
+    fake: FakeServer, log: pytest.LogCaptureFixture
+) -> None:
+    def reset(conn: Any) -> None:
+        raise SystemExit
+
+    with fake.pool(max_size=1, reset=reset) as pool:
+        for _ in range(5):
+            pool.execute("select 1")
+        until(lambda: pool.stats().counters.discarded["broken"] == 5)
+    (warning,) = lines(log, logging.WARNING)
+    assert warning == "pool 'default': a maintenance task failed: SystemExit"
+    assert "pool 'default': 5 maintenance tasks failed" in lines(log, logging.INFO)
+
+
 def test_connections_returned_in_a_pipeline_log_one_warning(
     dsn: str, log: pytest.LogCaptureFixture
 ) -> None:
