@@ -82,12 +82,12 @@ def restore_session_state(conn: Any) -> None:
     state = record.session_state
     if session_state(conn) == state:
         return
+    conn._begin_statement = b""  # first: if the rest is interrupted, the state still differs
     (conn._autocommit, conn.row_factory, conn.cursor_factory, conn.server_cursor_factory,
      conn._isolation_level, conn._read_only, conn._deferrable,
      conn._prepared.prepare_threshold, conn._prepared.prepared_max) = state[_SETTABLE]  # fmt: skip
     conn._notice_handlers[:], conn._notify_handlers[:] = cast("Any", state[_HANDLERS])
     conn._adapters = WatchedAdapters(record.adapters)
-    conn._begin_statement = b""
 
 
 def new_record(conn: Any, cursors: type[Cursor[Any]]) -> ConnectionRecord:

@@ -297,3 +297,15 @@ def test_a_signal_handler_may_close_the_pool_at_any_point(action: Action) -> Non
     while Task(attempt, point).result(10.0):
         point += 1
     assert point >= 10
+
+
+def test_an_interrupted_return_leaves_no_read_only_transaction(dsn: str) -> None:
+    def use(pool: Pool) -> None:
+        with pool.connection() as conn:
+            conn.read_only = True
+            conn.execute("select 1")
+
+    with Pool(dsn, max_size=1) as pool:
+        for _ in every_point(lambda: use(pool)):
+            with pool.connection() as conn:
+                assert conn.execute("show transaction_read_only").fetchone() == ("off",)
