@@ -168,7 +168,7 @@ class Store:
         late = self.waiting.expired(waiter, moment)
         for each, following in zip(late, [*late[1:], None], strict=False):
             held, seconds = held_by[each.thread], moment - each.started
-            error = breaker.timeout_error(self.name, now, seconds * is_asked)
+            error = breaker.timeout_error(self.name, now, seconds if is_asked else 0.0)
             error = error or errors.exhausted_error(self.name, now, seconds, held, suspicion)
             self.waiting.discard(each)
             self.metrics.timeouts += 1
