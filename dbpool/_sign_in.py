@@ -16,10 +16,10 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
-from typing import Any, Final, NamedTuple, NoReturn, Protocol, Self
+from typing import Any, Final, NamedTuple, Protocol
 from urllib.parse import quote
 
-from dbpool._secrets import MASK
+from dbpool._secrets import MASK, Secret
 
 
 class SecretBytes(bytes):
@@ -37,13 +37,9 @@ class SecretBytes(bytes):
         part = super().__getitem__(key)
         return SecretBytes(part) if isinstance(part, bytes) else part
 
-    def __copy__(self, memo: object = None) -> Self:
-        return self
-
-    __deepcopy__ = __copy__
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError("a secret cannot be pickled")
+    # As a secret string does.
+    __copy__ = __deepcopy__ = Secret.__copy__
+    __reduce_ex__ = Secret.__reduce_ex__
 
 
 LIFETIME: Final = 12 * 3600  # seconds until a browser has to sign in again

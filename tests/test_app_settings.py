@@ -74,6 +74,14 @@ def test_a_short_token_logs_one_warning(length: int, caplog: pytest.LogCaptureFi
     assert "qq" not in caplog.text
 
 
+def warnings_of_open_details(caplog: pytest.LogCaptureFixture, **request: Any) -> list[str]:
+    """Send the request three times to views that are open; return what is logged of that."""
+    app = make_app(DBPOOL_DETAILS="always")
+    for _ in range(3):
+        app.test_client().get("/db/health/live", **request)
+    return [text for text in caplog.messages if "DBPOOL_DETAILS=always" in text]
+
+
 @pytest.mark.parametrize(
     ("address", "warnings"),
     [("0.0.0.0", 1), ("10.1.2.3", 1), ("::", 1), ("127.0.0.1", 0), ("127.1.1.1", 0), ("::1", 0),
@@ -82,10 +90,7 @@ def test_a_short_token_logs_one_warning(length: int, caplog: pytest.LogCaptureFi
 def test_details_open_to_other_hosts_log_one_warning(
     address: str, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client = make_app(DBPOOL_DETAILS="always").test_client()
-    for _ in range(3):
-        client.get("/db/health/live", environ_overrides={"SERVER_NAME": address})
-    logged = [text for text in caplog.messages if "DBPOOL_DETAILS=always" in text]
+    logged = warnings_of_open_details(caplog, environ_overrides={"SERVER_NAME": address})
     assert len(logged) == warnings
     assert all(address in text for text in logged)
 
@@ -99,10 +104,7 @@ def test_details_open_to_a_remote_client_log_one_warning(
 ) -> None:
     """Waitress and uWSGI do not report the address on which they listen."""
     environ = {"SERVER_NAME": "waitress.invalid", "REMOTE_ADDR": client}
-    app = make_app(DBPOOL_DETAILS="always")
-    for _ in range(3):
-        app.test_client().get("/db/health/live", environ_overrides=environ)
-    logged = [text for text in caplog.messages if "DBPOOL_DETAILS=always" in text]
+    logged = warnings_of_open_details(caplog, environ_overrides=environ)
     assert len(logged) == warnings
 
 
@@ -114,10 +116,7 @@ def test_details_open_to_the_clients_of_a_proxy_log_one_warning(
     forwarded: str, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """To the server, a proxy on the same machine is local."""
-    app = make_app(DBPOOL_DETAILS="always")
-    for _ in range(3):
-        app.test_client().get("/db/health/live", headers={"X-Forwarded-For": forwarded})
-    logged = [text for text in caplog.messages if "DBPOOL_DETAILS=always" in text]
+    logged = warnings_of_open_details(caplog, headers={"X-Forwarded-For": forwarded})
     assert len(logged) == warnings
 
 

@@ -67,11 +67,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: _stop_soon(door, stop))
     if arguments.until_eof:  # otherwise a person started this command
         threading.Thread(None, _stop_at_eof, "dbpool-eof", (door, views, stop), daemon=True).start()
-    door.run(lambda: None if arguments.until_eof else _say_where(text, door.address))
+    door.run(lambda: None if arguments.until_eof else _announce(text, door.address))
     return 0
 
 
-def _say_where(text: str, address: Any) -> None:
+def _announce(text: str, address: Any) -> None:
     where = f"{text[:-1]}{address[1]}" if text.endswith(":0") else text  # any free port
     print(f"dbpool: page, stats, metrics and health on {where}", file=sys.stderr, flush=True)
 
