@@ -38,12 +38,15 @@ parent = sys.argv[1] or None
 cfg = SimpleNamespace(worker_tmp_dir=parent, uid=os.geteuid(), gid=os.getegid())
 server = SimpleNamespace(cfg=cfg, log=logging.getLogger("gunicorn"))
 hooks.on_starting(server)
+reading, writing = os.pipe()
 child = os.fork()  # a worker, which outlives its master
 if child == 0:
-    for fd in (0, 1, 2):
+    for fd in (0, 1, 2, writing):
         os.close(fd)
     time.sleep(60)
     os._exit(0)
+os.close(writing)
+os.read(reading, 1)  # until the worker has closed what it inherited
 print(child, os.environ.get("DBPOOL_STATS_DIR", ""), flush=True)
 if sys.stdin.readline():  # anything but an end asks to stop in order
     hooks.on_exit(server)
